@@ -1,0 +1,1 @@
+"""Where and when: command line, plan, driver, run directory, status, logs. Never loads torch, datasets or tiktoken."""

@@ -1,0 +1,28 @@
+"""``amlaunch`` and ``python -m launcher``."""
+
+from __future__ import annotations
+
+import sys
+
+from recipes.errors import BAD_INPUT, BadInput
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input is a message and exit code 2, never a traceback."""
+    from launcher.cli import run
+
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except BadInput as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # amlaunch logs … | head
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The command line: what can be typed. Each command's work is imported when it is run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Sequence
+
+from recipes.errors import BadInput, did_you_mean
+from recipes.version import VERSION
+
+EPILOG = """\
+Any key of a recipe can be changed on the command line: --model.n_layer 6, --optimizer.betas.0 0.8,
+--wandb null. Exit codes: 0 done, 1 something failed, 2 the input cannot work, 75 stopped on request
+with everything saved (the same command goes on from there).
+"""
+GUIDE_SECTIONS = ("rng", "dist_env", "recipe")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="amlaunch",
+        description="One YAML recipe from raw text to a trained language model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"amlaunch {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_local(commands)
+    _add_show(commands)
+    _add_status(commands)
+    _add_logs(commands)
+    _add_recipes(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on; 0 is the CPU (default: as the recipe says, if they are there)")
+    parser.add_argument("--stage", metavar="S", help="only this stage")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+    _add_runs(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.usage = f"amlaunch {parser.prog.split()[-1]} [RECIPE] [options] [--section.key VALUE ...]"
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", metavar="DIR", help="where the run directories are (default: $AMLAUNCH_RUNS or ./runs)")
+
+
+def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "local", "run a recipe on this machine; without one, the quickstart (nanogpt with --gpus N)")
+    _add_recipe_arguments(parser)
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped")
+    _add_recipe_arguments(parser)
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "status", "list the runs, or show one with its stages and elements")
+    parser.add_argument("run", nargs="*", help="a run's id, the start of it, its recipe's name, or its folder")
+    parser.add_argument("--watch", action="store_true", help="redraw until the run has ended (Ctrl-C leaves)")
+    _add_runs(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "logs", "print what the ranks of a run wrote, each line with its origin")
+    parser.add_argument("run", help="a run's id, the start of it, its recipe's name, or its folder")
+    parser.add_argument("--stage", metavar="S", help="default: the newest that has logs")
+    parser.add_argument("--element", metavar="E", help="default: all")
+    parser.add_argument("--rank", type=int, metavar="R", help="default: all")
+    parser.add_argument("--attempt", type=int, metavar="N", help="default: the newest of each element")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on while the run goes on")
+    _add_runs(parser)
+
+
+def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "recipes", "list the recipes that come with amlaunch")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``(arguments for the parser, overrides)``.
+
+    An option that the parser does not know is an override and takes the next
+    word as its value, so argparse never mistakes ``6`` in ``--model.n_layer 6``
+    for the recipe.
+    """
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    ours: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or word == "--":
+            ours.append(word)
+        elif name in options:
+            ours.append(word)
+            if not equals and options[name].nargs is None and words:
+                ours.append(words.pop(0))
+        else:
+            _refuse_unknown(name, list(options))
+            overrides.append(word)
+            if not equals and words and not words[0].startswith("--"):
+                overrides.append(words.pop(0))
+    return ours, overrides
+
+
+def _refuse_unknown(name: str, options: list[str]) -> None:
+    """A word that is no section of a recipe was meant as an option."""
+    from recipes.schema import Recipe
+
+    sections = [field.name for field in dataclasses.fields(Recipe)]
+    root = name[2:].split(".")[0]
+    if root not in (*sections, *GUIDE_SECTIONS):
+        near = did_you_mean(name, [*options, *(f"--{section}" for section in sections)])
+        raise BadInput(f"unknown option {name}; {near}")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, then hand over to the command's own module; returns the exit code."""
+    parser = build_parser()
+    words = list(argv)
+    overrides: list[str] = []
+    if words and words[0] in ("local", "show"):
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
+    options = parser.parse_args(words)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    options.overrides = overrides
+    options.argv = ["amlaunch", *argv]
+    module = importlib.import_module(f"launcher.commands.{options.command}")
+    return int(module.run(options))

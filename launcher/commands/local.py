@@ -1,0 +1,118 @@
+"""``amlaunch local``: carry out a recipe on this machine, and say how it went."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from launcher import describe
+from launcher.commands.status import advice
+from launcher.create import write_run
+from launcher.local import Executor
+from launcher.machine import Machine
+from launcher.plan import Plan, Stage
+from launcher.prepare import default_recipe, notes, prepare
+from launcher.report import LiveReport, PlainReport, make_report
+from launcher.state import DONE, FAILED, RUNNING, ElementState, overall, read_run, read_stage
+from launcher.store import runs_root
+from launcher.summary import closing
+from recipes.errors import BAD_INPUT, GO_ON_LATER, OK, BadInput
+from recipes.errors import FAILED as EXIT_FAILED
+from recipes.files import Lock
+from recipes.loader import Loaded
+from recipes.rundir import RunDir
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run all stages that are not done; exit code as in ``amlaunch --help``."""
+    loaded, plan, machine = prepare(options)
+    run_dir = RunDir(runs_root(options.runs) / plan.run_id)
+    report = make_report(options.json)
+    lock = Lock(run_dir.lock)
+    if not lock.acquire():
+        raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with amlaunch logs {plan.run_id} -f")
+    try:
+        return _carry_out(options, loaded, plan, machine, run_dir, report)
+    finally:
+        lock.release()
+
+
+def _carry_out(
+    options: argparse.Namespace, loaded: Loaded, plan: Plan, machine: Machine, run_dir: RunDir, report: PlainReport | LiveReport
+) -> int:
+    stages = [plan.stage(options.stage)] if options.stage else plan.stages
+    _check_input(run_dir, plan, stages)
+    if not options.recipe:
+        report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
+    for note in notes(loaded, plan, machine):
+        report.say(f"note: {note}")
+    busy = any(state.state == RUNNING for state in read_run(run_dir, plan))
+    write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+    report.say(f"{plan.run_id}: {run_dir.root}")
+    began = time.monotonic()
+    with report:
+        executor = Executor(run_dir, plan, machine, report)
+        with _stopping_on_signals(executor, report):
+            done = executor.execute(stages)
+    states = [state for stage in stages for state in read_stage(run_dir, stage)]
+    if options.json:
+        print(json.dumps(describe.as_json(run_dir, plan, states, overall(states)), indent=2))
+    _tell(run_dir, plan, states, done, time.monotonic() - began, report)
+    return exit_code(states, done)
+
+
+def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
+    """A single stage needs what the stages before it make."""
+    chosen = {stage.name for stage in stages}
+    for stage in stages:
+        for before in stage.after:
+            if before not in chosen and any(state.state != DONE for state in read_stage(run_dir, plan.stage(before))):
+                raise BadInput(f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first")
+
+
+def _tell(
+    run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, seconds: float, report: PlainReport | LiveReport
+) -> None:
+    if done:
+        for line in closing(run_dir, plan, states, seconds):
+            report.say(line)
+        return
+    for block in advice(run_dir, plan, states):
+        report.say("\n" + block)
+
+
+def exit_code(states: list[ElementState], done: bool) -> int:
+    """0 all done, 2 some input cannot work, 1 something failed, 75 stopped on request."""
+    if done:
+        return OK
+    failed = [state for state in states if state.state == FAILED]
+    if failed:
+        return BAD_INPUT if all("cannot work" in state.reason for state in failed) else EXIT_FAILED
+    return EXIT_FAILED if any(state.state == "died" for state in states) else GO_ON_LATER
+
+
+@contextmanager
+def _stopping_on_signals(executor: Executor, report: PlainReport | LiveReport) -> Iterator[None]:
+    """The first Ctrl-C saves and stops, the second ends at once."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if executor.stopping:
+            report.say("ending at once; what was saved last stays")
+            executor.kill()
+            sys.exit(128 + number)
+        report.say("stopping: what runs is saved first (again: end at once)")
+        executor.stop()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,99 @@
+"""``amlaunch logs``: what the ranks wrote, each line with its origin."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.plan import Plan, Stage
+from launcher.state import RUNNING, read_run
+from launcher.store import find_run, read_plan, runs_root
+from recipes.errors import BadInput
+from recipes.rundir import RunDir
+
+FOLLOW_SECONDS = 0.3
+NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
+
+
+@dataclass
+class Source:
+    """One log file, and how far it was printed."""
+
+    path: Path
+    prefix: str
+    offset: int = 0
+    rest: bytes = field(default=b"")
+
+    def new_lines(self, *, last: bool = False) -> list[str]:
+        """Complete lines since the last call; with ``last`` the unfinished one too."""
+        with open(self.path, "rb") as handle:
+            handle.seek(self.offset)
+            data = handle.read()
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if last and self.rest:
+            lines, self.rest = [*lines, self.rest], b""
+        return [self.prefix + line.decode(errors="replace") for line in lines]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the logs that the options choose; with ``-f`` go on until nothing runs any more."""
+    run_dir = find_run(runs_root(options.runs), options.run)
+    plan = read_plan(run_dir)
+    if options.stage:
+        plan.stage(options.stage)
+    sources: dict[Path, Source] = {}
+    while True:
+        alive = any(state.state == RUNNING for state in read_run(run_dir, plan))
+        for path, prefix in choose(run_dir, plan, options):
+            sources.setdefault(path, Source(path, prefix))
+        follow = options.follow and alive
+        for source in sources.values():
+            for line in source.new_lines(last=not follow):
+                print(line, flush=options.follow)
+        if not follow:
+            break
+        time.sleep(FOLLOW_SECONDS)
+    if not sources:
+        raise BadInput(f"{plan.run_id} has no such logs yet; amlaunch status {plan.run_id} says how far it is")
+    return 0
+
+
+def choose(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> list[tuple[Path, str]]:
+    """``(file, line prefix)`` of every log that the options ask for."""
+    stages = [plan.stage(options.stage)] if options.stage else _newest_stage(run_dir, plan, options.follow)
+    several = len(stages) > 1
+    found = []
+    for stage in stages:
+        for element in stage.elements:
+            if options.element not in (None, element.name):
+                continue
+            for attempt, rank, path in _logs_of(run_dir, stage, element.name, options.attempt):
+                if options.rank in (None, rank):
+                    where = f"{stage.name} " if several else ""
+                    again = f" attempt {attempt}" if attempt > 1 else ""
+                    found.append((path, f"[{where}{element.name}:{rank}{again}] "))
+    return found
+
+
+def _newest_stage(run_dir: RunDir, plan: Plan, follow: bool) -> list[Stage]:
+    """The last stage that has logs; all of them when following, since the next may begin."""
+    if follow:
+        return plan.stages
+    with_logs = [stage for stage in plan.stages if any(_logs_of(run_dir, stage, element.name, None) for element in stage.elements)]
+    return with_logs[-1:]
+
+
+def _logs_of(run_dir: RunDir, stage: Stage, element: str, attempt: int | None) -> list[tuple[int, int, Path]]:
+    """``(attempt, rank, file)`` of one attempt (None: the newest), by rank."""
+    folder = run_dir.element(stage.name, element).root / "logs"
+    found = []
+    for path in folder.glob("attempt*.rank*.log"):
+        match = NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), int(match[2]), path))
+    wanted = attempt if attempt is not None else max((number for number, _, _ in found), default=0)
+    return sorted(item for item in found if item[0] == wanted)

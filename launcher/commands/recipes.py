@@ -1,0 +1,20 @@
+"""``amlaunch recipes``: what comes with amlaunch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from recipes.library import shipped, summary
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print name, file and first line of each shipped recipe."""
+    found = [{"name": name, "path": str(path), "summary": summary(path)} for name, path in shipped().items()]
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for recipe in found:
+        print(f"{recipe['name']:<12} {recipe['summary']}")
+    print("\namlaunch show NAME prints one; amlaunch local NAME runs it on this machine")
+    return 0

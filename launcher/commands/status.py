@@ -1,0 +1,146 @@
+"""``amlaunch status``: all runs, or some with their stages and elements."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from typing import Any
+
+from launcher import describe
+from launcher.plan import Plan
+from launcher.state import DIED, DONE, FAILED, RUNNING, STOPPED, ElementState, overall, read_run
+from launcher.store import find_run, list_runs, read_plan, runs_root
+from recipes.errors import BadInput
+from recipes.files import read_json
+from recipes.rundir import RunDir
+
+WATCH_SECONDS = 2.0
+Shown = tuple[RunDir, Plan, list[ElementState]]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the state; with ``--watch`` again and again until nothing runs any more."""
+    if options.watch and not options.json and sys.stdout.isatty():
+        return _watch(options)
+    while True:
+        found = _read(options)
+        _print(found, options)
+        if not options.watch or not any(state.state == RUNNING for _, _, states in found for state in states):
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
+def _read(options: argparse.Namespace) -> list[Shown]:
+    root = runs_root(options.runs)
+    runs = [find_run(root, name) for name in options.run] if options.run else list_runs(root)
+    found = []
+    for run_dir in runs:
+        try:
+            plan = read_plan(run_dir)
+        except BadInput as error:
+            if options.run:
+                raise
+            print(f"warning: {error}", file=sys.stderr)  # one damaged run does not hide the others
+            continue
+        found.append((run_dir, plan, read_run(run_dir, plan)))
+    return found
+
+
+def _print(found: list[Shown], options: argparse.Namespace) -> None:
+    if options.json:
+        values = [describe.as_json(run_dir, plan, states, overall(states)) for run_dir, plan, states in found]
+        print(json.dumps(values, indent=2), flush=True)
+        return
+    if not found:
+        print(f"no runs in {runs_root(options.runs)}; amlaunch local starts one")
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in _view(found, bool(options.run)):
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(refresh_per_second=4) as live:
+        while True:
+            found = _read(options)
+            parts = [Text(part) if isinstance(part, str) else part for part in _view(found, bool(options.run))]
+            live.update(Group(*parts))
+            if not any(state.state == RUNNING for _, _, states in found for state in states):
+                return 0
+            time.sleep(WATCH_SECONDS)
+
+
+def _view(found: list[Shown], details: bool) -> list[Any]:
+    if not details:
+        return [_list_table(found), "\namlaunch status RUN shows one"]
+    parts: list[Any] = []
+    for run_dir, plan, states in found:
+        parts += [f"{plan.run_id}  {overall(states)}  {run_dir.root}", _element_table(states)]
+        parts += [f"\n{text}" for text in advice(run_dir, plan, states)]
+    return parts
+
+
+def _list_table(found: list[Shown]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("run", "state", "stage", "progress", "started", box=None, padding=(0, 2, 0, 0))
+    for run_dir, plan, states in found:
+        now = current(states)
+        word = overall(states)
+        ago = describe.duration(time.time() - run_dir.plan.stat().st_mtime) + " ago"
+        table.add_row(plan.run_id, Text(word, style=describe.STYLES[word]), now.stage, describe.progress(now) or describe.outcome(now), ago)
+    return table
+
+
+def _element_table(states: list[ElementState]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("stage", "element", "state", "attempts", "time", "what", box=None, padding=(0, 2, 0, 0))
+    for state in states:
+        what = describe.progress(state) if state.state == RUNNING else describe.outcome(state)
+        if state.title:
+            what = f"{state.title}: {what}" if what else state.title
+        table.add_row(state.stage, state.name, Text(state.state, style=describe.STYLES[state.state]), str(state.attempts or ""), describe.duration(state.seconds), what)
+    return table
+
+
+def current(states: list[ElementState]) -> ElementState:
+    """The element to show for a whole run: the one in trouble or at work, else the newest that is not untouched."""
+    for wanted in (FAILED, DIED, RUNNING, STOPPED):
+        for state in states:
+            if state.state == wanted:
+                return state
+    train = [state for state in states if state.stage == "train" and state.state == DONE]
+    return train[-1] if train else next((state for state in states if state.state != DONE), states[-1])
+
+
+def advice(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
+    """What failed and why, and what to type next."""
+    again = again_command(run_dir)
+    word = overall(states)
+    blocks = ["\n".join(describe.failure(run_dir, state, again)) for state in states if state.state in (FAILED, DIED)]
+    if word == STOPPED:
+        blocks.append(f"next: {again}\n(goes on from what is saved)")
+    if word == RUNNING:
+        blocks.append(f"next: amlaunch logs {plan.run_id} -f")
+    return blocks
+
+
+def again_command(run_dir: RunDir) -> str:
+    """The command that started the run, which is also the one that goes on."""
+    try:
+        made = read_json(run_dir.provenance) or {}
+    except ValueError:
+        made = {}
+    return shlex.join(made.get("command") or ["amlaunch", "local", str(run_dir.recipe)])

@@ -1,0 +1,107 @@
+"""Make a run directory: recipe, plan, code snapshot, provenance."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.plan import Plan
+from launcher.planner import file_targets
+from launcher.snapshot import package_root, take_snapshot
+from recipes.files import write_json, write_text
+from recipes.loader import SECRET, Loaded
+from recipes.rundir import RunDir
+from recipes.version import VERSION
+
+VERSIONS_OF = ("torch", "numpy", "submitit", "tiktoken", "datasets", "transformers", "safetensors", "pyyaml", "rich")
+MAX_DIFF = 1_000_000
+
+
+def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *, refresh_code: bool) -> None:
+    """Make or renew a run directory; each file appears whole.
+
+    ``refresh_code`` is False while an element of an earlier start still runs
+    on the snapshot that is there.
+    """
+    run.root.mkdir(parents=True, exist_ok=True)
+    if refresh_code or not run.code.is_dir():
+        take_snapshot(run.code, loaded.policy.folder if file_targets(loaded.tree) else None)
+    write_text(run.recipe, f"# {loaded.path}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n" + loaded.text())
+    write_json(run.plan, plan.to_json())
+    if not run.provenance.exists() or refresh_code:
+        write_json(run.provenance, provenance(loaded, command))
+    if plan.data:
+        _link(run.data, Path(plan.data))
+
+
+def _link(link: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink() and link.resolve() == target.resolve():
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def provenance(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
+    """Who ran what, where, with which versions and which code."""
+    versions = {"amlaunch": VERSION, "python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": time.time(),
+        "command": redact(command),
+        "recipe": str(loaded.path.resolve()),
+        "cwd": os.getcwd(),
+        "user": getpass.getuser() if _has_user() else str(os.getuid()),
+        "host": platform.node(),
+        "python": sys.executable,
+        "versions": versions,
+        "git": _git(package_root()),
+    }
+
+
+def _has_user() -> bool:
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container that runs under a bare number
+        return False
+    return True
+
+
+def redact(command: Sequence[str]) -> list[str]:
+    """The command line with the values of secret-looking options blotted out."""
+    shown: list[str] = []
+    hide = False
+    for word in command:
+        option, equals, _ = word.partition("=")
+        secret = word.startswith("--") and SECRET.search(option) is not None and not re.search(r"max_tokens|val_tokens|shard_tokens|tokenizer|(bos|eos|pad)_token", option)
+        shown.append("***" if hide else f"{option}=***" if secret and equals else word)
+        hide = secret and not equals
+    return shown
+
+
+def _git(folder: Path) -> dict[str, str] | None:
+    """Commit and uncommitted changes of the checkout that amlaunch runs from; None for an installed package."""
+
+    def ask(*arguments: str) -> str:
+        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        return found.stdout if found.returncode == 0 else ""
+
+    if not (folder / ".git").exists():
+        return None
+    try:
+        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD")[:MAX_DIFF]}
+    except (OSError, subprocess.TimeoutExpired):
+        return None

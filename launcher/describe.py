@@ -1,0 +1,138 @@
+"""The words for what happens: shared by the live display, ``status`` and the closing summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launcher.plan import Plan
+from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, ElementState
+from recipes.rundir import RunDir
+
+STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "bold red", DIED: "bold red", STOPPED: "yellow", PENDING: "dim"}
+TAIL_LINES = 15
+
+
+def duration(seconds: float | None) -> str:
+    """``4.2 s``, ``3:05``, ``2:14:09``."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count(number: float | None) -> str:
+    """``512``, ``1.25K``, ``2.00M``, ``1.50B``."""
+    if number is None:
+        return "?"
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{suffix}"
+    return f"{number:.0f}"
+
+
+def rate(tokens_a_second: float | None) -> str:
+    """Tokens a second, in words."""
+    return f"{count(tokens_a_second)} tokens/s" if tokens_a_second else ""
+
+
+def progress(state: ElementState) -> str:
+    """How far a running element is: ``step 120/200 · loss 5.12 · 3.41K tokens/s · ETA 0:40``."""
+    beat = state.progress
+    if not beat:
+        return ""
+    total = beat.get("total")
+    unit = beat.get("unit", "")
+    if unit == "token":
+        parts = [f"{count(beat['done'])}{f'/{count(total)}' if total else ''} tokens"]
+    else:
+        parts = [f"{unit} {beat['done']}{f'/{total}' if total else ''}"]
+    parts += [f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))]
+    parts.append(rate(beat.get("rate")))
+    if state.state == RUNNING and _is_number(beat.get("eta_s")):
+        parts.append(f"ETA {duration(beat['eta_s'])}")
+    return " · ".join(part for part in parts if part)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def outcome(state: ElementState) -> str:
+    """What a finished element made, or why an unfinished one is not."""
+    if state.state != DONE:
+        return state.reason or progress(state)
+    made = state.result
+    parts: list[str] = []
+    if state.stage in ("preprocess", "verify") and "tokens" in made:
+        parts.append(f"{made['tokens']:,} tokens of {made.get('documents', 0):,} documents in {made.get('shards', 0)} shards")
+    if _is_number(made.get("loss_first")) and _is_number(made.get("loss_last")):
+        parts.append(f"loss {made['loss_first']:.4f} -> {made['loss_last']:.4f}")
+    if _is_number(made.get("val_loss")):
+        parts.append(f"validation {made['val_loss']:.4f}")
+    parts.append(rate(made.get("tokens_per_s")))
+    if "parameters" in made:
+        parts.append(f"{count(made['parameters'])} parameters")
+    return " · ".join(part for part in parts if part)
+
+
+def line(state: ElementState) -> str:
+    """One plain line for one element."""
+    name = f"{state.stage} {state.name}"
+    if state.state == RUNNING:
+        return f"{name}: {progress(state) or 'starting'}"
+    took = f" ({duration(state.seconds)})" if state.seconds is not None else ""
+    words = outcome(state)
+    return f"{name}: {state.state}{took}{': ' + words if words else ''}"
+
+
+def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
+    """What to read when an element failed: host, rank, the last lines of the right log, the next command."""
+    folder = run.element(state.stage, state.name)
+    rank = state.rank or 0
+    log = folder.log(state.attempts, rank)
+    lines = [f"{state.stage} {state.name} {state.state} on {state.host or 'this host'}: {state.reason}"]
+    text = tail(log)
+    if text:
+        lines += [f"last lines of rank {rank} ({log}):", *(f"  | {part}" for part in text)]
+    return [*lines, f"next: {next_command}"]
+
+
+def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a text file; none where there is no such file."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(0, 2)
+            handle.seek(max(0, handle.tell() - 16_384))
+            return handle.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: str) -> dict[str, Any]:
+    """A run for ``--json``: stable names, documented in docs/commands.md."""
+    found = list(states)
+    stages = []
+    for stage in plan.stages:
+        elements = [_element_json(state) for state in found if state.stage == stage.name]
+        stages.append({"name": stage.name, "elements": elements})
+    return {"run": plan.run_id, "path": str(run.root), "state": overall, "stages": stages}
+
+
+def _element_json(state: ElementState) -> dict[str, Any]:
+    return {
+        "name": state.name,
+        "title": state.title,
+        "state": state.state,
+        "attempts": state.attempts,
+        "host": state.host,
+        "rank": state.rank,
+        "reason": state.reason,
+        "seconds": state.seconds,
+        "progress": state.progress,
+        "result": state.result,
+    }

@@ -1,0 +1,180 @@
+"""The local executor: elements of a plan as processes of this machine, through submitit.
+
+A queue gives each element its CPUs and its own GPUs. What is done is skipped;
+what an earlier, killed launcher left running is waited for, not started twice.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.driver import Assignment, run_element
+from launcher.machine import Machine
+from launcher.plan import Needs, Plan, Stage
+from launcher.state import DONE, ElementState, read_element, read_stage
+from recipes.files import is_locked, read_json_lines
+from recipes.rundir import RunDir
+
+POLL_SECONDS = 0.2
+MAX_TRIES = 3
+"""Starts of an element that never got as far as an attempt."""
+NO_TIME_LIMIT = 60 * 24 * 365
+"""Minutes; submitit's local jobs end after two unless told otherwise."""
+
+Report = Callable[[Stage, list[ElementState]], None]
+
+
+@dataclass
+class Capacity:
+    """CPUs and GPUs not in use."""
+
+    total_cpus: int
+    cpus: int
+    gpus: list[str]
+    taken: dict[str, Assignment] = field(default_factory=dict)
+
+    def take(self, name: str, needs: Needs, watch: str) -> Assignment | None:
+        """Resources for an element; None where they are not free. More CPUs than there are means all of them."""
+        cpus = min(needs.cpus, self.total_cpus)
+        if cpus > self.cpus or needs.gpus_per_node > len(self.gpus):
+            return None
+        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch)
+        self.cpus -= cpus
+        del self.gpus[: needs.gpus_per_node]
+        self.taken[name] = given
+        return given
+
+    def give_back(self, name: str) -> None:
+        """Free what an element had."""
+        given = self.taken.pop(name, None)
+        if given:
+            self.cpus += given.cpus
+            self.gpus += given.gpus
+
+
+class Executor:
+    """Runs the stages of one plan in turn, each stage's elements side by side."""
+
+    def __init__(self, run: RunDir, plan: Plan, machine: Machine, report: Report):
+        self.run = run
+        self.plan = plan
+        self.report = report
+        self.capacity = Capacity(machine.cpus, machine.cpus, list(machine.gpus))
+        self.jobs: dict[str, Any] = {}
+        self.stopping = False
+
+    def execute(self, stages: list[Stage]) -> bool:
+        """Run ``stages`` until all is done (True), or one fails or :meth:`stop` was called (False)."""
+        return all(self._stage(stage) for stage in stages)
+
+    def stop(self) -> None:
+        """Ask what runs to save and leave, and start nothing more."""
+        self.stopping = True
+        for stage in self.plan.stages:
+            for element in stage.elements:
+                folder = self.run.element(stage.name, element.name)
+                if is_locked(folder.lock):
+                    folder.stop.touch()
+
+    def kill(self) -> None:
+        """End what this executor started at once; the next start goes on from the last checkpoint."""
+        for job in self.jobs.values():
+            pid = int(job.job_id)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for stage in self.plan.stages:
+            for element in stage.elements:
+                self._kill_driver(stage, element.name)
+
+    def _kill_driver(self, stage: Stage, name: str) -> None:
+        folder = self.run.element(stage.name, name)
+        starts = [line for line in read_json_lines(folder.attempts) if line.get("event") == "start"]
+        if starts and is_locked(folder.lock):
+            with suppress(ProcessLookupError):
+                os.kill(starts[-1]["pid"], signal.SIGKILL)
+
+    def _stage(self, stage: Stage) -> bool:
+        waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != DONE]
+        tries = dict.fromkeys(waiting, 0)
+        active: dict[str, int] = {}
+        self.report(stage, read_stage(self.run, stage))
+        while (waiting and not self.stopping) or active:
+            for name in list(waiting):
+                attempts = self._state(stage, name).attempts
+                if not self.stopping and self._start(stage, name):
+                    waiting.remove(name)
+                    active[name] = attempts
+            time.sleep(POLL_SECONDS)
+            for name in [name for name in active if not self._is_active(stage, name)]:
+                if self._came_to_nothing(stage, name, active.pop(name)) and tries[name] < MAX_TRIES:
+                    tries[name] += 1
+                    waiting.append(name)
+            self.report(stage, read_stage(self.run, stage))
+        return not waiting and all(state.state == DONE for state in read_stage(self.run, stage))
+
+    def _state(self, stage: Stage, name: str) -> ElementState:
+        return read_element(self.run, stage, name, "")
+
+    def _start(self, stage: Stage, name: str) -> bool:
+        if is_locked(self.run.element(stage.name, name).lock):
+            return True  # left over from a launcher that was killed: it is waited for
+        given = self.capacity.take(f"{stage.name}/{name}", stage.needs, str(self.run.lock))
+        if given is None:
+            return False
+        self.jobs[f"{stage.name}/{name}"] = submit(self.run, stage.name, name, given)
+        return True
+
+    def _came_to_nothing(self, stage: Stage, name: str, attempts_before: int) -> bool:
+        """Whether no attempt of ours was made: a leftover ended unfinished, or the driver never began."""
+        state = self._state(stage, name)
+        return state.state != DONE and state.attempts == attempts_before
+
+    def _is_active(self, stage: Stage, name: str) -> bool:
+        key = f"{stage.name}/{name}"
+        job = self.jobs.get(key)
+        if (job is not None and not job.done()) or is_locked(self.run.element(stage.name, name).lock):
+            return True
+        self.jobs.pop(key, None)
+        self.capacity.give_back(key)
+        return False
+
+
+@contextmanager
+def _job_environment(run: RunDir) -> Iterator[None]:
+    """What a submitit process inherits: the run's code first on the path, and no share in our Ctrl-C.
+
+    Ignored signals stay ignored in children; the driver then sets its own handlers.
+    """
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(run.code), before.get("PYTHONPATH", "")]))
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def submit(run: RunDir, stage: str, name: str, given: Assignment) -> Any:
+    """Start the driver of one element as a submitit job of this machine."""
+    import submitit
+
+    folder = run.jobs / stage / name
+    with _job_environment(run):
+        executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(
+            timeout_min=NO_TIME_LIMIT,
+            gpus_per_node=len(given.gpus),
+            visible_gpus=[int(gpu) for gpu in given.gpus if gpu.isdigit()],
+        )
+        return executor.submit(run_element, str(run.root), stage, name, given)

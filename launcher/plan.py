@@ -1,0 +1,76 @@
+"""What a run consists of: stages, array elements, dependencies, resources. Plain data, as ``plan.json`` stores it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one element of a stage is given."""
+
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    cpus: int
+    mem: str | None = None
+    time_minutes: int | None = None
+
+
+@dataclass(frozen=True)
+class Element:
+    """One array element: a Python module and its arguments, run once on every task."""
+
+    name: str
+    module: str
+    arguments: list[str]
+    title: str = ""
+    """What sets it apart from its siblings: a point of the sweep, a part of the source."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Elements that may run side by side, after all of ``after`` are done."""
+
+    name: str
+    elements: list[Element]
+    after: list[str]
+    needs: Needs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run, as it is carried out and as ``plan.json`` stores it."""
+
+    run_id: str
+    stages: list[Stage]
+    data: str | None
+    """Folder of the shards that the preprocess stage makes."""
+    cwd: str
+    """Relative paths in the recipe start here."""
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of the recipe's container section."""
+
+    def stage(self, name: str) -> Stage:
+        """The stage called ``name``; BadInput names those there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise BadInput(f"{self.run_id} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``plan.json``."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`."""
+        stages = [
+            Stage(s["name"], [Element(**e) for e in s["elements"]], s["after"], Needs(**s["needs"])) for s in value["stages"]
+        ]
+        return Plan(value["run_id"], stages, value["data"], value["cwd"], value.get("env", {}))

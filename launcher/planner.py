@@ -1,0 +1,179 @@
+"""From a recipe to its plan on a site. Pure: nothing is read, written or started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.plan import Element, Needs, Plan, Stage
+from recipes.errors import BadInput
+from recipes.files import fingerprint
+from recipes.loader import Loaded, check_batch
+from recipes.rundir import RunDir
+from recipes.schema import Preprocess, StageResources
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a plan needs to know of the place where it will run."""
+
+    runs: Path
+    cwd: Path
+    gpus: int
+    """GPUs a node."""
+    cpus: int
+    """CPUs a node."""
+    nodes: int = 1
+    """Nodes there are."""
+    asked_gpus: int | None = None
+    """``--gpus``; None: as the recipe says, or what there is."""
+
+
+def run_id(loaded: Loaded) -> str:
+    """The same recipe is the same run: its name and a fingerprint of what it computes."""
+    return f"{loaded.recipe.name}-{loaded.fingerprint()}"
+
+
+def make_plan(loaded: Loaded, site: Site) -> Plan:
+    """The plan of a recipe on a site. Raises BadInput where they do not fit."""
+    recipe = loaded.recipe
+    run = RunDir(site.runs / run_id(loaded))
+    data = data_folder(recipe.preprocess, site) if recipe.preprocess else None
+    common = _common_arguments(loaded, run)
+    stages = []
+    if recipe.preprocess and data:
+        stages += _preprocess_stages(recipe.preprocess, common, run, data, site, loaded)
+    stages.append(_train_stage(loaded, common, run, data, site, after=["verify"] if data else []))
+    if recipe.export:
+        stages.append(_export_stage(loaded, common, run, data, site))
+    env = dict(recipe.container.env) if recipe.container else {}
+    return Plan(run.root.name, stages, str(data) if data else None, str(site.cwd), env)
+
+
+def data_folder(section: Preprocess, site: Site) -> Path:
+    """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
+    if section.output_dir:
+        return (site.cwd / section.output_dir).resolve()
+    made_of = {key: value for key, value in dataclasses.asdict(section).items() if key != "output_dir"}
+    source = (section.dataset or "files").rpartition("/")[2]
+    return site.runs.resolve().parent / "data" / f"{source}-{section.tokenizer.replace('/', '-')}-{fingerprint(made_of)}"
+
+
+def _common_arguments(loaded: Loaded, run: RunDir) -> list[str]:
+    """Arguments that every stage takes: the stored recipe, and what its targets may reach."""
+    allowed = [argument for name in loaded.policy.allow for argument in ("--allow-target", name)]
+    folder = run.code / "recipe" if file_targets(loaded.tree) else run.root
+    return [str(run.recipe), "--recipe-dir", str(folder), *allowed]
+
+
+def file_targets(node: Any) -> list[str]:
+    """The ``file.py:object`` targets of a recipe."""
+    if isinstance(node, Mapping):
+        own = [node["_target_"]] if ":" in str(node.get("_target_", "")) else []
+        return own + [name for child in node.values() for name in file_targets(child)]
+    if isinstance(node, list):
+        return [name for child in node for name in file_targets(child)]
+    return []
+
+
+def _element(stage: str, name: str, module: str, arguments: Sequence[str], run: RunDir, title: str = "") -> Element:
+    return Element(name, module, [*arguments, "--element", str(run.element(stage, name).root)], title)
+
+
+def _preprocess_stages(
+    section: Preprocess, common: list[str], run: RunDir, data: Path, site: Site, loaded: Loaded
+) -> list[Stage]:
+    resources = loaded.recipe.resources
+    parts = [
+        _element("preprocess", str(i), "preprocess", ["element", *common, "--index", str(i), "--out", str(data)], run, f"part {i + 1} of {section.elements}")
+        for i in range(section.elements)
+    ]
+    check = _element("verify", "0", "preprocess", ["verify", *common, "--out", str(data)], run)
+    return [
+        Stage("preprocess", parts, [], _needs(resources.preprocess, site, cpus=1)),
+        Stage("verify", [check], ["preprocess"], _needs(resources.verify, site, cpus=1)),
+    ]
+
+
+def _train_stage(loaded: Loaded, common: list[str], run: RunDir, data: Path | None, site: Site, after: list[str]) -> Stage:
+    needs = _train_needs(loaded, site)
+    elements = []
+    for i, point in enumerate(loaded.elements()):
+        name = str(i)
+        arguments = [*common, "--checkpoints", str(_checkpoints(loaded, run, name, site)), "--run-id", _element_id(run, name, point)]
+        arguments += _data_arguments(data) + _override_arguments(point)
+        elements.append(_element("train", name, "trainer", arguments, run, " ".join(_override_arguments(point))))
+    return Stage("train", elements, after, needs)
+
+
+def _export_stage(loaded: Loaded, common: list[str], run: RunDir, data: Path | None, site: Site) -> Stage:
+    elements = []
+    for i, point in enumerate(loaded.elements()):
+        name = str(i)
+        arguments = [*common, "--checkpoints", str(_checkpoints(loaded, run, name, site)), "--out", str(run.export(name))]
+        arguments += _data_arguments(data) + _override_arguments(point)
+        elements.append(_element("export", name, "trainer.export", arguments, run, " ".join(_override_arguments(point))))
+    return Stage("export", elements, ["train"], _needs(loaded.recipe.resources.export, site, cpus=site.cpus))
+
+
+def _element_id(run: RunDir, name: str, point: Mapping[str, Any]) -> str:
+    return f"{run.root.name}-{name}" if point else run.root.name
+
+
+def _checkpoints(loaded: Loaded, run: RunDir, name: str, site: Site) -> Path:
+    elsewhere = loaded.recipe.checkpoint.checkpoint_dir
+    return (site.cwd / elsewhere).resolve() / run.root.name / name if elsewhere else run.checkpoints(name)
+
+
+def _data_arguments(data: Path | None) -> list[str]:
+    return ["--data", str(data)] if data else []
+
+
+def _override_arguments(point: Mapping[str, Any]) -> list[str]:
+    """JSON is YAML: a string keeps its quotes, so it stays a string."""
+    return [f"--{key}={json.dumps(value)}" for key, value in point.items()]
+
+
+def _needs(given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
+    return Needs(given.nodes or 1, gpus, tasks, given.cpus or cpus, given.mem, given.time)
+
+
+def _train_needs(loaded: Loaded, site: Site) -> Needs:
+    given = loaded.recipe.resources.train
+    nodes = given.nodes or 1
+    if nodes > site.nodes:
+        raise BadInput(f"{loaded.path}: resources.train.nodes is {nodes}, here there is {site.nodes}; add --resources.train.nodes {site.nodes}")
+    gpus = _gpus(loaded, site, nodes)
+    tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
+    ranks = nodes * tasks
+    wrong = check_batch(loaded.recipe, ranks) or _check_ranks(loaded, ranks)
+    if wrong:
+        raise BadInput(f"{loaded.path}: {wrong}")
+    return _needs(given, site, cpus=site.cpus, gpus=gpus, tasks=tasks)
+
+
+def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
+    """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch."""
+    if site.asked_gpus is not None:
+        if site.asked_gpus > site.gpus:
+            raise BadInput(f"{site.asked_gpus} GPUs asked for, this machine has {site.gpus}; --gpus 0 runs on the CPU")
+        return site.asked_gpus
+    wanted = loaded.recipe.resources.train.gpus_per_node
+    most = site.gpus if wanted is None else min(wanted, site.gpus)
+    fitting = [count for count in range(most, 0, -1) if check_batch(loaded.recipe, nodes * count) is None]
+    return fitting[0] if fitting else 0
+
+
+def _check_ranks(loaded: Loaded, ranks: int) -> str | None:
+    spread = loaded.recipe.distributed
+    if spread.dp_size not in (None, ranks):
+        return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
+    if spread.dp_replicate_size and ranks % spread.dp_replicate_size:
+        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {ranks} ranks"
+    if spread.strategy == "none" and ranks > 1:
+        return f"distributed.strategy none trains on one rank, but there are {ranks}; write fsdp2 or ddp"
+    return None

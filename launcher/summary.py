@@ -1,0 +1,60 @@
+"""The closing words of a run: what came out, where it lies, what to type next."""
+
+from __future__ import annotations
+
+from launcher import describe
+from launcher.plan import Plan
+from launcher.state import ElementState
+from recipes.rundir import RunDir
+
+
+def closing(run_dir: RunDir, plan: Plan, states: list[ElementState], seconds: float) -> list[str]:
+    """Lines for the end of a run that is done."""
+    lines = ["", f"{plan.run_id} is done ({describe.duration(seconds)})"]
+    for stage in ("verify", "train", "export"):
+        lines += _results([state for state in states if state.stage == stage])
+    lines += _sample(states)
+    lines += ["", "where everything lies", *_places(run_dir, plan, states)]
+    return [*lines, "", "what to type next", *_next(run_dir, plan)]
+
+
+def _results(states: list[ElementState]) -> list[str]:
+    lines = []
+    for state in states:
+        name = {"verify": "data", "train": "training", "export": "export"}[state.stage]
+        which = f" {state.title}" if state.title else ""
+        lines.append(f"  {name + which:<10} {describe.outcome(state)}")
+    return lines
+
+
+def _sample(states: list[ElementState]) -> list[str]:
+    """What the first exported model wrote."""
+    for state in states:
+        text = state.result.get("sample")
+        if text:
+            return ["", "a sample that the model wrote", *(f"  | {line}" for line in text.strip("\n").splitlines())]
+    return []
+
+
+def _places(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
+    places = [("run", str(run_dir.root))]
+    if plan.data:
+        places.append(("shards", plan.data))
+    train = [state for state in states if state.stage == "train"]
+    for state in train:
+        places += [("checkpoint", state.result["checkpoint"])] if state.result.get("checkpoint") else []
+        places.append(("metrics", str(run_dir.element("train", state.name).metrics)))
+    for state in states:
+        if state.stage == "export":
+            places.append(("model", str(run_dir.export(state.name))))
+    return [f"  {name:<10} {path}" for name, path in places]
+
+
+def _next(run_dir: RunDir, plan: Plan) -> list[str]:
+    commands = [
+        (f"amlaunch status {plan.run_id}", "what happened, stage by stage"),
+        (f"amlaunch logs {plan.run_id} --stage train", "every step"),
+        ("amlaunch recipes", "what else there is; copy one and change it"),
+    ]
+    width = max(len(command) for command, _ in commands)
+    return [f"  {command:<{width}}  {why}" for command, why in commands]

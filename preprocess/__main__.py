@@ -1,0 +1,93 @@
+"""``python -m preprocess element RECIPE --index I --out DIR`` and ``python -m preprocess verify RECIPE --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from preprocess.failure import Failure
+from preprocess.progress import Progress, StopRequested, stop_on_signals
+from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
+from recipes.files import write_json
+from recipes.loader import load
+from recipes.process import PARENT_VARIABLE, die_with_parent
+from recipes.rundir import ElementDir
+from recipes.schema import Preprocess
+
+
+def parser() -> argparse.ArgumentParser:
+    """The two commands."""
+    top = argparse.ArgumentParser(prog="python -m preprocess", description="Text to token shards.")
+    commands = top.add_subparsers(dest="command", required=True)
+    element = commands.add_parser("element", help="make one array element's shards, or what is missing of them")
+    element.add_argument("--index", type=int, required=True, help="which of preprocess.elements, from 0")
+    check = commands.add_parser("verify", help="check every shard of all elements and write the manifest")
+    for command in (element, check):
+        command.add_argument("recipe", type=Path)
+        command.add_argument("--out", type=Path, required=True, help="folder of the shards")
+        command.add_argument("--element", type=Path, help="folder for progress.json and result.json")
+        command.add_argument("--recipe-dir", type=Path, help="what file targets are relative to")
+        command.add_argument("--allow-target", action="append", default=[], metavar="NAME")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. What follows ``--`` are overrides of the recipe."""
+    if PARENT_VARIABLE in os.environ:
+        die_with_parent()
+    stop_on_signals()
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    arguments = parser().parse_args(words[:cut])
+    try:
+        run(arguments, words[cut + 1 :])
+    except StopRequested as stop:
+        print(f"stopped ({stop}); whole shards are kept, the same command goes on from there", flush=True)
+        return GO_ON_LATER
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    except (Failure, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    return OK
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """The command's work, and its result in the element's folder."""
+    options = _section(arguments, overrides)
+    folder = ElementDir(arguments.element) if arguments.element else None
+    work = _element if arguments.command == "element" else _verify
+    result = work(arguments, options, Progress(folder))
+    if folder is not None:
+        write_json(folder.result, result)
+
+
+def _section(arguments: argparse.Namespace, overrides: Sequence[str]) -> Preprocess:
+    allow = arguments.allow_target
+    loaded = load(arguments.recipe, overrides, recipe_dir=arguments.recipe_dir, allow=allow, job_start=True)
+    if loaded.recipe.preprocess is None:
+        raise BadInput(f"{arguments.recipe}: there is no preprocess section to run")
+    return loaded.recipe.preprocess
+
+
+def _element(arguments: argparse.Namespace, options: Preprocess, progress: Progress) -> dict[str, Any]:
+    from preprocess.element import result, run_element  # tiktoken comes in here, behind the signal handlers
+
+    return result(run_element(options, arguments.index, arguments.out, progress), arguments.out)
+
+
+def _verify(arguments: argparse.Namespace, options: Preprocess, progress: Progress) -> dict[str, Any]:
+    from preprocess.verify import result, verify
+
+    whole = verify(options, arguments.out, progress)
+    progress.finish(whole["tokens"], whole["tokens"], f"{arguments.out}: whole: {whole['tokens']:,} tokens")
+    return result(whole, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

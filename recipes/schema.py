@@ -1,0 +1,242 @@
+"""The sections of a recipe, one frozen dataclass each, in the vocabulary of NeMo AutoModel's guide.
+
+A field's name is the YAML key, its type is what is checked, its default is
+what an absent key means. Sections that carry a ``_target_`` stay mappings:
+their keys belong to the callable (see :mod:`recipes.targets`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: Any) -> int:
+    """``500M``, ``1.5B``, ``2_000`` or a whole number, as an int; decimal multiples as in the guide's options.
+
+    Raises ValueError for anything else, negative numbers and fractions of one included.
+    """
+    if isinstance(value, bool):
+        raise ValueError("a count such as 500M or 1.5B")
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([KMBTkmbt]?)", str(value).strip())
+    if match:
+        number = float(match[1]) * SUFFIXES[match[2].upper()]
+        whole = int(match[1].replace("_", "")) * SUFFIXES[match[2].upper()] if "." not in match[1] and "e" not in match[1].lower() else round(number)
+        if whole == number or abs(number) > 2**53:
+            return whole
+    raise ValueError("a count such as 500M or 1.5B")
+
+
+def parse_minutes(value: Any) -> int:
+    """Slurm's time formats (minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM:SS``) as whole minutes, rounded up."""
+    text = str(value).strip()
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if isinstance(value, bool) or not match:
+        raise ValueError("a time such as 04:00:00, 1-12:00:00 or 90 (minutes)")
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    if match[1] or match[4]:  # with days: hours first; three parts: hours first
+        seconds = days * 86400 + first * 3600 + second * 60 + third
+    else:
+        seconds = first * 60 + second
+    return max(1, -(-seconds // 60))
+
+
+Count = Annotated[int, parse_count]
+Minutes = Annotated[int, parse_minutes]
+Positive = Annotated[int, "positive"]
+Natural = Annotated[int, "natural"]
+
+
+@dataclass(frozen=True)
+class StepScheduler:
+    """How many steps, of how many windows, and what happens every so many of them."""
+
+    global_batch_size: Positive = 32
+    """Windows a step, over all ranks and micro-batches."""
+    local_batch_size: Positive = 1
+    """Windows a rank holds at once (the micro-batch)."""
+    max_steps: Positive | None = None
+    """Where to end; None: at the end of the last epoch."""
+    num_epochs: Positive = 1
+    ckpt_every_steps: Positive | None = 1000
+    val_every_steps: Positive | None = None
+    val_batches: Positive = 20
+    """Micro-batches a rank in each validation, always the same windows."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """Learning rate as a function of the step; an absent section is a constant rate."""
+
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps: Natural = 0
+    lr_decay_steps: Positive | None = None
+    """Step at which ``min_lr`` is reached; None: the last step."""
+    init_lr: float = 0.0
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the model is spread over the ranks."""
+
+    strategy: Literal["fsdp2", "ddp", "none"] = "fsdp2"
+    dp_size: Positive | None = None
+    """Data-parallel ranks; None: what is left of the world."""
+    dp_replicate_size: Positive | None = None
+    """Replicas of the sharded model (HSDP); None: one."""
+    tp_size: Positive = 1
+    cp_size: Positive = 1
+    sequence_parallel: bool = False
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None
+    """Type that the model computes in; None: bfloat16 on GPU, float32 on CPU. Master weights are at least float32."""
+    reshard_after_forward: bool = True
+    timeout_minutes: Positive = 10
+    """After which a collective that does not come is an error."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how checkpoints are kept."""
+
+    enabled: bool = True
+    checkpoint_dir: str | None = None
+    """None: in the run directory; a path: ``<path>/<run-id>``."""
+    max_recent_checkpoints: Positive = 2
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Packing of whole documents into a window."""
+
+    packed_sequence_size: Natural = 0
+
+
+@dataclass(frozen=True)
+class DataLoader:
+    """How batches get from disk to the device."""
+
+    prefetch_factor: Positive = 2
+    """Batches that the loader's thread keeps ready."""
+
+
+@dataclass(frozen=True)
+class ClipGradNorm:
+    """Clipping by the global gradient norm."""
+
+    max_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Compile:
+    """``torch.compile`` of every transformer block."""
+
+    enabled: bool = False
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Text to shards. Either ``dataset`` (Hugging Face) or ``data_files`` (local files)."""
+
+    dataset: str | None = None
+    """Name on the Hugging Face hub, or a local dataset folder."""
+    set_name: str | None = None
+    split: str = "train"
+    data_files: list[str] | str | None = None
+    """Globs; the ending decides: .parquet, .jsonl, .jsonl.gz, anything else is one document a file."""
+    exclude: list[str] | str = ()  # type: ignore[assignment]
+    """Globs of files to leave out."""
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    """Of text files; ``python`` honours a source file's coding line (PEP 263)."""
+    encoding_errors: Literal["strict", "replace", "skip"] = "strict"
+    """What a file that cannot be decoded means: an error, U+FFFD in its place, or the file left out and counted."""
+    tokenizer: str = "gpt2"
+    max_tokens: Count | None = None
+    """Budget over all elements, validation included."""
+    val_tokens: Count = 0
+    """Of which at least so many (whole documents) become the validation split."""
+    shard_tokens: Count = 100_000_000
+    elements: Positive = 1
+    """Array elements; each takes its own part of the source."""
+    output_dir: str | None = None
+    """None: a folder named by the fingerprint of this section, beside the runs."""
+
+
+@dataclass(frozen=True)
+class StageResources:
+    """What one element of a stage needs."""
+
+    nodes: Positive | None = None
+    gpus_per_node: Natural | None = None
+    tasks_per_node: Positive | None = None
+    """Ranks a node; None: one a GPU, or one without GPUs."""
+    cpus: Positive | None = None
+    """CPUs a node."""
+    mem: str | None = None
+    time: Minutes | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each stage needs."""
+
+    preprocess: StageResources = StageResources()
+    verify: StageResources = StageResources()
+    train: StageResources = StageResources()
+    export: StageResources = StageResources()
+
+
+@dataclass(frozen=True)
+class Container:
+    """In which image the stages run."""
+
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    """``/host/path:/inside[:ro]``"""
+    env: dict[str, str] = field(default_factory=dict)
+    workdir: str | None = None
+    runtime: str = "auto"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written when training is done."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompt: str = "\n"
+    max_new_tokens: Natural = 64
+    """0: no sample."""
+    temperature: float = 0.8
+    top_k: Positive = 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, from raw text to a trained model."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    name: str = "run"
+    validation_dataset: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "lr": 2e-4})
+    lr_scheduler: LRScheduler | None = None
+    loss_fn: dict[str, Any] = field(default_factory=lambda: {"_target_": "trainer.loss.MaskedCrossEntropy"})
+    step_scheduler: StepScheduler = StepScheduler()
+    distributed: Distributed = Distributed()
+    checkpoint: Checkpoint = Checkpoint()
+    packed_sequence: PackedSequence = PackedSequence()
+    dataloader: DataLoader = DataLoader()
+    clip_grad_norm: ClipGradNorm | None = ClipGradNorm()
+    wandb: dict[str, Any] | None = None
+    seed: Natural = 42
+    compile: Compile = Compile()
+    preprocess: Preprocess | None = None
+    resources: Resources = Resources()
+    container: Container | None = None
+    sweep: dict[str, list[Any]] | None = None
+    export: Export | None = Export()

@@ -1,0 +1,312 @@
+"""``_target_``: from the name of a callable to what it builds, and what names are allowed.
+
+Recipes are data that colleagues pass around, so a name is not an invitation to
+import anything: only the known libraries, our own packages and files in the
+recipe's own folder resolve, unless the user allows another by name. Reading a
+recipe imports nothing; signatures of our own code and of the user's files are
+read from the source with :mod:`ast`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recipes.errors import BadInput, did_you_mean
+
+OURS = ("trainer", "preprocess")
+LIBRARIES = ("torch", "transformers", "torchdata")
+DENIED = (
+    "torch.classes", "torch.hub", "torch.jit", "torch.load", "torch.multiprocessing", "torch.ops", "torch.package",
+    "torch.serialization", "torch.utils.cpp_extension", "torch.distributed.run", "torch.distributed.launcher",
+    "torch.distributed.elastic", "torch.distributed.rpc",
+)  # fmt: skip
+"""Names in known libraries that run code of their argument's choosing."""
+
+OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
+    "torch.optim.AdamW": dict.fromkeys(("lr", "eps", "weight_decay"), "float")
+    | {"betas": "list"}
+    | dict.fromkeys(("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"), "bool"),
+    "torch.optim.SGD": dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), "float")
+    | dict.fromkeys(("nesterov", "maximize", "foreach", "differentiable", "fused"), "bool"),
+}
+OPTIMIZER_KEYS["torch.optim.Adam"] = OPTIMIZER_KEYS["torch.optim.AdamW"] | {"decoupled_weight_decay": "bool"}
+"""What the common optimizers take (torch 2.13), so that a typo is found where torch is not installed."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a recipe's targets may reach."""
+
+    folder: Path | None = None
+    """The recipe's own folder."""
+    allow: tuple[str, ...] = ()
+    """Further roots (``my_lib``), full names, or files that the user allowed by name."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword of a callable, as its source states it."""
+
+    annotation: str
+    required: bool
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The keywords of a callable; ``open``: it takes others too (``**kwargs``)."""
+
+    parameters: Mapping[str, Parameter]
+    open: bool
+
+
+def split_target(text: str) -> tuple[str, str]:
+    """``(file, object)`` of ``file.py:object``, or ``("", dotted)`` of an import path."""
+    file, colon, name = text.rpartition(":")
+    return (file, name) if colon else ("", text)
+
+
+def check_target(text: Any, policy: Policy) -> str | None:
+    """What is wrong with a target's name, without importing anything; None where nothing is."""
+    if not isinstance(text, str) or not text.strip():
+        return "_target_ must be an import path or file.py:object"
+    file, name = split_target(text)
+    if not all(part.isidentifier() for part in name.split(".")):
+        return f"{text!r} is neither an import path (package.module.object) nor file.py:object"
+    private = [part for part in name.split(".") if part.startswith("_")]
+    if private:
+        return f"{text!r} reaches for the private name {private[0]!r}"
+    return _check_file(file, name, text, policy) if file else _check_dotted(text, policy)
+
+
+def _check_file(file: str, name: str, text: str, policy: Policy) -> str | None:
+    path = file_of(file, policy)
+    if path.suffix != ".py" or not path.is_file():
+        return f"{text!r}: there is no Python file {path}"
+    inside = policy.folder is not None and path.resolve().is_relative_to(policy.folder.resolve())
+    if not inside and not _allowed(file, policy) and str(path) not in policy.allow:
+        return f"{text!r} lies outside the recipe's folder; if you trust it, add --allow-target {file}"
+    names = _definitions(path)
+    if name.split(".")[0] not in names:
+        return f"{path} defines no {name!r}; {did_you_mean(name, names)}"
+    return None
+
+
+def _check_dotted(text: str, policy: Policy) -> str | None:
+    root = text.split(".")[0]
+    if any(text == bad or text.startswith(bad + ".") for bad in DENIED) and text not in policy.allow:
+        return f"{text!r} can run any code; if that is meant, add --allow-target {text}"
+    if root not in (*OURS, *LIBRARIES) and not _allowed(text, policy):
+        known = ", ".join((*OURS, *LIBRARIES))
+        return f"{text!r} is outside the known libraries ({known}); if you trust it, add --allow-target {root}"
+    if "." not in text:
+        return f"{text!r} is a package, not a callable in one"
+    if root in OURS and _source(text) is None:
+        return f"there is no {text!r}; {did_you_mean(text, known_targets())}"
+    return None
+
+
+def _allowed(text: str, policy: Policy) -> bool:
+    return any(text == name or text.startswith(name + ".") for name in policy.allow)
+
+
+def file_of(file: str, policy: Policy) -> Path:
+    """The path that a ``file.py:object`` target names: absolute, or relative to the recipe."""
+    return (policy.folder or Path.cwd()) / Path(file).expanduser()
+
+
+@lru_cache(maxsize=64)
+def _tree(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise BadInput(f"{path}:{getattr(error, 'lineno', 1) or 1}: not valid Python: {error}") from None
+
+
+def _definitions(path: Path) -> list[str]:
+    """Top-level names of a module that can be called: functions, classes, what it imports or assigns."""
+    names = []
+    for node in _tree(path).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def _module_file(module: str) -> Path | None:
+    """Source of one of our own modules, found beside this package without importing it."""
+    base = Path(__file__).resolve().parent.parent.joinpath(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _source(text: str) -> tuple[Path, str] | None:
+    """``(file, object)`` of a target in our own packages."""
+    module, _, name = text.rpartition(".")
+    path = _module_file(module)
+    return (path, name) if path and name in _definitions(path) else None
+
+
+def known_targets() -> list[str]:
+    """What our own packages offer as targets."""
+    return [
+        "trainer.models.gpt2.build_gpt2_model", "trainer.models.llama.build_llama_model",
+        "trainer.data.NanogptDataset", "trainer.loss.MaskedCrossEntropy",
+    ]  # fmt: skip
+
+
+def signature(text: str, policy: Policy) -> Signature | None:
+    """The keywords of a target in our own packages, in the user's file, or of a common optimizer.
+
+    None where only importing would tell: then the callable itself complains when it is built.
+    """
+    if text in OPTIMIZER_KEYS:
+        keys = {name: Parameter(kind, required=False) for name, kind in OPTIMIZER_KEYS[text].items()}
+        return Signature(keys, open=False)
+    file, name = split_target(text)
+    found = (file_of(file, policy), name) if file else _source(text)
+    if found is None:
+        return None
+    for node in _tree(found[0]).body:
+        if getattr(node, "name", None) == found[1]:
+            if isinstance(node, ast.FunctionDef):
+                return _read_arguments(node, skip=0)
+            if isinstance(node, ast.ClassDef):
+                return _class_signature(node)
+    return None
+
+
+def _class_signature(node: ast.ClassDef) -> Signature | None:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _read_arguments(item, skip=1)
+    return None
+
+
+def _read_arguments(function: ast.FunctionDef, skip: int) -> Signature:
+    spec = function.args
+    plain = [*spec.posonlyargs, *spec.args][skip:]
+    defaults: list[ast.expr | None] = [None] * (len(plain) - len(spec.defaults)) + list(spec.defaults)[-len(plain) or None :]
+    pairs = [*zip(plain, defaults, strict=False), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
+    parameters = {arg.arg: _parameter(arg, default) for arg, default in pairs if not arg.arg.startswith("_")}
+    return Signature(parameters, open=spec.kwarg is not None)
+
+
+def _parameter(arg: ast.arg, default: ast.expr | None) -> Parameter:
+    annotation = ast.unparse(arg.annotation).strip("'\"") if arg.annotation else ""
+    try:
+        value = ast.literal_eval(default) if default is not None else None
+    except ValueError:
+        value = None
+    return Parameter(annotation, required=default is None, default=value)
+
+
+def resolve(text: str, policy: Policy) -> Any:
+    """The callable behind a target's name, imported now.
+
+    Raises BadInput for a name that is refused, missing, not callable, or that
+    turns out to live outside the known libraries (``torch.os.system``).
+    """
+    problem = check_target(text, policy)
+    if problem:
+        raise BadInput(problem)
+    file, name = split_target(text)
+    if file:
+        found: Any = _import_file(file_of(file, policy))
+        for part in name.split("."):
+            found = getattr(found, part)
+    else:
+        found = _import_dotted(text, policy)
+    if not callable(found):
+        raise BadInput(f"{text!r} is a {type(found).__name__}, not something to call")
+    return found
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a user's file under a name of its own; its folder joins the end of ``sys.path`` for its neighbours."""
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    name = f"amlaunch_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"{path}: not a Python file that can be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_dotted(text: str, policy: Policy) -> Any:
+    parts = text.split(".")
+    found: Any = _import_module(parts[0], text)
+    for depth, part in enumerate(parts[1:], start=2):
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:depth]))
+            except ModuleNotFoundError:
+                raise BadInput(f"{text!r}: {'.'.join(parts[: depth - 1])} has no {part!r}; {did_you_mean(part, dir(found))}") from None
+        found = getattr(found, part)
+        _refuse_stranger(found, text, policy)
+    return found
+
+
+def _import_module(root: str, text: str) -> ModuleType:
+    try:
+        return importlib.import_module(root)
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{text!r} needs the package {error.name!r}, which is not installed here") from None
+
+
+def _refuse_stranger(found: Any, text: str, policy: Policy) -> None:
+    """A known library's namespace also holds what it imported (``torch.os``): that is not the library."""
+    home = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
+    if home is None or home.split(".")[0] in (*OURS, *LIBRARIES) or _allowed(home, policy) or _allowed(text, policy):
+        return
+    raise BadInput(f"{text!r} belongs to {home!r}, outside the known libraries; if you trust it, add --allow-target {text}")
+
+
+def build(node: Mapping[str, Any], policy: Policy, *args: Any, **extra: Any) -> Any:
+    """Call what ``node["_target_"]`` names with the other keys; nested targets are built first.
+
+    ``args`` and ``extra`` come from the program and win over the recipe's keys.
+    Raises BadInput where the callable refuses its keywords.
+    """
+    found = resolve(node["_target_"], policy)
+    keywords = {key: _build_nested(value, policy) for key, value in node.items() if key != "_target_" and key not in extra}
+    _refuse_remote_code(node, policy)
+    try:
+        return found(*args, **keywords, **extra)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise BadInput(f"{node['_target_']}: {error}") from error
+
+
+def _build_nested(value: Any, policy: Policy) -> Any:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, policy)
+        return {key: _build_nested(child, policy) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_build_nested(child, policy) for child in value]
+    return value
+
+
+def _refuse_remote_code(node: Mapping[str, Any], policy: Policy) -> None:
+    if node.get("trust_remote_code") and "trust_remote_code" not in policy.allow:
+        raise BadInput("trust_remote_code runs code from the hub; if you trust it, add --allow-target trust_remote_code")
