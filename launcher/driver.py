@@ -181,7 +181,7 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping) -> tuple[
     forwarded = False
     failed_at = 0.0
     first: int | None = None
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # a list: every rank is asked each time
         now = time.monotonic()
         if stopping.look() and not forwarded:
             _signal(ranks, signal.SIGTERM)

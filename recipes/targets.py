@@ -255,14 +255,21 @@ def _import_dotted(text: str, policy: Policy) -> Any:
     parts = text.split(".")
     found: Any = _import_module(parts[0], text)
     for depth, part in enumerate(parts[1:], start=2):
-        if isinstance(found, ModuleType) and not hasattr(found, part):
-            try:
-                importlib.import_module(".".join(parts[:depth]))
-            except ModuleNotFoundError:
-                raise BadInput(f"{text!r}: {'.'.join(parts[: depth - 1])} has no {part!r}; {did_you_mean(part, dir(found))}") from None
-        found = getattr(found, part)
+        found = _step(found, part, ".".join(parts[:depth]), text)
         _refuse_stranger(found, text, policy)
     return found
+
+
+def _step(found: Any, part: str, module: str, text: str) -> Any:
+    """An attribute, or a submodule that nobody has imported yet."""
+    if hasattr(found, part):
+        return getattr(found, part)
+    if isinstance(found, ModuleType):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError:
+            pass
+    raise BadInput(f"{text!r}: {module.rpartition('.')[0]} has no {part!r}; {did_you_mean(part, dir(found))}")
 
 
 def _import_module(root: str, text: str) -> ModuleType:

@@ -18,6 +18,10 @@ from recipes.errors import BadInput
 MAX_NODES = 100_000
 KeyPath = tuple[str, ...]
 
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
+}
+"""What PyYAML's resolver gives to untagged nodes."""
 _WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -63,6 +67,8 @@ class _Reader:
         self.count += 1
         if self.count > MAX_NODES or id(node) in self.open:
             raise BadInput(f"{self.where(node)}: aliases that refer to themselves or grow without end")
+        if node.tag not in PLAIN_TAGS:
+            raise BadInput(f"{self.where(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
         self.lines.setdefault(path, self.where(node))
         self.open.add(id(node))
         try:
@@ -71,7 +77,7 @@ class _Reader:
             if isinstance(node, yaml.SequenceNode):
                 return [self.read(child, (*path, str(i))) for i, child in enumerate(node.value)]
             assert isinstance(node, yaml.ScalarNode)  # there are only three kinds
-            return self.scalar(node)
+            return node.value if node.style else scalar(node.value)
         finally:
             self.open.discard(id(node))
 
@@ -87,11 +93,6 @@ class _Reader:
             self.lines[here] = self.where(key_node)
             values[key] = self.read(value_node, here)
         return values
-
-    def scalar(self, node: yaml.ScalarNode) -> Any:
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            raise BadInput(f"{self.where(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
-        return node.value if node.style else scalar(node.value)
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:

@@ -1,0 +1,63 @@
+"""Corpora and small look-ups that the preprocess tests share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.element import run_element
+from preprocess.parts import OutputDir, Part, read_part
+from preprocess.progress import Progress
+from preprocess.shards import open_tokens, read_ends
+from recipes.schema import Preprocess
+
+WORDS = ["the", "a", "of", "to", "naïve", "straße", "東京", "data", "model", "loss\n", "token", "3.14", "<|endoftext|>", "été", "(x)", "=", "f(y);\t", "and", "so", "it", "goes", "🎉", ""]
+
+
+def text_of(seed: int, words: int) -> str:
+    """Text that is a function of its arguments; `words` 0 is the empty text."""
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) + str(rng.randrange(1000)) * (rng.random() < 0.2) for _ in range(words))
+
+
+def corpus(folder: Path, documents: int = 40, seed: int = 0, words: int = 60) -> list[str]:
+    """Text files of many lengths, one of them empty, in subfolders; returns their texts."""
+    rng = random.Random(seed)
+    texts = []
+    for i in range(documents):
+        texts.append(text_of(seed * 1000 + i, 0 if i == 3 else rng.randrange(1, 2 * words)))
+        path = folder / f"dir{i % 3}" / f"{i:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(texts[-1].encode())
+    return texts
+
+
+def make(options: Preprocess, out: Path, elements: range | None = None, lines: list[str] | None = None) -> list[Part]:
+    """Run elements in this process, their lines of output collected."""
+    say = (lines if lines is not None else []).append
+    return [run_element(options, i, out, Progress(say=say)) for i in elements or range(options.elements)]
+
+
+def documents(out: Path, elements: int = 1, split: str | None = None) -> list[list[int]]:
+    """All documents on disk in shard order, each as its tokens, BOS included."""
+    found = []
+    for index in range(elements):
+        part = read_part(OutputDir(out), index)
+        assert part is not None
+        for entry in part.shards:
+            if split in (None, entry.split):
+                found += cut(out / entry.file)
+    return found
+
+
+def cut(path: Path) -> list[list[int]]:
+    """The documents of one shard."""
+    tokens, ends = open_tokens(path), read_ends(path)
+    return [tokens[a:b].tolist() for a, b in zip([0, *ends[:-1].astype(np.int64)], ends.astype(np.int64), strict=True)]
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """Every file of an output folder but the locks."""
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and ".lock" not in path.name}

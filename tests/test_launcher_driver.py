@@ -1,0 +1,238 @@
+"""Driver and local executor, with real processes: every end is classified, nothing outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.driver import classify
+from launcher.local import Capacity, Executor
+from launcher.machine import Machine
+from launcher.plan import Element, Needs, Plan, Stage
+from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, overall, read_run, read_stage
+from recipes.files import Lock, is_locked, read_json, read_json_lines, write_json
+from recipes.rundir import RunDir
+
+HERE = str(Path(__file__).resolve().parent)
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+
+
+def make_run(folder: Path, *stages: tuple[str, list[list[str]], Needs]) -> tuple[RunDir, Plan]:
+    """A run of stand-in stages, each after the one before."""
+    run = RunDir(folder / "runs" / "test-1")
+    built: list[Stage] = []
+    for name, elements, needs in stages:
+        after = [built[-1].name] if built else []
+        parts = [Element(str(i), "stand_in", [*words, "--element", str(run.element(name, str(i)).root)]) for i, words in enumerate(elements)]
+        built.append(Stage(name, parts, after, needs))
+    plan = Plan("test-1", built, None, str(folder))
+    write_json(run.plan, plan.to_json())
+    return run, plan
+
+
+ONE = Needs(1, 0, 1, 1)
+TWO_RANKS = Needs(1, 0, 2, 2)
+
+
+def drive(run: RunDir, stage: str = "train") -> subprocess.Popen:
+    """The driver as a process of its own, as submitit starts it."""
+    code = f"from launcher.driver import *; print(run_element({str(run.root)!r}, {stage!r}, '0', Assignment(1, ())))"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def wait_until(test, seconds: float = 10.0):
+    deadline = time.monotonic() + seconds
+    while not (found := test()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+    return found
+
+
+def pids(run: RunDir, ranks: int, stage: str = "train") -> list[int]:
+    files = [run.element(stage, "0").root / f"pid{rank}" for rank in range(ranks)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in files))
+    return [int(path.read_text()) for path in files]
+
+
+def only_state(run: RunDir, plan: Plan):
+    return read_run(run, plan)[0]
+
+
+def test_done_is_a_marker_with_outputs(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [[]], TWO_RANKS))
+    assert only_state(run, plan).state == PENDING
+    assert drive(run).communicate()[0].strip() == DONE
+    state = only_state(run, plan)
+    assert state.state == DONE and state.attempts == 1 and state.result["tokens"] == 7
+    log = run.element("train", "0").log(1, 1).read_text()
+    assert "rank 1 of 2" in log and f"in {tmp_path} threads 1" in log
+
+
+def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    drive(run).wait()
+    output = run.element("train", "0").root / "output"
+    output.write_text("mad")
+    assert only_state(run, plan).state == PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
+    output.unlink()
+    assert "is gone" in only_state(run, plan).reason
+    drive(run).wait()
+    assert only_state(run, plan).state == DONE
+
+
+@pytest.mark.parametrize(("what", "retry", "words"), [("fail", True, "rank 1 exited with code 1"), ("bad", False, "cannot work")])
+def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, words):
+    run, plan = make_run(tmp_path, ("train", [["--do", what, "--rank", "1"]], TWO_RANKS))
+    assert drive(run).communicate()[0].strip() == FAILED
+    state = only_state(run, plan)
+    end = read_json_lines(run.element("train", "0").attempts)[-1]
+    assert (state.state, state.rank, end["retry"]) == (FAILED, 1, retry) and words in state.reason
+
+
+def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
+    run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))
+    driver = drive(run)
+    found = pids(run, 2)
+    os.kill(found[1], signal.SIGKILL)
+    driver.communicate(timeout=20)
+    state = only_state(run, plan)
+    assert state.state == FAILED and state.rank == 1 and "SIGKILL" in state.reason
+    assert not any(psutil.pid_exists(pid) for pid in found)
+
+
+def test_stop_soon_by_signal_and_by_file(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))
+    for ask in (lambda driver: driver.send_signal(signal.SIGTERM), lambda driver: run.element("train", "0").stop.touch()):
+        driver = drive(run)
+        pids(run, 2)
+        wait_until(lambda: only_state(run, plan).state == RUNNING)
+        ask(driver)
+        assert driver.communicate(timeout=10)[0].strip() == STOPPED
+        assert only_state(run, plan).state == STOPPED
+        for name in ("pid0", "pid1"):
+            (run.element("train", "0").root / name).unlink()
+    assert only_state(run, plan).attempts == 2
+
+
+def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], TWO_RANKS))
+    driver = drive(run)
+    found = pids(run, 2)
+    assert only_state(run, plan).state == RUNNING
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in found))
+    wait_until(lambda: not is_locked(run.element("train", "0").lock))
+    state = only_state(run, plan)
+    assert state.state == DIED and "without a word" in state.reason
+
+
+def test_a_second_driver_leaves_a_running_element_alone(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
+    first = drive(run)
+    pids(run, 1)
+    assert drive(run).communicate()[0].strip() == PENDING
+    assert first.communicate()[0].strip() == DONE
+    assert only_state(run, plan).attempts == 1
+
+
+def test_an_element_stops_when_nobody_waits_for_it_any_more(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+    holder = Lock(run.lock)
+    assert holder.acquire()
+    code = f"from launcher.driver import *; run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    pids(run, 1)
+    time.sleep(0.3)
+    assert driver.poll() is None
+    holder.release()
+    driver.wait(timeout=10)
+    assert only_state(run, plan).state == STOPPED
+
+
+def executor(run: RunDir, plan: Plan, cpus: int = 2, gpus: tuple[str, ...] = ()) -> Executor:
+    return Executor(run, plan, Machine(cpus, gpus), lambda stage, states: None)
+
+
+def test_stages_run_in_turn_and_only_what_is_not_done(tmp_path):
+    run, plan = make_run(tmp_path, ("preprocess", [[], []], ONE), ("train", [[]], TWO_RANKS))
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert executor(run, plan).execute(plan.stages)
+    assert [state.state for state in read_run(run, plan)] == [DONE] * 3
+    (run.element("preprocess", "1").root / "output").unlink()
+    assert executor(run, plan).execute(plan.stages)
+    assert [state.attempts for state in read_run(run, plan)] == [1, 2, 1]
+
+
+def test_a_failed_stage_never_lets_the_next_one_start(tmp_path):
+    run, plan = make_run(tmp_path, ("preprocess", [[], ["--do", "fail"]], ONE), ("train", [[]], ONE))
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert not executor(run, plan).execute(plan.stages)
+    states = read_run(run, plan)
+    assert [state.state for state in states] == [DONE, FAILED, PENDING] and overall(states) == FAILED
+
+
+def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
+    leftover = drive(run)
+    pids(run, 1)
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert executor(run, plan).execute(plan.stages)
+    leftover.wait()
+    assert read_stage(run, plan.stages[0])[0].attempts == 1
+    # and one that ends unfinished is started again, by us
+    run.element("train", "0").done.unlink()
+    leftover = drive(run)
+    pids(run, 1)
+    wait_until(lambda: is_locked(run.element("train", "0").lock))
+    run.element("train", "0").stop.touch()
+    assert executor(run, plan).execute(plan.stages)
+    leftover.wait()
+    assert read_stage(run, plan.stages[0])[0].attempts == 3
+
+
+def test_gpus_are_given_out_once(tmp_path):
+    capacity = Capacity(4, 4, ["0", "1", "2", "3"])
+    needs = Needs(1, 2, 2, 1)
+    first, second = capacity.take("a", needs, ""), capacity.take("b", needs, "")
+    assert set(first.gpus) | set(second.gpus) == {"0", "1", "2", "3"}
+    assert capacity.take("c", needs, "") is None
+    capacity.give_back("a")
+    assert capacity.take("c", needs, "").gpus == first.gpus
+    assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, "an element may ask for more CPUs than there are"
+
+
+@pytest.mark.parametrize(
+    ("codes", "first", "result", "outcome"),
+    [
+        ([0, 0], None, {}, DONE), ([0, 0], None, None, FAILED), ([75, 75], None, None, STOPPED), ([0, 75], None, None, STOPPED),
+        ([1, -9], 0, {}, FAILED), ([75, -9], 1, None, FAILED), ([-6, 0], 0, {}, FAILED),
+    ],
+)  # fmt: skip
+def test_exit_codes(codes, first, result, outcome):
+    assert classify(codes, first, result)["outcome"] == outcome
+
+
+def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):
+    """Exit code 0 without a result is a failure: nothing is believed because it is absent."""
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    plan_json = read_json(run.plan)
+    plan_json["stages"][0]["elements"][0].update(module="platform", arguments=["--element", str(run.element("train", "0").root)])
+    write_json(run.plan, plan_json)
+    assert drive(run).communicate()[0].strip() == FAILED
+    assert not run.element("train", "0").done.exists()

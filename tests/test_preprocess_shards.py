@@ -1,0 +1,134 @@
+"""The shard format, byte by byte, and every way a file can be no shard."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess import shards
+from preprocess.shards import ShardHeader, open_tokens, read_ends, read_header, read_manifest, token_dtype, write_shard
+from recipes.errors import BadInput
+
+
+def put(path: Path, ints: list[int], body: bytes) -> Path:
+    path.write_bytes(struct.pack("<256i", *ints, *[0] * (256 - len(ints))) + body)
+    return path
+
+
+def test_header_bytes_are_llm_c_s_with_size_and_documents_in_spare_ints(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000-00000.bin"
+    assert write_shard(path, [np.array([50256, 1, 2]), np.array([50256])], token_dtype(50257)) == ShardHeader(4, 2, 2)
+    raw = path.read_bytes()
+    assert struct.unpack("<256i", raw[:1024]) == (20240520, 1, 4, 2, 2, *[0] * 251)
+    assert raw[1024:] == struct.pack("<4H", 50256, 1, 2, 50256)
+    assert path.with_suffix(".idx").read_bytes() == struct.pack("<2Q", 3, 4)
+
+
+def test_large_vocabularies_take_four_bytes_and_nemo_s_magic(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    write_shard(path, [np.array([100257, 70000])], token_dtype(100277))
+    raw = path.read_bytes()
+    assert struct.unpack("<5i", raw[:20]) == (278895051, 1, 2, 4, 1)
+    assert raw[1024:] == struct.pack("<2I", 100257, 70000)
+    assert open_tokens(path).dtype == np.uint32
+
+
+@pytest.mark.parametrize(("n_vocab", "size"), [(2**16 - 1, 2), (2**16, 2), (2**16 + 1, 4)])
+def test_two_bytes_hold_exactly_65536_ids(n_vocab: int, size: int) -> None:
+    assert token_dtype(n_vocab).itemsize == size
+
+
+@given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=30), min_size=1, max_size=20))
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[list[int]]) -> None:
+    path = tmp_path_factory.mktemp("shard") / "x.bin"
+    write_shard(path, [np.array(text, dtype=np.uint16) for text in texts], np.dtype("<u2"))
+    ends = read_ends(path).tolist()
+    tokens = open_tokens(path)
+    assert [tokens[a:b].tolist() for a, b in zip([0, *ends[:-1]], ends, strict=True)] == texts
+
+
+@pytest.mark.parametrize(
+    ("ints", "body", "header"),
+    [
+        ([20240520, 1, 3], bytes(6), ShardHeader(3, 2, None)),  # llm.c
+        ([278895051, 1, 3, 2], bytes(6), ShardHeader(3, 2, None)),  # NeMo
+        ([278895051, 1, 3, 4], bytes(12), ShardHeader(3, 4, None)),  # NeMo, large vocabulary
+    ],
+)
+def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, header: ShardHeader) -> None:
+    assert read_header(put(tmp_path / "x.bin", ints, body)) == header
+
+
+@pytest.mark.parametrize(
+    ("ints", "body", "says"),
+    [
+        ([20240520, 1, 3, 2], bytes(5), "truncated: 1029 bytes on disk, 1030 expected"),
+        ([20240520, 1, 3, 2], bytes(8), "longer than its header says"),
+        ([20240520, 1, 3, 4], bytes(6), "truncated"),
+        ([20240520, 1, 0, 2], b"", "counts 0 tokens"),
+        ([20240520, 1, -5, 2], b"", "counts -5 tokens"),
+        ([20240520, 2, 3, 2], bytes(6), "version 2"),
+        ([20240520, 1, 3, 8], bytes(24), "8 bytes a token"),
+        ([278895051, 1, 3, 0], bytes(6), "0 bytes a token"),
+        ([1179403647, 1, 3, 2], bytes(6), "not a token shard: begins with 1179403647"),
+    ],
+)
+def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, ints: list[int], body: bytes, says: str) -> None:
+    path = put(tmp_path / "some.bin", ints, body)
+    with pytest.raises(BadInput, match="some.bin") as error:
+        open_tokens(path)
+    assert says in str(error.value)
+
+
+def test_missing_empty_and_short_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.bin: cannot be read \(No such file"):
+        read_header(tmp_path / "none.bin")
+    for size in (0, 1023):
+        (tmp_path / "x.bin").write_bytes(bytes(size))
+        with pytest.raises(BadInput, match=f"{size} bytes are too few"):
+            read_header(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (struct.pack("<2Q", 3, 5), "does not belong"),
+        (struct.pack("<1Q", 4), "does not belong"),  # the header counts two documents
+        (struct.pack("<2Q", 4, 4), "does not belong"),
+        (struct.pack("<2Q", 0, 4), "does not belong"),
+        (b"", "does not belong"),
+        (bytes(9), "truncated"),
+    ],
+)
+def test_an_index_of_another_shard_is_refused(tmp_path: Path, raw: bytes, says: str) -> None:
+    path = tmp_path / "x.bin"
+    write_shard(path, [np.array([9, 1, 2]), np.array([9])], np.dtype("<u2"))
+    path.with_suffix(".idx").write_bytes(raw)
+    with pytest.raises(BadInput, match=says):
+        read_ends(path)
+
+
+def test_more_tokens_than_int32_counts_are_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_TOKENS", 5)
+    with pytest.raises(BadInput, match="at most 5 tokens"):
+        write_shard(tmp_path / "x.bin", [np.arange(3), np.arange(3)], np.dtype("<u2"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_refusals(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"manifest.json: no such file: run the preprocess and verify"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="not valid JSON"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 99, "splits": {}}))
+    with pytest.raises(BadInput, match="not a manifest of version 1"):
+        read_manifest(tmp_path)

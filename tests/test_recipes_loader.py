@@ -1,0 +1,325 @@
+"""A recipe is read whole or refused with file, line and the nearest valid name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from recipes.errors import BadInput
+from recipes.library import find_recipe, shipped, summary
+from recipes.loader import check_batch, load
+from recipes.schema import parse_count, parse_minutes
+from recipes.targets import OPTIMIZER_KEYS, Policy, build, check_target, known_targets, resolve, signature
+
+MINIMAL = """\
+model:
+  _target_: my_models.py:build
+  n_embd: 64
+  n_head: 4
+dataset:
+  file_pattern: data/*.bin
+  seq_len: 32
+"""
+MODELS = """\
+def build(*, n_embd: int = 32, n_head: int = 2, n_positions: int = 64, dropout: float = 0.0, act: str | None = None):
+    return ("model", n_embd, n_head)
+
+def _private():
+    return None
+
+class Config:
+    def __init__(self, width: int, tag="x"):
+        self.width = width
+
+not_callable = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "my_models.py").write_text(MODELS)
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str, **options) -> str:
+    with pytest.raises(BadInput) as caught:
+        load(write(folder, text), overrides, **options)
+    return str(caught.value)
+
+
+def test_defaults_make_a_short_recipe_whole(folder):
+    recipe = load(write(folder, MINIMAL)).recipe
+    assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 2e-4}  # as in the guide
+    assert recipe.dataset["_target_"] == "trainer.data.NanogptDataset"
+    assert recipe.distributed.strategy == "fsdp2" and recipe.distributed.dp_size is None
+
+
+@pytest.mark.parametrize(
+    ("add", "line", "words"),
+    [
+        ("step_scheduler:\n  max_stps: 3\n", 9, "did you mean 'max_steps'"),
+        ("step_schedule:\n  max_steps: 3\n", 8, "did you mean 'step_scheduler'"),
+        ("step_scheduler:\n  max_steps: lots\n", 9, "expected a whole number of at least 1, found 'lots'"),
+        ("step_scheduler:\n  max_steps: 0\n", 9, "at least 1"),
+        ("step_scheduler:\n  max_steps: true\n", 9, "found True"),
+        ("seed: -1\n", 8, "0 or more"),
+        ("distributed:\n  strategy: fsdp\n", 9, "one of fsdp2, ddp, none"),
+        ("distributed: fsdp2\n", 8, "expected a section with keys"),
+        ("optimizer:\n  _target_: torch.optim.AdamW\n  learning_rate: 3\n", 10, "unknown key of torch.optim.AdamW"),
+        ("optimizer:\n  _target_: torch.optim.AdamW\n  lr: fast\n", 10, "expected float"),
+        ("step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n", 9, "do not divide"),
+        ("step_scheduler:\n  grad_acc_steps: 4\n", 9, "write global_batch_size"),
+        ("distributed:\n  tp_size: 2\n", 9, "data parallelism alone"),
+        ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
+        ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
+        ("preprocess:\n  tokenizer: gpt2\n", 8, "either dataset"),
+        ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
+        ("resources:\n  train:\n    time: soon\n", 10, "04:00:00"),
+        ("name: a/b\n", 8, "names a folder"),
+        ("wandb:\n  api_key: abc\n", 9, "export API_KEY"),
+        ("sweep:\n  optimizer.lrr: [1, 2]\n", 9, "unknown key"),
+        ("sweep:\n  optimizer.lr: []\n", 9, "empty list"),
+        ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(folder, add, line, words):
+    message = problems(folder, MINIMAL + add)
+    assert f"r.yaml:{line}: " in message and words in message
+
+
+def test_keys_of_a_users_own_callable_are_checked_without_importing_it(folder):
+    (folder / "my_models.py").write_text("raise SystemExit('imported')\n" + MODELS)
+    message = problems(folder, MINIMAL, "--model.n_layr", "3", "--model.n_head=two")
+    assert "--model.n_layr=3: model.n_layr: unknown key" in message and "expected int, found 'two'" in message
+
+
+def test_all_problems_come_at_once(folder):
+    message = problems(folder, MINIMAL + "seed: x\nnam: y\n", "--step_scheduler.max_steps=no")
+    assert len(message.splitlines()) == 3
+
+
+def test_what_must_hold_between_keys(folder):
+    assert "n_embd: 64 is not divisible by n_head 5" in problems(folder, MINIMAL, "--model.n_head", "5")
+    assert "beyond the model's context of 64" in problems(folder, MINIMAL, "--dataset.seq_len", "65")
+    assert "beyond the model's context of 16" in problems(folder, MINIMAL, "--model.n_positions", "16")
+    assert "no preprocess section" in problems(folder, MINIMAL.replace("  file_pattern: data/*.bin\n", ""))
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (2, True), (3, False), (4, True), (8, False)])
+def test_the_global_batch_must_divide(folder, ranks, fits):
+    recipe = load(write(folder, MINIMAL), ["--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=2"]).recipe
+    message = check_batch(recipe, ranks)
+    assert (message is None) == fits
+    if ranks == 3:
+        assert "write 6 or 12" in message
+
+
+def test_numbers_and_none_are_what_the_guide_writes(folder):
+    recipe = load(write(folder, MINIMAL), ["--distributed.dp_size", "none", "--step_scheduler.max_steps", "1e3", "--optimizer.lr", "1e-4"]).recipe
+    assert recipe.distributed.dp_size is None
+    assert recipe.step_scheduler.max_steps == 1000 and isinstance(recipe.step_scheduler.max_steps, int)
+    assert recipe.optimizer["lr"] == 1e-4
+
+
+def test_an_override_of_a_list_item(folder):
+    text = MINIMAL + "optimizer:\n  _target_: torch.optim.AdamW\n  betas: [0.9, 0.95]\n"
+    assert load(write(folder, text), ["--optimizer.betas.0", "0.8"]).recipe.optimizer["betas"] == [0.8, 0.95]
+
+
+def test_a_stored_recipe_is_the_same_recipe(folder):
+    first = load(write(folder, MINIMAL), ["--name", "123abc", "--optimizer.lr", "1e-5", "--seed", "7"])
+    again = load(write(folder, first.text()))
+    assert again.recipe == first.recipe and again.fingerprint() == first.fingerprint()
+
+
+def test_the_fingerprint_is_of_what_is_computed(folder):
+    base = load(write(folder, MINIMAL)).fingerprint()
+    assert load(write(folder, MINIMAL), ["--resources.train.cpus=3", "--name=other"]).fingerprint() == base
+    assert load(write(folder, MINIMAL), ["--seed=3"]).fingerprint() != base
+
+
+class TestVariables:
+    TEXT = MINIMAL + "wandb:\n  project: ${PROJECT_X:-mine}\n  api_key: ${SECRET_X}\n"
+
+    def test_defaults_and_values(self, folder, monkeypatch):
+        monkeypatch.setenv("SECRET_X", "hunter2")
+        monkeypatch.setenv("LR_X", "3e-3")
+        loaded = load(write(folder, self.TEXT), ["--optimizer.lr=${LR_X}"], job_start=True)
+        assert loaded.recipe.wandb == {"project": "mine", "api_key": "hunter2"} and loaded.recipe.optimizer["lr"] == 3e-3
+        assert "hunter2" not in loaded.text() and "${SECRET_X}" in loaded.text()
+
+    def test_a_secret_may_be_unknown_until_the_job_starts(self, folder, monkeypatch):
+        monkeypatch.delenv("SECRET_X", raising=False)
+        assert load(write(folder, self.TEXT)).recipe.wandb["api_key"] == "${SECRET_X}"
+        assert "SECRET_X is not set" in problems(folder, self.TEXT, job_start=True)
+
+    def test_a_number_must_be_known_to_plan(self, folder):
+        assert "NOT_SET_X is not set" in problems(folder, MINIMAL, "--seed=${NOT_SET_X}")
+
+    def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
+        found = set()
+        for seed, secret in (("1", "a"), ("1", "b"), ("2", "b")):
+            monkeypatch.setenv("SEED_X", seed)
+            monkeypatch.setenv("MY_TOKEN", secret)
+            found.add(load(write(folder, MINIMAL), ["--seed=${SEED_X}", "--model.act=${MY_TOKEN}"]).fingerprint())
+        assert len(found) == 2
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        "name",
+        ["os.system", "subprocess.run", "builtins.eval", "torch.hub.load", "torch.load", "torch.utils.cpp_extension.load",
+         "trainer.loss._private", "torch._C.x", "my_models.py:_private", "torch", "not a name", "a..b", "/etc/passwd:x", "my_models.py:nothing",
+         "missing.py:x", "trainer.models.gpt3.build"],
+    )  # fmt: skip
+    def test_refused_by_name(self, folder, name):
+        assert check_target(name, Policy(folder))
+
+    @pytest.mark.parametrize("name", ["torch.os.system", "torch.optim.optimizer.functools.partial", "torch.optim.optimizer.cast", "torch.utils.data.dataloader.os.remove"])
+    def test_refused_when_resolved(self, folder, name):
+        """A library's namespace also holds what it imported."""
+        with pytest.raises(BadInput, match="outside the known libraries"):
+            resolve(name, Policy(folder))
+
+    def test_a_file_elsewhere_needs_permission(self, folder, tmp_path_factory):
+        other = tmp_path_factory.mktemp("other") / "mine.py"
+        other.write_text(MODELS)
+        name = f"{other}:build"
+        assert "--allow-target" in check_target(name, Policy(folder))
+        assert check_target(name, Policy(folder, (str(other),))) is None
+        assert check_target(f"../{other.parent.name}/mine.py:build", Policy(folder))
+
+    def test_permission_by_name(self, folder):
+        assert "--allow-target collections" in check_target("collections.OrderedDict", Policy(folder))
+        assert resolve("collections.OrderedDict", Policy(folder, ("collections",)))
+
+    def test_nested_targets_are_built_first(self, folder):
+        node = {"_target_": "my_models.py:Config", "width": {"_target_": "my_models.py:build", "n_embd": 8}, "tag": [1, {"a": 2}]}
+        built = build(node, Policy(folder))
+        assert built.width == ("model", 8, 2)
+
+    def test_wrong_keywords_are_bad_input(self, folder):
+        with pytest.raises(BadInput, match="unexpected keyword"):
+            build({"_target_": "my_models.py:Config", "width": 1, "hight": 2}, Policy(folder))
+        with pytest.raises(BadInput, match="not something to call"):
+            resolve("my_models.py:not_callable", Policy(folder))
+
+    def test_code_from_the_hub_needs_permission(self, folder):
+        with pytest.raises(BadInput, match="trust_remote_code"):
+            build({"_target_": "my_models.py:Config", "width": 1, "trust_remote_code": True}, Policy(folder))
+
+    def test_the_tables_say_what_torch_says(self):
+        """A key that torch has and we do not would be refused; one that we have and torch does not, too late."""
+        import inspect
+
+        for name, keys in OPTIMIZER_KEYS.items():
+            real = set(inspect.signature(resolve(name, Policy())).parameters) - {"params"}
+            assert set(keys) == real, name
+
+    def test_our_own_targets_can_be_read(self):
+        for name in known_targets():
+            assert check_target(name, Policy()) is None and signature(name, Policy()) is not None, name
+
+
+def test_the_guides_spellings_are_translated(folder):
+    text = """\
+        recipe: TrainFinetuneRecipeForNextTokenPrediction
+        rng: {_target_: nemo_automodel.components.training.rng.StatefulRNG, seed: 7, ranked: true}
+        dist_env: {backend: nccl, timeout_minutes: 1}
+        model:
+          _target_: nemo_AutoModel.components.models.gpt2.build_gpt2_model
+          n_embd: 64
+          n_head: 4
+        dataset:
+          _target_: nemo_automodel.components.datasets.llm.nanogpt_dataset.NanogptDataset
+          file_pattern: data/dataset.bin
+          seq_len: 128
+        loss_fn: {_target_: nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy}
+        dataloader:
+          _target_: torchdata.stateful_dataloader.StatefulDataLoader
+          batch_size: 8
+          collate_fn: nemo_automodel.components.datasets.utils.default_collater
+          shuffle: false
+        optimizer:
+          _target_: transformer_engine.pytorch.optimizers.fused_adam.FusedAdam
+          lr: 1.0e-4
+          master_weights: true
+        distributed: {_target_: nemo_automodel.components.distributed.fsdp2.FSDP2Manager, dp_size: none, tp_size: 1}
+        checkpoint: {model_save_format: safetensors, save_consolidated: true}
+        """
+    loaded = load(write(folder, text))
+    recipe = loaded.recipe
+    assert recipe.model["_target_"] == "trainer.models.gpt2.build_gpt2_model"
+    assert recipe.dataset["_target_"] == "trainer.data.NanogptDataset"
+    assert recipe.loss_fn["_target_"] == "trainer.loss.MaskedCrossEntropy"
+    assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 1e-4}
+    assert (recipe.distributed.strategy, recipe.distributed.timeout_minutes, recipe.seed) == ("fsdp2", 1, 7)
+    assert recipe.step_scheduler.local_batch_size == 8
+    notes = "\n".join(loaded.notes)
+    for line in (1, 2, 3, 5, 9, 12, 14, 15, 16, 17, 19, 21, 22, 23):
+        assert f"r.yaml:{line}: " in notes, line
+
+
+def test_a_name_of_the_guide_without_counterpart_says_what_to_write(folder):
+    message = problems(folder, MINIMAL + "loss_fn:\n  _target_: nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy\n")
+    assert "r.yaml:9" in message and "trainer.loss.MaskedCrossEntropy" in message
+
+
+@pytest.mark.parametrize(("text", "value"), [("500M", 500_000_000), ("1.5B", 1_500_000_000), ("2k", 2000), (7, 7), ("1e3", 1000), ("1_000", 1000), (1e6, 10**6), (3 * 10**18, 3 * 10**18)])
+def test_counts(text, value):
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5", "1X", True, None, "0.0001K"])
+def test_not_counts(text):
+    with pytest.raises(ValueError, match="500M"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("04:00:00", 240), ("1-12:00:00", 2160), ("2-6", 3240), (90, 90), ("30:30", 31), ("00:00:01", 1), ("1-0:30", 1470)])
+def test_times_are_slurms(text, value):
+    assert parse_minutes(text) == value
+
+
+class TestLibrary:
+    def test_every_shipped_recipe_loads(self):
+        assert set(shipped()) >= {"quickstart", "nanogpt", "llama-350m", "llama-1.3b"}
+        for path in shipped().values():
+            assert load(path).recipe.name == path.stem and summary(path)
+
+    @pytest.mark.parametrize("name", ["nanogpt", "nanogpt.yaml", "recipes/nanogpt.yaml"])
+    def test_found_from_any_folder(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert find_recipe(name) == shipped()["nanogpt"]
+
+    def test_a_users_file_wins(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "nanogpt.yaml").write_text("x: 1")
+        assert find_recipe("nanogpt.yaml") == Path("nanogpt.yaml")
+
+    def test_an_unknown_name_has_a_neighbour(self):
+        with pytest.raises(BadInput, match="did you mean 'nanogpt'"):
+            find_recipe("nanogtp")
+
+
+def test_reading_a_recipe_imports_nothing_heavy(root):
+    code = (
+        "import sys; from pathlib import Path; from recipes.loader import load; from recipes.library import shipped\n"
+        "[load(path) for path in shipped().values()]\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'trainer', 'preprocess'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    assert ast.literal_eval(found.stdout.replace("set()", "{}")) == {}
