@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     if text:
         lines += [f"last lines of rank {rank} ({log}):", *(f"  | {part}" for part in text)]
     return [*lines, f"next: {next_command}"]
+
+
+def console() -> Any:
+    """A rich console that, piped into a file, does not break lines at 80 columns."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:

@@ -53,10 +53,9 @@ class LiveReport:
     """A table of the elements that run, redrawn in place; starts and ends stay above it as lines."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        self.console = Console(highlight=False)
+        self.console = describe.console()
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self.lines = PlainReport(self.say, seconds=None)
 

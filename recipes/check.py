@@ -19,7 +19,7 @@ HINTS: dict[KeyPath, str] = {
 }
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 TARGET_SECTIONS = ("model", "dataset", "validation_dataset", "optimizer", "loss_fn")
-DEFAULT_TARGETS = {"dataset": "trainer.data.NanogptDataset", "validation_dataset": "trainer.data.NanogptDataset"}
+DATASET = {"_target_": "trainer.data.NanogptDataset"}
 
 
 class Checker:
@@ -55,6 +55,8 @@ class Checker:
             if key not in fields:
                 self.problem((*path, key), f"unknown key; {HINTS.get((*path, key)) or did_you_mean(key, fields)}")
                 continue
+            if not path and key in TARGET_SECTIONS and isinstance(child, Mapping) and "_target_" not in child:
+                child = {**_default(fields[key]), **child}
             built[key] = self.value(hints[key], child, (*path, key))
         for name, field in fields.items():
             if name not in value and field.default is field.default_factory is dataclasses.MISSING:
@@ -67,7 +69,7 @@ class Checker:
         if len(path) == 1 and path[0] in TARGET_SECTIONS and isinstance(value, Mapping):
             return self.target(value, path)
         if has_placeholder(value):
-            value = self._expanded(value, path, needed=not any(_base(option) is str for option in options))
+            value = self._expanded(value, path, needed=not any(_base(option) in (str, Any) for option in options))
             if has_placeholder(value):
                 return value
         if type(None) in options and (value is None or value == "none"):  # the guide writes dp_size: none
@@ -135,7 +137,7 @@ class Checker:
 
     def target(self, node: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
         """A mapping with ``_target_``: its name must be allowed, its keys must be the callable's own."""
-        name = node.get("_target_", DEFAULT_TARGETS.get(path[-1]))
+        name = node.get("_target_")
         keys = {key: self.open(child, (*path, key)) for key, child in node.items() if key != "_target_"}
         if name is None:
             self.problem(path, "no _target_ that says what builds it")
@@ -162,6 +164,13 @@ class Checker:
             for key, known in found.parameters.items():
                 if known.required and key not in keys:
                     self.problem(path, f"{name} needs {key!r}")
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What a section that only some keys are given for starts from."""
+    if field.name.endswith("dataset"):
+        return DATASET
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else {}
 
 
 def fits(value: Any, annotation: str) -> bool:

@@ -143,14 +143,7 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    if value != value or value in (float("inf"), float("-inf")):
-        return yaml.SafeDumper.represent_float(dumper, value)
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
-
-
 _Dumper.add_representer(str, _represent_str)
-_Dumper.add_representer(float, _represent_float)
 
 
 def dump(value: Any) -> str:

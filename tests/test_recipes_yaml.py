@@ -63,7 +63,7 @@ def test_every_path_has_its_line():
     assert lines[("a", "b")] == "r.yaml:2" and lines[("a", "c", "1", "d")] == "r.yaml:5"
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from([1e-5, -1e-300, 1e22]) | st.text()
 TREES = st.recursive(
     SCALARS, lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1), child, max_size=3), max_leaves=12
 )

@@ -34,7 +34,6 @@ def run(options: argparse.Namespace) -> int:
 
 def print_plan(plan: Plan, done: set[tuple[str, str]]) -> None:
     """A table of the stages."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("stage", "elements", "after", "each element has", "skipped", box=None, padding=(0, 2, 0, 0), title=f"plan of {plan.run_id}", title_justify="left")
@@ -42,7 +41,7 @@ def print_plan(plan: Plan, done: set[tuple[str, str]]) -> None:
         skipped = sum((stage.name, element.name) in done for element in stage.elements)
         words = f"{skipped} of {len(stage.elements)} done" if skipped else ""
         table.add_row(stage.name, elements(stage), ", ".join(stage.after), needs(stage), words)
-    Console(highlight=False).print(table)
+    describe.console().print(table)
 
 
 def elements(stage: Stage) -> str:

@@ -57,9 +57,7 @@ def _print(found: list[Shown], options: argparse.Namespace) -> None:
     if not found:
         print(f"no runs in {runs_root(options.runs)}; amlaunch local starts one")
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = describe.console()
     for part in _view(found, bool(options.run)):
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
 
