@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from recipes.errors import BAD_INPUT, BadInput
+from recipes.errors import BAD_INPUT, FAILED, BadInput
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_exit_codes(codes, first, result, outcome):
 
 def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):
     """Exit code 0 without a result is a failure: nothing is believed because it is absent."""
-    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    run, _ = make_run(tmp_path, ("train", [[]], ONE))
     plan_json = read_json(run.plan)
     plan_json["stages"][0]["elements"][0].update(module="platform", arguments=["--element", str(run.element("train", "0").root)])
     write_json(run.plan, plan_json)

@@ -33,21 +33,28 @@ def run(options: argparse.Namespace) -> int:
     """Run all stages that are not done; exit code as in ``amlaunch --help``."""
     loaded, plan, machine = prepare(options)
     run_dir = RunDir(runs_root(options.runs) / plan.run_id)
-    report = make_report(options.json)
+    stages = [plan.stage(options.stage)] if options.stage else plan.stages
+    _check_input(run_dir, plan, stages)
     lock = Lock(run_dir.lock)
-    if not lock.acquire():
+    if not _acquire(lock, run_dir):
         raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with amlaunch logs {plan.run_id} -f")
     try:
-        return _carry_out(options, loaded, plan, machine, run_dir, report)
+        return _carry_out(options, loaded, plan, machine, run_dir, stages)
     finally:
         lock.release()
 
 
+def _acquire(lock: Lock, run_dir: RunDir) -> bool:
+    try:
+        return lock.acquire()
+    except OSError as error:
+        raise BadInput(f"{run_dir.root}: cannot be written: {error.strerror}; --runs DIR puts runs elsewhere") from None
+
+
 def _carry_out(
-    options: argparse.Namespace, loaded: Loaded, plan: Plan, machine: Machine, run_dir: RunDir, report: PlainReport | LiveReport
+    options: argparse.Namespace, loaded: Loaded, plan: Plan, machine: Machine, run_dir: RunDir, stages: list[Stage]
 ) -> int:
-    stages = [plan.stage(options.stage)] if options.stage else plan.stages
-    _check_input(run_dir, plan, stages)
+    report = make_report(options.json)
     if not options.recipe:
         report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
     for note in notes(loaded, plan, machine):

@@ -1,0 +1,169 @@
+"""The command line as a user meets it: quick, light, and helpful when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import build_parser, split_overrides
+from launcher.create import redact
+from launcher.describe import count, duration
+from launcher.plan import Plan
+from launcher.planner import Site, make_plan
+from launcher.snapshot import take_snapshot
+from recipes.errors import BadInput
+from recipes.library import shipped
+from recipes.loader import load
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "launcher", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+
+
+def test_start_is_quick_and_light(tmp_path):
+    """A login node has no torch, and a user has no patience: the bound is 150 ms, the best of several tries."""
+    for words in (["--help"], ["status"]):
+        best = min(_timed(words, tmp_path) for _ in range(5))
+        assert best < 0.15, words
+    code = (
+        "import sys\nfrom launcher.__main__ import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'datasets', 'tiktoken', 'submitit', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    for words in (["--help"], ["status"], ["recipes"], ["show", "quickstart"]):
+        found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert "HEAVY []" in found.stdout, (words, found.stdout[-300:], found.stderr)
+
+
+def _timed(words: list[str], cwd: Path) -> float:
+    began = time.perf_counter()
+    assert amlaunch(*words, cwd=cwd).returncode == 0
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local", "quikstart"], "did you mean 'quickstart'"),
+        (["local", "quickstart", "--gpu", "1"], "unknown option --gpu; did you mean '--gpus'"),
+        (["local", "quickstart", "--model.n_layr", "6"], "--model.n_layr=6: model.n_layr: unknown key"),
+        (["local", "quickstart", "--model.n_layer"], "has no value"),
+        (["local", "quickstart", "--stage", "trian"], "it has preprocess, verify, train, export"),
+        (["local", "quickstart", "--gpus", "99"], "--gpus 0 runs on the CPU"),
+        (["local", "quickstart", "--step_scheduler.global_batch_size", "48"], "does not divide over 2 ranks"),
+        (["local", "quickstart", "--stage", "train"], "needs stage verify, which is not done"),
+        (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
+        (["status", "nothing"], "no run 'nothing'"),
+        (["logs", "nothing"], "there are none yet"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["local", "quickstart", "--runs", "/dev/null/x"], "/dev/null"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_2(tmp_path, words, message):
+    found = amlaunch(*words, cwd=tmp_path)
+    assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is written before the input is known to be good"
+
+
+def test_a_users_own_modules_do_not_take_our_place(tmp_path):
+    for name in ("trainer", "launcher", "recipes", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    found = amlaunch("show", "quickstart", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
+def test_show_prints_a_recipe_that_loads_again(tmp_path):
+    found = amlaunch("show", "quickstart", "--optimizer.lr", "1e-5", "--json", cwd=tmp_path)
+    shown = json.loads(found.stdout)
+    assert shown["recipe"]["optimizer"]["lr"] == 1e-5
+    assert [stage["name"] for stage in shown["plan"]["stages"]] == ["preprocess", "verify", "train", "export"]
+    assert not list(tmp_path.iterdir()), "show writes nothing"
+
+
+def test_overrides_are_told_from_arguments():
+    commands = next(action for action in build_parser()._actions if action.choices)
+    parser = commands.choices["local"]
+    words = ["--model.n_layer", "6", "nanogpt", "--gpus", "2", "--seed=3", "--json", "--optimizer.betas.0", "-1"]
+    assert split_overrides(parser, words) == (
+        ["nanogpt", "--gpus", "2", "--json"],
+        ["--model.n_layer", "6", "--seed=3", "--optimizer.betas.0", "-1"],
+    )
+
+
+class TestPlan:
+    def site(self, tmp_path, **more):
+        return Site(**{"runs": tmp_path / "runs", "cwd": tmp_path, "gpus": 0, "cpus": 4, **more})
+
+    def test_it_survives_json(self, tmp_path):
+        plan = make_plan(load(shipped()["quickstart"]), self.site(tmp_path))
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+    def test_a_sweep_is_an_array_that_shares_its_data(self, tmp_path):
+        loaded = load(shipped()["quickstart"], ["--sweep", "{optimizer.lr: [1e-3, 3e-3], seed: [1, 2]}"])
+        plan = make_plan(loaded, self.site(tmp_path))
+        assert [len(stage.elements) for stage in plan.stages] == [2, 1, 4, 4]
+        assert plan.stage("train").elements[1].arguments[-4:-2] == ["--optimizer.lr=0.001", "--seed=2"]
+        alone = make_plan(load(shipped()["quickstart"], ["--seed=5"]), self.site(tmp_path))
+        assert alone.data == plan.data and alone.run_id != plan.run_id
+
+    def test_gpus_are_used_as_far_as_the_batch_divides(self, tmp_path):
+        loaded = load(shipped()["quickstart"], ["--resources.train.gpus_per_node", "null"])
+        assert make_plan(loaded, self.site(tmp_path, gpus=8)).stage("train").needs.tasks_per_node == 2
+        nanogpt = load(shipped()["nanogpt"])
+        assert make_plan(nanogpt, self.site(tmp_path, gpus=8, asked_gpus=8)).stage("train").needs.gpus_per_node == 8
+        assert make_plan(nanogpt, self.site(tmp_path)).stage("train").needs.tasks_per_node == 1
+
+    def test_what_does_not_fit_the_site(self, tmp_path):
+        with pytest.raises(BadInput, match=r"nodes is 4, here there is 1"):
+            make_plan(load(shipped()["llama-1.3b"]), self.site(tmp_path, gpus=8))
+        with pytest.raises(BadInput, match="dp_size is 3"):
+            make_plan(load(shipped()["quickstart"], ["--distributed.dp_size=3"]), self.site(tmp_path))
+        with pytest.raises(BadInput, match="strategy none"):
+            make_plan(load(shipped()["quickstart"], ["--distributed.strategy=none"]), self.site(tmp_path))
+
+
+class TestSnapshot:
+    def test_it_holds_our_packages_and_the_recipes_own_code(self, tmp_path):
+        user = tmp_path / "user"
+        (user / "lib").mkdir(parents=True)
+        (user / "my.py").write_text("x = 1\n")
+        (user / "lib" / "more.py").write_text("y = 2\n")
+        (user / ".venv").mkdir()
+        (user / ".venv" / "no.py").write_text("z = 3\n")
+        take_snapshot(tmp_path / "code", user)
+        names = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*.py")}
+        assert {"recipe/my.py", "recipe/lib/more.py", "trainer/__main__.py", "preprocess/__main__.py"} <= names
+        assert "recipe/.venv/no.py" not in names
+        before = (tmp_path / "code").stat().st_ino
+        take_snapshot(tmp_path / "code", user)
+        assert (tmp_path / "code").stat().st_ino == before, "the same code is not copied again"
+        (user / "my.py").write_text("x = 2\n")
+        take_snapshot(tmp_path / "code", user)
+        assert (tmp_path / "code" / "recipe" / "my.py").read_text() == "x = 2\n"
+
+    def test_a_folder_that_is_not_just_a_recipes_is_refused(self, tmp_path):
+        user = tmp_path / "user"
+        user.mkdir()
+        for i in range(501):
+            (user / f"m{i}.py").write_text("")
+        with pytest.raises(BadInput, match="a folder of their own"):
+            take_snapshot(tmp_path / "code", user)
+
+
+def test_a_command_line_is_stored_without_its_secrets():
+    shown = redact(["amlaunch", "local", "--wandb.api_key=abc", "--hf_token", "xyz", "--preprocess.max_tokens", "5M"])
+    assert shown == ["amlaunch", "local", "--wandb.api_key=***", "--hf_token", "***", "--preprocess.max_tokens", "5M"]
+
+
+def test_words_for_numbers():
+    assert [duration(s) for s in (4.23, 185, 8049)] == ["4.2 s", "3:05", "2:14:09"]
+    assert [count(n) for n in (512, 1250, 2e6, 1.5e9)] == ["512", "1.25K", "2.00M", "1.50B"]
