@@ -39,12 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What follows ``--`` are overrides of the recipe."""
     if PARENT_VARIABLE in os.environ:
         die_with_parent()
-    stop_on_signals()
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
-    arguments = parser().parse_args(words[:cut])
     try:
-        run(arguments, words[cut + 1 :])
+        stop_on_signals()
+        words = list(sys.argv[1:] if argv is None else argv)
+        cut = words.index("--") if "--" in words else len(words)
+        run(parser().parse_args(words[:cut]), words[cut + 1 :])
     except StopRequested as stop:
         print(f"stopped ({stop}); whole shards are kept, the same command goes on from there", flush=True)
         return GO_ON_LATER

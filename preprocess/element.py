@@ -215,6 +215,7 @@ def run_element(options: Preprocess, index: int, out: Path, progress: Progress) 
     try:
         check_origin(folder, index, origin)
         if (part := whole_part(folder, index)) is not None:
+            progress.begin(part.cursor.tokens)
             progress.finish(part.cursor.tokens, limits.total, f"element {index}: already there: {summary(part)}")
             return part
         for leftover in folder.leftovers(index):

@@ -32,7 +32,7 @@ def check_encoding(name: str) -> None:
     """Raise BadInput unless ``name`` is ``python`` or one of Python's text encodings."""
     try:
         if name != PYTHON:
-            b"".decode(name)
+            "x".encode(name)  # unlike codecs.lookup, refuses those that are not for text
     except (LookupError, ValueError):
         from encodings.aliases import aliases
 
@@ -167,18 +167,15 @@ def read_parquet(path: Path, column: str, groups: range | None, skip: int) -> It
     with open_parquet(path) as file:
         if column not in file.schema_arrow.names:
             raise BadInput(no_column(str(path), column, file.schema_arrow.names))
-        start, wanted = 0, []
-        for group in groups or range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if start + rows > skip:
-                wanted.append(group)
-            else:
-                start += rows
+        wanted = list(groups or range(file.metadata.num_row_groups))
+        while wanted and (rows := file.metadata.row_group(wanted[0]).num_rows) <= skip:
+            skip -= rows
+            wanted.pop(0)
         if not wanted:
             return
         try:
             batches = file.iter_batches(BATCH_ROWS, row_groups=wanted, columns=[column])
-            yield from islice(_column_records(path, column, batches), skip - start, None)
+            yield from islice(_column_records(path, column, batches), skip, None)
         except (arrow.ArrowInvalid, OSError) as error:
             if getattr(error, "errno", None):  # the disk's word, not the decoder's
                 raise

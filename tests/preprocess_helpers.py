@@ -13,7 +13,31 @@ from preprocess.progress import Progress
 from preprocess.shards import open_tokens, read_ends
 from recipes.schema import Preprocess
 
-WORDS = ["the", "a", "of", "to", "naïve", "straße", "東京", "data", "model", "loss\n", "token", "3.14", "<|endoftext|>", "été", "(x)", "=", "f(y);\t", "and", "so", "it", "goes", "🎉", ""]
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "naïve",
+    "straße",
+    "東京",
+    "data",
+    "model",
+    "loss\n",
+    "token",
+    "3.14",
+    "<|endoftext|>",
+    "été",
+    "(x)",
+    "=",
+    "f(y);\t",
+    "and",
+    "so",
+    "it",
+    "goes",
+    "🎉",
+    "",
+]
 
 
 def text_of(seed: int, words: int) -> str:
@@ -60,4 +84,6 @@ def cut(path: Path) -> list[list[int]]:
 
 def everything(out: Path) -> dict[str, bytes]:
     """Every file of an output folder but the locks."""
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and ".lock" not in path.name}
+    return {
+        path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and ".lock" not in path.name
+    }

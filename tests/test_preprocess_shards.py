@@ -81,7 +81,7 @@ def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, h
 )
 def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, ints: list[int], body: bytes, says: str) -> None:
     path = put(tmp_path / "some.bin", ints, body)
-    with pytest.raises(BadInput, match="some.bin") as error:
+    with pytest.raises(BadInput, match=r"some\.bin") as error:
         open_tokens(path)
     assert says in str(error.value)
 

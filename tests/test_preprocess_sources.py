@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,7 +72,9 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
     ],
 )
 def test_exclude_is_held_against_the_path_below_the_corpus(tmp_path: Path, exclude: str, left: list[str]) -> None:
-    here = write(tmp_path / "tests" / "corpus", dict.fromkeys(["a.py", "pkg/b.py", "pkg/tests/c.py", "tests/d.py"], "x"))
+    here = write(
+        tmp_path / "tests" / "corpus", dict.fromkeys(["a.py", "pkg/b.py", "pkg/tests/c.py", "tests/d.py"], "x")
+    )
     options = Preprocess(data_files=f"{here}/**/*.py", exclude=exclude.format(here=here))
     assert sorted(names(options)) == left
 
@@ -131,7 +134,7 @@ def test_parts_balance_bytes() -> None:
 
 def test_fewer_files_than_elements_is_refused_with_the_number_to_write(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": "a", "b.txt": "b"})
-    with pytest.raises(BadInput, match="only 2 files.*at most 2"):
+    with pytest.raises(BadInput, match=r"only 2 files.*at most 2"):
         open_source(Preprocess(data_files=f"{tmp_path}/*", elements=3), 0)
 
 
@@ -248,7 +251,7 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     for elements in (1, 2, 3, 7):
         options = Preprocess(data_files=f"{tmp_path}/*.parquet", elements=elements)
         parts = all_records(options)
-        assert sorted(map(str, sum(parts, []))) == sorted(map(str, expected))
+        assert sorted(map(str, list(chain.from_iterable(parts)))) == sorted(map(str, expected))
         assert all(parts)
         check_entering_anywhere(open_source(options, elements - 1))
     with pytest.raises(BadInput, match="only 7 files"):
@@ -291,7 +294,7 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
     for elements in (1, 2, 3):
         options = Preprocess(dataset=str(hub_folder), elements=elements)
         parts = all_records(options)
-        found = sum(parts, [])
+        found = list(chain.from_iterable(parts))
         assert sorted(text for text in found if isinstance(text, str)) == expected
         assert found.count(Skipped("null")) == 3
         check_entering_anywhere(open_source(options, 0))
