@@ -33,6 +33,14 @@ SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
 
 
+CPU_ENVIRONMENT = {
+    "AMLAUNCH_DEVICE": "cpu",
+    # glibc hands every large tensor back to the kernel and faults it in again: a third of a CPU step's time (docs/log.md)
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What one start of an element was given on this host."""
@@ -164,7 +172,7 @@ def _environment(attempt: Attempt) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         PARENT_VARIABLE: str(os.getpid()),
     }
-    return env if attempt.given.gpus else {**env, "AMLAUNCH_DEVICE": "cpu"}
+    return env if attempt.given.gpus else {**CPU_ENVIRONMENT, **env}
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,8 +47,9 @@ class OutputDir:
         return self.root / MANIFEST
 
     def leftovers(self, element: int) -> Iterator[Path]:
-        """Half files that a killed process of this element left."""
-        return self.root.glob(f".*-{element:05d}*.tmp")
+        """Half files that a killed process of this element left; those of others, at work beside it, are theirs."""
+        own = re.compile(rf"\.((train|val)-{element:05d}-|(part|origin)-{element:05d}\.).*\.tmp")
+        return (path for path in self.root.glob(".*.tmp") if own.fullmatch(path.name))
 
 
 class Cursor(NamedTuple):

@@ -375,3 +375,13 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
     make(recipe(tmp_path), tmp_path / "out")
     with pytest.raises(BadInput, match="the source is empty"):
         verify(recipe(tmp_path), tmp_path / "out", QUIET)
+
+
+def test_an_element_cleans_up_after_itself_alone(tmp_path):
+    """Element 0 must not take ``train-00001-00000`` (element 1's first shard, being written) for its own."""
+    out = OutputDir(tmp_path)
+    mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json", "origin-00000.json")]
+    theirs = [f".{name}.host.8.tmp" for name in ("train-00001-00000.bin", "val-00010-00000.json", "part-00001.json", "manifest.json")]
+    for name in mine + theirs:
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in out.leftovers(0)) == sorted(mine)
