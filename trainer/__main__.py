@@ -1,0 +1,30 @@
+"""``python -m trainer RECIPE``: train on this rank. Works alone, under torchrun, srun, or amlaunch's driver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from recipes.process import die_with_parent
+from trainer.cli import parse
+from trainer.errors import guarded, leave
+from trainer.stop import StopFlag
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, and return the exit code: 0 done, 75 stopped on request with everything saved, 1 or 2 an error."""
+    stop = StopFlag()
+    stop.install()
+    die_with_parent()
+
+    def work() -> int:
+        options = parse("python -m trainer", "Train the model of a recipe.", arguments)
+        from trainer.job import run  # torch takes seconds to load: handlers and the recipe's errors come first
+
+        return run(options, stop)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""From windows on disk to inputs and labels on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipes.errors import BadInput
+from trainer.data import Indices, Order, Prefetcher, gather, sample_length, share_of_step
+from trainer.errors import LocalBadInput
+from trainer.loss import IGNORED
+from trainer.parallel import World
+
+HostBatch = tuple[torch.Tensor, ...]
+"""``(windows (M, L + 1),)``, or ``(inputs (M, L), labels (M, L))``, in the type they have on disk."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and labels, each ``(M, L)`` int64 on the device; a label of -100 counts for nothing."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of ``size``."""
+        return [Batch(*pair) for pair in zip(self.inputs.split(size), self.labels.split(size), strict=True)]
+
+
+def on_host(dataset: Any, windows: Indices, vocab: int | None, pin: bool) -> HostBatch:
+    """Read ``windows``; a token id beyond the vocabulary is BadInput here, not an illegal address on the GPU."""
+    arrays = gather(dataset, windows)
+    if vocab is not None and (largest := int(arrays[0].max())) >= vocab:
+        raise LocalBadInput(f"the data holds the token id {largest}, but model.vocab_size is {vocab}: the tokenizer has more")
+    tensors = tuple(torch.from_numpy(array) for array in arrays)
+    return tuple(tensor.pin_memory() for tensor in tensors) if pin else tensors
+
+
+def on_device(host: HostBatch, device: torch.device) -> Batch:
+    """Copy first, widen to int64 there: a quarter of the bytes go over the bus."""
+    tensors = [tensor.to(device, non_blocking=True).to(torch.int64) for tensor in host]
+    if len(tensors) == 1:
+        return Batch(tensors[0][:, :-1], tensors[0][:, 1:])
+    return Batch(tensors[0], tensors[1])
+
+
+class StepBatches:
+    """This rank's part of every step's global batch, read ahead by one thread."""
+
+    def __init__(self, dataset: Any, order: Order, global_batch: int, vocab: int | None, world: World):
+        self.dataset = dataset
+        self.order = order
+        self.global_batch = global_batch
+        self.step_tokens = global_batch * sample_length(dataset)
+        self._vocab = vocab
+        self._world = world
+        self._ahead: Prefetcher[HostBatch] | None = None
+
+    def start(self, first: int, last: int, depth: int) -> None:
+        """Begin to read the steps ``first`` to ``last - 1``, counted from 0, ``depth`` of them ahead."""
+        self._ahead = Prefetcher(self._read, range(first, last), depth)
+
+    def _read(self, step: int) -> HostBatch:
+        positions = share_of_step(step, self.global_batch, self._world.rank, self._world.size)
+        pin = self._world.device.type == "cuda"
+        return on_host(self.dataset, self.order.windows(positions), self._vocab, pin)
+
+    def next(self) -> Batch:
+        """The next step's part, ``global_batch / ranks`` windows."""
+        if self._ahead is None:
+            raise RuntimeError("start() comes before next()")
+        return on_device(self._ahead.next(), self._world.device)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+class ValidationBatches:
+    """The same windows every time: the first of the split, dealt out to the ranks.
+
+    Where the split is too short, padding that counts for nothing gives all
+    ranks as many micro-batches: sharded models wait for one another in each.
+    """
+
+    def __init__(self, dataset: Any, order: Order, micro_batch: int, count: int, vocab: int | None, world: World):
+        if len(dataset) == 0:
+            raise BadInput("validation_dataset: not one window in it")
+        self.dataset = dataset
+        self._vocab = vocab
+        self._world = world
+        self._micro_batch = micro_batch
+        share = micro_batch * world.size
+        self.rounds = min(count, -(-len(dataset) // share))
+        used = min(self.rounds * share, len(dataset))
+        self._windows = order.windows(np.arange(used, dtype=np.int64))
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches."""
+        for k in range(self.rounds):
+            yield self._batch((k * self._world.size + self._world.rank) * self._micro_batch)
+
+    def _batch(self, start: int) -> Batch:
+        windows = self._windows[start : start + self._micro_batch]
+        missing = self._micro_batch - len(windows)
+        filled = np.concatenate([windows, np.full(missing, self._windows[0])])
+        batch = on_device(on_host(self.dataset, filled, self._vocab, pin=False), self._world.device)
+        labels = batch.labels.clone()
+        labels[len(windows) :] = IGNORED
+        return Batch(batch.inputs, labels)

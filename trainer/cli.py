@@ -1,0 +1,55 @@
+"""The arguments that ``python -m trainer`` and ``python -m trainer.export`` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.library import find_recipe
+from recipes.loader import Loaded, load
+from recipes.rundir import ElementDir
+
+
+@dataclass(frozen=True)
+class Options:
+    """A recipe, and where its files go."""
+
+    loaded: Loaded
+    element: ElementDir
+    checkpoints: Path
+    data: Path | None
+    run_id: str
+    out: Path | None = None
+
+
+def parse(program: str, description: str, arguments: Sequence[str], *, export: bool = False) -> Options:
+    """Read the command line and the recipe; what argparse does not know is an override of the recipe.
+
+    Raises BadInput as :func:`recipes.loader.load` does, SystemExit for a wrong command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, allow_abbrev=False, epilog="Any key of the recipe: --section.key value"
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with amlaunch")
+    parser.add_argument("--element", type=Path, default=Path("."), help="folder for metrics.jsonl, progress.json, result.json")
+    parser.add_argument("--checkpoints", type=Path, help="folder of the checkpoints (default: the recipe's, or ./checkpoints)")
+    parser.add_argument("--data", type=Path, help="folder of shards with a manifest, where the recipe has no file_pattern")
+    parser.add_argument("--run-id", help="name of the run (default: the recipe's)")
+    parser.add_argument("--recipe-dir", type=Path, help="where file.py:object targets are relative to")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let a _target_ reach NAME")
+    if export:
+        parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder to write")
+    given, overrides = parser.parse_known_args(arguments)
+    path = find_recipe(given.recipe)
+    loaded = load(path, overrides, recipe_dir=given.recipe_dir, allow=given.allow_target, job_start=True)
+    checkpoints = given.checkpoints or Path(loaded.recipe.checkpoint.checkpoint_dir or "checkpoints")
+    return Options(
+        loaded=loaded,
+        element=ElementDir(given.element),
+        checkpoints=checkpoints.resolve(),
+        data=given.data,
+        run_id=given.run_id or loaded.recipe.name,
+        out=given.out.resolve() if export else None,
+    )

@@ -1,0 +1,188 @@
+"""From a recipe to a job that can train, and from its end to ``result.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.errors import OK, BadInput
+from recipes.files import write_json
+from recipes.loader import check_batch
+from recipes.schema import Recipe
+from recipes.targets import Policy, build, signature
+from trainer import checkpoint
+from trainer.batches import StepBatches, ValidationBatches
+from trainer.cli import Options
+from trainer.data import Order, data_fingerprint, sample_length
+from trainer.loop import Job, train
+from trainer.metrics import Metrics, open_wandb, peak_flops, summary
+from trainer.models import flops_per_token, parameter_count, vocab_rows
+from trainer.optim import Schedule, build_optimizer
+from trainer.parallel import World, check_supported, compile_blocks, joined, plain, spread
+from trainer.stop import StopFlag
+
+
+def run(options: Options, stop: StopFlag) -> int:
+    """Train the recipe of ``options`` on this rank; the exit code is OK or GO_ON_LATER.
+
+    Raises BadInput and TrainingFailed.
+    """
+    recipe = options.loaded.recipe
+    check_supported(recipe.distributed, recipe.packed_sequence)
+    with joined(recipe.distributed) as world:
+        wrong = check_batch(recipe, world.size)
+        if wrong:
+            raise BadInput(f"{options.loaded.path}: {wrong}")
+        job = prepare(options, stop, world)
+        code = train(job)
+        job.batches.close()
+        if job.metrics:
+            job.metrics.close()
+            if code == OK:
+                write_json(options.element.result, result(job, options))
+    return code
+
+
+def prepare(options: Options, stop: StopFlag, world: World) -> Job:
+    """Build everything, and go to where the newest whole checkpoint left off."""
+    recipe, policy = options.loaded.recipe, options.loaded.policy
+    train_set = build_dataset(recipe.dataset, policy, options.data)
+    order = Order(len(train_set), recipe.seed, bool(getattr(train_set, "shuffle", False)))
+    last_step = steps_of(recipe, order.size)
+    stop.file = options.element.stop if world.main else None
+    bare = build_model(recipe, policy)
+    vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
+    model = spread(bare, recipe.distributed, world)
+    optimizer = build_optimizer(recipe.optimizer, policy, model, world.device)
+    batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
+    job = Job(
+        recipe=recipe,
+        world=world,
+        model=model,
+        loss_fn=build_loss(recipe, policy),
+        optimizer=optimizer,
+        schedule=Schedule(recipe.lr_scheduler, optimizer.param_groups[0]["lr"], last_step),
+        batches=batches,
+        validation=build_validation(options, vocab, world),
+        identity=checkpoint.Identity(recipe.model, data_fingerprint(train_set, order, batches.global_batch)),
+        checkpoints=options.checkpoints,
+        metrics=open_metrics(options, world, last_step, flops) if world.main else None,
+        stop=stop,
+        last_step=last_step,
+    )
+    resume(job)
+    batches.start(job.step, last_step, recipe.dataloader.prefetch_factor)
+    introduce(job)
+    return job
+
+
+def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
+    """The model on the CPU, its weights a function of the seed; blocks compiled where asked."""
+    torch.manual_seed(recipe.seed)
+    model = build(recipe.model, policy)
+    if not isinstance(model, torch.nn.Module):
+        raise BadInput(f"model._target_ {recipe.model['_target_']} gave a {type(model).__name__}, not a torch.nn.Module")
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # Hugging Face's cache for generation only costs memory here
+    compile_blocks(model, recipe.compile)
+    return model
+
+
+def build_loss(recipe: Recipe, policy: Policy) -> Any:
+    """The loss; compiled with the blocks, so that float32 logits of the whole vocabulary never lie in memory."""
+    loss_fn = build(recipe.loss_fn, policy)
+    return torch.compile(loss_fn, mode=recipe.compile.mode, dynamic=False) if recipe.compile.enabled else loss_fn
+
+
+def build_dataset(node: dict[str, Any], policy: Policy, data: Path | None) -> Any:
+    """The data set of a section; one that takes ``data_dir`` learns where the run's shards are."""
+    takes = signature(node["_target_"], policy)
+    extra: dict[str, Any] = {}
+    if data is not None and takes is not None and "data_dir" in takes.parameters and "data_dir" not in node:
+        extra["data_dir"] = str(data)
+    return build(node, policy, **extra)
+
+
+def build_validation(options: Options, vocab: int | None, world: World) -> ValidationBatches | None:
+    """The validation windows; None without a section."""
+    recipe = options.loaded.recipe
+    if recipe.validation_dataset is None:
+        return None
+    dataset = build_dataset(recipe.validation_dataset, options.loaded.policy, options.data)
+    order = Order(len(dataset), recipe.seed, bool(getattr(dataset, "shuffle", False)))
+    steps = recipe.step_scheduler
+    return ValidationBatches(dataset, order, steps.local_batch_size, steps.val_batches, vocab, world)
+
+
+def steps_of(recipe: Recipe, windows: int) -> int:
+    """The last step: as the recipe says, or the whole steps in its epochs. Raises BadInput where that is none."""
+    section = recipe.step_scheduler
+    if section.max_steps is not None:
+        return section.max_steps
+    steps = section.num_epochs * windows // section.global_batch_size
+    if steps == 0:
+        raise BadInput(
+            f"the data has {windows} windows in {section.num_epochs} epochs, fewer than one step takes "
+            f"(step_scheduler.global_batch_size {section.global_batch_size}); write max_steps, or a smaller batch"
+        )
+    return steps
+
+
+def open_metrics(options: Options, world: World, last_step: int, flops: float) -> Metrics:
+    """Where rank 0 writes its numbers."""
+    return Metrics(
+        element=options.element,
+        device=world.device,
+        ranks=world.size,
+        last_step=last_step,
+        flops_per_token=flops,
+        peak=peak_flops(world.device),
+        wandb=open_wandb(options.loaded.recipe.wandb, options.run_id),
+    )
+
+
+def resume(job: Job) -> None:
+    """Go to where the newest whole checkpoint left off, or to the beginning."""
+    if job.recipe.checkpoint.enabled:
+        if job.world.main:
+            checkpoint.remove_leftovers(job.checkpoints)
+        job.world.barrier()
+        found = checkpoint.newest_whole(job.checkpoints, job.world)
+        if found is not None:
+            checkpoint.check_identity(found, job.identity)
+            checkpoint.load(found, job.model, job.optimizer)
+            job.step = job.saved_step = found.step
+            job.last_loss = found.meta["loss"]
+    if job.metrics:
+        job.metrics.resume_at(job.step)
+
+
+def introduce(job: Job) -> None:
+    """Say what is about to happen."""
+    if not job.world.main:
+        return
+    recipe, windows = job.recipe, job.batches.order.size
+    begin = f"going on after step {job.step}" if job.step else "beginning"
+    epochs = job.last_step * job.batches.global_batch / windows
+    print(
+        f"{recipe.name}: {parameter_count(plain(job.model)):,} parameters, {job.world.size} x {job.world.device.type}, "
+        f"{recipe.distributed.strategy}; {windows:,} windows, {job.last_step:,} steps of {job.batches.step_tokens:,} tokens "
+        f"({epochs:.2f} epochs); {begin}",
+        flush=True,
+    )
+
+
+def result(job: Job, options: Options) -> dict[str, Any]:
+    """What the finished run says of itself; first and median come from ``metrics.jsonl``, which resumes do not cut short."""
+    folder = checkpoint.folder_of(job.checkpoints, job.step)
+    files = sorted(folder.iterdir()) if job.recipe.checkpoint.enabled else []
+    return {
+        "step": job.step,
+        "tokens": job.step * job.batches.step_tokens,
+        **summary(options.element.metrics),
+        "checkpoint": str(folder) if files else None,
+        "outputs": {str(path): path.stat().st_size for path in files},
+    }

@@ -1,0 +1,202 @@
+"""GPT-2: learned positions, pre-LayerNorm blocks, GELU, tied embeddings (Radford et al. 2019).
+
+Equal to ``transformers.GPT2LMHeadModel`` from the same weights. Names follow
+that model's, but linear layers are ``nn.Linear`` (it stores them transposed),
+and the output head is the token embedding itself: no second parameter that a
+sharding or a checkpoint could untie.
+
+Shapes: B batch, T positions, C width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recipes.errors import BadInput
+
+INIT_STD = 0.02
+ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
+"""Hugging Face's name, and torch's ``approximate``; GPT-2 was trained with the tanh form."""
+ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The sizes of a GPT-2."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    dropout: float
+    layer_norm_epsilon: float
+    activation: str
+    bos_token_id: int
+    eos_token_id: int
+
+
+class Attention(nn.Module):
+    """Causal self-attention with query, key and value in one projection."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0  # the function itself knows no eval mode
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.approximate = ACTIVATIONS[config.activation]
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT2(nn.Module):
+    """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary.
+
+    Padding rows stay in the softmax, as in nanoGPT: they learn to be
+    improbable, and the export cuts them off.
+    """
+
+    wrap_blocks = ("h",)
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.settings = config
+        self.vocab_size = config.vocab_size
+        self.context = config.n_positions
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self._init_weights()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``; T is at most ``n_positions``."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))
+        for block in self.h:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                residual = name.endswith("c_proj.weight")
+                parameter.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """nanoGPT's ``6N + 12 L d T``, N without the position table."""
+        count = sum(parameter.numel() for parameter in self.parameters()) - self.wpe.weight.numel()
+        return 6.0 * count + 12.0 * self.settings.n_layer * self.settings.n_embd * seq_len
+
+    def hf_export(self, tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, the vocabulary cut to ``vocab_size``."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            renamed[f"transformer.{name}"] = tensor[:vocab_size] if name == "wte.weight" else tensor
+        settings = dataclasses.asdict(self.settings)
+        dropout, activation = settings.pop("dropout"), settings.pop("activation")
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            **settings,
+            "vocab_size": vocab_size,
+            "n_ctx": self.context,
+            "activation_function": activation,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout),
+            "tie_word_embeddings": True,
+        }
+        return config, renamed
+
+
+def build_gpt2_model(
+    *,
+    vocab_size: int = 50257,
+    n_positions: int = 2048,
+    n_ctx: int | None = None,
+    n_embd: int = 768,
+    n_layer: int = 12,
+    n_head: int = 12,
+    dropout: float = 0.0,
+    bos_token_id: int = 50256,
+    eos_token_id: int = 50256,
+    attn_implementation: str = "sdpa",
+    layer_norm_epsilon: float = 1e-5,
+    activation: str = "gelu_new",
+) -> nn.Module:
+    """A GPT-2 with fresh weights; the keywords are the guide's.
+
+    ``n_ctx``, where given, is ``n_positions``. ``activation`` is ``gelu_new``
+    (GPT-2's) or ``gelu`` (the exact form). Attention always goes through
+    torch's ``scaled_dot_product_attention``, which picks a flash kernel itself.
+    Raises BadInput for what it does not know.
+    """
+    if n_embd % n_head:
+        raise BadInput(f"model.n_embd {n_embd} is not divisible by n_head {n_head}")
+    if activation not in ACTIVATIONS:
+        raise BadInput(f"model.activation {activation!r}: write one of {', '.join(ACTIVATIONS)}")
+    if attn_implementation not in ATTENTION:
+        raise BadInput(f"model.attn_implementation {attn_implementation!r}: write sdpa, which picks the fastest kernel")
+    return GPT2(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=n_positions if n_ctx is None else n_ctx,
+            n_embd=n_embd,
+            n_layer=n_layer,
+            n_head=n_head,
+            dropout=dropout,
+            layer_norm_epsilon=layer_norm_epsilon,
+            activation=activation,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+        )
+    )

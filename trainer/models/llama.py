@@ -1,0 +1,233 @@
+"""Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention (Touvron et al. 2023).
+
+Equal to ``transformers.LlamaForCausalLM`` from the same weights, and with the
+same parameter names. One deliberate difference: norms are computed in float32
+or better, where transformers rounds even float64 to float32.
+
+Shapes: B batch, T positions, C width, H heads, K key-value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recipes.errors import BadInput
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a Llama, under the names of its ``config.json``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    bos_token_id: int
+    eos_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the width, computed in float32 or better."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and type as ``x``."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_angles(length: int, width: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Angles ``(T, D)`` in float32, each frequency twice, as transformers computes them."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
+    angles = torch.arange(length, device=device).float()[:, None] * frequencies
+    return torch.cat((angles, angles), dim=-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (d, d + D/2) of ``x (B, H, T, D)`` by the angles of their position (Su et al. 2021)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fewer key-value heads than query heads."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        key_value = config.num_key_value_heads * config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary."""
+
+    wrap_blocks = ("layers",)
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.settings = config
+        self.vocab_size = config.vocab_size
+        self.context = config.max_position_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._init_weights()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``."""
+        x = self.embed_tokens(input_ids)
+        angles = rotary_angles(input_ids.shape[1], self.settings.head_dim, self.settings.rope_theta, x.device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        x = self.norm(x)
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""
+        std = self.settings.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """``6N + 12 L d T``, N without an embedding that is only looked up."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
+        return 6.0 * (count - looked_up) + 12.0 * len(self.layers) * self.settings.hidden_size * seq_len
+
+    def hf_export(self, tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """``config.json`` and tensors of ``transformers.LlamaForCausalLM``, the vocabulary cut to ``vocab_size``."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            rows = tensor[:vocab_size] if name in ("embed_tokens.weight", "lm_head.weight") else tensor
+            renamed[name if name.startswith("lm_head") else f"model.{name}"] = rows
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **dataclasses.asdict(self.settings),
+            "vocab_size": vocab_size,
+            "head_dim": self.settings.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            # transformers 5 reads the base from here, earlier ones from rope_theta above
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.settings.rope_theta},
+        }
+        return config, renamed
+
+
+def build_llama_model(
+    *,
+    vocab_size: int = 50304,
+    hidden_size: int = 1024,
+    intermediate_size: int = 2816,
+    num_hidden_layers: int = 24,
+    num_attention_heads: int = 16,
+    num_key_value_heads: int | None = None,
+    max_position_embeddings: int = 2048,
+    rope_theta: float = 10000.0,
+    rms_norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+    initializer_range: float = 0.02,
+    bos_token_id: int = 50256,
+    eos_token_id: int = 50256,
+) -> nn.Module:
+    """A Llama with fresh weights, its keywords named as in ``transformers.LlamaConfig``.
+
+    ``num_key_value_heads`` None: as many as query heads. Raises BadInput where the sizes do not divide.
+    """
+    key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+    if hidden_size % (2 * num_attention_heads):
+        raise BadInput(f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}")
+    if num_attention_heads % key_value_heads:
+        raise BadInput(f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}")
+    return Llama(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=key_value_heads,
+            max_position_embeddings=max_position_embeddings,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
+            tie_word_embeddings=tie_word_embeddings,
+            initializer_range=initializer_range,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+        )
+    )

@@ -1,0 +1,32 @@
+"""Being asked to stop soon: by signal or by a file. Standard library only, so that handlers stand before torch loads."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Whether this process was asked to save and leave at the next step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self.file: Path | None = None
+        """Asks too, when it exists; only rank 0 is given one, so that ranks cannot disagree for long."""
+
+    def install(self) -> None:
+        """Take over SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (the time limit is near)."""
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self._asked = True
+
+    def asked(self) -> bool:
+        """True from the first signal on, or while the file is there."""
+        return self._asked or (self.file is not None and self.file.exists())
