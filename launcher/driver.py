@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,8 @@ SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
 
 
-CPU_ENVIRONMENT = {
-    "AMLAUNCH_DEVICE": "cpu",
-    # glibc hands every large tensor back to the kernel and faults it in again: a third of a CPU step's time (docs/log.md)
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,12 @@ def _environment(attempt: Attempt) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         PARENT_VARIABLE: str(os.getpid()),
     }
-    return env if attempt.given.gpus else {**CPU_ENVIRONMENT, **env}
+    return env if attempt.given.gpus else {**KEEP_MEMORY, **_given(KEEP_MEMORY), **env, "AMLAUNCH_DEVICE": "cpu"}
+
+
+def _given(names: Iterable[str]) -> dict[str, str]:
+    """What the user has set of ``names``."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _free_port() -> int:

@@ -64,7 +64,7 @@ class StepScheduler:
     ckpt_every_steps: Positive | None = 1000
     val_every_steps: Positive | None = None
     val_batches: Positive = 20
-    """Micro-batches a rank in each validation, always the same windows."""
+    """Batches of ``global_batch_size`` windows in each validation: the same windows every time, on any number of ranks."""
 
 
 @dataclass(frozen=True)

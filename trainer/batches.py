@@ -88,7 +88,7 @@ class ValidationBatches:
     ranks as many micro-batches: sharded models wait for one another in each.
     """
 
-    def __init__(self, dataset: Any, order: Order, micro_batch: int, count: int, vocab: int | None, world: World):
+    def __init__(self, dataset: Any, order: Order, micro_batch: int, most: int, vocab: int | None, world: World):
         if len(dataset) == 0:
             raise BadInput("validation_dataset: not one window in it")
         self.dataset = dataset
@@ -96,8 +96,8 @@ class ValidationBatches:
         self._world = world
         self._micro_batch = micro_batch
         share = micro_batch * world.size
-        self.rounds = min(count, -(-len(dataset) // share))
-        used = min(self.rounds * share, len(dataset))
+        used = min(most, len(dataset))
+        self.rounds = -(-used // share)
         self._windows = order.windows(np.arange(used, dtype=np.int64))
 
     def batches(self) -> Iterator[Batch]:

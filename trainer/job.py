@@ -114,7 +114,8 @@ def build_validation(options: Options, vocab: int | None, world: World) -> Valid
     dataset = build_dataset(recipe.validation_dataset, options.loaded.policy, options.data)
     order = Order(len(dataset), recipe.seed, bool(getattr(dataset, "shuffle", False)))
     steps = recipe.step_scheduler
-    return ValidationBatches(dataset, order, steps.local_batch_size, steps.val_batches, vocab, world)
+    most = steps.val_batches * steps.global_batch_size
+    return ValidationBatches(dataset, order, steps.local_batch_size, most, vocab, world)
 
 
 def steps_of(recipe: Recipe, windows: int) -> int:
