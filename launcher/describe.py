@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +15,14 @@ from recipes.rundir import RunDir
 
 STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "bold red", DIED: "bold red", STOPPED: "yellow", PENDING: "dim"}
 TAIL_LINES = 15
+
+
+def program() -> str:
+    """How to call amlaunch from here: an environment that is not activated has it outside the search path."""
+    if shutil.which("amlaunch"):
+        return "amlaunch"
+    called = Path(sys.argv[0])
+    return os.path.relpath(called) if called.name == "amlaunch" else f"{os.path.basename(sys.executable)} -m launcher"
 
 
 def duration(seconds: float | None) -> str:

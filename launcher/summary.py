@@ -51,10 +51,11 @@ def _places(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str
 
 
 def _next(run_dir: RunDir, plan: Plan) -> list[str]:
+    program = describe.program()
     commands = [
-        (f"amlaunch status {plan.run_id}", "what happened, stage by stage"),
-        (f"amlaunch logs {plan.run_id} --stage train", "every step"),
-        ("amlaunch recipes", "what else there is; copy one and change it"),
+        (f"{program} status {plan.run_id}", "what happened, stage by stage"),
+        (f"{program} logs {plan.run_id} --stage train", "every step"),
+        (f"{program} recipes", "what else there is; copy one and change it"),
     ]
     width = max(len(command) for command, _ in commands)
     return [f"  {command:<{width}}  {why}" for command, why in commands]

@@ -55,7 +55,7 @@ def _print(found: list[Shown], options: argparse.Namespace) -> None:
         print(json.dumps(values, indent=2), flush=True)
         return
     if not found:
-        print(f"no runs in {runs_root(options.runs)}; amlaunch local starts one")
+        print(f"no runs in {runs_root(options.runs)}; {describe.program()} local starts one")
         return
     console = describe.console()
     for part in _view(found, bool(options.run)):
@@ -79,7 +79,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _view(found: list[Shown], details: bool) -> list[Any]:
     if not details:
-        return [_list_table(found), "\namlaunch status RUN shows one"]
+        return [_list_table(found), f"\n{describe.program()} status RUN shows one"]
     parts: list[Any] = []
     for run_dir, plan, states in found:
         parts += [f"{plan.run_id}  {overall(states)}  {run_dir.root}", _element_table(states)]
@@ -131,7 +131,7 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]
     if word == STOPPED:
         blocks.append(f"next: {again}\n(goes on from what is saved)")
     if word == RUNNING:
-        blocks.append(f"next: amlaunch logs {plan.run_id} -f")
+        blocks.append(f"next: {describe.program()} logs {plan.run_id} -f")
     return blocks
 
 
@@ -141,4 +141,5 @@ def again_command(run_dir: RunDir) -> str:
         made = read_json(run_dir.provenance) or {}
     except ValueError:
         made = {}
-    return shlex.join(made.get("command") or ["amlaunch", "local", str(run_dir.recipe)])
+    words = made.get("command") or ["amlaunch", "local", str(run_dir.recipe)]
+    return f"{describe.program()} {shlex.join(words[1:])}"
