@@ -172,9 +172,5 @@ def submit(run: RunDir, stage: str, name: str, given: Assignment) -> Any:
     folder = run.jobs / stage / name
     with _job_environment(run):
         executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(
-            timeout_min=NO_TIME_LIMIT,
-            gpus_per_node=len(given.gpus),
-            visible_gpus=[int(gpu) for gpu in given.gpus if gpu.isdigit()],
-        )
+        executor.update_parameters(timeout_min=NO_TIME_LIMIT)  # the driver itself gives the ranks their GPUs
         return executor.submit(run_element, str(run.root), stage, name, given)

@@ -168,8 +168,6 @@ def documents_of(path: Path) -> list[list[int]]:
     ("change", "says"),
     [
         ({"max_tokens": 500, "val_tokens": 500}, "leave nothing to train on"),
-        ({"val_tokens": 10**6}, "went to validation"),
-        ({"max_tokens": 100, "val_tokens": 99, "shard_tokens": 10**6}, "went to validation"),
         ({"max_tokens": 3, "elements": 4}, "cannot be shared between 4"),
         ({"shard_tokens": 2**31}, "1 to 2,147,483,647"),
         ({"shard_tokens": 0}, "1 to 2,147,483,647"),
@@ -338,6 +336,21 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.parametrize(
+    ("was", "harmed"),
+    [('"origin": {', '"oriGin": {'), ('"elements": 1', '"eleme0ts": 1'), ('"gpt2"', '"gpt3"'), ('"train": ', '"train": 1'), ("{", "[")],
+)
+def test_a_damaged_part_file_counts_as_none_and_is_written_again(tmp_path: Path, texts: list[str], was: str, harmed: str) -> None:
+    options, out = recipe(tmp_path), tmp_path / "out"
+    make(options, out)
+    whole = (out / "part-00000.json").read_text()
+    (out / "part-00000.json").write_text(whole.replace(was, harmed, 1))
+    with pytest.raises(NotWhole, match="not finished: 0"):
+        verify(options, out, QUIET)
+    make(options, out)
+    assert (out / "part-00000.json").read_text() == whole
+
+
 def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[str]) -> None:
     """A writer's bug, not the disk's: the documents do not begin with BOS."""
     import numpy as np
@@ -375,6 +388,22 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
     make(recipe(tmp_path), tmp_path / "out")
     with pytest.raises(BadInput, match="the source is empty"):
         verify(recipe(tmp_path), tmp_path / "out", QUIET)
+    (tmp_path / "corpus" / "b.txt").write_text("word " * 300)
+    for name, more in (("all", {"val_tokens": 10**6}), ("cut", {"max_tokens": 100, "val_tokens": 99})):
+        make(recipe(tmp_path, **more), tmp_path / name)
+        with pytest.raises(BadInput, match="tokens went to validation"):
+            verify(recipe(tmp_path, **more), tmp_path / name, QUIET)
+
+
+def test_an_element_whose_one_document_is_validation_does_not_break_the_run(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "giant.txt").write_text("word " * 9000)
+    for i in range(9):
+        (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 1000)
+    options = recipe(tmp_path, elements=2, val_tokens=10)
+    parts = make(options, tmp_path / "out")
+    assert sorted(part.documents for part in parts) == [1, 9] and 0 in [part.cursor.train for part in parts]
+    assert len(verify(options, tmp_path / "out", QUIET)["splits"]["train"]) > 0
 
 
 def test_an_element_cleans_up_after_itself_alone(tmp_path):

@@ -60,6 +60,13 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
     assert sorted(names(Preprocess(data_files=[f"{tmp_path}/*.txt", f"{tmp_path}/a*"]))) == ["a.txt", "b.txt"]
 
 
+def test_a_file_that_links_lead_to_again_is_read_once_under_its_shortest_name(tmp_path: Path) -> None:
+    write(tmp_path, {"d/a.txt": "a", "d/b.txt": "b"})
+    (tmp_path / "d" / "self").symlink_to(".")  # else some forty times: glob follows links until the kernel stops it
+    (tmp_path / "d" / "again-b.txt").symlink_to("b.txt")
+    assert sorted(names(Preprocess(data_files=f"{tmp_path}/**/*.txt"))) == ["d/a.txt", "d/b.txt"]
+
+
 @pytest.mark.parametrize(
     ("exclude", "left"),
     [
@@ -189,6 +196,16 @@ def test_undecodable_is_an_error_with_file_and_byte_or_skipped_or_replaced(
         assert all_records(Preprocess(**options, encoding_errors="replace")) == [[raw.decode("utf-8", "replace")]]
 
 
+@pytest.mark.parametrize("encoding", ["undefined", "idna"])
+def test_codecs_with_errors_of_their_own_are_named_or_skipped(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path, {"bad.txt": f"# coding: {encoding}\nxn--\xff".encode("latin-1")})
+    options = {"data_files": f"{tmp_path}/*.txt", "encoding": "python"}
+    for errors in ("strict", "replace"):
+        with pytest.raises(BadInput, match=r"bad\.txt: .*(undefined encoding|not ascii|error handling)"):
+            all_records(Preprocess(**options, encoding_errors=errors))
+    assert all_records(Preprocess(**options, encoding_errors="skip")) == [[Skipped("undecodable")]]
+
+
 @pytest.mark.parametrize("encoding", ["utf-9", "hex", "pyhton"])
 def test_an_encoding_that_is_none_is_refused_before_anything_is_read(encoding: str) -> None:
     with pytest.raises(BadInput, match="knows no text encoding"):
@@ -220,6 +237,7 @@ def test_json_lines_plain_and_gzip(tmp_path: Path) -> None:
         ('{"txet": "x"}', "a.jsonl:2: no column 'text'.*did you mean 'txet'"),
         ('{"text": 3}', "a.jsonl:2: column 'text' holds int"),
         (b'{"text": "\xff"}', "a.jsonl:2: not valid JSON"),
+        ("[" * 100_000, "a.jsonl:2: not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, says: str) -> None:

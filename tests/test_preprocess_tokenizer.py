@@ -130,6 +130,13 @@ def test_tokens_equal_encode_ordinary_and_decode_gives_the_text_back(text: str) 
     assert ours.decode(ours.encode(text)) == repaired
 
 
+@pytest.mark.parametrize("end", ["x", "\ud800"])
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space: str, end: str) -> None:
+    ours, text = load_gpt2(), "a" + space * 1_200_000
+    assert ours.decode(ours.encode(text + end)) == text + end.replace("\ud800", "\ufffd")
+
+
 def test_ids_of_a_padded_vocabulary_are_left_out_when_decoding() -> None:
     assert load_gpt2().decode([31373, 50303, 995]) == "hello world"
 
