@@ -241,11 +241,6 @@ def finish(job: Job) -> Part:
             job.progress.say(
                 f"element {job.index}: the source ended at {cursor.tokens:,} of {job.limits.total:,} tokens of the budget"
             )
-    if cursor.val and not cursor.train:
-        raise BadInput(
-            f"preprocess.val_tokens: all {cursor.val:,} tokens of element {job.index} went to validation, "
-            f"nothing is left to train on: lower val_tokens, or give more text"
-        )
     part = Part(job.index, job.origin, entries, cursor)
     write_json(job.out.part(job.index), part.to_json())
     job.progress.finish(

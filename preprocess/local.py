@@ -129,13 +129,18 @@ def _as_list(patterns: Sequence[str] | str | None) -> list[str]:
 
 
 def find_files(patterns: Sequence[str], exclude: Sequence[str]) -> list[File]:
-    """The files that match, each once, in the source's order. Raises BadInput for a pattern without a match."""
-    found: dict[Path, File] = {}
+    """The files that match, each once, in the source's order. Raises BadInput for a pattern without a match.
+
+    Links, loops of them too, can lead to a file under many names: the shortest stands for it.
+    """
+    found: dict[str, File] = {}
     for pattern in patterns:
         matches = [file for file in matching(pattern) if not excluded(file, pattern, exclude)]
         if not matches:
             raise BadInput(_no_match(pattern, exclude))
-        found |= {file.path: file for file in matches}
+        for file in matches:
+            real = os.path.realpath(file.path)
+            found[real] = min(file, found.get(real, file), key=lambda file: (len(file.name), file.name))
     return sorted(found.values(), key=lambda file: (_sha256(file.name), str(file.path)))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from preprocess.shards import MANIFEST, index_path
 from recipes.errors import BadInput
-from recipes.files import read_json
+from recipes.files import fingerprint, read_json
 
 PART_VERSION = 1
 
@@ -138,6 +138,12 @@ class Part:
         """In both splits."""
         return sum(entry.documents for entry in self.shards)
 
+    def consistent(self) -> bool:
+        """Whether it agrees with what its shards say of themselves."""
+        train, val = (sum(entry.tokens for entry in self.shards if entry.split == split) for split in ("train", "val"))
+        origins = {entry.origin for entry in self.shards}
+        return (train, val) == (self.cursor.train, self.cursor.val) and origins <= {fingerprint(self.origin)}
+
     def to_json(self) -> dict[str, Any]:
         """For ``part-*.json``."""
         shards = [entry.to_json() for entry in self.shards]
@@ -146,15 +152,19 @@ class Part:
 
 
 def read_part(out: OutputDir, element: int) -> Part | None:
-    """The finished element; None where it is not finished. Raises BadInput for a part of another version."""
+    """The finished element; None where it is not finished, or its part file is damaged: the next run writes it again.
+
+    Raises BadInput for a part of another version.
+    """
     path = out.part(element)
     try:
         value = read_json(path)
-    except ValueError:
+        if value is None:
+            return None
+        if value["version"] != PART_VERSION:
+            raise BadInput(f"{path}: made by another version of amlaunch; remove {out.root} or choose another output_dir")
+        shards = tuple(ShardEntry.from_json(entry) for entry in value["shards"])
+        part = Part(element, value["origin"], shards, Cursor(**value["cursor"]))
+        return part if part.consistent() else None
+    except (ValueError, TypeError, KeyError):
         return None
-    if value is None:
-        return None
-    if value.get("version") != PART_VERSION:
-        raise BadInput(f"{path}: made by another version of amlaunch; remove {out.root} or choose another output_dir")
-    shards = tuple(ShardEntry.from_json(entry) for entry in value["shards"])
-    return Part(value["element"], value["origin"], shards, Cursor(**value["cursor"]))

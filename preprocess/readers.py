@@ -50,7 +50,7 @@ def decode(data: bytes, encoding: str, errors: str) -> str:
         return data.decode(codec, "replace" if lenient else "strict")
     except UnicodeDecodeError as error:
         raise Undecodable(f"byte offset {error.start} is not {error.encoding} ({error.reason})") from None
-    except LookupError as error:  # a coding line may name a codec that is none for text
+    except (LookupError, UnicodeError) as error:  # a coding line may name a codec that is none for text, or idna
         raise Undecodable(str(error)) from None
 
 
@@ -108,7 +108,7 @@ def read_json_lines(path: Path, column: str, skip: int) -> Iterator[Record]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise BadInput(f"{where}: a JSON object is expected on each line, found {type(row).__name__}")

@@ -12,10 +12,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from recipes.errors import BadInput, did_you_mean
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 """GPT-2's ``encoder.json``, as tiktoken expects it. Its ids are also the order of the merges."""
+LONG_SPACE = re.compile(r"\s{100000}")
+"""tiktoken's pattern goes back over white space a character at a time, and gives up after a million of them."""
 DOWNLOAD_SECONDS = 40.0
 """tiktoken's download has no timeout of its own."""
 
@@ -77,8 +81,12 @@ class Tokenizer:
     def _ids(self, text: str) -> np.ndarray[Any, Any]:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates: only encode_ordinary repairs them
-            return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary repairs just so
+            return self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # too much white space in one place
+            cuts = [0, *(match.end() for match in LONG_SPACE.finditer(text)), len(text)]
+            parts = (text[begin:end] for begin, end in pairwise(cuts))
+            return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -50,10 +50,16 @@ def verify(options: Preprocess, out: Path, progress: Progress) -> dict[str, Any]
         )
     whole = manifest(parts)
     if not whole["splits"]["train"]:
-        raise BadInput(f"{out}: no element found a document to train on: the source is empty")
+        raise BadInput(f"{out}: {_nothing_to_train_on(whole['val_tokens'])}")
     if _present(folder.manifest) != whole:
         write_json(folder.manifest, whole)
     return whole
+
+
+def _nothing_to_train_on(val_tokens: int) -> str:
+    if not val_tokens:
+        return "no element found a document to train on: the source is empty"
+    return f"preprocess.val_tokens: all {val_tokens:,} tokens went to validation: lower val_tokens, or give more text"
 
 
 def finished_parts(folder: OutputDir, elements: int) -> list[Part]:

@@ -13,6 +13,8 @@ from recipes.errors import BadInput
 from recipes.yamlfile import KeyPath
 
 NEMO = re.compile(r"nemo_?automodel[./]", re.IGNORECASE)
+FROM_CONFIG = re.compile(r"transformers\.(?!Auto)[A-Z]\w*\.from_config")
+"""The guide writes it, but only transformers' Auto classes have it; they build what the config says."""
 TARGETS = {
     "gpt2.build_gpt2_model": "trainer.models.gpt2.build_gpt2_model",
     "gpt2.py:build_gpt2_model": "trainer.models.gpt2.build_gpt2_model",
@@ -57,6 +59,8 @@ class Translator:
         self.notes.append(f"{self.lines.get(path, 'recipe')}: {'.'.join(path)}: {text}")
 
     def run(self) -> list[str]:
+        for path, why in DROPPED.items():
+            self._drop(path, why)
         self._distributed()
         self._dataloader()
         self._rng()
@@ -64,8 +68,6 @@ class Translator:
         self._optimizer()
         for old, new in MOVED.items():
             self._move(old, new)
-        for path, why in DROPPED.items():
-            self._drop(path, why)
         for emptied in ("rng", "dist_env"):
             if self.tree.get(emptied) == {}:
                 del self.tree[emptied]
@@ -107,6 +109,9 @@ class Translator:
         name = node.get("_target_")
         if isinstance(name, str) and NEMO.search(name):
             node["_target_"] = self._translate(name, (*path, "_target_"))
+        elif isinstance(name, str) and FROM_CONFIG.fullmatch(name):
+            node["_target_"] = "transformers.AutoModelForCausalLM.from_config"
+            self.note((*path, "_target_"), f"{name} is read as {node['_target_']}, which builds what the config says")
         for key, child in node.items():
             self._targets(child, (*path, str(key)))
 

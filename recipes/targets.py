@@ -1,17 +1,22 @@
 """``_target_``: from the name of a callable to what it builds, and what names are allowed.
 
 Recipes are data that colleagues pass around, so a name is not an invitation to
-import anything: only the known libraries, our own packages and files in the
-recipe's own folder resolve, unless the user allows another by name. Reading a
-recipe imports nothing; signatures of our own code and of the user's files are
-read from the source with :mod:`ast`.
+import anything. What a model or an optimizer is made of resolves (:data:`KNOWN`),
+so do our own targets and what files in the recipe's own folder define; anything
+else must be allowed by name. A list of what is forbidden would have holes:
+torch alone ships shells, downloaders and unpicklers. Reading a recipe imports
+nothing; signatures of our own code and of the user's files are read from the
+source with :mod:`ast`.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
+import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +27,19 @@ from typing import Any
 
 from recipes.errors import BadInput, did_you_mean
 
-OURS = ("trainer", "preprocess")
-LIBRARIES = ("torch", "transformers", "torchdata")
-DENIED = (
-    "torch.classes", "torch.hub", "torch.jit", "torch.load", "torch.multiprocessing", "torch.ops", "torch.package",
-    "torch.serialization", "torch.utils.cpp_extension", "torch.distributed.run", "torch.distributed.launcher",
-    "torch.distributed.elastic", "torch.distributed.rpc",
-)  # fmt: skip
-"""Names in known libraries that run code of their argument's choosing."""
+OURS = (
+    "trainer.models.gpt2.build_gpt2_model",
+    "trainer.models.llama.build_llama_model",
+    "trainer.data.NanogptDataset",
+    "trainer.loss.MaskedCrossEntropy",
+)
+"""What our own packages offer as targets."""
+KNOWN = {
+    "torch": r"torch\.(nn|optim)(\.[a-z_0-9]+)*\.[A-Z]\w*",
+    "transformers": r"transformers\.(Auto(Config|Model|ModelForCausalLM)|[A-Z]\w*(Config|Model|ForCausalLM))(\.from_config|\.from_pretrained)?",
+    "torchdata": r"torchdata(\.[a-z_0-9]+)*\.[A-Z]\w*",
+}
+"""Of each known library, the names of what models, optimizers and loaders are made of: classes, and how they are built."""
 
 OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.AdamW": dict.fromkeys(("lr", "eps", "weight_decay"), "float")
@@ -93,7 +103,7 @@ def _check_file(file: str, name: str, text: str, policy: Policy) -> str | None:
     if path.suffix != ".py" or not path.is_file():
         return f"{text!r}: there is no Python file {path}"
     inside = policy.folder is not None and path.resolve().is_relative_to(policy.folder.resolve())
-    if not inside and not _allowed(file, policy) and str(path) not in policy.allow:
+    if not inside and file not in policy.allow and str(path) not in policy.allow:
         return f"{text!r} lies outside the recipe's folder; if you trust it, add --allow-target {file}"
     names = _definitions(path)
     if name.split(".")[0] not in names:
@@ -103,16 +113,18 @@ def _check_file(file: str, name: str, text: str, policy: Policy) -> str | None:
 
 def _check_dotted(text: str, policy: Policy) -> str | None:
     root = text.split(".")[0]
-    if any(text == bad or text.startswith(bad + ".") for bad in DENIED) and text not in policy.allow:
-        return f"{text!r} can run any code; if that is meant, add --allow-target {text}"
-    if root not in (*OURS, *LIBRARIES) and not _allowed(text, policy):
-        known = ", ".join((*OURS, *LIBRARIES))
-        return f"{text!r} is outside the known libraries ({known}); if you trust it, add --allow-target {root}"
+    if text in OURS or _allowed(text, policy):
+        return None
     if "." not in text:
         return f"{text!r} is a package, not a callable in one"
-    if root in OURS and _source(text) is None:
-        return f"there is no {text!r}; {did_you_mean(text, known_targets())}"
-    return None
+    if root in KNOWN:
+        if re.fullmatch(KNOWN[root], text):
+            return None
+        return f"{text!r} is not among the classes of {root} that recipes build; if you trust it, add --allow-target {text}"
+    if root in ("trainer", "preprocess", "recipes", "launcher", "containers"):
+        return f"amlaunch offers no target {text!r}; {did_you_mean(text, OURS)}"
+    known = ", ".join(("amlaunch", *KNOWN))
+    return f"{text!r} is outside the known libraries ({known}); if you trust it, add --allow-target {root}"
 
 
 def _allowed(text: str, policy: Policy) -> bool:
@@ -121,28 +133,55 @@ def _allowed(text: str, policy: Policy) -> bool:
 
 def file_of(file: str, policy: Policy) -> Path:
     """The path that a ``file.py:object`` target names: absolute, or relative to the recipe."""
-    return (policy.folder or Path.cwd()) / Path(file).expanduser()
+    return (policy.folder or Path.cwd()) / os.path.expanduser(file)
 
 
 @lru_cache(maxsize=64)
 def _tree(path: Path) -> ast.Module:
     try:
-        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        return ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"{path}:{getattr(error, 'lineno', 1) or 1}: not valid Python: {error}") from None
 
 
 def _definitions(path: Path) -> list[str]:
-    """Top-level names of a module that can be called: functions, classes, what it imports or assigns."""
+    """Names that a module itself defines at its top level; what it only imports (``os``) is not its own."""
     names = []
     for node in _tree(path).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.append(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names += [alias.asname or alias.name for alias in node.names]
         elif isinstance(node, ast.Assign):
             names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.append(node.target.id)
     return [name for name in names if not name.startswith("_")]
+
+
+def code_digest(text: str, policy: Policy) -> str:
+    """Stands for the code of a file target and of the neighbours it imports; comments and layout do not count."""
+    file, _ = split_target(text)
+    waiting, seen = [file_of(file, policy)], set()
+    digest = hashlib.sha256()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        tree = _tree(path)
+        digest.update(ast.dump(tree).encode())
+        waiting += [found for name in sorted(_imports(tree)) if (found := path.parent / f"{name}.py").is_file()]
+    return digest.hexdigest()
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    """First parts of the names of all modules that a module imports."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
 
 
 def _module_file(module: str) -> Path | None:
@@ -157,16 +196,8 @@ def _module_file(module: str) -> Path | None:
 def _source(text: str) -> tuple[Path, str] | None:
     """``(file, object)`` of a target in our own packages."""
     module, _, name = text.rpartition(".")
-    path = _module_file(module)
+    path = _module_file(module) if text in OURS else None
     return (path, name) if path and name in _definitions(path) else None
-
-
-def known_targets() -> list[str]:
-    """What our own packages offer as targets."""
-    return [
-        "trainer.models.gpt2.build_gpt2_model", "trainer.models.llama.build_llama_model",
-        "trainer.data.NanogptDataset", "trainer.loss.MaskedCrossEntropy",
-    ]  # fmt: skip
 
 
 def signature(text: str, policy: Policy) -> Signature | None:
@@ -226,13 +257,20 @@ def resolve(text: str, policy: Policy) -> Any:
         raise BadInput(problem)
     file, name = split_target(text)
     if file:
-        found: Any = _import_file(file_of(file, policy))
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = _attribute(_import_file(file_of(file, policy)), name, text)
     else:
         found = _import_dotted(text, policy)
     if not callable(found):
         raise BadInput(f"{text!r} is a {type(found).__name__}, not something to call")
+    return found
+
+
+def _attribute(module: ModuleType, name: str, text: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None or isinstance(found, ModuleType):
+            raise BadInput(f"{text!r}: there is no {part!r} of the file's own")
     return found
 
 
@@ -255,8 +293,9 @@ def _import_dotted(text: str, policy: Policy) -> Any:
     parts = text.split(".")
     found: Any = _import_module(parts[0], text)
     for depth, part in enumerate(parts[1:], start=2):
-        found = _step(found, part, ".".join(parts[:depth]), text)
-        _refuse_stranger(found, text, policy)
+        name = ".".join(parts[:depth])
+        found = _step(found, part, name, text)
+        _refuse_stranger(found, name, text, policy)
     return found
 
 
@@ -269,7 +308,8 @@ def _step(found: Any, part: str, module: str, text: str) -> Any:
             return importlib.import_module(module)
         except ModuleNotFoundError:
             pass
-    raise BadInput(f"{text!r}: {module.rpartition('.')[0]} has no {part!r}; {did_you_mean(part, dir(found))}")
+    names = [name for name in dir(found) if not name.startswith("_")]
+    raise BadInput(f"{text!r}: {module.rpartition('.')[0]} has no {part!r}; {did_you_mean(part, names)}")
 
 
 def _import_module(root: str, text: str) -> ModuleType:
@@ -279,10 +319,12 @@ def _import_module(root: str, text: str) -> ModuleType:
         raise BadInput(f"{text!r} needs the package {error.name!r}, which is not installed here") from None
 
 
-def _refuse_stranger(found: Any, text: str, policy: Policy) -> None:
-    """A known library's namespace also holds what it imported (``torch.os``): that is not the library."""
-    home = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
-    if home is None or home.split(".")[0] in (*OURS, *LIBRARIES) or _allowed(home, policy) or _allowed(text, policy):
+def _refuse_stranger(found: Any, name: str, text: str, policy: Policy) -> None:
+    """A module's namespace also holds what it imported (``torch.nn.functional.torch``): that is not its own."""
+    is_module = isinstance(found, ModuleType)
+    home = found.__name__ if is_module else getattr(found, "__module__", None) or ""
+    own = home == name if is_module else home.split(".")[0] == text.split(".")[0]
+    if own or _allowed(text, policy):
         return
     raise BadInput(f"{text!r} belongs to {home!r}, outside the known libraries; if you trust it, add --allow-target {text}")
 
