@@ -15,7 +15,7 @@ Any key of a recipe can be changed on the command line: --model.n_layer 6, --opt
 --wandb null. Exit codes: 0 done, 1 something failed, 2 the input cannot work, 75 stopped on request
 with everything saved (the same command goes on from there).
 """
-GUIDE_SECTIONS = ("rng", "dist_env", "recipe")
+GUIDE_SECTIONS = ("rng", "dist_env")
 
 
 def build_parser() -> argparse.ArgumentParser:

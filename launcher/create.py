@@ -6,7 +6,6 @@ import getpass
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan import Plan
-from launcher.planner import file_targets
-from launcher.snapshot import package_root, take_snapshot
+from launcher.snapshot import SKIPPED, package_root, take_snapshot
+from recipes.errors import BadInput
 from recipes.files import write_json, write_text
-from recipes.loader import SECRET, Loaded
+from recipes.loader import Loaded, file_targets, is_secret
 from recipes.rundir import RunDir
+from recipes.targets import split_target
 from recipes.version import VERSION
 
 VERSIONS_OF = ("torch", "numpy", "submitit", "tiktoken", "datasets", "transformers", "safetensors", "pyyaml", "rich")
@@ -35,12 +35,21 @@ def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *
     run.root.mkdir(parents=True, exist_ok=True)
     if refresh_code or not run.code.is_dir():
         take_snapshot(run.code, loaded.policy.folder if file_targets(loaded.tree) else None)
-    write_text(run.recipe, f"# {loaded.path}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n" + loaded.text())
+        _check_targets(run, loaded)
+    write_text(run.recipe, f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n" + loaded.text())
     write_json(run.plan, plan.to_json())
     if not run.provenance.exists() or refresh_code:
         write_json(run.provenance, provenance(loaded, command))
     if plan.data:
         _link(run.data, Path(plan.data))
+
+
+def _check_targets(run: RunDir, loaded: Loaded) -> None:
+    """Each file that the recipe names must have come into the snapshot; absolute ones are used where they lie."""
+    for name in file_targets(loaded.tree):
+        copy = run.code / "recipe" / split_target(name)[0]
+        if not copy.is_file():
+            raise BadInput(f"{name!r}: its folder is not one that is copied for a run (hidden, or one of {', '.join(sorted(SKIPPED))}); move the file")
 
 
 def _link(link: Path, target: Path) -> None:
@@ -86,7 +95,7 @@ def redact(command: Sequence[str]) -> list[str]:
     hide = False
     for word in command:
         option, equals, _ = word.partition("=")
-        secret = word.startswith("--") and SECRET.search(option) is not None and not re.search(r"max_tokens|val_tokens|shard_tokens|tokenizer|(bos|eos|pad)_token", option)
+        secret = word.startswith("--") and is_secret(option[2:].rpartition(".")[2])
         shown.append("***" if hide else f"{option}=***" if secret and equals else word)
         hide = secret and not equals
     return shown

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -22,7 +25,13 @@ def program() -> str:
     if shutil.which("amlaunch"):
         return "amlaunch"
     called = Path(sys.argv[0])
-    return os.path.relpath(called) if called.name == "amlaunch" else f"{os.path.basename(sys.executable)} -m launcher"
+    return str(called.absolute()) if called.name == "amlaunch" else f"{os.path.basename(sys.executable)} -m launcher"
+
+
+def name_of(run: RunDir) -> str:
+    """What to type for a run: its id where that is found, else its folder."""
+    here = Path(os.environ.get("AMLAUNCH_RUNS") or "runs").expanduser().absolute()
+    return run.root.name if run.root.parent == here else shlex.quote(str(run.root))
 
 
 def duration(seconds: float | None) -> str:
@@ -59,9 +68,9 @@ def progress(state: ElementState) -> str:
     total = beat.get("total")
     unit = beat.get("unit", "")
     if unit == "token":
-        parts = [f"{count(beat['done'])}{f'/{count(total)}' if total else ''} tokens"]
+        parts = [f"{count(beat.get('done'))}{f'/{count(total)}' if total else ''} tokens"]
     else:
-        parts = [f"{unit} {beat['done']}{f'/{total}' if total else ''}"]
+        parts = [f"{unit} {beat.get('done')}{f'/{total}' if total else ''}"]
     parts += [f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))]
     parts.append(rate(beat.get("rate")))
     if state.state == RUNNING and _is_number(beat.get("eta_s")):
@@ -129,6 +138,19 @@ def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
             return handle.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; a number that JSON does not have (a loss that is NaN) is null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: str) -> dict[str, Any]:

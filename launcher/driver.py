@@ -23,6 +23,7 @@ from launcher.plan import Element, Plan, Stage
 from launcher.state import DONE, FAILED, PENDING, STOPPED
 from launcher.store import read_plan
 from recipes.errors import BAD_INPUT, GO_ON_LATER
+from recipes.expand import Unset, expand, variables
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from recipes.process import PARENT_VARIABLE, python_command
 from recipes.rundir import ElementDir, RunDir
@@ -118,8 +119,13 @@ def carry_out(attempt: Attempt, stopping: Stopping) -> str:
     """Start the ranks, wait for them, and write down how it ended."""
     started = time.monotonic()
     attempt.record("start", host=platform.node(), pid=os.getpid(), job=os.environ.get("SUBMITIT_LOCAL_JOB_ID"))
-    with ExitStack() as files:
-        codes, first = wait_for(_start_ranks(attempt, files), stopping)
+    try:
+        with ExitStack() as files:
+            codes, first = wait_for(_start_ranks(attempt, files), stopping)
+    except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
+        what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
+        attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
+        return FAILED
     result = read_json(attempt.folder.result)
     end = classify(codes, first, result)
     seconds = round(time.monotonic() - started, 3)
@@ -131,7 +137,8 @@ def carry_out(attempt: Attempt, stopping: Stopping) -> str:
 
 def _start_ranks(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
     command = [*python_command(attempt.element.module), *attempt.element.arguments]
-    argv, extra = containers.launch("none", containers.Image(env=attempt.plan.env), command)
+    wanted = {key: str(expand(value, variables())) for key, value in attempt.plan.env.items()}
+    argv, extra = containers.launch("none", containers.Image(env=wanted), command)
     shared = {**os.environ, **extra, **_environment(attempt)}
     ranks = []
     for rank in range(attempt.stage.needs.tasks_per_node):

@@ -7,6 +7,7 @@ what an earlier, killed launcher left running is waited for, not started twice.
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from typing import Any
 from launcher.driver import Assignment, run_element
 from launcher.machine import Machine
 from launcher.plan import Needs, Plan, Stage
-from launcher.state import DONE, ElementState, read_element, read_stage
-from recipes.files import is_locked, read_json_lines
+from launcher.state import DONE, FAILED, ElementState, read_element, read_stage
+from recipes.files import append_json_line, is_locked, read_json_lines
 from recipes.rundir import RunDir
 
 POLL_SECONDS = 0.2
@@ -111,10 +112,15 @@ class Executor:
                     waiting.remove(name)
                     active[name] = attempts
             time.sleep(POLL_SECONDS)
+            if self.stopping:
+                self.stop()  # again: one that was just being started has only now become able to hear it
             for name in [name for name in active if not self._is_active(stage, name)]:
-                if self._came_to_nothing(stage, name, active.pop(name)) and tries[name] < MAX_TRIES:
+                if self._came_to_nothing(stage, name, active.pop(name)) and not self.stopping:
                     tries[name] += 1
-                    waiting.append(name)
+                    if tries[name] < MAX_TRIES:
+                        waiting.append(name)
+                    else:
+                        self._give_up(stage, name)
             self.report(stage, read_stage(self.run, stage))
         return not waiting and all(state.state == DONE for state in read_stage(self.run, stage))
 
@@ -135,6 +141,16 @@ class Executor:
         state = self._state(stage, name)
         return state.state != DONE and state.attempts == attempts_before
 
+    def _give_up(self, stage: Stage, name: str) -> None:
+        """Write down, in the driver's stead, that it never began."""
+        folder = self.run.element(stage.name, name)
+        logs = sorted((self.run.jobs / stage.name / name).glob("*_log.*"), key=lambda path: path.stat().st_mtime)
+        words = [line.strip() for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        reason = f"the driver did not start in {MAX_TRIES} tries{': ' + words[-1] if words else ''} (logs in {self.run.jobs})"
+        attempt = self._state(stage, name).attempts + 1
+        append_json_line(folder.attempts, {"event": "start", "attempt": attempt, "time": time.time(), "host": platform.node()})
+        append_json_line(folder.attempts, {"event": "end", "attempt": attempt, "time": time.time(), "outcome": FAILED, "reason": reason})
+
     def _is_active(self, stage: Stage, name: str) -> bool:
         key = f"{stage.name}/{name}"
         job = self.jobs.get(key)
@@ -149,10 +165,10 @@ class Executor:
 def _job_environment(run: RunDir) -> Iterator[None]:
     """What a submitit process inherits: the run's code first on the path, and no share in our Ctrl-C.
 
-    Ignored signals stay ignored in children; the driver then sets its own handlers.
+    Blocked signals stay blocked in children, who are asked to stop by a file;
+    ours that come meanwhile are delivered afterwards.
     """
-    numbers = (signal.SIGINT, signal.SIGHUP)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(run.code), before.get("PYTHONPATH", "")]))
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -161,8 +177,7 @@ def _job_environment(run: RunDir) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def submit(run: RunDir, stage: str, name: str, given: Assignment) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 from launcher.plan import Element, Needs, Plan, Stage
 from recipes.errors import BadInput
 from recipes.files import fingerprint
-from recipes.loader import Loaded, check_batch
+from recipes.loader import Loaded, at_point, check_batch, file_targets
 from recipes.rundir import RunDir
-from recipes.schema import Preprocess, StageResources
+from recipes.schema import Preprocess, Recipe, StageResources
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def make_plan(loaded: Loaded, site: Site) -> Plan:
     """The plan of a recipe on a site. Raises BadInput where they do not fit."""
     recipe = loaded.recipe
     run = RunDir(site.runs / run_id(loaded))
-    data = data_folder(recipe.preprocess, site) if recipe.preprocess else None
+    data = data_folder(loaded, recipe.preprocess, site) if recipe.preprocess else None
     common = _common_arguments(loaded, run)
     stages = []
     if recipe.preprocess and data:
@@ -50,15 +50,15 @@ def make_plan(loaded: Loaded, site: Site) -> Plan:
     stages.append(_train_stage(loaded, common, run, data, site, after=["verify"] if data else []))
     if recipe.export:
         stages.append(_export_stage(loaded, common, run, data, site))
-    env = dict(recipe.container.env) if recipe.container else {}
+    env = (loaded.tree.get("container") or {}).get("env") or {}  # placeholders kept: the driver fills them in
     return Plan(run.root.name, stages, str(data) if data else None, str(site.cwd), env)
 
 
-def data_folder(section: Preprocess, site: Site) -> Path:
+def data_folder(loaded: Loaded, section: Preprocess, site: Site) -> Path:
     """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
     if section.output_dir:
         return (site.cwd / section.output_dir).resolve()
-    made_of = {key: value for key, value in dataclasses.asdict(section).items() if key != "output_dir"}
+    made_of = {**dataclasses.asdict(section), "output_dir": None, "places": loaded.places("preprocess")}
     source = (section.dataset or "files").rpartition("/")[2]
     return site.runs.resolve().parent / "data" / f"{source}-{section.tokenizer.replace('/', '-')}-{fingerprint(made_of)}"
 
@@ -68,16 +68,6 @@ def _common_arguments(loaded: Loaded, run: RunDir) -> list[str]:
     allowed = [argument for name in loaded.policy.allow for argument in ("--allow-target", name)]
     folder = run.code / "recipe" if file_targets(loaded.tree) else run.root
     return [str(run.recipe), "--recipe-dir", str(folder), *allowed]
-
-
-def file_targets(node: Any) -> list[str]:
-    """The ``file.py:object`` targets of a recipe."""
-    if isinstance(node, Mapping):
-        own = [node["_target_"]] if ":" in str(node.get("_target_", "")) else []
-        return own + [name for child in node.values() for name in file_targets(child)]
-    if isinstance(node, list):
-        return [name for child in node for name in file_targets(child)]
-    return []
 
 
 def _element(stage: str, name: str, module: str, arguments: Sequence[str], run: RunDir, title: str = "") -> Element:
@@ -135,7 +125,7 @@ def _data_arguments(data: Path | None) -> list[str]:
 
 def _override_arguments(point: Mapping[str, Any]) -> list[str]:
     """JSON is YAML: a string keeps its quotes, so it stays a string."""
-    return [f"--{key}={json.dumps(value)}" for key, value in point.items()]
+    return [f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
 
 
 def _needs(given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
@@ -150,15 +140,19 @@ def _train_needs(loaded: Loaded, site: Site) -> Needs:
     gpus = _gpus(loaded, site, nodes)
     tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
     ranks = nodes * tasks
-    wrong = check_batch(loaded.recipe, ranks) or _check_ranks(loaded, ranks)
-    if wrong:
-        raise BadInput(f"{loaded.path}: {wrong}")
+    for point in loaded.elements():
+        recipe = at_point(loaded, point) if point else loaded.recipe
+        wrong = check_batch(recipe, ranks) or _check_ranks(recipe, ranks)
+        if wrong:
+            raise BadInput(f"{loaded.path}: {' '.join(_override_arguments(point))} {wrong}".replace(":  ", ": "))
     return _needs(given, site, cpus=site.cpus, gpus=gpus, tasks=tasks)
 
 
 def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
     """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch."""
     if site.asked_gpus is not None:
+        if site.asked_gpus < 0:
+            raise BadInput(f"--gpus {site.asked_gpus}: a number of GPUs, or 0 for the CPU")
         if site.asked_gpus > site.gpus:
             raise BadInput(f"{site.asked_gpus} GPUs asked for, this machine has {site.gpus}; --gpus 0 runs on the CPU")
         return site.asked_gpus
@@ -168,8 +162,8 @@ def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
     return fitting[0] if fitting else 0
 
 
-def _check_ranks(loaded: Loaded, ranks: int) -> str | None:
-    spread = loaded.recipe.distributed
+def _check_ranks(recipe: Recipe, ranks: int) -> str | None:
+    spread = recipe.distributed
     if spread.dp_size not in (None, ranks):
         return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
     if spread.dp_replicate_size and ranks % spread.dp_replicate_size:

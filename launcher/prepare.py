@@ -29,6 +29,8 @@ def prepare(options: argparse.Namespace) -> tuple[Loaded, Plan, Machine]:
     site = Site(
         runs=runs_root(options.runs), cwd=Path.cwd(), gpus=len(machine.gpus), cpus=machine.cpus, asked_gpus=options.gpus
     )  # fmt: skip
+    if "%" in str(site.runs):
+        raise BadInput(f"{site.runs}: submitit reads a % in a path as a job's number; --runs DIR puts runs elsewhere")
     plan = make_plan(loaded, site)
     if options.stage:
         plan.stage(options.stage)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan import Plan, Stage
-from recipes.files import is_locked, read_json, read_json_lines
+from recipes.files import is_locked, read_json_lines, read_object
 from recipes.rundir import ElementDir, RunDir
 
 PENDING, RUNNING, DONE, STOPPED, FAILED, DIED = "pending", "running", "done", "stopped", "failed", "died"
@@ -38,9 +38,9 @@ def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementSta
     """The state of one element: its marker, then the lock of a live driver, then its newest attempt."""
     folder = run.element(stage.name, name)
     lines = read_json_lines(folder.attempts)
-    starts = [line for line in lines if line.get("event") == "start"]
+    starts = [line for line in lines if line.get("event") == "start" and "attempt" in line and "time" in line]
     common: dict[str, Any] = {"stage": stage.name, "name": name, "title": title, "attempts": len(starts)}
-    common["progress"] = _progress(folder)
+    common["progress"] = read_object(folder.progress)
     if starts:
         common["host"] = starts[-1].get("host", "")
     end = _end_of(lines, starts[-1]["attempt"]) if starts else None
@@ -55,30 +55,21 @@ def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementSta
         return ElementState(**common, state=RUNNING, seconds=time.time() - since)
     if end is not None:
         known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "seconds": end.get("seconds")}
-        return ElementState(**common, state=end["outcome"], **known)
+        return ElementState(**common, state=end.get("outcome", DIED), **known)
     if starts:
         return ElementState(**common, state=DIED, reason=f"attempt {starts[-1]['attempt']} ended without a word (killed, or the machine went down)")
     return ElementState(**common, state=PENDING)
 
 
-def _progress(folder: ElementDir) -> dict[str, Any]:
-    try:
-        return read_json(folder.progress) or {}
-    except ValueError:
-        return {}
-
-
 def read_done(folder: ElementDir) -> dict[str, Any] | None:
     """The marker of a finished element; a damaged one does not count."""
-    try:
-        return read_json(folder.done)
-    except ValueError:
-        return None
+    done = read_object(folder.done)
+    return done if isinstance(done.get("outputs"), dict) else None
 
 
 def missing_output(done: dict[str, Any]) -> str | None:
     """What is no longer as the marker says; None where all outputs are there at their sizes."""
-    for name, size in done.get("outputs", {}).items():
+    for name, size in done["outputs"].items():
         path = Path(name)
         if not path.is_file():
             return f"{path} is gone"
@@ -101,8 +92,15 @@ def read_run(run: RunDir, plan: Plan) -> list[ElementState]:
     return [state for stage in plan.stages for state in read_stage(run, stage)]
 
 
-def overall(states: list[ElementState]) -> str:
+def is_driven(run: RunDir, states: list[ElementState]) -> bool:
+    """Whether anybody works on the run: a launcher that is between two stages counts."""
+    return is_locked(run.lock) or any(state.state == RUNNING for state in states)
+
+
+def overall(states: list[ElementState], driven: bool = False) -> str:
     """One word for many elements: the one that most wants attention; done only if all are."""
+    if driven:
+        return RUNNING
     found = {state.state for state in states}
     if DONE in found and PENDING in found and not found & {FAILED, DIED, RUNNING}:
         return STOPPED

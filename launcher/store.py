@@ -32,7 +32,7 @@ def find_run(root: Path, name: str) -> RunDir:
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())
     runs = list_runs(root)
-    exact = [run for run in runs if run.root.name == name]
+    exact = [run for run in runs if run.root.name == name or run.root.name.rpartition("-")[0] == name]
     starts = exact or [run for run in runs if run.root.name.startswith(name)]
     if not starts:
         hint = did_you_mean(name, [run.root.name for run in runs]) if runs else "there are none yet: amlaunch local starts one"

@@ -53,8 +53,8 @@ def _places(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str
 def _next(run_dir: RunDir, plan: Plan) -> list[str]:
     program = describe.program()
     commands = [
-        (f"{program} status {plan.run_id}", "what happened, stage by stage"),
-        (f"{program} logs {plan.run_id} --stage train", "every step"),
+        (f"{program} status {describe.name_of(run_dir)}", "what happened, stage by stage"),
+        (f"{program} logs {describe.name_of(run_dir)} --stage train", "every step"),
         (f"{program} recipes", "what else there is; copy one and change it"),
     ]
     width = max(len(command) for command, _ in commands)

@@ -56,10 +56,16 @@ def expand(value: Any, known: Mapping[str, str]) -> Any:
     return scalar(text) if PLACEHOLDER.fullmatch(value) else text
 
 
-def expand_tree(value: Any, known: Mapping[str, str]) -> Any:
-    """:func:`expand` through mappings and lists."""
+def expand_known(value: Any, known: Mapping[str, str]) -> Any:
+    """:func:`expand` through mappings and lists; what has no value stays as it stands."""
     if isinstance(value, dict):
-        return {key: expand_tree(child, known) for key, child in value.items()}
+        return {key: expand_known(child, known) for key, child in value.items()}
     if isinstance(value, list):
-        return [expand_tree(child, known) for child in value]
-    return expand(value, known)
+        return [expand_known(child, known) for child in value]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        return str(known.get(match[1]) or (match[0] if match[2] is None else match[2]))
+
+    return PLACEHOLDER.sub(fill, value)

@@ -62,38 +62,52 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 def read_json(path: Path) -> Any | None:
     """The JSON in ``path``; None where there is no such file. A damaged file raises ``ValueError`` naming it."""
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return json.loads(text)
+        return json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add ``value`` as one line with a single write, so that two writers never mix within a line."""
+    """Add ``value`` as one line with a single write; a line that a kill tore is ended first, so that it tears no other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (json.dumps(value) + "\n").encode())
-    finally:
-        os.close(handle)
+    with open(path, "a+b", buffering=0) as handle:
+        handle.seek(0, os.SEEK_END)
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            torn = handle.read(1) != b"\n"
+        else:
+            torn = False
+        handle.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """All complete lines of ``path``; the torn last line that a kill can leave is left out."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects among the lines of ``path``; what a kill tore or a disk damaged is left out."""
     try:
-        text = path.read_text()
-    except FileNotFoundError:
+        text = path.read_text(errors="replace")
+    except (FileNotFoundError, IsADirectoryError):
         return []
     values = []
     for line in text.splitlines():
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
             continue
+        if isinstance(value, dict):
+            values.append(value)
     return values
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is none that can be read, for readers that must go on."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def sha256_file(path: Path) -> str:
@@ -163,7 +177,7 @@ def _try_lock(handle: int, seconds: float = 0.3) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether some live process holds the lock on ``path``; never creates the file."""
     try:
-        handle = os.open(path, os.O_RDWR)
+        handle = os.open(path, os.O_RDONLY)  # other users may look, too
     except OSError:
         return False
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,22 @@ from typing import Any
 from recipes.check import Checker, refuse
 from recipes.compat import translate
 from recipes.errors import BadInput
-from recipes.expand import PLACEHOLDER, Unset, expand_tree, variables
+from recipes.expand import expand_known, variables
 from recipes.files import fingerprint
 from recipes.overrides import apply_override, parse_overrides
 from recipes.schema import Recipe
-from recipes.targets import Policy, signature, split_target
+from recipes.targets import Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
 EXECUTION = ("name", "resources", "container", "wandb")
 """Sections that say where a run happens, not what it computes: another value is still the same run."""
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL|AUTH", re.IGNORECASE)
-SECRET_KEY = re.compile(r"^token$|(^|_)(api_?key|password|secret)$|(^|_)(hf|auth|access|api|bearer|hub)_token$", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
+"""Names of variables whose value is nobody's business."""
+NO_SECRET = re.compile(r"(^|_)(bos|eos|eot|pad|unk|sep|cls|mask)_token$", re.IGNORECASE)
+"""Keys of recipes that only sound like one."""
+SECRET_ENDS = re.compile(r"(^|_)((api|access|private|wandb|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
+SWEPT = ("model", "dataset", "optimizer", "lr_scheduler", "loss_fn", "step_scheduler", "distributed", "clip_grad_norm", "compile", "seed")
+"""Sections that may differ between the elements of a sweep, which share their data, their nodes and their export."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -44,26 +50,41 @@ class Loaded:
         return dump(self.tree)
 
     def fingerprint(self) -> str:
-        """Eight hex digits of what the recipe computes; equal recipes are one run."""
-        visible = {name: value for name, value in variables().items() if not SECRET.search(name)}
-        kept = {key: _expand_known(value, visible) for key, value in self.tree.items() if key not in EXECUTION}
-        return fingerprint(kept)
+        """Eight hex digits of what the recipe computes, from which files and with which code; equal ones are one run."""
+        kept = {key: value for key, value in self.tree.items() if key not in EXECUTION}
+        code = [code_digest(name, self.policy) for name in file_targets(self.tree)]
+        return fingerprint([self.visible(kept), code, self.places("preprocess", "dataset", "validation_dataset")])
+
+    def visible(self, value: Any) -> Any:
+        """``value`` with its placeholders filled in, but for those that are secrets."""
+        return expand_known(value, {name: text for name, text in variables().items() if not SECRET.search(name)})
+
+    def places(self, *sections: str) -> list[str]:
+        """The absolute form of every path to data in ``sections``: another folder's ``text/*.txt`` is other text."""
+        found = []
+        for section in sections:
+            given = self.visible(self.tree.get(section) or {})
+            for key in ("data_files", "file_pattern", "dataset"):
+                values = given.get(key)
+                for value in values if isinstance(values, list) else [values]:
+                    if value and (key != "dataset" or os.path.exists(value)):  # else a name on the hub
+                        found.append(os.path.abspath(os.path.expanduser(str(value))))
+        return found
 
     def elements(self) -> list[dict[str, Any]]:
         """One mapping of overrides for each point of the sweep; a single empty one without a sweep."""
-        axes = self.recipe.sweep or {}
+        axes = self.tree.get("sweep") or {}  # not the expanded ones: what is in them is written down
         return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
-def _expand_known(value: Any, known: Mapping[str, str]) -> Any:
-    try:
-        return expand_tree(value, known)
-    except Unset:
-        if isinstance(value, dict):
-            return {key: _expand_known(child, known) for key, child in value.items()}
-        if isinstance(value, list):
-            return [_expand_known(child, known) for child in value]
-        return PLACEHOLDER.sub(lambda match: match[0], value)
+def file_targets(node: Any) -> list[str]:
+    """The ``file.py:object`` targets of a recipe."""
+    if isinstance(node, Mapping):
+        own = [node["_target_"]] if ":" in str(node.get("_target_", "")) else []
+        return own + [name for child in node.values() for name in file_targets(child)]
+    if isinstance(node, list):
+        return [name for child in node for name in file_targets(child)]
+    return []
 
 
 def load(
@@ -90,8 +111,9 @@ def load(
             lines.setdefault(key_path[:depth], shown)
         lines[key_path] = shown
     notes = translate(tree, lines)
-    policy = Policy(recipe_dir or path.resolve().parent, tuple(allow))
-    _relative_targets(tree, policy)
+    folder = (recipe_dir or path.parent).resolve()
+    policy = Policy(folder, tuple(_place(name, folder) if name.endswith(".py") else name for name in allow))
+    _settle_targets(tree, folder)
     refuse_secrets(tree, lines)
     recipe = _typed(tree, lines, policy, job_start)
     loaded = Loaded(path, tree, recipe, notes, policy)
@@ -99,26 +121,31 @@ def load(
     return loaded
 
 
-def _relative_targets(node: Any, policy: Policy) -> None:
-    """Name a file in the recipe's folder relative to it, so that it is found in a snapshot of that folder too."""
+def _settle_targets(node: Any, folder: Path) -> None:
+    """Name a file in the recipe's folder relative to it, so that it is found in a snapshot too; any other absolutely."""
     if isinstance(node, list):
         for child in node:
-            _relative_targets(child, policy)
+            _settle_targets(child, folder)
     if not isinstance(node, dict):
         return
     for child in node.values():
-        _relative_targets(child, policy)
+        _settle_targets(child, folder)
     file, name = split_target(str(node.get("_target_", "")))
-    if file and policy.folder and Path(file).is_absolute() and Path(file).is_relative_to(policy.folder):
-        node["_target_"] = f"{Path(file).relative_to(policy.folder)}:{name}"
+    if file:
+        node["_target_"] = f"{_place(file, folder)}:{name}"
+
+
+def _place(file: str, folder: Path) -> str:
+    path = (folder / os.path.expanduser(file)).resolve()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def refuse_secrets(tree: Any, lines: Mapping[KeyPath, str], path: KeyPath = ()) -> None:
     """A literal secret would be stored with the run: BadInput says how to pass it by the environment."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            refuse_secrets(value, lines, (*path, key))
-    elif path and isinstance(tree, str) and tree and SECRET_KEY.search(path[-1]) and not PLACEHOLDER.search(tree):
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            refuse_secrets(value, lines, (*path, str(key)))
+    elif path and isinstance(tree, str) and tree and is_secret(path[-1]) and not re.fullmatch(r"\$\{\w+\}", tree):
         name = path[-1].upper()
         where = re.sub("=.*", "", lines.get(path, "recipe"), flags=re.DOTALL)
         raise BadInput(f"{where}: {'.'.join(path)}: a secret would be written down with the run; export {name}=… and write ${{{name}}}")
@@ -133,15 +160,32 @@ def _typed(tree: dict[str, Any], lines: dict[KeyPath, str], policy: Policy, job_
     return recipe
 
 
+def is_secret(key: str) -> bool:
+    """Whether a key's value is a secret, by its name."""
+    return SECRET_ENDS.search(key) is not None and NO_SECRET.search(key) is None
+
+
 def _check_sweep(loaded: Loaded, lines: dict[KeyPath, str], job_start: bool) -> None:
-    for key, values in (loaded.recipe.sweep or {}).items():
-        where = lines.get(("sweep", key), lines.get(("sweep",), str(loaded.path)))
-        if not values:
+    places = {key: lines.get(("sweep", key), lines.get(("sweep",), str(loaded.path))) for key in loaded.recipe.sweep or {}}
+    for key, where in places.items():
+        if not loaded.tree["sweep"][key]:
             raise BadInput(f"{where}: sweep.{key}: an empty list sweeps over nothing")
-        for value in values:
-            tree = copy.deepcopy(loaded.tree)
-            apply_override(tree, tuple(key.split(".")), value, f"{where}: sweep.{key}")
-            _typed(tree, {**lines, tuple(key.split(".")): where}, loaded.policy, job_start)
+        if key.split(".")[0] not in SWEPT:
+            raise BadInput(f"{where}: sweep.{key}: the elements of a sweep share it; what may differ is {', '.join(SWEPT)}")
+    for point in loaded.elements() if places else []:
+        at_point(loaded, point, lines, job_start)
+
+
+def at_point(loaded: Loaded, point: Mapping[str, Any], lines: Mapping[KeyPath, str] | None = None, job_start: bool = False) -> Recipe:
+    """The recipe of one element of a sweep. Raises BadInput where it does not hold together."""
+    tree = copy.deepcopy(loaded.tree)
+    found = dict(lines or {})
+    for key, value in point.items():
+        path = tuple(key.split("."))
+        where = f"{found.get(('sweep', key), loaded.path)}: sweep.{key}={value}"
+        apply_override(tree, path, value, where)
+        found[path] = where
+    return _typed(tree, found, loaded.policy, job_start)
 
 
 def _check_together(recipe: Recipe, checker: Checker) -> None:
@@ -149,6 +193,7 @@ def _check_together(recipe: Recipe, checker: Checker) -> None:
     _check_model(recipe, checker)
     _check_data(recipe, checker)
     _check_unsupported(recipe, checker)
+    _check_numbers(recipe, checker)
     steps = recipe.step_scheduler
     if steps.global_batch_size % steps.local_batch_size:
         checker.problem(
@@ -160,6 +205,20 @@ def _check_together(recipe: Recipe, checker: Checker) -> None:
 def _check_name(recipe: Recipe, checker: Checker) -> None:
     if not RUN_NAME.fullmatch(recipe.name):
         checker.problem(("name",), f"{recipe.name!r}: a name is letters, digits, '.', '_' and '-' (it names a folder)")
+
+
+def _check_numbers(recipe: Recipe, checker: Checker) -> None:
+    if recipe.clip_grad_norm and not 0 < recipe.clip_grad_norm.max_norm < float("inf"):
+        checker.problem(("clip_grad_norm", "max_norm"), f"{recipe.clip_grad_norm.max_norm}: expected a number above 0; clip_grad_norm: null does not clip")
+    if recipe.seed >= 2**63:
+        checker.problem(("seed",), "beyond 64 bits")
+    rate = recipe.optimizer.get("lr", 0.0)
+    if isinstance(rate, float) and not 0 <= rate < float("inf"):
+        checker.problem(("optimizer", "lr"), f"{rate}: expected a number of at least 0")
+    if recipe.export and not recipe.export.temperature >= 0:
+        checker.problem(("export", "temperature"), f"{recipe.export.temperature}: expected a number of at least 0")
+    if recipe.export and not recipe.checkpoint.enabled:
+        checker.problem(("checkpoint", "enabled"), "false leaves nothing to export; write export: null too")
 
 
 def _check_unsupported(recipe: Recipe, checker: Checker) -> None:
@@ -201,12 +260,19 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
     found = signature(recipe.model["_target_"], checker.policy)
     defaults = {key: known.default for key, known in found.parameters.items() if isinstance(known.default, int)} if found else {}
     sizes = _numbers(recipe.model, defaults)
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if sizes.get(name, 1) < 1:
+            checker.problem(("model", name), f"{sizes[name]}: expected a whole number of at least 1")
+    if not 0 <= recipe.model.get("dropout", 0.0) < 1:
+        checker.problem(("model", "dropout"), f"{recipe.model['dropout']}: expected a number from 0 to below 1")
     for width, heads in (("n_embd", "n_head"), ("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
-        if sizes.get(heads) and width in sizes and sizes[width] % sizes[heads]:
+        if sizes.get(heads, 0) > 0 and width in sizes and sizes[width] % sizes[heads]:
             checker.problem(("model", width), f"{sizes[width]} is not divisible by {heads} {sizes[heads]}")
     context = sizes.get("n_ctx") or sizes.get("n_positions") or sizes.get("max_position_embeddings")
     for section in ("dataset", "validation_dataset"):
         length = (getattr(recipe, section) or {}).get("seq_len")
+        if isinstance(length, int) and length < 1:
+            checker.problem((section, "seq_len"), f"{length}: expected a whole number of at least 1")
         if context and isinstance(length, int) and length > context:
             checker.problem((section, "seq_len"), f"{length} is beyond the model's context of {context} positions")
 

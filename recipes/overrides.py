@@ -26,7 +26,7 @@ def parse_overrides(tokens: Sequence[str]) -> list[tuple[KeyPath, Any, str]]:
             if not rest or rest[0].startswith("--"):
                 raise BadInput(f"--{key} has no value: write --{key} VALUE (or --{key}=true)")
             text = rest.pop(0)
-        path = tuple(key.split("."))
+        path = tuple(key.split(".", 1)) if key.startswith("sweep.") else tuple(key.split("."))  # sweep's keys have dots
         if not all(path):
             raise BadInput(f"--{key}: an override is --section.key value")
         shown = f"--{key}={text}"
@@ -44,6 +44,8 @@ def apply_override(tree: dict[str, Any], path: KeyPath, value: Any, shown: str) 
         node = _child(node, key, path[: depth + 1], shown)
     if isinstance(node, list):
         node[_index(node, path[-1], path, shown)] = value
+    elif path[-1].isdigit():
+        raise BadInput(f"{shown}: {'.'.join(path[:-1])} has no list yet; give the whole of it: --{'.'.join(path[:-1])} '[…]'")
     else:
         node[path[-1]] = value
 

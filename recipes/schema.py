@@ -22,7 +22,7 @@ def parse_count(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError("a count such as 500M or 1.5B")
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([KMBTkmbt]?)", str(value).strip())
-    if match:
+    if match and len(str(value)) < 30:
         number = float(match[1]) * SUFFIXES[match[2].upper()]
         whole = int(match[1].replace("_", "")) * SUFFIXES[match[2].upper()] if "." not in match[1] and "e" not in match[1].lower() else round(number)
         if whole == number or abs(number) > 2**53:

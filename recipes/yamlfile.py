@@ -16,6 +16,7 @@ import yaml
 from recipes.errors import BadInput
 
 MAX_NODES = 100_000
+MAX_DEPTH = 50
 KeyPath = tuple[str, ...]
 
 PLAIN_TAGS = {
@@ -37,7 +38,7 @@ def scalar(text: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
-        return int(text)
+        return int(text) if len(text) < 100 else float(text)
     if _OCTAL.fullmatch(text):
         return int(text[2:], 8)
     if _HEX.fullmatch(text):
@@ -65,8 +66,8 @@ class _Reader:
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.count += 1
-        if self.count > MAX_NODES or id(node) in self.open:
-            raise BadInput(f"{self.where(node)}: aliases that refer to themselves or grow without end")
+        if self.count > MAX_NODES or len(self.open) > MAX_DEPTH or id(node) in self.open:
+            raise BadInput(f"{self.where(node)}: aliases that refer to themselves or grow without end, or too deeply nested")
         if node.tag not in PLAIN_TAGS:
             raise BadInput(f"{self.where(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
         self.lines.setdefault(path, self.where(node))
@@ -109,15 +110,20 @@ def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
         raise BadInput(f"{source}:{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise BadInput(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise BadInput(f"{source}: too deeply nested") from None
     reader = _Reader(source)
     return (reader.read(node, ()) if node is not None else None), reader.lines
 
 
 def parse_value(text: str, source: str) -> Any:
-    """One value of the command line, as it would be read from a file."""
-    if "\n" not in text and not text.lstrip().startswith(("[", "{", '"', "'", "&", "*", "!", "|", ">")):
-        return scalar(text.strip())
-    return parse(text, source)[0]
+    """One value of the command line: a list, a section, or quoted text as YAML writes them, else a plain scalar.
+
+    Only these are parsed, so that ``*.bin`` is a glob and not an alias.
+    """
+    if text.lstrip().startswith(("[", "{", '"', "'")):
+        return parse(text, source)[0]
+    return scalar(text.strip()) if "\n" not in text else text
 
 
 def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from launcher.machine import Machine
 from launcher.plan import Plan, Stage
 from launcher.prepare import default_recipe, notes, prepare
 from launcher.report import LiveReport, PlainReport, make_report
-from launcher.state import DONE, FAILED, RUNNING, ElementState, overall, read_run, read_stage
+from launcher.state import DIED, DONE, FAILED, RUNNING, ElementState, overall, read_run, read_stage
 from launcher.store import runs_root
 from launcher.summary import closing
 from recipes.errors import BAD_INPUT, GO_ON_LATER, OK, BadInput
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     _check_input(run_dir, plan, stages)
     lock = Lock(run_dir.lock)
     if not _acquire(lock, run_dir):
-        raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with amlaunch logs {plan.run_id} -f")
+        raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
     try:
         return _carry_out(options, loaded, plan, machine, run_dir, stages)
     finally:
@@ -69,7 +68,8 @@ def _carry_out(
             done = executor.execute(stages)
     states = [state for stage in stages for state in read_stage(run_dir, stage)]
     if options.json:
-        print(json.dumps(describe.as_json(run_dir, plan, states, overall(states)), indent=2))
+        everything = read_run(run_dir, plan)
+        print(describe.to_json(describe.as_json(run_dir, plan, everything, overall(everything))))
     _tell(run_dir, plan, states, done, time.monotonic() - began, report)
     return exit_code(states, done)
 
@@ -101,7 +101,7 @@ def exit_code(states: list[ElementState], done: bool) -> int:
     failed = [state for state in states if state.state == FAILED]
     if failed:
         return BAD_INPUT if all("cannot work" in state.reason for state in failed) else EXIT_FAILED
-    return EXIT_FAILED if any(state.state == "died" for state in states) else GO_ON_LATER
+    return EXIT_FAILED if any(state.state == DIED for state in states) else GO_ON_LATER
 
 
 @contextmanager

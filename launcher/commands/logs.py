@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.plan import Plan, Stage
-from launcher.state import RUNNING, read_run
+from launcher.state import is_driven, read_run
 from launcher.store import find_run, read_plan, runs_root
 from recipes.errors import BadInput
 from recipes.rundir import RunDir
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         plan.stage(options.stage)
     sources: dict[Path, Source] = {}
     while True:
-        alive = any(state.state == RUNNING for state in read_run(run_dir, plan))
+        alive = is_driven(run_dir, read_run(run_dir, plan))
         for path, prefix in choose(run_dir, plan, options):
             sources.setdefault(path, Source(path, prefix))
         follow = options.follow and alive

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from launcher import describe
 from launcher.plan import Plan, Stage
@@ -19,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     run_dir = RunDir(runs_root(options.runs) / plan.run_id)
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == DONE}
     if options.json:
-        print(json.dumps({"notes": loaded.notes, "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}, indent=2))
+        print(describe.to_json({"notes": notes(loaded, plan, machine), "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}))
         return 0
     for note in notes(loaded, plan, machine):
         print(f"note: {note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shlex
 import sys
 import time
@@ -11,10 +11,10 @@ from typing import Any
 
 from launcher import describe
 from launcher.plan import Plan
-from launcher.state import DIED, DONE, FAILED, RUNNING, STOPPED, ElementState, overall, read_run
+from launcher.state import DIED, DONE, FAILED, RUNNING, STOPPED, ElementState, is_driven, overall, read_run
 from launcher.store import find_run, list_runs, read_plan, runs_root
 from recipes.errors import BadInput
-from recipes.files import read_json
+from recipes.files import read_object
 from recipes.rundir import RunDir
 
 WATCH_SECONDS = 2.0
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     while True:
         found = _read(options)
         _print(found, options)
-        if not options.watch or not any(state.state == RUNNING for _, _, states in found for state in states):
+        if not options.watch or not any(is_driven(run_dir, states) for run_dir, _, states in found):
             return 0
         time.sleep(WATCH_SECONDS)
 
@@ -40,19 +40,20 @@ def _read(options: argparse.Namespace) -> list[Shown]:
     for run_dir in runs:
         try:
             plan = read_plan(run_dir)
-        except BadInput as error:
+            states = read_run(run_dir, plan)
+        except (BadInput, OSError) as error:
             if options.run:
                 raise
             print(f"warning: {error}", file=sys.stderr)  # one damaged run does not hide the others
             continue
-        found.append((run_dir, plan, read_run(run_dir, plan)))
+        found.append((run_dir, plan, states))
     return found
 
 
 def _print(found: list[Shown], options: argparse.Namespace) -> None:
     if options.json:
-        values = [describe.as_json(run_dir, plan, states, overall(states)) for run_dir, plan, states in found]
-        print(json.dumps(values, indent=2), flush=True)
+        values = [describe.as_json(run_dir, plan, states, _word(run_dir, states)) for run_dir, plan, states in found]
+        print(describe.to_json(values), flush=True)
         return
     if not found:
         print(f"no runs in {runs_root(options.runs)}; {describe.program()} local starts one")
@@ -72,7 +73,7 @@ def _watch(options: argparse.Namespace) -> int:
             found = _read(options)
             parts = [Text(part) if isinstance(part, str) else part for part in _view(found, bool(options.run))]
             live.update(Group(*parts))
-            if not any(state.state == RUNNING for _, _, states in found for state in states):
+            if not any(is_driven(run_dir, states) for run_dir, _, states in found):
                 return 0
             time.sleep(WATCH_SECONDS)
 
@@ -82,9 +83,13 @@ def _view(found: list[Shown], details: bool) -> list[Any]:
         return [_list_table(found), f"\n{describe.program()} status RUN shows one"]
     parts: list[Any] = []
     for run_dir, plan, states in found:
-        parts += [f"{plan.run_id}  {overall(states)}  {run_dir.root}", _element_table(states)]
-        parts += [f"\n{text}" for text in advice(run_dir, plan, states)]
+        parts += [f"{plan.run_id}  {_word(run_dir, states)}  {run_dir.root}", _element_table(states)]
+        parts += [f"\n{text}" for text in advice(run_dir, plan, states, is_driven(run_dir, states))]
     return parts
+
+
+def _word(run_dir: RunDir, states: list[ElementState]) -> str:
+    return overall(states, is_driven(run_dir, states))
 
 
 def _list_table(found: list[Shown]) -> Any:
@@ -94,7 +99,7 @@ def _list_table(found: list[Shown]) -> Any:
     table = Table("run", "state", "stage", "progress", "started", box=None, padding=(0, 2, 0, 0))
     for run_dir, plan, states in found:
         now = current(states)
-        word = overall(states)
+        word = _word(run_dir, states)
         ago = describe.duration(time.time() - run_dir.plan.stat().st_mtime) + " ago"
         table.add_row(plan.run_id, Text(word, style=describe.STYLES[word]), now.stage, describe.progress(now) or describe.outcome(now), ago)
     return table
@@ -123,23 +128,24 @@ def current(states: list[ElementState]) -> ElementState:
     return train[-1] if train else next((state for state in states if state.state != DONE), states[-1])
 
 
-def advice(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
+def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool = False) -> list[str]:
     """What failed and why, and what to type next."""
     again = again_command(run_dir)
-    word = overall(states)
+    word = overall(states, driven)
     blocks = ["\n".join(describe.failure(run_dir, state, again)) for state in states if state.state in (FAILED, DIED)]
     if word == STOPPED:
         blocks.append(f"next: {again}\n(goes on from what is saved)")
     if word == RUNNING:
-        blocks.append(f"next: {describe.program()} logs {plan.run_id} -f")
+        blocks.append(f"next: {describe.program()} logs {describe.name_of(run_dir)} -f")
     return blocks
 
 
 def again_command(run_dir: RunDir) -> str:
     """The command that started the run, which is also the one that goes on."""
-    try:
-        made = read_json(run_dir.provenance) or {}
-    except ValueError:
-        made = {}
-    words = made.get("command") or ["amlaunch", "local", str(run_dir.recipe)]
-    return f"{describe.program()} {shlex.join(words[1:])}"
+    made = read_object(run_dir.provenance)
+    words = made.get("command")
+    if not isinstance(words, list):
+        words = ["amlaunch", "local", str(run_dir.recipe)]
+    folder = str(made.get("cwd") or os.getcwd())
+    there = "" if folder == os.getcwd() else f"cd {shlex.quote(folder)} && "
+    return f"{there}{describe.program()} {shlex.join(map(str, words[1:]))}"
