@@ -10,6 +10,7 @@ EXTRAS := train,preprocess,hf,offline,dev
 
 demo: install
 	$(BIN)/amlaunch local quickstart
+	@echo; echo "to have amlaunch on the path of this shell: . $(BIN)/activate"
 
 test: install lint
 	$(BIN)/python -m pytest tests
@@ -27,6 +28,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; make PYTHON=python3.11 uses another" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) has no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
+	@echo "installing into $(VENV); torch is large, this can take some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 

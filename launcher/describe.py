@@ -116,10 +116,12 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     rank = state.rank or 0
     log = folder.log(state.attempts, rank)
     lines = [f"{state.stage} {state.name} {state.state} on {state.host or 'this host'}: {state.reason}"]
-    text = tail(log)
+    text = tail(log) if state.retry else []
     if text:
         lines += [f"last lines of rank {rank} ({log}):", *(f"  | {part}" for part in text)]
-    return [*lines, f"next: {next_command}"]
+    if not state.retry:
+        return [*lines, f"next: correct that, then {next_command}"]
+    return [*lines, f"next: {next_command}", "(goes on from what is saved)"]
 
 
 def console() -> Any:

@@ -127,12 +127,24 @@ def carry_out(attempt: Attempt, stopping: Stopping) -> str:
         attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
         return FAILED
     result = read_json(attempt.folder.result)
-    end = classify(codes, first, result)
+    end = explain(attempt, codes, classify(codes, first, result, asked=stopping.since is not None))
     seconds = round(time.monotonic() - started, 3)
     if end["outcome"] == DONE:
         write_json(attempt.folder.done, {"time": time.time(), "attempt": attempt.number, "seconds": seconds, **(result or {})})
     attempt.record("end", seconds=seconds, exit_codes=codes, **end)
     return str(end["outcome"])
+
+
+def explain(attempt: Attempt, codes: list[int], end: dict[str, Any]) -> dict[str, Any]:
+    """Bad input is said by one rank for all: take its words, and point to its log."""
+    if BAD_INPUT not in codes:
+        return end
+    for rank, code in enumerate(codes):
+        log = attempt.folder.log(attempt.number, rank)
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        if code == BAD_INPUT and said:
+            return {**end, "rank": rank, "reason": said[-1].removeprefix("error: ")}
+    return end
 
 
 def _start_ranks(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
@@ -232,13 +244,16 @@ def _culprit(codes: list[int | None]) -> int | None:
     return None
 
 
-def classify(codes: list[int], first: int | None, result: dict[str, Any] | None) -> dict[str, Any]:
-    """``outcome``, ``reason`` and the ``rank`` to look at, from exit codes (negative: a signal's number)."""
+def classify(codes: list[int], first: int | None, result: dict[str, Any] | None, asked: bool = False) -> dict[str, Any]:
+    """``outcome``, ``reason`` and the ``rank`` to look at, from exit codes (negative: a signal's number).
+
+    ``asked``: to stop. A rank that our SIGTERM ended by itself had not begun to listen, and so had nothing to save.
+    """
     if all(code == 0 for code in codes):
         if result is None:
             return {"outcome": FAILED, "reason": "exited 0 but left no result", "rank": 0}
         return {"outcome": DONE}
-    if first is None or all(code in (0, GO_ON_LATER) for code in codes):
+    if first is None or all(code in (0, GO_ON_LATER, -signal.SIGTERM if asked else 0) for code in codes):
         return {"outcome": STOPPED, "reason": "stopped on request, all saved"}
     code = codes[first]
     if code == BAD_INPUT:

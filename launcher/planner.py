@@ -154,7 +154,7 @@ def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
         if site.asked_gpus < 0:
             raise BadInput(f"--gpus {site.asked_gpus}: a number of GPUs, or 0 for the CPU")
         if site.asked_gpus > site.gpus:
-            raise BadInput(f"{site.asked_gpus} GPUs asked for, this machine has {site.gpus}; --gpus 0 runs on the CPU")
+            raise BadInput(f"--gpus {site.asked_gpus}: this machine has {site.gpus}; --gpus 0 runs on the CPU")
         return site.asked_gpus
     wanted = loaded.recipe.resources.train.gpus_per_node
     most = site.gpus if wanted is None else min(wanted, site.gpus)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 from containers import RUNTIMES
 from launcher.machine import Machine, this_machine
-from launcher.plan import Plan
+from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan
 from launcher.store import runs_root
 from recipes.errors import BadInput
@@ -20,21 +24,54 @@ def default_recipe(gpus: int | None) -> str:
     return "nanogpt" if gpus else "quickstart"
 
 
-def prepare(options: argparse.Namespace) -> tuple[Loaded, Plan, Machine]:
-    """The checked recipe, its plan on this machine, and the machine."""
+def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Plan, Machine]:
+    """The checked recipe, its plan on this machine, and the machine.
+
+    When nothing is ``starting``, what the machine lacks (nodes, the GPUs of ``--gpus``, variables) is taken to be there.
+    """
     path = find_recipe(options.recipe or default_recipe(options.gpus))
-    loaded = load(path, options.overrides, allow=options.allow_target)
+    loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
     machine = this_machine()
     _check_runtime(loaded)
-    site = Site(
-        runs=runs_root(options.runs), cwd=Path.cwd(), gpus=len(machine.gpus), cpus=machine.cpus, asked_gpus=options.gpus
-    )  # fmt: skip
+    gpus, nodes = len(machine.gpus), 1
+    if not starting:
+        gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
+    site = Site(runs_root(options.runs), Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
     if "%" in str(site.runs):
         raise BadInput(f"{site.runs}: submitit reads a % in a path as a job's number; --runs DIR puts runs elsewhere")
     plan = make_plan(loaded, site)
     if options.stage:
         plan.stage(options.stage)
     return loaded, plan, machine
+
+
+PACKAGES = {
+    "preprocess": ("numpy", "tiktoken"),
+    "verify": ("numpy",),
+    "train": ("torch", "numpy", "safetensors"),
+    "export": ("torch", "numpy", "safetensors", "tiktoken"),
+}
+"""What each stage imports."""
+
+
+def check_here(loaded: Loaded, stages: list[Stage]) -> None:
+    """What can be known of this machine before anything starts: packages, and files that the recipe reads.
+
+    Raises BadInput.
+    """
+    wanted = {package for stage in stages for package in PACKAGES[stage.name]}
+    wanted |= {"wandb"} if loaded.recipe.wandb is not None and any(stage.name == "train" for stage in stages) else set()
+    missing = sorted(package for package in wanted if importlib.util.find_spec(package) is None)
+    if missing:
+        extras = "wandb" if missing == ["wandb"] else "train,preprocess,hf"
+        raise BadInput(f"not installed here: {', '.join(missing)}; pip install 'amlaunch[{extras}]'")
+    recipe = loaded.recipe
+    patterns: dict[str, Any] = {"preprocess.data_files": recipe.preprocess.data_files if recipe.preprocess else None}
+    patterns |= {f"{name}.file_pattern": (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
+    for key, given in patterns.items():
+        for pattern in given if isinstance(given, list) else [given] if given else []:
+            if next(glob.iglob(os.path.expanduser(pattern), recursive=True), None) is None:
+                raise BadInput(f"{loaded.path}: {key}: nothing matches {pattern!r} (seen from {Path.cwd()})")
 
 
 def _check_runtime(loaded: Loaded) -> None:
@@ -50,6 +87,8 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
     if container and container.image and container.runtime != "none":
         found.append(f"container.image {container.image}: on this machine the stages run without a container")
     train = plan.stage("train").needs
+    if train.nodes > 1:
+        found.append(f"the recipe asks for {train.nodes} nodes; amlaunch local has this one: add --resources.train.nodes 1")
     if not train.gpus_per_node and loaded.recipe.resources.train.gpus_per_node:
         wanted = loaded.recipe.resources.train.gpus_per_node
         found.append(f"the recipe is made for {wanted} GPUs; this run trains on the CPU ({machine.cpus} cores), which is far slower")

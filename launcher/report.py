@@ -22,6 +22,7 @@ class PlainReport:
         self.seconds = seconds
         self.before: dict[tuple[str, str], str] = {}
         self.spoke: dict[tuple[str, str], float] = {}
+        self.said: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> PlainReport:
         return self
@@ -44,9 +45,11 @@ class PlainReport:
         if new and state.state != RUNNING:
             return  # how an earlier start ended is not news
         overdue = self.seconds is not None and time.monotonic() - self.spoke.get(key, 0.0) > self.seconds
-        if changed or (overdue and state.state == RUNNING):
+        words = describe.line(state)
+        if changed or (overdue and state.state == RUNNING and words != self.said.get(key)):
             self.spoke[key] = time.monotonic()
-            self.say(describe.line(state))
+            self.said[key] = words
+            self.say(words)
 
 
 class LiveReport:

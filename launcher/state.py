@@ -29,6 +29,8 @@ class ElementState:
     result: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     rank: int | None = None
+    retry: bool = True
+    """Whether the same command can end otherwise."""
     host: str = ""
     seconds: float | None = None
     """How long the newest attempt took, or takes so far."""
@@ -54,7 +56,7 @@ def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementSta
         since = starts[-1]["time"] if starts else time.time()
         return ElementState(**common, state=RUNNING, seconds=time.time() - since)
     if end is not None:
-        known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "seconds": end.get("seconds")}
+        known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "retry": end.get("retry", True), "seconds": end.get("seconds")}
         return ElementState(**common, state=end.get("outcome", DIED), **known)
     if starts:
         return ElementState(**common, state=DIED, reason=f"attempt {starts[-1]['attempt']} ended without a word (killed, or the machine went down)")

@@ -18,6 +18,12 @@ def closing(run_dir: RunDir, plan: Plan, states: list[ElementState], seconds: fl
     return [*lines, "", "what to type next", *_next(run_dir, plan)]
 
 
+def stage_closing(run_dir: RunDir, states: list[ElementState]) -> list[str]:
+    """Lines for the end of a single stage (``--stage``)."""
+    name = describe.name_of(run_dir)
+    return ["", f"stage {states[0].stage} is done", f"next: the same command without --stage; {describe.program()} status {name} shows the rest"]
+
+
 def _results(states: list[ElementState]) -> list[str]:
     lines = []
     for state in states:

@@ -20,7 +20,8 @@ class BadInput(Exception):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence with the nearest of ``known``, or all of them where none is near (at most twelve)."""
     names = sorted({str(name) for name in known})
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    same = [name for name in names if name.lower() == word.lower()]
+    near = same or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
     if not names:

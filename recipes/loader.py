@@ -13,11 +13,11 @@ from typing import Any
 
 from recipes.check import Checker, refuse
 from recipes.compat import translate
-from recipes.errors import BadInput
+from recipes.errors import BadInput, did_you_mean
 from recipes.expand import expand_known, variables
 from recipes.files import fingerprint
 from recipes.overrides import apply_override, parse_overrides
-from recipes.schema import Recipe
+from recipes.schema import TOKENIZERS, Recipe
 from recipes.targets import Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
@@ -111,6 +111,8 @@ def load(
             lines.setdefault(key_path[:depth], shown)
         lines[key_path] = shown
     notes = translate(tree, lines)
+    if "name" not in tree and RUN_NAME.fullmatch(path.stem):
+        tree["name"] = path.stem
     folder = (recipe_dir or path.parent).resolve()
     policy = Policy(folder, tuple(_place(name, folder) if name.endswith(".py") else name for name in allow))
     _settle_targets(tree, folder)
@@ -240,10 +242,27 @@ def _check_data(recipe: Recipe, checker: Checker) -> None:
             checker.problem(("preprocess",), "give either dataset (Hugging Face) or data_files (local files)")
         if source.max_tokens is not None and source.val_tokens >= source.max_tokens:
             checker.problem(("preprocess", "val_tokens"), f"{source.val_tokens:,} leaves nothing of max_tokens {source.max_tokens:,}")
+        vocab = TOKENIZERS.get(source.tokenizer)
+        if vocab is None:
+            checker.problem(("preprocess", "tokenizer"), f"{source.tokenizer!r}: {did_you_mean(source.tokenizer, TOKENIZERS)}")
+        elif _numbers(recipe.model, {}).get("vocab_size", vocab) < vocab:
+            checker.problem(("model", "vocab_size"), f"{source.tokenizer} has {vocab} tokens; write at least as many (multiples of 128 are fastest)")
     for section in ("dataset", "validation_dataset"):
         node = getattr(recipe, section)
+        _check_split(section, node or {}, recipe, checker)
         if node and node["_target_"].endswith("NanogptDataset") and not node.get("file_pattern") and source is None:
             checker.problem((section,), "no file_pattern, and no preprocess section that would make the shards")
+
+
+def _check_split(section: str, node: Mapping[str, Any], recipe: Recipe, checker: Checker) -> None:
+    """The manifest that the preprocess stage will write has these splits and no others."""
+    split = node.get("split", "train")
+    if recipe.preprocess is None or node.get("file_pattern") or not str(node.get("_target_")).endswith("NanogptDataset"):
+        return
+    if split not in ("train", "val"):
+        checker.problem((section, "split"), f"{split!r}: {did_you_mean(str(split), ('train', 'val'))}")
+    if split == "val" and not recipe.preprocess.val_tokens:
+        checker.problem((section, "split"), "val: preprocess.val_tokens is 0, so there will be none; write val_tokens: 5M, say")
 
 
 def _numbers(node: Any, known: dict[str, int]) -> dict[str, int]:

@@ -22,7 +22,7 @@ def parse_count(value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError("a count such as 500M or 1.5B")
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([KMBTkmbt]?)", str(value).strip())
-    if match and len(str(value)) < 30:
+    if match and len(str(value)) < 30 and float(match[1]) < 1e30:
         number = float(match[1]) * SUFFIXES[match[2].upper()]
         whole = int(match[1].replace("_", "")) * SUFFIXES[match[2].upper()] if "." not in match[1] and "e" not in match[1].lower() else round(number)
         if whole == number or abs(number) > 2**53:
@@ -43,6 +43,17 @@ def parse_minutes(value: Any) -> int:
         seconds = first * 60 + second
     return max(1, -(-seconds // 60))
 
+
+TOKENIZERS = {
+    "gpt2": 50257,
+    "r50k_base": 50257,
+    "p50k_base": 50281,
+    "p50k_edit": 50284,
+    "cl100k_base": 100277,
+    "o200k_base": 200019,
+    "o200k_harmony": 201088,
+}
+"""tiktoken's encodings and the size of their vocabularies (tiktoken 0.14), known without importing it."""
 
 Count = Annotated[int, parse_count]
 Minutes = Annotated[int, parse_minutes]

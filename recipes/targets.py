@@ -15,6 +15,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -41,6 +42,11 @@ KNOWN = {
 }
 """Of each known library, the names of what models, optimizers and loaders are made of: classes, and how they are built."""
 
+OPTIMIZERS = (
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "SGD", "SparseAdam",
+)  # fmt: skip
+"""Of torch 2.13; a newer one is let in by --allow-target."""
 OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.AdamW": dict.fromkeys(("lr", "eps", "weight_decay"), "float")
     | {"betas": "list"}
@@ -118,6 +124,8 @@ def _check_dotted(text: str, policy: Policy) -> str | None:
     if "." not in text:
         return f"{text!r} is a package, not a callable in one"
     if root in KNOWN:
+        if text.startswith("torch.optim.") and text.rpartition(".")[2] not in OPTIMIZERS:
+            return f"torch has no optimizer {text!r}; {did_you_mean(text, [f'torch.optim.{name}' for name in OPTIMIZERS])}"
         if re.fullmatch(KNOWN[root], text):
             return None
         return f"{text!r} is not among the classes of {root} that recipes build; if you trust it, add --allow-target {text}"
@@ -338,12 +346,34 @@ def build(node: Mapping[str, Any], policy: Policy, *args: Any, **extra: Any) -> 
     found = resolve(node["_target_"], policy)
     keywords = {key: _build_nested(value, policy) for key, value in node.items() if key != "_target_" and key not in extra}
     _refuse_remote_code(node, policy)
+    _refuse_unknown_settings(found, node["_target_"], keywords)
     try:
         return found(*args, **keywords, **extra)
-    except TypeError as error:
-        if "argument" not in str(error):
+    except Exception as error:
+        if not _is_about_input(error):
             raise
         raise BadInput(f"{node['_target_']}: {error}") from error
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether a callable complains of what it was given: values, keywords, a configuration's own validation."""
+    if isinstance(error, TypeError):
+        return "argument" in str(error)
+    return isinstance(error, ValueError) or type(error).__name__.endswith("ValidationError")
+
+
+def _refuse_unknown_settings(found: Any, name: str, keywords: Mapping[str, Any]) -> None:
+    """A configuration of transformers takes any keyword and keeps it: a typo would go unnoticed."""
+    if not (isinstance(found, type) and name.startswith("transformers.") and name.endswith("Config")):
+        return
+    known = {*inspect.signature(found).parameters, *getattr(found, "attribute_map", {})}
+    try:
+        known |= set(found().to_dict())
+    except Exception:  # a configuration made of others has no default: its own constructor judges
+        return
+    for key in keywords:
+        if key not in known:
+            raise BadInput(f"{name} has no setting {key!r}; {did_you_mean(key, known)}")
 
 
 def _build_nested(value: Any, policy: Policy) -> Any:

@@ -23,12 +23,15 @@ def main() -> int:
     parser.add_argument("--element")
     parser.add_argument("--do", default="ok")
     parser.add_argument("--rank", type=int, default=-1)
+    parser.add_argument("--print", dest="variable")
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
     folder = ElementDir(Path(options.element))
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    if options.variable:
+        print(f"{options.variable}={os.environ[options.variable]}", flush=True)
     (folder.root / f"pid{rank}").write_text(str(os.getpid()))
     if rank == 0:
         Heartbeat(folder.progress).beat(unit="step", done=3, total=9, rate=1234.5, eta_s=6.0, loss=2.5)

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +18,8 @@ from launcher.driver import classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Element, Needs, Plan, Stage
-from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, overall, read_run, read_stage
-from recipes.files import Lock, is_locked, read_json, read_json_lines, write_json
+from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
+from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from recipes.rundir import RunDir
 
 HERE = str(Path(__file__).resolve().parent)
@@ -92,7 +94,7 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     assert only_state(run, plan).state == DONE
 
 
-@pytest.mark.parametrize(("what", "retry", "words"), [("fail", True, "rank 1 exited with code 1"), ("bad", False, "cannot work")])
+@pytest.mark.parametrize(("what", "retry", "words"), [("fail", True, "rank 1 exited with code 1"), ("bad", False, "r.yaml:3: model.n_layer: expected int")])
 def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, words):
     run, plan = make_run(tmp_path, ("train", [["--do", what, "--rank", "1"]], TWO_RANKS))
     assert drive(run).communicate()[0].strip() == FAILED
@@ -204,6 +206,94 @@ def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_pat
     assert executor(run, plan).execute(plan.stages)
     leftover.wait()
     assert read_stage(run, plan.stages[0])[0].attempts == 3
+
+
+def in_thread(run: RunDir, plan: Plan) -> tuple[Executor, threading.Thread, list[bool]]:
+    made = executor(run, plan)
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(made.execute(plan.stages)))
+    thread.start()
+    return made, thread, ended
+
+
+def test_stop_is_heard_by_an_element_that_is_just_being_started(tmp_path):
+    """Between submit and the driver's first breath nobody holds the element's lock; the request must not be lost."""
+    run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+    lock = Lock(run.lock)
+    lock.acquire()
+    made, thread, ended = in_thread(run, plan)
+    wait_until(lambda: made.jobs)
+    assert not is_locked(run.element("train", "0").lock)
+    made.stop()
+    thread.join(timeout=15)
+    assert ended == [False] and only_state(run, plan).state == STOPPED
+
+
+def test_a_driver_that_never_starts_is_a_failure_with_a_reason(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    lock = Lock(run.lock)
+    lock.acquire()
+    run.plan.write_text("{")
+    assert not executor(run, plan).execute(plan.stages)
+    state = only_state(run, plan)
+    assert state.state == FAILED and "did not start in 3 tries" in state.reason and "plan.json" in state.reason
+
+
+def test_a_run_between_two_stages_is_running(tmp_path):
+    run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
+    drive(run, "preprocess").wait()
+    states = read_run(run, plan)
+    assert overall(states, is_driven(run, states)) == STOPPED
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert overall(states, is_driven(run, states)) == RUNNING
+
+
+def test_a_lock_is_seen_by_other_users(tmp_path):
+    path = Path(tempfile.mkdtemp(dir="/tmp")) / "lock"
+    path.parent.chmod(0o755)
+    lock = Lock(path)
+    lock.acquire()
+    path.chmod(0o444)
+    other = {"user": 65534} if os.geteuid() == 0 else {}
+    code = "import fcntl, os, sys; handle = os.open(sys.argv[1], os.O_RDONLY)\ntry: fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)\nexcept BlockingIOError: print(True)"
+    assert is_locked(path)
+    assert subprocess.run(["/usr/bin/env", "python3", "-c", code, str(path)], capture_output=True, text=True, **other).stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("attempts.jsonl", b"3\n"), ("attempts.jsonl", b'{"event": "start"}\n'), ("attempts.jsonl", b"\xff\xfe\n"), ("done.json", b"[1]"),
+     ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
+)  # fmt: skip
+def test_damaged_files_of_one_element_hide_nothing(tmp_path, name, content):
+    run, _ = make_run(tmp_path, ("train", [[]], ONE))
+    drive(run).wait()
+    (run.element("train", "0").root / name).write_bytes(content)
+    found = subprocess.run([sys.executable, "-m", "launcher", "status", "test-1"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0 and "test-1" in found.stdout, found.stderr
+
+
+def test_a_torn_line_does_not_take_the_next_one_with_it(tmp_path):
+    path = tmp_path / "attempts.jsonl"
+    append_json_line(path, {"a": 1})
+    with open(path, "a") as handle:
+        handle.write('{"torn": ')
+    append_json_line(path, {"b": 2})
+    assert read_json_lines(path) == [{"a": 1}, {"b": 2}]
+
+
+def test_a_secret_of_the_containers_environment_reaches_the_ranks_and_no_file(tmp_path, monkeypatch):
+    run, plan = make_run(tmp_path, ("train", [["--print", "MY_TOKEN"]], ONE))
+    write_json(run.plan, {**plan.to_json(), "env": {"MY_TOKEN": "${SECRET_X}"}})
+    monkeypatch.setenv("SECRET_X", "hunter2")
+    assert drive(run).communicate()[0].strip() == DONE
+    assert "MY_TOKEN=hunter2" in run.element("train", "0").log(1, 0).read_text()
+    written = [path for path in run.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert written == [run.element("train", "0").log(1, 0)], "only where this test's program printed it"
+    monkeypatch.delenv("SECRET_X")
+    assert drive(run).communicate()[0].strip() == FAILED
+    assert "SECRET_X is not set" in read_json_lines(run.element("train", "0").attempts)[-1]["reason"]
 
 
 def test_gpus_are_given_out_once(tmp_path):

@@ -15,7 +15,7 @@ from recipes.errors import BadInput
 from recipes.library import find_recipe, shipped, summary
 from recipes.loader import check_batch, load
 from recipes.schema import parse_count, parse_minutes
-from recipes.targets import OPTIMIZER_KEYS, OURS, Policy, build, check_target, resolve, signature
+from recipes.targets import OPTIMIZER_KEYS, OPTIMIZERS, OURS, Policy, _tree, build, check_target, resolve, signature
 
 MINIMAL = """\
 model:
@@ -153,6 +153,71 @@ def test_the_fingerprint_is_of_what_is_computed(folder):
     assert load(write(folder, MINIMAL), ["--seed=3"]).fingerprint() != base
 
 
+def test_the_fingerprint_follows_the_users_code_but_not_its_comments(folder):
+    def now() -> str:
+        _tree.cache_clear()  # a process reads a file once
+        return load(write(folder, MINIMAL)).fingerprint()
+
+    (folder / "parts.py").write_text("width = 1\n")
+    (folder / "my_models.py").write_text("import parts\n" + MODELS)
+    before = now()
+    (folder / "my_models.py").write_text("import parts  # of mine\n" + MODELS)
+    assert now() == before
+    (folder / "parts.py").write_text("width = 2\n")
+    assert now() != before, "a neighbour that it imports is its code too"
+
+
+def test_the_fingerprint_follows_relative_paths_to_data(folder, tmp_path_factory, monkeypatch):
+    found = set()
+    for place in (folder, tmp_path_factory.mktemp("elsewhere")):
+        monkeypatch.chdir(place)
+        found.add(load(write(folder, MINIMAL)).fingerprint())
+    assert len(found) == 2, "data/*.bin is other data there"
+
+
+def test_every_point_of_a_sweep_must_hold_together(folder):
+    text = MINIMAL + "sweep:\n  model.n_embd: [8, 12]\n  model.n_head: [2, 8]\n"
+    assert "12 is not divisible by n_head 8" in problems(folder, text)
+    fine = load(write(folder, MINIMAL + "sweep:\n  model.n_embd: [60]\n  model.n_head: [6]\n"))
+    assert fine.elements() == [{"model.n_embd": 60, "model.n_head": 6}]
+    assert load(write(folder, MINIMAL), ["--sweep.optimizer.lr", "[1e-4, 3e-4]"]).elements() == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 3e-4}]
+
+
+@pytest.mark.parametrize("key", ["preprocess.max_tokens", "name", "resources.train.cpus", "export", "wandb.project"])
+def test_a_sweep_over_what_its_elements_share_is_refused(folder, key):
+    assert "share it" in problems(folder, MINIMAL + f"sweep:\n  {key}: [1, 2]\n")
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["wandb: {api_key: abc}", "wandb: {l: [{password: x}]}", "container: {env: {AWS_SECRET_ACCESS_KEY: x}}", "container: {env: {GITHUB_TOKEN: x}}",
+     "wandb: {api_key: '${KEY:-abc}'}"],
+)  # fmt: skip
+def test_a_literal_secret_is_refused(folder, section):
+    assert "would be written down" in problems(folder, MINIMAL + section + "\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--model.n_head=0", "at least 1"), ("--dataset.seq_len=0", "at least 1"), ("--optimizer.lr=.nan", "at least 0"), ("--optimizer.lr=-1.0", "at least 0"),
+        ("--clip_grad_norm.max_norm=-1", "above 0"), ("--export.temperature=-1", "at least 0"), ("--model.dropout=2.0", "below 1"),
+        ("--checkpoint.enabled=false", "nothing to export"), ("--seed=99999999999999999999", "64 bits"), ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
+        ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"), ("--preprocess.max_tokens=1e400M", "500M"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_work_are_refused(folder, override, words):
+    assert words in problems(folder, MINIMAL, override)
+
+
+def test_splits_and_vocabularies_that_will_not_be_there(folder):
+    text = MINIMAL.replace("  file_pattern: data/*.bin\n", "") + "preprocess: {data_files: x}\n"
+    assert "did you mean 'train'" in problems(folder, text, "--dataset.split", "tarin")
+    assert "val_tokens is 0" in problems(folder, text, "--validation_dataset.split=val")
+    own = "_target_: trainer.models.gpt2.build_gpt2_model\n  vocab_size: 100"
+    assert "gpt2 has 50257 tokens" in problems(folder, text.replace("_target_: my_models.py:build", own))
+
+
 class TestVariables:
     TEXT = MINIMAL + "wandb:\n  project: ${PROJECT_X:-mine}\n  api_key: ${SECRET_X}\n"
 
@@ -195,7 +260,7 @@ class TestTargets:
     def test_refused_by_name(self, folder, name):
         assert check_target(name, Policy(folder))
 
-    @pytest.mark.parametrize("name", ["torch.nn.functional.torch.Tensor", "torch.optim.optimizer.OrderedDict", "torch.nn.modules.module.Any"])
+    @pytest.mark.parametrize("name", ["torch.nn.functional.torch.Tensor", "torch.nn.modules.container.OrderedDict", "torch.nn.modules.module.Any"])
     def test_refused_when_resolved(self, folder, name):
         """A library's namespace also holds what it imported."""
         with pytest.raises(BadInput, match="outside the known libraries"):
@@ -235,6 +300,21 @@ class TestTargets:
         for name, keys in OPTIMIZER_KEYS.items():
             real = set(inspect.signature(resolve(name, Policy())).parameters) - {"params"}
             assert set(keys) == real, name
+
+    def test_the_optimizers_are_torchs(self):
+        import torch
+
+        real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)} - {"Optimizer"}
+        assert set(OPTIMIZERS) == real
+        assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", Policy())
+
+    def test_a_setting_that_a_configuration_does_not_have(self):
+        node = {"_target_": "transformers.LlamaConfig", "hidden_size": 64, "num_hidden_layers": 1}
+        assert build(node, Policy()).hidden_size == 64
+        with pytest.raises(BadInput, match="not a multiple"):
+            build({**node, "hidden_size": 8}, Policy())
+        with pytest.raises(BadInput, match="did you mean 'hidden_size'"):
+            build({**node, "hidden_sze": 4}, Policy())
 
     def test_our_own_targets_can_be_read(self):
         for name in OURS:

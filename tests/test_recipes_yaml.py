@@ -31,6 +31,7 @@ def test_quotes_keep_a_string():
     assert parse('a: "123"\nb: \'1e-4\'\nc: 1e-4\n', "r")[0] == {"a": "123", "b": "1e-4", "c": 1e-4}
     assert parse_value('"123"', "--x") == "123"
     assert parse_value("[1e-4, two]", "--x") == [1e-4, "two"]
+    assert parse_value("data/*.bin", "--x") == "data/*.bin" and parse_value("*.bin", "--x") == "*.bin"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,12 @@ def test_quotes_keep_a_string():
 )
 def test_bad_yaml_names_its_line(text, line, words):
     with pytest.raises(BadInput, match=f"r:{line}: .*{words}"):
+        parse(text, "r")
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 3000, "a: " + "{b: " * 3000, "a: " + "[" * 60 + "]" * 60])
+def test_endless_nesting_ends(text):
+    with pytest.raises(BadInput):
         parse(text, "r")
 
 

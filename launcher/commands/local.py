@@ -16,11 +16,11 @@ from launcher.create import write_run
 from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
-from launcher.prepare import default_recipe, notes, prepare
+from launcher.prepare import check_here, default_recipe, notes, prepare
 from launcher.report import LiveReport, PlainReport, make_report
 from launcher.state import DIED, DONE, FAILED, RUNNING, ElementState, overall, read_run, read_stage
 from launcher.store import runs_root
-from launcher.summary import closing
+from launcher.summary import closing, stage_closing
 from recipes.errors import BAD_INPUT, GO_ON_LATER, OK, BadInput
 from recipes.errors import FAILED as EXIT_FAILED
 from recipes.files import Lock
@@ -30,10 +30,11 @@ from recipes.rundir import RunDir
 
 def run(options: argparse.Namespace) -> int:
     """Run all stages that are not done; exit code as in ``amlaunch --help``."""
-    loaded, plan, machine = prepare(options)
+    loaded, plan, machine = prepare(options, starting=True)
     run_dir = RunDir(runs_root(options.runs) / plan.run_id)
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     _check_input(run_dir, plan, stages)
+    check_here(loaded, stages)
     lock = Lock(run_dir.lock)
     if not _acquire(lock, run_dir):
         raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
@@ -87,7 +88,8 @@ def _tell(
     run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, seconds: float, report: PlainReport | LiveReport
 ) -> None:
     if done:
-        for line in closing(run_dir, plan, states, seconds):
+        partly = len(states) < len(read_run(run_dir, plan))
+        for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states, seconds):
             report.say(line)
         return
     for block in advice(run_dir, plan, states):
@@ -100,7 +102,7 @@ def exit_code(states: list[ElementState], done: bool) -> int:
         return OK
     failed = [state for state in states if state.state == FAILED]
     if failed:
-        return BAD_INPUT if all("cannot work" in state.reason for state in failed) else EXIT_FAILED
+        return BAD_INPUT if not any(state.retry for state in failed) else EXIT_FAILED
     return EXIT_FAILED if any(state.state == DIED for state in states) else GO_ON_LATER
 
 
@@ -110,10 +112,10 @@ def _stopping_on_signals(executor: Executor, report: PlainReport | LiveReport) -
 
     def handle(number: int, _: FrameType | None) -> None:
         if executor.stopping:
-            report.say("ending at once; what was saved last stays")
             executor.kill()
+            report.say("ended at once; the same command goes on from what was saved last")
             sys.exit(128 + number)
-        report.say("stopping: what runs is saved first (again: end at once)")
+        report.say("saving, then stopping (Ctrl-C again ends at once)")
         executor.stop()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

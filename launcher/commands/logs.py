@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             break
         time.sleep(FOLLOW_SECONDS)
     if not sources:
-        raise BadInput(f"{plan.run_id} has no such logs yet; amlaunch status {plan.run_id} says how far it is")
+        raise BadInput(f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are")
     return 0
 
 

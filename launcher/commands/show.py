@@ -14,7 +14,7 @@ from recipes.rundir import RunDir
 
 def run(options: argparse.Namespace) -> int:
     """Print what would run, and what would be skipped; nothing is written."""
-    loaded, plan, machine = prepare(options)
+    loaded, plan, machine = prepare(options, starting=False)
     run_dir = RunDir(runs_root(options.runs) / plan.run_id)
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == DONE}
     if options.json:

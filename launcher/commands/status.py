@@ -96,12 +96,12 @@ def _list_table(found: list[Shown]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("run", "state", "stage", "progress", "started", box=None, padding=(0, 2, 0, 0))
+    table = Table("run", "state", "stage", "progress", "last start", box=None, padding=(0, 2, 0, 0))
     for run_dir, plan, states in found:
         now = current(states)
         word = _word(run_dir, states)
         ago = describe.duration(time.time() - run_dir.plan.stat().st_mtime) + " ago"
-        table.add_row(plan.run_id, Text(word, style=describe.STYLES[word]), now.stage, describe.progress(now) or describe.outcome(now), ago)
+        table.add_row(plan.run_id, Text(word, style=describe.STYLES[word]), now.stage, describe.outcome(now) if now.state == DONE else describe.progress(now) or describe.outcome(now), ago)
     return table
 
 
@@ -132,12 +132,27 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
     """What failed and why, and what to type next."""
     again = again_command(run_dir)
     word = overall(states, driven)
-    blocks = ["\n".join(describe.failure(run_dir, state, again)) for state in states if state.state in (FAILED, DIED)]
+    blocks = [_failures(run_dir, alike, again) for alike in _alike(states)]
     if word == STOPPED:
         blocks.append(f"next: {again}\n(goes on from what is saved)")
     if word == RUNNING:
         blocks.append(f"next: {describe.program()} logs {describe.name_of(run_dir)} -f")
     return blocks
+
+
+def _alike(states: list[ElementState]) -> list[list[ElementState]]:
+    """Failed elements, those of a stage with the same reason together."""
+    groups: dict[tuple[str, str], list[ElementState]] = {}
+    for state in states:
+        if state.state in (FAILED, DIED):
+            groups.setdefault((state.stage, state.reason), []).append(state)
+    return list(groups.values())
+
+
+def _failures(run_dir: RunDir, alike: list[ElementState], again: str) -> str:
+    lines = describe.failure(run_dir, alike[0], again)
+    others = ", ".join(state.name for state in alike[1:9]) + (", …" if len(alike) > 9 else "")
+    return "\n".join([lines[0], *([f"and so did {len(alike) - 1} more: {others}"] if others else []), *lines[1:]])
 
 
 def again_command(run_dir: RunDir) -> str:
