@@ -397,10 +397,9 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
 
 def test_an_element_whose_one_document_is_validation_does_not_break_the_run(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "giant.txt").write_text("word " * 9000)
-    for i in range(9):
-        (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 1000)
-    options = recipe(tmp_path, elements=2, val_tokens=10)
+    for name, rows in (("one", 1), ("nine", 9)):
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text('{"text": "a few words"}\n' * rows)
+    options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*.jsonl", elements=2, val_tokens=2)
     parts = make(options, tmp_path / "out")
     assert sorted(part.documents for part in parts) == [1, 9] and 0 in [part.cursor.train for part in parts]
     assert len(verify(options, tmp_path / "out", QUIET)["splits"]["train"]) > 0

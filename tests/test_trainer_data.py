@@ -142,6 +142,9 @@ def test_data_that_cannot_work_is_refused(tmp_path: Path) -> None:
         NanogptDataset(file_pattern=str(path), seq_len=4, align_to_bos=True)
     with pytest.raises(BadInput, match="no --data DIR"):
         NanogptDataset(seq_len=4)
+    (tmp_path / "dangling.bin").symlink_to("nowhere")
+    with pytest.raises(BadInput, match=r"dangling\.bin: cannot be read"):
+        NanogptDataset(file_pattern=str(tmp_path / "*.bin"), seq_len=4)
 
 
 def test_other_shards_have_another_fingerprint(tmp_path: Path) -> None:

@@ -227,6 +227,12 @@ def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
         assert sum(checkpoint.damage(folder, rank, 3) is not None for rank in range(3)) == 1
     data.unlink()
     assert "is missing" in str(checkpoint.damage(folder))
+    whole = (folder / "manifest.json").read_text()
+    for key in ("bytes", "sha256"):
+        (folder / "manifest.json").write_text(whole.replace(key, key.upper(), 1))
+        assert "manifest.json says nothing of meta.json" in str(checkpoint.damage(folder))
+    (folder / "manifest.json").write_bytes(b"\xff" + whole.encode())
+    assert "manifest.json cannot be read" in str(checkpoint.damage(folder))
     (folder / "manifest.json").write_text("{")
     assert "not valid JSON" in str(checkpoint.damage(folder))
     (folder / "manifest.json").unlink()

@@ -5,6 +5,7 @@ Runs on one rank happen in this process, the others are real processes.
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from trainer_runs import MODEL, SEQ_LEN, Run, recipe
 
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
-from trainer import checkpoint
+from recipes.loader import load
+from recipes.targets import Policy
+from trainer import checkpoint, job
 from trainer.data import NanogptDataset, Order
 from trainer.models.gpt2 import build_gpt2_model
 
@@ -83,7 +86,7 @@ def close(one: Run, other: Run) -> None:
 def masked(folder: Path, name: str, **sections: Any) -> Run:
     dataset = {"_target_": "masked.py:Masked", "file_pattern": str(folder / "a.bin"), "seq_len": SEQ_LEN}
     tree = recipe(folder, **sections)
-    tree |= {"dataset": dataset, "checkpoint": {"enabled": False}}
+    tree |= {"dataset": dataset, "checkpoint": {"enabled": False}, "export": None}
     run = Run(folder / name, tree)
     (run.folder / "masked.py").write_text(MASKED)
     return run
@@ -290,13 +293,12 @@ def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None
     assert run.export(tmp_path / "out") == OK
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert loaded.config.use_cache, "off for training only"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_an_export_gives_transformers_the_same_logits(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM
-
-    from trainer.job import build_model
 
     run = make(tmp_path, step_scheduler={"max_steps": 3}, distributed={"dtype": "float32"})
     if family == "llama":
@@ -311,10 +313,8 @@ def test_an_export_gives_transformers_the_same_logits(tmp_path: Path, family: st
     assert run.export(out) == OK
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     assert "no sample" in capsys.readouterr().out
-    from recipes.loader import load
-
     loaded = load(run.folder / "recipe.yaml")
-    ours = build_model(loaded.recipe, loaded.policy).eval()
+    ours = job.build_model(loaded.recipe, loaded.policy).eval()
     checkpoint.load_weights(checkpoint.newest_whole_alone(run.checkpoints), ours)
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(97, (3, 16))
@@ -348,6 +348,103 @@ def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(t
     assert text.startswith("def ") and len(text) > 20
     assert run.result()["sample"] + "\n" == text
     assert str(tmp_path / "out" / "sample.txt") in run.result()["outputs"]
+
+
+OWN_MODEL = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, vocab: int, token: str = ""):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab, 8), nn.Linear(8, vocab, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("far", torch.tensor([16777217]))
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+"""
+
+
+def own_model(folder: Path, **keys: Any) -> Run:
+    tree = recipe(folder, step_scheduler={"max_steps": 1}, distributed={"dtype": "float32"})
+    run = Run(folder / "own", {**tree, "model": {"_target_": "own.py:Own", "vocab": 97, **keys}})
+    (run.folder / "own.py").write_text(OWN_MODEL)
+    return run
+
+
+def test_a_users_model_is_exported_under_its_own_names_without_a_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    run = own_model(tmp_path)
+    assert run.here() == OK
+    assert run.export(tmp_path / "out") == OK
+    said = capsys.readouterr().out
+    assert "Own has no hf_export()" in said and "no sample: " in said
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(tensors) == ["embed.weight", "far"] and tensors["far"].tolist() == [16777217]
+    assert run.result()["sample"] is None
+
+
+def test_a_secret_of_the_environment_is_in_no_file_and_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = own_model(tmp_path, token="${MY_TOKEN}")
+    for secret, steps in (("hush-hush", "1"), ("renewed", "2")):
+        monkeypatch.setenv("MY_TOKEN", secret)
+        assert run.here("--step_scheduler.max_steps", steps) == OK
+        assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+    assert run.column("step")[-1] == 2
+    assert run.export(tmp_path / "out") == OK
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_and_an_export_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    sections: dict[str, Any] = {"step_scheduler": {"max_steps": 3}, "distributed": {"strategy": "ddp", "dtype": "float32"}}
+    plain, compiled = make(tmp_path, "plain", **sections), make(tmp_path, "compiled", compile={"enabled": True}, **sections)
+    assert plain.here() == compiled.here() == OK
+    assert counters["stats"]["unique_graphs"] > 0
+    assert np.abs(np.array(compiled.column("loss")) / plain.column("loss") - 1).max() < 1e-5
+    counters.clear()
+    assert compiled.export(tmp_path / "out") == OK
+    model = job.build_model(load(compiled.folder / "recipe.yaml").recipe, Policy())
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_checkpoints_that_cannot_be_written_are_said_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(tmp_path)
+    run.checkpoints.write_text("a file where the folder should be")
+    assert run.here() == BAD_INPUT
+    assert "checkpoints cannot be written there (File exists)" in capsys.readouterr().err
+    assert run.column("step") == []
+
+
+def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 4}, validation_dataset=None)
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores SIGXFSZ: a write fails, as on a full disk
+    try:
+        assert run.here() == FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "the checkpoint after step 4 could not be written (rank 0: [Errno 27] File too large" in said
+    assert "Traceback" not in said
+    assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
+    assert run.here() == OK
+
+
+def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, checkpoint={"enabled": False}, export=None)
+    (run.folder / "stop").touch()
+    assert run.here() == GO_ON_LATER
+    assert "nothing is saved" in capsys.readouterr().out
 
 
 @pytest.mark.slow

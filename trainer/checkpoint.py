@@ -77,10 +77,28 @@ def listed(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Delete what an interrupted save or clean-up left."""
-    for path in root.glob("step-*.tmp") if root.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+def open_root(root: Path, world: World) -> None:
+    """Make the folder of checkpoints, and delete what an interrupted save or clean-up left in it.
+
+    Raises BadInput, on all ranks, where nothing can be written there: better
+    now than at the first save.
+    """
+    problem = world.from_main(_opened(root) if world.main else None)
+    if problem:
+        raise BadInput(f"{root}: checkpoints cannot be written there ({problem}); name another folder, or checkpoint.enabled false")
+
+
+def _opened(root: Path) -> str | None:
+    probe = root / "step-probe.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for path in root.glob("step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -89,22 +107,47 @@ def remove_leftovers(root: Path) -> None:
 def save(
     root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], world: World, keep: int
 ) -> Path:
-    """Write the checkpoint after ``step`` steps, all ranks together, and delete all but the newest ``keep``."""
+    """Write the checkpoint after ``step`` steps, all ranks together, and delete all but the newest ``keep``.
+
+    Raises TrainingFailed where it cannot be written; the checkpoints before stay.
+    """
     temp = root / f"step-{step:08d}.tmp"
+    try:
+        _write(temp, _state(model, optimizer), {"step": step, **meta, **_versions(world)}, world)
+        if world.main:
+            _publish(temp, folder_of(root, step))
+            _prune(root, keep)
+    except (dcp.CheckpointException, OSError) as error:
+        if world.main:
+            shutil.rmtree(temp, ignore_errors=True)
+        elif isinstance(error, OSError):
+            raise  # rank 0, which speaks for all, has not seen this one
+        raise TrainingFailed(
+            f"{root}: the checkpoint after step {step} could not be written ({_causes(error)}); "
+            "once that is put right, the same command goes on from the checkpoint before"
+        ) from error
+    world.barrier()
+    return folder_of(root, step)
+
+
+def _write(temp: Path, state: dict[str, Any], meta: Mapping[str, Any], world: World) -> None:
     if world.main:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
     world.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=temp)
+    dcp.save(state, checkpoint_id=temp)
     if world.main:
-        write_json(temp / META, {"step": step, **meta, **_versions(world)})
+        write_json(temp / META, meta)
     entries = world.gathered(_entries(temp, world.rank))
     if world.main:
         write_json(temp / MANIFEST, {name: entry for part in entries for name, entry in part.items()})
-        _publish(temp, folder_of(root, step))
-        _prune(root, keep)
-    world.barrier()
-    return folder_of(root, step)
+
+
+def _causes(error: BaseException) -> str:
+    """What went wrong on which rank, without torch's tracebacks. (Its exception is a BaseException.)"""
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+    return str(error)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -200,7 +243,7 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     try:
         manifest = read_json(folder / MANIFEST)
     except ValueError as error:
-        return str(error)
+        return f"{MANIFEST} cannot be read: {error}"
     if not isinstance(manifest, dict) or META not in manifest:
         return f"{MANIFEST} is missing"
     for name, entry in list(manifest.items())[rank::ranks]:
@@ -210,7 +253,9 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
-def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+def _file_damage(path: Path, entry: Any) -> str | None:
+    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+        return f"{MANIFEST} says nothing of {path.name}"
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != entry["bytes"]:
@@ -243,7 +288,7 @@ def load(found: Whole, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     try:
         dcp.load(state, checkpoint_id=found.folder)
     except dcp.CheckpointException as error:
-        raise TrainingFailed(f"{found.folder} cannot be loaded into this model and optimizer: {error}") from error
+        raise TrainingFailed(f"{found.folder} cannot be loaded into this model and optimizer: {_causes(error)}") from error
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
     for group, mine in zip(optimizer.param_groups, settings, strict=True):

@@ -178,8 +178,13 @@ def _matching(pattern: str | list[str]) -> Listed:
         paths = sorted(Path(name) for name in glob.glob(one, recursive=True))
         if not paths:
             raise BadInput(f"dataset.file_pattern: nothing matches {one!r} (seen from {Path.cwd()})")
-        listed += [({"file": path.name, "bytes": path.stat().st_size}, open_tokens(path)) for path in paths]
+        listed += [_matched_shard(path) for path in paths]
     return listed
+
+
+def _matched_shard(path: Path) -> tuple[dict[str, Any], Tokens]:
+    tokens = open_tokens(path)  # which says what is wrong, also with a link to nowhere
+    return {"file": path.name, "bytes": path.stat().st_size}, tokens
 
 
 def _of_manifest(data_dir: str | None, split: str) -> Listed:

@@ -67,9 +67,10 @@ def run(options: Options) -> int:
 def load_newest(options: Options, model: Any) -> int:
     """Fill ``model`` from the newest whole checkpoint; returns its step. Raises BadInput where it is of another model."""
     from trainer import checkpoint
+    from trainer.job import model_identity
 
     found = checkpoint.newest_whole_alone(options.checkpoints)
-    checkpoint.check_identity(found, checkpoint.Identity(options.loaded.recipe.model, found.meta["data"]))
+    checkpoint.check_identity(found, checkpoint.Identity(model_identity(options.loaded), found.meta["data"]))
     if options.loaded.recipe.distributed.dtype == "float64":
         model.double()
     checkpoint.load_weights(found, model)
@@ -109,7 +110,7 @@ def _fill(folder: Path, model: Any, vocab: int, dtype: str) -> None:
     if hasattr(model, "save_pretrained"):
         model.to(kind).save_pretrained(folder)
         return
-    tensors = {name: tensor.to(kind) for name, tensor in state(model).items()}
+    tensors = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in state(model).items()}
     if not hasattr(model, "hf_export"):
         print(f"{type(model).__name__} has no hf_export(): only {WEIGHTS} is written, under the model's own names", flush=True)
         _save_tensors(folder, tensors)
@@ -140,8 +141,9 @@ def sample(model: Any, recipe: Recipe, tokenizer: dict[str, Any], vocab: int) ->
     from trainer.sample import generate
 
     section = recipe.export or Export()
-    if not tokenizer and vocab < GPT2_VOCAB:
-        print(f"no sample: a vocabulary of {vocab} is not GPT-2's, and no --data DIR names the tokenizer", flush=True)
+    if not tokenizer and not GPT2_VOCAB <= vocab < sys.maxsize:
+        size = "the model does not state its vocab_size" if vocab == sys.maxsize else f"a vocabulary of {vocab} is not GPT-2's"
+        print(f"no sample: {size}, and no --data DIR names the tokenizer", flush=True)
         return None
     try:
         from preprocess.tokenizer import load_tokenizer

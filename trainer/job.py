@@ -9,7 +9,7 @@ import torch
 
 from recipes.errors import OK, BadInput
 from recipes.files import write_json
-from recipes.loader import check_batch
+from recipes.loader import Loaded, check_batch
 from recipes.schema import Recipe
 from recipes.targets import Policy, build, signature
 from trainer import checkpoint
@@ -53,6 +53,7 @@ def prepare(options: Options, stop: StopFlag, world: World) -> Job:
     last_step = steps_of(recipe, order.size)
     stop.file = options.element.stop if world.main else None
     bare = build_model(recipe, policy)
+    fit_for_training(bare, recipe)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
     model = spread(bare, recipe.distributed, world)
     optimizer = build_optimizer(recipe.optimizer, policy, model, world.device)
@@ -66,7 +67,7 @@ def prepare(options: Options, stop: StopFlag, world: World) -> Job:
         schedule=Schedule(recipe.lr_scheduler, optimizer.param_groups[0]["lr"], last_step),
         batches=batches,
         validation=build_validation(options, vocab, world),
-        identity=checkpoint.Identity(recipe.model, data_fingerprint(train_set, order, batches.global_batch)),
+        identity=checkpoint.Identity(model_identity(options.loaded), data_fingerprint(train_set, order, batches.global_batch)),
         checkpoints=options.checkpoints,
         metrics=open_metrics(options, world, last_step, flops) if world.main else None,
         stop=stop,
@@ -79,16 +80,25 @@ def prepare(options: Options, stop: StopFlag, world: World) -> Job:
 
 
 def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
-    """The model on the CPU, its weights a function of the seed; blocks compiled where asked."""
+    """The model on the CPU, its weights a function of the seed."""
     torch.manual_seed(recipe.seed)
     model = build(recipe.model, policy)
     if not isinstance(model, torch.nn.Module):
         raise BadInput(f"model._target_ {recipe.model['_target_']} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def fit_for_training(model: torch.nn.Module, recipe: Recipe) -> None:
+    """What an export does without: blocks compiled where asked, and no cache for generation, which only costs memory."""
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
-        config.use_cache = False  # Hugging Face's cache for generation only costs memory here
+        config.use_cache = False
     compile_blocks(model, recipe.compile)
-    return model
+
+
+def model_identity(loaded: Loaded) -> dict[str, Any]:
+    """The model section as checkpoints remember it: filled in, but for what may be a secret."""
+    return dict(loaded.visible(loaded.tree["model"]))
 
 
 def build_loss(recipe: Recipe, policy: Policy) -> Any:
@@ -148,9 +158,7 @@ def open_metrics(options: Options, world: World, last_step: int, flops: float) -
 def resume(job: Job) -> None:
     """Go to where the newest whole checkpoint left off, or to the beginning."""
     if job.recipe.checkpoint.enabled:
-        if job.world.main:
-            checkpoint.remove_leftovers(job.checkpoints)
-        job.world.barrier()
+        checkpoint.open_root(job.checkpoints, job.world)
         found = checkpoint.newest_whole(job.checkpoints, job.world)
         if found is not None:
             checkpoint.check_identity(found, job.identity)

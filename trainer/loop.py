@@ -65,6 +65,8 @@ def train(job: Job) -> int:
         if job.world.any(job.stop.asked()):
             _settle(job, pending, clock)
             _save(job)
+            if job.world.main and not job.recipe.checkpoint.enabled:
+                print(f"stopped after step {job.step}; nothing is saved, for checkpoint.enabled is false", flush=True)
             return GO_ON_LATER
         pending.append(take_step(job))
         while len(pending) > (1 if job.world.device.type == "cuda" else 0):  # read late: the GPU is never waited for
