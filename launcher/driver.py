@@ -254,7 +254,7 @@ def classify(codes: list[int], first: int | None, result: dict[str, Any] | None,
             return {"outcome": FAILED, "reason": "exited 0 but left no result", "rank": 0}
         return {"outcome": DONE}
     if first is None or all(code in (0, GO_ON_LATER, -signal.SIGTERM if asked else 0) for code in codes):
-        return {"outcome": STOPPED, "reason": "stopped on request, all saved"}
+        return {"outcome": STOPPED, "reason": "stopped on request"}
     code = codes[first]
     if code == BAD_INPUT:
         return {"outcome": FAILED, "retry": False, "reason": "the recipe or its input cannot work", "rank": first}

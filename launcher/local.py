@@ -144,7 +144,7 @@ class Executor:
     def _give_up(self, stage: Stage, name: str) -> None:
         """Write down, in the driver's stead, that it never began."""
         folder = self.run.element(stage.name, name)
-        logs = sorted((self.run.jobs / stage.name / name).glob("*_log.*"), key=lambda path: path.stat().st_mtime)
+        logs = sorted((self.run.jobs / stage.name / name).glob("*_log.err"), key=lambda path: path.stat().st_mtime)
         words = [line.strip() for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
         reason = f"the driver did not start in {MAX_TRIES} tries{': ' + words[-1] if words else ''} (logs in {self.run.jobs})"
         attempt = self._state(stage, name).attempts + 1

@@ -43,10 +43,9 @@ KNOWN = {
 """Of each known library, the names of what models, optimizers and loaders are made of: classes, and how they are built."""
 
 OPTIMIZERS = (
-    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
-    "SGD", "SparseAdam",
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-"""Of torch 2.13; a newer one is let in by --allow-target."""
+"""Of torch 2.13, less LBFGS (wants a closure) and SparseAdam (sparse gradients); a newer one is let in by --allow-target."""
 OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.AdamW": dict.fromkeys(("lr", "eps", "weight_decay"), "float")
     | {"betas": "list"}

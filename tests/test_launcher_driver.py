@@ -103,6 +103,7 @@ def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, wor
     assert (state.state, state.rank, end["retry"]) == (FAILED, 1, retry) and words in state.reason
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
     run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))
     driver = drive(run)
@@ -188,6 +189,7 @@ def test_a_failed_stage_never_lets_the_next_one_start(tmp_path):
     assert [state.state for state in states] == [DONE, FAILED, PENDING] and overall(states) == FAILED
 
 
+@pytest.mark.slow
 def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
     leftover = drive(run)

@@ -90,7 +90,7 @@ def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
 
 def fit_for_training(model: torch.nn.Module, recipe: Recipe) -> None:
     """What an export does without: blocks compiled where asked, and no cache for generation, which only costs memory."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
     compile_blocks(model, recipe.compile)

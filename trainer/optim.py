@@ -82,7 +82,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip(parameters: Iterable[nn.Parameter], section: ClipGradNorm | None) -> torch.Tensor:
     """The 2-norm of the whole gradient, all shards together; the gradient is scaled down to ``max_norm`` where given."""
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
     if section is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, section.max_norm, norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -161,7 +161,8 @@ def _fsdp2(model: nn.Module, section: Distributed, world: World, dtype: torch.dt
     mesh = _mesh(section.dp_replicate_size or 1, world)
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=section.reshard_after_forward)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def _ddp(model: nn.Module, section: Distributed, world: World, dtype: torch.dtype) -> nn.Module:
