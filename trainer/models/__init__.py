@@ -28,7 +28,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     names = getattr(model, "wrap_blocks", None)
     if names is not None:
         return [block for name in names for block in model.get_submodule(name).children()]
-    return list(max(_outer_lists(model), key=lambda found: len(found), default=nn.ModuleList()))
+    lists = _outer_lists(model)
+    return list(max(lists, key=len)) if lists else []
 
 
 def _outer_lists(module: nn.Module) -> list[nn.ModuleList]:
