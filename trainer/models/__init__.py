@@ -28,8 +28,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     names = getattr(model, "wrap_blocks", None)
     if names is not None:
         return [block for name in names for block in model.get_submodule(name).children()]
-    lists = _outer_lists(model)
-    return list(max(lists, key=len)) if lists else []
+    return max((list(found) for found in _outer_lists(model)), key=len, default=[])
 
 
 def _outer_lists(module: nn.Module) -> list[nn.ModuleList]:
