@@ -132,6 +132,7 @@ class Run:
             return guarded(lambda: run(parse("trainer", "", [*self.arguments("trainer")[4:], *overrides]), stop))
         finally:
             if dist.is_initialized():
+                time.sleep(0.05)  # gloo's thread frees the last tensors: it needs the lock that taking down holds
                 dist.destroy_process_group()
 
     def export(self, out: Path, *more: str) -> int:

@@ -20,7 +20,7 @@ from trainer.loop import Job, train
 from trainer.metrics import Metrics, open_wandb, peak_flops, summary
 from trainer.models import flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizer
-from trainer.parallel import World, check_supported, compile_blocks, joined, plain, spread
+from trainer.parallel import World, check_supported, compile_blocks, join, plain, spread
 from trainer.stop import StopFlag
 
 
@@ -31,18 +31,24 @@ def run(options: Options, stop: StopFlag) -> int:
     """
     recipe = options.loaded.recipe
     check_supported(recipe.distributed, recipe.packed_sequence)
-    with joined(recipe.distributed) as world:
-        wrong = check_batch(recipe, world.size)
-        if wrong:
-            raise BadInput(f"{options.loaded.path}: {wrong}")
-        job = prepare(options, stop, world)
-        code = train(job)
-        job.batches.close()
-        if job.metrics:
-            job.metrics.close()
-            if code == OK:
-                write_json(options.element.result, result(job, options))
+    world = join(recipe.distributed)
+    wrong = check_batch(recipe, world.size)
+    if wrong:
+        raise BadInput(f"{options.loaded.path}: {wrong}")
+    job = prepare(options, stop, world)
+    code = train(job)
+    job.batches.close()
+    if job.metrics:
+        job.metrics.close()
+        if code == OK:
+            write_json(options.element.result, result(job, options))
+    KEPT.append(job)
     return code
+
+
+KEPT: list[Job] = []
+"""Finished jobs, kept until the process ends: DDP's reducer takes a process group along when it is freed, and gloo's
+waits, holding Python's lock, for a thread that may want it (2 of 55 runs of two ranks hung so, torch 2.13)."""
 
 
 def prepare(options: Options, stop: StopFlag, world: World) -> Job:

@@ -90,6 +90,8 @@ class Metrics:
     wandb: Any = None
     heartbeat: Heartbeat = field(init=False)
     val_loss: float | None = None
+    newest: dict[str, Any] = field(default_factory=dict)
+    """What the last heartbeat said, or would have, had it been due."""
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.element.progress)
@@ -129,16 +131,15 @@ class Metrics:
         self._to_wandb(fields)
 
     def _beat(self, line: StepLine, rate: float) -> None:
-        self.heartbeat.beat(
-            unit="step",
-            done=line.step,
-            total=self.last_step,
-            rate=round(rate, 1),
-            eta_s=round((self.last_step - line.step) * line.step_time_s, 1),
-            loss=line.loss,
-            val_loss=self.val_loss,
-            last=line.step == self.last_step,
-        )
+        self.newest = {
+            "unit": "step",
+            "done": line.step,
+            "total": self.last_step,
+            "rate": round(rate, 1),
+            "eta_s": round((self.last_step - line.step) * line.step_time_s, 1),
+            "loss": line.loss,
+        }
+        self.heartbeat.beat(**self.newest, val_loss=self.val_loss)
 
     def validation(self, step: int, loss: float) -> None:
         """A validation is done."""
@@ -152,7 +153,9 @@ class Metrics:
             self.wandb.log(fields)
 
     def close(self) -> None:
-        """Let wandb finish its upload."""
+        """The last heartbeat, of the last step and validation; wandb finishes its upload."""
+        if self.newest:
+            self.heartbeat.beat(**self.newest, val_loss=self.val_loss, last=True)
         if self.wandb is not None:
             self.wandb.finish()
 

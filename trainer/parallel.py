@@ -67,20 +67,18 @@ class World:
         self.any(False)
 
 
-@contextmanager
-def joined(section: Distributed) -> Iterator[World]:
-    """The world of this process, its process group made and, on a clean exit, taken down.
+def join(section: Distributed) -> World:
+    """The world of this process, its process group made.
 
-    A rank that fails leaves its group standing: taking it down can wait for
-    peers that are gone.
+    It is never taken down: that can wait for peers that are gone, or for ever
+    (see ``trainer.job.KEPT``). The process ends through ``trainer.errors.leave``.
     """
     ranks = from_environment(os.environ)
     _check(section, ranks)
     device = _device(ranks)
     timeout = timedelta(minutes=section.timeout_minutes)
     _init_group(ranks, device, timeout)
-    yield World(ranks.rank, ranks.size, device, timeout)
-    dist.destroy_process_group()
+    return World(ranks.rank, ranks.size, device, timeout)
 
 
 def _check(section: Distributed, ranks: Ranks) -> None:
