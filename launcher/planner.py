@@ -12,9 +12,9 @@ from typing import Any
 from launcher.plan import Element, Needs, Plan, Stage
 from recipes.errors import BadInput
 from recipes.files import fingerprint
-from recipes.loader import Loaded, at_point, check_batch, file_targets
+from recipes.loader import Loaded, at_point, check_batch, check_ranks, file_targets
 from recipes.rundir import RunDir
-from recipes.schema import Preprocess, Recipe, StageResources
+from recipes.schema import Preprocess, StageResources
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _train_needs(loaded: Loaded, site: Site) -> Needs:
     ranks = nodes * tasks
     for point in loaded.elements():
         recipe = at_point(loaded, point) if point else loaded.recipe
-        wrong = check_batch(recipe, ranks) or _check_ranks(recipe, ranks)
+        wrong = check_ranks(recipe, ranks)
         if wrong:
             raise BadInput(f"{loaded.path}: {' '.join(_override_arguments(point))} {wrong}".replace(":  ", ": "))
     return _needs(given, site, cpus=site.cpus, gpus=gpus, tasks=tasks)
@@ -160,14 +160,3 @@ def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
     most = site.gpus if wanted is None else min(wanted, site.gpus)
     fitting = [count for count in range(most, 0, -1) if check_batch(loaded.recipe, nodes * count) is None]
     return fitting[0] if fitting else 0
-
-
-def _check_ranks(recipe: Recipe, ranks: int) -> str | None:
-    spread = recipe.distributed
-    if spread.dp_size not in (None, ranks):
-        return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
-    if spread.dp_replicate_size and ranks % spread.dp_replicate_size:
-        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {ranks} ranks"
-    if spread.strategy == "none" and ranks > 1:
-        return f"distributed.strategy none trains on one rank, but there are {ranks}; write fsdp2 or ddp"
-    return None

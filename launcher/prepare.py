@@ -15,8 +15,8 @@ from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan
 from launcher.store import runs_root
 from recipes.errors import BadInput
-from recipes.library import find_recipe
 from recipes.loader import Loaded, load
+from recipes.shipped import find_recipe
 
 
 def default_recipe(gpus: int | None) -> str:

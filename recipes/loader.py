@@ -308,3 +308,15 @@ def check_batch(recipe: Recipe, ranks: int) -> str | None:
         f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over {ranks} ranks x local_batch_size "
         f"{steps.local_batch_size}; write {near}, or another local_batch_size"
     )
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> str | None:
+    """What is wrong with training on so many ranks; None where nothing is."""
+    spread = recipe.distributed
+    if spread.dp_size not in (None, ranks):
+        return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
+    if ranks % (spread.dp_replicate_size or 1):
+        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {ranks} ranks"
+    if spread.strategy == "none" and ranks > 1:
+        return f"distributed.strategy none trains on one rank, but there are {ranks}; write fsdp2 or ddp"
+    return check_batch(recipe, ranks)

@@ -159,7 +159,7 @@ class Preprocess:
     split: str = "train"
     data_files: list[str] | str | None = None
     """Globs; the ending decides: .parquet, .jsonl, .jsonl.gz, anything else is one document a file."""
-    exclude: list[str] | str = ()  # type: ignore[assignment]
+    exclude: list[str] | str = field(default_factory=list)
     """Globs of files to leave out."""
     text_column: str = "text"
     encoding: str = "utf-8"

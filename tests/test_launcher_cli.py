@@ -18,8 +18,8 @@ from launcher.plan import Plan
 from launcher.planner import Site, make_plan
 from launcher.snapshot import take_snapshot
 from recipes.errors import BadInput
-from recipes.library import shipped
 from recipes.loader import load
+from recipes.shipped import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 

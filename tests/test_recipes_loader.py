@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from recipes.errors import BadInput
-from recipes.library import find_recipe, shipped, summary
 from recipes.loader import check_batch, load
 from recipes.schema import parse_count, parse_minutes
+from recipes.shipped import find_recipe, shipped, summary
 from recipes.targets import OPTIMIZER_KEYS, OPTIMIZERS, OURS, Policy, _tree, build, check_target, resolve, signature
 
 MINIMAL = """\
@@ -404,7 +404,7 @@ class TestLibrary:
 
 def test_reading_a_recipe_imports_nothing_heavy(root):
     code = (
-        "import sys; from pathlib import Path; from recipes.loader import load; from recipes.library import shipped\n"
+        "import sys; from pathlib import Path; from recipes.loader import load; from recipes.shipped import shipped\n"
         "[load(path) for path in shipped().values()]\n"
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'trainer', 'preprocess'}\n"
         "print(heavy & set(sys.modules))"

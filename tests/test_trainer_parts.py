@@ -14,13 +14,12 @@ from torch import nn
 from recipes.errors import BAD_INPUT, FAILED, BadInput
 from recipes.files import append_json_line, sha256_file, write_json
 from recipes.rundir import ElementDir
-from recipes.schema import ClipGradNorm, Distributed, LRScheduler, PackedSequence
+from recipes.schema import ClipGradNorm, LRScheduler
 from recipes.targets import Policy
 from trainer import checkpoint, optim
 from trainer.errors import LocalBadInput, TrainingFailed, guarded
 from trainer.loop import seed_step
 from trainer.metrics import Metrics, StepLine, open_wandb, peak_of_name, summary
-from trainer.parallel import check_supported
 from trainer.ranks import Ranks, from_environment
 from trainer.sample import draw, generate
 from trainer.stop import StopFlag
@@ -109,17 +108,6 @@ def test_an_unexpected_error_names_its_rank(monkeypatch: pytest.MonkeyPatch, cap
     assert guarded(lambda: 1 // 0) == FAILED
     said = capsys.readouterr().err
     assert said.startswith("rank 7 on ") and "ZeroDivisionError" in said
-
-
-def test_what_this_version_does_not_do_is_refused() -> None:
-    for section, packing, word in (
-        (Distributed(tp_size=2), PackedSequence(), "tp_size 2"),
-        (Distributed(cp_size=2), PackedSequence(), "cp_size 2"),
-        (Distributed(sequence_parallel=True), PackedSequence(), "write false"),
-        (Distributed(), PackedSequence(8), "write 0"),
-    ):
-        with pytest.raises(BadInput, match=word):
-            check_supported(section, packing)
 
 
 def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:

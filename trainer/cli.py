@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.library import find_recipe
 from recipes.loader import Loaded, load
 from recipes.rundir import ElementDir
+from recipes.shipped import find_recipe
 
 
 @dataclass(frozen=True)

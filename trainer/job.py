@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from recipes.errors import OK, BadInput
 from recipes.files import write_json
-from recipes.loader import Loaded, check_batch
+from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe
 from recipes.targets import Policy, build, signature
 from trainer import checkpoint
@@ -20,7 +21,8 @@ from trainer.loop import Job, train
 from trainer.metrics import Metrics, open_wandb, peak_flops, summary
 from trainer.models import flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizer
-from trainer.parallel import World, check_supported, compile_blocks, join, plain, spread
+from trainer.parallel import World, compile_blocks, join, plain, spread
+from trainer.ranks import from_environment
 from trainer.stop import StopFlag
 
 
@@ -30,11 +32,11 @@ def run(options: Options, stop: StopFlag) -> int:
     Raises BadInput and TrainingFailed.
     """
     recipe = options.loaded.recipe
-    check_supported(recipe.distributed, recipe.packed_sequence)
-    world = join(recipe.distributed)
-    wrong = check_batch(recipe, world.size)
+    ranks = from_environment(os.environ)
+    wrong = check_ranks(recipe, ranks.size)
     if wrong:
         raise BadInput(f"{options.loaded.path}: {wrong}")
+    world = join(recipe.distributed, ranks)
     job = prepare(options, stop, world)
     code = train(job)
     job.batches.close()

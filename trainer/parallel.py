@@ -16,11 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from recipes.errors import BadInput
-from recipes.schema import Compile, Distributed, PackedSequence
+from recipes.schema import Compile, Distributed
 from trainer.errors import LocalBadInput, TrainingFailed
 from trainer.models import blocks, parameter_count
-from trainer.ranks import Ranks, from_environment, prefer_loopback
+from trainer.ranks import Ranks, prefer_loopback
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -67,38 +66,16 @@ class World:
         self.any(False)
 
 
-def join(section: Distributed) -> World:
+def join(section: Distributed, ranks: Ranks) -> World:
     """The world of this process, its process group made.
 
     It is never taken down: that can wait for peers that are gone, or for ever
     (see ``trainer.job.KEPT``). The process ends through ``trainer.errors.leave``.
     """
-    ranks = from_environment(os.environ)
-    _check(section, ranks)
     device = _device(ranks)
     timeout = timedelta(minutes=section.timeout_minutes)
     _init_group(ranks, device, timeout)
     return World(ranks.rank, ranks.size, device, timeout)
-
-
-def _check(section: Distributed, ranks: Ranks) -> None:
-    if section.dp_size not in (None, ranks.size):
-        raise BadInput(f"distributed.dp_size is {section.dp_size}, but there are {ranks.size} ranks; write none to use what is there")
-    if ranks.size % (section.dp_replicate_size or 1):
-        raise BadInput(f"distributed.dp_replicate_size {section.dp_replicate_size} does not divide {ranks.size} ranks")
-    if section.strategy == "none" and ranks.size > 1:
-        raise BadInput(f"distributed.strategy none trains on one rank, but there are {ranks.size}; write fsdp2 or ddp")
-
-
-def check_supported(distributed: Distributed, packing: PackedSequence) -> None:
-    """Raise BadInput for what this version does not spread or pack."""
-    for name in ("tp_size", "cp_size"):
-        if getattr(distributed, name) != 1:
-            raise BadInput(f"distributed.{name} {getattr(distributed, name)}: this version trains data-parallel; write 1")
-    if distributed.sequence_parallel:
-        raise BadInput("distributed.sequence_parallel needs tensor parallelism; write false")
-    if packing.packed_sequence_size:
-        raise BadInput("packed_sequence.packed_sequence_size: this version cuts the stream into windows; write 0")
 
 
 def _device(ranks: Ranks) -> torch.device:
