@@ -85,10 +85,12 @@ def progress_table(states: list[ElementState]) -> Any:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(no_wrap=True, overflow="ellipsis")
     for state in states:
         if state.state in (RUNNING, PENDING):
             beat = state.progress if state.state == RUNNING else {}
-            bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=24)
+            bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=16)
             words = describe.progress(state) if beat else ("starting" if state.state == RUNNING else "waiting")
             table.add_row(f"{state.stage} {state.name}", bar, words)
     return table
