@@ -175,8 +175,8 @@ def open_wandb(section: dict[str, Any] | None, run_id: str) -> Any:
         return None
     try:
         import wandb
-    except ImportError:
-        raise BadInput('wandb is not installed here: pip install "amlaunch[wandb]", or remove the section (--wandb null)') from None
+    except ImportError as error:
+        raise BadInput(f"wandb cannot be imported here ({error}): pip install 'amlaunch[wandb]', or remove the section (--wandb null)") from None
     run = wandb.init(**{"id": run_id, "resume": "allow", **section})
     run.define_metric("*", step_metric="step")  # our own step: wandb's drops what goes back after a resume
     return run
