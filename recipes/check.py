@@ -214,7 +214,7 @@ def _describe(option: Any) -> str:
     origin, args = typing.get_origin(option), typing.get_args(option)
     if origin is Annotated:
         if callable(args[1]):
-            return str(args[1]("1") and _counted(args[1]))
+            return _counted(args[1])
         return "a whole number of at least 1" if args[1] == "positive" else "a whole number, 0 or more"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
