@@ -10,6 +10,7 @@ from recipes.errors import BAD_INPUT, FAILED, BadInput
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
     from launcher.cli import run
+    from launcher.slurm import SlurmError
 
     try:
         return run(sys.argv[1:] if argv is None else argv)
@@ -22,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
         return 141
+    except SlurmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if "not found" in error.message else FAILED
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED

@@ -13,7 +13,7 @@ from recipes.version import VERSION
 EPILOG = """\
 Any key of a recipe can be changed on the command line: --model.n_layer 6, --optimizer.betas.0 0.8,
 --wandb null. Exit codes: 0 done, 1 something failed, 2 the input cannot work, 75 stopped on request
-with everything saved (the same command goes on from there).
+with everything saved (the same command goes on from there), 130 ended by Ctrl-C.
 """
 GUIDE_SECTIONS = ("rng", "dist_env")
 
@@ -30,10 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"amlaunch {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_local(commands)
+    _add_submit(commands)
     _add_show(commands)
     _add_status(commands)
     _add_logs(commands)
+    _add_cancel(commands)
+    _add_retry(commands)
+    _add_resume(commands)
+    _add_wait(commands)
+    _add_clean(commands)
+    _add_doctor(commands)
     _add_recipes(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -45,6 +53,7 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on; 0 is the CPU (default: as the recipe says, if they are there)")
     parser.add_argument("--stage", metavar="S", help="only this stage")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="train once for each value (repeat it for a grid)")
     parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
     _add_runs(parser)
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
@@ -60,6 +69,14 @@ def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_recipe_arguments(parser)
 
 
+def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "submit", "check a recipe and a cluster, then hand all stages to Slurm")
+    _add_recipe_arguments(parser)
+    parser.add_argument("--cluster", default="slurm", metavar="NAME", help="a profile of clusters.yaml, a file, or built in: slurm (asks Slurm), local")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly the scripts that would be submitted")
+    parser.add_argument("--wait", action="store_true", help="stay until the run has ended; the exit code says how")
+
+
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped")
     _add_recipe_arguments(parser)
@@ -69,6 +86,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = _command(commands, "status", "list the runs, or show one with its stages and elements")
     parser.add_argument("run", nargs="*", help="a run's id, the start of it, its recipe's name, or its folder")
     parser.add_argument("--watch", action="store_true", help="redraw until the run has ended (Ctrl-C leaves)")
+    parser.add_argument("--all", action="store_true", help="every element of a large stage, not only those that want attention")
     _add_runs(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -82,6 +100,61 @@ def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--attempt", type=int, metavar="N", help="default: the newest of each element")
     parser.add_argument("-f", "--follow", action="store_true", help="go on while the run goes on")
     _add_runs(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's id, the start of it, its recipe's name, or its folder")
+    _add_runs(parser)
+
+
+def _add_cancel(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "cancel", "end what runs and what waits")
+    _add_run(parser)
+    parser.add_argument("--checkpoint", action="store_true", help="what runs saves first, and is waited for")
+
+
+def _add_retry(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "retry", "start again what failed, was cancelled or lost, and nothing else")
+    _add_run(parser)
+    parser.add_argument("--wait", action="store_true", help="stay until the run has ended; the exit code says how")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+
+
+def _add_resume(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "resume", "go on with a run, with more steps or nodes: --step_scheduler.max_steps 2000")
+    _add_run(parser)
+    parser.add_argument("--cluster", metavar="NAME", help="another cluster than before")
+    parser.add_argument("--wait", action="store_true", help="stay until the run has ended; the exit code says how")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.usage = "amlaunch resume RUN [options] [--section.key VALUE ...]"
+
+
+def _add_wait(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "wait", "wait until a run has ended; the exit code says how")
+    _add_run(parser)
+    parser.add_argument("--json", action="store_true", help="the run as JSON on stdout, when it has ended")
+
+
+def _add_clean(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "clean", "show what can be removed; --yes removes it")
+    parser.add_argument("run", nargs="*", help="whole runs; without one, what no run needs (shards, half-made files)")
+    parser.add_argument("--checkpoints", action="store_true", help="of the runs, only the checkpoints before the newest")
+    parser.add_argument("--yes", action="store_true", help="remove it")
+    _add_runs(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "doctor", "say what this machine or a cluster has, and write a profile of it")
+    parser.add_argument("--cluster", metavar="NAME", help="check this profile")
+    parser.add_argument("--gpu", action="store_true", help="run a check on one GPU node: matrix products, memory, all-reduce")
+    parser.add_argument("--save", metavar="FILE", help="write the profile here (default: print it)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "completion", "print a completion script for the shell")
+    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
 
 def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -117,6 +190,20 @@ def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tup
     return ours, overrides
 
 
+def sweep_overrides(axes: Sequence[str]) -> list[str]:
+    """``--sweep optimizer.lr=1e-4,3e-4`` as overrides of the recipe's ``sweep`` section; a mapping is taken as it is."""
+    found = []
+    for axis in axes:
+        key, equals, values = axis.partition("=")
+        if axis.lstrip().startswith("{") or axis.strip() in ("null", "none"):
+            found.append(f"--sweep={axis}")
+        elif not equals or not values:
+            raise BadInput(f"--sweep {axis}: an axis is KEY=V1,V2, such as optimizer.lr=1e-4,3e-4")
+        else:
+            found.append(f"--sweep.{key}=[{values.strip('[]')}]")
+    return found
+
+
 def _refuse_unknown(name: str, options: list[str]) -> None:
     """A word that is no section of a recipe was meant as an option."""
     from recipes.schema import Recipe
@@ -133,14 +220,14 @@ def run(argv: Sequence[str]) -> int:
     parser = build_parser()
     words = list(argv)
     overrides: list[str] = []
-    if words and words[0] in ("local", "show"):
+    if words and words[0] in ("local", "submit", "show", "resume"):
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
     options = parser.parse_args(words)
     if options.command is None:
         parser.print_help()
         return 0
-    options.overrides = overrides
+    options.overrides = [*overrides, *sweep_overrides(getattr(options, "sweep", []))]
     options.argv = ["amlaunch", *argv]
     module = importlib.import_module(f"launcher.commands.{options.command}")
     return int(module.run(options))

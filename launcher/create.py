@@ -16,7 +16,7 @@ from typing import Any
 from launcher.plan import Plan
 from launcher.snapshot import SKIPPED, package_root, take_snapshot
 from recipes.errors import BadInput
-from recipes.files import write_json, write_text
+from recipes.files import read_object, write_json, write_text
 from recipes.loader import Loaded, file_targets, is_secret
 from recipes.rundir import RunDir
 from recipes.targets import split_target
@@ -39,9 +39,27 @@ def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *
     write_text(run.recipe, f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n" + loaded.text())
     write_json(run.plan, plan.to_json())
     if not run.provenance.exists() or refresh_code:
-        write_json(run.provenance, provenance(loaded, command))
+        write_json(run.provenance, {**provenance(loaded, command), RESUMED: resumed_with(run)})
     if plan.data:
         _link(run.data, Path(plan.data))
+    if plan.shared:
+        _link(run.shared, Path(plan.shared))
+
+
+RESUMED = "resumed"
+"""Key of provenance.json: the overrides that ``amlaunch resume`` added since, oldest first."""
+
+
+def resumed_with(run: RunDir) -> list[str]:
+    """The overrides that a run was resumed with."""
+    words = read_object(run.provenance).get(RESUMED)
+    return [str(word) for word in words] if isinstance(words, list) else []
+
+
+def add_resumed(run: RunDir, overrides: Sequence[str]) -> None:
+    """Remember overrides that the run goes on with: they are part of it from now on."""
+    if overrides:
+        write_json(run.provenance, {**read_object(run.provenance), RESUMED: [*resumed_with(run), *overrides]})
 
 
 def _check_targets(run: RunDir, loaded: Loaded) -> None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan import Plan
-from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, ElementState
+from launcher.state import CANCELLED, DIED, DONE, FAILED, PENDING, QUEUED, RUNNING, STOPPED, UNKNOWN, ElementState
 from recipes.rundir import RunDir
 
-STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "bold red", DIED: "bold red", STOPPED: "yellow", PENDING: "dim"}
+STYLES = {
+    DONE: "green", RUNNING: "cyan", QUEUED: "blue", FAILED: "bold red", DIED: "bold red", UNKNOWN: "magenta",
+    CANCELLED: "yellow", STOPPED: "yellow", PENDING: "dim",
+}  # fmt: skip
 TAIL_LINES = 15
 
 
@@ -78,12 +81,19 @@ def progress(state: ElementState) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def waiting(state: ElementState) -> str:
+    """Why a queued element waits, and when Slurm thinks that it starts."""
+    return " · ".join(part for part in (state.reason, f"starts about {state.start.replace('T', ' ')}" if state.start else "") if part)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def outcome(state: ElementState) -> str:
     """What a finished element made, or why an unfinished one is not."""
+    if state.state == QUEUED:
+        return waiting(state)
     if state.state != DONE:
         return state.reason or progress(state)
     made = state.result
@@ -116,9 +126,11 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     rank = state.rank or 0
     log = folder.log(state.attempts, rank)
     lines = [f"{state.stage} {state.name} {state.state} on {state.host or 'this host'}: {state.reason}"]
-    text = tail(log) if state.retry else []
+    text, whose = tail(log) if state.retry else [], f"rank {rank}"
+    if state.retry and not text and state.log is not None:  # it did not get as far as a rank
+        log, text, whose = state.log, tail(state.log), f"job {state.job}"
     if text:
-        lines += [f"last lines of rank {rank} ({log}):", *(f"  | {part}" for part in text)]
+        lines += [f"last lines of {whose} ({log}):", *(f"  | {part}" for part in text)]
     if not state.retry:
         return [*lines, f"next: correct that, then {next_command}"]
     return [*lines, f"next: {next_command}", "(goes on from what is saved)"]
@@ -162,7 +174,9 @@ def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: st
     for stage in plan.stages:
         elements = [_element_json(state) for state in found if state.stage == stage.name]
         stages.append({"name": stage.name, "elements": elements})
-    return {"run": plan.run_id, "path": str(run.root), "state": overall, "stages": stages}
+    hours = round(sum(state.gpu_hours for state in found), 4)
+    cluster = (plan.cluster or {}).get("name")
+    return {"run": plan.run_id, "path": str(run.root), "cluster": cluster, "state": overall, "gpu_hours": hours, "stages": stages}
 
 
 def _element_json(state: ElementState) -> dict[str, Any]:
@@ -172,6 +186,10 @@ def _element_json(state: ElementState) -> dict[str, Any]:
         "state": state.state,
         "attempts": state.attempts,
         "host": state.host,
+        "job": state.job or None,
+        "nodes": state.nodes or None,
+        "start_estimate": state.start or None,
+        "gpu_hours": state.gpu_hours,
         "rank": state.rank,
         "reason": state.reason,
         "seconds": state.seconds,

@@ -1,7 +1,8 @@
-"""Runs one element on the host: starts its ranks, passes on "stop soon", waits, and says how it ended.
+"""Runs one element on its host: starts its ranks, passes on "stop soon", waits, and says how it ended.
 
-This is the callable that submitit starts. It knows processes and files, and
-nothing of what the stage does.
+This is what submitit starts on this machine, and what :mod:`launcher.job` runs
+in a job of Slurm. It knows processes and files, and nothing of what the stage
+does.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import containers
 from launcher.plan import Element, Plan, Stage
+from launcher.policy import goes_again
+from launcher.ranks import free_ports, start_local
 from launcher.state import DONE, FAILED, PENDING, STOPPED
 from launcher.store import read_plan
 from recipes.errors import BAD_INPUT, GO_ON_LATER
-from recipes.expand import Unset, expand, variables
-from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
-from recipes.process import PARENT_VARIABLE, python_command
+from recipes.expand import Unset
+from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, read_object, write_json
 from recipes.rundir import ElementDir, RunDir
 
 POLL_SECONDS = 0.05
@@ -33,10 +33,10 @@ GRACE_SECONDS = 120.0
 """How long ranks may take to save after "stop soon"."""
 SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
-
-
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
+UNHEARD = (-signal.SIGTERM, -signal.SIGUSR1)
+"""How a rank ends that is asked to stop before it listens."""
+PORT_TAKEN = ("EADDRINUSE", "address already in use")
+"""What rank 0 says when somebody else has the port that its peers were told."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class Assignment:
     gpus: tuple[str, ...]
     watch: str | None = None
     """A lock that its starter holds; when nobody does any more, the element stops soon."""
+    job: str | None = None
+    """Slurm's number of the job, or of the task of an array."""
+    port_seed: int = 0
+    """Where to begin to look for a free port; 0: at our own pid."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else is worth a place in ``attempts.jsonl``: nodes, restarts."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +72,43 @@ class Attempt:
         """Where the element keeps its files."""
         return self.run.element(self.stage.name, self.element.name)
 
+    def log(self, rank: int | None) -> Path:
+        """The log of a rank, or of what started the ranks; its folder is there."""
+        path = self.folder.log(self.number, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def record(self, event: str, **more: Any) -> None:
         """Add a line to ``attempts.jsonl``."""
         append_json_line(self.folder.attempts, {"event": event, "attempt": self.number, "time": time.time(), **more})
 
+    def progress(self) -> float:
+        """How far the element is, in its own unit."""
+        done = read_object(self.folder.progress).get("done")
+        return done if isinstance(done, (int, float)) else 0
+
+
+Start = Callable[[Attempt, ExitStack, int], list["subprocess.Popen[bytes]"]]
+"""Starts what is to be waited for: the ranks themselves, or the one srun that starts them on other nodes."""
+Explain = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
+"""Adds what only the starter of the ranks can know to how they ended."""
+
 
 class Stopping:
-    """Whether the ranks should leave, and since when."""
+    """Whether the ranks should leave, since when, and why."""
 
     def __init__(self, folder: ElementDir, watch: Path | None):
         self.folder = folder
         self.watch = watch
         self.since: float | None = None
+        self.signal: int | None = None
+        """The signal that asked; None where somebody asked through the file."""
 
-    def ask(self, *_: Any) -> None:
+    def ask(self, number: int | None = None, *_: Any) -> None:
         """Leave word for the ranks (also a signal handler)."""
         if self.since is None:
             self.since = time.monotonic()
+            self.signal = number
             self.folder.stop.touch()
 
     def look(self) -> bool:
@@ -92,11 +118,25 @@ class Stopping:
             self.ask()
         return self.since is not None
 
+    def reason(self) -> str:
+        """Why it stopped, for people."""
+        words = {signal.SIGUSR1: "the time limit is near", signal.SIGTERM: "told to end (preempted, or cancelled)"}
+        return words.get(signal.Signals(self.signal), "stopped on request") if self.signal else "stopped on request"
 
-def run_element(run_root: str, stage_name: str, element_name: str, given: Assignment) -> str:
+
+def run_element(
+    run_root: str,
+    stage_name: str,
+    element_name: str,
+    given: Assignment,
+    start: Start = start_local,
+    explain_more: Explain | None = None,
+    told: Sequence[int] = (),
+) -> str:
     """Carry out one attempt; returns its outcome, which is also the last line of ``attempts.jsonl``.
 
     An element that another live driver has is left to it (``"pending"``).
+    ``told``: signals that came before this was called.
     """
     run = RunDir(Path(run_root))
     plan = read_plan(run)
@@ -107,99 +147,84 @@ def run_element(run_root: str, stage_name: str, element_name: str, given: Assign
     if not lock.acquire():
         return PENDING
     stopping = Stopping(folder, Path(given.watch) if given.watch else None)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, stopping.ask)
     for leftover in (folder.stop, folder.result, folder.done):
         leftover.unlink(missing_ok=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, stopping.ask)
+    if told:
+        stopping.ask(told[0])
     number = 1 + sum(line.get("event") == "start" for line in read_json_lines(folder.attempts))
-    return carry_out(Attempt(run, plan, stage, element, given, lock, number), stopping)
+    return carry_out(Attempt(run, plan, stage, element, given, lock, number), stopping, start, explain_more)
 
 
-def carry_out(attempt: Attempt, stopping: Stopping) -> str:
-    """Start the ranks, wait for them, and write down how it ended."""
+def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, explain_more: Explain | None = None) -> str:
+    """Start the ranks, wait for them, and write down how it ended and whether it goes on by itself."""
     started = time.monotonic()
-    attempt.record("start", host=platform.node(), pid=os.getpid(), job=os.environ.get("SUBMITIT_LOCAL_JOB_ID"))
+    job = attempt.given.job or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+    attempt.record("start", host=platform.node(), pid=os.getpid(), job=job, done=attempt.progress(), **attempt.given.facts)
     try:
-        with ExitStack() as files:
-            codes, first = wait_for(_start_ranks(attempt, files), stopping)
+        codes, first = _run_ranks(attempt, stopping, start)
     except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
         what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
         attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
         return FAILED
     result = read_json(attempt.folder.result)
-    end = explain(attempt, codes, classify(codes, first, result, asked=stopping.since is not None))
+    end = explain(attempt, codes, classify(codes, first, result, stopping if stopping.since is not None else None))
+    end = explain_more(attempt, end) if explain_more else end
     seconds = round(time.monotonic() - started, 3)
     if end["outcome"] == DONE:
         write_json(attempt.folder.done, {"time": time.time(), "attempt": attempt.number, "seconds": seconds, **(result or {})})
-    attempt.record("end", seconds=seconds, exit_codes=codes, **end)
+    attempt.record("end", seconds=seconds, exit_codes=codes, **_with_policy(attempt, end))
     return str(end["outcome"])
+
+
+def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
+    again, why = goes_again(read_json_lines(attempt.folder.attempts), end, attempt.progress())
+    if not why:
+        return end
+    return {**end, "again": again, "reason": f"{end.get('reason', '')}; {why}", "retry": end.get("retry", True)}
+
+
+def _run_ranks(attempt: Attempt, stopping: Stopping, start: Start) -> tuple[list[int], int | None]:
+    """:func:`wait_for` what ``start`` starts; with another port where the one that the ranks were told turned out taken."""
+    for port in free_ports(attempt.given.port_seed or os.getpid()):
+        before = _size(attempt.log(0))
+        with ExitStack() as files:
+            codes, first = wait_for(start(attempt, files, port), stopping)
+        if not any(codes) or stopping.since is not None or not _said(attempt.log(0), before, PORT_TAKEN):
+            break
+    return codes, first
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _said(log: Path, offset: int, words: tuple[str, ...]) -> bool:
+    """Whether any of ``words`` is in what was written to ``log`` since ``offset`` (its last 64 KB)."""
+    if not log.exists():
+        return False
+    with open(log, "rb") as handle:
+        handle.seek(max(offset, _size(log) - 65536))
+        text = handle.read().decode(errors="replace")
+    return any(word in text for word in words)
 
 
 def explain(attempt: Attempt, codes: list[int], end: dict[str, Any]) -> dict[str, Any]:
     """Bad input is said by one rank for all: take its words, and point to its log."""
     if BAD_INPUT not in codes:
         return end
-    for rank, code in enumerate(codes):
-        log = attempt.folder.log(attempt.number, rank)
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-        if code == BAD_INPUT and said:
+    for rank in range(attempt.stage.needs.nodes * attempt.stage.needs.tasks_per_node):
+        said = _errors(attempt.folder.log(attempt.number, rank)) if rank >= len(codes) or codes[rank] == BAD_INPUT else []
+        if said:
             return {**end, "rank": rank, "reason": said[-1].removeprefix("error: ")}
     return end
 
 
-def _start_ranks(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
-    command = [*python_command(attempt.element.module), *attempt.element.arguments]
-    wanted = {key: str(expand(value, variables())) for key, value in attempt.plan.env.items()}
-    argv, extra = containers.launch("none", containers.Image(env=wanted), command)
-    shared = {**os.environ, **extra, **_environment(attempt)}
-    ranks = []
-    for rank in range(attempt.stage.needs.tasks_per_node):
-        log = attempt.folder.log(attempt.number, rank)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        ranks.append(
-            subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=files.enter_context(open(log, "ab")),
-                stderr=subprocess.STDOUT,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=attempt.plan.cwd,
-                start_new_session=True,  # Ctrl-C is the launcher's to handle
-                pass_fds=(attempt.lock.fileno(),),  # the lock is free again when the last rank is gone
-            )
-        )
-    return ranks
-
-
-def _environment(attempt: Attempt) -> dict[str, str]:
-    """What all ranks share: where to meet, what to use, which code to run."""
-    tasks = attempt.stage.needs.tasks_per_node
-    path = [str(attempt.run.code), os.environ.get("PYTHONPATH", "")]
-    env = {
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": str(tasks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        # Without it gloo looks up the host's own name, which many machines cannot resolve.
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, attempt.given.cpus // tasks))),
-        "CUDA_VISIBLE_DEVICES": ",".join(attempt.given.gpus),
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONSAFEPATH": "1",
-        PARENT_VARIABLE: str(os.getpid()),
-    }
-    return env if attempt.given.gpus else {**KEEP_MEMORY, **_given(KEEP_MEMORY), **env, "AMLAUNCH_DEVICE": "cpu"}
-
-
-def _given(names: Iterable[str]) -> dict[str, str]:
-    """What the user has set of ``names``."""
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _errors(log: Path) -> list[str]:
+    if not log.exists():
+        return []
+    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
 
 
 def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping) -> tuple[list[int], int | None]:
@@ -215,13 +240,13 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping) -> tuple[
         if stopping.look() and not forwarded:
             _signal(ranks, signal.SIGTERM)
             forwarded = True
-        if first is None and any(rank.returncode for rank in ranks):
-            first, failed_at = _culprit([rank.returncode for rank in ranks]), now
+        if first is None and any(rank.poll() for rank in ranks):
+            first, failed_at = _culprit([rank.poll() for rank in ranks]), now
         overdue = stopping.since is not None and now - stopping.since > GRACE_SECONDS
         if overdue or (first is not None and now - failed_at > SIBLING_SECONDS):
             _signal(ranks, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    codes = [rank.returncode for rank in ranks]
+    codes = [rank.poll() or 0 for rank in ranks]
     return codes, _culprit(codes) if first is None else first
 
 
@@ -231,7 +256,7 @@ def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
             rank.send_signal(number)
 
 
-def _culprit(codes: list[int | None]) -> int | None:
+def _culprit(codes: Sequence[int | None]) -> int | None:
     """Of ranks that ended within one poll, the one to look at: bad input, then killed from outside, then an error.
 
     A rank that loses its peer fails with an error of its own a moment later.
@@ -244,23 +269,27 @@ def _culprit(codes: list[int | None]) -> int | None:
     return None
 
 
-def classify(codes: list[int], first: int | None, result: dict[str, Any] | None, asked: bool = False) -> dict[str, Any]:
-    """``outcome``, ``reason`` and the ``rank`` to look at, from exit codes (negative: a signal's number).
+def classify(codes: list[int], first: int | None, result: dict[str, Any] | None, asked: Stopping | None = None) -> dict[str, Any]:
+    """``outcome``, ``reason``, the ``rank`` to look at and whether it may go ``again`` by itself, from exit codes (negative: a signal's number).
 
-    ``asked``: to stop. A rank that our SIGTERM ended by itself had not begun to listen, and so had nothing to save.
+    ``asked``: to stop. A rank that our own signal ended had not begun to listen, and so had nothing to save.
     """
     if all(code == 0 for code in codes):
         if result is None:
             return {"outcome": FAILED, "reason": "exited 0 but left no result", "rank": 0}
         return {"outcome": DONE}
-    if first is None or all(code in (0, GO_ON_LATER, -signal.SIGTERM if asked else 0) for code in codes):
-        return {"outcome": STOPPED, "reason": "stopped on request"}
-    code = codes[first]
+    if first is None or all(code in (0, GO_ON_LATER) or (asked and code in UNHEARD) for code in codes):
+        if asked is None:  # the ranks heard it, we did not: a signal to all processes of the job
+            return {"outcome": STOPPED, "reason": "the ranks were told to end (preempted, or cancelled)", "again": True}
+        return {"outcome": STOPPED, "reason": asked.reason(), "again": asked.signal is not None}
+    return {"outcome": FAILED, **failure_of(codes[first], first)}
+
+
+def failure_of(code: int, rank: int) -> dict[str, Any]:
+    """The ``reason`` for one rank's exit code, and whether another try can end otherwise."""
     if code == BAD_INPUT:
-        return {"outcome": FAILED, "retry": False, "reason": "the recipe or its input cannot work", "rank": first}
+        return {"retry": False, "reason": "the recipe or its input cannot work", "rank": rank}
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        reason = f"rank {first} was killed by {signal.Signals(-code).name}{hint}"
-    else:
-        reason = f"rank {first} exited with code {code}"
-    return {"outcome": FAILED, "retry": True, "reason": reason, "rank": first}
+        return {"retry": True, "again": True, "reason": f"rank {rank} was killed by {signal.Signals(-code).name}{hint}", "rank": rank}
+    return {"retry": True, "reason": f"rank {rank} exited with code {code}", "rank": rank}

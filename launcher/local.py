@@ -80,8 +80,12 @@ class Executor:
         for stage in self.plan.stages:
             for element in stage.elements:
                 folder = self.run.element(stage.name, element.name)
-                if is_locked(folder.lock):
+                if self._is_ours(stage, element.name) and is_locked(folder.lock):
                     folder.stop.touch()
+
+    def _is_ours(self, stage: Stage, name: str) -> bool:
+        """Not an element of shards that another run makes for both."""
+        return self.run.home(stage.name) == self.run.root or f"{stage.name}/{name}" in self.jobs
 
     def kill(self) -> None:
         """End what this executor started at once; the next start goes on from the last checkpoint."""
@@ -91,7 +95,8 @@ class Executor:
                 os.kill(pid, signal.SIGKILL)
         for stage in self.plan.stages:
             for element in stage.elements:
-                self._kill_driver(stage, element.name)
+                if self._is_ours(stage, element.name):
+                    self._kill_driver(stage, element.name)
 
     def _kill_driver(self, stage: Stage, name: str) -> None:
         folder = self.run.element(stage.name, name)
@@ -115,7 +120,10 @@ class Executor:
             if self.stopping:
                 self.stop()  # again: one that was just being started has only now become able to hear it
             for name in [name for name in active if not self._is_active(stage, name)]:
-                if self._came_to_nothing(stage, name, active.pop(name)) and not self.stopping:
+                before = active.pop(name)
+                if self._goes_again(stage, name, before):
+                    waiting.append(name)
+                elif self._came_to_nothing(stage, name, before) and not self.stopping:
                     tries[name] += 1
                     if tries[name] < MAX_TRIES:
                         waiting.append(name)
@@ -135,6 +143,13 @@ class Executor:
             return False
         self.jobs[f"{stage.name}/{name}"] = submit(self.run, stage.name, name, given)
         return True
+
+    def _goes_again(self, stage: Stage, name: str, attempts_before: int) -> bool:
+        """Whether our own attempt ended in a way that the driver would have Slurm requeue it for: the same rules here."""
+        if self.stopping or self._state(stage, name).attempts == attempts_before:
+            return False
+        ends = [line for line in read_json_lines(self.run.element(stage.name, name).attempts) if line.get("event") == "end"]
+        return bool(ends) and ends[-1].get("attempt") == self._state(stage, name).attempts and bool(ends[-1].get("again"))
 
     def _came_to_nothing(self, stage: Stage, name: str, attempts_before: int) -> bool:
         """Whether no attempt of ours was made: a leftover ended unfinished, or the driver never began."""

@@ -41,6 +41,8 @@ class Stage:
     elements: list[Element]
     after: list[str]
     needs: Needs
+    partition: str | None = None
+    """On a cluster: where it is queued; None is Slurm's default."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Plan:
     """Relative paths in the recipe start here."""
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of the recipe's container section."""
+    cluster: dict[str, Any] | None = None
+    """Where it is submitted: the ``name`` of a cluster and its ``profile``; None on this machine."""
+    shared: str | None = None
+    """``data``, where its name says what it is made of, so that runs share it and the stages that make it."""
 
     def stage(self, name: str) -> Stage:
         """The stage called ``name``; BadInput names those there are."""
@@ -71,6 +77,7 @@ class Plan:
     def from_json(value: Mapping[str, Any]) -> Plan:
         """The inverse of :meth:`to_json`."""
         stages = [
-            Stage(s["name"], [Element(**e) for e in s["elements"]], s["after"], Needs(**s["needs"])) for s in value["stages"]
+            Stage(s["name"], [Element(**e) for e in s["elements"]], s["after"], Needs(**s["needs"]), s.get("partition"))
+            for s in value["stages"]
         ]
-        return Plan(value["run_id"], stages, value["data"], value["cwd"], value.get("env", {}))
+        return Plan(value["run_id"], stages, value["data"], value["cwd"], value.get("env", {}), value.get("cluster"), value.get("shared"))

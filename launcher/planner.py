@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from recipes.files import fingerprint
 from recipes.loader import Loaded, at_point, check_batch, check_ranks, file_targets
 from recipes.rundir import RunDir
 from recipes.schema import Preprocess, StageResources
+
+EXPORT_CPUS = 4
+"""Of an export on a cluster, which is one process that copies and samples."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Site:
     """Nodes there are."""
     asked_gpus: int | None = None
     """``--gpus``; None: as the recipe says, or what there is."""
+    cluster: Mapping[str, Any] | None = None
+    """Name and profile of the cluster it is submitted to; None on this machine, whose CPUs an element may have all of."""
+    defaults: Mapping[str, StageResources] = field(default_factory=dict)
+    """What an element of a stage gets where the recipe does not say."""
+    partitions: Mapping[str, str | None] = field(default_factory=dict)
+    """Where each stage is queued."""
 
 
 def run_id(loaded: Loaded) -> str:
@@ -38,20 +47,30 @@ def run_id(loaded: Loaded) -> str:
     return f"{loaded.recipe.name}-{loaded.fingerprint()}"
 
 
-def make_plan(loaded: Loaded, site: Site) -> Plan:
-    """The plan of a recipe on a site. Raises BadInput where they do not fit."""
+def make_plan(loaded: Loaded, site: Site, run: str | None = None) -> Plan:
+    """The plan of a recipe on a site; ``run``: the id of a run that it goes on with. Raises BadInput where they do not fit."""
     recipe = loaded.recipe
-    run = RunDir(site.runs / run_id(loaded))
     data = data_folder(loaded, recipe.preprocess, site) if recipe.preprocess else None
-    common = _common_arguments(loaded, run)
+    shared = data if recipe.preprocess and not recipe.preprocess.output_dir else None
+    run_dir = RunDir(site.runs / (run or run_id(loaded)), shared)
+    common = _common_arguments(loaded, run_dir)
     stages = []
     if recipe.preprocess and data:
-        stages += _preprocess_stages(recipe.preprocess, common, run, data, site, loaded)
-    stages.append(_train_stage(loaded, common, run, data, site, after=["verify"] if data else []))
+        stages += _preprocess_stages(recipe.preprocess, common, run_dir, data, site, loaded)
+    stages.append(_train_stage(loaded, common, run_dir, data, site, after=["verify"] if data else []))
     if recipe.export:
-        stages.append(_export_stage(loaded, common, run, data, site))
+        stages.append(_export_stage(loaded, common, run_dir, data, site))
     env = (loaded.tree.get("container") or {}).get("env") or {}  # placeholders kept: the driver fills them in
-    return Plan(run.root.name, stages, str(data) if data else None, str(site.cwd), env)
+    stages = [dataclasses.replace(stage, partition=site.partitions.get(stage.name)) for stage in stages]
+    return Plan(
+        run_id=run_dir.root.name,
+        stages=stages,
+        data=str(data) if data else None,
+        cwd=str(site.cwd),
+        env=env,
+        cluster=dict(site.cluster) if site.cluster else None,
+        shared=str(shared) if shared else None,
+    )
 
 
 def data_folder(loaded: Loaded, section: Preprocess, site: Site) -> Path:
@@ -84,8 +103,8 @@ def _preprocess_stages(
     ]
     check = _element("verify", "0", "preprocess", ["verify", *common, "--out", str(data)], run)
     return [
-        Stage("preprocess", parts, [], _needs(resources.preprocess, site, cpus=1)),
-        Stage("verify", [check], ["preprocess"], _needs(resources.verify, site, cpus=1)),
+        Stage("preprocess", parts, [], _needs("preprocess", resources.preprocess, site, cpus=1)),
+        Stage("verify", [check], ["preprocess"], _needs("verify", resources.verify, site, cpus=1)),
     ]
 
 
@@ -107,7 +126,8 @@ def _export_stage(loaded: Loaded, common: list[str], run: RunDir, data: Path | N
         arguments = [*common, "--checkpoints", str(_checkpoints(loaded, run, name, site)), "--out", str(run.export(name))]
         arguments += _data_arguments(data) + _override_arguments(point)
         elements.append(_element("export", name, "trainer.export", arguments, run, " ".join(_override_arguments(point))))
-    return Stage("export", elements, ["train"], _needs(loaded.recipe.resources.export, site, cpus=site.cpus))
+    cpus = min(site.cpus, EXPORT_CPUS) if site.cluster else site.cpus
+    return Stage("export", elements, ["train"], _needs("export", loaded.recipe.resources.export, site, cpus=cpus))
 
 
 def _element_id(run: RunDir, name: str, point: Mapping[str, Any]) -> str:
@@ -128,15 +148,17 @@ def _override_arguments(point: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
 
 
-def _needs(given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
-    return Needs(given.nodes or 1, gpus, tasks, given.cpus or cpus, given.mem, given.time)
+def _needs(stage: str, given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
+    default = site.defaults.get(stage, StageResources())
+    return Needs(given.nodes or 1, gpus, tasks, given.cpus or default.cpus or cpus, given.mem or default.mem, given.time or default.time)
 
 
 def _train_needs(loaded: Loaded, site: Site) -> Needs:
     given = loaded.recipe.resources.train
     nodes = given.nodes or 1
     if nodes > site.nodes:
-        raise BadInput(f"{loaded.path}: resources.train.nodes is {nodes}, here there is {site.nodes}; add --resources.train.nodes {site.nodes}")
+        there = f"partition {site.partitions.get('train')} has" if site.cluster else "here there is"
+        raise BadInput(f"{loaded.path}: resources.train.nodes is {nodes}, {there} {site.nodes}; add --resources.train.nodes {site.nodes}")
     gpus = _gpus(loaded, site, nodes)
     tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
     ranks = nodes * tasks
@@ -145,7 +167,14 @@ def _train_needs(loaded: Loaded, site: Site) -> Needs:
         wrong = check_ranks(recipe, ranks)
         if wrong:
             raise BadInput(f"{loaded.path}: {' '.join(_override_arguments(point))} {wrong}".replace(":  ", ": "))
-    return _needs(given, site, cpus=site.cpus, gpus=gpus, tasks=tasks)
+    return _needs("train", given, site, cpus=_train_cpus(site, gpus, tasks), gpus=gpus, tasks=tasks)
+
+
+def _train_cpus(site: Site, gpus: int, tasks: int) -> int:
+    """CPUs a node where nobody says: all of this machine; on a cluster, which others use too, as large a part as of its GPUs."""
+    if not site.cluster:
+        return site.cpus
+    return max(tasks, site.cpus * gpus // site.gpus) if gpus else tasks
 
 
 def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
@@ -154,9 +183,13 @@ def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
         if site.asked_gpus < 0:
             raise BadInput(f"--gpus {site.asked_gpus}: a number of GPUs, or 0 for the CPU")
         if site.asked_gpus > site.gpus:
-            raise BadInput(f"--gpus {site.asked_gpus}: this machine has {site.gpus}; --gpus 0 runs on the CPU")
+            there = f"a node of {site.partitions.get('train') or 'the cluster'}" if site.cluster else "this machine"
+            raise BadInput(f"--gpus {site.asked_gpus}: {there} has {site.gpus}; --gpus 0 runs on the CPU")
         return site.asked_gpus
     wanted = loaded.recipe.resources.train.gpus_per_node
+    if site.cluster and wanted is not None and wanted > site.gpus:
+        where = site.partitions.get("train") or "the cluster"
+        raise BadInput(f"{loaded.path}: resources.train.gpus_per_node is {wanted}, a node of {where} has {site.gpus}; add --gpus {site.gpus}, or choose another partition")
     most = site.gpus if wanted is None else min(wanted, site.gpus)
     fitting = [count for count in range(most, 0, -1) if check_batch(loaded.recipe, nodes * count) is None]
     return fitting[0] if fitting else 0

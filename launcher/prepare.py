@@ -1,4 +1,4 @@
-"""What ``local`` and ``show`` have in common: from the command line to a recipe and its plan."""
+"""From the command line to a recipe and its plan, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import argparse
 import glob
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from containers import RUNTIMES
+from launcher.cluster import Cluster
+from launcher.create import resumed_with
 from launcher.machine import Machine, this_machine
 from launcher.plan import Plan, Stage
-from launcher.planner import Site, make_plan
+from launcher.planner import Site, make_plan, run_id
+from launcher.site import cluster_site
 from launcher.store import runs_root
 from recipes.errors import BadInput
 from recipes.loader import Loaded, load
+from recipes.rundir import RunDir
 from recipes.shipped import find_recipe
 
 
@@ -29,20 +34,39 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
 
     When nothing is ``starting``, what the machine lacks (nodes, the GPUs of ``--gpus``, variables) is taken to be there.
     """
+    machine = this_machine()
+    runs = runs_root(options.runs)
+    if "%" in str(runs):
+        raise BadInput(f"{runs}: submitit reads a % in a path as a job's number; --runs DIR puts runs elsewhere")
+
+    def site(loaded: Loaded) -> Site:
+        gpus, nodes = len(machine.gpus), 1
+        if not starting:
+            gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
+        return Site(runs, Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
+
+    loaded, plan = _planned(options, runs, site, starting)
+    return loaded, plan, machine
+
+
+def prepare_on_cluster(options: argparse.Namespace, cluster: Cluster, runs: Path) -> tuple[Loaded, Plan]:
+    """The checked recipe and its plan on a cluster. Raises BadInput and SlurmError."""
+    return _planned(options, runs, lambda loaded: cluster_site(options, loaded, cluster, runs), starting=True)
+
+
+def _planned(options: argparse.Namespace, runs: Path, site: Callable[[Loaded], Site], starting: bool) -> tuple[Loaded, Plan]:
     path = find_recipe(options.recipe or default_recipe(options.gpus))
     loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
-    machine = this_machine()
     _check_runtime(loaded)
-    gpus, nodes = len(machine.gpus), 1
-    if not starting:
-        gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
-    site = Site(runs_root(options.runs), Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
-    if "%" in str(site.runs):
-        raise BadInput(f"{site.runs}: submitit reads a % in a path as a job's number; --runs DIR puts runs elsewhere")
-    plan = make_plan(loaded, site)
+    name = run_id(loaded)
+    resumed = resumed_with(RunDir(runs / name))
+    if resumed:  # the run has gone on with other settings since; they stay
+        loaded = load(path, [*options.overrides, *resumed], allow=options.allow_target, job_start=starting)
+        loaded.notes.append(f"{name} was resumed with {' '.join(resumed)}, which stays so; --name N begins another run")
+    plan = make_plan(loaded, site(loaded), name)
     if options.stage:
         plan.stage(options.stage)
-    return loaded, plan, machine
+    return loaded, plan
 
 
 PACKAGES = {
@@ -65,6 +89,11 @@ def check_here(loaded: Loaded, stages: list[Stage]) -> None:
     if missing:
         extras = "wandb" if missing == ["wandb"] else "train,preprocess,hf"
         raise BadInput(f"not installed here: {', '.join(missing)}; pip install 'amlaunch[{extras}]'")
+    check_files(loaded)
+
+
+def check_files(loaded: Loaded) -> None:
+    """The files that the recipe reads are there. Raises BadInput."""
     recipe = loaded.recipe
     patterns: dict[str, Any] = {"preprocess.data_files": recipe.preprocess.data_files if recipe.preprocess else None}
     patterns |= {f"{name}.file_pattern": (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
@@ -81,11 +110,8 @@ def _check_runtime(loaded: Loaded) -> None:
 
 
 def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
-    """What the user should know before anything starts."""
-    found = list(loaded.notes)
-    container = loaded.recipe.container
-    if container and container.image and container.runtime != "none":
-        found.append(f"container.image {container.image}: on this machine the stages run without a container")
+    """What the user should know before anything starts on this machine."""
+    found = [*loaded.notes, *container_notes(loaded, "this machine")]
     train = plan.stage("train").needs
     if train.nodes > 1:
         found.append(f"the recipe asks for {train.nodes} nodes; amlaunch local has this one: add --resources.train.nodes 1")
@@ -93,3 +119,11 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
         wanted = loaded.recipe.resources.train.gpus_per_node
         found.append(f"the recipe is made for {wanted} GPUs; this run trains on the CPU ({machine.cpus} cores), which is far slower")
     return found
+
+
+def container_notes(loaded: Loaded, where: str) -> list[str]:
+    """Said where an image is asked for and none is used."""
+    container = loaded.recipe.container
+    if container and container.image and container.runtime != "none":
+        return [f"container.image {container.image}: on {where} the stages run without a container, in the environment that started them"]
+    return []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.plan import Plan
@@ -12,31 +14,60 @@ from recipes.rundir import RunDir
 from recipes.version import VERSION
 
 
-def runs_root(given: str | None = None) -> Path:
-    """``--runs``, else ``AMLAUNCH_RUNS``, else ``./runs``; absolute."""
-    return Path(given or os.environ.get("AMLAUNCH_RUNS") or "runs").expanduser().absolute()
+def runs_root(given: str | None = None, site: str | None = None) -> Path:
+    """``--runs``, else ``AMLAUNCH_RUNS``, else the ``runs`` of a cluster's profile, else ``./runs``; absolute."""
+    return Path(given or os.environ.get("AMLAUNCH_RUNS") or site or "runs").expanduser().absolute()
 
 
-def list_runs(root: Path) -> list[RunDir]:
-    """All runs below ``root``, newest first."""
-    try:
-        found = [RunDir(path) for path in root.iterdir() if (path / "plan.json").is_file()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def roots(given: str | None = None) -> list[Path]:
+    """Where to look for runs: :func:`runs_root`, and where the profiles of clusters put theirs."""
+    if given:
+        return [runs_root(given)]
+    return list(dict.fromkeys([runs_root(), *(Path(folder).expanduser().absolute() for folder in _profile_roots())]))
+
+
+def _profile_roots() -> list[str]:
+    from launcher.cluster import check_profile, profile_files
+    from recipes.yamlfile import read_file
+
+    found = []
+    for path in profile_files():
+        try:
+            tree, _ = read_file(path)
+            found += [check_profile(profile or {}, {}).runs for profile in tree.values()]
+        except (BadInput, AttributeError):
+            continue  # whoever uses that profile is told what is wrong with it
+    return [folder for folder in found if folder]
+
+
+def run_dir_of(options: argparse.Namespace, plan: Plan) -> RunDir:
+    """The run directory of a plan that was just made."""
+    return RunDir(runs_root(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
+
+
+def list_runs(*places: Path) -> list[RunDir]:
+    """All runs below ``places``, newest first."""
+    found: list[RunDir] = []
+    for root in places:
+        try:
+            found += [RunDir(path) for path in root.iterdir() if (path / "plan.json").is_file()]
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
     return sorted(found, key=lambda run: run.plan.stat().st_mtime, reverse=True)
 
 
-def find_run(root: Path, name: str) -> RunDir:
+def find_run(places: Iterable[Path], name: str) -> RunDir:
     """A run by its id, the start of one, its recipe's name (the newest), or its path. BadInput with the nearest."""
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())
-    runs = list_runs(root)
+    places = list(places)
+    runs = list_runs(*places)
     exact = [run for run in runs if run.root.name == name or run.root.name.rpartition("-")[0] == name]
     starts = exact or [run for run in runs if run.root.name.startswith(name)]
     if not starts:
-        hint = did_you_mean(name, [run.root.name for run in runs]) if runs else "there are none yet: amlaunch local starts one"
-        raise BadInput(f"no run {name!r} in {root}; {hint}")
+        hint = did_you_mean(name, [run.root.name for run in runs]) if runs else "there are none yet: amlaunch local or submit starts one"
+        raise BadInput(f"no run {name!r} in {', '.join(map(str, places))}; {hint}")
     names = {run.root.name.rpartition("-")[0] for run in starts}
     if len(names) > 1:
         raise BadInput(f"{name!r} fits several runs: {', '.join(run.root.name for run in starts)}")

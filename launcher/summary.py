@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from launcher import describe
 from launcher.plan import Plan
-from launcher.state import ElementState
+from launcher.state import DIED, DONE, FAILED, UNKNOWN, ElementState
+from recipes.errors import BAD_INPUT, GO_ON_LATER, OK
+from recipes.errors import FAILED as EXIT_FAILED
 from recipes.rundir import RunDir
+
+
+def exit_code(states: list[ElementState]) -> int:
+    """0 all done, 2 some input cannot work, 1 something failed or was lost, 75 stopped or cancelled: the same command goes on."""
+    if all(state.state == DONE for state in states):
+        return OK
+    failed = [state for state in states if state.state == FAILED]
+    if failed:
+        return BAD_INPUT if not any(state.retry for state in failed) else EXIT_FAILED
+    return EXIT_FAILED if any(state.state in (DIED, UNKNOWN) for state in states) else GO_ON_LATER
 
 
 def closing(run_dir: RunDir, plan: Plan, states: list[ElementState], seconds: float) -> list[str]:

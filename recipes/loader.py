@@ -57,7 +57,7 @@ class Loaded:
 
     def visible(self, value: Any) -> Any:
         """``value`` with its placeholders filled in, but for those that are secrets."""
-        return expand_known(value, {name: text for name, text in variables().items() if not SECRET.search(name)})
+        return expand_known(value, {name: text for name, text in variables().items() if not is_secret_variable(name)})
 
     def places(self, *sections: str) -> list[str]:
         """The absolute form of every path to data in ``sections``: another folder's ``text/*.txt`` is other text."""
@@ -160,6 +160,11 @@ def _typed(tree: dict[str, Any], lines: dict[KeyPath, str], policy: Policy, job_
     _check_together(recipe, checker)
     refuse(checker.problems)
     return recipe
+
+
+def is_secret_variable(name: str) -> bool:
+    """Whether a variable of the environment is a secret, by its name."""
+    return SECRET.search(name) is not None
 
 
 def is_secret(key: str) -> bool:

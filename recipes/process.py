@@ -11,15 +11,16 @@ PARENT_VARIABLE = "AMLAUNCH_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def python_command(module: str, python: str | None = None) -> list[str]:
+def python_command(module: str, python: str | None = None, *, any_version: bool = False) -> list[str]:
     """The argv that runs ``module`` without the current folder on ``sys.path``.
 
     Our packages have plain names (``trainer``, ``launcher``); a user's own
     ``trainer.py`` in the folder they work in must not take their place.
-    ``-P`` does that from Python 3.11 on; before, the path entry is dropped by hand.
+    ``-P`` does that from Python 3.11 on; before, and where ``python`` may be of
+    ``any_version``, the path entry is dropped by hand.
     """
     python = python or sys.executable
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11) and not any_version:
         return [python, "-P", "-u", "-m", module]
     start = f"import sys, runpy; sys.path.pop(0); sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return [python, "-u", "-c", start]

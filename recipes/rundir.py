@@ -61,11 +61,18 @@ class ElementDir:
         return self.root / "logs" / f"attempt{attempt}.{who}.log"
 
 
+SHARED_STAGES = ("preprocess", "verify")
+"""Stages that make the shards. Where the shards' folder is named by what they are made of, the stages' own files lie
+beside them, and every run with the same data shares them."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """One run: ``runs/<run-id>``."""
 
     root: Path
+    shards: Path | None = None
+    """Folder of shards that runs share; None: where the run's ``shared`` link leads, if it has one."""
 
     @property
     def recipe(self) -> Path:
@@ -94,17 +101,37 @@ class RunDir:
 
     @property
     def jobs(self) -> Path:
-        """submitit's own folder."""
+        """What was submitted: submitit's files on this machine, one folder for each array on a cluster."""
         return self.root / "jobs"
+
+    @property
+    def environment(self) -> Path:
+        """Secrets that jobs on other nodes need; readable by the user alone."""
+        return self.root / "environment.json"
 
     @property
     def data(self) -> Path:
         """Link to the shards that this run reads."""
         return self.root / "data"
 
+    @property
+    def shared(self) -> Path:
+        """Link to the folder of shards that this run shares with others."""
+        return self.root / "shared"
+
+    def home(self, stage: str) -> Path:
+        """Where a stage keeps its files and its submissions: in the run, or beside the shards that runs share."""
+        if stage not in SHARED_STAGES:
+            return self.root
+        return self.shards or (self.shared if self.shared.is_symlink() else self.root)
+
+    def stage(self, stage: str) -> Path:
+        """The folder of a stage's elements."""
+        return self.home(stage) / "stages" / stage
+
     def element(self, stage: str, element: str) -> ElementDir:
         """The folder of one element."""
-        return ElementDir(self.root / "stages" / stage / element)
+        return ElementDir(self.stage(stage) / element)
 
     def checkpoints(self, element: str) -> Path:
         """Checkpoints of one train element."""

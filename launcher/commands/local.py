@@ -17,12 +17,13 @@ from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
 from launcher.prepare import check_here, default_recipe, notes, prepare
+from launcher.queue import Queue
 from launcher.report import LiveReport, PlainReport, make_report
-from launcher.state import DIED, DONE, FAILED, RUNNING, ElementState, overall, read_run, read_stage
-from launcher.store import runs_root
-from launcher.summary import closing, stage_closing
-from recipes.errors import BAD_INPUT, GO_ON_LATER, OK, BadInput
-from recipes.errors import FAILED as EXIT_FAILED
+from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
+from launcher.store import run_dir_of
+from launcher.submissions import submissions_of
+from launcher.summary import closing, exit_code, stage_closing
+from recipes.errors import OK, BadInput
 from recipes.files import Lock
 from recipes.loader import Loaded
 from recipes.rundir import RunDir
@@ -31,10 +32,11 @@ from recipes.rundir import RunDir
 def run(options: argparse.Namespace) -> int:
     """Run all stages that are not done; exit code as in ``amlaunch --help``."""
     loaded, plan, machine = prepare(options, starting=True)
-    run_dir = RunDir(runs_root(options.runs) / plan.run_id)
+    run_dir = run_dir_of(options, plan)
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     _check_input(run_dir, plan, stages)
     check_here(loaded, stages)
+    _check_jobs(run_dir, plan)
     lock = Lock(run_dir.lock)
     if not _acquire(lock, run_dir):
         raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
@@ -42,6 +44,16 @@ def run(options: argparse.Namespace) -> int:
         return _carry_out(options, loaded, plan, machine, run_dir, stages)
     finally:
         lock.release()
+
+
+def _check_jobs(run_dir: RunDir, plan: Plan) -> None:
+    """A run that a cluster works on is not started here too. Raises BadInput."""
+    if not any(submissions_of(run_dir, plan).values()):
+        return
+    jobs = [state.job for state in read_run(run_dir, plan, Queue(max_age=0)) if state.job and state.state in (RUNNING, QUEUED)]
+    if jobs:
+        name = describe.name_of(run_dir)
+        raise BadInput(f"{plan.run_id} is on a cluster (job {jobs[0]}{', …' if len(jobs) > 1 else ''}); {describe.program()} wait {name} waits for it, cancel {name} ends it")
 
 
 def _acquire(lock: Lock, run_dir: RunDir) -> bool:
@@ -72,7 +84,7 @@ def _carry_out(
         everything = read_run(run_dir, plan)
         print(describe.to_json(describe.as_json(run_dir, plan, everything, overall(everything))))
     _tell(run_dir, plan, states, done, time.monotonic() - began, report)
-    return exit_code(states, done)
+    return OK if done else exit_code(states)
 
 
 def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
@@ -94,16 +106,6 @@ def _tell(
         return
     for block in advice(run_dir, plan, states):
         report.say("\n" + block)
-
-
-def exit_code(states: list[ElementState], done: bool) -> int:
-    """0 all done, 2 some input cannot work, 1 something failed, 75 stopped on request."""
-    if done:
-        return OK
-    failed = [state for state in states if state.state == FAILED]
-    if failed:
-        return BAD_INPUT if not any(state.retry for state in failed) else EXIT_FAILED
-    return EXIT_FAILED if any(state.state == DIED for state in states) else GO_ON_LATER
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.plan import Plan, Stage
 from launcher.state import is_driven, read_run
-from launcher.store import find_run, read_plan, runs_root
+from launcher.store import find_run, read_plan, roots
 from recipes.errors import BadInput
 from recipes.rundir import RunDir
 
@@ -41,7 +41,7 @@ class Source:
 
 def run(options: argparse.Namespace) -> int:
     """Print the logs that the options choose; with ``-f`` go on until nothing runs any more."""
-    run_dir = find_run(runs_root(options.runs), options.run)
+    run_dir = find_run(roots(options.runs), options.run)
     plan = read_plan(run_dir)
     if options.stage:
         plan.stage(options.stage)

@@ -8,14 +8,13 @@ from launcher import describe
 from launcher.plan import Plan, Stage
 from launcher.prepare import notes, prepare
 from launcher.state import DONE, read_run
-from launcher.store import runs_root
-from recipes.rundir import RunDir
+from launcher.store import run_dir_of
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what would run, and what would be skipped; nothing is written."""
     loaded, plan, machine = prepare(options, starting=False)
-    run_dir = RunDir(runs_root(options.runs) / plan.run_id)
+    run_dir = run_dir_of(options, plan)
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == DONE}
     if options.json:
         print(describe.to_json({"notes": notes(loaded, plan, machine), "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}))

@@ -1,0 +1,198 @@
+"""Cluster profiles: what a site needs, so that a recipe runs on every cluster unchanged.
+
+A profile is found by name in ``clusters.yaml`` of the current folder, then in
+the user's ``~/.config/amlaunch/clusters.yaml``, then among the built-in ones;
+or by file: ``--cluster site.yaml``, ``--cluster sites.yaml:NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes.check import Checker, refuse
+from recipes.errors import BadInput, did_you_mean
+from recipes.expand import variables
+from recipes.schema import Minutes, Positive
+from recipes.targets import Policy
+from recipes.yamlfile import read_file
+
+FILE = "clusters.yaml"
+OURS = {
+    "array": "the elements of a stage make it", "output": "logs go into the run directory", "error": "logs go into the run directory",
+    "dependency": "the stages' order makes it", "comment": "it finds the job again", "signal": "write signal_seconds",
+    "job-name": "the run's name makes it", "chdir": "relative paths in a recipe start where submit was typed",
+    "export": "write pass_env or env", "requeue": "amlaunch decides", "no-requeue": "amlaunch decides", "open-mode": "logs are appended",
+    "wrap": "amlaunch writes the script", "wait": "write submit --wait", "test-only": "write submit --dry-run", "parsable": "amlaunch reads the id",
+    "nodes": "write resources in the recipe", "ntasks-per-node": "write resources in the recipe", "cpus-per-task": "write resources in the recipe",
+    "gpus-per-node": "write resources in the recipe", "mem": "write mem here, or resources in the recipe", "time": "write time here, or resources in the recipe",
+}  # fmt: skip
+"""sbatch's options that amlaunch sets itself, and what to write instead."""
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """Settings for one stage; each one left out is the profile's."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    cpus: Positive | None = None
+    """CPUs a node where the recipe does not say."""
+    mem: str | None = None
+    """Memory a node where the recipe does not say."""
+    time: Minutes | None = None
+    """Time limit where the recipe does not say."""
+    throttle: Positive | None = None
+    """Elements of an array that run at once."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Anything else that sbatch knows, by its long name."""
+
+
+@dataclass(frozen=True)
+class StageProfiles:
+    """Settings for each stage."""
+
+    preprocess: StageProfile = StageProfile()
+    verify: StageProfile = StageProfile()
+    train: StageProfile = StageProfile()
+    export: StageProfile = StageProfile()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One cluster."""
+
+    executor: Literal["slurm", "local"] = "slurm"
+    runs: str | None = None
+    """Where the run directories are: on the file system that all nodes share. None: as ``--runs`` says, else ./runs."""
+    shared_roots: list[str] = field(default_factory=list)
+    """Folders that all nodes see; a run elsewhere is refused. None given: a run on a local disk is warned of."""
+    partition: str | None = None
+    """None: Slurm's default, or for stages with GPUs one that has enough of them."""
+    account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    time: Minutes | None = None
+    throttle: Positive | None = None
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    gpus_per_node: Positive | None = None
+    """None: as Slurm says of the partition."""
+    gpu_type: str | None = None
+    """The name before the count where a site wants one: ``h100`` asks for ``gpu:h100:8``."""
+    interface: str | None = None
+    """Network interface that ranks meet on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), IPv4 or IPv6."""
+    signal_seconds: Positive = 300
+    """How long before the time limit a job is told: at least twice a step and a checkpoint."""
+    python: str | None = None
+    """Python on the nodes, with torch. None: the one that submits."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that run first on the node: ``module load cuda``."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Variables for every stage; a recipe's own win."""
+    pass_env: list[str] = field(default_factory=list)
+    """Secret-looking variables of the shell that jobs need besides those that the recipe names; they travel in a 0600 file."""
+    srun: list[str] = field(default_factory=list)
+    """Further arguments for srun."""
+    stages: StageProfiles = StageProfiles()
+
+    def stage(self, name: str) -> StageProfile:
+        """The settings of one stage, the profile's own filled in; its sbatch options are joined."""
+        own: StageProfile = getattr(self.stages, name)
+        chosen = {key: getattr(own, key) or getattr(self, key) for key in ("partition", "account", "qos", "mem", "time", "throttle")}
+        return StageProfile(**chosen, cpus=own.cpus, sbatch={**self.sbatch, **own.sbatch})
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A profile with its name and where it was found."""
+
+    name: str
+    profile: Profile
+    source: str
+    tree: Mapping[str, Any]
+    """As written: what the run directory stores."""
+
+
+BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local"}}
+
+
+def config_folder() -> Path:
+    """The user's own settings."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "amlaunch"
+
+
+def find_cluster(name: str) -> Cluster:
+    """A cluster by its profile's name or file. Raises BadInput with the nearest name."""
+    file, _, chosen = name.partition(":") if ":" in name else (name, "", "")
+    if file.endswith((".yaml", ".yml")) or os.sep in file:
+        return _from_file(Path(file).expanduser(), chosen)
+    for path in profile_files():
+        found = _read(path)
+        if name in found[0]:
+            return _checked(name, found[0][name], path, found[1])
+    if name in BUILT_IN:
+        return _checked(name, BUILT_IN[name], None, {})
+    files = ", ".join(map(str, profile_files())) or f"{FILE} is not here"
+    raise BadInput(f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; amlaunch doctor writes a profile of this site")
+
+
+def profile_files() -> list[Path]:
+    """The files of profiles that are there, the nearest first."""
+    return [path for path in (Path(FILE), config_folder() / FILE) if path.is_file()]
+
+
+def known_clusters() -> list[str]:
+    """The names of all profiles."""
+    return sorted({*BUILT_IN, *(name for path in profile_files() for name in _read(path)[0])})
+
+
+def _from_file(path: Path, chosen: str) -> Cluster:
+    if not path.is_file():
+        raise BadInput(f"--cluster {path}: there is no such file")
+    tree, lines = _read(path)
+    if not chosen and len(tree) == 1:
+        chosen = next(iter(tree))
+    if chosen not in tree:
+        wanted = f"no cluster {chosen!r}" if chosen else f"{len(tree)} clusters; say which: --cluster {path}:NAME"
+        raise BadInput(f"{path}: {wanted}; {did_you_mean(chosen, tree)}")
+    return _checked(chosen, tree[chosen], path, lines)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:
+    tree, lines = read_file(path)
+    if not isinstance(tree, dict) or not tree:
+        raise BadInput(f"{path}: a mapping from a cluster's name to its profile was expected")
+    return tree, lines
+
+
+def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
+    below = {key[1:]: where for key, where in lines.items() if key[:1] == (name,)}
+    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {})
+
+
+def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
+    """A profile from plain data. Raises BadInput with every problem at its line."""
+    checker = Checker(lines, variables(), Policy(), job_start=False)
+    profile = checker.section(Profile, tree, ())
+    if isinstance(tree, Mapping):
+        _check_sbatch(checker, tree, ())
+        for stage, own in (tree.get("stages") or {}).items():
+            _check_sbatch(checker, own, ("stages", str(stage)))
+    refuse(checker.problems)
+    found: Profile = profile
+    return found
+
+
+def _check_sbatch(checker: Checker, tree: Any, path: tuple[str, ...]) -> None:
+    """Of sbatch's options, those that are ours to set; whether sbatch knows the others is asked of sbatch."""
+    options = tree.get("sbatch") if isinstance(tree, Mapping) else None
+    for key, value in options.items() if isinstance(options, Mapping) else ():
+        name = str(key).replace("_", "-")
+        if name in OURS:
+            checker.problem((*path, "sbatch", key), f"amlaunch sets it ({OURS[name]})")
+        elif isinstance(value, (dict, list)) or "\n" in str(value):
+            checker.problem((*path, "sbatch", key), "expected one line of text, a number, or true")

@@ -1,0 +1,159 @@
+"""``amlaunch submit``: check a recipe and a cluster, then hand all stages to Slurm."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import describe, sbatch, slurm
+from launcher.cluster import Cluster, find_cluster
+from launcher.create import write_run
+from launcher.plan import Plan, Stage
+from launcher.preflight import check_cluster, check_disk, check_needs
+from launcher.prepare import check_files, container_notes, prepare_on_cluster
+from launcher.queue import Queue
+from launcher.slurm import SlurmError
+from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
+from launcher.store import runs_root
+from launcher.submissions import Submission
+from launcher.submit import Draft, Say, dependency, drafts, recover, submit_run, submitting, write_environment
+from recipes.errors import OK, BadInput
+from recipes.files import is_locked
+from recipes.loader import Loaded
+from recipes.rundir import RunDir
+
+
+def run(options: argparse.Namespace) -> int:
+    """Submit what is not done; the exit code is 0 once Slurm has it (with ``--wait``: how the run ended)."""
+    cluster = find_cluster(options.cluster)
+    if cluster.profile.executor == "local":
+        return _on_this_machine(options)
+    say = _say(options)
+    options.runs = str(runs_root(options.runs, cluster.profile.runs))
+    loaded, plan = prepare_on_cluster(options, cluster, Path(options.runs))
+    run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
+    stages = [plan.stage(options.stage)] if options.stage else plan.stages
+    _check(loaded, plan, cluster, run_dir, stages, say)
+    if options.dry_run:
+        return _print_scripts(run_dir, plan, cluster, stages, options)
+    made = _submit(options, loaded, plan, cluster, run_dir, stages, say)
+    return finish(options, run_dir, plan, made, say)
+
+
+def finish(options: argparse.Namespace, run_dir: RunDir, plan: Plan, made: Sequence[Submission], say: Say) -> int:
+    """Say what was submitted and what to type next; with ``--wait`` stay until it has ended."""
+    if options.wait:
+        from launcher.commands.wait import wait_for
+
+        return wait_for(run_dir, plan, options)
+    states = read_run(run_dir, plan)
+    if options.json:
+        print(describe.to_json(_as_json(run_dir, plan, states, made)))
+        return OK
+    say(closing(run_dir, plan, states, made))
+    return OK
+
+
+def _on_this_machine(options: argparse.Namespace) -> int:
+    from launcher.commands import local
+
+    if options.dry_run:
+        raise BadInput(f"cluster {options.cluster!r} runs on this machine, without scripts; amlaunch show prints the plan")
+    return local.run(options)
+
+
+def _say(options: argparse.Namespace) -> Say:
+    """Results alone belong to stdout where a program reads it."""
+    stream = sys.stderr if options.json or options.dry_run else sys.stdout
+    return lambda text: print(text, file=stream, flush=True)
+
+
+def _check(loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say) -> None:
+    """Everything that can be known before anything is written. Raises BadInput."""
+    check_cluster(loaded, plan, cluster, stages)
+    check_needs(loaded)
+    check_files(loaded)
+    if is_locked(run_dir.lock):
+        raise BadInput(f"{plan.run_id} is being run by amlaunch local; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
+    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *check_disk(loaded, plan, run_dir.root.parent, cluster.profile)]:
+        say(f"note: {note}")
+    _check_input(run_dir, plan, stages)
+    _ask_sbatch(_drafts(run_dir, plan, cluster, stages))
+
+
+def _check_input(run_dir: RunDir, plan: Plan, stages: Sequence[Stage]) -> None:
+    """A single stage needs what the stages before it make, or are making."""
+    chosen = {stage.name for stage in stages}
+    before = {name for stage in stages for name in stage.after} - chosen
+    for state in read_run(run_dir, plan) if before else []:
+        if state.stage in before and state.state not in (DONE, *ACTIVE):
+            raise BadInput(f"stage {', '.join(chosen)} needs stage {state.stage}, which is neither done nor on its way; submit without --stage")
+
+
+def _drafts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage]) -> list[Draft]:
+    states = read_run(run_dir, plan, Queue(max_age=0))
+    return drafts(run_dir, plan, cluster.profile, states, stages, slurm.max_array_size())
+
+
+def _ask_sbatch(found: Sequence[Draft]) -> None:
+    """Slurm's own word on each script (``sbatch --test-only``): limits and rules that only it knows."""
+    for draft in found:
+        try:
+            sbatch.test_only(draft.text)
+        except SlurmError as error:
+            raise BadInput(f"stage {draft.array.stage.name}: sbatch would refuse it: {error.message}") from None
+
+
+def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], options: argparse.Namespace) -> int:
+    """Exactly the scripts that would be submitted, and the options that each would be given."""
+    found = _drafts(run_dir, plan, cluster, stages)
+    jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in found}
+    if options.json:
+        rows = [{"stage": d.array.stage.name, "elements": list(d.array.elements), "path": str(d.array.folder / "script.sh"), "options": dependency(d, jobs), "script": d.text} for d in found]
+        print(describe.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
+        return OK
+    for draft in found:
+        print(f"# ---- {' '.join(['sbatch', *dependency(draft, jobs)])} {draft.array.folder / 'script.sh'}")
+        print(draft.text)
+    if not found:
+        print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")
+    return OK
+
+
+def _submit(
+    options: argparse.Namespace, loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say
+) -> list[Submission]:
+    with submitting(run_dir, plan):
+        recover(run_dir, plan, say)
+        busy = any(state.state in ACTIVE for state in read_run(run_dir, plan, Queue(max_age=0)))
+        write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+        write_environment(run_dir, loaded, cluster.profile)
+        return submit_run(run_dir, plan, cluster.profile, cluster.name, stages, say)
+
+
+def closing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> str:
+    """What was skipped, where it lies, what to type next."""
+    lines = []
+    new = {(submission.stage, element) for submission in made for element in submission.elements}
+    for stage in plan.stages:
+        mine = [state for state in states if state.stage == stage.name and (stage.name, state.name) not in new]
+        done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
+        if done:
+            lines.append(f"{stage.name}: {done} of {len(stage.elements)} already done, skipped")
+        if going:
+            lines.append(f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone")
+    name, program = describe.name_of(run_dir), describe.program()
+    lines += [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
+    commands = [("status", "what happens"), ("logs", "what the ranks write; -f follows"), ("wait", "until it has ended"), ("cancel", "end it; --checkpoint saves first")]
+    return "\n".join([*lines, *(f"  {program} {command} {name:<24}  {why}" for command, why in commands)])
+
+
+def _as_json(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> dict[str, object]:
+    return {
+        "run": plan.run_id,
+        "path": str(run_dir.root),
+        "state": overall(states, any(state.state in ACTIVE for state in states)),
+        "submitted": [{"stage": one.stage, "job": one.job, "elements": list(one.elements)} for one in made],
+    }

@@ -1,0 +1,109 @@
+"""``python -m launcher.job RUN ARRAY``: what a job of Slurm runs on its first node: the driver of one element.
+
+It is the batch script's own process, so Slurm's warning of the time limit
+reaches it. It decides how the job goes on: done, back into the queue, or over.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EARLY: list[int] = []
+"""Signals that came before the driver could listen: Python takes a moment to start, and USR1 would end it."""
+
+for _number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(_number, lambda number, _: EARLY.append(number))
+
+from launcher import slurm  # noqa: E402  (the handlers above come first)
+from launcher.cluster import check_profile  # noqa: E402
+from launcher.driver import Assignment, run_element  # noqa: E402
+from launcher.state import DONE, PENDING, STOPPED  # noqa: E402
+from launcher.step import Step  # noqa: E402
+from launcher.store import read_plan  # noqa: E402
+from launcher.submissions import read_submission  # noqa: E402
+from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
+from recipes.files import append_json_line, read_json_lines, read_object  # noqa: E402
+from recipes.rundir import RunDir  # noqa: E402
+
+REQUEUE_TRIES = 8
+LEAVE_SECONDS = 120.0
+"""How long Slurm may take to end a job that it has put back into the queue."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry out the element that this task of the array stands for; the exit code of the job."""
+    run, folder = RunDir(Path(arguments[0])), Path(arguments[1])
+    try:
+        plan = read_plan(run)
+        submission = read_submission(folder)
+        profile = check_profile((plan.cluster or {}).get("profile") or {}, {})
+    except (BadInput, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    os.environ.update({name: str(value) for name, value in read_object(run.environment).items()})
+    step = Step(profile)
+    needs = plan.stage(submission.stage).needs
+    given = Assignment(
+        cpus=needs.cpus,
+        gpus=tuple(map(str, range(needs.gpus_per_node))),
+        job=job_id(),
+        port_seed=int(os.environ["SLURM_JOB_ID"]),
+        facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
+    )  # fmt: skip
+    outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY)
+    return go_on(run, submission.stage, element, outcome)
+
+
+def job_id() -> str:
+    """Of this task of the array: a requeue must never name the whole array."""
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def go_on(run: RunDir, stage: str, element: str, outcome: str) -> int:
+    """Back into the queue where the driver's own record says so; the exit code otherwise."""
+    attempts = run.element(stage, element).attempts
+    end: dict[str, Any] = next((line for line in reversed(read_json_lines(attempts)) if line.get("event") == "end"), {})
+    print(f"{stage} {element}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}", flush=True)
+    if outcome == PENDING:
+        print("another job has this element; this one leaves it alone", flush=True)
+    elif end.get("again") and outcome != DONE:
+        problem = back_into_the_queue()
+        if problem:
+            append_json_line(attempts, {**end, "time": time.time(), "again": False, "reason": f"{end['reason']}; not requeued: {problem}"})
+    if outcome == DONE:
+        return OK
+    if outcome in (STOPPED, PENDING):
+        return GO_ON_LATER
+    return FAILED if end.get("retry", True) else BAD_INPUT
+
+
+def back_into_the_queue() -> str:
+    """Requeue this task and wait for Slurm to end it; why not, where that cannot be.
+
+    A job that was cancelled stays cancelled: its ranks were told to end, too,
+    and looked just like preempted ones.
+    """
+    for attempt in range(REQUEUE_TRIES):
+        try:
+            state = slurm.job_state(os.environ["SLURM_JOB_ID"])
+            if state == "CANCELLED":
+                return "the job was cancelled"
+            slurm.requeue(job_id())
+        except slurm.SlurmError as error:  # the controller restarts, or is busy
+            problem = str(error)
+            time.sleep(min(2.0**attempt, 30.0))
+            continue
+        time.sleep(LEAVE_SECONDS)  # Slurm ends us here
+        return "Slurm accepted it and let the job run on"
+    return problem
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""What Slurm says of the user's jobs: one squeue and at most one sacct for everything, shared by all calls for ten seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from launcher import slurm
+from launcher.slurm import JobInfo, SlurmError
+from recipes.files import Lock, fingerprint, read_object, write_json
+
+MAX_AGE = 10.0
+"""Seconds that an answer is good for."""
+
+
+class Queue:
+    """A view of the queue, no older than ``max_age`` seconds; nothing is asked before it is needed.
+
+    Several processes share it through a file, so that ten terminals with
+    ``amlaunch status`` are one squeue.
+    """
+
+    def __init__(self, max_age: float = MAX_AGE, cache: Path | None = None):
+        self.max_age = max_age
+        self.file = cache or cache_file()
+        self.problems: list[str] = []
+        """What did not answer, and what it said."""
+        self._jobs: dict[str, JobInfo] | None = None
+        self._asked = False
+        self._past: dict[str, JobInfo] = {}
+        self._past_asked: set[str] = set()
+
+    @property
+    def jobs(self) -> dict[str, JobInfo] | None:
+        """All jobs that Slurm still knows, by id; None where squeue does not answer."""
+        if not self._asked:
+            self._asked = True
+            self._jobs = self._shared("squeue", "", slurm.squeue)
+        return self._jobs
+
+    def ask_past(self, arrays: Iterable[str]) -> None:
+        """One sacct for all ``arrays`` that have not been asked for yet."""
+        wanted = sorted(set(arrays) - self._past_asked)
+        if wanted:
+            self._past_asked.update(wanted)
+            self._past.update(self._shared("sacct", ",".join(wanted), lambda: slurm.sacct(wanted)) or {})
+
+    def past(self, job: str) -> JobInfo | None:
+        """What accounting said of a job (see :meth:`ask_past`)."""
+        return self._past.get(job)
+
+    def job(self, job: str) -> JobInfo | None:
+        """What is known of a job, from the queue or else from accounting."""
+        return (self.jobs or {}).get(job) or self.past(job)
+
+    def _shared(self, name: str, question: str, ask: Any) -> dict[str, JobInfo] | None:
+        """The answer of another call that is still fresh, else a new one, kept for others."""
+        lock = Lock(self.file.with_name(f"{name}.lock"))
+        kept = self.file.with_name(f"{name}-{fingerprint(question)}.json")
+        try:
+            lock.acquire(wait=True)  # who comes meanwhile gets our answer
+        except OSError:
+            return self._asking(ask)[0]  # no home to keep anything in
+        try:
+            old = read_object(kept)
+            if old.get("question") == question and 0 <= time.time() - old.get("time", 0) < self.max_age:
+                answer, problem = old.get("jobs"), old.get("problem")
+                self.problems += [problem] if problem else []
+                return None if answer is None else {row[0]: JobInfo(*row) for row in answer}
+            jobs, problem = self._asking(ask)
+            rows = None if jobs is None else [dataclasses.astuple(job) for job in jobs.values()]
+            write_json(kept, {"time": time.time(), "question": question, "problem": problem, "jobs": rows}, durable=False)
+            return jobs
+        except OSError:
+            return self._asking(ask)[0]
+        finally:
+            lock.release()
+
+    def _asking(self, ask: Any) -> tuple[dict[str, JobInfo] | None, str]:
+        try:
+            return ask(), ""
+        except SlurmError as error:
+            self.problems.append(str(error))
+            return None, str(error)
+
+
+def cache_file() -> Path:
+    """Where answers are kept: by user, and by the cluster that is asked."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "amlaunch" / f"cluster-{fingerprint([os.environ.get(name) for name in slurm.KEPT_VARIABLES])}" / "queue"
+
+
+def forget() -> None:
+    """Have the next question asked anew: something was submitted or cancelled."""
+    for path in cache_file().parent.glob("squeue-*.json"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""What a cluster has, as the planner wants to know it: which partition each stage goes to, and what its nodes are like."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import slurm
+from launcher.cluster import Cluster, Profile
+from launcher.planner import Site
+from launcher.slurm import Partition
+from recipes.errors import BadInput, did_you_mean
+from recipes.loader import Loaded
+from recipes.schema import Recipe, StageResources
+
+STAGES = ("preprocess", "verify", "train", "export")
+
+
+def cluster_site(options: argparse.Namespace, loaded: Loaded, cluster: Cluster, runs: Path) -> Site:
+    """The site of a recipe on a cluster. Raises BadInput (no such partition) and SlurmError."""
+    profile = cluster.profile
+    known = slurm.partitions()
+    gpus = wanted_gpus(loaded.recipe, options.gpus)
+    chosen = {stage: choose_partition(known, profile, stage, gpus if stage == "train" else 0, cluster.source) for stage in STAGES}
+    train = chosen["train"]
+    return Site(
+        runs=runs,
+        cwd=Path.cwd(),
+        gpus=profile.gpus_per_node or train.gpus,
+        cpus=train.cpus,
+        nodes=train.nodes,
+        asked_gpus=options.gpus,
+        cluster={"name": cluster.name, "profile": dict(cluster.tree)},
+        defaults={stage: _defaults(profile, stage) for stage in STAGES},
+        partitions={stage: part.name for stage, part in chosen.items()},
+    )
+
+
+def wanted_gpus(recipe: Recipe, asked: int | None) -> int:
+    """GPUs a node for training, as far as the recipe and the command line say; 1 stands for "what there is"."""
+    if asked is not None:
+        return asked
+    given = recipe.resources.train.gpus_per_node
+    return 1 if given is None and not recipe.resources.train.tasks_per_node else given or 0
+
+
+def _defaults(profile: Profile, stage: str) -> StageResources:
+    own = profile.stage(stage)
+    return StageResources(cpus=own.cpus, mem=own.mem, time=own.time)
+
+
+def choose_partition(known: Sequence[Partition], profile: Profile, stage: str, gpus: int, source: str) -> Partition:
+    """The partition of a stage: as the profile says, else Slurm's default, else for GPUs the largest that has them.
+
+    Raises BadInput.
+    """
+    name = profile.stage(stage).partition
+    if name:
+        found = next((part for part in known if part.name == name), None)
+        if found is None:
+            raise BadInput(f"{source}: partition {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}")
+        return found
+    able = [part for part in known if part.up and part.gpus >= gpus]
+    default = next((part for part in able if part.default), None)
+    if default or not able:
+        return default or next((part for part in known if part.default), known[0])
+    return max(able, key=lambda part: part.nodes)

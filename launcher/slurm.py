@@ -1,0 +1,267 @@
+"""The only code that calls Slurm: one function a question, typed answers, one kind of error.
+
+Delimited output formats are used instead of ``--json``, whose shape differs
+between Slurm's versions and which old ones do not have.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+TIMEOUT_SECONDS = 30.0
+"""Of one call; a controller that is busy answers late, not never."""
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Say which cluster to talk to, and so stay when the variables of an enclosing job are taken out."""
+INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "PMI2_")
+"""What a shell inside an allocation has: a job submitted from there would take it for its own."""
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Left behind by torchrun, or by a job that we are started from."""
+
+ACTIVE = {
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
+    "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD",
+}  # fmt: skip
+"""States of a job that has not ended (squeue(1), JOB STATE CODES)."""
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+"""Of these, the states of a job that has no processes yet."""
+
+
+class SlurmError(Exception):
+    """A command of Slurm failed, is missing, or did not answer in time; the message is its own."""
+
+    def __init__(self, command: str, message: str):
+        super().__init__(f"{command}: {message}")
+        self.command = command
+        self.message = message
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job, or one task of an array, as squeue or sacct tells."""
+
+    id: str
+    """``123_4`` for a task of an array."""
+    state: str
+    """Slurm's word, such as PENDING."""
+    reason: str = ""
+    start: str = ""
+    """When it started, or Slurm's estimate for one that waits: local time ``2026-11-24T18:00:00``."""
+    nodes: str = ""
+    exit_code: str = ""
+    """sacct only: ``code:signal``."""
+    comment: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in ACTIVE
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has no processes yet."""
+        return self.state in WAITING
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition: what its nodes have, and what it allows."""
+
+    name: str
+    default: bool
+    up: bool
+    minutes: int | None
+    """Longest time limit; None: none."""
+    nodes: int
+    cpus: int
+    """Of its largest node."""
+    mem_mb: int
+    """Of its largest node."""
+    gpus: int
+    """GPUs of its best-equipped node."""
+    gpu_type: str = ""
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` without what an enclosing allocation or launcher left: see :data:`INHERITED` and :data:`RENDEZVOUS`."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in KEPT_VARIABLES or not (name.startswith(INHERITED) or name in RENDEZVOUS)
+    }
+
+
+def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | None = None) -> str:
+    """Standard output of a command of Slurm. Raises SlurmError."""
+    found = env if env is not None else {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=dict(found), stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SlurmError(argv[0], "not found: is this a machine of the cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(argv[0], f"no answer in {timeout:.0f} s") from None
+    if done.returncode:
+        raise SlurmError(argv[0], (done.stderr or done.stdout).strip() or f"exit code {done.returncode}")
+    return done.stdout
+
+
+def available() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def squeue() -> dict[str, JobInfo]:
+    """All jobs of this user that Slurm still knows, ended ones included, by id. Raises SlurmError."""
+    text = call("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%S|%N|%k")
+    jobs = {}
+    for line in text.splitlines():
+        fields = line.split("|", 5)
+        if len(fields) == 6:
+            job, state, reason, start, nodes, comment = (field.strip() for field in fields)
+            jobs[job] = JobInfo(job, state, _known(reason), _known(start), _known(nodes), comment=_known(comment))
+    return jobs
+
+
+def sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
+    """What accounting knows of the jobs (or whole arrays) ``ids``, by id. Raises SlurmError, also where there is none."""
+    # Without -S, sacct looks no further back than midnight when no job is named; -j alone has no such limit.
+    text = call("sacct", "-X", "-n", "-P", "-j", ",".join(ids), "-o", "JobID,State,Reason,Start,NodeList,ExitCode")
+    jobs = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) == 6:
+            job, state, reason, start, nodes, code = fields
+            word = state.split(" ")[0]  # CANCELLED by 1000
+            for name in _array_tasks(job):
+                jobs[name] = JobInfo(name, word, _known(reason), _known(start), _known(nodes), code)
+    return jobs
+
+
+def _known(text: str) -> str:
+    return "" if text in ("N/A", "(null)", "None", "Unknown", "None assigned", "None assigned ") else text
+
+
+def _array_tasks(job: str) -> list[str]:
+    """The tasks that sacct's ``12_[0-3,7%2]`` (a part that never started) stands for."""
+    match = re.fullmatch(r"(\d+)_\[([\d,\-]+)(?:%\d+)?\]", job)
+    if not match:
+        return [job]
+    return [f"{match[1]}_{index}" for index in expand_ranges(match[2])]
+
+
+def expand_ranges(text: str) -> list[int]:
+    """``0-2,7`` as ``[0, 1, 2, 7]``."""
+    found: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        found += range(int(low), int(high or low) + 1)
+    return found
+
+
+def compress_ranges(numbers: Iterable[int]) -> str:
+    """The inverse of :func:`expand_ranges`, for ``--array``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
+
+
+def scancel(ids: Sequence[str], signal: str | None = None) -> None:
+    """Cancel jobs, arrays or tasks of arrays (or send them ``signal``); ended ones do not matter. Raises SlurmError."""
+    for start in range(0, len(ids), 500):  # an argument list has an end
+        call("scancel", "-Q", *([f"--signal={signal}"] if signal else []), *ids[start : start + 500])
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue: exactly this task, never its array. Raises SlurmError."""
+    call("scontrol", "requeue", job)
+
+
+def job_state(job: str) -> str:
+    """The state of one job by its own number, as the controller has it now. Raises SlurmError."""
+    found = re.search(r"JobState=(\w+)", call("scontrol", "show", "job", job))
+    return found[1] if found else ""
+
+
+@cache
+def config() -> Mapping[str, str]:
+    """``scontrol show config`` as a mapping. Raises SlurmError."""
+    pairs = (line.split("=", 1) for line in call("scontrol", "show", "config").splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def max_array_size() -> int:
+    """Most elements of one array (its highest index is one less). Raises SlurmError."""
+    return int(config().get("MaxArraySize", "1001"))
+
+
+def partitions() -> list[Partition]:
+    """All partitions that this user sees. Raises SlurmError."""
+    text = call("sinfo", "-h", "-e", "-o", "%P|%a|%l|%D|%c|%m|%G")
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) == 7:
+            one = _partition(fields)
+            found[one.name] = _together(found[one.name], one) if one.name in found else one
+    return list(found.values())
+
+
+def _partition(fields: Sequence[str]) -> Partition:
+    name, up, limit, nodes, cpus, mem, gres = (field.strip() for field in fields)
+    gpus, kind = gpus_of(gres)
+    return Partition(name.rstrip("*"), name.endswith("*"), up == "up", minutes_of(limit), int(nodes), _number(cpus), _number(mem), gpus, kind)
+
+
+def _together(one: Partition, other: Partition) -> Partition:
+    best = max(one, other, key=lambda part: part.gpus)
+    return Partition(
+        one.name, one.default, one.up, one.minutes, one.nodes + other.nodes, max(one.cpus, other.cpus),
+        max(one.mem_mb, other.mem_mb), best.gpus, best.gpu_type,
+    )  # fmt: skip
+
+
+def _number(text: str) -> int:
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else 0
+
+
+def gpus_of(gres: str) -> tuple[int, str]:
+    """``(count, type)`` of the GPUs in a GRES list: ``gpu:h100:8(S:0-1),tmpfs:1T``."""
+    count, kind = 0, ""
+    for name, number in re.findall(r"(?:^|,)gpu(?::([A-Za-z][\w.\-]*))?(?::(\d+))?", gres):
+        count += int(number or 1)
+        kind = kind or name
+    return count, kind
+
+
+def minutes_of(limit: str) -> int | None:
+    """Slurm's ``[days-]hours:minutes:seconds`` as whole minutes; None for ``infinite``."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit.strip())
+    if not match:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
+    return days * 1440 + hours * 60 + minutes
+
+
+def associations() -> tuple[set[str], set[str], str] | None:
+    """``(accounts, QOS, default account)`` of this user; None where accounting cannot be asked."""
+    import getpass
+
+    try:
+        text = call("sacctmgr", "-n", "-P", "show", "assoc", f"user={getpass.getuser()}", "format=Account,QOS,DefaultQOS", timeout=10)
+        default = call("sacctmgr", "-n", "-P", "show", "user", getpass.getuser(), "format=DefaultAccount", timeout=10).strip()
+    except (SlurmError, KeyError, OSError):
+        return None
+    rows = [line.split("|") for line in text.splitlines() if line]
+    accounts = {row[0] for row in rows if row[0]}
+    qos = {name for row in rows if len(row) > 1 for name in row[1].split(",") if name}
+    return (accounts, qos, default.splitlines()[0] if default else "") if accounts else None

@@ -1,0 +1,109 @@
+"""How an element's ranks are started in a job of Slurm: one ``srun`` step, whose words say which rank on which node failed.
+
+What srun does with signals was seen on Slurm 22.05: SIGTERM to srun kills the
+tasks at once ("forcing job termination"), SIGUSR1 is passed on to all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster import Profile
+from launcher.driver import Attempt
+from launcher.plan import Needs
+from launcher.ranks import command_of, environment, meeting_place
+from launcher.slurm import RENDEZVOUS, expand_ranges
+from launcher.state import FAILED
+from recipes.errors import GO_ON_LATER
+
+SAID = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<what>.+)")
+"""srun's line for tasks that did not exit with 0."""
+CODE = re.compile(r"Exited with exit code (\d+)")
+
+
+class Step:
+    """Starts the ranks of an attempt as a step of the job that we run in."""
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+
+    def start(self, attempt: Attempt, files: ExitStack, port: int) -> list[subprocess.Popen[bytes]]:
+        """The one srun that stands for all ranks; it writes a log for each. Raises OSError and Unset."""
+        needs = attempt.stage.needs
+        argv, extra = command_of(attempt)
+        meeting = {**meeting_place(needs.nodes, self.profile.interface, os.environ), "MASTER_PORT": str(port)}
+        env = {**rank_environment(), **self.profile.env, **extra, **environment(attempt), **meeting}
+        # srun creates a rank's log when it starts it; ours must be there for what comes before.
+        output = files.enter_context(open(attempt.log(None), "ab"))
+        command = srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd)
+        return [Srun([*command, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)]
+
+    def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
+        """Name rank and host of what ended first, from srun's own words."""
+        if end["outcome"] != FAILED or end.get("retry") is False:
+            return end
+        said = first_failure(attempt.log(None))
+        if said is None:
+            return {**end, "reason": end["reason"].replace("rank 0", "the step", 1), **_last_words(attempt.log(None))}
+        host, rank, what = said
+        code = CODE.search(what)
+        if code:
+            return {**end, "rank": rank, "host": host, "reason": f"rank {rank} exited with code {code[1]}", "again": False}
+        hint = " (out of memory?)" if what.startswith(("Killed", "Out Of Memory")) else ""
+        return {**end, "rank": rank, "host": host, "reason": f"rank {rank} ended: {what}{hint}", "again": True}
+
+
+class Srun(subprocess.Popen[bytes]):
+    """srun as the driver's "rank": asked to stop by the signal that reaches its tasks; its exit code in Python's terms."""
+
+    def send_signal(self, sig: int) -> None:
+        """SIGTERM, which would kill the tasks, becomes SIGUSR1, which they hear as "save and leave"."""
+        super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
+
+    def poll(self) -> int | None:
+        """As ever, but a task that a signal ended is that signal's negative number, not 128 more."""
+        code = super().poll()
+        return code if code is None or code < 128 else 128 - code
+
+
+def srun(needs: Needs, log: Path, more: list[str], cwd: str) -> list[str]:
+    """srun's part of the command: every rank of the element, each with a log of its own beside ``log``.
+
+    Tasks and CPUs are said again: since 22.05 srun does not take ``cpus-per-task`` over from sbatch.
+    """
+    pattern = str(log.parent).replace("%", "%%") + "/" + log.name.replace("rank0", "rank%t")
+    return [
+        "srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes * needs.tasks_per_node}", f"--ntasks-per-node={needs.tasks_per_node}",
+        f"--cpus-per-task={max(1, needs.cpus // needs.tasks_per_node)}", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--input=none",
+        "--open-mode=append", f"--output={pattern}", f"--chdir={cwd}", *more,
+    ]  # fmt: skip
+
+
+def rank_environment() -> dict[str, str]:
+    """This job's environment, without a rendezvous that somebody else arranged (a shell, a prolog, an image's hook)."""
+    return {name: value for name, value in os.environ.items() if name not in (*RENDEZVOUS, "SLURM_EXPORT_ENV")}
+
+
+def first_failure(log: Path) -> tuple[str, int, str] | None:
+    """``(host, rank, what)`` of the first task that srun saw end otherwise than done or saved."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return None
+    for match in SAID.finditer(text):
+        code = CODE.search(match["what"])
+        if not code or int(code[1]) != GO_ON_LATER:
+            return match["host"], expand_ranges(match["ranks"])[0], match["what"]
+    return None
+
+
+def _last_words(log: Path) -> dict[str, Any]:
+    """Where srun itself failed (no such node, no such shell): its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return {"reason": f"the step failed: {lines[-1]}"} if lines else {}
