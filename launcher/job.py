@@ -6,6 +6,7 @@ reaches it. It decides how the job goes on: done, back into the queue, or over.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from launcher.driver import Assignment, run_element  # noqa: E402
 from launcher.state import DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
-from launcher.submissions import read_submission  # noqa: E402
+from launcher.submissions import Submission, read_submission  # noqa: E402
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
 from recipes.files import append_json_line, read_json_lines, read_object  # noqa: E402
 from recipes.rundir import RunDir  # noqa: E402
@@ -41,11 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     run, folder = RunDir(Path(arguments[0])), Path(arguments[1])
     try:
         plan = read_plan(run)
-        submission = read_submission(folder)
+        submission = own_submission(folder)
         profile = check_profile((plan.cluster or {}).get("profile") or {}, {})
     except (BadInput, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    if submission is None:
+        print(f"this job is not the one that {folder} speaks of: another submit took its place; it leaves the element alone")
+        return GO_ON_LATER
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     os.environ.update({name: str(value) for name, value in read_object(run.environment).items()})
     step = Step(profile)
@@ -59,6 +63,21 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY)
     return go_on(run, submission.stage, element, outcome)
+
+
+def own_submission(folder: Path) -> Submission | None:
+    """What this job was submitted for; None where another job is on record for it.
+
+    A submitter that was killed before sbatch answered has left no number: the
+    job writes down its own. So a job that nobody knows of finds its work, and of
+    two that were submitted for the same work only one does it.
+    """
+    submission = read_submission(folder)
+    mine = os.environ["SLURM_ARRAY_JOB_ID"]
+    if submission.job is None:
+        submission = dataclasses.replace(submission, job=mine)
+        submission.write()
+    return submission if submission.job == mine else None
 
 
 def job_id() -> str:

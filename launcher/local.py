@@ -28,7 +28,7 @@ MAX_TRIES = 3
 NO_TIME_LIMIT = 60 * 24 * 365
 """Minutes; submitit's local jobs end after two unless told otherwise."""
 
-Report = Callable[[Stage, list[ElementState]], None]
+Report = Callable[[list[ElementState]], None]
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Executor:
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != DONE]
         tries = dict.fromkeys(waiting, 0)
         active: dict[str, int] = {}
-        self.report(stage, read_stage(self.run, stage))
+        self.report(read_stage(self.run, stage))
         while (waiting and not self.stopping) or active:
             for name in list(waiting):
                 attempts = self._state(stage, name).attempts
@@ -129,7 +129,7 @@ class Executor:
                         waiting.append(name)
                     else:
                         self._give_up(stage, name)
-            self.report(stage, read_stage(self.run, stage))
+            self.report(read_stage(self.run, stage))
         return not waiting and all(state.state == DONE for state in read_stage(self.run, stage))
 
     def _state(self, stage: Stage, name: str) -> ElementState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def package_root() -> Path:
 
 
 def take_snapshot(target: Path, recipe_folder: Path | None) -> None:
-    """Copy our packages to ``target``, and the Python files of ``recipe_folder`` to ``target/recipe``.
+    """Copy our packages to ``target``, and the code beside the recipe (``recipe_folder``) to ``target/recipe``.
 
     Appears whole (built aside, then renamed); a snapshot that is the same already stays as it is.
     Raises BadInput where the recipe's folder holds too much to be its code.
@@ -53,20 +54,51 @@ def _package_files() -> Iterable[Path]:
 
 
 def _user_files(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    size = 0
+    """The code beside a recipe: of a git checkout every file that is not ignored (uncommitted and untracked ones
+    included), else the Python files.
+
+    Raises BadInput where that is more than the code of a recipe can be.
+    """
+    found = _of_git(folder)
+    found = list(_python_files(folder)) if found is None else found
+    sizes = {path: path.stat().st_size for path in found}
+    if len(found) > MAX_FILES or sum(sizes.values()) > MAX_BYTES:
+        largest = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 1e6:.1f} MB)" for path in sorted(found, key=lambda path: -sizes[path])[:3])
+        raise BadInput(
+            f"{folder} holds {len(found)} files of {sum(sizes.values()) / 1e6:.0f} MB, too much to copy for each run (at most {MAX_FILES} and "
+            f"{MAX_BYTES // 10**6} MB); put the recipe and the files it names into a folder of their own, or have git ignore the rest. The largest: {largest}"
+        )
+    return found
+
+
+def _of_git(folder: Path) -> list[Path] | None:
+    """What git would not ignore below ``folder``; None where it is no checkout, or there is no git."""
+    tracked, untracked = _listed(folder, "--cached"), _listed(folder, "--others", "--exclude-standard")
+    if tracked is None or untracked is None:
+        return None
+    new = [name for name in untracked if not SKIPPED & set(name.split("/"))]  # such as our own ./runs
+    paths = (folder / name for name in [*tracked, *new])
+    return sorted({path for path in paths if path.is_file() and not path.is_symlink()})  # deleted ones are listed, too
+
+
+def _listed(folder: Path, *options: str) -> list[str] | None:
+    try:
+        found = subprocess.run(["git", "-C", str(folder), "ls-files", "-z", *options], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if found.returncode else [os.fsdecode(name) for name in found.stdout.split(b"\0") if name]
+
+
+def _python_files(folder: Path) -> Iterable[Path]:
+    count = 0
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
         for name in sorted(names):
             if name.endswith(".py"):
-                found.append(Path(root) / name)
-                size += found[-1].stat().st_size
-        if len(found) > MAX_FILES or size > MAX_BYTES:
-            raise BadInput(
-                f"{folder} holds more than {MAX_FILES} Python files or {MAX_BYTES // 10**6} MB of them, too much to copy for "
-                "each run; put the recipe and the files it names into a folder of their own"
-            )
-    return found
+                yield Path(root) / name
+                count += 1
+        if count > MAX_FILES:  # somebody's home: it is said before all of it is read
+            return
 
 
 def _digest(files: dict[Path, Path]) -> str:

@@ -166,7 +166,7 @@ def test_an_element_stops_when_nobody_waits_for_it_any_more(tmp_path):
 
 
 def executor(run: RunDir, plan: Plan, cpus: int = 2, gpus: tuple[str, ...] = ()) -> Executor:
-    return Executor(run, plan, Machine(cpus, gpus), lambda stage, states: None)
+    return Executor(run, plan, Machine(cpus, gpus), lambda states: None)
 
 
 def test_stages_run_in_turn_and_only_what_is_not_done(tmp_path):

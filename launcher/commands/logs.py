@@ -11,10 +11,13 @@ from pathlib import Path
 from launcher.plan import Plan, Stage
 from launcher.state import is_driven, read_run
 from launcher.store import find_run, read_plan, roots
+from launcher.submissions import Submission, newest_jobs, submissions_of
 from recipes.errors import BadInput
 from recipes.rundir import RunDir
 
 FOLLOW_SECONDS = 0.3
+LOOK_SECONDS = 1.5
+"""Between two looks for new logs, and for the end of the run."""
 NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
 
 
@@ -46,10 +49,13 @@ def run(options: argparse.Namespace) -> int:
     if options.stage:
         plan.stage(options.stage)
     sources: dict[Path, Source] = {}
+    looked = 0.0
     while True:
-        alive = is_driven(run_dir, read_run(run_dir, plan))
-        for path, prefix in choose(run_dir, plan, options):
-            sources.setdefault(path, Source(path, prefix))
+        if not sources or time.monotonic() - looked > LOOK_SECONDS:  # thousands of elements are not looked through at every breath
+            looked = time.monotonic()
+            alive = is_driven(run_dir, read_run(run_dir, plan))
+            for path, prefix in choose(run_dir, plan, options):
+                sources.setdefault(path, Source(path, prefix))
         follow = options.follow and alive
         for source in sources.values():
             for line in source.new_lines(last=not follow):
@@ -66,17 +72,28 @@ def choose(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> list[tup
     """``(file, line prefix)`` of every log that the options ask for."""
     stages = [plan.stage(options.stage)] if options.stage else _newest_stage(run_dir, plan, options.follow)
     several = len(stages) > 1
+    jobs = submissions_of(run_dir, plan)
     found = []
     for stage in stages:
+        own = newest_jobs(jobs[stage.name])
         for element in stage.elements:
             if options.element not in (None, element.name):
                 continue
-            for attempt, rank, path in _logs_of(run_dir, stage, element.name, options.attempt):
+            where = f"{stage.name} " if several else ""
+            logs = _logs_of(run_dir, stage, element.name, options.attempt)
+            for attempt, rank, path in logs:
                 if options.rank in (None, rank):
-                    where = f"{stage.name} " if several else ""
                     again = f" attempt {attempt}" if attempt > 1 else ""
                     found.append((path, f"[{where}{element.name}:{rank}{again}] "))
+            if not logs and options.rank is None and element.name in own:
+                found += _job_log(*own[element.name], where)
     return found
+
+
+def _job_log(submission: Submission, index: int, where: str) -> list[tuple[Path, str]]:
+    """The job's own output, for an element that did not get as far as its ranks."""
+    log = submission.log(index)
+    return [(log, f"[{where}{submission.elements[index]}:job {submission.task(index)}] ")] if log.is_file() else []
 
 
 def _newest_stage(run_dir: RunDir, plan: Plan, follow: bool) -> list[Stage]:
@@ -84,7 +101,10 @@ def _newest_stage(run_dir: RunDir, plan: Plan, follow: bool) -> list[Stage]:
     if follow:
         return plan.stages
     with_logs = [stage for stage in plan.stages if any(_logs_of(run_dir, stage, element.name, None) for element in stage.elements)]
-    return with_logs[-1:]
+    if with_logs:
+        return with_logs[-1:]
+    submitted = submissions_of(run_dir, plan)
+    return [stage for stage in plan.stages if any(one.log(i).is_file() for one in submitted[stage.name] for i in range(len(one.elements)))][-1:]
 
 
 def _logs_of(run_dir: RunDir, stage: Stage, element: str, attempt: int | None) -> list[tuple[int, int, Path]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launcher import describe
 from launcher.cluster import Cluster, check_profile, find_cluster
-from launcher.commands.retry import again_here, print_line
-from launcher.commands.submit import finish
+from launcher.commands.retry import again_here
+from launcher.commands.submit import finish, say_for
 from launcher.create import add_resumed, write_run
 from launcher.plan import Plan
 from launcher.planner import make_plan
@@ -46,12 +46,13 @@ def run(options: argparse.Namespace) -> int:
 def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     cluster = find_cluster(options.cluster) if options.cluster else stored_cluster(plan)
     loaded = stored_recipe(run_dir, options.overrides)
+    say = say_for(options)
     os.chdir(plan.cwd)
     options.gpus = None
     new = make_plan(loaded, cluster_site(options, loaded, cluster, run_dir.root.parent), run_dir.root.name)
     check_cluster(loaded, new, cluster, new.stages)
     with submitting(run_dir, new):
-        recover(run_dir, plan, print_line)
+        recover(run_dir, plan, say)
         states = read_run(run_dir, plan, Queue(max_age=0))
         if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
             raise BadInput(f"{plan.run_id} trains; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
@@ -59,8 +60,8 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
         write_run(run_dir, loaded, new, options.argv, refresh_code=False)
         add_resumed(run_dir, options.overrides)
         write_environment(run_dir, loaded, cluster.profile)
-        made = submit_run(run_dir, new, cluster.profile, cluster.name, new.stages, print_line)
-    return finish(options, run_dir, new, made, print_line)
+        made = submit_run(run_dir, new, cluster.profile, cluster.name, new.stages, say)
+    return finish(options, run_dir, new, made, say)
 
 
 def stored_cluster(plan: Plan) -> Cluster:

@@ -7,7 +7,7 @@ import os
 
 from launcher import describe
 from launcher.cluster import check_profile
-from launcher.commands.submit import finish
+from launcher.commands.submit import finish, say_for
 from launcher.store import find_run, read_plan, roots
 from launcher.submit import recover, submit_run, submitting
 from recipes.errors import BadInput
@@ -24,18 +24,13 @@ def run(options: argparse.Namespace) -> int:
     if is_locked(run_dir.lock):
         raise BadInput(f"{plan.run_id} is being run by amlaunch local; {describe.program()} status {describe.name_of(run_dir)}")
     profile = check_profile(plan.cluster.get("profile") or {}, {})
-    say = print_line
+    say = say_for(options)
     with submitting(run_dir, plan):
         recover(run_dir, plan, say)
         made = submit_run(run_dir, plan, profile, str(plan.cluster["name"]), plan.stages, say)
     if not made:
         say(f"{plan.run_id}: nothing to start again: every element is done or on its way")
     return finish(options, run_dir, plan, made, say)
-
-
-def print_line(text: str) -> None:
-    """A line at once."""
-    print(text, flush=True)
 
 
 def again_here(run_dir: RunDir) -> int:

@@ -111,7 +111,7 @@ def _view(found: list[Shown], queue: Queue, options: argparse.Namespace) -> list
     parts: list[Any] = list(warnings)
     for run_dir, plan, states in found:
         hours = sum(state.gpu_hours for state in states)
-        used = f"  {hours:.1f} GPU-hours" if hours else ""
+        used = f"  {hours:.2f} GPU-hours" if hours else ""
         where = f"  on {plan.cluster['name']}" if plan.cluster else ""
         parts += [f"{plan.run_id}  {_word(run_dir, states)}{where}{used}  {run_dir.root}", _element_table(states, options.all)]
         parts += [f"\n{text}" for text in advice(run_dir, plan, states, is_driven(run_dir, states))]

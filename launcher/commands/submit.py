@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     cluster = find_cluster(options.cluster)
     if cluster.profile.executor == "local":
         return _on_this_machine(options)
-    say = _say(options)
+    say = say_for(options)
     options.runs = str(runs_root(options.runs, cluster.profile.runs))
     loaded, plan = prepare_on_cluster(options, cluster, Path(options.runs))
     run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
@@ -64,9 +65,9 @@ def _on_this_machine(options: argparse.Namespace) -> int:
     return local.run(options)
 
 
-def _say(options: argparse.Namespace) -> Say:
-    """Results alone belong to stdout where a program reads it."""
-    stream = sys.stderr if options.json or options.dry_run else sys.stdout
+def say_for(options: argparse.Namespace) -> Say:
+    """Where words for people go: results alone belong to stdout where a program reads it."""
+    stream = sys.stderr if options.json or getattr(options, "dry_run", False) else sys.stdout
     return lambda text: print(text, file=stream, flush=True)
 
 
@@ -115,7 +116,7 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
         print(describe.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
         return OK
     for draft in found:
-        print(f"# ---- {' '.join(['sbatch', *dependency(draft, jobs)])} {draft.array.folder / 'script.sh'}")
+        print(f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}")
         print(draft.text)
     if not found:
         print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")

@@ -7,10 +7,10 @@ import time
 
 from launcher import describe
 from launcher.commands.status import advice
-from launcher.plan import Plan, Stage
+from launcher.plan import Plan
 from launcher.queue import Queue
 from launcher.report import make_report
-from launcher.state import DONE, RUNNING, UNKNOWN, ElementState, is_driven, overall, read_run
+from launcher.state import DONE, UNKNOWN, is_driven, overall, read_run
 from launcher.store import find_run, read_plan, roots
 from launcher.summary import closing, exit_code
 from recipes.rundir import RunDir
@@ -28,14 +28,11 @@ def run(options: argparse.Namespace) -> int:
 def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     """Show what happens until nothing of the run goes on by itself any more."""
     began = time.monotonic()
-    report = make_report(options.json)
+    report = make_report(options.json, done_before="already done")
     with report:
         while True:
             states = read_run(run_dir, plan, Queue())
-            for stage in plan.stages:
-                mine = [state for state in states if state.stage == stage.name]
-                if _shown(stage, mine):
-                    report(stage, mine)
+            report(states)
             if not is_driven(run_dir, states) and not any(state.state == UNKNOWN for state in states):
                 break
             time.sleep(CLUSTER_SECONDS if plan.cluster else LOCAL_SECONDS)
@@ -46,8 +43,3 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     for line in closing(run_dir, plan, states, time.monotonic() - began) if done else advice(run_dir, plan, states):
         report.say(line)
     return exit_code(states)
-
-
-def _shown(stage: Stage, states: list[ElementState]) -> bool:
-    """A stage that has begun."""
-    return any(state.state == RUNNING or state.attempts for state in states)
