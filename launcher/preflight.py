@@ -32,7 +32,8 @@ def check_cluster(loaded: Loaded, plan: Plan, cluster: Cluster, stages: Sequence
     check_options(cluster.profile, cluster.source)
     known = {part.name: part for part in slurm.partitions()}
     problems = [problem for stage in stages for problem in _stage_problems(loaded, stage, known, cluster)]
-    problems += _association_problems(cluster, stages)
+    if not problems:
+        problems += _association_problems(cluster, stages)
     if problems:
         raise BadInput("\n".join(dict.fromkeys(problems)))
 
@@ -81,18 +82,19 @@ def _mega(text: str) -> int:
 
 
 def _association_problems(cluster: Cluster, stages: Sequence[Stage]) -> Iterable[str]:
-    settings = [cluster.profile.stage(stage.name) for stage in stages]
-    if not any(own.account or own.qos for own in settings):
-        return
     found = slurm.associations()
     if found is None:
         return  # accounting cannot be asked; sbatch has the last word
-    accounts, qos, _ = found
-    for own in settings:
+    accounts, qos, default = found
+    for stage in stages:
+        own = cluster.profile.stage(stage.name)
         if own.account and own.account not in accounts:
             yield f"{cluster.source}: account {own.account!r} is not yours; {did_you_mean(own.account, accounts)}"
         if own.qos and qos and own.qos not in qos:
             yield f"{cluster.source}: qos {own.qos!r} is not yours; {did_you_mean(own.qos, qos)}"
+        allowed = slurm.partition_rules(stage.partition).get("AllowAccounts", "ALL") if stage.partition else "ALL"
+        if allowed != "ALL" and (own.account or default) not in allowed.split(","):
+            yield f"partition {stage.partition} is for the accounts {allowed} alone, yours is {own.account or default}; choose another one for stage {stage.name}"
 
 
 def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list[str]:

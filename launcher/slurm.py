@@ -215,6 +215,12 @@ def partitions() -> list[Partition]:
     return list(found.values())
 
 
+def partition_rules(name: str) -> Mapping[str, str]:
+    """``scontrol show partition`` as a mapping: AllowAccounts, AllowQos, MaxNodes and the like. Raises SlurmError."""
+    text = call("scontrol", "show", "partition", name, "-o")
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
 def _partition(fields: Sequence[str]) -> Partition:
     name, up, limit, nodes, cpus, mem, gres = (field.strip() for field in fields)
     gpus, kind = gpus_of(gres)
@@ -265,3 +271,65 @@ def associations() -> tuple[set[str], set[str], str] | None:
     accounts = {row[0] for row in rows if row[0]}
     qos = {name for row in rows if len(row) > 1 for name in row[1].split(",") if name}
     return (accounts, qos, default.splitlines()[0] if default else "") if accounts else None
+
+
+def version() -> str:
+    """The version of this machine's Slurm commands: ``22.05.8``. Raises SlurmError."""
+    return (call("sbatch", "--version").split() or [""])[-1]
+
+
+def partition_settings() -> dict[str, Mapping[str, str]]:
+    """What the controller says of each partition (AllowAccounts, PreemptMode, …), by name. Raises SlurmError."""
+    found: dict[str, Mapping[str, str]] = {}
+    for line in call("scontrol", "--oneliner", "show", "partition").splitlines():
+        settings = dict(re.findall(r"(\w+)=(\S*)", line))
+        if "PartitionName" in settings:
+            found[settings["PartitionName"]] = settings
+    return found
+
+
+def usable_nodes() -> dict[str, int]:
+    """Nodes of each partition that work or could: neither down nor drained. Raises SlurmError."""
+    found: dict[str, int] = {}
+    for line in call("sinfo", "-h", "-o", "%R|%F").splitlines():  # %F: allocated/idle/other/total
+        name, _, counts = line.partition("|")
+        if re.fullmatch(r"\d+/\d+/\d+/\d+", counts.strip()):
+            allocated, idle, _, _ = map(int, counts.split("/"))
+            found[name.strip()] = found.get(name.strip(), 0) + allocated + idle
+    return found
+
+
+def host_names(text: str) -> set[str]:
+    """``gpu[1-2,5],login`` as single names; one with several brackets stays as it is."""
+    found: set[str] = set()
+    for word in re.findall(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)*", text):
+        match = re.fullmatch(r"([^\[\]]+)\[([\d,\-]+)\]", word)
+        found |= {f"{match[1]}{number}" for number in expand_ranges(match[2])} if match else {word}
+    return found
+
+
+def step_options() -> frozenset[str]:
+    """The long names of all options that this site's srun knows, those of plugins included. Raises SlurmError."""
+    return frozenset(re.findall(r"--([a-z][a-z-]+)", call("srun", "--help")))
+
+
+def limits() -> list[str]:
+    """What accounting limits this user to: ``account lab: MaxJobs 10``, ``qos high: MaxWall 10:00``. Raises SlurmError."""
+    import getpass
+
+    keys = ("MaxWall", "MaxTRES", "MaxJobs", "MaxSubmit", "GrpTRES")
+    show = ("sacctmgr", "-n", "-P", "show")
+    assoc = call(*show, "assoc", f"user={getpass.getuser()}", f"format=Account,QOS,{','.join(keys)}", timeout=10)
+    rows = [line.split("|") for line in assoc.splitlines() if line]
+    mine = {name for row in rows for name in row[1].split(",")}
+    found = [f"account {row[0]}: {_given(keys, row[2:])}" for row in rows if any(row[2:])]
+    keys = ("MaxWall", "MaxTRESPU", "MaxJobsPU", "MaxSubmitPU", "GrpTRES")
+    for line in call(*show, "qos", f"format=Name,{','.join(keys)}", timeout=10).splitlines():
+        name, *values = line.split("|")
+        if name in mine and any(values):
+            found.append(f"qos {name}: {_given(keys, values)}")
+    return list(dict.fromkeys(found))
+
+
+def _given(keys: Sequence[str], values: Sequence[str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=False) if value)

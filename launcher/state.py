@@ -136,6 +136,8 @@ def _as_left(common: dict[str, Any], found: Trace) -> ElementState:
 
 
 def _as_ended(common: dict[str, Any], end: dict[str, Any]) -> ElementState:
+    if end.get("outcome") == DONE:  # only the marker says so, and it is not there any more
+        return ElementState(**common, state=PENDING, reason="was done once; its marker is gone")
     known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "retry": end.get("retry", True), "seconds": end.get("seconds")}
     host = end.get("host") or common.get("host", "")
     return ElementState(**{**common, "host": host}, state=end.get("outcome", DIED), **known)
@@ -151,10 +153,11 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
     job = submission.task(index)
     common |= {"job": job, "log": submission.log(index)}
     info = queue.job(job)
-    if info is not None and info.active:
+    word = _left_word(found, job)
+    if info is not None and info.active and (word is None or word.get("again") or info.waiting):
         return _active(common, found, info)
-    if _left_word(found, job):
-        return _as_ended(common, _left_word(found, job) or {})
+    if word is not None:  # which is newer than what Slurm still says of the job
+        return _as_ended(common, word)
     if found.missing:
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
     if info is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
 for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
@@ -16,3 +18,28 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
 def root() -> Path:
     """The checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm cluster. AMLAUNCH_KEEP_CLUSTER=1 leaves it up for the next session."""
+    obstacle = Cluster.obstacle()
+    if obstacle and os.environ.get("CI") == "true":
+        pytest.fail(f"the Slurm tests must run here: {obstacle}")
+    if obstacle:
+        pytest.skip(obstacle)
+    cluster = Cluster()
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down(keep=os.environ.get("AMLAUNCH_KEEP_CLUSTER") == "1")
+
+
+@pytest.fixture(autouse=True)
+def tidy_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that uses the cluster: no job is left, and what the test broke works again."""
+    used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
+    yield
+    if used:
+        used.tidy()

@@ -1,12 +1,15 @@
 """A stage program for tests of the driver and the local executor: behaves as its arguments say, in milliseconds.
 
-Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang] [--rank R]: what rank R does (all: -1).
+Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang|once|steps|port] [--rank R]: what rank R does (all: -1).
+``once`` fails the first time; ``steps`` counts to 40 in half-second steps, and goes on where it was told to stop;
+``port`` says that its port is taken, the first time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import signal
 import sys
 import time
@@ -25,17 +28,26 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=-1)
     parser.add_argument("--print", dest="variable")
     options = parser.parse_args()
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     folder = ElementDir(Path(options.element))
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: asked.append(number))
+    size = os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"]
+    print(f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if options.variable:
         print(f"{options.variable}={os.environ[options.variable]}", flush=True)
     (folder.root / f"pid{rank}").write_text(str(os.getpid()))
     if rank == 0:
         Heartbeat(folder.progress).beat(unit="step", done=3, total=9, rate=1234.5, eta_s=6.0, loss=2.5)
     what = options.do if options.rank in (-1, rank) else "ok"
+    first = rank == 0 and not (folder.root / "tried").exists()
+    if what in ("once", "port") and first:
+        (folder.root / "tried").touch()
+        print(f"port {os.environ['MASTER_PORT']}: EADDRINUSE" if what == "port" else "not this time", flush=True)
+        return 1
+    if what == "steps":
+        return count_steps(folder, rank, asked)
     if what == "fail":
         raise RuntimeError("the disk is full of bees")
     if what == "bad":
@@ -50,11 +62,31 @@ def main() -> int:
             if asked or folder.stop.exists():
                 return 75
             time.sleep(0.02)
+    return leave_result(folder, rank)
+
+
+def leave_result(folder: ElementDir, rank: int) -> int:
+    """What a stage says of its finished work."""
     if rank == 0:
         output = folder.root / "output"
         output.write_text("made")
         write_json(folder.result, {"outputs": {str(output): 4}, "tokens": 7})
     return 0
+
+
+def count_steps(folder: ElementDir, rank: int, asked: list[int]) -> int:
+    """Work that is saved at every step, and whose log tells which steps were made."""
+    saved = folder.root / f"saved{rank}"
+    for step in range(int(saved.read_text()) if saved.exists() else 0, 40):
+        if asked or folder.stop.exists():
+            return 75
+        time.sleep(0.5)
+        saved.write_text(str(step + 1))
+        with open(folder.root / f"steps{rank}", "a") as log:
+            log.write(f"{step + 1}\n")
+        if rank == 0:
+            Heartbeat(folder.progress, 0.0).beat(unit="step", done=step + 1, total=40, rate=2.0, eta_s=(39 - step) / 2)
+    return leave_result(folder, rank)
 
 
 if __name__ == "__main__":

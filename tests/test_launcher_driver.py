@@ -90,6 +90,10 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     assert only_state(run, plan).state == PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
     output.unlink()
     assert "is gone" in only_state(run, plan).reason
+    marker = run.element("train", "0").done
+    kept = marker.rename(marker.with_name("kept"))
+    assert only_state(run, plan).state == PENDING and "marker is gone" in only_state(run, plan).reason
+    kept.rename(marker)
     drive(run).wait()
     assert only_state(run, plan).state == DONE
 

@@ -15,8 +15,10 @@ from launcher.store import find_run, read_plan, roots
 from launcher.summary import closing, exit_code
 from recipes.rundir import RunDir
 
-CLUSTER_SECONDS = 15.0
-LOCAL_SECONDS = 1.0
+FILE_SECONDS = 1.0
+"""Between two looks at the run's files; Slurm is asked no more often than its answers are kept (launcher.queue)."""
+BUSY_PART = 0.1
+"""At most so much of the time is spent looking, however many elements there are."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,11 +33,12 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     report = make_report(options.json, done_before="already done")
     with report:
         while True:
+            looked = time.monotonic()
             states = read_run(run_dir, plan, Queue())
             report(states)
             if not is_driven(run_dir, states) and not any(state.state == UNKNOWN for state in states):
                 break
-            time.sleep(CLUSTER_SECONDS if plan.cluster else LOCAL_SECONDS)
+            time.sleep(max(FILE_SECONDS, (time.monotonic() - looked) / BUSY_PART))
     if options.json:
         print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states))))
         return exit_code(states)

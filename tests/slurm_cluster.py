@@ -1,0 +1,188 @@
+"""The tests' own Slurm cluster (tests/slurm/cluster.sh) from Python, as an ordinary user sees it."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "tests" / "slurm" / "cluster.sh"
+USER = "lab"
+HOME = Path("/home", USER)
+LOCK = Path("/run/amlaunch-cluster.lock")
+
+
+class Cluster:
+    """Two cpu nodes, two gpu nodes with eight GPUs each, and user ``lab`` on a login side that sees the same files."""
+
+    def __init__(self) -> None:
+        self.python = Path(sys.executable)  # also lab's, wherever it lies: see ``up``
+        self._lock: IO[str] | None = None
+        self._shared: Path | None = None
+        self._repairs: dict[str, Callable[[], None]] = {}
+
+    @staticmethod
+    def obstacle() -> str | None:
+        """What keeps a cluster from running on this machine."""
+        asked = subprocess.run([SCRIPT, "check"], capture_output=True, text=True)
+        return asked.stderr.strip().removeprefix("cluster: error: ") if asked.returncode else None
+
+    def up(self) -> None:
+        """Start what does not run yet; another session's cluster is waited for. Needs root."""
+        self._lock = LOCK.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._script("up", timeout=900)
+        # Python and the checkout may lie in a closed folder, such as /root; lab sees them there all the same
+        self._script("reach", *dict.fromkeys(map(str, (REPOSITORY, sys.prefix, sys.base_prefix))))
+        self._shared = Path(tempfile.mkdtemp(prefix="amlaunch-cluster-", dir="/tmp"))
+        self._shared.chmod(0o755)
+        self.cancel_all()
+        self._check_python()
+
+    def down(self, keep: bool = False) -> None:
+        """Cancel every job, delete the shared folder, and stop the cluster unless ``keep``."""
+        try:
+            if self._shared:
+                self.tidy()
+        finally:
+            if not keep:
+                self._script("down")
+            if self._shared:
+                shutil.rmtree(self._shared, ignore_errors=True)
+            if self._lock:
+                self._lock.close()
+
+    def run(
+        self,
+        *argv: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of user lab on the login side, in a clean environment plus ``env``, in ``cwd`` or lab's home."""
+        done = subprocess.run(
+            self._as_lab(argv, env),
+            cwd=cwd or HOME,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+        )
+        return _checked(done) if check else done
+
+    def popen(
+        self, *argv: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Like ``run``, not waited for: its pid is the command's own, so a signal reaches the command."""
+        return subprocess.Popen(
+            self._as_lab(argv, env),
+            cwd=cwd or HOME,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def on(
+        self, node: str, *argv: str | Path, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """A command as root on a node."""
+        return self._script("sh", node, *argv, timeout=timeout, check=check)
+
+    def mount(self, folder: Path, size: str) -> None:
+        """A disk of its own for lab's ``folder``, until :meth:`unmount`."""
+        self._at_login("mount", "-t", "tmpfs", "-o", f"size={size},mode=1777", "tmpfs", folder)
+
+    def unmount(self, folder: Path) -> None:
+        """Take the disk away again."""
+        self._at_login("umount", folder)
+
+    def _at_login(self, *argv: str | Path) -> None:
+        login = Path("/var/lib/amlaunch-cluster/pid/login").read_text().split()[0]
+        subprocess.run(["nsenter", "-t", login, "-m", "--", *argv], check=True)
+
+    def crash(self, node: str) -> None:
+        """Pull the node's plug; Slurm notices after half a minute. Undone by ``revive`` or after the test."""
+        self._repairs[node] = lambda: self.revive(node)
+        self._script("crash", node)
+
+    def revive(self, node: str) -> None:
+        """Boot a crashed node: its jobs fail with NODE_FAIL at once, unless Slurm had noticed before."""
+        self._script("revive", node)
+        self._repairs.pop(node, None)
+
+    def stop_ctld(self) -> None:
+        """Stop the controller: squeue, sbatch and scontrol fail, running jobs go on."""
+        self._repairs["slurmctld"] = self.start_ctld
+        self._script("ctld-stop")
+
+    def start_ctld(self) -> None:
+        """Start the controller again."""
+        self._script("ctld-start")
+        self._repairs.pop("slurmctld", None)
+
+    def stop_accounting(self) -> None:
+        """Stop the accounting daemon: sacct fails, everything else goes on."""
+        self._repairs["slurmdbd"] = self.start_accounting
+        self._script("acct-off")
+
+    def start_accounting(self) -> None:
+        """Start the accounting daemon again."""
+        self._script("acct-on")
+        self._repairs.pop("slurmdbd", None)
+
+    def cancel_all(self, timeout: float = 90) -> None:
+        """Cancel every job of lab and wait for the last one's end."""
+        deadline = time.monotonic() + timeout
+        while jobs := self.run("squeue", "--noheader", "--user", USER, "--format=%i %T").stdout:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs that do not end:\n{jobs}")
+            self.run("scancel", "--user", USER, check=False)
+            time.sleep(0.2)
+
+    def tidy(self) -> None:
+        """Repair what a test broke, and cancel every job."""
+        for name in sorted(self._repairs, key=lambda name: not name.startswith("slurm")):  # a node needs the daemons
+            self._repairs[name]()
+        self.cancel_all()
+
+    def folder(self, name: str) -> Path:
+        """A new folder of lab's that every node sees."""
+        assert self._shared, "the cluster is not up"
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._shared))
+        folder.chmod(0o755)
+        shutil.chown(folder, USER, USER)
+        return folder
+
+    def _script(self, *argv: str | Path, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [SCRIPT, *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
+        )
+        return _checked(done) if check else done
+
+    def _as_lab(self, argv: tuple[str | Path, ...], env: Mapping[str, str] | None) -> list[str | Path]:
+        variables = {"PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin", **(env or {})}
+        return [SCRIPT, "lab", "env", *(f"{name}={value}" for name, value in variables.items()), *argv]
+
+    def _check_python(self) -> None:
+        asked = self.run(self.python, "-P", "-c", "import recipes, launcher, yaml", check=False)
+        if asked.returncode:
+            raise PermissionError(
+                f"user {USER} cannot run {self.python} with the packages of {REPOSITORY}: make their files readable "
+                f"for others (chmod -R o+rX)\n{asked.stderr}"
+            )
+
+
+def _checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if done.returncode:
+        command = " ".join(map(str, done.args))
+        raise AssertionError(f"exit code {done.returncode} of: {command}\n{done.stdout}{done.stderr}")
+    return done

@@ -1,0 +1,409 @@
+"""amlaunch submit and what follows, on a real Slurm cluster, as an ordinary user."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster
+from slurm_runs import CPU, Place, attempts, element, states
+from test_e2e import TINY, write_text
+
+from launcher.plan import Needs
+from recipes.files import read_json_lines
+from recipes.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+CLUSTERS = """\
+lab:
+  signal_seconds: 60
+  time: 5
+  stages:
+    preprocess: {mem: 1G, throttle: 2}
+    verify: {mem: 1G}
+    train: {partition: gpu, mem: 4G}
+    export: {mem: 2G}
+"""
+ON_GPUS = ["--resources.train.gpus_per_node", "2", "--resources.train.tasks_per_node", "null"]
+
+
+@pytest.fixture
+def place(cluster: Cluster, request: pytest.FixtureRequest) -> Place:
+    return Place(cluster, "work")
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Cluster) -> Place:
+    """A folder with a small recipe, its text, and a profile of the cluster; its data is made by the first test that needs it."""
+    place = Place(cluster, "tiny")
+    place.env["TEXT"] = str(place.folder / "text")
+    write_text(place.folder / "text")
+    place.write("tiny.yaml", TINY)
+    place.write("clusters.yaml", CLUSTERS)
+    return place
+
+
+def run_dir(place: Place, start: str) -> RunDir:
+    (found,) = (place.folder / "runs").glob(f"{start}-*")
+    return RunDir(found)
+
+
+def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
+    made = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2", "--json").stdout)
+    assert [(one["stage"], len(one["elements"])) for one in made["submitted"]] == [("preprocess", 2), ("verify", 1), ("train", 1), ("export", 1)]
+    again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
+    assert "already on their way, left alone" in again and len(set(tiny.queued())) <= 4, "nothing is submitted twice"
+    found = tiny.wait("tiny", 180)
+    assert states(found) == {"preprocess": ["done"] * 2, "verify": ["done"], "train": ["done"], "export": ["done"]}
+    train = element(found, "train")
+    assert train["nodes"] == "gpu[1-2]" and train["gpu_hours"] > 0 and train["progress"]["done"] == 40
+    run = run_dir(tiny, "tiny")
+    assert "4 x cpu, fsdp2" in run.element("train", "0").log(1, 0).read_text(), "four ranks on two nodes"
+    losses = [line["loss"] for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
+    assert len(losses) == 40 and losses[-1] < losses[0] - 1.5
+    log = tiny.amlaunch("logs", "tiny", "--stage", "train").stdout
+    assert "[0:0] " in log and "40" in log
+    third = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
+    assert third.count("already done, skipped") == 4 and not tiny.queued()
+
+
+def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
+    words = ["--name", "sweep", "--sweep", "optimizer.lr=1e-2,3e-3", "--sweep", "seed=1,2", "--step_scheduler.max_steps", "2"]
+    words += ["--validation_dataset", "null", "--export", "null", "--resources.train.tasks_per_node", "1"]
+    made = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--json").stdout)
+    by_stage = {one["stage"]: one["elements"] for one in made["submitted"]}
+    assert by_stage["train"] == ["0", "1", "2", "3"]
+    found = tiny.wait("sweep", 180)
+    assert set(states(found)["train"]) == {"done"}
+    assert [one["title"] for one in found["stages"][2]["elements"]][1] == "--optimizer.lr=0.01 --seed=2"
+    assert all(one["attempts"] == 1 for one in found["stages"][0]["elements"]), "made once, for all runs with the same text"
+
+
+def test_the_code_that_runs_is_the_code_at_submit_time(tiny: Place) -> None:
+    """The model's file is changed while its job waits."""
+    model = "import torch\ndef build(vocab: int = 50304):\n    print('MODEL {0}')\n    return torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Linear(8, vocab))\n"
+    tiny.write("my_model.py", model.format("before"))
+    tiny.write("mine.yaml", TINY.split("model:")[0].replace("name: tiny", "name: mine") + "model: {_target_: 'my_model.py:build'}\ndataset: {seq_len: 16}\nexport: null\nstep_scheduler: {max_steps: 2, global_batch_size: 4}\n")
+    tiny.cluster.run("scontrol", "create", "reservation", check=False)  # nothing: lab may not; the nodes are kept busy instead
+    busy = tiny.cluster.run("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 60").stdout.strip()
+    tiny.amlaunch("submit", "mine.yaml", "--cluster", "lab")
+    tiny.write("my_model.py", model.format("after"))
+    tiny.cluster.run("scancel", busy)
+    tiny.wait("mine", 120)
+    log = run_dir(tiny, "mine").element("train", "0").log(1, 0).read_text()
+    assert "MODEL before" in log and "MODEL after" not in log
+
+
+def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
+    words = ["submit", "tiny.yaml", "--cluster", "lab", "--name", "dry", "--seed", "9"]
+    dry = json.loads(tiny.amlaunch(*words, "--dry-run", "--json").stdout)
+    printed = tiny.amlaunch(*words, "--dry-run").stdout
+    assert not list((tiny.folder / "runs").glob("dry-*")), "a dry run writes nothing"
+    made = json.loads(tiny.amlaunch(*words, "--json").stdout)
+    assert [one["stage"] for one in dry["scripts"]] == [one["stage"] for one in made["submitted"]]
+    for script, job in zip(dry["scripts"], made["submitted"], strict=True):
+        assert script["script"] in printed
+        assert Path(script["path"]).read_text() == script["script"]
+        held = tiny.cluster.run("scontrol", "write", "batch_script", f"{job['job']}_0", "-").stdout
+        assert held.rstrip("\n") == script["script"].rstrip("\n"), "what Slurm itself has"
+        for command in (["bash", "-n"], ["shellcheck", "-s", "bash"]):
+            checked = subprocess.run([*command, "/dev/stdin"], input=script["script"], text=True, capture_output=True)
+            assert checked.returncode == 0, checked.stdout + checked.stderr
+    tiny.amlaunch("cancel", "dry")
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "message"),
+    [
+        (["--model.n_layr", "6"], "", "model.n_layr: unknown key of trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?"),
+        ([], "  partition: gpuu\n", "partition 'gpuu' does not exist here; did you mean 'gpu'?"),
+        ([], "  partition: closed\n", "partition closed is for the accounts nobody alone"),
+        ([], "  account: labb\n", "account 'labb' is not yours; did you mean 'lab'?"),
+        ([], "  qos: hihg\n", "qos 'hihg' is not yours; did you mean 'high'?"),
+        (["--resources.train.time", "00:01:00"], "", "nothing is left to work in"),
+        (["--resources.train.time", "20"], "  partition: short\n", "partition short allows 10:00"),
+        (["--resources.train.gpus_per_node", "16"], "  partition: gpu\n", "gpus_per_node is 16, a node of gpu has 8"),
+        (["--resources.train.nodes", "3"], "", "resources.train.nodes is 3, partition cpu has 2"),
+        (["--resources.train.cpus", "99"], "", "cpus is 99, a node of partition cpu has 32"),
+        (["--resources.train.mem", "900G"], "", "mem is 900G, a node of partition cpu has"),
+        ([], "  sbatch: {nise: 10}\n", "sbatch.nise: sbatch has no such option; did you mean 'nice'?"),
+        ([], "  sbatch: {array: 0-3}\n", "amlaunch sets it (the elements of a stage make it)"),
+        ([], "  partitoin: gpu\n", "partitoin: unknown key; did you mean 'partition'?"),
+        ([], "  sbatch: {begin: yesterdayish}\n", "sbatch would refuse it"),
+        (["--wandb.project", "x"], "", "export WANDB_API_KEY=…"),
+        (["--container.image", "/no/such.sqsh"], "", "there is no file /no/such.sqsh"),
+        (["--cluster", "labb"], "", "did you mean 'lab'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_submitted(tiny: Place, words: list[str], profile: str, message: str) -> None:
+    there = {path.name for path in tiny.folder.iterdir()}
+    runs = set((tiny.folder / "runs").glob("*"))
+    clusters = tiny.write("wrong.yaml", f"lab:\n  signal_seconds: 60\n{profile}")
+    cluster = [] if "--cluster" in words else ["--cluster", str(clusters)]
+    found = tiny.amlaunch("submit", "tiny.yaml", "--name", "wrong", *cluster, *words, check=False)
+    assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+    assert not tiny.queued() and set((tiny.folder / "runs").glob("*")) == runs
+    assert {path.name for path in tiny.folder.iterdir()} - there <= {"wrong.yaml"}
+
+
+def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> None:
+    full = tiny.folder / "full"
+    full.mkdir()
+    tiny.cluster.mount(full, "2m")
+    try:
+        tiny.cluster.run("dd", "if=/dev/zero", f"of={full}/fill", "bs=1M", "count=3", check=False)
+        clusters = tiny.write("roots.yaml", f"lab: {{signal_seconds: 60, shared_roots: [{full}]}}\n")
+        words = ["submit", "tiny.yaml", "--cluster", str(clusters), "--runs", f"{full}/runs", "--name", "full"]
+        found = tiny.amlaunch(*words, check=False)
+        assert found.returncode == 2 and ("No space left" in found.stderr or "GB are free" in found.stderr), found.stderr
+        tiny.cluster.run("rm", f"{full}/fill")
+        found = tiny.amlaunch(*words, "--model.n_embd", "4096", "--model.n_layer", "48", check=False)
+        assert found.returncode == 2 and "the run will need about" in found.stderr
+    finally:
+        tiny.cluster.unmount(full)
+    assert not tiny.queued()
+
+
+def test_a_run_that_nodes_cannot_see_is_refused(tiny: Place) -> None:
+    clusters = tiny.write("roots.yaml", "lab: {signal_seconds: 60, shared_roots: [/shared]}\n")
+    found = tiny.amlaunch("submit", "tiny.yaml", "--cluster", str(clusters), check=False)
+    assert found.returncode == 2 and "not below a folder that all nodes see" in found.stderr
+    found = tiny.amlaunch("submit", "tiny.yaml", "--runs", "/dev/shm/runs", check=False)
+    assert found.returncode == 2 and "which no node sees" in found.stderr
+
+
+def test_a_failed_element_is_retried_alone(place: Place) -> None:
+    run = place.stand_in(("preprocess", [[], ["--do", "once"], []], CPU), ("train", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait("test-1", code=1)
+    assert states(found) == {"preprocess": ["done", "failed", "done"], "train": ["cancelled"]}
+    assert element(found, "train")["reason"] == "a stage before it did not finish"
+    failed = element(found, "preprocess", 1)
+    assert (failed["rank"], failed["host"], failed["reason"]) == (0, "cpu1", "rank 0 exited with code 1")
+    shown = place.amlaunch("status", "test-1").stdout
+    assert "not this time" in shown and "retry test-1" in shown and "cpu1" in shown, "the log's last lines, and what to type"
+    made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
+    assert [(one["stage"], one["elements"]) for one in made["submitted"]] == [("preprocess", ["1"]), ("train", ["0"])]
+    assert states(place.wait("test-1")) == {"preprocess": ["done"] * 3, "train": ["done"]}
+    assert [len(attempts(run, "preprocess", name)) for name in "012"] == [1, 2, 1]
+
+
+def test_which_rank_on_which_node_failed(place: Place) -> None:
+    place.stand_in(("train", [["--do", "fail", "--rank", "3"]], Needs(2, 2, 2, 2, "400M", 5)))
+    place.amlaunch("retry", "test-1")
+    failed = element(place.wait("test-1", code=1), "train")
+    assert (failed["rank"], failed["host"]) == (3, "gpu2") and "rank 3 exited with code 1" in failed["reason"]
+    assert "the disk is full of bees" in place.amlaunch("status", "test-1").stdout
+
+
+def test_bad_input_in_a_job_ends_with_its_own_words(place: Place) -> None:
+    place.stand_in(("train", [["--do", "bad"]], CPU))
+    place.amlaunch("retry", "test-1")
+    assert element(place.wait("test-1", code=2), "train")["reason"] == "r.yaml:3: model.n_layer: expected int"
+
+
+def test_variables_of_an_enclosing_job_do_not_leak(place: Place) -> None:
+    """8 ranks where 1 was meant, on the wrong partition, meeting at somebody else's address."""
+    run = place.stand_in(("train", [["--print", "MASTER_ADDR"]], CPU))
+    leaks = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "closed", "SLURM_EXPORT_ENV": "NONE",
+             "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "elsewhere", "SLURM_CPUS_PER_TASK": "7", "SBATCH_ARRAY_INX": "0-9"}  # fmt: skip
+    place.amlaunch("retry", "test-1", **leaks)
+    place.wait("test-1")
+    log = run.element("train", "0").log(1, 0).read_text()
+    assert "rank 0 of 1 on cpu1" in log and "threads 1" in log and "MASTER_ADDR=127.0.0.1" in log
+
+
+def test_from_inside_an_allocation(place: Place) -> None:
+    run = place.stand_in(("train", [[]], Needs(1, 0, 2, 2, "200M", 5)))
+    inside = ["srun", "-p", "gpu", "-N2", "-n2", "--ntasks-per-node=1", "--mem=500M", "sh", "-c"]
+    once = f'[ "$SLURM_PROCID" = 0 ] || exit 0; exec {place.cluster.python} -P -m launcher retry test-1'
+    place.cluster.run(*inside, once, cwd=place.folder, env=place.env, timeout=90)
+    place.wait("test-1")
+    assert "rank 1 of 2 on cpu1" in run.element("train", "0").log(1, 1).read_text()
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "50%a%j%%", "$HOME;`id`", "#tag é"])
+def test_paths_are_quoted(cluster: Cluster, name: str) -> None:
+    place = Place(cluster, "quoting")
+    place.folder = place.folder / name
+    place.folder.mkdir()
+    place.env["XDG_CACHE_HOME"] = str(place.folder / "cache")
+    subprocess.run(["chown", "lab:lab", str(place.folder)], check=True)
+    run = place.stand_in(("preprocess", [[], []], CPU), ("train", [["--print", "MY_TEXT"]], Needs(1, 2, 2, 2, "400M", 5)))
+    value = "two\nlines 'and' \"quotes\" %a $HOME"
+    plan = json.loads(run.plan.read_text())
+    plan["env"] = {"MY_TEXT": value.replace("$HOME", "$HOME")}
+    run.plan.write_text(json.dumps(plan))
+    place.amlaunch("retry", "test-1")
+    place.wait("test-1")
+    assert f"MY_TEXT={value}" in run.element("train", "0").log(1, 1).read_text()
+    scripts = list(run.jobs.glob("*/script.sh"))
+    assert len(scripts) == 2
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert list(script.parent.glob("[0-9]*_0.log")), "the job's own output is where it belongs"
+
+
+def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
+    secret = "hunter2-do-not-tell"
+    tiny.write("secret.yaml", TINY.replace("name: tiny", "name: secret") + "container: {env: {MY_TOKEN: '${SECRET_X}'}}\n")
+    words = ["submit", "secret.yaml", "--cluster", "lab", "--step_scheduler.max_steps", "2", "--export", "null", "--validation_dataset", "null"]
+    env = {"SECRET_X": secret, "WANDB_API_KEY": secret, "HF_TOKEN": secret}
+    assert secret not in (dry := tiny.amlaunch(*words, "--dry-run", **env)).stdout + dry.stderr
+    made = tiny.amlaunch(*words, "--json", **env)
+    assert secret not in made.stdout + made.stderr
+    jobs = [one["job"] for one in json.loads(made.stdout)["submitted"]]
+    seen = tiny.wait_until("secret", lambda found: states(found)["train"] == ["running"], 60)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(secret.encode() in command for command in commands), seen
+    tiny.wait("secret", 90)
+    run = run_dir(tiny, "secret")
+    assert stat.S_IMODE(run.environment.stat().st_mode) == 0o600 and json.loads(run.environment.read_text())["SECRET_X"] == secret
+    places = [path for folder in (run.root, run.shared.resolve()) for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert places == [run.environment]
+    for job in jobs:
+        for question in ("--env-vars", "--batch-script"):
+            assert secret not in tiny.cluster.run("sacct", "-j", f"{job}_0", question).stdout
+        assert secret not in tiny.cluster.run("scontrol", "show", "job", f"{job}_0", check=False).stdout
+
+
+def test_the_secret_reaches_the_ranks(place: Place) -> None:
+    run = place.stand_in(("train", [["--print", "MY_TOKEN"]], CPU))
+    plan = json.loads(run.plan.read_text())
+    plan["env"] = {"MY_TOKEN": "${SECRET_X}"}
+    run.plan.write_text(json.dumps(plan))
+    run.environment.write_text(json.dumps({"SECRET_X": "hunter2"}))
+    subprocess.run(["chown", "lab:lab", str(run.environment)], check=True)
+    place.amlaunch("retry", "test-1")
+    place.wait("test-1")
+    assert "MY_TOKEN=hunter2" in run.element("train", "0").log(1, 0).read_text()
+
+
+def test_cancel_and_go_on(place: Place) -> None:
+    run = place.stand_in(("preprocess", [["--do", "steps"]] * 2, CPU), ("train", [[]], CPU), throttle=1)
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) >= 2)
+    waiting = element(place.status("test-1"), "preprocess", 1)
+    assert waiting["state"] == "queued" and waiting["reason"] == "waits for its siblings (throttle)"
+    said = place.amlaunch("cancel", "test-1", "--checkpoint").stdout
+    assert "saving, then leaving" in said and "preprocess 0: stopped" in said
+    found = place.wait("test-1", code=75)
+    assert states(found) == {"preprocess": ["stopped", "cancelled"], "train": ["cancelled"]} and not place.queued()
+    saved = int((run.element("preprocess", "0").root / "saved0").read_text())
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) > saved)
+    place.amlaunch("cancel", "test-1")
+    place.wait_until("test-1", lambda found: found["state"] == "cancelled" or states(found)["preprocess"][0] == "stopped", 40)
+    steps = [int(line) for line in (run.element("preprocess", "0").root / "steps0").read_text().split()]
+    assert steps == sorted(set(steps)), "no step was made twice"
+
+
+def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
+    words = ["--name", "more", "--step_scheduler.max_steps", "4", "--validation_dataset", "null", "--export.max_new_tokens", "0"]
+    tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    tiny.wait("more", 120)
+    refused = tiny.amlaunch("resume", "more", "--model.n_layer", "3", check=False)
+    assert refused.returncode == 2 and "another run" in refused.stderr
+    tiny.amlaunch("resume", "more", "--step_scheduler.max_steps", "6")
+    found = tiny.wait("more", 120)
+    run = run_dir(tiny, "more")
+    assert states(found)["train"] == ["done"] and element(found, "train")["result"]["step"] == 6
+    lines = [line["step"] for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
+    assert lines == [1, 2, 3, 4, 5, 6], "it went on from step 4"
+    again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    assert "was resumed with" in again.stdout and "already done, skipped" in again.stdout
+
+
+def test_status_is_one_squeue_and_at_most_one_sacct_for_all_terminals(place: Place) -> None:
+    """Wrappers on the search path write down who was called, then call the real one."""
+    tools = place.folder / "tools"
+    tools.mkdir()
+    for name in ("squeue", "sacct"):
+        place.write(f"tools/{name}", f'#!/bin/sh\necho {name} >> {place.folder}/calls\nexec /usr/bin/{name} "$@"\n').chmod(0o755)
+    env = {"PATH": f"{tools}:{place.cluster.python.parent}:/usr/bin:/bin"}
+    (place.folder / "calls").touch()
+    os.chmod(place.folder / "calls", 0o666)
+    for name in ("one-1", "two-2"):
+        place.stand_in(("preprocess", [[]] * 3, CPU), ("train", [["--do", "fail"]], CPU), name=name)
+        place.amlaunch("retry", name)
+        place.wait(name, code=1)
+    for path in (place.folder / "cache").rglob("*.json"):
+        path.unlink()
+    for _ in range(3):
+        place.amlaunch("status", **env)
+        place.amlaunch("status", "one-1", "--json", **env)
+    assert (place.folder / "calls").read_text().split() == ["squeue"], "nothing to ask accounting about: the driver left its word"
+
+
+def test_status_without_slurm_says_what_it_knows(place: Place) -> None:
+    place.stand_in(("preprocess", [[]], CPU), ("train", [["--do", "steps"]], CPU))
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: (element(found, "train")["progress"].get("done") or 0) >= 1)
+    bare = place.folder / "bare"
+    bare.mkdir()
+    found = place.amlaunch("status", "test-1", "--json", PATH=str(bare), XDG_CACHE_HOME=str(bare))
+    lost = element(json.loads(found.stdout)[0], "train")
+    assert lost["state"] == "unknown" and "last sign of life" in lost["reason"] and "squeue: not found" in lost["reason"]
+    assert states(json.loads(found.stdout)[0])["preprocess"] == ["done"], "markers need no Slurm"
+
+
+def test_a_vanished_job_is_explained_by_accounting(place: Place) -> None:
+    """Killed by Slurm before the driver could say anything: squeue's or sacct's word for it."""
+    run = place.stand_in(("train", [["--do", "hang"]], CPU))
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: element(found, "train")["attempts"])
+    place.cluster.on("cpu1", "kill", "-9", str(attempts(run, "train")[0]["pid"]))
+    found = place.wait_until("test-1", lambda found: element(found, "train")["state"] not in ("running", "queued"))
+    assert element(found, "train")["state"] == "failed" and "without a word from the driver" in element(found, "train")["reason"]
+
+
+def test_an_environment_that_nodes_do_not_have(place: Place) -> None:
+    place.stand_in(("train", [[]], CPU), python="/nowhere/python3")
+    place.amlaunch("retry", "test-1")
+    place.wait("test-1", code=1)
+    shown = place.amlaunch("status", "test-1").stdout
+    assert "/nowhere/python3: No such file or directory" in shown
+    assert "/nowhere/python3" in place.amlaunch("logs", "test-1").stdout
+
+
+def test_clean_shows_first_and_removes_then(place: Place) -> None:
+    run = place.stand_in(("train", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    refused = place.amlaunch("clean", "test-1", check=False)
+    assert refused.returncode == 2 and "runs or waits" in refused.stderr
+    place.wait("test-1")
+    assert "would remove" in place.amlaunch("clean", "test-1").stdout and run.root.exists()
+    place.amlaunch("clean", "test-1", "--yes")
+    assert not run.root.exists()
+
+
+class TestRendezvous:
+    def test_a_port_that_is_taken_is_replaced(self, place: Place) -> None:
+        run = place.stand_in(("train", [["--do", "port"]], Needs(1, 2, 2, 2, "400M", 5)))
+        place.amlaunch("retry", "test-1")
+        place.wait("test-1")
+        assert len(attempts(run, "train")) == 1, "another port is no new attempt"
+        assert "EADDRINUSE" in run.element("train", "0").log(1, 0).read_text()
+
+    def test_ports_of_two_jobs_on_one_node_differ(self, place: Place) -> None:
+        run = place.stand_in(("train", [["--print", "MASTER_PORT", "--do", "linger"]] * 2, CPU))
+        place.amlaunch("retry", "test-1")
+        place.wait("test-1")
+        ports = {line for name in "01" for line in run.element("train", name).log(1, 0).read_text().splitlines() if line.startswith("MASTER_PORT")}
+        assert len(ports) == 2
+
+    def test_over_an_interface_with_nothing_but_ipv6(self, tiny: Place) -> None:
+        tiny.write("ipv6.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib0\n"))
+        words = ["--name", "ipv6", "--step_scheduler.max_steps", "2", "--validation_dataset", "null", "--export", "null"]
+        tiny.amlaunch("submit", "tiny.yaml", "--cluster", "ipv6.yaml", *ON_GPUS, "--resources.train.nodes", "2", *words)
+        assert states(tiny.wait("ipv6", 120))["train"] == ["done"]
+        tiny.write("none.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib7\n"))
+        words[1] = "none"
+        tiny.amlaunch("submit", "tiny.yaml", "--cluster", "none.yaml", *ON_GPUS, "--resources.train.nodes", "2", *words)
+        failed = element(tiny.wait("none", 60, code=1), "train")
+        assert "has no interface 'ib7'" in failed["reason"] and "ib0" in failed["reason"]
