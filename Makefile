@@ -12,8 +12,9 @@ demo: install
 	$(BIN)/amlaunch local quickstart
 	@echo; echo "to have amlaunch on the path of this shell: . $(BIN)/activate"
 
+# Two processes: the tests on the cluster wait for Slurm most of the time, the others compute.
 test: install lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 test-fast: install
 	$(BIN)/python -m pytest tests -m "not slow"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.causes import TAIL_BYTES, cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
 from launcher.policy import goes_again
 from launcher.ranks import free_ports, start_local
@@ -33,6 +34,8 @@ GRACE_SECONDS = 120.0
 """How long ranks may take to save after "stop soon"."""
 SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
+LOOK_SECONDS = 1.0
+"""Between two looks for a sign of life."""
 UNHEARD = (-signal.SIGTERM, -signal.SIGUSR1)
 """How a rank ends that is asked to stop before it listens."""
 PORT_TAKEN = ("EADDRINUSE", "address already in use")
@@ -71,6 +74,11 @@ class Attempt:
     def folder(self) -> ElementDir:
         """Where the element keeps its files."""
         return self.run.element(self.stage.name, self.element.name)
+
+    @property
+    def ranks(self) -> int:
+        """How many there are, over all nodes."""
+        return self.stage.needs.nodes * self.stage.needs.tasks_per_node
 
     def log(self, rank: int | None) -> Path:
         """The log of a rank, or of what started the ranks; its folder is there."""
@@ -161,21 +169,45 @@ def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, 
     """Start the ranks, wait for them, and write down how it ended and whether it goes on by itself."""
     started = time.monotonic()
     job = attempt.given.job or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
-    attempt.record("start", host=platform.node(), pid=os.getpid(), job=job, done=attempt.progress(), **attempt.given.facts)
+    attempt.record("start", host=node_name(), pid=os.getpid(), job=job, done=attempt.progress(), **attempt.given.facts)
     try:
-        codes, first = _run_ranks(attempt, stopping, start)
+        codes, first, hung = _run_ranks(attempt, stopping, start)
     except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
         what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
         attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
         return FAILED
     result = read_json(attempt.folder.result)
     end = explain(attempt, codes, classify(codes, first, result, stopping if stopping.since is not None else None))
-    end = explain_more(attempt, end) if explain_more else end
+    if hung:
+        end = {**end, **hang_of(attempt)}
+    end = with_cause(attempt, explain_more(attempt, end) if explain_more else end)
     seconds = round(time.monotonic() - started, 3)
     if end["outcome"] == DONE:
         write_json(attempt.folder.done, {"time": time.time(), "attempt": attempt.number, "seconds": seconds, **(result or {})})
     attempt.record("end", seconds=seconds, exit_codes=codes, **_with_policy(attempt, end))
     return str(end["outcome"])
+
+
+def hang_of(attempt: Attempt) -> dict[str, Any]:
+    """The verdict on ranks that were ended because nothing came from them any more."""
+    reason = f"no sign of life for {attempt.stage.needs.hang_seconds:.0f} s (resources.{attempt.stage.name}.hang_minutes)"
+    return {"outcome": FAILED, "kind": "hang", "reason": reason, "retry": True, "again": True, "elsewhere": True, "host": node_name()}
+
+
+def node_name() -> str:
+    """What this host is called by whoever gives it out: Slurm's name for it, where a job runs."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
+    """Say what the failed rank's log says of the cause, and whether another try, or another node, can help."""
+    if end["outcome"] != FAILED or end.get("retry") is False or "kind" in end:
+        return end
+    text = "\n".join(tail_of(attempt.folder.log(attempt.number, rank)) for rank in (end.get("rank") or 0, None))
+    cause = cause_of(text)
+    if cause is None:
+        return end
+    return {**end, "kind": cause.kind, "again": cause.again, "elsewhere": cause.elsewhere, "reason": f"{end['reason']}: {cause.hint}"}
 
 
 def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
@@ -185,15 +217,16 @@ def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     return {**end, "again": again, "reason": f"{end.get('reason', '')}; {why}", "retry": end.get("retry", True)}
 
 
-def _run_ranks(attempt: Attempt, stopping: Stopping, start: Start) -> tuple[list[int], int | None]:
-    """:func:`wait_for` what ``start`` starts; with another port where the one that the ranks were told turned out taken."""
+def _run_ranks(attempt: Attempt, stopping: Stopping, start: Start) -> tuple[list[int], int | None, bool]:
+    """:func:`wait_for` what ``start`` starts, and whether it hung; with another port where the one that the ranks were told turned out taken."""
     for port in free_ports(attempt.given.port_seed or os.getpid()):
         before = _size(attempt.log(0))
+        watch = Watch(attempt)
         with ExitStack() as files:
-            codes, first = wait_for(start(attempt, files, port), stopping)
+            codes, first = wait_for(start(attempt, files, port), stopping, watch)
         if not any(codes) or stopping.since is not None or not _said(attempt.log(0), before, PORT_TAKEN):
             break
-    return codes, first
+    return codes, first, watch.hung
 
 
 def _size(path: Path) -> int:
@@ -205,7 +238,7 @@ def _said(log: Path, offset: int, words: tuple[str, ...]) -> bool:
     if not log.exists():
         return False
     with open(log, "rb") as handle:
-        handle.seek(max(offset, _size(log) - 65536))
+        handle.seek(max(offset, _size(log) - TAIL_BYTES))
         text = handle.read().decode(errors="replace")
     return any(word in text for word in words)
 
@@ -214,7 +247,7 @@ def explain(attempt: Attempt, codes: list[int], end: dict[str, Any]) -> dict[str
     """Bad input is said by one rank for all: take its words, and point to its log."""
     if BAD_INPUT not in codes:
         return end
-    for rank in range(attempt.stage.needs.nodes * attempt.stage.needs.tasks_per_node):
+    for rank in range(attempt.ranks):
         said = _errors(attempt.folder.log(attempt.number, rank)) if rank >= len(codes) or codes[rank] == BAD_INPUT else []
         if said:
             return {**end, "rank": rank, "reason": said[-1].removeprefix("error: ")}
@@ -227,10 +260,42 @@ def _errors(log: Path) -> list[str]:
     return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
 
 
-def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping) -> tuple[list[int], int | None]:
+class Watch:
+    """Looks whether ranks still do anything: a heartbeat, or a line in any of their logs."""
+
+    def __init__(self, attempt: Attempt):
+        self.limit = attempt.stage.needs.hang_seconds
+        self.files = [attempt.folder.progress, attempt.folder.metrics, *(attempt.log(rank) for rank in range(attempt.ranks))]
+        self.seen: list[float] = []
+        self.since = self.looked = time.monotonic()
+        self.hung = False
+
+    def look(self) -> bool:
+        """Whether nothing has changed for as long as the stage may take for one step."""
+        now = time.monotonic()
+        if self.limit is None or now - self.looked < LOOK_SECONDS:
+            return self.hung
+        self.looked = now
+        signs = [_changed(path) for path in self.files]
+        if signs != self.seen:
+            self.seen, self.since = signs, now
+        self.hung = now - self.since > self.limit
+        return self.hung
+
+
+def _changed(path: Path) -> float:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0.0
+    return found.st_mtime + found.st_size
+
+
+def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping, watch: Watch | None = None) -> tuple[list[int], int | None]:
     """``(exit codes, the rank that failed first)``, once all have ended.
 
-    One rank that fails takes the others with it, "stop soon" has a time limit.
+    One rank that fails takes the others with it, "stop soon" has a time limit,
+    and so has silence.
     """
     forwarded = False
     failed_at = 0.0
@@ -243,7 +308,8 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping) -> tuple[
         if first is None and any(rank.poll() for rank in ranks):
             first, failed_at = _culprit([rank.poll() for rank in ranks]), now
         overdue = stopping.since is not None and now - stopping.since > GRACE_SECONDS
-        if overdue or (first is not None and now - failed_at > SIBLING_SECONDS):
+        hung = watch is not None and watch.look()
+        if overdue or hung or (first is not None and now - failed_at > SIBLING_SECONDS):
             _signal(ranks, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     codes = [rank.poll() or 0 for rank in ranks]

@@ -22,8 +22,10 @@ for _number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(_number, lambda number, _: EARLY.append(number))
 
 from launcher import slurm  # noqa: E402  (the handlers above come first)
+from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import Assignment, run_element  # noqa: E402
+from launcher.plan import Needs  # noqa: E402
 from launcher.state import DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip
     outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY)
-    return go_on(run, submission.stage, element, outcome)
+    return go_on(run, submission.stage, element, outcome, needs)
 
 
 def own_submission(folder: Path) -> Submission | None:
@@ -85,7 +87,7 @@ def job_id() -> str:
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
-def go_on(run: RunDir, stage: str, element: str, outcome: str) -> int:
+def go_on(run: RunDir, stage: str, element: str, outcome: str, needs: Needs) -> int:
     """Back into the queue where the driver's own record says so; the exit code otherwise."""
     attempts = run.element(stage, element).attempts
     end: dict[str, Any] = next((line for line in reversed(read_json_lines(attempts)) if line.get("event") == "end"), {})
@@ -93,7 +95,7 @@ def go_on(run: RunDir, stage: str, element: str, outcome: str) -> int:
     if outcome == PENDING:
         print("another job has this element; this one leaves it alone", flush=True)
     elif end.get("again") and outcome != DONE:
-        problem = back_into_the_queue()
+        problem = back_into_the_queue(avoidable(attempts, needs))
         if problem:
             append_json_line(attempts, {**end, "time": time.time(), "again": False, "reason": f"{end['reason']}; not requeued: {problem}"})
     if outcome == DONE:
@@ -103,18 +105,31 @@ def go_on(run: RunDir, stage: str, element: str, outcome: str) -> int:
     return FAILED if end.get("retry", True) else BAD_INPUT
 
 
-def back_into_the_queue() -> str:
-    """Requeue this task and wait for Slurm to end it; why not, where that cannot be.
+def avoidable(attempts: Path, needs: Needs) -> list[str]:
+    """The nodes to keep away from, unless too few would be left to start at all."""
+    bad = nodes_to_avoid(read_json_lines(attempts))
+    try:
+        here = next((part.nodes for part in slurm.partitions() if part.name == os.environ.get("SLURM_JOB_PARTITION")), 0)
+    except slurm.SlurmError:
+        return []
+    return bad if here - len(bad) >= needs.nodes else []
+
+
+def back_into_the_queue(avoided: Sequence[str]) -> str:
+    """Requeue this task, to start on none of the nodes ``avoided``, and wait for Slurm to end it; why not, where that cannot be.
 
     A job that was cancelled stays cancelled: its ranks were told to end, too,
     and looked just like preempted ones.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm now sends to all of the job, and scontrol below would die of
     for attempt in range(REQUEUE_TRIES):
         try:
             state = slurm.job_state(os.environ["SLURM_JOB_ID"])
             if state == "CANCELLED":
                 return "the job was cancelled"
             slurm.requeue(job_id())
+            if avoided or os.environ.get("SLURM_RESTART_COUNT"):  # an older list has run out, or has grown
+                _avoid(avoided)
         except slurm.SlurmError as error:  # the controller restarts, or is busy
             problem = str(error)
             time.sleep(min(2.0**attempt, 30.0))
@@ -122,6 +137,14 @@ def back_into_the_queue() -> str:
         time.sleep(LEAVE_SECONDS)  # Slurm ends us here
         return "Slurm accepted it and let the job run on"
     return problem
+
+
+def _avoid(nodes: Sequence[str]) -> None:
+    """Only a job that waits can be given a list of nodes; this one waits from the moment of its requeue, while it still ends."""
+    try:
+        slurm.avoid(job_id(), nodes)
+    except slurm.SlurmError as error:  # it may start on the same node once more; the budget of tries has the last word
+        print(f"could not exclude {', '.join(nodes)}: {error}", flush=True)
 
 
 if __name__ == "__main__":

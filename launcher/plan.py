@@ -20,6 +20,8 @@ class Needs:
     cpus: int
     mem: str | None = None
     time_minutes: int | None = None
+    hang_seconds: float | None = None
+    """Silence for longer than this means that the ranks hang; None: they are never suspected."""
 
 
 @dataclass(frozen=True)

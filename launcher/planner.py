@@ -16,6 +16,7 @@ from recipes.loader import Loaded, at_point, check_batch, check_ranks, file_targ
 from recipes.rundir import RunDir
 from recipes.schema import Preprocess, StageResources
 
+HANG_MINUTES = 30
 EXPORT_CPUS = 4
 """Of an export on a cluster, which is one process that copies and samples."""
 
@@ -150,7 +151,15 @@ def _override_arguments(point: Mapping[str, Any]) -> list[str]:
 
 def _needs(stage: str, given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
     default = site.defaults.get(stage, StageResources())
-    return Needs(given.nodes or 1, gpus, tasks, given.cpus or default.cpus or cpus, given.mem or default.mem, given.time or default.time)
+    return Needs(
+        nodes=given.nodes or 1,
+        gpus_per_node=gpus,
+        tasks_per_node=tasks,
+        cpus=given.cpus or default.cpus or cpus,
+        mem=given.mem or default.mem,
+        time_minutes=given.time or default.time,
+        hang_seconds=60.0 * (given.hang_minutes or HANG_MINUTES),
+    )
 
 
 def _train_needs(loaded: Loaded, site: Site) -> Needs:

@@ -92,7 +92,7 @@ def _association_problems(cluster: Cluster, stages: Sequence[Stage]) -> Iterable
             yield f"{cluster.source}: account {own.account!r} is not yours; {did_you_mean(own.account, accounts)}"
         if own.qos and qos and own.qos not in qos:
             yield f"{cluster.source}: qos {own.qos!r} is not yours; {did_you_mean(own.qos, qos)}"
-        allowed = slurm.partition_rules(stage.partition).get("AllowAccounts", "ALL") if stage.partition else "ALL"
+        allowed = slurm.partition_rules().get(stage.partition or "", {}).get("AllowAccounts", "ALL")
         if allowed != "ALL" and (own.account or default) not in allowed.split(","):
             yield f"partition {stage.partition} is for the accounts {allowed} alone, yours is {own.account or default}; choose another one for stage {stage.name}"
 

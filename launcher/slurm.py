@@ -185,6 +185,11 @@ def requeue(job: str) -> None:
     call("scontrol", "requeue", job)
 
 
+def avoid(job: str, nodes: Sequence[str]) -> None:
+    """Have a job that waits start on none of ``nodes``. Raises SlurmError."""
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+
 def job_state(job: str) -> str:
     """The state of one job by its own number, as the controller has it now. Raises SlurmError."""
     found = re.search(r"JobState=(\w+)", call("scontrol", "show", "job", job))
@@ -215,10 +220,11 @@ def partitions() -> list[Partition]:
     return list(found.values())
 
 
-def partition_rules(name: str) -> Mapping[str, str]:
-    """``scontrol show partition`` as a mapping: AllowAccounts, AllowQos, MaxNodes and the like. Raises SlurmError."""
-    text = call("scontrol", "show", "partition", name, "-o")
-    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+def partition_rules() -> dict[str, Mapping[str, str]]:
+    """``scontrol show partition`` by name: AllowAccounts, PreemptMode, PriorityTier and the like. Raises SlurmError."""
+    lines = call("scontrol", "--oneliner", "show", "partition").splitlines()
+    rules = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    return {one["PartitionName"]: one for one in rules if "PartitionName" in one}
 
 
 def _partition(fields: Sequence[str]) -> Partition:
@@ -276,16 +282,6 @@ def associations() -> tuple[set[str], set[str], str] | None:
 def version() -> str:
     """The version of this machine's Slurm commands: ``22.05.8``. Raises SlurmError."""
     return (call("sbatch", "--version").split() or [""])[-1]
-
-
-def partition_settings() -> dict[str, Mapping[str, str]]:
-    """What the controller says of each partition (AllowAccounts, PreemptMode, …), by name. Raises SlurmError."""
-    found: dict[str, Mapping[str, str]] = {}
-    for line in call("scontrol", "--oneliner", "show", "partition").splitlines():
-        settings = dict(re.findall(r"(\w+)=(\S*)", line))
-        if "PartitionName" in settings:
-            found[settings["PartitionName"]] = settings
-    return found
 
 
 def usable_nodes() -> dict[str, int]:

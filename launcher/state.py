@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.causes import cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
 from launcher.queue import Queue
 from launcher.slurm import JobInfo
@@ -162,6 +163,8 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
     if info is not None:
         state, reason = explain_end(info, found)
+        cause = cause_of(tail_of(submission.log(index))) if state == FAILED else None
+        reason = f"{reason}: {cause.hint}" if cause else reason
         return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=state, reason=reason)
     return _untold(common, found, job, queue)
 

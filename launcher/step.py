@@ -46,7 +46,7 @@ class Step:
 
     def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
         """Name rank and host of what ended first, from srun's own words."""
-        if end["outcome"] != FAILED or end.get("retry") is False:
+        if end["outcome"] != FAILED or end.get("retry") is False or "kind" in end:
             return end
         said = first_failure(attempt.log(None))
         if said is None:

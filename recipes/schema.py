@@ -190,6 +190,8 @@ class StageResources:
     """CPUs a node."""
     mem: str | None = None
     time: Minutes | None = None
+    hang_minutes: Positive | None = None
+    """Ranks that neither step nor write a line for so long are ended and tried again; None: 30."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,13 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: the tests of a file stay together, and all that use the one cluster."""
+    for item in items:
+        uses = "cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cluster" if uses else item.path.name))
+
+
 @pytest.fixture
 def root() -> Path:
     """The checkout."""

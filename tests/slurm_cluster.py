@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -138,6 +139,30 @@ class Cluster:
         """Start the accounting daemon again."""
         self._script("acct-on")
         self._repairs.pop("slurmdbd", None)
+
+    def kill_slurmd(self, node: str) -> None:
+        """End the daemon of a node, not its jobs, and start it again after a moment."""
+        self.on(node, "sh", "-c", f"kill -9 $(cat /var/spool/slurmd/{node}/slurmd.pid)")
+        time.sleep(2)
+        self.on(node, "setsid", "slurmd")
+
+    @contextmanager
+    def without(self, setting: str) -> Iterator[None]:
+        """The cluster with one word of slurm.conf taken out."""
+        conf = Path("/etc/slurm/slurm.conf")
+        before = conf.read_text()
+        lines = [line for line in before.splitlines() if setting not in line]
+        assert len(lines) < len(before.splitlines()), setting
+        try:
+            self._configure(conf, "\n".join(lines) + "\n")
+            yield
+        finally:
+            self._configure(conf, before)
+
+    def _configure(self, conf: Path, text: str) -> None:
+        conf.write_text(text)
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+        time.sleep(1)
 
     def cancel_all(self, timeout: float = 90) -> None:
         """Cancel every job of lab and wait for the last one's end."""

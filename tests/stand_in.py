@@ -1,8 +1,9 @@
 """A stage program for tests of the driver and the local executor: behaves as its arguments say, in milliseconds.
 
-Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang|once|steps|port] [--rank R]: what rank R does (all: -1).
-``once`` fails the first time; ``steps`` counts to 40 in half-second steps, and goes on where it was told to stop;
-``port`` says that its port is taken, the first time.
+Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang|once|steps|port|say|eat] [--rank R]: what rank R does (all: -1).
+``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and goes on where it was told to stop;
+``port`` says that its port is taken, the first time; ``say`` prints --words and fails where --on says (a host; any);
+``eat`` takes memory until somebody minds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from recipes.files import write_json
 from recipes.process import die_with_parent
 from recipes.rundir import ElementDir, Heartbeat
 
+STEPS = 24
+
 
 def main() -> int:
     die_with_parent()
@@ -27,6 +30,8 @@ def main() -> int:
     parser.add_argument("--do", default="ok")
     parser.add_argument("--rank", type=int, default=-1)
     parser.add_argument("--print", dest="variable")
+    parser.add_argument("--words", default="")
+    parser.add_argument("--on", default="")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     folder = ElementDir(Path(options.element))
@@ -48,6 +53,14 @@ def main() -> int:
         return 1
     if what == "steps":
         return count_steps(folder, rank, asked)
+    if what == "say" and options.on in ("", platform.node()):
+        print(options.words, file=sys.stderr)
+        return 1
+    if what == "eat":
+        eaten = []
+        while True:
+            eaten.append(b"x" * 50_000_000)
+            time.sleep(0.1)
     if what == "fail":
         raise RuntimeError("the disk is full of bees")
     if what == "bad":
@@ -77,15 +90,15 @@ def leave_result(folder: ElementDir, rank: int) -> int:
 def count_steps(folder: ElementDir, rank: int, asked: list[int]) -> int:
     """Work that is saved at every step, and whose log tells which steps were made."""
     saved = folder.root / f"saved{rank}"
-    for step in range(int(saved.read_text()) if saved.exists() else 0, 40):
+    for step in range(int(saved.read_text()) if saved.exists() else 0, STEPS):
         if asked or folder.stop.exists():
             return 75
-        time.sleep(0.5)
+        time.sleep(0.4)
         saved.write_text(str(step + 1))
         with open(folder.root / f"steps{rank}", "a") as log:
             log.write(f"{step + 1}\n")
         if rank == 0:
-            Heartbeat(folder.progress, 0.0).beat(unit="step", done=step + 1, total=40, rate=2.0, eta_s=(39 - step) / 2)
+            Heartbeat(folder.progress, 0.0).beat(unit="step", done=step + 1, total=STEPS, rate=2.5)
     return leave_result(folder, rank)
 
 

@@ -1,0 +1,341 @@
+"""Runs on a real Slurm cluster whose jobs, nodes, daemons and submitters are ended on purpose.
+
+After each fault: every element is done exactly once or failed with its reason,
+and no job is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster
+from slurm_runs import CPU, Place, attempts, element, states
+from test_e2e import TINY, write_text
+
+from launcher.plan import Needs
+from recipes.files import read_json_lines
+from recipes.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+STEPS = ["--do", "steps"]
+LAST = 24
+TWO_ON_GPU = Needs(1, 2, 2, 2, "400M", 5)
+
+
+@pytest.fixture
+def place(cluster: Cluster) -> Place:
+    return Place(cluster, "survive")
+
+
+def steps_made(run: RunDir, stage: str, name: str = "0", rank: int = 0) -> list[int]:
+    return [int(line) for line in (run.element(stage, name).root / f"steps{rank}").read_text().split()]
+
+
+def at_step(found: dict[str, Any], stage: str, step: int, index: int = 0) -> bool:
+    one = element(found, stage, index)
+    return one["state"] == "running" and (one["progress"].get("done") or 0) >= step
+
+
+def driver_pid(run: RunDir, stage: str, name: str = "0") -> str:
+    return str(attempts(run, stage, name)[-1]["pid"])
+
+
+def jobs_of(place: Place, name: str) -> list[str]:
+    """Every array that Slurm has known of a run."""
+    rows = place.cluster.run("squeue", "-h", "-t", "all", "-u", "lab", "-o", "%F|%j|%Z").stdout.splitlines()
+    fields = [row.split("|") for row in rows]
+    return sorted({job for job, title, folder in fields if title.startswith(name) and folder == str(place.folder)})
+
+
+# --- the time limit, preemption, requeue
+
+
+SLOW_MODEL = """\
+import os, time, torch
+class Slow(torch.nn.Module):
+    def __init__(self, vocab):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, vocab))
+    def forward(self, ids):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return self.inner(ids)
+def build(vocab: int = 50304):
+    return Slow(vocab)
+"""
+
+
+def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cluster: Cluster) -> None:
+    place = Place(cluster, "limit")
+    place.env["TEXT"] = str(place.folder / "text")
+    write_text(place.folder / "text")
+    place.write("slow.py", SLOW_MODEL)
+    recipe = TINY.split("model:")[0].replace("name: tiny", "name: limit") + (
+        "model: {_target_: 'slow.py:build'}\ndataset: {seq_len: 16, shuffle_files: true}\nexport: null\n"
+        "step_scheduler: {max_steps: 100, global_batch_size: 4, ckpt_every_steps: 50}\nresources: {train: {tasks_per_node: 2}}\n"
+    )
+    place.write("limit.yaml", recipe)
+    place.write("clusters.yaml", "lab: {signal_seconds: 59, mem: 3G, time: 2}\n")
+    place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", SLOW="0")
+    place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--stage", "preprocess")
+    (run,) = (place.folder / "runs").glob("limit-*")
+    plan = json.loads((run / "plan.json").read_text())
+    for stage in plan["stages"]:
+        stage["needs"]["time_minutes"] = 1  # which submit refuses: it leaves half a minute at most
+    (run / "plan.json").write_text(json.dumps(plan))
+    place.amlaunch("retry", "limit", SLOW="0.6")
+    place.wait("limit", 420)
+    place.amlaunch("wait", "limit", "--runs", "reference/runs", timeout=200)
+    (disturbed,), (plain,) = ([RunDir(path) for path in (place.folder / runs).glob("limit-*")] for runs in ("runs", "reference/runs"))
+    begun = attempts(disturbed, "train")
+    assert len(begun) >= 3 and len(attempts(plain, "train")) == 1, "at least two requeues"
+    assert {start["job"] for start in begun} == {begun[0]["job"]} and [start["restarts"] for start in begun] == list(range(len(begun)))
+    ends = [line for line in read_json_lines(disturbed.element("train", "0").attempts) if line["event"] == "end"]
+    assert all(end["reason"].startswith("the time limit is near") for end in ends[:-1])
+
+    def losses(run: RunDir) -> list[tuple[int, str]]:
+        return [(line["step"], line["loss"].hex()) for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
+
+    assert len(losses(plain)) == 100 and losses(disturbed) == losses(plain)
+    saved = [sorted(path.name for path in run.checkpoints("0").glob("step-*"))[-1] for run in (disturbed, plain)]
+    assert saved[0] == saved[1] == "step-00000100"
+
+
+def test_preemption_with_the_users_signal(place: Place) -> None:
+    """The site sends the job's own signal: the driver hears USR1, and the job comes back after the one that pushed it out."""
+    run = place.stand_in(("train", [STEPS], Needs(1, 2, 2, 2, "400M", 5)), stages={"train": {"sbatch": {"nodelist": "gpu1"}}})
+    _preempt(place, run, "gpu-low")
+
+
+def test_preemption_without_the_users_signal(place: Place, cluster: Cluster) -> None:
+    """TERM to the ranks alone: they save and leave, and the driver finds that nobody asked it."""
+    run = place.stand_in(("train", [STEPS], Needs(1, 2, 2, 2, "400M", 5)), stages={"train": {"sbatch": {"nodelist": "gpu1"}}})
+    with cluster.without("preempt_send_user_signal"):
+        _preempt(place, run, "gpu-low")
+
+
+def _preempt(place: Place, run: RunDir, partition: str) -> None:
+    plan = json.loads(run.plan.read_text())
+    plan["stages"][0]["partition"] = partition
+    run.plan.write_text(json.dumps(plan))
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: at_step(found, "train", 3))
+    place.cluster.run("sbatch", "-p", "gpu", "-w", "gpu1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 4", cwd=place.folder)
+    place.wait_until("test-1", lambda found: element(found, "train")["state"] == "queued", 40)
+    found = place.wait("test-1", 120)
+    assert states(found)["train"] == ["done"] and len(attempts(run, "train")) == 2
+    for rank in (0, 1):
+        assert steps_made(run, "train", rank=rank) == list(range(1, LAST + 1)), "what was saved was not made again"
+
+
+def test_scontrol_requeue_takes_one_element_of_an_array_alone(place: Place) -> None:
+    run = place.stand_in(("train", [STEPS, STEPS], CPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait_until("test-1", lambda found: at_step(found, "train", 3) and at_step(found, "train", 3, 1))
+    place.cluster.run("scontrol", "requeue", element(found, "train", 1)["job"])
+    assert states(place.wait("test-1", 120)) == {"train": ["done", "done"]}
+    assert [len(attempts(run, "train", name)) for name in "01"] == [1, 2]
+
+
+# --- nodes, ranks, memory, silence
+
+
+def test_a_node_that_crashes_in_training_and_another_in_preprocessing(place: Place, cluster: Cluster) -> None:
+    """Two runs at once, for it takes Slurm half a minute to miss a node."""
+    makes = place.stand_in(("preprocess", [STEPS, []], CPU), ("train", [[]], CPU), name="makes-1")
+    trains = place.stand_in(("train", [STEPS], TWO_ON_GPU), name="trains-1")
+    for name in ("makes-1", "trains-1"):
+        place.amlaunch("retry", name)
+    nodes = [
+        element(place.wait_until("makes-1", lambda found: at_step(found, "preprocess", 3)), "preprocess")["nodes"],
+        element(place.wait_until("trains-1", lambda found: at_step(found, "train", 3)), "train")["nodes"],
+    ]
+    for node in nodes:
+        cluster.crash(node)
+    assert states(place.wait("makes-1", 150)) == {"preprocess": ["done", "done"], "train": ["done"]}
+    assert states(place.wait("trains-1", 150)) == {"train": ["done"]}
+    assert {start["host"] for start in attempts(makes, "preprocess")} == {"cpu1", "cpu2"} and len(attempts(makes, "preprocess", "1")) == 1
+    assert {start["host"] for start in attempts(trains, "train")} == {"gpu1", "gpu2"}, "it went on on the node that is left"
+    for run, stage in ((makes, "preprocess"), (trains, "train")):
+        assert steps_made(run, stage) == list(range(1, LAST + 1)), "what was saved was not made again"
+
+
+def test_a_killed_rank_is_tried_again_where_it_was(place: Place, cluster: Cluster) -> None:
+    run = place.stand_in(("train", [STEPS], TWO_ON_GPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait_until("test-1", lambda found: at_step(found, "train", 3))
+    cluster.on(element(found, "train")["nodes"], "kill", "-9", (run.element("train", "0").root / "pid1").read_text())
+    assert states(place.wait("test-1", 120)) == {"train": ["done"]}
+    end = next(line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "end")
+    assert end["rank"] == 1 and end["again"] and "tried again (" in end["reason"], end
+
+
+def test_ranks_that_hang_are_ended_and_tried_elsewhere_but_not_for_ever(place: Place) -> None:
+    run = place.stand_in(("train", [["--do", "hang", "--rank", "1"]], Needs(1, 2, 2, 2, "400M", 5, hang_seconds=2.0)))
+    place.amlaunch("retry", "test-1")
+    failed = element(place.wait("test-1", 150, code=1), "train")
+    assert "no sign of life for 2 s" in failed["reason"] and "no progress in 3 attempts" in failed["reason"]
+    begun = attempts(run, "train")
+    assert len(begun) == 4, "the first got as far as its heartbeat says, the others no further"
+    assert begun[0]["host"] != begun[1]["host"], "the second try is on another node"
+
+
+def test_an_error_of_the_network_is_tried_on_another_node(place: Place) -> None:
+    run = place.stand_in(("train", [["--do", "say", "--on", "gpu1", "--words", "ncclRemoteError: a remote process exited"]], TWO_ON_GPU))
+    place.amlaunch("retry", "test-1")
+    assert states(place.wait("test-1", 90)) == {"train": ["done"]}
+    assert [start["host"] for start in attempts(run, "train")] == ["gpu1", "gpu2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [("OSError: [Errno 28] No space left on device", "amlaunch clean"), ("torch.OutOfMemoryError: CUDA out of memory", "local_batch_size"), ("ValueError: boom", "exited with code 1")],
+)
+def test_what_another_try_cannot_mend_is_not_tried(place: Place, words: str, hint: str) -> None:
+    run = place.stand_in(("train", [["--do", "say", "--words", words]], CPU), ("export", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait("test-1", 60, code=1)
+    assert hint in element(found, "train")["reason"] and len(attempts(run, "train")) == 1
+    assert states(found)["export"] == ["cancelled"] and not attempts(run, "export"), "a failed stage never lets its successor start"
+
+
+def test_more_memory_than_was_asked_for(place: Place) -> None:
+    place.stand_in(("train", [["--do", "eat"]], CPU))
+    place.amlaunch("retry", "test-1")
+    failed = element(place.wait("test-1", 90, code=1), "train")
+    assert failed["state"] == "failed" and "give resources more mem" in failed["reason"], failed
+
+
+def test_a_killed_slurmd_does_not_take_its_job_along(place: Place, cluster: Cluster) -> None:
+    run = place.stand_in(("train", [STEPS], CPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait_until("test-1", lambda found: at_step(found, "train", 3))
+    node = element(found, "train")["nodes"]
+    cluster.kill_slurmd(node)
+    assert states(place.wait("test-1", 120)) == {"train": ["done"]}
+    assert steps_made(run, "train") == list(range(1, LAST + 1))
+
+
+# --- the controller, accounting, sbatch, submitters
+
+
+def test_the_controller_stops_for_a_while_and_status_stays_true(place: Place, cluster: Cluster) -> None:
+    run = place.stand_in(("train", [STEPS], CPU), ("export", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda found: at_step(found, "train", 3))
+    cluster.stop_ctld()
+    for path in (place.folder / "cache").rglob("squeue-*.json"):
+        path.unlink()
+    asked = json.loads(place.amlaunch("status", "test-1", "--json").stdout)[0]
+    assert element(asked, "train")["state"] in ("unknown", "running") and element(asked, "export")["state"] in ("unknown", "queued")
+    deadline = time.monotonic() + 40
+    while not run.element("train", "0").done.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    cluster.start_ctld()
+    assert states(place.wait("test-1", 90)) == {"train": ["done"], "export": ["done"]}
+    assert len(attempts(run, "train")) == 1
+
+
+def test_without_accounting(place: Place, cluster: Cluster) -> None:
+    run = place.stand_in(("train", [["--do", "once"]], CPU), ("export", [[]], CPU))
+    cluster.stop_accounting()
+    place.amlaunch("retry", "test-1")
+    assert states(place.wait("test-1", 60, code=1)) == {"train": ["failed"], "export": ["cancelled"]}
+    place.amlaunch("retry", "test-1")
+    assert states(place.wait("test-1", 60)) == {"train": ["done"], "export": ["done"]}
+    assert len(attempts(run, "train")) == 2
+
+
+def wrapped(place: Place, body: str) -> dict[str, str]:
+    """An environment in which ``sbatch`` is a script of ours around the real one."""
+    tools = place.folder / "tools"
+    tools.mkdir(exist_ok=True)
+    place.write("tools/sbatch", f"#!/bin/bash\n{body}\n").chmod(0o755)
+    return {"PATH": f"{tools}:{place.cluster.python.parent}:/usr/bin:/bin"}
+
+
+def test_sbatch_that_times_out_after_it_was_accepted(place: Place) -> None:
+    run = place.stand_in(("preprocess", [[], []], CPU), ("train", [[]], CPU))
+    late = '/usr/bin/sbatch "$@" >/dev/null; echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    place.amlaunch("retry", "test-1", **wrapped(place, late))
+    assert states(place.wait("test-1", 60)) == {"preprocess": ["done", "done"], "train": ["done"]}
+    assert len(jobs_of(place, "test-1")) == 2 and [len(attempts(run, "preprocess", name)) for name in "01"] == [1, 1]
+
+
+def test_sbatch_that_refuses_leaves_nothing(place: Place) -> None:
+    place.stand_in(("preprocess", [[]], CPU), ("train", [[]], CPU))
+    no = 'echo "sbatch: error: Batch job submission failed: Requested node configuration is not available" >&2; exit 1'
+    found = place.amlaunch("retry", "test-1", check=False, **wrapped(place, no))
+    assert found.returncode == 2 and "Requested node configuration is not available" in found.stderr
+    assert not place.queued() and states(place.status("test-1")) == {"preprocess": ["pending"], "train": ["pending"]}
+    place.amlaunch("retry", "test-1")
+    place.wait("test-1")
+
+
+def test_a_submitter_killed_at_any_moment_then_the_same_command(place: Place) -> None:
+    """Ten runs, each submitter killed at another moment; some before, some between, some after sbatch."""
+    chance = random.Random(4)
+    slow = 'sleep 0.15; exec /usr/bin/sbatch "$@"'
+    env = wrapped(place, slow)
+    runs = {}
+    for i in range(10):
+        runs[f"kill-{i}"] = place.stand_in(("preprocess", [[], []], CPU), ("train", [[]], CPU), name=f"kill-{i}")
+        submitter = place.start("retry", f"kill-{i}", **env)
+        time.sleep(chance.uniform(0.2, 1.3))
+        submitter.kill()
+        submitter.wait()
+        place.amlaunch("retry", f"kill-{i}")
+    for name, run in runs.items():
+        assert states(place.wait(name, 120)) == {"preprocess": ["done", "done"], "train": ["done"]}
+        begun = [len(attempts(run, stage, element)) for stage, element in (("preprocess", "0"), ("preprocess", "1"), ("train", "0"))]
+        assert begun == [1, 1, 1], (name, begun, jobs_of(place, name))
+    assert not place.queued()
+
+
+def test_two_submits_of_one_run_at_once(place: Place) -> None:
+    run = place.stand_in(("preprocess", [[], []], CPU), ("train", [[]], CPU))
+    both = [place.start("retry", "test-1", "--json") for _ in range(2)]
+    answers = [json.loads(process.communicate(timeout=60)[0]) for process in both]
+    assert sorted(len(answer["submitted"]) for answer in answers) == [0, 2]
+    place.wait("test-1", 60)
+    assert len(jobs_of(place, "test-1")) == 2 and [len(attempts(run, "preprocess", name)) for name in "01"] == [1, 1]
+
+
+def test_an_array_larger_than_slurm_allows_is_cut(place: Place) -> None:
+    place.stand_in(("preprocess", [[]] * 1100, CPU), ("train", [[]], CPU), throttle=1)
+    made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)["submitted"]
+    assert [(one["stage"], len(one["elements"])) for one in made] == [("preprocess", 1001), ("preprocess", 99), ("train", 1)]
+    train = place.cluster.run("scontrol", "show", "job", f"{made[2]['job']}_0").stdout
+    assert all(f"afterok:{one['job']}_*" in train for one in made[:2]), "it waits for both parts"
+    found = place.status("test-1")
+    assert len(states(found)["preprocess"]) == 1100 and "queued" in states(found)["preprocess"]
+    place.amlaunch("cancel", "test-1")
+    place.wait_until("test-1", lambda found: not place.queued(), 60)
+
+
+def test_a_job_that_another_submit_replaced_does_nothing(place: Place) -> None:
+    run = place.stand_in(("train", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    place.wait("test-1")
+    folder = next(run.jobs.glob("001-*"))
+    again = place.cluster.run("sbatch", "--parsable", "--wait", folder / "script.sh", cwd=place.folder, env=place.env, check=False, timeout=60)
+    assert again.returncode != 0 and len(attempts(run, "train")) == 1
+    assert "another submit took its place" in (folder / f"{again.stdout.strip()}_0.log").read_text()
+
+
+def test_no_process_is_left_on_any_node(place: Place, cluster: Cluster) -> None:
+    place.stand_in(("train", [["--do", "hang"]], TWO_ON_GPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait_until("test-1", lambda found: element(found, "train")["attempts"])
+    node = element(found, "train")["nodes"]
+    place.amlaunch("cancel", "test-1")
+    place.wait_until("test-1", lambda found: not place.queued(), 60)
+    deadline = time.monotonic() + 20
+    while "stand_in" in cluster.on(node, "ps", "-eo", "args").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
