@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import variables
+from recipes.loader import is_secret_variable, refuse_secrets
 from recipes.schema import Minutes, Positive
 from recipes.targets import Policy
 from recipes.yamlfile import read_file
@@ -27,6 +28,7 @@ OURS = {
     "job-name": "the run's name makes it", "chdir": "relative paths in a recipe start where submit was typed",
     "export": "write pass_env or env", "requeue": "amlaunch decides", "no-requeue": "amlaunch decides", "open-mode": "logs are appended",
     "wrap": "amlaunch writes the script", "wait": "write submit --wait", "test-only": "write submit --dry-run", "parsable": "amlaunch reads the id",
+    "quiet": "amlaunch reads the id", "clusters": "export SLURM_CLUSTERS instead",
     "nodes": "write resources in the recipe", "ntasks-per-node": "write resources in the recipe", "cpus-per-task": "write resources in the recipe",
     "gpus-per-node": "write resources in the recipe", "mem": "write mem here, or resources in the recipe", "time": "write time here, or resources in the recipe",
 }  # fmt: skip
@@ -176,14 +178,17 @@ def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) 
 
 def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
     """A profile from plain data. Raises BadInput with every problem at its line."""
-    checker = Checker(lines, variables(), Policy(), job_start=False)
+    visible = {name: value for name, value in variables().items() if not is_secret_variable(name)}  # scripts hold no secrets
+    checker = Checker(lines, visible, Policy(), job_start=False)
     profile = checker.section(Profile, tree, ())
     if isinstance(tree, Mapping):
+        refuse_secrets(tree, lines)
         _check_sbatch(checker, tree, ())
         for stage, own in (tree.get("stages") or {}).items():
             _check_sbatch(checker, own, ("stages", str(stage)))
     refuse(checker.problems)
-    found: Profile = profile
+    # The shell on the node fills in what setup says, and the driver what env says: not this host, and not into a script.
+    found: Profile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
     return found
 
 

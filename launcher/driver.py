@@ -22,7 +22,7 @@ from launcher.causes import TAIL_BYTES, cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
 from launcher.policy import goes_again
 from launcher.ranks import free_ports, start_local
-from launcher.state import DONE, FAILED, PENDING, STOPPED
+from launcher.state import DONE, FAILED, PENDING, STOPPED, missing_output, read_done
 from launcher.store import read_plan
 from recipes.errors import BAD_INPUT, GO_ON_LATER
 from recipes.expand import Unset
@@ -31,7 +31,6 @@ from recipes.rundir import ElementDir, RunDir
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 120.0
-"""How long ranks may take to save after "stop soon"."""
 SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
 LOOK_SECONDS = 1.0
@@ -52,8 +51,14 @@ class Assignment:
     """A lock that its starter holds; when nobody does any more, the element stops soon."""
     job: str | None = None
     """Slurm's number of the job, or of the task of an array."""
+    budget: str = ""
+    """Which retries count together: those of one job, or of one launcher."""
     port_seed: int = 0
     """Where to begin to look for a free port; 0: at our own pid."""
+    grace: float = GRACE_SECONDS
+    """How long ranks may take to save after "stop soon"."""
+    patience: float = 0.0
+    """How long to wait for the element's lock."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else is worth a place in ``attempts.jsonl``: nodes, restarts."""
 
@@ -91,8 +96,9 @@ class Attempt:
         append_json_line(self.folder.attempts, {"event": event, "attempt": self.number, "time": time.time(), **more})
 
     def progress(self) -> float:
-        """How far the element is, in its own unit."""
-        done = read_object(self.folder.progress).get("done")
+        """How far the element would go on from, in its own unit: what is saved, where the stage says so."""
+        beat = read_object(self.folder.progress)
+        done = beat.get("saved", beat.get("done"))
         return done if isinstance(done, (int, float)) else 0
 
 
@@ -105,9 +111,11 @@ Explain = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
 class Stopping:
     """Whether the ranks should leave, since when, and why."""
 
-    def __init__(self, folder: ElementDir, watch: Path | None):
+    def __init__(self, folder: ElementDir, watch: Path | None, grace: float = GRACE_SECONDS):
         self.folder = folder
         self.watch = watch
+        self.grace = grace
+        self.looked = 0.0
         self.since: float | None = None
         self.signal: int | None = None
         """The signal that asked; None where somebody asked through the file."""
@@ -122,9 +130,21 @@ class Stopping:
     def look(self) -> bool:
         """Whether to stop: asked by signal, by the stop file, or because the starter is gone."""
         gone = self.watch is not None and not is_locked(self.watch)
-        if self.since is None and (gone or self.folder.stop.exists()):
+        if self.since is None and (gone or self._file_asks()):
             self.ask()
         return self.since is not None
+
+    def _file_asks(self) -> bool:
+        """Looked for once a second: it may lie on a file system that thousands of jobs share."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        self.looked = now
+        return self.folder.stop.exists()
+
+    def overdue(self) -> bool:
+        """Whether the ranks have had all the time that they were given to save."""
+        return self.since is not None and time.monotonic() - self.since > self.grace
 
     def reason(self) -> str:
         """Why it stopped, for people."""
@@ -140,21 +160,25 @@ def run_element(
     start: Start = start_local,
     explain_more: Explain | None = None,
     told: Sequence[int] = (),
+    plan: Plan | None = None,
 ) -> str:
     """Carry out one attempt; returns its outcome, which is also the last line of ``attempts.jsonl``.
 
     An element that another live driver has is left to it (``"pending"``).
-    ``told``: signals that came before this was called.
+    ``told``: signals that came before this was called; ``plan``: what to go by instead of the run's ``plan.json``.
     """
     run = RunDir(Path(run_root))
-    plan = read_plan(run)
+    plan = plan or read_plan(run)
     stage = plan.stage(stage_name)
     element = next(element for element in stage.elements if element.name == element_name)
     folder = run.element(stage_name, element_name)
     lock = Lock(folder.lock)
-    if not lock.acquire():
+    if not _acquire(lock, given.patience):
         return PENDING
-    stopping = Stopping(folder, Path(given.watch) if given.watch else None)
+    done = read_done(folder)
+    if done is not None and missing_output(done) is None:  # whoever asked for it again did not know yet
+        return DONE
+    stopping = Stopping(folder, Path(given.watch) if given.watch else None, given.grace)
     for leftover in (folder.stop, folder.result, folder.done):
         leftover.unlink(missing_ok=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -165,11 +189,21 @@ def run_element(
     return carry_out(Attempt(run, plan, stage, element, given, lock, number), stopping, start, explain_more)
 
 
+def _acquire(lock: Lock, patience: float) -> bool:
+    """Take an element's lock; on a network file system the lock of a host that crashed may live on for minutes."""
+    deadline = time.monotonic() + patience
+    while not lock.acquire():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1.0)
+    return True
+
+
 def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, explain_more: Explain | None = None) -> str:
     """Start the ranks, wait for them, and write down how it ended and whether it goes on by itself."""
     started = time.monotonic()
     job = attempt.given.job or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
-    attempt.record("start", host=node_name(), pid=os.getpid(), job=job, done=attempt.progress(), **attempt.given.facts)
+    attempt.record("start", host=node_name(), pid=os.getpid(), job=job, budget=attempt.given.budget, done=attempt.progress(), **attempt.given.facts)
     try:
         codes, first, hung = _run_ranks(attempt, stopping, start)
     except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
@@ -180,6 +214,8 @@ def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, 
     end = explain(attempt, codes, classify(codes, first, result, stopping if stopping.since is not None else None))
     if hung:
         end = {**end, **hang_of(attempt)}
+    elif end["outcome"] == FAILED and stopping.overdue():
+        end = {**end, **overdue_of(attempt, stopping)}
     end = with_cause(attempt, explain_more(attempt, end) if explain_more else end)
     seconds = round(time.monotonic() - started, 3)
     if end["outcome"] == DONE:
@@ -192,6 +228,12 @@ def hang_of(attempt: Attempt) -> dict[str, Any]:
     """The verdict on ranks that were ended because nothing came from them any more."""
     reason = f"no sign of life for {attempt.stage.needs.hang_seconds:.0f} s (resources.{attempt.stage.name}.hang_minutes)"
     return {"outcome": FAILED, "kind": "hang", "reason": reason, "retry": True, "again": True, "elsewhere": True, "host": node_name()}
+
+
+def overdue_of(attempt: Attempt, stopping: Stopping) -> dict[str, Any]:
+    """The verdict on ranks that did not save in the time that was left to them."""
+    reason = f"{stopping.reason()}, and the ranks did not save and leave within {attempt.given.grace:.0f} s; what was saved before is there"
+    return {"kind": "overdue", "reason": reason, "retry": True, "again": stopping.signal is not None}
 
 
 def node_name() -> str:
@@ -307,9 +349,8 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], stopping: Stopping, watch: Wa
             forwarded = True
         if first is None and any(rank.poll() for rank in ranks):
             first, failed_at = _culprit([rank.poll() for rank in ranks]), now
-        overdue = stopping.since is not None and now - stopping.since > GRACE_SECONDS
         hung = watch is not None and watch.look()
-        if overdue or hung or (first is not None and now - failed_at > SIBLING_SECONDS):
+        if stopping.overdue() or hung or (first is not None and now - failed_at > SIBLING_SECONDS):
             _signal(ranks, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     codes = [rank.poll() or 0 for rank in ranks]
@@ -351,11 +392,19 @@ def classify(codes: list[int], first: int | None, result: dict[str, Any] | None,
     return {"outcome": FAILED, **failure_of(codes[first], first)}
 
 
+def signal_name(number: int) -> str:
+    """``SIGKILL``; real-time signals have numbers alone."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def failure_of(code: int, rank: int) -> dict[str, Any]:
     """The ``reason`` for one rank's exit code, and whether another try can end otherwise."""
     if code == BAD_INPUT:
         return {"retry": False, "reason": "the recipe or its input cannot work", "rank": rank}
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return {"retry": True, "again": True, "reason": f"rank {rank} was killed by {signal.Signals(-code).name}{hint}", "rank": rank}
+        return {"retry": True, "again": True, "reason": f"rank {rank} was killed by {signal_name(-code)}{hint}", "rank": rank}
     return {"retry": True, "reason": f"rank {rank} exited with code {code}", "rank": rank}

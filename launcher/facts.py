@@ -192,11 +192,14 @@ def read_site() -> SlurmSite:
     """Ask Slurm, once for each thing. Raises SlurmError where the controller is silent; accounting may be."""
     version, settings = slurm.version(), slurm.config()
     preempt_type = settings.get("PreemptType", "preempt/none")
+    places = tuple(read_places(preempt_type))
+    if not places:
+        raise SlurmError("sinfo", "there is no partition that you may see")
     accounts, qos, default = slurm.associations() or (set(), set(), "")
     return SlurmSite(
         version=version,
         cluster=settings.get("ClusterName", ""),
-        partitions=tuple(read_places(preempt_type)),
+        partitions=places,
         max_array_size=slurm.max_array_size(),
         min_job_age_s=_seconds(settings.get("MinJobAge", "300")),
         kill_wait_s=_seconds(settings.get("KillWait", "30")),

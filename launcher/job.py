@@ -25,7 +25,7 @@ from launcher import slurm  # noqa: E402  (the handlers above come first)
 from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import Assignment, run_element  # noqa: E402
-from launcher.plan import Needs  # noqa: E402
+from launcher.plan import Needs, Plan  # noqa: E402
 from launcher.state import DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
@@ -35,6 +35,10 @@ from recipes.files import append_json_line, read_json_lines, read_object  # noqa
 from recipes.rundir import RunDir  # noqa: E402
 
 REQUEUE_TRIES = 8
+LOCK_SECONDS = 180.0
+"""How long to wait for the element's lock: a crashed host's lock on NFS lives for the server's lease, 90 s by default."""
+MIN_GRACE, SPARE_SECONDS = 30.0, 15.0
+"""Ranks have from the warning to this much before the time limit to save."""
 LEAVE_SECONDS = 120.0
 """How long Slurm may take to end a job that it has put back into the queue."""
 
@@ -42,10 +46,11 @@ LEAVE_SECONDS = 120.0
 def main(arguments: Sequence[str]) -> int:
     """Carry out the element that this task of the array stands for; the exit code of the job."""
     run, folder = RunDir(Path(arguments[0])), Path(arguments[1])
+    os.environ.update({name: str(value) for name, value in read_object(run.environment).items()})
     try:
-        plan = read_plan(run)
         submission = own_submission(folder)
-        profile = check_profile((plan.cluster or {}).get("profile") or {}, {})
+        plan = read_plan(run)
+        profile = check_profile(submission.profile if submission else {}, {})
     except (BadInput, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -53,18 +58,27 @@ def main(arguments: Sequence[str]) -> int:
         print(f"this job is not the one that {folder} speaks of: another submit took its place; it leaves the element alone")
         return GO_ON_LATER
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
-    os.environ.update({name: str(value) for name, value in read_object(run.environment).items()})
+    needs = Needs(**submission.needs)  # what Slurm was asked for; the plan may have been changed while the job waited
+    plan = with_needs(plan, submission, needs)
     step = Step(profile)
-    needs = plan.stage(submission.stage).needs
     given = Assignment(
         cpus=needs.cpus,
         gpus=tuple(map(str, range(needs.gpus_per_node))),
         job=job_id(),
+        budget=job_id(),
         port_seed=int(os.environ["SLURM_JOB_ID"]),
+        grace=max(MIN_GRACE, profile.signal_seconds - SPARE_SECONDS),
+        patience=LOCK_SECONDS,
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip
-    outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY)
+    outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY, plan=plan)
     return go_on(run, submission.stage, element, outcome, needs)
+
+
+def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
+    """The plan as it was when the job was submitted, as far as that is the job's business."""
+    stages = [dataclasses.replace(stage, needs=needs) if stage.name == submission.stage else stage for stage in plan.stages]
+    return dataclasses.replace(plan, stages=stages, env=submission.env)
 
 
 def own_submission(folder: Path) -> Submission | None:
@@ -76,6 +90,8 @@ def own_submission(folder: Path) -> Submission | None:
     """
     submission = read_submission(folder)
     mine = os.environ["SLURM_ARRAY_JOB_ID"]
+    if submission.abandoned:
+        return None
     if submission.job is None:
         submission = dataclasses.replace(submission, job=mine)
         submission.write()
@@ -93,7 +109,7 @@ def go_on(run: RunDir, stage: str, element: str, outcome: str, needs: Needs) -> 
     end: dict[str, Any] = next((line for line in reversed(read_json_lines(attempts)) if line.get("event") == "end"), {})
     print(f"{stage} {element}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}", flush=True)
     if outcome == PENDING:
-        print("another job has this element; this one leaves it alone", flush=True)
+        print(f"another process has had this element for {LOCK_SECONDS:.0f} s; this job leaves it alone", flush=True)
     elif end.get("again") and outcome != DONE:
         problem = back_into_the_queue(avoidable(attempts, needs))
         if problem:

@@ -45,7 +45,7 @@ class Capacity:
         cpus = min(needs.cpus, self.total_cpus)
         if cpus > self.cpus or needs.gpus_per_node > len(self.gpus):
             return None
-        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch)
+        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch, budget=f"{platform.node()}:{os.getpid()}")
         self.cpus -= cpus
         del self.gpus[: needs.gpus_per_node]
         self.taken[name] = given
@@ -101,7 +101,7 @@ class Executor:
     def _kill_driver(self, stage: Stage, name: str) -> None:
         folder = self.run.element(stage.name, name)
         starts = [line for line in read_json_lines(folder.attempts) if line.get("event") == "start"]
-        if starts and is_locked(folder.lock):
+        if starts and starts[-1].get("host") == platform.node() and is_locked(folder.lock):  # a pid means nothing on another host
             with suppress(ProcessLookupError):
                 os.kill(starts[-1]["pid"], signal.SIGKILL)
 

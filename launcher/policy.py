@@ -27,10 +27,11 @@ def goes_again(lines: Sequence[Mapping[str, Any]], end: Mapping[str, Any], done:
 
 
 def futile_attempts(lines: Sequence[Mapping[str, Any]], done: float) -> int:
-    """How many attempts in a row, the newest included, began where the element still is."""
+    """How many attempts of this job or launcher in a row, the newest included, began where the element still is."""
     count = 0
-    for start in reversed([line for line in lines if line.get("event") == "start"]):
-        if start.get("done", 0) < done:
+    starts = [line for line in lines if line.get("event") == "start"]
+    for start in reversed(starts):
+        if start.get("done", 0) < done or start.get("budget") != starts[-1].get("budget"):
             break
         count += 1
     return count

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import netrc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from launcher.sbatch import check_options
 from launcher.slurm import Partition
 from recipes.errors import BadInput, did_you_mean
 from recipes.loader import Loaded
+from recipes.rundir import RunDir
+from recipes.schema import TOKENIZERS
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
 """Of which no other node sees anything, unless they are exported."""
 PROBE_BYTES = 1 << 20
 MIN_INODES = 10_000
-TOKEN_BYTES = 2
 STATE_BYTES = 16
 """Of a parameter in a checkpoint: float32 weights and AdamW's two moments, with the manifest and some room."""
 
@@ -31,14 +34,18 @@ def check_cluster(loaded: Loaded, plan: Plan, cluster: Cluster, stages: Sequence
     """Everything about Slurm that has a name: options, partitions, account, QOS, sizes, times. Raises BadInput with all of it."""
     check_options(cluster.profile, cluster.source)
     known = {part.name: part for part in slurm.partitions()}
-    problems = [problem for stage in stages for problem in _stage_problems(loaded, stage, known, cluster)]
+    rules = slurm.partition_rules()
+    problems = [problem for stage in stages for problem in _stage_problems(loaded, stage, known, rules, cluster)]
     if not problems:
-        problems += _association_problems(cluster, stages)
+        problems += _association_problems(cluster, stages, rules)
     if problems:
         raise BadInput("\n".join(dict.fromkeys(problems)))
 
 
-def _stage_problems(loaded: Loaded, stage: Stage, known: dict[str, Partition], cluster: Cluster) -> Iterable[str]:
+Rules = Mapping[str, Mapping[str, str]]
+
+
+def _stage_problems(loaded: Loaded, stage: Stage, known: dict[str, Partition], rules: Rules, cluster: Cluster) -> Iterable[str]:
     part = known.get(stage.partition or "")
     needs, key = stage.needs, f"{loaded.path}: resources.{stage.name}"
     if part is None:
@@ -54,8 +61,9 @@ def _stage_problems(loaded: Loaded, stage: Stage, known: dict[str, Partition], c
         yield f"{key}.cpus is {needs.cpus}, a node of partition {part.name} has {part.cpus}"
     if needs.mem and part.mem_mb and _mega(needs.mem) > part.mem_mb:
         yield f"{key}.mem is {needs.mem}, a node of partition {part.name} has {part.mem_mb} MB"
-    if needs.time_minutes is not None:
-        yield from _time_problems(key, needs.time_minutes, part, cluster.profile)
+    minutes = needs.time_minutes or slurm.minutes_of(rules.get(part.name, {}).get("DefaultTime", ""))
+    if minutes is not None:
+        yield from _time_problems(key, minutes, part, cluster.profile)
 
 
 def _time_problems(key: str, minutes: int, part: Partition, profile: Profile) -> Iterable[str]:
@@ -81,7 +89,7 @@ def _mega(text: str) -> int:
     return int(float(number) * units[unit]) if number.replace(".", "", 1).isdigit() else 0
 
 
-def _association_problems(cluster: Cluster, stages: Sequence[Stage]) -> Iterable[str]:
+def _association_problems(cluster: Cluster, stages: Sequence[Stage], rules: Rules) -> Iterable[str]:
     found = slurm.associations()
     if found is None:
         return  # accounting cannot be asked; sbatch has the last word
@@ -92,29 +100,30 @@ def _association_problems(cluster: Cluster, stages: Sequence[Stage]) -> Iterable
             yield f"{cluster.source}: account {own.account!r} is not yours; {did_you_mean(own.account, accounts)}"
         if own.qos and qos and own.qos not in qos:
             yield f"{cluster.source}: qos {own.qos!r} is not yours; {did_you_mean(own.qos, qos)}"
-        allowed = slurm.partition_rules().get(stage.partition or "", {}).get("AllowAccounts", "ALL")
+        allowed = rules.get(stage.partition or "", {}).get("AllowAccounts", "ALL")
         if allowed != "ALL" and (own.account or default) not in allowed.split(","):
             yield f"partition {stage.partition} is for the accounts {allowed} alone, yours is {own.account or default}; choose another one for stage {stage.name}"
 
 
 def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list[str]:
     """That the run directory and the data can be written, with room and inodes; remarks. Raises BadInput."""
-    notes = []
-    wanted = {runs: checkpoint_bytes(loaded)}
+    made = RunDir(runs / plan.run_id).root.is_dir()  # what is there has its room already
+    wanted = [(runs, 0 if made else checkpoint_bytes(loaded))]
     if plan.data:
-        folder = Path(plan.data).parent
-        wanted[folder] = wanted.get(folder, 0) + data_bytes(loaded)
-    for folder, size in wanted.items():
+        wanted.append((Path(plan.data).parent, 0 if Path(plan.data).is_dir() else data_bytes(loaded)))
+    needed: dict[int, int] = {}
+    for folder, size in wanted:
         there = _nearest(folder)
         _check_writable(there, folder)
+        device = there.stat().st_dev
+        needed[device] = needed.get(device, 0) + size  # both may be on one file system
         free = shutil.disk_usage(there).free
-        if size > free:
-            raise BadInput(f"{folder}: the run will need about {_giga(size)} GB, {_giga(free)} GB are free; --runs DIR puts runs elsewhere")
+        if needed[device] > free:
+            raise BadInput(f"{folder}: the run will need about {_giga(needed[device])} GB, {_giga(free)} GB are free; --runs DIR puts runs elsewhere")
         inodes = os.statvfs(there)
         if inodes.f_files and inodes.f_favail < MIN_INODES:
             raise BadInput(f"{folder}: only {inodes.f_favail} more files can be made there (inodes); --runs DIR puts runs elsewhere")
-    notes += _visibility(runs, profile)
-    return notes
+    return _visibility(runs, profile)
 
 
 def _giga(size: float) -> str:
@@ -124,7 +133,9 @@ def _giga(size: float) -> str:
 def data_bytes(loaded: Loaded) -> int:
     """What the shards will take: two bytes a token (four for a vocabulary beyond 65,536)."""
     section = loaded.recipe.preprocess
-    return TOKEN_BYTES * (section.max_tokens or 0) if section else 0
+    if section is None:
+        return 0
+    return (2 if TOKENIZERS.get(section.tokenizer, 0) <= 1 << 16 else 4) * (section.max_tokens or 0)
 
 
 def checkpoint_bytes(loaded: Loaded) -> int:
@@ -156,7 +167,10 @@ def _check_writable(there: Path, folder: Path) -> None:
             probe.write(os.urandom(PROBE_BYTES))
             probe.flush()
             os.fsync(probe.fileno())
+            fcntl.flock(probe, fcntl.LOCK_EX)
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise BadInput(f"{folder}: its file system has no locks (flock), which keep two jobs from one element; a Lustre client is mounted with -o flock") from None
         raise BadInput(f"{folder}: cannot be written: {error.strerror}; --runs DIR puts runs elsewhere") from None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from recipes.files import Lock, fingerprint, read_object, write_json
 
 MAX_AGE = 10.0
 """Seconds that an answer is good for."""
+KEPT_SECONDS = 3600.0
+CHANGED = "changed"
+"""A file whose time says when this user last changed something."""
 
 
 class Queue:
@@ -29,6 +33,8 @@ class Queue:
         self.file = cache or cache_file()
         self.problems: list[str] = []
         """What did not answer, and what it said."""
+        self.time = 0.0
+        """When the answer that :attr:`jobs` gives was asked for."""
         self._jobs: dict[str, JobInfo] | None = None
         self._asked = False
         self._past: dict[str, JobInfo] = {}
@@ -67,18 +73,29 @@ class Queue:
             return self._asking(ask)[0]  # no home to keep anything in
         try:
             old = read_object(kept)
-            if old.get("question") == question and 0 <= time.time() - old.get("time", 0) < self.max_age:
+            if old.get("question") == question and self._is_fresh(old.get("time", 0.0)):
                 answer, problem = old.get("jobs"), old.get("problem")
                 self.problems += [problem] if problem else []
+                self.time = max(self.time, old["time"])
                 return None if answer is None else {row[0]: JobInfo(*row) for row in answer}
+            asked = self.time = time.time()  # what happens while Slurm answers may not be in the answer
             jobs, problem = self._asking(ask)
             rows = None if jobs is None else [dataclasses.astuple(job) for job in jobs.values()]
-            write_json(kept, {"time": time.time(), "question": question, "problem": problem, "jobs": rows}, durable=False)
+            write_json(kept, {"time": asked, "question": question, "problem": problem, "jobs": rows}, durable=False)
+            _drop_old(kept.parent)
             return jobs
         except OSError:
             return self._asking(ask)[0]
         finally:
             lock.release()
+
+    def _is_fresh(self, asked: float) -> bool:
+        """Whether an answer is young enough, and was asked for after the last change that we made ourselves."""
+        try:
+            changed = self.file.with_name(CHANGED).stat().st_mtime
+        except OSError:
+            changed = 0.0
+        return 0 <= time.time() - asked < self.max_age and asked > changed
 
     def _asking(self, ask: Any) -> tuple[dict[str, JobInfo] | None, str]:
         try:
@@ -94,7 +111,16 @@ def cache_file() -> Path:
     return root / "amlaunch" / f"cluster-{fingerprint([os.environ.get(name) for name in slurm.KEPT_VARIABLES])}" / "queue"
 
 
+def _drop_old(folder: Path) -> None:
+    """Answers to questions that nobody asks any more."""
+    for path in folder.glob("s*-*.json"):
+        if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            path.unlink(missing_ok=True)
+
+
 def forget() -> None:
-    """Have the next question asked anew: something was submitted or cancelled."""
-    for path in cache_file().parent.glob("squeue-*.json"):
-        path.unlink(missing_ok=True)
+    """Have the next question asked anew, also one that another process is asking just now: something was submitted or cancelled."""
+    changed = cache_file().with_name(CHANGED)
+    with suppress(OSError):
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.touch()

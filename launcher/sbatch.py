@@ -87,7 +87,7 @@ def _parameters(array: Array, profile: Profile, run_id: str) -> dict[str, Any]:
         "signal": f"B:USR1@{profile.signal_seconds}",
         "requeue": True,
         "kill-on-invalid-dep": "yes",
-        **_gpus(needs, profile),
+        **({} if "gres" in options else _gpus(needs, profile)),
         **options,
     }
     return {
@@ -124,8 +124,8 @@ def submit(text: str, options: Sequence[str]) -> str:
         executor = Executor(Path(folder), options)
         try:
             return str(executor._submit_command(text).job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError("sbatch", _plain(str(error))) from None
+        except (FailedJobError, FailedSubmissionError, UnicodeDecodeError) as error:
+            raise SlurmError("sbatch", _plain(str(error)) or "ended without a word") from None
 
 
 def test_only(text: str, options: Sequence[str] = ()) -> str:

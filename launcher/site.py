@@ -61,6 +61,8 @@ def choose_partition(known: Sequence[Partition], profile: Profile, stage: str, g
         if found is None:
             raise BadInput(f"{source}: partition {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}")
         return found
+    if not known:
+        raise BadInput("Slurm shows no partition to you (sinfo); ask your administrator")
     able = [part for part in known if part.up and part.gpus >= gpus]
     default = next((part for part in able if part.default), None)
     if default or not able:

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 TIMEOUT_SECONDS = 30.0
@@ -20,6 +21,7 @@ KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JW
 """Say which cluster to talk to, and so stay when the variables of an enclosing job are taken out."""
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "PMI2_")
 """What a shell inside an allocation has: a job submitted from there would take it for its own."""
+FORMATS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SACCTMGR_")
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Left behind by torchrun, or by a job that we are started from."""
 
@@ -56,6 +58,16 @@ class JobInfo:
     exit_code: str = ""
     """sacct only: ``code:signal``."""
     comment: str = ""
+    submitted: str = ""
+    """squeue only: when, in local time."""
+
+    @property
+    def submitted_at(self) -> float:
+        """:attr:`submitted` in Unix seconds; 0 where it is not known."""
+        try:
+            return time.mktime(time.strptime(self.submitted, "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return 0.0
 
     @property
     def active(self) -> bool:
@@ -96,11 +108,19 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def plain_environment() -> dict[str, str]:
+    """Ours, without a user's own defaults for Slurm's commands: a filter or a format of his would hide jobs from us."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(FORMATS)}
+    return {**mine, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}
+
+
 def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | None = None) -> str:
     """Standard output of a command of Slurm. Raises SlurmError."""
-    found = env if env is not None else {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    found = env if env is not None else plain_environment()
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=dict(found), stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=dict(found), stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError:
         raise SlurmError(argv[0], "not found: is this a machine of the cluster?") from None
     except subprocess.TimeoutExpired:
@@ -117,13 +137,13 @@ def available() -> bool:
 
 def squeue() -> dict[str, JobInfo]:
     """All jobs of this user that Slurm still knows, ended ones included, by id. Raises SlurmError."""
-    text = call("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%S|%N|%k")
+    text = call("squeue", "--me", "-a", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%S|%N|%V|%k")
     jobs = {}
     for line in text.splitlines():
-        fields = line.split("|", 5)
-        if len(fields) == 6:
-            job, state, reason, start, nodes, comment = (field.strip() for field in fields)
-            jobs[job] = JobInfo(job, state, _known(reason), _known(start), _known(nodes), comment=_known(comment))
+        fields = line.split("|", 6)
+        if len(fields) == 7:
+            job, state, reason, start, nodes, submitted, comment = (field.strip() for field in fields)
+            jobs[job] = JobInfo(job, state, _known(reason), _known(start), _known(nodes), comment=_known(comment), submitted=_known(submitted))
     return jobs
 
 
@@ -210,7 +230,7 @@ def max_array_size() -> int:
 
 def partitions() -> list[Partition]:
     """All partitions that this user sees. Raises SlurmError."""
-    text = call("sinfo", "-h", "-e", "-o", "%P|%a|%l|%D|%c|%m|%G")
+    text = call("sinfo", "-a", "-h", "-e", "-o", "%P|%a|%l|%D|%c|%m|%G")
     found: dict[str, Partition] = {}
     for line in text.splitlines():
         fields = line.split("|")
@@ -222,7 +242,7 @@ def partitions() -> list[Partition]:
 
 def partition_rules() -> dict[str, Mapping[str, str]]:
     """``scontrol show partition`` by name: AllowAccounts, PreemptMode, PriorityTier and the like. Raises SlurmError."""
-    lines = call("scontrol", "--oneliner", "show", "partition").splitlines()
+    lines = call("scontrol", "--all", "--oneliner", "show", "partition").splitlines()
     rules = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
     return {one["PartitionName"]: one for one in rules if "PartitionName" in one}
 
@@ -234,11 +254,9 @@ def _partition(fields: Sequence[str]) -> Partition:
 
 
 def _together(one: Partition, other: Partition) -> Partition:
-    best = max(one, other, key=lambda part: part.gpus)
-    return Partition(
-        one.name, one.default, one.up, one.minutes, one.nodes + other.nodes, max(one.cpus, other.cpus),
-        max(one.mem_mb, other.mem_mb), best.gpus, best.gpu_type,
-    )  # fmt: skip
+    """Of two kinds of nodes in one partition, the better one: more GPUs, then more CPUs."""
+    best = max(one, other, key=lambda part: (part.gpus, part.cpus))
+    return replace(best, nodes=one.nodes + other.nodes)
 
 
 def _number(text: str) -> int:
@@ -249,9 +267,11 @@ def _number(text: str) -> int:
 def gpus_of(gres: str) -> tuple[int, str]:
     """``(count, type)`` of the GPUs in a GRES list: ``gpu:h100:8(S:0-1),tmpfs:1T``."""
     count, kind = 0, ""
-    for name, number in re.findall(r"(?:^|,)gpu(?::([A-Za-z][\w.\-]*))?(?::(\d+))?", gres):
-        count += int(number or 1)
-        kind = kind or name
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):  # the brackets name sockets or indices
+        name, *rest = part.strip().split(":")
+        if name == "gpu":
+            count += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+            kind = kind or (rest[0] if rest and (len(rest) > 1 or not rest[0].isdigit()) else "")
     return count, kind
 
 
@@ -287,7 +307,7 @@ def version() -> str:
 def usable_nodes() -> dict[str, int]:
     """Nodes of each partition that work or could: neither down nor drained. Raises SlurmError."""
     found: dict[str, int] = {}
-    for line in call("sinfo", "-h", "-o", "%R|%F").splitlines():  # %F: allocated/idle/other/total
+    for line in call("sinfo", "-a", "-h", "-o", "%R|%F").splitlines():  # %F: allocated/idle/other/total
         name, _, counts = line.partition("|")
         if re.fullmatch(r"\d+/\d+/\d+/\d+", counts.strip()):
             allocated, idle, _, _ = map(int, counts.split("/"))

@@ -155,9 +155,10 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
     common |= {"job": job, "log": submission.log(index)}
     info = queue.job(job)
     word = _left_word(found, job)
-    if info is not None and info.active and (word is None or word.get("again") or info.waiting):
+    final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
+    if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
         return _active(common, found, info)
-    if word is not None:  # which is newer than what Slurm still says of the job
+    if word is not None and (final or info is None):
         return _as_ended(common, word)
     if found.missing:
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
@@ -186,11 +187,25 @@ def _active(common: dict[str, Any], found: Trace, info: JobInfo) -> ElementState
 
 
 def _untold(common: dict[str, Any], found: Trace, job: str, queue: Queue) -> ElementState:
+    owner = _other_owner(common["log"])
+    if owner:
+        return ElementState(**common, state=UNKNOWN, reason=f"job {job} is {owner}'s, and Slurm shows everybody his own: squeue -j {job.split('_')[0]}")
     if queue.jobs is None:
         signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
         ago = f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}" if signs else "no sign of life yet"
         return ElementState(**common, state=UNKNOWN, reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {ago}")
     return ElementState(**common, state=DIED, reason=f"Slurm no longer knows job {job}, and it left no word of its end")
+
+
+def _other_owner(log: Path) -> str:
+    """Who submitted the job, if not we did; its folder is his."""
+    import pwd
+
+    try:
+        owner = log.parent.stat().st_uid
+        return "" if owner == os.getuid() else pwd.getpwuid(owner).pw_name
+    except (OSError, KeyError):
+        return ""
 
 
 ENDS = {
@@ -290,13 +305,15 @@ class _Found:
 
 def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[ElementState]]:
     """All elements of several runs, with one squeue and at most one sacct for all of them."""
-    found = [list(_read_files(run, plan)) for run, plan in runs]
+    pairs = [(run, plan, submissions_of(run, plan)) for run, plan in runs]
+    if any(submissions for _, _, submitted in pairs for submissions in submitted.values()):
+        _ = queue.jobs  # before the files: a job that ends in between has left its marker, not the other way round
+    found = [list(_read_files(run, plan, submitted)) for run, plan, submitted in pairs]
     queue.ask_past(_unexplained([one for elements in found for one in elements], queue))
     return [[_state(one, queue) for one in elements] for elements in found]
 
 
-def _read_files(run: RunDir, plan: Plan) -> Iterable[_Found]:
-    submitted = submissions_of(run, plan)
+def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:
     for stage in plan.stages:
         jobs = newest_jobs(submitted[stage.name])
         folder = run.stage(stage.name)

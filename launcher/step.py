@@ -20,7 +20,8 @@ from launcher.plan import Needs
 from launcher.ranks import command_of, environment, meeting_place
 from launcher.slurm import RENDEZVOUS, expand_ranges
 from launcher.state import FAILED
-from recipes.errors import GO_ON_LATER
+from recipes.errors import BAD_INPUT, GO_ON_LATER
+from recipes.expand import expand, variables
 
 SAID = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<what>.+)")
 """srun's line for tasks that did not exit with 0."""
@@ -38,7 +39,8 @@ class Step:
         needs = attempt.stage.needs
         argv, extra = command_of(attempt)
         meeting = {**meeting_place(needs.nodes, self.profile.interface, os.environ), "MASTER_PORT": str(port)}
-        env = {**rank_environment(), **self.profile.env, **extra, **environment(attempt), **meeting}
+        site = {key: str(expand(value, variables())) for key, value in self.profile.env.items()}
+        env = {**rank_environment(), **site, **extra, **environment(attempt), **meeting}
         # srun creates a rank's log when it starts it; ours must be there for what comes before.
         output = files.enter_context(open(attempt.log(None), "ab"))
         command = srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd)
@@ -54,7 +56,8 @@ class Step:
         host, rank, what = said
         code = CODE.search(what)
         if code:
-            return {**end, "rank": rank, "host": host, "reason": f"rank {rank} exited with code {code[1]}", "again": False}
+            bad = int(code[1]) == BAD_INPUT
+            return {**end, "rank": rank, "host": host, "reason": f"rank {rank} exited with code {code[1]}", "again": False, "retry": not bad}
         hint = " (out of memory?)" if what.startswith(("Killed", "Out Of Memory")) else ""
         return {**end, "rank": rank, "host": host, "reason": f"rank {rank} ended: {what}{hint}", "again": True}
 
@@ -69,7 +72,7 @@ class Srun(subprocess.Popen[bytes]):
     def poll(self) -> int | None:
         """As ever, but a task that a signal ended is that signal's negative number, not 128 more."""
         code = super().poll()
-        return code if code is None or code < 128 else 128 - code
+        return 128 - code if code is not None and 128 < code < 128 + signal.NSIG else code
 
 
 def srun(needs: Needs, log: Path, more: list[str], cwd: str) -> list[str]:

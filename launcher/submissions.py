@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.plan import Plan
+from recipes.errors import BadInput
 from recipes.files import fingerprint, read_object, write_json
 from recipes.rundir import RunDir
 
@@ -29,6 +31,12 @@ class Submission:
     """The jobs that must end well before it starts."""
     job: str | None = None
     """Slurm's number of the array; None: sbatch has not answered (yet)."""
+    abandoned: bool = False
+    """Slurm did not know of it when somebody looked: a job that comes up late finds another one in its place, and leaves."""
+    needs: dict[str, Any] = field(default_factory=dict)
+    """What its jobs were given: the run's plan may be another one by the time that they start."""
+    profile: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
 
     def task(self, index: int) -> str:
         """Slurm's name of one element's job."""
@@ -63,22 +71,31 @@ def read_submission(folder: Path) -> Submission:
         raise ValueError(f"{folder}: not a submission that this amlaunch can read ({error!r})") from None
 
 
-def read_submissions(jobs: Path) -> list[Submission]:
-    """All submissions below a ``jobs`` folder, oldest first; damaged ones are left out."""
+def read_submissions(jobs: Path, *, strict: bool = False) -> list[Submission]:
+    """All submissions below a ``jobs`` folder, oldest first, without abandoned ones.
+
+    Damaged ones are left out; with ``strict`` they are a BadInput, for whoever would submit their work again.
+    """
     found = []
-    for path in sorted(jobs.glob("[0-9]*-*/submission.json")):
+    for path in sorted(jobs.glob("[0-9]*-*/submission.json"), key=lambda path: _number(path.parent)):  # not by clocks, which differ
         try:
             found.append(read_submission(path.parent))
-        except ValueError:
-            continue
-    return sorted(found, key=lambda submission: (submission.time, submission.folder.name))
+        except ValueError as error:
+            if strict:
+                raise BadInput(f"{error}; if its jobs are over, remove {path.parent}") from None
+    return [submission for submission in found if not submission.abandoned]
 
 
-def submissions_of(run: RunDir, plan: Plan) -> dict[str, list[Submission]]:
+def _number(folder: Path) -> int:
+    number = folder.name.split("-")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def submissions_of(run: RunDir, plan: Plan, *, strict: bool = False) -> dict[str, list[Submission]]:
     """``{stage: its submissions, oldest first}``, wherever the stage keeps them."""
     found: dict[str, list[Submission]] = {stage.name: [] for stage in plan.stages}
     for home in dict.fromkeys(run.home(stage.name) for stage in plan.stages):
-        for submission in read_submissions(RunDir(home).jobs):
+        for submission in read_submissions(RunDir(home).jobs, strict=strict):
             if submission.stage in found and run.home(submission.stage) == home:
                 found[submission.stage].append(submission)
     return found
@@ -91,8 +108,7 @@ def newest_jobs(submissions: Iterable[Submission]) -> dict[str, tuple[Submission
 
 def next_folder(jobs: Path, stage: str, taken: int = 0) -> Path:
     """The folder of the next submission below ``jobs``; ``taken``: so many more are already promised."""
-    numbers = [int(path.name.split("-")[0]) for path in jobs.glob("[0-9]*-*") if path.name.split("-")[0].isdigit()]
-    return jobs / f"{max(numbers, default=0) + 1 + taken:03}-{stage}"
+    return jobs / f"{max(map(_number, jobs.glob('[0-9]*-*')), default=0) + 1 + taken:03}-{stage}"
 
 
 def token_of(folder: Path) -> str:

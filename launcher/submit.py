@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,16 +22,19 @@ from launcher.plan import Plan, Stage
 from launcher.queue import Queue
 from launcher.sbatch import Array
 from launcher.slurm import SlurmError
-from launcher.state import ACTIVE, DONE, QUEUED, ElementState, read_run
+from launcher.state import ACTIVE, DONE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
 from launcher.submissions import Submission, next_folder, submissions_of, token_of
 from recipes.errors import BadInput
 from recipes.expand import PLACEHOLDER
-from recipes.files import Lock, write_text
+from recipes.files import Lock, read_object, write_text
 from recipes.loader import Loaded, is_secret_variable
 from recipes.rundir import RunDir
 
-AMBIGUOUS = ("timed out", "timeout", "Zero Bytes", "Connection", "Unable to contact")
-"""sbatch says so when it does not know whether the controller took the job."""
+REFUSED = "Batch job submission failed"
+AMBIGUOUS = ("timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
+"""With one of these, sbatch does not know whether the controller took the job."""
+CLOCK_SECONDS = 120.0
+"""By how much the clocks of this host and of the controller may differ."""
 FIND_SECONDS = (0.5, 1.0, 2.0, 4.0)
 WELL_KNOWN = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Secrets that libraries of ours look for by themselves."""
@@ -57,13 +59,17 @@ class Draft:
 def drafts(run: RunDir, plan: Plan, profile: Profile, states: Sequence[ElementState], stages: Sequence[Stage], max_size: int) -> list[Draft]:
     """Every array that has to be submitted, in order. Pure but for the numbers of the folders that are there."""
     found: list[Draft] = []
-    submitted = submissions_of(run, plan)
+    submitted = submissions_of(run, plan, strict=True)
     for stage in stages:
+        before = ancestors(plan, stage)  # not only its own: one may be done while what it was made of is made again
         mine = [state for state in states if state.stage == stage.name]
-        new_before = [draft for draft in found if draft.array.stage.name in stage.after]
-        stale = [state for state in mine if state.state == QUEUED] if new_before else []
-        names = [state.name for state in mine if state.state != DONE and (state.state not in ACTIVE or state in stale)]
-        after = tuple(job for before in stage.after for job in _running_jobs(states, submitted[before], before))
+        new_before = [draft for draft in found if draft.array.stage.name in before]
+        stale = [state for state in mine if state.state == QUEUED and state.job] if new_before else []
+        going = {state.name for state in mine if state.state in ACTIVE} - {state.name for state in stale}
+        names = [state.name for state in mine if state.state != DONE and state.name not in going]
+        if names:
+            _refuse_local(states, before)
+        after = tuple(job for name in before for job in _running_jobs(states, submitted[name], name))
         for start in range(0, len(names), max_size):
             jobs = RunDir(run.home(stage.name)).jobs
             folder = next_folder(jobs, stage.name, sum(draft.array.folder.parent == jobs for draft in found))
@@ -72,6 +78,21 @@ def drafts(run: RunDir, plan: Plan, profile: Profile, states: Sequence[ElementSt
             leftover = tuple(state.job for state in stale) if start == 0 else ()
             found.append(Draft(array, text, after, tuple(draft.array.folder.name for draft in new_before), leftover))
     return found
+
+
+def ancestors(plan: Plan, stage: Stage) -> list[str]:
+    """The names of all stages that must be done before ``stage``, nearest last."""
+    found: list[str] = []
+    for name in stage.after:
+        found += [*ancestors(plan, plan.stage(name)), name]
+    return list(dict.fromkeys(found))
+
+
+def _refuse_local(states: Sequence[ElementState], stages: Sequence[str]) -> None:
+    """A job cannot be told to wait for a process of another machine. Raises BadInput."""
+    for state in states:
+        if state.stage in stages and state.state == RUNNING and not state.job:
+            raise BadInput(f"{state.stage} {state.name} is being made by amlaunch local on {state.host}, for all runs with that text; submit again when it is done")
 
 
 def _running_jobs(states: Sequence[ElementState], submissions: Sequence[Submission], stage: str) -> list[str]:
@@ -112,72 +133,94 @@ def recover(run: RunDir, plan: Plan, say: Say) -> None:
 
     Raises SlurmError where Slurm cannot be asked: guessing would lose a job or double it.
     """
-    open_ones = [one for submissions in submissions_of(run, plan).values() for one in submissions if one.job is None]
+    open_ones = [one for submissions in submissions_of(run, plan, strict=True).values() for one in submissions if one.job is None]
     if not open_ones:
         return
-    tokens = _tokens()
+    tokens = _tokens(min(one.time for one in open_ones))
     for one in open_ones:
         job = tokens.get(one.token)
         if job:
             dataclasses.replace(one, job=job).write()
             say(f"{one.stage}: job {job} of an interrupted submit found and adopted")
         else:
-            shutil.rmtree(one.folder)
+            dataclasses.replace(one, abandoned=True).write()  # its sbatch may still be on its way
 
 
-def _tokens() -> dict[str, str]:
-    """``{token: array}`` of all jobs that Slurm knows."""
-    return {info.comment: info.id.split("_")[0] for info in slurm.squeue().values() if info.comment}
+def _tokens(since: float) -> dict[str, str]:
+    """``{token: array}`` of all jobs that Slurm knows and that are not older than ``since`` (another run may have been there before)."""
+    jobs = slurm.squeue().values()
+    return {info.comment: info.id.split("_")[0] for info in jobs if info.comment and info.submitted_at > since - CLOCK_SECONDS}
 
 
-def submit_draft(draft: Draft, run: RunDir, cluster: str, jobs: dict[str, str]) -> Submission:
+def submit_draft(draft: Draft, run: RunDir, plan: Plan, jobs: dict[str, str]) -> Submission:
     """Submit one array. Raises BadInput where sbatch refuses it, SlurmError where it cannot be known."""
     array, options = draft.array, dependency(draft, jobs)
     write_text(array.folder / "script.sh", draft.text)
-    after = tuple(option.partition("afterok:")[2] for option in options)
-    submission = Submission(array.folder, array.stage.name, array.elements, str(run.root), cluster, array.token, time.time(), after)
+    cluster = plan.cluster or {}
+    submission = Submission(
+        folder=array.folder,
+        stage=array.stage.name,
+        elements=array.elements,
+        run=str(run.root),
+        cluster=str(cluster.get("name")),
+        token=array.token,
+        time=time.time(),
+        after=tuple(option.partition("afterok:")[2] for option in options),
+        needs=dataclasses.asdict(array.stage.needs),
+        profile=dict(cluster.get("profile") or {}),
+        env=plan.env,
+    )
     submission.write()
     if draft.stale:
         slurm.scancel(draft.stale)
-    job: str | None
     try:
         job = sbatch.submit(draft.text, options)
     except SlurmError as error:
-        job = _find(array.token) if any(word in error.message for word in AMBIGUOUS) else None
-        if job is None:
-            shutil.rmtree(array.folder)
-            raise BadInput(f"stage {array.stage.name}: sbatch refused it: {error.message}") from None
+        job = _settle(submission, error)
     submission = dataclasses.replace(submission, job=job)
     submission.write()
     return submission
 
 
-def _find(token: str) -> str | None:
-    """The job with a token, after an sbatch that did not say. Raises SlurmError where squeue does not answer either."""
-    problem: SlurmError | None = None
-    for seconds in FIND_SECONDS:
+def _settle(submission: Submission, error: SlurmError) -> str:
+    """The job of an sbatch that ended with an error: it may be in the queue all the same.
+
+    Raises BadInput where sbatch refused it, SlurmError where nobody knows; the
+    open submission then stays, for :func:`recover`.
+    """
+    refused = REFUSED in error.message and not any(word.lower() in error.message.lower() for word in AMBIGUOUS)
+    for seconds in (0.0,) if refused else FIND_SECONDS:
         time.sleep(seconds)
         try:
-            found = _tokens().get(token)
-        except SlurmError as error:
-            problem = error
+            job = _tokens(submission.time).get(submission.token)
+        except SlurmError:
             continue
-        if found:
-            return found
-        problem = None
-    if problem:
-        raise problem
-    return None
+        if job:
+            return job
+    if refused:
+        dataclasses.replace(submission, abandoned=True).write()
+        raise BadInput(f"stage {submission.stage}: sbatch refused it: {error.message}") from None
+    raise SlurmError("sbatch", f"{error.message}; whether it took stage {submission.stage} is not known: the same command finds out") from None
 
 
-def submit_run(run: RunDir, plan: Plan, profile: Profile, cluster: str, stages: Sequence[Stage], say: Say) -> list[Submission]:
+def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
+    """The states of all elements, as Slurm has them now. Raises SlurmError where it cannot say: guessing would double a job."""
+    queue = Queue(max_age=0)
+    states = read_run(run, plan, queue)
+    lost = [state for state in states if state.state == UNKNOWN and state.job]  # without a number: see recover
+    if lost:
+        raise SlurmError("squeue", f"{'; '.join(queue.problems) or lost[0].reason}: what became of job {lost[0].job} is not known; try again when Slurm answers")
+    return states
+
+
+def submit_run(run: RunDir, plan: Plan, profile: Profile, stages: Sequence[Stage], say: Say) -> list[Submission]:
     """Submit what is neither done nor on its way; the run's files are there. Raises BadInput and SlurmError."""
-    states = read_run(run, plan, Queue(max_age=0))
+    states = known_states(run, plan)
     made: list[Submission] = []
     jobs: dict[str, str] = {}
     try:
         for draft in drafts(run, plan, profile, states, stages, slurm.max_array_size()):
-            submission = submit_draft(draft, run, cluster, jobs)
+            submission = submit_draft(draft, run, plan, jobs)
             jobs[draft.array.folder.name] = submission.job or ""
             made.append(submission)
             say(f"{submission.stage}: {len(submission.elements)} element{'s' * (len(submission.elements) > 1)} as job {submission.job}")
@@ -198,7 +241,7 @@ def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str
             raise BadInput(f"the profile's pass_env names {name}, which is not set here; export it")
         wanted.add(name)
     values = {name: os.environ[name] for name in sorted(wanted) if name in os.environ}
-    write_private(run.environment, values)
+    write_private(run.environment, {**read_object(run.environment), **values})  # jobs of another submit may wait for theirs
     return list(values)
 
 

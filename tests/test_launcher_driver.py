@@ -300,6 +300,8 @@ def test_a_secret_of_the_containers_environment_reaches_the_ranks_and_no_file(tm
     assert "MY_TOKEN=hunter2" in run.element("train", "0").log(1, 0).read_text()
     written = [path for path in run.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert written == [run.element("train", "0").log(1, 0)], "only where this test's program printed it"
+    assert drive(run).communicate()[0].strip() == DONE and only_state(run, plan).attempts == 1, "what is done is not made again"
+    run.element("train", "0").done.unlink()
     monkeypatch.delenv("SECRET_X")
     assert drive(run).communicate()[0].strip() == FAILED
     assert "SECRET_X is not set" in read_json_lines(run.element("train", "0").attempts)[-1]["reason"]

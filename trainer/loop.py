@@ -244,5 +244,7 @@ def _save(job: Job) -> None:
     keep = job.recipe.checkpoint.max_recent_checkpoints
     folder = checkpoint.save(job.checkpoints, job.step, job.model, job.optimizer, meta, job.world, keep)
     job.saved_step = job.step
+    if job.metrics:
+        job.metrics.checkpoint(job.step)
     if job.world.main:
         print(f"step {job.step}/{job.last_step} | saved {folder} in {time.perf_counter() - began:.1f} s", flush=True)

@@ -90,6 +90,8 @@ class Metrics:
     wandb: Any = None
     heartbeat: Heartbeat = field(init=False)
     val_loss: float | None = None
+    saved: int = 0
+    """The step that a restart would go on from."""
     newest: dict[str, Any] = field(default_factory=dict)
     """What the last heartbeat said, or would have, had it been due."""
 
@@ -98,6 +100,7 @@ class Metrics:
 
     def resume_at(self, step: int) -> None:
         """Drop lines of steps that will be taken again, so that each appears once."""
+        self.saved = step
         kept = [line for line in read_json_lines(self.element.metrics) if line["step"] <= step]
         write_text(self.element.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.val_loss = next((line["val_loss"] for line in reversed(kept) if "val_loss" in line), None)
@@ -138,8 +141,15 @@ class Metrics:
             "rate": round(rate, 1),
             "eta_s": round((self.last_step - line.step) * line.step_time_s, 1),
             "loss": line.loss,
+            "saved": self.saved,
         }
         self.heartbeat.beat(**self.newest, val_loss=self.val_loss)
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint is whole: what a restart would go on from."""
+        self.saved = step
+        if self.newest:
+            self.newest["saved"] = step
 
     def validation(self, step: int, loss: float) -> None:
         """A validation is done."""

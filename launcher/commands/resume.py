@@ -60,7 +60,7 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
         write_run(run_dir, loaded, new, options.argv, refresh_code=False)
         add_resumed(run_dir, options.overrides)
         write_environment(run_dir, loaded, cluster.profile)
-        made = submit_run(run_dir, new, cluster.profile, cluster.name, new.stages, say)
+        made = submit_run(run_dir, new, cluster.profile, new.stages, say)
     return finish(options, run_dir, new, made, say)
 
 

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     say = say_for(options)
     with submitting(run_dir, plan):
         recover(run_dir, plan, say)
-        made = submit_run(run_dir, plan, profile, str(plan.cluster["name"]), plan.stages, say)
+        made = submit_run(run_dir, plan, profile, plan.stages, say)
     if not made:
         say(f"{plan.run_id}: nothing to start again: every element is done or on its way")
     return finish(options, run_dir, plan, made, say)

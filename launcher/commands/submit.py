@@ -14,12 +14,21 @@ from launcher.create import write_run
 from launcher.plan import Plan, Stage
 from launcher.preflight import check_cluster, check_disk, check_needs
 from launcher.prepare import check_files, container_notes, prepare_on_cluster
-from launcher.queue import Queue
 from launcher.slurm import SlurmError
 from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
 from launcher.store import runs_root
 from launcher.submissions import Submission
-from launcher.submit import Draft, Say, dependency, drafts, recover, submit_run, submitting, write_environment
+from launcher.submit import (
+    Draft,
+    Say,
+    dependency,
+    drafts,
+    known_states,
+    recover,
+    submit_run,
+    submitting,
+    write_environment,
+)
 from recipes.errors import OK, BadInput
 from recipes.files import is_locked
 from recipes.loader import Loaded
@@ -94,8 +103,7 @@ def _check_input(run_dir: RunDir, plan: Plan, stages: Sequence[Stage]) -> None:
 
 
 def _drafts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage]) -> list[Draft]:
-    states = read_run(run_dir, plan, Queue(max_age=0))
-    return drafts(run_dir, plan, cluster.profile, states, stages, slurm.max_array_size())
+    return drafts(run_dir, plan, cluster.profile, known_states(run_dir, plan), stages, slurm.max_array_size())
 
 
 def _ask_sbatch(found: Sequence[Draft]) -> None:
@@ -128,10 +136,10 @@ def _submit(
 ) -> list[Submission]:
     with submitting(run_dir, plan):
         recover(run_dir, plan, say)
-        busy = any(state.state in ACTIVE for state in read_run(run_dir, plan, Queue(max_age=0)))
+        busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
         write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
         write_environment(run_dir, loaded, cluster.profile)
-        return submit_run(run_dir, plan, cluster.profile, cluster.name, stages, say)
+        return submit_run(run_dir, plan, cluster.profile, stages, say)
 
 
 def closing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> str:
