@@ -210,6 +210,8 @@ def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, 
         what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
         attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
         return FAILED
+    if any(codes) and attempt.folder.stop.exists():
+        stopping.ask()  # the ranks may have seen the file before we did
     result = read_json(attempt.folder.result)
     end = explain(attempt, codes, classify(codes, first, result, stopping if stopping.since is not None else None))
     if hung:

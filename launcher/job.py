@@ -26,7 +26,7 @@ from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import Assignment, run_element  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
-from launcher.state import DONE, PENDING, STOPPED  # noqa: E402
+from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
 from launcher.submissions import Submission, read_submission  # noqa: E402
@@ -112,7 +112,9 @@ def go_on(run: RunDir, stage: str, element: str, outcome: str, needs: Needs) -> 
         print(f"another process has had this element for {LOCK_SECONDS:.0f} s; this job leaves it alone", flush=True)
     elif end.get("again") and outcome != DONE:
         problem = back_into_the_queue(avoidable(attempts, needs))
-        if problem:
+        if problem == CANCELLED:
+            append_json_line(attempts, {**end, "time": time.time(), "again": False, "outcome": CANCELLED, "reason": "ended from outside (cancelled, or requeued by Slurm itself); what was saved is there"})
+        elif problem:
             append_json_line(attempts, {**end, "time": time.time(), "again": False, "reason": f"{end['reason']}; not requeued: {problem}"})
     if outcome == DONE:
         return OK
@@ -140,9 +142,8 @@ def back_into_the_queue(avoided: Sequence[str]) -> str:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm now sends to all of the job, and scontrol below would die of
     for attempt in range(REQUEUE_TRIES):
         try:
-            state = slurm.job_state(os.environ["SLURM_JOB_ID"])
-            if state == "CANCELLED":
-                return "the job was cancelled"
+            if not slurm.may_be_requeued(os.environ["SLURM_JOB_ID"]):
+                return CANCELLED
             slurm.requeue(job_id())
             if avoided or os.environ.get("SLURM_RESTART_COUNT"):  # an older list has run out, or has grown
                 _avoid(avoided)

@@ -210,10 +210,17 @@ def avoid(job: str, nodes: Sequence[str]) -> None:
     call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
-def job_state(job: str) -> str:
-    """The state of one job by its own number, as the controller has it now. Raises SlurmError."""
-    found = re.search(r"JobState=(\w+)", call("scontrol", "show", "job", job))
-    return found[1] if found else ""
+def may_be_requeued(job: str) -> bool:
+    """Whether a running job (by its own number) is one that may go on later. Raises SlurmError.
+
+    One that somebody cancelled may not; while it ends, Slurm calls it COMPLETING, as it does one that ran into its time
+    limit: those are told apart by their times.
+    """
+    facts = dict(re.findall(r"(\w+)=(\S*)", call("scontrol", "show", "job", job)))
+    if facts.get("JobState") == "COMPLETING":
+        ran, limit = seconds_of(facts.get("RunTime", "")), seconds_of(facts.get("TimeLimit", ""))
+        return ran is not None and limit is not None and ran >= limit
+    return facts.get("JobState") != "CANCELLED"
 
 
 @cache
@@ -275,13 +282,19 @@ def gpus_of(gres: str) -> tuple[int, str]:
     return count, kind
 
 
-def minutes_of(limit: str) -> int | None:
-    """Slurm's ``[days-]hours:minutes:seconds`` as whole minutes; None for ``infinite``."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit.strip())
+def seconds_of(text: str) -> int | None:
+    """Slurm's ``[days-][hours:]minutes:seconds`` in seconds; None for ``infinite`` and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
     if not match:
         return None
-    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
-    return days * 1440 + hours * 60 + minutes
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+def minutes_of(limit: str) -> int | None:
+    """A time limit as whole minutes; None for ``infinite``."""
+    seconds = seconds_of(limit)
+    return None if seconds is None else seconds // 60
 
 
 def associations() -> tuple[set[str], set[str], str] | None:

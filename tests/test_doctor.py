@@ -519,7 +519,7 @@ def test_doctor_on_a_cluster(cluster: Cluster):
     for name in ("cpu", "short", "gpu", "gpu-low"):
         assert name in rows
     assert "8 x h100" in rows["gpu"] and "cluster lab" in done.stdout and "sacct answers" in done.stdout
-    assert "sbatch takes it" in done.stdout and "sbatch refuses" not in done.stdout
+    assert "train: sbatch takes partition gpu with 8 GPUs" in done.stdout and "sbatch refuses" not in done.stdout
     again = cluster.run(cluster.python, "-m", "launcher", "doctor", "--cluster", "site.yaml", cwd=folder, check=False)
     assert again.returncode == 0 and "profile lab (site.yaml)" in again.stdout, again.stdout + again.stderr
 

@@ -318,6 +318,45 @@ def test_gpus_are_given_out_once(tmp_path):
     assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, "an element may ask for more CPUs than there are"
 
 
+def test_two_elements_of_four_gpus_run_together_on_eight(tmp_path):
+    words = ["--do", "linger", "--print", "CUDA_VISIBLE_DEVICES"]
+    run, plan = make_run(tmp_path, ("train", [words, words], Needs(1, 4, 1, 1)))
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert executor(run, plan, cpus=2, gpus=tuple("01234567")).execute(plan.stages)
+    lines = [read_json_lines(run.element("train", name).attempts) for name in "01"]
+    (first_start, first_end), (second_start, second_end) = ([line["time"] for line in attempt] for attempt in lines)
+    assert first_start < second_end and second_start < first_end, "at the same time"
+    shown = [next(line for line in run.element("train", name).log(1, 0).read_text().splitlines() if "CUDA" in line) for name in "01"]
+    assert {line.partition("=")[2] for line in shown} == {"0,1,2,3", "4,5,6,7"}
+
+
+@pytest.mark.slow
+def test_the_rules_of_a_cluster_hold_here_a_killed_rank_is_tried_again(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "steps"]], TWO_RANKS))
+    lock = Lock(run.lock)
+    lock.acquire()
+    _, thread, ended = in_thread(run, plan)
+    folder = run.element("train", "0").root
+    wait_until(lambda: (folder / "steps0").exists() and len((folder / "steps0").read_text().split()) >= 3)
+    os.kill(pids(run, 2)[1], signal.SIGKILL)
+    thread.join(timeout=60)
+    assert ended == [True] and only_state(run, plan).attempts == 2
+    assert [int(step) for step in (folder / "steps0").read_text().split()] == list(range(1, 25)), "it went on from what was saved"
+
+
+@pytest.mark.slow
+def test_without_progress_it_is_not_tried_for_ever(tmp_path):
+    needs = Needs(1, 0, 2, 2, hang_seconds=1.5)
+    run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], needs))
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert not executor(run, plan).execute(plan.stages)
+    state = only_state(run, plan)
+    assert state.state == FAILED and "no sign of life for 2 s" in state.reason and "no progress in 3 attempts" in state.reason
+    assert state.attempts == 4, "the first one got to its heartbeat"
+
+
 @pytest.mark.parametrize(
     ("codes", "first", "result", "outcome"),
     [

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -299,8 +300,24 @@ def test_cancel_and_go_on(place: Place) -> None:
     place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) > saved)
     place.amlaunch("cancel", "test-1")
     place.wait_until("test-1", lambda found: found["state"] == "cancelled" or states(found)["preprocess"][0] == "stopped", 40)
+    begun = len(attempts(run, "preprocess"))
+    time.sleep(12)  # longer than a requeue takes
+    assert not place.queued() and len(attempts(run, "preprocess")) == begun, "a cancelled job does not come back"
     steps = [int(line) for line in (run.element("preprocess", "0").root / "steps0").read_text().split()]
     assert steps == sorted(set(steps)), "no step was made twice"
+
+
+def test_scancel_by_hand_is_final_too(place: Place) -> None:
+    """Its ranks hear the same signal as preempted ones."""
+    run = place.stand_in(("train", [["--do", "steps"]], CPU), ("export", [[]], CPU))
+    place.amlaunch("retry", "test-1")
+    found = place.wait_until("test-1", lambda found: (element(found, "train")["progress"].get("done") or 0) >= 2)
+    place.cluster.run("scancel", element(found, "train")["job"])
+    place.wait_until("test-1", lambda found: not place.queued(), 40)
+    time.sleep(12)
+    found = place.status("test-1")
+    assert not place.queued() and len(attempts(run, "train")) == 1
+    assert states(found)["train"][0] in ("stopped", "cancelled") and states(found)["export"] == ["cancelled"]
 
 
 def test_resume_goes_on_with_more_steps(tiny: Place) -> None:

@@ -1,0 +1,499 @@
+"""cancel, clean, resume, wait, logs and status where no job of Slurm is needed: real files, real processes, a Slurm that does not answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, pids, wait_until
+
+from launcher import describe
+from launcher.commands import cancel, clean
+from launcher.create import write_run
+from launcher.plan import Plan
+from launcher.planner import Site, make_plan, run_id
+from launcher.queue import Queue, cache_file
+from launcher.slurm import JobInfo, SlurmError
+from launcher.state import DIED, PENDING, RUNNING, STOPPED, read_run
+from launcher.submissions import Submission, token_of
+from recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
+from recipes.loader import load
+from recipes.rundir import RunDir
+
+SILENT = 1 if shutil.which("squeue") else 2
+"""The exit code where Slurm does not answer; without its commands, this is no machine of the cluster."""
+
+
+@pytest.fixture(autouse=True)
+def _silent_slurm(tmp_path, monkeypatch):
+    """Slurm's own commands, with nobody at the controller's port; and a home that is empty."""
+    conf = tmp_path / "slurm.conf"
+    conf.write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\n")
+    for name, value in {"SLURM_CONF": conf, "XDG_CACHE_HOME": tmp_path / "cache", "XDG_CONFIG_HOME": tmp_path / "config"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+
+
+def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
+    """amlaunch as a process of its own; ``patch``: lines of Python that run first, to shorten a pause."""
+    code = f"import sys\n{patch}\nfrom launcher.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, **pipes)
+
+
+def amlaunch(folder: Path, *words: str, patch: str = "") -> subprocess.CompletedProcess:
+    process = start(folder, *words, patch=patch)
+    try:
+        out, err = process.communicate(timeout=25)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def submitted(run: RunDir, plan: Plan, stage: str, job: str | None, home: Path | None = None) -> Submission:
+    """The files of a stage that was handed to Slurm, and of a run that belongs there."""
+    write_json(run.plan, {**plan.to_json(), "cluster": {"name": "slurm", "profile": {}}})
+    folder = (home or run.root) / "jobs" / f"001-{stage}"
+    names = tuple(element.name for element in plan.stage(stage).elements)
+    one = Submission(folder, stage, names, str(run.root), "slurm", token_of(folder), time.time(), job=job)
+    one.write()
+    return one
+
+
+def slurm_said(*jobs: JobInfo, seconds: float = 60.0) -> None:
+    """What squeue answered another terminal a moment ago; good for ``seconds`` more."""
+    kept = {"time": time.time(), "question": "", "problem": "", "jobs": [dataclasses.astuple(job) for job in jobs]}
+    code = "import sys; from launcher import queue; from recipes.files import fingerprint; print(queue.cache_file().with_name(f'squeue-{fingerprint(str())}.json'))"
+    path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(path).parent == cache_file().parent
+    write_json(Path(path), kept)
+
+
+KEPT_LONGER = "import launcher.queue as q; q.Queue.__init__.__defaults__ = (60.0, None)"
+
+
+class Holder:
+    """Another process that holds a lock, on the host that ``hostname`` says."""
+
+    def __init__(self, lock: Path):
+        code = f"import time; from pathlib import Path; from recipes.files import Lock; l = Lock(Path({str(lock)!r})); l.acquire(); print(1, flush=True); time.sleep(600)"
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout and self.process.stdout.readline()
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class TestSlurmDoesNotAnswer:
+    @pytest.mark.parametrize("job", ["123", None])
+    def test_cancel_claims_nothing(self, tmp_path, job):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", job)
+        found = amlaunch(tmp_path, "cancel", "test-1")
+        assert found.returncode == SILENT and "squeue" in found.stderr and "nothing was cancelled" in found.stderr
+        assert "nothing of it" not in found.stdout and not found.stdout
+
+    @pytest.mark.parametrize("job", ["123", None])
+    def test_clean_removes_nothing(self, tmp_path, job):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", job)
+        found = amlaunch(tmp_path, "clean", "test-1", "--yes")
+        assert found.returncode in (1, SILENT) and "nothing was removed" in found.stderr and run.plan.exists()
+
+    @pytest.mark.parametrize("words", [("logs", "test-1", "-f"), ("status", "test-1", "--watch"), ("wait", "test-1")])
+    def test_who_follows_goes_on(self, tmp_path, words):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "123")
+        log = run.element("train", "0").log(1, 0)
+        log.parent.mkdir(parents=True)
+        log.write_text("one\n")
+        patch = "import launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2"
+        process = start(tmp_path, *words, patch=patch)
+        time.sleep(8)
+        assert process.poll() is None, process.communicate()
+        write_json(run.element("train", "0").done, {"outputs": {}})
+        assert process.wait(timeout=30) == 0
+
+    def test_status_itself_is_well(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "123")
+        found = amlaunch(tmp_path, "status", "test-1")
+        assert found.returncode == 0 and "unknown" in found.stdout and "when Slurm answers again" in found.stdout
+        assert amlaunch(tmp_path, "status", "test-2").returncode == 2
+        run.plan.write_text("{")
+        assert amlaunch(tmp_path, "status", "test-1").returncode == 2 and amlaunch(tmp_path, "status").returncode == 0
+
+
+class TestCancel:
+    def test_it_waits_for_a_submit_in_progress(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        with Holder(run.root / "submit.lock"):
+            process = start(tmp_path, "cancel", "test-1")
+            time.sleep(2)
+            assert process.poll() is None, process.communicate()
+            submitted(run, plan, "train", "123")
+        assert process.wait(timeout=30) == SILENT, "what the submit has added is seen"
+
+    def test_nothing_runs(self, tmp_path):
+        make_run(tmp_path, ("train", [[]], ONE))
+        found = amlaunch(tmp_path, "cancel", "test-1")
+        assert found.returncode == 0 and "nothing of it runs or waits" in found.stdout
+
+    def test_what_was_requeued_meanwhile_is_cancelled(self, tmp_path, monkeypatch):
+        """The driver was told to end by Slurm a moment before us, and went back into the queue."""
+        run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        submitted(run, plan, "train", "123")
+        slurm_said(JobInfo("123_0", "PENDING", "BeginTime"))
+        monkeypatch.setattr(Queue.__init__, "__defaults__", (60.0, None))
+        with pytest.raises(SlurmError, match="scancel"):  # which finds nobody to ask, here
+            cancel.wait_until_saved(run, plan, [])
+
+    def test_a_pid_means_nothing_on_another_host(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        folder = run.element("train", "0")
+        victim = subprocess.Popen(["sleep", "600"])
+        start_line = {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid}
+        try:
+            with Holder(folder.lock):
+                append_json_line(folder.attempts, {**start_line, "host": "elsewhere"})
+                found = amlaunch(tmp_path, "cancel", "test-1")
+                assert found.returncode == 0 and "runs on elsewhere" in found.stdout
+                assert victim.poll() is None and folder.stop.exists()
+                append_json_line(folder.attempts, {**start_line, "attempt": 2, "host": platform.node()})
+                found = amlaunch(tmp_path, "cancel", "test-1")
+                assert found.returncode == 0 and "ended 1 element" in found.stdout
+                assert victim.wait(timeout=5) == -signal.SIGKILL
+        finally:
+            victim.kill()
+            victim.wait()
+
+    def test_it_ends_a_driver_at_once_or_has_it_save(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        for words, state in ([], DIED), (["--checkpoint"], STOPPED):
+            driver = drive(run)
+            found = pids(run, 1)
+            assert amlaunch(tmp_path, "cancel", "test-1", *words).returncode == 0
+            driver.wait(timeout=10)
+            wait_until(lambda found=found: not any(psutil.pid_exists(pid) for pid in found))
+            assert only_state(run, plan).state == state
+            (run.element("train", "0").root / "pid0").unlink()
+
+    @pytest.mark.parametrize("words", [(), ("--checkpoint",)])
+    def test_a_launcher_starts_nothing_more(self, tmp_path, words):
+        """With more elements than fit side by side, and stages that follow."""
+        run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]] * 3, ONE), ("train", [[]], ONE))
+        launcher = launch(run)
+        try:
+            pids(run, 1, "preprocess")
+            assert [state.state for state in read_run(run, plan)] == [RUNNING, PENDING, PENDING, PENDING]
+            found = amlaunch(tmp_path, "cancel", "test-1", *words)
+            assert found.returncode == 0, found.stdout + found.stderr
+            if words:
+                assert not is_locked(run.lock), "it says so only when nothing of the run goes on"
+                assert "preprocess 0: stopped" in found.stdout
+            launcher.wait(timeout=15)
+            assert [state.state for state in read_run(run, plan)] == [STOPPED if words else DIED, PENDING, PENDING, PENDING]
+        finally:
+            launcher.kill()
+            launcher.wait()
+
+    def test_what_another_run_makes_for_both_is_left_alone(self, tmp_path):
+        run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]], ONE))
+        shared = tmp_path / "data" / "shards"
+        (shared / "stages" / "preprocess").mkdir(parents=True)
+        other = RunDir(tmp_path / "runs" / "other-1")
+        for one in (run, other):
+            write_json(one.plan, {**plan.to_json(), "run_id": one.root.name})
+            one.shared.symlink_to(shared)
+        folder = run.element("preprocess", "0")
+        plan_json = read_object(other.plan)
+        plan_json["stages"][0]["elements"][0]["arguments"][-1] = str(folder.root)
+        write_json(other.plan, plan_json)
+        launcher = launch(other)
+        try:
+            (pid,) = pids(other, 1, "preprocess")
+            found = amlaunch(tmp_path, "cancel", "test-1")
+            assert found.returncode == 0 and "another run" in found.stdout and psutil.pid_exists(pid)
+            assert "would remove" in amlaunch(tmp_path, "clean", "test-1").stdout, "nothing of its own runs"
+            assert amlaunch(tmp_path, "clean", "other-1").returncode == 2
+            assert amlaunch(tmp_path, "cancel", "other-1").returncode == 0
+            launcher.wait(timeout=15)
+            assert not psutil.pid_exists(pid)
+        finally:
+            launcher.kill()
+            launcher.wait()
+
+
+def launch(run: RunDir) -> subprocess.Popen:
+    """The heart of amlaunch local, one element at a time."""
+    code = (
+        "from pathlib import Path\n"
+        "from launcher.commands.local import _stopping_on_signals\n"
+        "from launcher.local import Executor\n"
+        "from launcher.machine import Machine\n"
+        "from launcher.report import PlainReport\n"
+        "from launcher.store import read_plan\n"
+        "from recipes.files import Lock\n"
+        "from recipes.rundir import RunDir\n"
+        f"run = RunDir(Path({str(run.root)!r}))\n"
+        "plan = read_plan(run)\n"
+        "lock = Lock(run.lock)\n"
+        "assert lock.acquire()\n"
+        "made = Executor(run, plan, Machine(1, ()), lambda states: None)\n"
+        "with _stopping_on_signals(made, PlainReport(print)):\n"
+        "    made.execute(plan.stages)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+
+class TestWait:
+    SOON = f"import launcher.commands.wait as w; w.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
+
+    def test_it_gives_up_on_what_sbatch_never_answered(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", None)
+        slurm_said()
+        found = amlaunch(tmp_path, "wait", "test-1", patch=self.SOON)
+        assert found.returncode == 1 and f"next: {describe.program()} retry test-1" in found.stdout
+        assert json.loads(amlaunch(tmp_path, "wait", "test-1", "--json", patch=self.SOON).stdout)["state"] == "unknown"
+
+    def test_not_while_slurm_is_silent_or_anything_runs(self, tmp_path):
+        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
+        submitted(run, plan, "train", None)
+        silent = start(tmp_path, "wait", "test-1", patch=self.SOON)
+        time.sleep(9)
+        assert silent.poll() is None
+        silent.kill()
+        slurm_said()
+        with Holder(run.element("preprocess", "0").lock):
+            going = start(tmp_path, "wait", "test-1", patch=self.SOON)
+            time.sleep(4)
+            assert going.poll() is None
+        assert going.wait(timeout=20) == 1
+
+
+class TestLogs:
+    def test_following_many_elements_is_no_burden(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]] * 1500, ONE))
+        for element in plan.stages[0].elements:
+            folder = run.element("train", element.name)
+            folder.log(1, 0).parent.mkdir(parents=True)
+            folder.attempts.write_text('{"event": "start", "attempt": 1, "time": 1.0}\n')
+            if int(element.name) % 2:
+                folder.log(1, 0).write_text("hello\n")
+        with Holder(run.lock):
+            process = start(tmp_path, "logs", "test-1", "-f")
+            try:
+                os.set_blocking(process.stdout.fileno(), False)  # some lines fit the pipe; nobody reads more
+                time.sleep(3)
+                known = psutil.Process(process.pid)
+                before = sum(known.cpu_times()[:2])
+                time.sleep(6)
+                assert (sum(known.cpu_times()[:2]) - before) / 6 < 0.3
+            finally:
+                process.kill()
+                process.communicate()
+
+    def test_a_run_without_any_log_yet_is_looked_at_as_rarely(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]] * 1500, ONE))
+        for element in plan.stages[0].elements:
+            run.element("train", element.name).root.mkdir(parents=True)
+        with Holder(run.lock):
+            process = start(tmp_path, "logs", "test-1", "-f")
+            time.sleep(2)
+            known = psutil.Process(process.pid)
+            before = sum(known.cpu_times()[:2])
+            time.sleep(4)
+            used = sum(known.cpu_times()[:2]) - before
+            process.kill()
+            process.communicate()
+        assert used / 4 < 0.3
+
+    def test_it_prints_all_that_comes_and_ends_with_the_run(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
+        driver = drive(run)
+        pids(run, 1)
+        process = start(tmp_path, "logs", "test-1", "-f")
+        out, err = process.communicate(timeout=20)
+        driver.wait()
+        assert process.returncode == 0 and out.count("rank 0 of 1") == 1, err
+
+
+class TestStatus:
+    def test_watch_ends_with_the_run(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
+        driver = drive(run)
+        pids(run, 1)
+        found = amlaunch(tmp_path, "status", "test-1", "--watch")
+        driver.wait()
+        assert found.returncode == 0 and "running" in found.stdout and "done" in found.stdout
+
+    def test_a_failed_run_is_no_failure_of_status(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [["--do", "fail"]], ONE))
+        drive(run).wait()
+        for words in [], ["--watch"], ["--json"]:
+            assert amlaunch(tmp_path, "status", "test-1", *words).returncode == 0
+
+
+def shards(folder: Path, name: str) -> Path:
+    made = folder / "data" / name
+    (made / "stages" / "preprocess" / "0").mkdir(parents=True)
+    (made / "part.bin").write_bytes(b"x" * 100)
+    return made
+
+
+def empty_run(root: Path, name: str, data: Path | None = None) -> RunDir:
+    run = RunDir(root / name)
+    write_json(run.plan, Plan(name, [], str(data) if data else None, str(root)).to_json())
+    if data:
+        run.data.symlink_to(data)
+    return run
+
+
+class TestClean:
+    def offered(self, folder: Path, *words: str) -> set[str]:
+        found = amlaunch(folder, "clean", "--json", *words)
+        assert found.returncode == 0, found.stderr
+        paths = [row["path"] for row in json.loads(found.stdout)]
+        assert len(paths) == len(set(paths))
+        return {str(Path(path).relative_to(folder)) for path in paths}
+
+    def test_shards_are_kept_for_runs_of_any_root(self, tmp_path):
+        for name in ("mine", "theirs", "nobodys"):
+            shards(tmp_path, name)
+        empty_run(tmp_path / "runs", "a-1", tmp_path / "data" / "mine")
+        empty_run(tmp_path / "more-runs", "b-1", tmp_path / "data" / "theirs")
+        for words in [], ["--runs", "runs"], ["--runs", "more-runs"]:
+            assert self.offered(tmp_path, *words) == {"data/nobodys"}
+        found = amlaunch(tmp_path, "clean", "--yes")
+        assert found.returncode == 0 and "removed" in found.stdout
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["mine", "theirs"]
+
+    def test_shards_of_a_run_that_was_removed_can_go(self, tmp_path):
+        """The last run, too."""
+        shards(tmp_path, "mine")
+        empty_run(tmp_path / "runs", "a-1", tmp_path / "data" / "mine")
+        assert amlaunch(tmp_path, "clean", "a-1", "--yes").returncode == 0
+        assert self.offered(tmp_path) == {"data/mine"}
+
+    def test_shards_that_are_being_made_are_kept(self, tmp_path):
+        data = shards(tmp_path, "being-made")
+        empty_run(tmp_path / "runs", "a-1")
+        with Holder(data / "stages" / "preprocess" / "0" / "lock"):
+            assert not self.offered(tmp_path)
+        assert self.offered(tmp_path) == {"data/being-made"}
+        with Holder(data / "submit.lock"):
+            assert not self.offered(tmp_path)
+        run, plan = make_run(tmp_path / "elsewhere", ("preprocess", [[]], ONE))
+        submitted(run, plan, "preprocess", "123", home=data)
+        assert not self.offered(tmp_path), "nobody knows what became of job 123"
+
+    def test_shards_whose_jobs_are_over_can_go(self, tmp_path):
+        data = shards(tmp_path, "made")
+        run, plan = make_run(tmp_path / "elsewhere", ("preprocess", [[]], ONE))
+        one = submitted(run, plan, "preprocess", "123", home=data)
+        for job, kept in (
+            (JobInfo("123_0", "PENDING"), True),
+            (JobInfo("77_0", "RUNNING", comment=one.token), True),
+            (JobInfo("123_0", "COMPLETED", comment=one.token), False),
+            (JobInfo("1234_0", "RUNNING"), False),
+        ):
+            slurm_said(job)
+            assert clean.in_use(data, Queue(60.0)) == kept, job
+
+    def test_the_doctors_old_runs_can_go(self, tmp_path):
+        old, new, busy = (empty_run(tmp_path / "runs" / "doctor", f"gpu-check-{name}") for name in ("old", "new", "busy"))
+        for run in (old, busy):
+            os.utime(run.root, (time.time() - 2 * 24 * 3600,) * 2)
+        with Holder(busy.lock):
+            os.utime(busy.root, (time.time() - 2 * 24 * 3600,) * 2)
+            assert self.offered(tmp_path) == {"runs/doctor/gpu-check-old"}
+            assert amlaunch(tmp_path, "clean", "--yes").returncode == 0
+        assert not old.root.exists() and new.root.exists() and busy.root.exists()
+
+
+RECIPE = """\
+name: tiny
+model: {_target_: trainer.models.gpt2.build_gpt2_model, vocab_size: 50304, n_positions: 32, n_embd: 16, n_layer: 2, n_head: 2}
+dataset: {file_pattern: "*.bin", seq_len: 32}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
+resources: {train: {tasks_per_node: 2, cpus: 2}}
+export: null
+"""
+
+
+class TestResume:
+    def made(self, folder: Path, cluster: dict | None = None) -> RunDir:
+        """A run whose training is done, as far as its files say."""
+        (folder / "tiny.yaml").write_text(RECIPE)
+        (folder / "tokens.bin").touch()
+        loaded = load(folder / "tiny.yaml")
+        plan = make_plan(loaded, Site(folder / "runs", folder, 0, 2), run_id(loaded))
+        plan = dataclasses.replace(plan, cluster=cluster)
+        run = RunDir(folder / "runs" / plan.run_id)
+        before = os.getcwd()
+        os.chdir(folder)
+        try:
+            write_run(run, loaded, plan, ["amlaunch", "local", "tiny.yaml"], refresh_code=True)
+        finally:
+            os.chdir(before)
+        write_json(run.element("train", "0").done, {"outputs": {}})
+        return run
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--step_scheduler.max_stepz", "9"], "unknown key"),
+            (["--step_scheduler.max_steps", "many"], "max_steps"),
+            (["--step_scheduler.global_batch_size", "9"], "global_batch_size"),
+            (["--wandb.api_key", "abc123"], "a secret would be written down"),
+            (["--dataset.file_pattern", "gone/*.bin"], "another run"),
+            (["--optimizer.lr", "${NOT_SET}"], "NOT_SET"),
+            (["--resources.train.nodes", "2"], "nodes"),
+        ],
+    )
+    def test_a_mistake_changes_nothing(self, tmp_path, words, message):
+        run = self.made(tmp_path)
+        before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+        found = amlaunch(tmp_path, "resume", "tiny", *words)
+        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+        assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
+
+    def test_not_what_is_being_run(self, tmp_path):
+        """Between two stages, nothing but the launcher's lock says so."""
+        run = self.made(tmp_path)
+        with Holder(run.lock):
+            found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
+        assert found.returncode == 2 and "cancel" in found.stderr and run.element("train", "0").done.exists()
+
+    def test_not_on_a_cluster_what_is_being_run_here(self, tmp_path):
+        run = self.made(tmp_path, {"name": "slurm", "profile": {}})
+        with Holder(run.lock):
+            found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
+        assert found.returncode == 2 and "being run by amlaunch local" in found.stderr
+
+    def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
+        self.made(tmp_path, {"name": "slurm", "profile": {}})
+        found = amlaunch(tmp_path, "resume", "tiny", "--container.image", "/no/such/image.sif")
+        assert found.returncode == 2 and "there is no file /no/such/image.sif" in found.stderr
+
+    def test_what_is_right_goes_on(self, tmp_path):
+        run = self.made(tmp_path)
+        found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6")
+        assert "amlaunch local tiny.yaml" in found.stdout and "was resumed with --step_scheduler.max_steps 6" in found.stdout
+        assert read_object(run.provenance)["resumed"] == ["--step_scheduler.max_steps", "6"]
+        assert read_json_lines(run.element("train", "0").attempts), "training went on (and found no tokens in an empty file)"

@@ -1,0 +1,429 @@
+"""What submit, status and the driver decide, without a cluster: profiles, scripts, parsing, causes, retries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import queue as queue_module
+from launcher import slurm
+from launcher.causes import cause_of, nodes_to_avoid
+from launcher.cli import sweep_overrides
+from launcher.cluster import find_cluster
+from launcher.driver import failure_of, signal_name
+from launcher.plan import Element, Needs, Plan, Stage
+from launcher.policy import futile_attempts, goes_again
+from launcher.queue import Queue
+from launcher.ranks import free_ports, interface_address
+from launcher.sbatch import Array, job_environment, script, submission_environment
+from launcher.slurm import JobInfo, compress_ranges, expand_ranges, gpus_of, minutes_of
+from launcher.snapshot import take_snapshot
+from launcher.state import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    PENDING,
+    QUEUED,
+    RUNNING,
+    UNKNOWN,
+    Trace,
+    explain_end,
+    read_runs,
+    waiting_reason,
+)
+from launcher.step import first_failure
+from launcher.submissions import Submission, next_folder, read_submission, submissions_of, token_of
+from launcher.submit import drafts
+from recipes.errors import BadInput
+from recipes.files import append_json_line, fingerprint, write_json
+from recipes.rundir import ElementDir, RunDir
+
+
+@given(st.sets(st.integers(0, 5000), min_size=1))
+def test_ranges_there_and_back(numbers: set[int]) -> None:
+    assert expand_ranges(compress_ranges(numbers)) == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("gres", "found"),
+    [
+        ("(null)", (0, "")), ("gpu:8", (8, "")), ("gpu:h100:8(S:0-1)", (8, "h100")), ("gpu", (1, "")), ("gpu:h100", (1, "h100")),
+        ("tmpfs:1T,gpu:a100:4(S:0,1),shard:16", (4, "a100")), ("gpu:2080ti:4", (4, "2080ti")), ("gpu:1g.10gb:7", (7, "1g.10gb")),
+        ("gpu:a100:2,gpu:h100:6", (8, "a100")), ("gpu:nvidia_h100_80gb_hbm3:8(IDX:0-7)", (8, "nvidia_h100_80gb_hbm3")),
+    ],
+)  # fmt: skip
+def test_gres(gres: str, found: tuple[int, str]) -> None:
+    assert gpus_of(gres) == found
+
+
+@pytest.mark.parametrize(("limit", "minutes"), [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("2-00:30:00", 2910), ("n/a", None), ("", None)])
+def test_time_limits(limit: str, minutes: int | None) -> None:
+    assert minutes_of(limit) == minutes
+
+
+def test_ranges_of_an_array_that_sacct_never_saw_start() -> None:
+    assert slurm._array_tasks("12_[0-2,7%4]") == ["12_0", "12_1", "12_2", "12_7"] and slurm._array_tasks("12_3") == ["12_3"]
+
+
+class TestProfiles:
+    def test_the_nearest_file_wins_and_a_name_is_enough(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        (tmp_path / "config" / "amlaunch").mkdir(parents=True)
+        (tmp_path / "config" / "amlaunch" / "clusters.yaml").write_text("lab: {partition: far}\nhome: {partition: mine}\n")
+        assert find_cluster("home").profile.partition == "mine"
+        assert find_cluster("lab").profile.partition == "far"
+        (tmp_path / "clusters.yaml").write_text("lab: {partition: near, stages: {train: {partition: gpu, sbatch: {nice: 5}}}, sbatch: {nice: 1}}\n")
+        found = find_cluster("lab").profile
+        assert found.stage("export").partition == "near" and found.stage("train").partition == "gpu"
+        assert found.stage("train").sbatch == {"nice": 5} and found.stage("export").sbatch == {"nice": 1}
+        assert find_cluster("slurm").source == "built in" and find_cluster("local").profile.executor == "local"
+
+    def test_a_file_with_one_or_several(self, tmp_path: Path) -> None:
+        path = tmp_path / "sites.yaml"
+        path.write_text("a: {partition: x}\n")
+        assert find_cluster(str(path)).name == "a"
+        path.write_text("a: {partition: x}\nb: {partition: y}\n")
+        assert find_cluster(f"{path}:b").profile.partition == "y"
+        with pytest.raises(BadInput, match="2 clusters; say which"):
+            find_cluster(str(path))
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("lab: {partitoin: x}", "clusters.yaml:1: partitoin: unknown key; did you mean 'partition'"),
+            ("lab:\n  stages: {trian: {}}", "stages.trian: unknown key; did you mean 'train'"),
+            ("lab: {throttle: 0}", "throttle: expected a whole number of at least 1"),
+            ("lab: {sbatch: {job-name: x}}", "amlaunch sets it (the run's name makes it)"),
+            ("lab: {stages: {train: {sbatch: {output: x}}}}", "stages.train.sbatch.output: amlaunch sets it"),
+            ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
+            ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
+            ("lab: {time: soon}", "expected a time such as"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "clusters.yaml").write_text(text + "\n")
+        with pytest.raises(BadInput) as caught:
+            find_cluster("lab")
+        assert message in str(caught.value)
+
+    def test_secrets_are_not_filled_in_where_scripts_are_made_of(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MY_TOKEN", "hunter2")
+        monkeypatch.setenv("WHO", "ann")
+        (tmp_path / "clusters.yaml").write_text(
+            "lab:\n  runs: /shared/${WHO}\n  setup: ['export X=${MY_TOKEN}']\n  env: {T: '${MY_TOKEN}'}\n  sbatch: {mail-user: '${WHO}', nice: '${MY_TOKEN}'}\n  srun: ['${MY_TOKEN}']\n"
+        )
+        found = find_cluster("lab").profile
+        assert found.runs == "/shared/ann" and found.sbatch["mail-user"] == "ann"
+        assert "hunter2" not in repr(found) and found.setup == ["export X=${MY_TOKEN}"] and found.env == {"T": "${MY_TOKEN}"}
+
+
+def make_plan(run: RunDir, *stages: tuple[str, int], cluster: bool = True) -> Plan:
+    built: list[Stage] = []
+    for name, count in stages:
+        after = [built[-1].name] if built else []
+        built.append(Stage(name, [Element(str(i), "m", []) for i in range(count)], after, Needs(1, 0, 1, 1), "cpu"))
+    plan = Plan(run.root.name, built, None, "/", cluster={"name": "x", "profile": {}} if cluster else None)
+    write_json(run.plan, plan.to_json())
+    return plan
+
+
+needs_srun = pytest.mark.skipif(subprocess.run(["which", "srun"], capture_output=True).returncode != 0, reason="submitit renders only where srun is")
+
+
+@needs_srun
+class TestScripts:
+    def rendered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Needs, **profile: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "clusters.yaml").write_text(json.dumps({"lab": profile}))
+        array = Array(Stage("train", [], [], needs, "gpu"), ("0", "1", "2"), tmp_path / "a b%" / "jobs" / "001-train", "token")
+        return script(array, find_cluster("lab").profile, tmp_path / "a b%", tmp_path / "a b%" / "code", "run-1")
+
+    def test_what_a_job_asks_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = self.rendered(tmp_path, monkeypatch, Needs(2, 8, 8, 64, "256G", 240), account="ml", throttle=2, gpu_type="h100", setup=["module load cuda"], sbatch={"exclusive": True, "nice": 3, "hold": False})
+        options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+        expected = ["account=ml", "array=0-2%2", "comment=token", "cpus-per-task=8", "exclusive", "gpus-per-node=h100:8", "job-name=run-1.train", "kill-on-invalid-dep=yes",
+                    "mem=256G", "nice=3", "nodes=2", "ntasks-per-node=8", "open-mode=append", "partition=gpu", "requeue", "signal=B:USR1@300", "time=240"]  # fmt: skip
+        assert set(expected) <= set(options) and not any(option.startswith(("hold", "wckey")) for option in options)
+        output = next(option for option in options if option.startswith("output="))
+        assert shlex.split(output)[0] == f"output={tmp_path}/a b%%/jobs/001-train/%A_%a.log", "Slurm reads %% as %"
+        assert text.splitlines().index("module load cuda") < next(i for i, line in enumerate(text.splitlines()) if line.startswith("exec "))
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+    def test_gres_of_the_profile_takes_the_place_of_ours(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = self.rendered(tmp_path, monkeypatch, Needs(1, 4, 4, 4), sbatch={"gres": "gpu:v100:4"})
+        assert "--gres=gpu:v100:4" in text and "gpus-per-node" not in text
+
+
+def test_jobs_inherit_neither_the_job_that_submits_nor_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK", "RANK", "MASTER_ADDR", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/x")
+    monkeypatch.setenv("MY_TEXT", "kept")
+    found = submission_environment()
+    assert found["SLURM_CONF"] == "/etc/x" and found["MY_TEXT"] == "kept" and found["PATH"]
+    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK", "RANK", "MASTER_ADDR", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"} & set(found)
+    before = dict(os.environ)
+    with job_environment():
+        assert dict(os.environ) == found
+    assert dict(os.environ) == before
+
+
+class TestRetries:
+    def lines(self, *done: int, budget: str = "1_0") -> list[dict]:
+        return [{"event": "start", "attempt": i + 1, "done": value, "budget": budget} for i, value in enumerate(done)]
+
+    def test_progress_resets_the_budget(self) -> None:
+        assert futile_attempts(self.lines(0, 10, 20), 30) == 0
+        assert futile_attempts(self.lines(0, 10, 10, 10), 10) == 3
+        assert futile_attempts(self.lines(0, 0, budget="1_0") + self.lines(0, budget="2_0"), 0) == 1, "another submit, another budget"
+
+    def test_who_goes_again(self) -> None:
+        stopped = {"outcome": "stopped", "again": True}
+        assert goes_again(self.lines(0, 10), stopped, 20) == (True, "goes on from what is saved")
+        assert goes_again(self.lines(5, 5, 5), stopped, 5) == (False, "no progress in 3 attempts")
+        assert goes_again(self.lines(5, 5), {"outcome": "failed", "again": True}, 5)[0]
+        assert not goes_again(self.lines(5), {"outcome": "failed", "again": False}, 5)[0]
+
+    def test_a_signal_without_a_name(self) -> None:
+        assert signal_name(9) == "SIGKILL" and signal_name(60).startswith(("signal 60", "SIG"))
+        assert failure_of(-127, 0)["again"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "again", "elsewhere"),
+    [
+        ("RuntimeError: [enforce fail] No space left on device", "full disk", False, False),
+        ("OSError: [Errno 122] Disk quota exceeded: 'x'", "full disk", False, False),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "out of GPU memory", False, False),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=3.0", "out of memory", False, False),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "broken GPU", True, True),
+        ("NCCL error in: ProcessGroupNCCL.cpp: ncclRemoteError", "network", True, True),
+        ("[Rank 3] Watchdog caught collective operation timeout", "network", True, True),
+        ("Connection closed by peer [10.0.0.1]:3342", "network", True, True),
+        ("OSError: [Errno 116] Stale file handle", "node", True, True),
+    ],
+)
+def test_causes(text: str, kind: str, again: bool, elsewhere: bool) -> None:
+    found = cause_of(f"Traceback\n  line\n{text}\nmore")
+    assert found is not None and (found.kind, found.again, found.elsewhere) == (kind, again, elsewhere)
+    assert cause_of("ValueError: boom in step 3") is None
+
+
+def test_nodes_are_avoided_for_an_hour() -> None:
+    lines = [{"event": "end", "elsewhere": True, "host": "n1", "time": 1000.0}, {"event": "end", "elsewhere": True, "host": "n2", "time": 4000.0}, {"event": "end", "host": "n3", "time": 4000.0}]
+    assert nodes_to_avoid(lines, now=4100.0) == ["n1", "n2"] and nodes_to_avoid(lines, now=4700.0) == ["n2"] and nodes_to_avoid(lines, now=9000.0) == []
+
+
+def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("srun: error: n1: tasks 0-1: Exited with exit code 75\nsrun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n")
+    assert first_failure(log) == ("n2", 3, "Exited with exit code 1")
+    log.write_text("srun: error: gpu-a.site: tasks 4,6-7: Segmentation fault (core dumped)\n")
+    assert first_failure(log) == ("gpu-a.site", 4, "Segmentation fault (core dumped)")
+    log.write_text("srun: error: Unable to create step\n")
+    assert first_failure(log) is None
+
+
+def test_reasons_in_words() -> None:
+    assert waiting_reason("Dependency") == "waits for the stage before it" and waiting_reason("SomethingNew") == "SomethingNew"
+    assert waiting_reason("ReqNodeNotAvail, UnavailableNodes:n1").startswith("nodes it asked for")
+    nothing = Trace(ElementDir(Path("/nowhere")), [], None, "", {})
+    assert explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), nothing) == (CANCELLED, "a stage before it did not finish")
+    assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), nothing)[0] == FAILED
+    assert "0:9" in explain_end(JobInfo("1_0", "FAILED", exit_code="0:9"), nothing)[1]
+
+
+def answers(folder: Path, jobs: dict[str, JobInfo] | None, past: dict[str, JobInfo] | None = None, asked: float | None = None) -> Queue:
+    """A queue that finds these answers where another call has left them."""
+    queue = Queue(max_age=1e9, cache=folder / "cache" / "queue")
+    asked = time.time() if asked is None else asked
+    problem = "" if jobs is not None else "squeue: no answer in 30 s"
+    for name, question, found in (("squeue", "", jobs), ("sacct", "11", past or {})):
+        rows = None if found is None else [dataclasses.astuple(job) for job in found.values()]
+        kept = {"time": asked, "question": question, "problem": problem if name == "squeue" else "", "jobs": rows}
+        write_json(queue.file.with_name(f"{name}-{fingerprint(question)}.json"), kept)
+    return queue
+
+
+class TestStates:
+    def run(self, tmp_path: Path, stages=(("train", 1),)) -> tuple[RunDir, Plan]:
+        run = RunDir(tmp_path / "runs" / "r-1")
+        plan = make_plan(run, *stages)
+        for stage in plan.stages:
+            names = tuple(element.name for element in stage.elements)
+            folder = next_folder(run.jobs, stage.name)
+            Submission(folder, stage.name, names, str(run.root), "x", token_of(folder), time.time() - 50, job="11").write()
+        return run, plan
+
+    def state(self, run: RunDir, plan: Plan, queue: Queue):
+        return read_runs([(run, plan)], queue)[0][0]
+
+    def attempt(self, run: RunDir, number: int = 1, job: str = "11_0", end: dict | None = None) -> None:
+        attempts = run.element("train", "0").attempts
+        append_json_line(attempts, {"event": "start", "attempt": number, "time": time.time() - 10, "job": job, "host": "n1"})
+        if end:
+            append_json_line(attempts, {"event": "end", "attempt": number, "time": time.time(), **end})
+
+    def test_the_queue_is_believed_before_an_old_word_and_a_new_word_before_the_queue(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "Priority")})).state == QUEUED
+        self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "BeginTime")})).state == QUEUED
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
+        self.attempt(run, 2, end={"outcome": "failed", "reason": "boom"})
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == FAILED, "the driver has spoken; Slurm still clears up"
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state == FAILED, "an answer from before"
+
+    def test_a_requeued_job_that_came_to_nothing_is_not_what_it_was_before(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")})).state == CANCELLED
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state == FAILED
+
+    def test_without_an_answer_nothing_is_claimed(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        found = self.state(run, plan, answers(tmp_path, None))
+        assert found.state == UNKNOWN and "no sign of life yet" in found.reason and "no answer in 30 s" in found.reason
+        assert self.state(run, plan, answers(tmp_path, {})).state == "died"
+        assert self.state(run, plan, answers(tmp_path, {}, {"11_0": JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1")})).reason.startswith("job 11_0 on n1 ran out of memory")
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "COMPLETED")})).state == FAILED, "completed without a marker is not done"
+
+    def test_a_colleagues_job_is_not_called_dead(self, tmp_path: Path) -> None:
+        if os.getuid() != 0:
+            pytest.skip("needs root, to give a folder to somebody else")
+        run, plan = self.run(tmp_path)
+        for path in run.jobs.glob("*"):
+            os.chown(path, 65534, 65534)
+        assert self.state(run, plan, answers(tmp_path, {})).state == UNKNOWN
+
+    def test_only_the_newest_submission_counts_and_abandoned_ones_do_not(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        folder = next_folder(run.jobs, "train")
+        assert folder.name == "002-train"
+        late = Submission(folder, "train", ("0",), str(run.root), "x", token_of(folder), 0.0, job="12")
+        late.write()
+        jobs = {"11_0": JobInfo("11_0", "FAILED"), "12_0": JobInfo("12_0", "RUNNING")}
+        assert self.state(run, plan, answers(tmp_path, jobs)).state == RUNNING, "by its number, not by a clock"
+        Submission(folder, "train", ("0",), str(run.root), "x", late.token, 0.0, abandoned=True).write()
+        assert self.state(run, plan, answers(tmp_path, jobs)).state == FAILED
+        assert next_folder(run.jobs, "train").name == "003-train", "no folder is used twice"
+        (folder / "submission.json").write_text("{")
+        with pytest.raises(BadInput, match="not a submission"):
+            submissions_of(run, plan, strict=True)
+
+    def test_submissions_survive_the_disk(self, tmp_path: Path) -> None:
+        folder = tmp_path / "001-train"
+        one = Submission(folder, "train", ("0", "1"), "/r", "x", "t", 1.5, ("7",), "9", needs={"nodes": 1}, env={"A": "${B}"})
+        one.write()
+        assert read_submission(folder) == one and one.tasks() == {"0": "9_0", "1": "9_1"}
+
+
+@needs_srun
+class TestDrafts:
+    def test_dependencies_reach_back_over_done_stages(self, tmp_path: Path) -> None:
+        run = RunDir(tmp_path / "runs" / "r-1")
+        plan = make_plan(run, ("preprocess", 2), ("verify", 1), ("train", 1))
+        profile = find_cluster("slurm").profile
+        states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
+        found = drafts(run, plan, profile, states, plan.stages, 1000)
+        assert [(draft.array.stage.name, draft.after_drafts) for draft in found] == [("preprocess", ()), ("verify", ("001-preprocess",)), ("train", ("001-preprocess", "002-verify"))]
+        marker = run.element("verify", "0").done
+        write_json(marker, {"outputs": {}})
+        states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
+        assert [state.state for state in states] == [PENDING, PENDING, DONE, PENDING]
+        found = drafts(run, plan, profile, states, plan.stages, 1000)
+        assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == ("001-preprocess",), "verify is done, its input is not"
+
+    def test_arrays_are_cut_at_slurms_limit(self, tmp_path: Path) -> None:
+        run = RunDir(tmp_path / "runs" / "r-1")
+        plan = make_plan(run, ("preprocess", 25))
+        states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
+        found = drafts(run, plan, find_cluster("slurm").profile, states, plan.stages, 10)
+        assert [len(draft.array.elements) for draft in found] == [10, 10, 5]
+        assert len({draft.array.folder for draft in found}) == len({draft.array.token for draft in found}) == 3
+
+
+def test_answers_are_shared_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "bin" / "squeue"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\necho '1_0|RUNNING|None|2026-01-01T00:00:00|n1|2026-01-01T00:00:00|odd | comment'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def calls() -> int:
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    assert Queue().jobs == Queue().jobs and calls() == 1
+    assert Queue().jobs["1_0"].comment == "odd | comment"
+    queue_module.forget()
+    time.sleep(0.02)
+    assert Queue().jobs and calls() == 2
+    assert Queue(max_age=0).jobs and calls() == 3
+
+
+def test_sweeps_as_people_type_them() -> None:
+    assert sweep_overrides(["optimizer.lr=1e-4,3e-4", "seed=[1,2]"]) == ["--sweep.optimizer.lr=[1e-4,3e-4]", "--sweep.seed=[1,2]"]
+    assert sweep_overrides(["{seed: [1]}"]) == ["--sweep={seed: [1]}"]
+    with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
+        sweep_overrides(["optimizer.lr"])
+
+
+def test_ports_that_are_taken_are_passed_over() -> None:
+    first = next(free_ports(7))
+    with socket.create_server(("", first)):
+        assert next(free_ports(7)) != first
+    assert len(set(zip(range(5), free_ports(3), strict=False))) == 5
+
+
+def test_the_address_of_an_interface() -> None:
+    assert interface_address("lo") == "127.0.0.1"
+    with pytest.raises(OSError, match=r"no interface 'nope0' with an address; it has .*lo"):
+        interface_address("nope0")
+
+
+def test_a_snapshot_of_a_checkout_has_what_git_does_not_ignore(tmp_path: Path) -> None:
+    user = tmp_path / "user"
+    (user / "runs").mkdir(parents=True)
+    for name, text in {"kept.py": "x = 1\n", "table.json": "{}", "new.py": "y = 2\n", "secret.env": "no", ".gitignore": "*.env\n", "runs/log.py": "no"}.items():
+        (user / name).write_text(text)
+    git = ["git", "-C", str(user), "-c", "user.email=a@b", "-c", "user.name=a"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "kept.py", "table.json", ".gitignore"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    (user / "kept.py").write_text("x = 'uncommitted'\n")
+    take_snapshot(tmp_path / "code", user)
+    there = {str(path.relative_to(tmp_path / "code" / "recipe")) for path in (tmp_path / "code" / "recipe").rglob("*") if path.is_file()}
+    assert there == {"kept.py", "table.json", "new.py", ".gitignore"}
+    assert "uncommitted" in (tmp_path / "code" / "recipe" / "kept.py").read_text()
+    (user / "large.bin").write_bytes(b"0" * 21_000_000)
+    with pytest.raises(BadInput, match=r"too much to copy.*large.bin \(21.0 MB\)"):
+        take_snapshot(tmp_path / "code", user)
+
+
+def test_completion_scripts_are_for_the_shell() -> None:
+    done = subprocess.run([sys.executable, "-m", "launcher", "completion", "bash"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, check=True)
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert "quickstart" in done.stdout and "--dry-run" in done.stdout
+
+
+def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
+    """USR1 in the first instant of a job would end Python."""
+    code = "import launcher.job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(launcher.job.EARLY)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    assert done.returncode == 0 and done.stdout.strip() == str([int(signal.SIGUSR1)])
