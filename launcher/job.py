@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from launcher.store import read_plan  # noqa: E402
 from launcher.submissions import Submission, read_submission  # noqa: E402
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
 from recipes.files import append_json_line, read_json_lines, read_object  # noqa: E402
-from recipes.rundir import RunDir  # noqa: E402
+from recipes.rundir import ElementDir, RunDir  # noqa: E402
 
 REQUEUE_TRIES = 8
 LOCK_SECONDS = 180.0
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip
     outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY, plan=plan)
-    return go_on(run, submission.stage, element, outcome, needs)
+    excluded = str(profile.stage(submission.stage).sbatch.get("exclude", ""))
+    return go_on(run.element(submission.stage, element), outcome, needs, excluded)
 
 
 def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
@@ -103,38 +104,53 @@ def job_id() -> str:
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
-def go_on(run: RunDir, stage: str, element: str, outcome: str, needs: Needs) -> int:
+def go_on(folder: ElementDir, outcome: str, needs: Needs, excluded: str) -> int:
     """Back into the queue where the driver's own record says so; the exit code otherwise."""
-    attempts = run.element(stage, element).attempts
-    end: dict[str, Any] = next((line for line in reversed(read_json_lines(attempts)) if line.get("event") == "end"), {})
-    print(f"{stage} {element}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}", flush=True)
-    if outcome == PENDING:
-        print(f"another process has had this element for {LOCK_SECONDS:.0f} s; this job leaves it alone", flush=True)
-    elif end.get("again") and outcome != DONE:
-        problem = back_into_the_queue(avoidable(attempts, needs))
-        if problem == CANCELLED:
-            append_json_line(attempts, {**end, "time": time.time(), "again": False, "outcome": CANCELLED, "reason": "ended from outside (cancelled, or requeued by Slurm itself); what was saved is there"})
-        elif problem:
-            append_json_line(attempts, {**end, "time": time.time(), "again": False, "reason": f"{end['reason']}; not requeued: {problem}"})
+    lines = read_json_lines(folder.attempts)
+    end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "end"), {})
+    print(f"{folder.root.parent.name} {folder.root.name}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}", flush=True)
     if outcome == DONE:
         return OK
-    if outcome in (STOPPED, PENDING):
+    if outcome == PENDING:
+        return _leave_alone(lines)
+    if end.get("again"):
+        problem = back_into_the_queue(nodes_to_exclude(lines, needs, excluded))
+        append_json_line(folder.attempts, {**end, "time": time.time(), "again": False, **_not_requeued(end, problem)})
+    if outcome == STOPPED:
         return GO_ON_LATER
     return FAILED if end.get("retry", True) else BAD_INPUT
 
 
-def avoidable(attempts: Path, needs: Needs) -> list[str]:
-    """The nodes to keep away from, unless too few would be left to start at all."""
-    bad = nodes_to_avoid(read_json_lines(attempts))
+def _leave_alone(lines: Sequence[Mapping[str, Any]]) -> int:
+    """The element's lock is held: by another job, which then has it, or still in the name of a crashed node that had this one."""
+    newest: Mapping[str, Any] = next((line for line in reversed(lines) if line.get("event") == "start"), {})
+    print(f"somebody has had this element for {LOCK_SECONDS:.0f} s", flush=True)
+    if newest.get("job") == job_id():
+        back_into_the_queue(None)
+    return GO_ON_LATER
+
+
+def _not_requeued(end: Mapping[str, Any], problem: str) -> dict[str, Any]:
+    if problem == CANCELLED:
+        return {"outcome": CANCELLED, "reason": "ended from outside (cancelled, or requeued by Slurm itself); what was saved is there"}
+    return {"reason": f"{end['reason']}; not requeued: {problem}"}
+
+
+def nodes_to_exclude(lines: Sequence[Mapping[str, Any]], needs: Needs, excluded: str) -> str | None:
+    """The nodes that the next try keeps away from: the profile's and those that failed; None where nothing has to be changed."""
+    bad = nodes_to_avoid(lines)
     try:
         here = next((part.nodes for part in slurm.partitions() if part.name == os.environ.get("SLURM_JOB_PARTITION")), 0)
     except slurm.SlurmError:
-        return []
-    return bad if here - len(bad) >= needs.nodes else []
+        here = 0
+    if here - len(bad) < needs.nodes:
+        bad = []  # too few would be left to start at all
+    changed = bad or any(line.get("elsewhere") for line in lines)  # an older list has run out
+    return ",".join(filter(None, [excluded, *bad])) if changed else None
 
 
-def back_into_the_queue(avoided: Sequence[str]) -> str:
-    """Requeue this task, to start on none of the nodes ``avoided``, and wait for Slurm to end it; why not, where that cannot be.
+def back_into_the_queue(excluded: str | None) -> str:
+    """Requeue this task, to start on none of the nodes ``excluded``, and wait for Slurm to end it; why not, where that cannot be.
 
     A job that was cancelled stays cancelled: its ranks were told to end, too,
     and looked just like preempted ones.
@@ -145,8 +161,8 @@ def back_into_the_queue(avoided: Sequence[str]) -> str:
             if not slurm.may_be_requeued(os.environ["SLURM_JOB_ID"]):
                 return CANCELLED
             slurm.requeue(job_id())
-            if avoided or os.environ.get("SLURM_RESTART_COUNT"):  # an older list has run out, or has grown
-                _avoid(avoided)
+            if excluded is not None:
+                _exclude(excluded)
         except slurm.SlurmError as error:  # the controller restarts, or is busy
             problem = str(error)
             time.sleep(min(2.0**attempt, 30.0))
@@ -156,12 +172,12 @@ def back_into_the_queue(avoided: Sequence[str]) -> str:
     return problem
 
 
-def _avoid(nodes: Sequence[str]) -> None:
+def _exclude(nodes: str) -> None:
     """Only a job that waits can be given a list of nodes; this one waits from the moment of its requeue, while it still ends."""
     try:
-        slurm.avoid(job_id(), nodes)
+        slurm.exclude(job_id(), nodes)
     except slurm.SlurmError as error:  # it may start on the same node once more; the budget of tries has the last word
-        print(f"could not exclude {', '.join(nodes)}: {error}", flush=True)
+        print(f"could not exclude {nodes}: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ would wait for it in vain.
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -170,18 +172,13 @@ def job_environment() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """submitit prints sbatch's errors; they are in what it raises, too."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()):
         yield
 
 
 @cache
 def sbatch_options() -> frozenset[str]:
     """The long names of all options that this site's sbatch knows. Raises SlurmError."""
-    import re
-
     return frozenset(re.findall(r"--([a-z][a-z-]+)", call("sbatch", "--help")))
 
 

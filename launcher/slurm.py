@@ -205,9 +205,9 @@ def requeue(job: str) -> None:
     call("scontrol", "requeue", job)
 
 
-def avoid(job: str, nodes: Sequence[str]) -> None:
-    """Have a job that waits start on none of ``nodes``. Raises SlurmError."""
-    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+def exclude(job: str, nodes: str) -> None:
+    """Have a job that waits start on none of ``nodes`` (a list with commas). Raises SlurmError."""
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
 
 
 def may_be_requeued(job: str) -> bool:

@@ -50,10 +50,17 @@ def list_runs(*places: Path) -> list[RunDir]:
     found: list[RunDir] = []
     for root in places:
         try:
-            found += [RunDir(path) for path in root.iterdir() if (path / "plan.json").is_file()]
+            found += [RunDir(path) for path in root.iterdir() if _is_run(path)]
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
     return sorted(found, key=lambda run: run.plan.stat().st_mtime, reverse=True)
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return (path / "plan.json").is_file()
+    except PermissionError:  # of a colleague who keeps it to himself; it hides none of the others
+        return False
 
 
 def find_run(places: Iterable[Path], name: str) -> RunDir:

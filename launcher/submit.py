@@ -8,6 +8,7 @@ comment, by which the next one finds the job instead of making another.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -247,8 +248,6 @@ def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str
 
 def write_private(path: Path, values: dict[str, str]) -> None:
     """A JSON file that nobody else can read, at no moment of its making."""
-    import json
-
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:

@@ -45,7 +45,7 @@ RECORDED = {  # of tests/slurm/cluster.sh, Slurm 22.05.8
     "closed|up|infinite|2|32|64000|(null)\n"
     "gpu|up|infinite|2|32|64000|gpu:h100:8\ngpu-low|up|infinite|2|32|64000|gpu:h100:8\n",
     "sinfo %R|%F": "cpu|0/2/0/2\nshort|0/2/0/2\nclosed|0/2/0/2\ngpu|1/1/0/2\ngpu-low|1/1/0/2\n",
-    "scontrol --oneliner show partition": (
+    "scontrol show partition": (
         "PartitionName=cpu AllowAccounts=ALL GraceTime=0 Nodes=cpu[1-2] PriorityTier=1 PreemptMode=REQUEUE\n"
         "PartitionName=short AllowAccounts=ALL GraceTime=0 Nodes=cpu[1-2] PriorityTier=1 PreemptMode=REQUEUE\n"
         "PartitionName=closed AllowAccounts=nobody GraceTime=0 Nodes=cpu[1-2] PriorityTier=1 PreemptMode=REQUEUE\n"
@@ -61,7 +61,7 @@ RECORDED = {  # of tests/slurm/cluster.sh, Slurm 22.05.8
     "sbatch --help": "  -A, --account=name\n      --exclusive[=user]\n  -C, --constraint=list\n",
     "sbatch --test-only": "",
 }
-CONFIG, RULES = RECORDED["scontrol show config"], RECORDED["scontrol --oneliner show partition"]
+CONFIG, RULES = RECORDED["scontrol show config"], RECORDED["scontrol show partition"]
 
 
 def question(argv: tuple[str, ...]) -> str:
@@ -73,6 +73,8 @@ def question(argv: tuple[str, ...]) -> str:
         return f"sinfo {argv[-1]}"
     if argv[:2] == ("sbatch", "--test-only"):
         return "sbatch --test-only"
+    if argv[0] == "scontrol":
+        return f"scontrol show {argv[-1]}"
     return "sacct" if argv[0] == "sacct" else words
 
 
@@ -256,7 +258,7 @@ def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
         ("scontrol show config", CONFIG.replace("= 1001", "= 0"), BAD, "job arrays are off"),
         ("scontrol show config", CONFIG.replace("= 1\n", "= 0\n"), OK, "amlaunch asks for it"),
         ("scontrol show config", CONFIG.replace("partition_prio", "qos"), OK, "by QOS"),
-        ("scontrol --oneliner show partition", RULES.replace("=REQUEUE", "=CANCEL"), WARN, "gpu-low (CANCEL, 10 s"),
+        ("scontrol show partition", RULES.replace("=REQUEUE", "=CANCEL"), WARN, "gpu-low (CANCEL, 10 s"),
     ],
 )  # fmt: skip
 def test_what_a_site_lacks(answers, key, answer, verdict, words):

@@ -38,7 +38,7 @@ SILENT = 1 if shutil.which("squeue") else 2
 def _silent_slurm(tmp_path, monkeypatch):
     """Slurm's own commands, with nobody at the controller's port; and a home that is empty."""
     conf = tmp_path / "slurm.conf"
-    conf.write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\n")
+    conf.write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=3\nAuthType=auth/none\n")
     for name, value in {"SLURM_CONF": conf, "XDG_CACHE_HOME": tmp_path / "cache", "XDG_CONFIG_HOME": tmp_path / "config"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
@@ -83,7 +83,7 @@ KEPT_LONGER = "import launcher.queue as q; q.Queue.__init__.__defaults__ = (60.0
 
 
 class Holder:
-    """Another process that holds a lock, on the host that ``hostname`` says."""
+    """Another process that holds a lock."""
 
     def __init__(self, lock: Path):
         code = f"import time; from pathlib import Path; from recipes.files import Lock; l = Lock(Path({str(lock)!r})); l.acquire(); print(1, flush=True); time.sleep(600)"
@@ -121,7 +121,7 @@ class TestSlurmDoesNotAnswer:
         log = run.element("train", "0").log(1, 0)
         log.parent.mkdir(parents=True)
         log.write_text("one\n")
-        patch = "import launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2"
+        patch = "import launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; s.LONGEST_PAUSE = 1.0"
         process = start(tmp_path, *words, patch=patch)
         time.sleep(8)
         assert process.poll() is None, process.communicate()
@@ -160,26 +160,41 @@ class TestCancel:
         slurm_said(JobInfo("123_0", "PENDING", "BeginTime"))
         monkeypatch.setattr(Queue.__init__, "__defaults__", (60.0, None))
         with pytest.raises(SlurmError, match="scancel"):  # which finds nobody to ask, here
-            cancel.wait_until_saved(run, plan, [])
+            cancel._wait_until_saved(run, plan)
 
-    def test_a_pid_means_nothing_on_another_host(self, tmp_path):
+    @pytest.mark.parametrize("host", ["elsewhere", platform.node()])
+    def test_a_pid_that_was_written_down_is_not_believed(self, tmp_path, host):
+        """It is some other process by now, or always was: on this host."""
         run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         folder = run.element("train", "0")
         victim = subprocess.Popen(["sleep", "600"])
-        start_line = {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid}
+        append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": host})
         try:
-            with Holder(folder.lock):
-                append_json_line(folder.attempts, {**start_line, "host": "elsewhere"})
+            with Holder(folder.lock) as driver:
                 found = amlaunch(tmp_path, "cancel", "test-1")
-                assert found.returncode == 0 and "runs on elsewhere" in found.stdout
-                assert victim.poll() is None and folder.stop.exists()
-                append_json_line(folder.attempts, {**start_line, "attempt": 2, "host": platform.node()})
-                found = amlaunch(tmp_path, "cancel", "test-1")
+                assert victim.poll() is None
                 assert found.returncode == 0 and "ended 1 element" in found.stdout
-                assert victim.wait(timeout=5) == -signal.SIGKILL
+                assert driver.process.wait(timeout=5) == -signal.SIGKILL
         finally:
             victim.kill()
             victim.wait()
+
+    def test_what_runs_on_another_host_is_asked_to_leave(self, tmp_path):
+        """Under another kernel, or, here, out of its sight: locks are seen, processes are not."""
+        blind = ["unshare", "--pid", "--fork", "--mount-proc"]
+        if not shutil.which("unshare") or subprocess.run([*blind, "true"], capture_output=True).returncode:
+            pytest.skip("no namespaces here")
+        run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        folder = run.element("train", "0")
+        command = [*blind, sys.executable, "-m", "launcher", "cancel", "test-1"]
+        with Holder(folder.lock) as driver:
+            append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"})
+            found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+            assert found.returncode == 0 and "train 0 runs on elsewhere, out of reach" in found.stdout, found.stderr
+            assert folder.stop.exists() and driver.process.poll() is None
+            with Holder(run.lock) as launcher:
+                found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+                assert found.returncode == 1 and "on another machine" in found.stdout and launcher.process.poll() is None
 
     def test_it_ends_a_driver_at_once_or_has_it_save(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
@@ -232,7 +247,7 @@ class TestCancel:
             assert amlaunch(tmp_path, "clean", "other-1").returncode == 2
             assert amlaunch(tmp_path, "cancel", "other-1").returncode == 0
             launcher.wait(timeout=15)
-            assert not psutil.pid_exists(pid)
+            wait_until(lambda: not psutil.pid_exists(pid))
         finally:
             launcher.kill()
             launcher.wait()
@@ -288,7 +303,7 @@ class TestWait:
 
 class TestLogs:
     def test_following_many_elements_is_no_burden(self, tmp_path):
-        run, plan = make_run(tmp_path, ("train", [[]] * 1500, ONE))
+        run, plan = make_run(tmp_path, ("train", [[]] * 5000, ONE))
         for element in plan.stages[0].elements:
             folder = run.element("train", element.name)
             folder.log(1, 0).parent.mkdir(parents=True)
@@ -298,18 +313,17 @@ class TestLogs:
         with Holder(run.lock):
             process = start(tmp_path, "logs", "test-1", "-f")
             try:
-                os.set_blocking(process.stdout.fileno(), False)  # some lines fit the pipe; nobody reads more
                 time.sleep(3)
                 known = psutil.Process(process.pid)
                 before = sum(known.cpu_times()[:2])
                 time.sleep(6)
-                assert (sum(known.cpu_times()[:2]) - before) / 6 < 0.3
+                assert (sum(known.cpu_times()[:2]) - before) / 6 < 0.25
             finally:
                 process.kill()
                 process.communicate()
 
     def test_a_run_without_any_log_yet_is_looked_at_as_rarely(self, tmp_path):
-        run, plan = make_run(tmp_path, ("train", [[]] * 1500, ONE))
+        run, plan = make_run(tmp_path, ("train", [[]] * 5000, ONE))
         for element in plan.stages[0].elements:
             run.element("train", element.name).root.mkdir(parents=True)
         with Holder(run.lock):
@@ -321,7 +335,7 @@ class TestLogs:
             used = sum(known.cpu_times()[:2]) - before
             process.kill()
             process.communicate()
-        assert used / 4 < 0.3
+        assert used / 4 < 0.25
 
     def test_it_prints_all_that_comes_and_ends_with_the_run(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
@@ -441,13 +455,13 @@ class TestResume:
         """A run whose training is done, as far as its files say."""
         (folder / "tiny.yaml").write_text(RECIPE)
         (folder / "tokens.bin").touch()
-        loaded = load(folder / "tiny.yaml")
-        plan = make_plan(loaded, Site(folder / "runs", folder, 0, 2), run_id(loaded))
-        plan = dataclasses.replace(plan, cluster=cluster)
-        run = RunDir(folder / "runs" / plan.run_id)
         before = os.getcwd()
-        os.chdir(folder)
+        os.chdir(folder)  # where relative paths to data begin
         try:
+            loaded = load(folder / "tiny.yaml")
+            plan = make_plan(loaded, Site(folder / "runs", folder, 0, 2), run_id(loaded))
+            plan = dataclasses.replace(plan, cluster=cluster)
+            run = RunDir(folder / "runs" / plan.run_id)
             write_run(run, loaded, plan, ["amlaunch", "local", "tiny.yaml"], refresh_code=True)
         finally:
             os.chdir(before)

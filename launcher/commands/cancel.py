@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from launcher import describe
 from launcher import queue as queue_module
 from launcher.plan import Plan
 from launcher.queue import Queue
-from launcher.slurm import scancel
-from launcher.state import ACTIVE, QUEUED, RUNNING, ElementState, read_run
+from launcher.slurm import SlurmError, scancel
+from launcher.state import ACTIVE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
 from launcher.store import find_run, read_plan, roots
 from launcher.submissions import submissions_of
+from launcher.submit import recover, submitting
 from recipes.errors import FAILED, OK
 from recipes.files import is_locked, read_json_lines
 from recipes.rundir import RunDir
@@ -25,36 +29,75 @@ SAVE_SECONDS = 300.0
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0 once nothing of the run goes on (with ``--checkpoint``), or once Slurm was told."""
+    """Exit code 0 once nothing of the run goes on (with ``--checkpoint``), or once all that goes on was told to end."""
     run_dir = find_run(roots(options.runs), options.run)
-    plan = read_plan(run_dir)
-    active = [state for state in read_run(run_dir, plan, Queue(max_age=0)) if state.state in ACTIVE]
-    mine = _own_jobs(run_dir, plan)
-    jobs = [state for state in active if state.job in mine]
-    local = [state for state in active if not state.job]
-    if not jobs and not local and not is_locked(run_dir.lock):
-        print(f"{plan.run_id}: nothing of it runs or waits")
-        return OK
-    queued = [state.job for state in jobs if state.state == QUEUED or not options.checkpoint]
-    if queued:
-        scancel(_together(queued, run_dir, plan))
-        print(f"cancelled {len(queued)} job{'s' * (len(queued) > 1)}", flush=True)
-    queue_module.forget()
-    if local:
-        _end_here(run_dir, plan, local, save=options.checkpoint)
+    with submitting(run_dir, read_plan(run_dir)):  # a submit in progress would add stages behind our back
+        plan = read_plan(run_dir)  # as that submit has left it
+        _recover(run_dir, plan)
+        states = read_run(run_dir, plan, Queue(max_age=0))
+        mine = own_states(run_dir, plan, states)
+        refuse_unknown(mine, "cancel", "nothing was cancelled")
+        going = [state for state in mine if state.state in ACTIVE]
+        if not going and not is_locked(run_dir.lock):
+            others = " (another run, which shares its shards, makes them)" if any(state.state in ACTIVE for state in states) else ""
+            print(f"{plan.run_id}: nothing of it runs or waits{others}")
+            return OK
+        _cancel_jobs([state.job for state in going if state.job and (state.state == QUEUED or not options.checkpoint)], run_dir, plan)
+    reached = _end_here(run_dir, [state for state in going if not state.job], save=options.checkpoint)
     if options.checkpoint:
-        return _wait_until_saved(run_dir, plan, [state for state in jobs if state.state == RUNNING] + local)
+        return _wait_until_saved(run_dir, plan)
+    if not reached:
+        print(f"amlaunch local drives {plan.run_id} on another machine and may start more of it: end it there, with Ctrl-C")
+        return FAILED
     print(f"next: {describe.program()} status {describe.name_of(run_dir)}; {describe.program()} retry {describe.name_of(run_dir)} goes on from the last checkpoint")
     return OK
 
 
+def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> list[ElementState]:
+    """Without what another run makes of the shards that both share: that is not ours to end."""
+    jobs = _own_jobs(run_dir, plan)
+    return [state for state in states if (state.job in jobs if state.job else state.state != RUNNING or _started_it(run_dir, state))]
+
+
+def refuse_unknown(states: Sequence[ElementState], command: str, words: str) -> None:
+    """Raises SlurmError where nobody can say whether an element still runs."""
+    lost = [state for state in states if state.state == UNKNOWN]
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if lost[1:] else ""
+        raise SlurmError(command, f"{lost[0].stage} {lost[0].name}{more}: {lost[0].reason}; {words}")
+
+
+def _recover(run_dir: RunDir, plan: Plan) -> None:
+    """Find the jobs whose number an interrupted submit did not write down: they are to be cancelled, too. Raises SlurmError."""
+    try:
+        recover(run_dir, plan, lambda text: print(text, flush=True))
+    except SlurmError as error:
+        raise SlurmError(error.command, f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled") from None
+
+
 def _own_jobs(run_dir: RunDir, plan: Plan) -> set[str]:
-    """The jobs that this run submitted; those of another run, whose shards it shares, are not ours to end."""
+    """The jobs that this run submitted."""
     own = str(run_dir.root)
     return {job for submissions in submissions_of(run_dir, plan).values() for one in submissions if one.run == own for job in one.tasks().values()}
 
 
-def _together(jobs: list[str], run_dir: RunDir, plan: Plan) -> list[str]:
+def _started_it(run_dir: RunDir, state: ElementState) -> bool:
+    """Whether this run's launcher started an element: submitit's files of its process are in the run that did."""
+    if run_dir.home(state.stage) == run_dir.root:
+        return True
+    lines = read_json_lines(run_dir.element(state.stage, state.name).attempts)
+    job = next((line.get("job") for line in reversed(lines) if line.get("event") == "start"), None)
+    return bool(job) and any((run_dir.jobs / state.stage / state.name).glob(f"{job}_*"))
+
+
+def _cancel_jobs(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> None:
+    if jobs:
+        scancel(_together(jobs, run_dir, plan))
+        print(f"cancelled {len(jobs)} job{'s' * (len(jobs) > 1)}", flush=True)
+        queue_module.forget()
+
+
+def _together(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
     """Whole arrays by their own number: 10,000 elements are not 10,000 arguments."""
     wanted, found = set(jobs), []
     for submissions in submissions_of(run_dir, plan).values():
@@ -64,36 +107,83 @@ def _together(jobs: list[str], run_dir: RunDir, plan: Plan) -> list[str]:
     return found
 
 
-def _end_here(run_dir: RunDir, plan: Plan, states: list[ElementState], *, save: bool) -> None:
-    """On this machine: ask each driver to save and leave, or end it; its launcher ends with it."""
+def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) -> bool:
+    """Ask processes to save and leave, or end them; False where the launcher that would start more of them is out of reach."""
+    launchers = holders(run_dir.lock)
+    reached = bool(launchers) or not is_locked(run_dir.lock)
+    _send(signal.SIGTERM, launchers)  # to it, this is Ctrl-C: it starts nothing more
+    ended = 0
     for state in states:
         folder = run_dir.element(state.stage, state.name)
-        if save:
+        found = [] if save else holders(folder.lock)
+        _send(signal.SIGKILL, found)
+        ended += bool(found)
+        if not found:
             folder.stop.touch()
-            continue
-        starts = [line for line in read_json_lines(folder.attempts) if line.get("event") == "start"]
-        if starts and is_locked(folder.lock):
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(starts[-1]["pid"], signal.SIGKILL)
+        if not found and not save:
+            print(f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave")
+    if ended:
+        print(f"ended {ended} element{'s' * (ended > 1)} on this machine", flush=True)
+    return reached
 
 
-def _wait_until_saved(run_dir: RunDir, plan: Plan, running: list[ElementState]) -> int:
-    """Until the ranks have saved and left; asked again and again, for one that was just starting did not hear it."""
-    waiting = {(state.stage, state.name) for state in running}
+def _send(number: signal.Signals, pids: Sequence[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def holders(lock: Path) -> list[int]:
+    """The processes that hold a lock, as the kernel of this machine tells; none of another machine's, nor of another user's.
+
+    A pid that was written down says less: on another host, or after a while,
+    it is some other process.
+    """
+    found = set()
+    with suppress(OSError):
+        wanted = lock.stat()
+        for info in glob.iglob("/proc/[0-9]*/fdinfo/*"):
+            with suppress(OSError):  # it has ended meanwhile, or is somebody else's
+                if _is_lock_on(Path(info).read_text(), wanted.st_ino) and os.path.samestat(os.stat(info.replace("fdinfo", "fd")), wanted):
+                    found.add(int(info.split("/")[2]))
+    return sorted(found - {os.getpid()})
+
+
+def _is_lock_on(fdinfo: str, inode: int) -> bool:
+    """Whether a descriptor holds an exclusive flock on the file with this number: ``lock: 1: FLOCK ADVISORY WRITE 77 08:01:5 0 EOF``."""
+    lines = [line.split() for line in fdinfo.splitlines() if line.startswith("lock:")]
+    return any(words[2:5] == ["FLOCK", "ADVISORY", "WRITE"] and words[6].endswith(f":{inode}") for words in lines)
+
+
+def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
+    """Until nothing of the run goes on; asked again and again, for one that was just starting did not hear it."""
+    saving: set[tuple[str, str]] = set()
     deadline = time.monotonic() + SAVE_SECONDS
-    if waiting:
-        print(f"{len(waiting)} running element{'s' * (len(waiting) > 1)}: saving, then leaving", flush=True)
-    while waiting and time.monotonic() < deadline:
-        for stage, name in waiting:
+    while True:
+        states = {(state.stage, state.name): state for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))}
+        going = {key: state for key, state in states.items() if state.state in (*ACTIVE, UNKNOWN)}
+        for key in sorted(saving - going.keys()):
+            print(describe.line(states[key]), flush=True)
+        running = {key for key, state in going.items() if state.state == RUNNING}
+        if running - saving:
+            new = len(running - saving)
+            print(f"{new} running element{'s' * (new > 1)}: saving, then leaving", flush=True)
+        saving = (saving & going.keys()) | running
+        if not going and not is_locked(run_dir.lock):
+            print(f"next: {describe.program()} retry {describe.name_of(run_dir)} goes on from what was saved")
+            return OK
+        if time.monotonic() > deadline:
+            return _not_saved(run_dir, list(going.values()))
+        for stage, name in running:
             run_dir.element(stage, name).stop.touch()
+        _cancel_jobs([state.job for state in going.values() if state.state == QUEUED], run_dir, plan)  # requeued meanwhile
         time.sleep(1.0)
-        states = {(state.stage, state.name): state for state in read_run(run_dir, plan, Queue(max_age=2.0))}
-        for key in sorted(waiting):
-            if states[key].state != RUNNING:
-                print(describe.line(states[key]), flush=True)
-                waiting.discard(key)
-    if waiting:
-        print(f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(' '.join(key) for key in sorted(waiting))}; they leave as soon as they have")
-        return FAILED
-    print(f"next: {describe.program()} retry {describe.name_of(run_dir)} goes on from what was saved")
-    return OK
+
+
+def _not_saved(run_dir: RunDir, going: Sequence[ElementState]) -> int:
+    refuse_unknown(going, "cancel", f"what ran was asked to save {SAVE_SECONDS:.0f} s ago")
+    if going:
+        print(f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(f'{state.stage} {state.name}' for state in going)}; they leave as soon as they have")
+    else:
+        print(f"amlaunch local still drives {run_dir.root.name}: end it where it was started, with Ctrl-C")
+    return FAILED

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import describe
+from launcher.commands.cancel import own_states, refuse_unknown
 from launcher.plan import Plan
 from launcher.queue import Queue
 from launcher.state import is_driven, read_run
 from launcher.store import find_run, list_runs, read_plan, roots
+from launcher.submissions import read_submissions
 from recipes.errors import OK, BadInput
+from recipes.files import is_locked
 from recipes.rundir import RunDir
 
 LEFTOVER_SECONDS = 24 * 3600
@@ -35,32 +38,28 @@ def run(options: argparse.Namespace) -> int:
     """Print what would go; remove it only with ``--yes``."""
     places = roots(options.runs)
     found = [one for name in options.run for one in _of_run(find_run(places, name), options)] if options.run else list(_leftovers(places))
+    for one in found:
+        if options.yes:
+            _remove(one.path)
+        if not options.json:
+            print(f"{'removed' if options.yes else 'would remove'}  {describe.count(one.size):>8}B  {one.path}  ({one.why})", flush=True)
     if options.json:
         rows = [{"path": str(one.path), "bytes": one.size, "why": one.why, "removed": bool(options.yes)} for one in found]
         print(describe.to_json(rows))
-    else:
-        _show(found, options)
-    if options.yes:
-        for one in found:
-            _remove(one.path)
-    return OK
-
-
-def _show(found: list[Removal], options: argparse.Namespace) -> None:
-    for one in found:
-        print(f"{'removed' if options.yes else 'would remove'}  {describe.count(one.size):>8}B  {one.path}  ({one.why})")
-    total = describe.count(sum(one.size for one in found))
-    if not found:
+    elif not found:
         print("nothing to clean")
     elif not options.yes:
-        print(f"\n{total}B in all; the same command with --yes removes it")
+        print(f"\n{describe.count(sum(one.size for one in found))}B in all; the same command with --yes removes it")
+    return OK
 
 
 def _of_run(run_dir: RunDir, options: argparse.Namespace) -> Iterable[Removal]:
     """A run as a whole, or with ``--checkpoints`` what its training no longer needs. Raises BadInput where it still runs."""
     plan = read_plan(run_dir)
-    if is_driven(run_dir, read_run(run_dir, plan, Queue(max_age=0))):
+    states = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=0)))
+    if is_driven(run_dir, states):
         raise BadInput(f"{plan.run_id} runs or waits; {describe.program()} cancel {describe.name_of(run_dir)} first")
+    refuse_unknown(states, "clean", "nothing was removed")
     if not options.checkpoints:
         yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may read stay")
         for folder in _checkpoints_elsewhere(run_dir, plan):
@@ -86,16 +85,46 @@ def _checkpoints_elsewhere(run_dir: RunDir, plan: Plan) -> list[Path]:
 
 
 def _leftovers(places: list[Path]) -> Iterable[Removal]:
-    """What no run reads: shards without a run, and what killed processes left half made."""
-    for root in places:
-        runs = list_runs(root)
-        used = {run_dir.data.resolve() for run_dir in runs} | {run_dir.shared.resolve() for run_dir in runs}
-        folder = root.resolve().parent / "data"
-        for data in sorted(folder.iterdir()) if runs and folder.is_dir() else []:
-            if data.is_dir() and data.resolve() not in used and (data / "stages").is_dir():
+    """What no run reads: shards without a run, checks of the doctor, and what killed processes left half made."""
+    queue = Queue(max_age=0)
+    places = list({root.resolve(): root for root in places}.values())
+    used = {folder.resolve() for run_dir in _all_runs(places) for folder in (run_dir.data, run_dir.shared)}
+    for folder in dict.fromkeys(root.resolve().parent / "data" for root in places if root.is_dir()):
+        for data in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if data.resolve() not in used and (data / "stages").is_dir() and _is_ours(data) and not in_use(data, queue):
                 yield Removal(data, size_of(data), "shards that no run reads")
-        for run_dir in runs:
+    for root in places:
+        checks = root / "doctor"
+        for check in sorted(checks.iterdir()) if checks.is_dir() else []:
+            if check.is_dir() and _is_old(check) and not in_use(check, queue):
+                yield Removal(check, size_of(check), "a check of amlaunch doctor, over a day old")
+        for run_dir in list_runs(root):
             yield from _half_made(run_dir.root)
+
+
+def _all_runs(places: list[Path]) -> list[RunDir]:
+    """The runs of every root that may share a folder of shards with ``places``: those known by name, and those beside them."""
+    beside = [folder for parent in {root.resolve().parent for root in places} if parent.is_dir() for folder in parent.iterdir() if folder.is_dir()]
+    return list_runs(*dict.fromkeys(root.resolve() for root in [*places, *roots(), *beside]))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this user made a folder: the runs of others may be closed to us, and with them what they read."""
+    return folder.stat().st_uid == os.getuid()
+
+
+def in_use(folder: Path, queue: Queue) -> bool:
+    """Whether something is being made in a folder, by a process or a job of whatever run; also where nobody can say."""
+    if any(is_locked(lock) for lock in [folder / "submit.lock", folder / "lock", *folder.glob("stages/*/*/lock")]):
+        return True
+    submissions = read_submissions(folder / "jobs")
+    if not submissions:
+        return False
+    if queue.jobs is None or not all(_is_ours(one.folder) for one in submissions):  # Slurm shows everybody his own
+        return True
+    active = [info for info in queue.jobs.values() if info.active]
+    known = {info.comment for info in active} | {info.id.split("_")[0] for info in active}
+    return any(one.token in known or one.job in known for one in submissions)
 
 
 def _half_made(root: Path) -> Iterable[Removal]:
@@ -103,9 +132,16 @@ def _half_made(root: Path) -> Iterable[Removal]:
         for name in [*folders, *files]:
             path = Path(folder) / name
             half = name.endswith(".tmp") or (name.startswith(".code.") and Path(folder) == root)
-            if half and not path.is_symlink() and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            if half and not path.is_symlink() and _is_old(path):
                 yield Removal(path, size_of(path), "half made, over a day old")
         folders[:] = [name for name in folders if not name.endswith(".tmp")]
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+    except OSError:  # a heartbeat that was being written, and is in its place now
+        return False
 
 
 def size_of(path: Path) -> int:

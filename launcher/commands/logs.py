@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.commands.status import goes_on, rest
 from launcher.plan import Plan, Stage
-from launcher.state import is_driven, read_run
+from launcher.state import read_run
 from launcher.store import find_run, read_plan, roots
 from launcher.submissions import Submission, newest_jobs, submissions_of
 from recipes.errors import BadInput
@@ -49,23 +51,35 @@ def run(options: argparse.Namespace) -> int:
     if options.stage:
         plan.stage(options.stage)
     sources: dict[Path, Source] = {}
-    looked = 0.0
+    look_again = 0.0
     while True:
-        if not sources or time.monotonic() - looked > LOOK_SECONDS:  # thousands of elements are not looked through at every breath
-            looked = time.monotonic()
-            alive = is_driven(run_dir, read_run(run_dir, plan))
+        began = time.monotonic()
+        if began >= look_again:
+            alive = goes_on(run_dir, read_run(run_dir, plan))
             for path, prefix in choose(run_dir, plan, options):
                 sources.setdefault(path, Source(path, prefix))
+            now = time.monotonic()
+            look_again = now + rest(now - began, LOOK_SECONDS)
         follow = options.follow and alive
-        for source in sources.values():
-            for line in source.new_lines(last=not follow):
-                print(line, flush=options.follow)
+        reading = _print_new(sources.values(), follow=follow, flush=options.follow)
         if not follow:
             break
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(rest(reading, FOLLOW_SECONDS))
     if not sources:
         raise BadInput(f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are")
     return 0
+
+
+def _print_new(sources: Iterable[Source], *, follow: bool, flush: bool) -> float:
+    """Print what was written since; the seconds that looking for it took, without those that the reader of our lines took."""
+    reading = 0.0
+    for source in sources:
+        began = time.monotonic()
+        lines = source.new_lines(last=not follow)
+        reading += time.monotonic() - began
+        for line in lines:
+            print(line, flush=flush)
+    return reading
 
 
 def choose(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> list[tuple[Path, str]]:

@@ -12,16 +12,17 @@ from launcher.cluster import Cluster, check_profile, find_cluster
 from launcher.commands.retry import again_here
 from launcher.commands.submit import finish, say_for
 from launcher.create import add_resumed, write_run
+from launcher.machine import this_machine
 from launcher.plan import Plan
-from launcher.planner import make_plan
-from launcher.preflight import check_cluster
-from launcher.queue import Queue
+from launcher.planner import Site, make_plan
+from launcher.preflight import check_cluster, check_disk, check_needs
+from launcher.prepare import check_here
 from launcher.site import cluster_site
-from launcher.state import ACTIVE, read_run
+from launcher.state import ACTIVE, is_driven
 from launcher.store import find_run, read_plan, roots
-from launcher.submit import recover, submit_run, submitting, write_environment
+from launcher.submit import known_states, recover, submit_run, submitting, write_environment
 from recipes.errors import BadInput
-from recipes.files import read_object
+from recipes.files import is_locked, read_object
 from recipes.loader import EXECUTION, Loaded, file_targets, load
 from recipes.rundir import RunDir
 
@@ -35,25 +36,43 @@ def run(options: argparse.Namespace) -> int:
     plan = read_plan(run_dir)
     _check_fixed(options.overrides)
     if plan.cluster is None and not options.cluster:
-        if any(state.state in ACTIVE for state in read_run(run_dir, plan)):
-            raise BadInput(f"{plan.run_id} runs; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
-        forget_training(run_dir, plan, options.overrides)
-        add_resumed(run_dir, options.overrides)
-        return again_here(run_dir)
+        return _here(options, run_dir, plan)
     return _on_cluster(options, run_dir, plan)
 
 
+def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
+    """Everything that can be wrong is looked for first: what is changed here is part of the run from then on."""
+    if is_driven(run_dir, known_states(run_dir, plan)):
+        raise BadInput(f"{plan.run_id} runs; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+    if not _command(run_dir):
+        raise BadInput(f"{run_dir.provenance} does not say how the run was started; give its recipe to amlaunch local")
+    loaded = stored_recipe(run_dir, options.overrides, job_start=True)
+    os.chdir(plan.cwd)
+    machine = this_machine()
+    asked = _values(_command(run_dir), "--gpus")
+    site = Site(run_dir.root.parent, Path.cwd(), len(machine.gpus), machine.cpus, asked_gpus=int(asked[-1]) if asked else None)
+    check_here(loaded, make_plan(loaded, site, run_dir.root.name).stages)
+    forget_training(run_dir, plan, options.overrides)
+    add_resumed(run_dir, options.overrides)
+    return again_here(run_dir)
+
+
 def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
+    if is_locked(run_dir.lock):
+        raise BadInput(f"{plan.run_id} is being run by amlaunch local; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
     cluster = find_cluster(options.cluster) if options.cluster else stored_cluster(plan)
     loaded = stored_recipe(run_dir, options.overrides)
     say = say_for(options)
     os.chdir(plan.cwd)
     options.gpus = None
+    check_needs(loaded)
     new = make_plan(loaded, cluster_site(options, loaded, cluster, run_dir.root.parent), run_dir.root.name)
     check_cluster(loaded, new, cluster, new.stages)
+    for note in check_disk(loaded, new, run_dir.root.parent, cluster.profile):
+        say(f"note: {note}")
     with submitting(run_dir, new):
         recover(run_dir, plan, say)
-        states = read_run(run_dir, plan, Queue(max_age=0))
+        states = known_states(run_dir, plan)
         if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
             raise BadInput(f"{plan.run_id} trains; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
         forget_training(run_dir, plan, options.overrides)
@@ -71,21 +90,28 @@ def stored_cluster(plan: Plan) -> Cluster:
     return Cluster(str(stored.get("name")), check_profile(tree, {}), "the run's plan.json", tree)
 
 
-def stored_recipe(run_dir: RunDir, overrides: list[str]) -> Loaded:
-    """The run's own recipe, changed; its file targets are those of its snapshot. Raises BadInput."""
+def stored_recipe(run_dir: RunDir, overrides: list[str], *, job_start: bool = False) -> Loaded:
+    """The run's own recipe, changed; its file targets are those of its snapshot. Raises BadInput.
+
+    ``job_start`` demands a value for every ``${VAR}``; jobs have theirs from the submit before.
+    """
     code = run_dir.code / "recipe"
     original = read_object(run_dir.provenance).get("recipe")
     folder = code if code.is_dir() else Path(str(original)).parent
-    loaded = load(run_dir.recipe, overrides, recipe_dir=folder, allow=_allowed(run_dir))
+    loaded = load(run_dir.recipe, overrides, recipe_dir=folder, allow=_values(_command(run_dir), "--allow-target"), job_start=job_start)
     if file_targets(loaded.tree) and not code.is_dir():
         raise BadInput(f"{run_dir.code}: the snapshot of the recipe's own code is gone")
     return loaded
 
 
-def _allowed(run_dir: RunDir) -> list[str]:
-    """What ``--allow-target`` let in when the run was started."""
-    words = [str(word) for word in read_object(run_dir.provenance).get("command") or []]
-    return [value for option, value in pairwise(words) if option == "--allow-target"] + [word.partition("=")[2] for word in words if word.startswith("--allow-target=")]
+def _command(run_dir: RunDir) -> list[str]:
+    """The command line that the run was started with."""
+    return [str(word) for word in read_object(run_dir.provenance).get("command") or []]
+
+
+def _values(words: list[str], option: str) -> list[str]:
+    """What an option was given, each time: ``--gpus 2``, ``--gpus=2``."""
+    return [value for name, value in pairwise(words) if name == option] + [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
 
 
 def _check_fixed(overrides: list[str]) -> None:

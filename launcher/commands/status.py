@@ -38,6 +38,10 @@ from recipes.rundir import RunDir
 WATCH_SECONDS = 2.0
 CLUSTER_WATCH_SECONDS = 15.0
 """Slurm's controller answers everybody on the cluster."""
+BUSY_PART = 0.1
+"""Who follows a run spends at most so much of the time looking, however many elements there are…"""
+LONGEST_PAUSE = 60.0
+"""…but looks at least this often, however long Slurm takes to say nothing."""
 MANY = 20
 """Elements of a stage that are still listed one by one."""
 MOST = 10
@@ -50,15 +54,27 @@ def run(options: argparse.Namespace) -> int:
     if options.watch and not options.json and sys.stdout.isatty():
         return _watch(options)
     while True:
+        looked = time.monotonic()
         found, queue = _read(options)
         _print(found, queue, options)
-        if not options.watch or not any(is_driven(run_dir, states) for run_dir, _, states in found):
+        if not options.watch or not any(goes_on(run_dir, states) for run_dir, _, states in found):
             return 0
-        time.sleep(_pause(found))
+        time.sleep(_pause(found, time.monotonic() - looked))
 
 
-def _pause(found: Sequence[Shown]) -> float:
-    return CLUSTER_WATCH_SECONDS if any(state.job and state.state in ACTIVE for _, _, states in found for state in states) else WATCH_SECONDS
+def goes_on(run_dir: RunDir, states: Sequence[ElementState]) -> bool:
+    """Whether to go on looking: what nobody can say may well be running."""
+    return is_driven(run_dir, states) or any(state.state == UNKNOWN for state in states)
+
+
+def _pause(found: Sequence[Shown], took: float) -> float:
+    of_slurm = any(state.job and state.state in (*ACTIVE, UNKNOWN) for _, _, states in found for state in states)
+    return rest(took, CLUSTER_WATCH_SECONDS if of_slurm else WATCH_SECONDS)
+
+
+def rest(took: float, least: float) -> float:
+    """How long to pause after a look that took so long."""
+    return min(max(least, took / BUSY_PART), LONGEST_PAUSE)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[Shown], Queue]:
@@ -96,12 +112,13 @@ def _watch(options: argparse.Namespace) -> int:
 
     with Live(refresh_per_second=4) as live:
         while True:
+            looked = time.monotonic()
             found, queue = _read(options)
             parts = [Text(part) if isinstance(part, str) else part for part in _view(found, queue, options)]
             live.update(Group(*parts))
-            if not any(is_driven(run_dir, states) for run_dir, _, states in found):
+            if not any(goes_on(run_dir, states) for run_dir, _, states in found):
                 return 0
-            time.sleep(_pause(found))
+            time.sleep(_pause(found, time.monotonic() - looked))
 
 
 def _view(found: list[Shown], queue: Queue, options: argparse.Namespace) -> list[Any]:
@@ -184,8 +201,21 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
     if driven:
         blocks.append(f"next: {describe.program()} logs {describe.name_of(run_dir)} -f")
     if word == UNKNOWN:
-        blocks.append(f"next: {describe.program()} status {describe.name_of(run_dir)}, when Slurm answers again")
+        blocks += _unknown(run_dir, states, again)
     return blocks
+
+
+def _unknown(run_dir: RunDir, states: Sequence[ElementState], again: str) -> list[str]:
+    """What to type where nobody can say how an element is."""
+    lost = [state for state in states if is_lost(state)]
+    if lost:
+        return [f"{lost[0].stage} {lost[0].name}{f' and {len(lost) - 1} more' if lost[1:] else ''}: {lost[0].reason}\nnext: {again}\n(finds their job, or submits them again)"]
+    return [f"next: {describe.program()} status {describe.name_of(run_dir)}, when Slurm answers again"]
+
+
+def is_lost(state: ElementState) -> bool:
+    """Whether a submit was interrupted before it knew the number of the job; only another submit finds out."""
+    return state.state == UNKNOWN and not state.job
 
 
 def _alike(states: list[ElementState]) -> list[list[ElementState]]:

@@ -6,19 +6,19 @@ import argparse
 import time
 
 from launcher import describe
-from launcher.commands.status import advice
+from launcher.commands.status import advice, goes_on, is_lost, rest
 from launcher.plan import Plan
 from launcher.queue import Queue
 from launcher.report import make_report
-from launcher.state import DONE, UNKNOWN, is_driven, overall, read_run
+from launcher.state import DONE, UNKNOWN, ElementState, is_driven, overall, read_run
 from launcher.store import find_run, read_plan, roots
 from launcher.summary import closing, exit_code
 from recipes.rundir import RunDir
 
 FILE_SECONDS = 1.0
 """Between two looks at the run's files; Slurm is asked no more often than its answers are kept (launcher.queue)."""
-BUSY_PART = 0.1
-"""At most so much of the time is spent looking, however many elements there are."""
+LOST_SECONDS = 60.0
+"""How long a submit may take to write down the number of its job; whoever has not by then was interrupted."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,16 +29,21 @@ def run(options: argparse.Namespace) -> int:
 
 def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     """Show what happens until nothing of the run goes on by itself any more."""
-    began = time.monotonic()
+    began = alive = time.monotonic()
     report = make_report(options.json, done_before="already done")
     with report:
         while True:
             looked = time.monotonic()
-            states = read_run(run_dir, plan, Queue())
+            queue = Queue()
+            states = read_run(run_dir, plan, queue)
             report(states)
-            if not is_driven(run_dir, states) and not any(state.state == UNKNOWN for state in states):
+            if not goes_on(run_dir, states):
                 break
-            time.sleep(max(FILE_SECONDS, (time.monotonic() - looked) / BUSY_PART))
+            if not _only_lost(run_dir, states, queue):
+                alive = looked
+            elif looked - alive > LOST_SECONDS:
+                break  # it would never return: only another submit finds out
+            time.sleep(rest(time.monotonic() - looked, FILE_SECONDS))
     if options.json:
         print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states))))
         return exit_code(states)
@@ -46,3 +51,9 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     for line in closing(run_dir, plan, states, time.monotonic() - began) if done else advice(run_dir, plan, states):
         report.say(line)
     return exit_code(states)
+
+
+def _only_lost(run_dir: RunDir, states: list[ElementState], queue: Queue) -> bool:
+    """Whether nothing else goes on than submissions that sbatch never answered, and Slurm itself answers."""
+    unknown = [state for state in states if state.state == UNKNOWN]
+    return not is_driven(run_dir, states) and all(is_lost(state) for state in unknown) and queue.jobs is not None
