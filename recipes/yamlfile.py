@@ -137,6 +137,10 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
     return parse(text, str(path))
 
 
+LINE_BREAKS = frozenset("\n\r\x85\u2028\u2029")
+"""YAML 1.1, which PyYAML writes, folds all of them in plain text."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what our reader would not read back as the same string."""
 
@@ -145,7 +149,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = isinstance(scalar(text), str) and "\n" not in text
+    plain = isinstance(scalar(text), str) and not LINE_BREAKS & set(text)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 

@@ -30,6 +30,8 @@ from recipes.files import append_json_line, is_locked, read_json_lines, read_obj
 from recipes.loader import load
 from recipes.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 SILENT = 1 if shutil.which("squeue") else 2
 """The exit code where Slurm does not answer; without its commands, this is no machine of the cluster."""
 
