@@ -30,6 +30,11 @@ class Cause:
     elsewhere: bool
     """Whether it must not be on the same node."""
     hint: str
+    """For people; ``{stage}`` stands for the stage's name."""
+
+    def advice(self, stage: str) -> str:
+        """The hint for one stage."""
+        return self.hint.replace("{stage}", stage)
 
 
 def _cause(kind: str, pattern: str, again: bool, elsewhere: bool, hint: str) -> Cause:
@@ -42,7 +47,7 @@ CAUSES = (
     _cause("out of GPU memory", r"CUDA out of memory|OutOfMemoryError", False, False,
            "out of GPU memory; a smaller step_scheduler.local_batch_size needs less"),
     _cause("out of memory", r"oom[-_ ]kill|Out Of Memory|exceeded (job|step) memory limit|Exceeded .{0,40}memory limit|DefaultCPUAllocator: can't allocate|\bMemoryError\b", False, False,
-           "out of memory; give resources more mem"),
+           "out of memory; give resources more mem: amlaunch resume RUN --resources.{stage}.mem 64G, say"),
     _cause("broken GPU", r"uncorrectable ECC|ECC error|\bXid\b|GPU has fallen off the bus|unspecified launch failure|CUDA error: (unknown|hardware|an illegal instruction)|no CUDA-capable device", True, True,
            "the GPU or its driver failed"),
     _cause("network", r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL (error|WARN.*failed)|Watchdog caught collective operation timeout|Connection (closed|reset) by peer|Connection refused|Socket closed|recvValue failed|Broken pipe|No route to host|Network is unreachable", True, True,

@@ -61,7 +61,7 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", metavar="DIR", help="where the run directories are (default: $AMLAUNCH_RUNS or ./runs)")
+    parser.add_argument("--runs", metavar="DIR", help="where the run directories are (default: $AMLAUNCH_RUNS, the cluster profile's runs, or ./runs)")
 
 
 def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -220,7 +220,7 @@ def run(argv: Sequence[str]) -> int:
     parser = build_parser()
     words = list(argv)
     overrides: list[str] = []
-    if words and words[0] in ("local", "submit", "show", "resume"):
+    if words and words[0] in ("local", "submit", "show", "resume", "retry"):
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
     options = parser.parse_args(words)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
-from recipes.expand import variables
+from recipes.expand import has_placeholder, variables
 from recipes.loader import is_secret_variable, refuse_secrets
 from recipes.schema import Minutes, Positive
 from recipes.targets import Policy
@@ -186,6 +186,8 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
         _check_sbatch(checker, tree, ())
         for stage, own in (tree.get("stages") or {}).items():
             _check_sbatch(checker, own, ("stages", str(stage)))
+    if profile is not None and has_placeholder(profile.runs):
+        checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
     refuse(checker.problems)
     # The shell on the node fills in what setup says, and the driver what env says: not this host, and not into a script.
     found: Profile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))

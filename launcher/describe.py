@@ -125,7 +125,7 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     folder = run.element(state.stage, state.name)
     rank = state.rank or 0
     log = folder.log(state.attempts, rank)
-    lines = [f"{state.stage} {state.name} {state.state} on {state.host or 'this host'}: {state.reason}"]
+    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {state.reason}"]
     text, whose = tail(log) if state.retry else [], f"rank {rank}"
     if state.retry and not text and state.log is not None:  # it did not get as far as a rank
         log, text, whose = state.log, tail(state.log), f"job {state.job}"

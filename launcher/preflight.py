@@ -26,6 +26,8 @@ LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", 
 """Of which no other node sees anything, unless they are exported."""
 PROBE_BYTES = 1 << 20
 MIN_INODES = 10_000
+LITTLE_MEGA = 1000
+"""Python with torch alone takes about 400."""
 STATE_BYTES = 16
 """Of a parameter in a checkpoint: float32 weights and AdamW's two moments, with the manifest and some room."""
 
@@ -103,6 +105,19 @@ def _association_problems(cluster: Cluster, stages: Sequence[Stage], rules: Rule
         allowed = rules.get(stage.partition or "", {}).get("AllowAccounts", "ALL")
         if allowed != "ALL" and (own.account or default) not in allowed.split(","):
             yield f"partition {stage.partition} is for the accounts {allowed} alone, yours is {own.account or default}; choose another one for stage {stage.name}"
+
+
+def memory_notes(stages: Sequence[Stage]) -> list[str]:
+    """Said where nobody gives a stage its memory and the site's own default is too small for anything. Raises SlurmError."""
+    default = slurm.config().get("DefMemPerCPU", "")
+    if not default.isdigit():
+        return []
+    small = [(stage, int(default) * max(stage.needs.cpus, stage.needs.tasks_per_node)) for stage in stages if not stage.needs.mem]
+    return [
+        f"stage {stage.name} asks for no memory, and Slurm gives it {mega} MB; resources.{stage.name}.mem, or mem in the profile, asks for more"
+        for stage, mega in small
+        if mega < LITTLE_MEGA
+    ]
 
 
 def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list[str]:

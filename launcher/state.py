@@ -157,7 +157,7 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
     word = _left_word(found, job)
     final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
     if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
-        return _active(common, found, info)
+        return _active(common, found, info, queue.time)
     if word is not None and (final or info is None):
         return _as_ended(common, word)
     if found.missing:
@@ -165,7 +165,7 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
     if info is not None:
         state, reason = explain_end(info, found)
         cause = cause_of(tail_of(submission.log(index))) if state == FAILED else None
-        reason = f"{reason}: {cause.hint}" if cause else reason
+        reason = f"{reason}: {cause.advice(stage)}" if cause else reason
         return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=state, reason=reason)
     return _untold(common, found, job, queue)
 
@@ -176,8 +176,10 @@ def _left_word(found: Trace, job: str) -> dict[str, Any] | None:
     return found.end if starts and starts[-1].get("job") == job else None
 
 
-def _active(common: dict[str, Any], found: Trace, info: JobInfo) -> ElementState:
-    if info.waiting:
+def _active(common: dict[str, Any], found: Trace, info: JobInfo, asked: float) -> ElementState:
+    newest = found.starts[-1] if found.starts else {}
+    started_since = newest.get("job") == info.id and newest["time"] > asked and found.end is None
+    if info.waiting and not started_since:
         earlier = found.end["reason"] if found.end and found.end.get("again") else ""
         reason = waiting_reason(info.reason) + (f" (before: {earlier})" if earlier else "")
         return ElementState(**common, state=QUEUED, reason=reason, start=info.start)

@@ -164,6 +164,14 @@ class TestCancel:
         with pytest.raises(SlurmError, match="scancel"):  # which finds nobody to ask, here
             cancel._wait_until_saved(run, plan)
 
+    def test_a_job_that_has_only_just_started_is_asked_too(self, tmp_path, monkeypatch):
+        run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        submitted(run, plan, "train", "123")
+        slurm_said(JobInfo("123_0", "RUNNING"))
+        monkeypatch.setattr(Queue.__init__, "__defaults__", (60.0, None))
+        monkeypatch.setattr(cancel, "SAVE_SECONDS", 0.5)
+        assert cancel._wait_until_saved(run, plan) == 1 and run.element("train", "0").stop.exists()
+
     @pytest.mark.parametrize("host", ["elsewhere", platform.node()])
     def test_a_pid_that_was_written_down_is_not_believed(self, tmp_path, host):
         """It is some other process by now, or always was: on this host."""

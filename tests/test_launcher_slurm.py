@@ -111,6 +111,7 @@ class TestProfiles:
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
             ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
             ("lab: {time: soon}", "expected a time such as"),
+            ("lab: {runs: '${NO_SUCH_VARIABLE}/runs'}", "a variable in it is not set here"),
         ],
     )
     def test_mistakes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
@@ -288,6 +289,13 @@ class TestStates:
         self.attempt(run, 2, end={"outcome": "failed", "reason": "boom"})
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == FAILED, "the driver has spoken; Slurm still clears up"
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state == FAILED, "an answer from before"
+
+    def test_a_start_that_is_younger_than_the_answer_is_believed(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        self.attempt(run)
+        waits = {"11_0": JobInfo("11_0", "PENDING", "Priority")}
+        assert self.state(run, plan, answers(tmp_path, waits, asked=time.time() - 60)).state == RUNNING
+        assert self.state(run, plan, answers(tmp_path, waits)).state == QUEUED, "that attempt was ended without a word, and the job waits again"
 
     def test_a_requeued_job_that_came_to_nothing_is_not_what_it_was_before(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)

@@ -22,7 +22,7 @@ from launcher.submissions import submissions_of
 from launcher.submit import recover, submitting
 from recipes.errors import FAILED, OK
 from recipes.files import is_locked, read_json_lines
-from recipes.rundir import RunDir
+from recipes.rundir import ElementDir, RunDir
 
 SAVE_SECONDS = 300.0
 """How long ranks may take to save before we stop waiting for the word that they have."""
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         _recover(run_dir, plan)
         states = read_run(run_dir, plan, Queue(max_age=0))
         mine = own_states(run_dir, plan, states)
-        refuse_unknown(mine, "cancel", "nothing was cancelled")
+        refuse_unknown(mine, "cancel", "nothing was cancelled; try again when Slurm answers")
         going = [state for state in mine if state.state in ACTIVE]
         if not going and not is_locked(run_dir.lock):
             others = " (another run, which shares its shards, makes them)" if any(state.state in ACTIVE for state in states) else ""
@@ -72,7 +72,7 @@ def _recover(run_dir: RunDir, plan: Plan) -> None:
     try:
         recover(run_dir, plan, lambda text: print(text, flush=True))
     except SlurmError as error:
-        raise SlurmError(error.command, f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled") from None
+        raise SlurmError(error.command, f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled; try again when Slurm answers") from None
 
 
 def _own_jobs(run_dir: RunDir, plan: Plan) -> set[str]:
@@ -119,12 +119,17 @@ def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) ->
         _send(signal.SIGKILL, found)
         ended += bool(found)
         if not found:
-            folder.stop.touch()
+            _ask_to_leave(folder)
         if not found and not save:
             print(f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave")
     if ended:
         print(f"ended {ended} element{'s' * (ended > 1)} on this machine", flush=True)
     return reached
+
+
+def _ask_to_leave(folder: ElementDir) -> None:
+    folder.root.mkdir(parents=True, exist_ok=True)  # Slurm has started the job, its driver has not got here yet
+    folder.stop.touch()
 
 
 def _send(number: signal.Signals, pids: Sequence[int]) -> None:
@@ -175,7 +180,7 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
         if time.monotonic() > deadline:
             return _not_saved(run_dir, list(going.values()))
         for stage, name in running:
-            run_dir.element(stage, name).stop.touch()
+            _ask_to_leave(run_dir.element(stage, name))
         _cancel_jobs([state.job for state in going.values() if state.state == QUEUED], run_dir, plan)  # requeued meanwhile
         time.sleep(1.0)
 

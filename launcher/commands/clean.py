@@ -59,7 +59,7 @@ def _of_run(run_dir: RunDir, options: argparse.Namespace) -> Iterable[Removal]:
     states = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=0)))
     if is_driven(run_dir, states):
         raise BadInput(f"{plan.run_id} runs or waits; {describe.program()} cancel {describe.name_of(run_dir)} first")
-    refuse_unknown(states, "clean", "nothing was removed")
+    refuse_unknown(states, "clean", f"nothing was removed; when Slurm answers, {describe.program()} cancel {describe.name_of(run_dir)} first")
     if not options.checkpoints:
         yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may read stay")
         for folder in _checkpoints_elsewhere(run_dir, plan):

@@ -17,6 +17,8 @@ from recipes.rundir import RunDir
 
 def run(options: argparse.Namespace) -> int:
     """Submit the unfinished elements of a run as its plan has them; on this machine, the command that began it."""
+    if options.overrides:
+        raise BadInput(f"retry changes nothing: amlaunch resume {options.run} {' '.join(options.overrides)}")
     run_dir = find_run(roots(options.runs), options.run)
     plan = read_plan(run_dir)
     if plan.cluster is None:

@@ -12,7 +12,7 @@ from launcher import describe, sbatch, slurm
 from launcher.cluster import Cluster, find_cluster
 from launcher.create import write_run
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_cluster, check_disk, check_needs
+from launcher.preflight import check_cluster, check_disk, check_needs, memory_notes
 from launcher.prepare import check_files, container_notes, prepare_on_cluster
 from launcher.slurm import SlurmError
 from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
@@ -37,6 +37,8 @@ from recipes.rundir import RunDir
 
 def run(options: argparse.Namespace) -> int:
     """Submit what is not done; the exit code is 0 once Slurm has it (with ``--wait``: how the run ended)."""
+    if not options.recipe:
+        raise BadInput("which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch")
     cluster = find_cluster(options.cluster)
     if cluster.profile.executor == "local":
         return _on_this_machine(options)
@@ -87,7 +89,7 @@ def _check(loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages
     check_files(loaded)
     if is_locked(run_dir.lock):
         raise BadInput(f"{plan.run_id} is being run by amlaunch local; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
-    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *check_disk(loaded, plan, run_dir.root.parent, cluster.profile)]:
+    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *memory_notes(stages), *check_disk(loaded, plan, run_dir.root.parent, cluster.profile)]:
         say(f"note: {note}")
     _check_input(run_dir, plan, stages)
     _ask_sbatch(_drafts(run_dir, plan, cluster, stages))
@@ -156,7 +158,8 @@ def closing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: S
     name, program = describe.name_of(run_dir), describe.program()
     lines += [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
     commands = [("status", "what happens"), ("logs", "what the ranks write; -f follows"), ("wait", "until it has ended"), ("cancel", "end it; --checkpoint saves first")]
-    return "\n".join([*lines, *(f"  {program} {command} {name:<24}  {why}" for command, why in commands)])
+    width = max(len(command) for command, _ in commands)
+    return "\n".join([*lines, *(f"  {program} {command} {name}{' ' * (width - len(command))}  {why}" for command, why in commands)])
 
 
 def _as_json(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> dict[str, object]:
