@@ -158,7 +158,7 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
     final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
     if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
         return _active(common, found, info, queue.time)
-    if word is not None and (final or info is None):
+    if word is not None and (final or (info is None and queue.jobs is not None)):
         return _as_ended(common, word)
     if found.missing:
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")

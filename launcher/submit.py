@@ -210,7 +210,7 @@ def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
     states = read_run(run, plan, queue)
     lost = [state for state in states if state.state == UNKNOWN and state.job]  # without a number: see recover
     if lost:
-        raise SlurmError("squeue", f"{'; '.join(queue.problems) or lost[0].reason}: what became of job {lost[0].job} is not known; try again when Slurm answers")
+        raise SlurmError("Slurm", f"{'; '.join(queue.problems) or lost[0].reason}: what became of job {lost[0].job} is not known; try again when Slurm answers")
     return states
 
 

@@ -303,6 +303,11 @@ class TestStates:
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")})).state == CANCELLED
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state == FAILED
 
+    def test_without_an_answer_a_job_that_meant_to_go_on_is_not_called_stopped(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
+        assert self.state(run, plan, answers(tmp_path, None)).state == UNKNOWN
+
     def test_without_an_answer_nothing_is_claimed(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         found = self.state(run, plan, answers(tmp_path, None))

@@ -17,11 +17,11 @@ from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
 from launcher.prepare import check_here, default_recipe, notes, prepare
-from launcher.queue import Queue
 from launcher.report import LiveReport, PlainReport, make_report
 from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
 from launcher.store import run_dir_of
 from launcher.submissions import submissions_of
+from launcher.submit import known_states
 from launcher.summary import closing, exit_code, stage_closing
 from recipes.errors import OK, BadInput
 from recipes.files import Lock
@@ -47,10 +47,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_jobs(run_dir: RunDir, plan: Plan) -> None:
-    """A run that a cluster works on is not started here too. Raises BadInput."""
+    """A run that a cluster works on is not started here too. Raises BadInput, and SlurmError where the cluster does not say."""
     if not any(submissions_of(run_dir, plan).values()):
         return
-    jobs = [state.job for state in read_run(run_dir, plan, Queue(max_age=0)) if state.job and state.state in (RUNNING, QUEUED)]
+    jobs = [state.job for state in known_states(run_dir, plan) if state.job and state.state in (RUNNING, QUEUED)]
     if jobs:
         name = describe.name_of(run_dir)
         raise BadInput(f"{plan.run_id} is on a cluster (job {jobs[0]}{', …' if len(jobs) > 1 else ''}); {describe.program()} wait {name} waits for it, cancel {name} ends it")
