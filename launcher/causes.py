@@ -38,10 +38,12 @@ class Cause:
 
 
 def _cause(kind: str, pattern: str, again: bool, elsewhere: bool, hint: str) -> Cause:
-    return Cause(kind, re.compile(pattern, re.IGNORECASE), again, elsewhere, hint)
+    return Cause(kind, re.compile(pattern, re.IGNORECASE | re.MULTILINE), again, elsewhere, hint)
 
 
 CAUSES = (
+    _cause("hang", r"^error: rank \d+ on \S+ hangs: ", True, True,
+           "a rank got nowhere and ended itself; what its threads did is in its log"),
     _cause("full disk", r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b", False, False,
            "the disk is full, or your quota on it; amlaunch clean shows what can go"),
     _cause("out of GPU memory", r"CUDA out of memory|OutOfMemoryError", False, False,

@@ -31,8 +31,6 @@ FUSED_ADAM_ONLY = (
 DROPPED: dict[KeyPath, str] = {
     ("recipe",): "amlaunch has one recipe class",
     ("dist_env", "backend"): "chosen by the device: nccl on GPU, gloo on CPU",
-    ("checkpoint", "model_save_format"): "checkpoints are sharded; the export stage writes safetensors",
-    ("checkpoint", "save_consolidated"): "the export stage writes the consolidated safetensors",
     ("dataloader", "collate_fn"): "windows all have the same length",
     ("dataloader", "drop_last"): "a step always has global_batch_size windows",
     ("dataloader", "num_workers"): "one thread reads ahead; see dataloader.prefetch_factor",

@@ -9,6 +9,8 @@ OK = 0
 FAILED = 1
 BAD_INPUT = 2
 """The recipe, the command line or the machine cannot do what is asked: trying again changes nothing."""
+HANG = 70
+"""A rank got nowhere for too long and ended itself; another try may well go on (``EX_SOFTWARE``)."""
 GO_ON_LATER = 75
 """Stopped on request with everything saved (``EX_TEMPFAIL``): the same command goes on from there."""
 

@@ -21,14 +21,14 @@ from recipes.schema import TOKENIZERS, Recipe
 from recipes.targets import Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
-EXECUTION = ("name", "resources", "container", "wandb")
+EXECUTION = ("name", "resources", "container", "wandb", "tensorboard", "profile")
 """Sections that say where a run happens, not what it computes: another value is still the same run."""
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
 """Names of variables whose value is nobody's business."""
 NO_SECRET = re.compile(r"(^|_)(bos|eos|eot|pad|unk|sep|cls|mask)_token$", re.IGNORECASE)
 """Keys of recipes that only sound like one."""
 SECRET_ENDS = re.compile(r"(^|_)((api|access|private|wandb|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
-SWEPT = ("model", "dataset", "optimizer", "lr_scheduler", "loss_fn", "step_scheduler", "distributed", "clip_grad_norm", "compile", "seed")
+SWEPT = ("model", "dataset", "optimizer", "lr_scheduler", "parameter_groups", "loss_fn", "step_scheduler", "distributed", "clip_grad_norm", "compile", "seed")
 """Sections that may differ between the elements of a sweep, which share their data, their nodes and their export."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -222,10 +222,24 @@ def _check_numbers(recipe: Recipe, checker: Checker) -> None:
     rate = recipe.optimizer.get("lr", 0.0)
     if isinstance(rate, float) and not 0 <= rate < float("inf"):
         checker.problem(("optimizer", "lr"), f"{rate}: expected a number of at least 0")
+    _check_rates(recipe, checker)
     if recipe.export and not recipe.export.temperature >= 0:
         checker.problem(("export", "temperature"), f"{recipe.export.temperature}: expected a number of at least 0")
     if recipe.export and not recipe.checkpoint.enabled:
         checker.problem(("checkpoint", "enabled"), "false leaves nothing to export; write export: null too")
+
+
+def _check_rates(recipe: Recipe, checker: Checker) -> None:
+    """What is given twice, and rates and decays below 0."""
+    for what in ("warmup", "decay", "wsd_decay"):
+        steps, tokens = f"lr_{what}_steps", f"lr_{what}_tokens"
+        if recipe.lr_scheduler and getattr(recipe.lr_scheduler, steps) and getattr(recipe.lr_scheduler, tokens) is not None:
+            checker.problem(("lr_scheduler", tokens), f"{steps} says it, too; write one of them")
+    for i, group in enumerate(recipe.parameter_groups):
+        for key in ("lr", "lr_scale", "weight_decay"):
+            value = getattr(group, key)
+            if value is not None and not 0 <= value < float("inf"):
+                checker.problem(("parameter_groups", str(i), key), f"{value}: expected a number of at least 0")
 
 
 def _check_unsupported(recipe: Recipe, checker: Checker) -> None:

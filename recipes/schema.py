@@ -76,18 +76,40 @@ class StepScheduler:
     val_every_steps: Positive | None = None
     val_batches: Positive = 20
     """Batches of ``global_batch_size`` windows in each validation: the same windows every time, on any number of ranks."""
+    max_skipped_steps: Positive = 10
+    """So many steps in a row whose loss or gradient is not a number end the run; such a step changes nothing."""
 
 
 @dataclass(frozen=True)
 class LRScheduler:
     """Learning rate as a function of the step; an absent section is a constant rate."""
 
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "inverse-square-root"] = "cosine"
     lr_warmup_steps: Natural = 0
+    lr_warmup_tokens: Count | None = None
+    """Instead of steps; a step that is begun counts whole."""
     lr_decay_steps: Positive | None = None
     """Step at which ``min_lr`` is reached; None: the last step."""
+    lr_decay_tokens: Count | None = None
+    lr_wsd_decay_steps: Positive | None = None
+    """WSD (warmup, stable, decay): how many of the last steps decay; None: a fifth."""
+    lr_wsd_decay_tokens: Count | None = None
+    lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
     init_lr: float = 0.0
     min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Settings of the parameters whose names fit a pattern; the first group that fits decides."""
+
+    match: str
+    """As in a shell: ``wte.*``, ``*.attn.*``."""
+    lr: float | None = None
+    """The peak; the schedule's rate is scaled by it. None: ``lr_scale`` times the optimizer's."""
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    """None: the optimizer's on matrices, 0 on vectors."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,9 @@ class Distributed:
     reshard_after_forward: bool = True
     timeout_minutes: Positive = 10
     """After which a collective that does not come is an error."""
+    hang_seconds: Positive | None = None
+    """A rank that gets nowhere for so long writes down what its threads do, and ends the job; None: nine tenths of
+    ``timeout_minutes``, or of ``resources.train.hang_minutes`` where that is less."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,18 @@ class Checkpoint:
     checkpoint_dir: str | None = None
     """None: in the run directory; a path: ``<path>/<run-id>``."""
     max_recent_checkpoints: Positive = 2
+    keep_best: bool = True
+    """Keep that of the lowest validation loss, too."""
+    keep_every_steps: Positive | None = None
+    """Keep one of every so many steps for good."""
+    is_async: bool = True
+    """Write beside the training, from a copy in the host's memory; false: without the copy, while training waits."""
+    model_save_format: Literal["torch_save", "safetensors"] = "torch_save"
+    """Of the weights, sharded; optimizer state is always torch.distributed.checkpoint's."""
+    save_consolidated: bool = False
+    """Put a folder that transformers loads into every checkpoint."""
+    restore_from: str = "auto"
+    """auto: the newest, if there is one; latest; best; or a path of a checkpoint to begin from."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +254,25 @@ class Container:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """torch's profiler over some steps of this start of the run; traces lie beside ``metrics.jsonl``."""
+
+    start_step: Positive = 10
+    """The first step that is traced, counted from where the run goes on."""
+    steps: Positive = 3
+    memory_snapshot: bool = False
+    """Also what the CUDA allocator did in these steps."""
+
+
+@dataclass(frozen=True)
+class TensorBoard:
+    """Where TensorBoard finds the numbers."""
+
+    log_dir: str | None = None
+    """None: ``tensorboard/`` beside ``metrics.jsonl``."""
+
+
+@dataclass(frozen=True)
 class Export:
     """What is written when training is done."""
 
@@ -238,6 +294,7 @@ class Recipe:
     validation_dataset: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "lr": 2e-4})
     lr_scheduler: LRScheduler | None = None
+    parameter_groups: list[ParameterGroup] = field(default_factory=list)
     loss_fn: dict[str, Any] = field(default_factory=lambda: {"_target_": "trainer.loss.MaskedCrossEntropy"})
     step_scheduler: StepScheduler = StepScheduler()
     distributed: Distributed = Distributed()
@@ -246,6 +303,8 @@ class Recipe:
     dataloader: DataLoader = DataLoader()
     clip_grad_norm: ClipGradNorm | None = ClipGradNorm()
     wandb: dict[str, Any] | None = None
+    tensorboard: TensorBoard | None = None
+    profile: Profile | None = None
     seed: Natural = 42
     compile: Compile = Compile()
     preprocess: Preprocess | None = None

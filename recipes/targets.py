@@ -31,6 +31,7 @@ from recipes.errors import BadInput, did_you_mean
 OURS = (
     "trainer.models.gpt2.build_gpt2_model",
     "trainer.models.llama.build_llama_model",
+    "trainer.models.pretrained.load_pretrained_model",
     "trainer.data.NanogptDataset",
     "trainer.loss.MaskedCrossEntropy",
 )
@@ -53,8 +54,14 @@ OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.SGD": dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), "float")
     | dict.fromkeys(("nesterov", "maximize", "foreach", "differentiable", "fused"), "bool"),
 }
+OPTIMIZER_KEYS["torch.optim.Muon"] = (
+    dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), "float")
+    | {"nesterov": "bool", "ns_coefficients": "list", "ns_steps": "int", "adjust_lr_fn": "str | None"}
+)
 OPTIMIZER_KEYS["torch.optim.Adam"] = OPTIMIZER_KEYS["torch.optim.AdamW"] | {"decoupled_weight_decay": "bool"}
 """What the common optimizers take (torch 2.13), so that a typo is found where torch is not installed."""
+OUR_KEYS = {"torch.optim.Muon": {"others": "an optimizer"}}
+"""What the trainer itself takes: Muon is for hidden matrices alone, and ``others`` is given the rest."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,8 @@ def signature(text: str, policy: Policy) -> Signature | None:
     None where only importing would tell: then the callable itself complains when it is built.
     """
     if text in OPTIMIZER_KEYS:
-        keys = {name: Parameter(kind, required=False) for name, kind in OPTIMIZER_KEYS[text].items()}
+        known = OPTIMIZER_KEYS[text] | OUR_KEYS.get(text, {})
+        keys = {name: Parameter(kind, required=False) for name, kind in known.items()}
         return Signature(keys, open=False)
     file, name = split_target(text)
     found = (file_of(file, policy), name) if file else _source(text)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from torch import nn
 from recipes.errors import BAD_INPUT, FAILED, BadInput
 from recipes.files import append_json_line, sha256_file, write_json
 from recipes.rundir import ElementDir
-from recipes.schema import ClipGradNorm, LRScheduler
+from recipes.schema import ClipGradNorm, LRScheduler, ParameterGroup
 from recipes.targets import Policy
 from trainer import checkpoint, optim
 from trainer.errors import LocalBadInput, TrainingFailed, guarded
 from trainer.loop import seed_step
-from trainer.metrics import Metrics, StepLine, open_wandb, peak_of_name, summary
+from trainer.metrics import Metrics, Spikes, StepLine, open_wandb, peak_of_name, summary
+from trainer.models.gpt2 import build_gpt2_model
+from trainer.muon import ShardedMuon
 from trainer.ranks import Ranks, from_environment
 from trainer.sample import draw, generate
 from trainer.stop import StopFlag
@@ -29,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def rates(section: LRScheduler | None, steps: list[int], last_step: int = 100) -> list[float]:
-    schedule = optim.Schedule(section, 1.0, last_step)
+    schedule = optim.Schedule(section, 1.0, last_step, step_tokens=1000)
     return [schedule.rate(step) for step in steps]
 
 
@@ -44,22 +48,126 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_floor() -> None:
     assert rates(None, [1, 99]) == [1.0, 1.0]
 
 
+def test_the_rate_stays_then_falls_with_wsd_and_by_the_root_of_the_step() -> None:
+    wsd = LRScheduler(lr_decay_style="WSD", lr_warmup_steps=10, min_lr=0.2)  # a fifth of the steps decays
+    assert rates(wsd, [5, 10, 50, 80, 90, 100, 101]) == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2])
+    for style, half in (("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5), ("exponential", 2 * 0.5**0.5 - 1)):
+        other = LRScheduler(lr_decay_style="WSD", lr_wsd_decay_steps=40, lr_wsd_decay_style=style)
+        assert rates(other, [60, 80, 100]) == pytest.approx([1.0, half, 0.0]), style
+    root = LRScheduler(lr_decay_style="inverse-square-root", lr_warmup_steps=4, min_lr=0.25)
+    assert rates(root, [2, 4, 16, 64, 1000]) == pytest.approx([0.5, 1.0, 0.5, 0.25, 0.25])
+
+
+def test_a_schedule_in_tokens_is_one_in_steps_rounded_up() -> None:
+    tokens = LRScheduler(lr_decay_style="WSD", lr_warmup_tokens=9_001, lr_decay_tokens=60_000, lr_wsd_decay_tokens=20_000)
+    steps = LRScheduler(lr_decay_style="WSD", lr_warmup_steps=10, lr_decay_steps=60, lr_wsd_decay_steps=20)
+    assert rates(tokens, list(range(1, 101))) == rates(steps, list(range(1, 101)))
+    assert rates(LRScheduler(lr_warmup_tokens=0), [1])[0] > 0.9
+
+
 def test_a_decay_that_ends_before_the_warmup_is_refused_but_a_short_trial_is_not() -> None:
-    with pytest.raises(BadInput, match="lr_decay_steps 5"):
+    with pytest.raises(BadInput, match="the decay ends with step 5, before the warmup does, with step 10"):
         rates(LRScheduler(lr_warmup_steps=10, lr_decay_steps=5), [1])
     assert rates(LRScheduler(lr_warmup_steps=10), [3], last_step=3) == pytest.approx([0.3])
 
 
-def test_only_matrices_decay() -> None:
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
-    section = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.1}
-    optimizer = optim.build_optimizer(section, Policy(), model, CPU)
-    decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert {name: decays[id(parameter)] for name, parameter in model.named_parameters()} == {
+def small_model() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+
+
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.1}
+
+
+def settings(optimizers: optim.Optimizers, model: nn.Module, key: str) -> dict[str, float]:
+    of = {id(parameter): group[key] for group in optimizers.groups for parameter in group["params"]}
+    return {name: of[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def test_only_matrices_decay_and_adamw_is_fused() -> None:
+    model = small_model()
+    made = optim.build_optimizers(ADAMW, [], Policy(), model)
+    assert settings(made, model, "weight_decay") == {
         "0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
     }  # fmt: skip
-    plain = optim.build_optimizer({"_target_": "torch.optim.Rprop", "lr": 1e-3}, Policy(), model, CPU)
-    assert len(plain.param_groups) == 1
+    assert [optim.can_skip(part) for part in made.parts] == [True]
+    plain = optim.build_optimizers({"_target_": "torch.optim.Rprop", "lr": 1e-3}, [], Policy(), model)
+    assert len(plain.groups) == 1 and not optim.can_skip(plain.parts[0])
+
+
+def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
+    model = small_model()
+    groups = [ParameterGroup("0.*", lr=5e-4, weight_decay=0.3), ParameterGroup("*.bias", lr_scale=2.0)]
+    made = optim.build_optimizers(ADAMW, groups, Policy(), model)
+    made.set_rate(1e-4)  # a tenth of the peak
+    rates = settings(made, model, "lr")
+    assert rates == pytest.approx({"0.weight": 5e-5, "1.weight": 1e-4, "1.bias": 2e-4, "2.weight": 1e-4, "2.bias": 2e-4})
+    assert settings(made, model, "weight_decay") == {"0.weight": 0.3, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
+    with pytest.raises(BadInput, match=r"parameter_groups.0.match '1.wieght' fits no parameter of the model; did you mean '1.weight'"):
+        optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], Policy(), model)
+
+
+def gpt2(**more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return build_gpt2_model(vocab_size=97, **more, n_positions=16, n_embd=16, n_layer=2, n_head=2, **more)
+
+
+MUON = {"_target_": "torch.optim.Muon", "lr": 0.02, "weight_decay": 0.1, "others": {"_target_": "torch.optim.AdamW", "lr": 3e-3}}
+
+
+def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
+    model = gpt2()
+    made = optim.build_optimizers(MUON, [], Policy(), model)
+    muons = {id(parameter) for group in made.parts[0].param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in muons}
+    assert names == {f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    made.set_rate(0.01)
+    assert {group["lr"] for group in made.parts[0].param_groups} == {0.01}
+    assert [group["lr"] for group in made.parts[1].param_groups] == pytest.approx([1.5e-3] * 2)
+    with pytest.raises(BadInput, match=r"add optimizer\.others for the rest"):
+        optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], Policy(), model)
+
+
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_our_muon_is_torchs_on_whole_matrices(adjust: str | None) -> None:
+    ours, theirs = (nn.Linear(6, 9, bias=False), nn.Linear(6, 9, bias=False))
+    theirs.load_state_dict(ours.state_dict())
+    keywords: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": adjust}
+    steps = [ShardedMuon(ours.parameters(), **keywords), torch.optim.Muon(theirs.parameters(), **keywords)]
+    for _ in range(3):
+        gradient = torch.randn(9, 6)
+        for model, optimizer in zip((ours, theirs), steps, strict=True):
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+    assert (ours.weight - theirs.weight).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("section", [ADAMW, MUON, {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}], ids=["adamw", "muon", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> None:
+    model = gpt2()
+    made = optim.build_optimizers(section, [], Policy(), model)
+
+    def step(poison: float) -> dict[str, Any]:
+        model(torch.arange(16)[None]).square().mean().backward()
+        if poison:
+            model.wte.weight.grad[3, 1] = model.h[1].mlp.c_fc.weight.grad[0, 0] = poison
+        made.step(torch.tensor(not poison))
+        made.zero_grad()
+        states = [value for part in made.parts for state in part.state.values() for value in state.values()]
+        return {str(i): tensor.clone() for i, tensor in enumerate([*model.parameters(), *states])}
+
+    before = step(0.0)
+    for poison in (math.nan, math.inf):
+        after = step(poison)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in step(0.0).items())
+
+
+def test_a_loss_far_above_the_others_is_a_spike() -> None:
+    spikes = Spikes()
+    wobbling = [3.0 + 0.02 * (i % 5) for i in range(40)]
+    assert not any(map(spikes.is_one, wobbling))
+    assert spikes.is_one(3.5) and not spikes.is_one(3.1)
+    assert not any(map(Spikes().is_one, [*wobbling[:20], 99.0])), "too little to tell"
 
 
 def test_the_norm_is_reported_with_and_without_clipping() -> None:
@@ -131,6 +239,8 @@ def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:
     assert not flag.asked()
     flag.file.touch()
     assert flag.asked()
+    flag.looks = False  # another rank looks at every step; this one while it waits
+    assert not flag.asked() and flag.asked(look=True)
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank() -> None:
@@ -155,8 +265,9 @@ def metrics(folder: Path, peak: float | None = None) -> Metrics:
     return Metrics(ElementDir(folder), CPU, ranks=2, last_step=9, flops_per_token=1e6, peak=peak)
 
 
-def line(step: int) -> StepLine:
-    return StepLine(step, step / 4, step * 128, 4.0 - step, 1.0, 1e-3, step_tokens=128, step_time_s=0.5, data_time_s=0.1)
+def line(step: int, loss: float | None = None) -> StepLine:
+    value = 4.0 - step if loss is None else loss
+    return StepLine(step, step / 4, step * 128, value, 1.0, 1e-3, step_tokens=128, step_time_s=0.5, data_time_s=0.1)
 
 
 def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -> None:
@@ -164,16 +275,21 @@ def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -
     one.resume_at(0)
     for step in (1, 2):
         one.step(line(step))
-    one.validation(2, 3.5)
-    one.step(line(3))
+    one.validation(2, 3.5, 0.1)
+    one.step(line(3, loss=math.nan))
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 4, "lo')  # a kill tears the last line
     again = metrics(tmp_path)
     again.resume_at(2)
     assert again.val_loss == 3.5
     assert again.has_validation(2) and not again.has_validation(1)
+    assert again.skipped == 0
     again.step(line(3))
-    assert [entry["step"] for entry in map(json.loads, open(tmp_path / "metrics.jsonl"))] == [1, 2, 2, 3]
+    again.step(line(4, loss=math.inf))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [entry["step"] for entry in map(json.loads, text.splitlines())] == [1, 2, 2, 3, 4]
+    assert "NaN" not in text and "Infinity" not in text, "strict readers know no such words"
+    assert json.loads(text.splitlines()[-1])["skipped_steps"] == 1
     found = summary(tmp_path / "metrics.jsonl")
     assert (found["loss_first"], found["loss_last"], found["val_loss"]) == (3.0, 1.0, 3.5)
 
@@ -184,6 +300,7 @@ def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFi
     assert entry["tokens_per_s"] == 256.0 and entry["tokens_per_s_per_gpu"] == 128.0
     assert entry["mfu"] == pytest.approx(256 * 1e6 / (2 * 1e9), abs=1e-4)
     assert entry["tokens"] == 256 and entry["epoch"] == 0.5 and entry["peak_memory_gib"] > 0
+    assert (entry["checkpoint_time_s"], entry["validation_time_s"], entry["skipped_steps"], entry["spike"]) == (0.0, 0.0, 0, False)
     assert "step 2/9 | loss 2.0000" in capsys.readouterr().out
     beat = json.loads((tmp_path / "progress.json").read_text())
     assert (beat["unit"], beat["done"], beat["total"], beat["eta_s"]) == ("step", 2, 9, 3.5)
@@ -234,21 +351,21 @@ def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(tmp_path: Path,
         fake_checkpoint(tmp_path, step)
     (tmp_path / "step-00000300.tmp").mkdir()
     (checkpoint.folder_of(tmp_path, 200) / "meta.json").unlink()
-    assert checkpoint.newest_whole_alone(tmp_path).step == 10
+    assert checkpoint.alone(tmp_path).step == 10
     assert "step-00000200 is damaged (meta.json is missing)" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 4
     with pytest.raises(BadInput, match="no whole checkpoint"):
-        checkpoint.newest_whole_alone(tmp_path / "elsewhere")
+        checkpoint.alone(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_its_keys(tmp_path: Path) -> None:
     fake_checkpoint(tmp_path, 1)
-    found = checkpoint.newest_whole_alone(tmp_path)
-    checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
+    found = checkpoint.alone(tmp_path)
+    checkpoint.checked(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
     with pytest.raises(BadInput, match=r"its model differs \(n: 1 there, 2 in the recipe; m: None there, 0 in"):
-        checkpoint.check_identity(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
+        checkpoint.checked(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
     with pytest.raises(BadInput, match=r"its data differs \(tokens: 5 there, 6"):
-        checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
+        checkpoint.checked(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
 
 
 class Counting(nn.Module):

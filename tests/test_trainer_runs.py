@@ -72,7 +72,7 @@ def same_weights(one: Run, other: Run) -> bool:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     model = build_gpt2_model(**{key: value for key, value in run.tree["model"].items() if key != "_target_"}).double()
-    checkpoint.load_weights(checkpoint.newest_whole_alone(run.checkpoints), model)
+    checkpoint.load_weights(checkpoint.alone(run.checkpoints), model)
     return dict(model.state_dict())
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
     assert ("; beginning" if harm == "all" else "going on after step 8") in said
     assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
     assert same_weights(straight, harmed)
-    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["latest", "step-00000016", "step-00000020"]
+    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["best", "latest", "lock", "step-00000016", "step-00000020"]
     assert (harmed.checkpoints / "latest").read_text() == "step-00000020\n"
 
 
@@ -230,17 +230,17 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("when", ["at once", "after a checkpoint"])
-def test_a_loss_that_is_not_a_number_stops_training(tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make(tmp_path, step_scheduler={"ckpt_every_steps": 2}, lr_scheduler=None)
+def test_losses_that_are_no_numbers_stop_training(tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"ckpt_every_steps": 2, "max_skipped_steps": 3}, lr_scheduler=None)
     if when != "at once":
         assert run.here("--step_scheduler.max_steps", "2") == OK
     assert run.here("--optimizer.lr", "1e200") == FAILED
     said = capsys.readouterr().err
-    first = 2 if when == "at once" else 4
-    assert f"error: step {first}: the loss is nan" in said
+    last = 4 if when == "at once" else 6
+    assert f"error: step {last}: the loss is nan" in said and "3 steps in a row" in said
     assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in said
     assert [path.name for path in checkpoint.listed(run.checkpoints)] == ([] if when == "at once" else ["step-00000002"])
-    assert run.column("step")[-1] == first - 1
+    assert run.column("skipped_steps")[-1] == 3 and run.column("step")[-1] == last
 
 
 def test_asked_before_it_begins_it_leaves_and_then_trains(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_an_export_gives_transformers_the_same_logits(tmp_path: Path, family: st
     assert "no sample" in capsys.readouterr().out
     loaded = load(run.folder / "recipe.yaml")
     ours = job.build_model(loaded.recipe, loaded.policy).eval()
-    checkpoint.load_weights(checkpoint.newest_whole_alone(run.checkpoints), ours)
+    checkpoint.load_weights(checkpoint.alone(run.checkpoints), ours)
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(97, (3, 16))
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
@@ -460,7 +460,7 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     stopped.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
     codes, said = stopped.wait()
     assert codes == [GO_ON_LATER] * 2, said
-    at = checkpoint.newest_whole_alone(stopped.checkpoints).step
+    at = checkpoint.alone(stopped.checkpoints).step
     assert at == stopped.column("step")[-1] < 60
     stopped.train(2)
     same_bits(straight, stopped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +69,12 @@ class StepBatches:
         pin = self._world.device.type == "cuda"
         return on_host(self.dataset, self.order.windows(positions), self._vocab, pin)
 
-    def next(self) -> Batch:
-        """The next step's part, ``global_batch / ranks`` windows."""
+    def next(self, given_up: Callable[[], bool] = lambda: False) -> Batch | None:
+        """The next step's part, ``global_batch / ranks`` windows; None where ``given_up`` says so while it is waited for."""
         if self._ahead is None:
             raise RuntimeError("start() comes before next()")
-        return on_device(self._ahead.next(), self._world.device)
+        host = self._ahead.next(given_up)
+        return None if host is None else on_device(host, self._world.device)
 
     def close(self) -> None:
         """End the reading thread."""

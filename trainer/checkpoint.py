@@ -1,21 +1,21 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints that exist whole or not at all: their layout, and how they are found, verified and loaded.
 
-A save goes into ``step-N.tmp/``: torch.distributed.checkpoint's files, then
-``meta.json``, then ``manifest.json`` with the size and sha256 of each; only
-then is the folder renamed to ``step-N``, and ``latest`` names it. Loading checks
-every byte first: torch itself notices a truncated file, but loads one with
-flipped bytes without a word.
+``step-N/`` holds torch.distributed.checkpoint's files, ``meta.json``,
+``recipe.yaml``, and ``manifest.json`` with the size and sha256 of each. It is
+written as ``step-N.tmp/`` (:mod:`trainer.saving`); ``latest`` and ``best`` name
+one. Loading checks every byte first: torch itself notices a truncated file, but
+loads one with flipped bytes without a word.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import platform
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,17 +33,23 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from recipes.errors import BadInput
-from recipes.files import fsync_folder, read_json, sha256_file, write_json, write_text
-from recipes.version import VERSION
+from recipes.files import read_json, read_object, sha256_file, write_json
 from trainer.errors import TrainingFailed
 from trainer.parallel import World
 
 META = "meta.json"
 MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
 LATEST = "latest"
+BEST = "best"
+RESTORED = "restored.json"
+"""Says that ``checkpoint.restore_from`` was done: what interrupts the run afterwards does not begin there again."""
+MODEL = "model"
+"""Folder of the weights, where they are safetensors."""
 NAME = re.compile(r"step-(\d{8,})")
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 """Optimizer state under each parameter's own name: independent of groups and of how it was sharded."""
+TORCH_SAVE, SAFETENSORS = "torch_save", "safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,122 +72,33 @@ class Whole:
         """Steps taken."""
         return int(self.meta["step"])
 
+    @property
+    def safetensors(self) -> bool:
+        """Whether the weights are safetensors in a folder of their own."""
+        return self.meta.get("format", TORCH_SAVE) == SAFETENSORS
+
 
 def folder_of(root: Path, step: int) -> Path:
     """Where the checkpoint after ``step`` steps lies."""
     return root / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def listed(root: Path) -> list[Path]:
     """Checkpoint folders, newest first; leftovers under other names are none."""
     found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def open_root(root: Path, world: World) -> None:
-    """Make the folder of checkpoints, and delete what an interrupted save or clean-up left in it.
-
-    Raises BadInput, on all ranks, where nothing can be written there: better
-    now than at the first save.
-    """
-    problem = world.from_main(_opened(root) if world.main else None)
-    if problem:
-        raise BadInput(f"{root}: checkpoints cannot be written there ({problem}); name another folder, or checkpoint.enabled false")
-
-
-def _opened(root: Path) -> str | None:
-    probe = root / "step-probe.tmp"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for path in root.glob("step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-# --- saving ---------------------------------------------------------------------------------------
-
-
-def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], world: World, keep: int
-) -> Path:
-    """Write the checkpoint after ``step`` steps, all ranks together, and delete all but the newest ``keep``.
-
-    Raises TrainingFailed where it cannot be written; the checkpoints before stay.
-    """
-    temp = root / f"step-{step:08d}.tmp"
-    try:
-        _write(temp, _state(model, optimizer), {"step": step, **meta, **_versions(world)}, world)
-        if world.main:
-            _publish(temp, folder_of(root, step))
-            _prune(root, keep)
-    except (dcp.CheckpointException, OSError) as error:
-        if world.main:
-            shutil.rmtree(temp, ignore_errors=True)
-        elif isinstance(error, OSError):
-            raise  # rank 0, which speaks for all, has not seen this one
-        raise TrainingFailed(
-            f"{root}: the checkpoint after step {step} could not be written ({_causes(error)}); "
-            "once that is put right, the same command goes on from the checkpoint before"
-        ) from error
-    world.barrier()
-    return folder_of(root, step)
-
-
-def _write(temp: Path, state: dict[str, Any], meta: Mapping[str, Any], world: World) -> None:
-    if world.main:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-    world.barrier()
-    dcp.save(state, checkpoint_id=temp)
-    if world.main:
-        write_json(temp / META, meta)
-    entries = world.gathered(_entries(temp, world.rank))
-    if world.main:
-        write_json(temp / MANIFEST, {name: entry for part in entries for name, entry in part.items()})
-
-
-def _causes(error: BaseException) -> str:
-    """What went wrong on which rank, without torch's tracebacks. (Its exception is a BaseException.)"""
-    if isinstance(error, dcp.CheckpointException):
-        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-    return str(error)
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT),
-    }
-
-
-def _versions(world: World) -> dict[str, Any]:
-    return {"world_size": world.size, "amlaunch": VERSION, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _entries(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and digest of the files that ``rank`` wrote, so that hashing is spread as writing was."""
-    mine = [path for path in sorted(folder.iterdir()) if _writer(path.name) == rank]
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in mine}
-
-
-def _writer(name: str) -> int:
-    """torch names a rank's files ``__<rank>_<n>.distcp``; the rest is rank 0's."""
-    match = re.match(r"__(\d+)_", name)
-    return int(match[1]) if match else 0
-
-
-def _publish(temp: Path, final: Path) -> None:
-    """Make ``temp`` the checkpoint ``final``, in one step that a crash cannot halve."""
-    fsync_folder(temp)
-    if final.exists():  # damaged, or it would have been resumed from
-        discard(final)
-    os.rename(temp, final)
-    fsync_folder(final.parent)
-    write_text(final.parent / LATEST, final.name + "\n")
+def by_validation(root: Path) -> list[Path]:
+    """Those of :func:`listed` that were validated when they were saved, the best first."""
+    losses = {folder: read_object(folder / META).get("val_loss") for folder in listed(root)}
+    known = {folder: loss for folder, loss in losses.items() if isinstance(loss, (int, float)) and math.isfinite(loss)}
+    return sorted(known, key=lambda folder: known[folder])
 
 
 def discard(folder: Path) -> None:
@@ -191,39 +109,115 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _prune(root: Path, keep: int) -> None:
-    for folder in [*listed(root)[keep:], *root.glob("step-*.damaged")]:
-        discard(folder)
+def causes(error: BaseException) -> str:
+    """What went wrong on which rank, without torch's tracebacks. (Its exception is a BaseException.)"""
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
 
 
-# --- loading --------------------------------------------------------------------------------------
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def newest_whole(root: Path, world: World) -> Whole | None:
-    """The newest checkpoint whose every byte is as it was written; None where there is none.
+def state_of(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+    """All that a checkpoint holds of the training itself; the rest is a function of step and seed."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizers, options=FLAT),
+    }
 
-    All ranks share the reading and come to the same answer. A newer one that is
-    damaged is named, with the file, and set aside: the run will write that step
-    again, and only then is it deleted.
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def start_point(root: Path, wish: str, identity: Identity, world: World) -> Whole | None:
+    """The checkpoint that ``checkpoint.restore_from`` means, verified; None: begin at the beginning.
+
+    ``auto``: the newest, if there is one. ``latest``: the newest. ``best``: that
+    of the lowest validation loss. Else a path: of a checkpoint, or of a folder
+    of them. The last two hold once: the run's newer checkpoints are set aside,
+    and after an interruption it goes on from what it saved itself. Raises
+    BadInput, on all ranks, where there is no such checkpoint, or it is of
+    another model or other data.
     """
-    for folder in world.from_main(listed(root) if world.main else None):
+    if wish in ("auto", "latest"):
+        newest = newest_whole(listed(root), world)
+        return newest if newest is None and wish == "auto" else checked(_needed(newest, root, wish), identity)
+    key = wish if wish == "best" else str(Path(wish).expanduser().resolve())
+    if world.from_main(read_object(root / RESTORED).get("restore_from") == key if world.main else None):
+        own = newest_whole(listed(root), world)
+        if own is not None:
+            return checked(own, identity)
+    candidates = by_validation(root) if key == "best" else _named(Path(key))
+    found = checked(_needed(newest_whole(candidates, world, set_aside=key == "best"), root, wish), identity)
+    if world.main:
+        _go_back(root, found, key)
+    world.barrier()
+    return found
+
+
+def _needed(found: Whole | None, root: Path, wish: str) -> Whole:
+    if found is None:
+        why = "was validated when it was saved" if wish == "best" else "is whole"
+        there = ", ".join(path.name for path in listed(root)) or "none"
+        where = root if wish in ("latest", "best") else wish
+        raise BadInput(f"checkpoint.restore_from {wish}: no checkpoint in {where} {why} (this run has {there}); auto begins anew where there is none")
+    return found
+
+
+def _named(path: Path) -> list[Path]:
+    """A checkpoint's own folder, or all in a folder of them."""
+    return [path] if (path / MANIFEST).exists() else listed(path)
+
+
+def _go_back(root: Path, found: Whole, key: str) -> None:
+    """Set aside the run's checkpoints that belong to another course of events; the next save deletes them."""
+    for folder in listed(root):
+        if step_of(folder) > found.step or (found.folder.parent != root and folder != found.folder):
+            os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.replaced"))
+    write_json(root / RESTORED, {"restore_from": key, "step": found.step})
+
+
+def newest_whole(folders: Sequence[Path], world: World, *, set_aside: bool = True) -> Whole | None:
+    """The first of ``folders`` whose every byte is as it was written; None where there is none.
+
+    All ranks share the reading and come to the same answer. One that is damaged
+    is named, with the file, and set aside: the run will write that step again,
+    and only then is it deleted.
+    """
+    for folder in world.from_main(list(folders) if world.main else None):
         problems = [problem for problem in world.gathered(damage(folder, world.rank, world.size)) if problem]
         if not problems:
             return _whole(folder)
         if world.main:
             _warn(folder, problems[0])
-            os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))
+            if set_aside:
+                os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))
         world.barrier()
     return None
 
 
-def newest_whole_alone(root: Path) -> Whole:
-    """As :func:`newest_whole` for a single process that only reads. Raises BadInput where there is none."""
-    for folder in listed(root):
+def alone(root: Path, *, step: int | None = None, best: bool = False) -> Whole:
+    """A whole checkpoint for a single process that only reads: the newest, the best, or that of ``step``.
+
+    The newest falls back to the one before, with a warning; what was asked for
+    by name does not. Raises BadInput where there is none.
+    """
+    folders = by_validation(root) if best else listed(root)
+    if step is not None:
+        folders = [folder for folder in folders if step_of(folder) == step]
+    for folder in folders:
         problem = damage(folder)
         if problem is None:
             return _whole(folder)
+        if step is not None:
+            raise BadInput(f"{folder} is damaged ({problem})")
         _warn(folder, problem)
+    there = ", ".join(str(step_of(folder)) for folder in listed(root)) or "none"
+    if step is not None:
+        raise BadInput(f"{root}: no checkpoint after step {step}; there are those after {there}")
+    if best:
+        raise BadInput(f"{root}: no checkpoint was validated when it was saved (val_every_steps, ckpt_every_steps); there are those after {there}")
     raise BadInput(f"{root}: no whole checkpoint there; train first (python -m trainer RECIPE --checkpoints {root})")
 
 
@@ -236,6 +230,9 @@ def _whole(folder: Path) -> Whole:
 
 def _warn(folder: Path, problem: str) -> None:
     print(f"warning: {folder} is damaged ({problem}); using the one before", flush=True)
+
+
+# --- verifying and loading ---------------------------------------------------------------------------
 
 
 def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
@@ -265,8 +262,8 @@ def _file_damage(path: Path, entry: Any) -> str | None:
     return None
 
 
-def check_identity(found: Whole, identity: Identity) -> None:
-    """Raise BadInput, naming the keys, where a checkpoint is of another model or other data."""
+def checked(found: Whole, identity: Identity) -> Whole:
+    """``found``; BadInput, naming the keys, where it is of another model or other data."""
     for what, mine in (("model", identity.model), ("data", identity.data)):
         theirs = found.meta.get(what, {})
         keys = [key for key in dict.fromkeys((*theirs, *mine)) if theirs.get(key) != mine.get(key)]
@@ -276,29 +273,56 @@ def check_identity(found: Whole, identity: Identity) -> None:
                 f"{found.folder} belongs to another run: its {what} differs ({shown}). "
                 "Use another --checkpoints folder, or the recipe that it was made with"
             )
+    return found
 
 
-def load(found: Whole, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer, in place, whatever number of ranks wrote the checkpoint.
+def load(found: Whole, model: nn.Module, optimizers: Optimizers) -> None:
+    """Fill model and optimizers, in place, whatever number of ranks wrote the checkpoint.
 
-    The optimizer keeps the settings of its recipe (weight decay, betas): only its state is old.
+    Optimizers keep the settings of their recipe (weight decay, betas): only their state is old.
     """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = _state(model, optimizer)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    state = state_of(model, optimizers)
     try:
-        dcp.load(state, checkpoint_id=found.folder)
-    except dcp.CheckpointException as error:
-        raise TrainingFailed(f"{found.folder} cannot be loaded into this model and optimizer: {_causes(error)}") from error
+        read(found, state)
+    except (dcp.CheckpointException, KeyError, RuntimeError) as error:
+        raise TrainingFailed(f"{found.folder} cannot be loaded into this model and optimizer: {causes(error)}") from error
     set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=FLAT)
+    for group, mine in zip((group for optimizer in optimizers for group in optimizer.param_groups), settings, strict=True):
         group.update(mine)
 
 
 def load_weights(found: Whole, model: nn.Module) -> None:
     """Fill the model alone, in a single process without a process group."""
     state = {"model": get_model_state_dict(model)}
+    read(found, state, alone=True)
+    set_model_state_dict(model, state["model"])
+
+
+def full_weights(found: Whole) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint by name, on the CPU, read by this process alone."""
+    prefix = "" if found.safetensors else "model."
+    entries = _reader(found, "model").read_metadata().state_dict_metadata
+    sizes = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    weights = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in sizes.items() if isinstance(e, TensorStorageMetadata)}
+    read(found, {"model": weights}, alone=True)
+    return weights
+
+
+def read(found: Whole, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Read ``state``'s parts (``model``, ``optimizer``) into its tensors; ``alone``: no other rank takes part."""
+    parts = [{"model": state["model"]}, {k: v for k, v in state.items() if k != "model"}] if found.safetensors else [state]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
-        dcp.load(state, checkpoint_id=found.folder, no_dist=True)
-    set_model_state_dict(model, state["model"])
+        for part in parts:
+            if part:
+                bare = found.safetensors and "model" in part  # safetensors hold the weights under their own names
+                dcp.load(part["model"] if bare else part, storage_reader=_reader(found, next(iter(part))), no_dist=alone)
+
+
+def _reader(found: Whole, part: str) -> dcp.FileSystemReader:
+    if found.safetensors and part == "model":
+        return dcp.HuggingFaceStorageReader(str(found.folder / MODEL))
+    return dcp.FileSystemReader(found.folder)

@@ -28,6 +28,8 @@ from recipes.files import fingerprint
 ROUNDS = 8
 """Of the Feistel network; four already give a pseudorandom permutation (Luby and Rackoff 1988)."""
 
+WAIT_SECONDS = 0.2
+"""Between two questions whether a batch that does not come is still wanted."""
 Indices = npt.NDArray[np.int64]
 Tokens = npt.NDArray[Any]
 T = TypeVar("T")
@@ -255,12 +257,18 @@ class Prefetcher(Generic[T]):
                 continue
         return False
 
-    def next(self) -> T:
-        """The next result; raises what ``make`` raised."""
-        value, error = self._queue.get()
+    def next(self, given_up: Callable[[], bool] = lambda: False) -> T | None:
+        """The next result; raises what ``make`` raised. None where ``given_up`` says so while it is waited for."""
+        while True:
+            try:
+                value, error = self._queue.get(timeout=WAIT_SECONDS)
+                break
+            except queue.Empty:
+                if given_up():
+                    return None
         if error is not None:
             raise error
-        return value  # type: ignore[return-value]  # None only beside an error
+        return value
 
     def close(self) -> None:
         """End the thread."""

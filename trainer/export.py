@@ -1,8 +1,9 @@
-"""``python -m trainer.export RECIPE --checkpoints DIR --out DIR``: the newest whole checkpoint as a Hugging Face folder.
+"""``python -m trainer.export RECIPE --checkpoints DIR --out DIR``: a checkpoint as a Hugging Face folder.
 
 ``transformers.AutoModelForCausalLM.from_pretrained(DIR)`` loads our GPT-2 and
-Llama, and whatever transformers built. The folder appears whole, an earlier
-one is replaced. Then the model writes a sample.
+Llama, and whatever transformers built. ``--step N`` or ``--best`` takes another
+than the newest whole checkpoint. The folder appears whole, an earlier one is
+replaced. Then the model writes a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from recipes.errors import OK, BadInput
 from recipes.files import fsync_folder, write_json, write_text
 from recipes.process import die_with_parent
 from recipes.rundir import Heartbeat
-from recipes.schema import Export, Recipe
+from recipes.schema import Export
 from trainer.cli import Options, parse
 from trainer.errors import guarded, leave
 
@@ -32,49 +33,49 @@ def main(arguments: Sequence[str]) -> int:
     die_with_parent()
 
     def work() -> int:
-        return run(parse("python -m trainer.export", "Write the newest checkpoint as a Hugging Face folder.", arguments, export=True))
+        return run(parse("python -m trainer.export", "Write a checkpoint as a Hugging Face folder.", arguments, kind="export"))
 
     return guarded(work)
 
 
 def run(options: Options) -> int:
     """Export what ``options`` name. Raises BadInput where there is no whole checkpoint of this model."""
-    from trainer.job import build_model
     from trainer.models import parameter_count, vocab_rows
 
     recipe, out = options.loaded.recipe, options.out
     if out is None:
         raise BadInput("--out DIR is missing")
     section = recipe.export or Export()
-    model = build_model(recipe, options.loaded.policy)
-    step = load_newest(options, model)
+    step, model = load_chosen(options)
     tokenizer = manifest_tokenizer(options.data)
-    vocab = min(tokenizer.get("n_vocab", sys.maxsize), vocab_rows(model) or sys.maxsize)
+    vocab = min(known_vocab(options.data), vocab_rows(model) or sys.maxsize)
     print(f"exporting step {step} to {out}", flush=True)
     write_folder(out, model, vocab, section.dtype)
     count = parameter_count(model)
-    text = sample(model, recipe, tokenizer, vocab) if section.max_new_tokens else None
+    text = sample(model, options, tokenizer, vocab, section.prompt) if section.max_new_tokens else None
     if text is not None:
         write_text(out / SAMPLE, text + "\n")
         print(f"--- a sample after step {step} ---\n{text}\n---", flush=True)
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
     outputs = {str(path): path.stat().st_size for path in files}
-    Heartbeat(options.element.progress).beat(unit="file", done=len(files), total=len(files), last=True)
-    write_json(options.element.result, {"outputs": outputs, "sample": text, "parameters": count, "step": step})
+    if options.reports:
+        Heartbeat(options.element.progress).beat(unit="file", done=len(files), total=len(files), last=True)
+        write_json(options.element.result, {"outputs": outputs, "sample": text, "parameters": count, "step": step})
     return OK
 
 
-def load_newest(options: Options, model: Any) -> int:
-    """Fill ``model`` from the newest whole checkpoint; returns its step. Raises BadInput where it is of another model."""
+def load_chosen(options: Options) -> tuple[int, Any]:
+    """``(step, model)`` of the checkpoint that was asked for. Raises BadInput where it is of another model."""
     from trainer import checkpoint
-    from trainer.job import model_identity
+    from trainer.job import build_model, model_identity
 
-    found = checkpoint.newest_whole_alone(options.checkpoints)
-    checkpoint.check_identity(found, checkpoint.Identity(model_identity(options.loaded), found.meta["data"]))
+    found = checkpoint.alone(options.checkpoints, step=options.step, best=options.best)
+    checkpoint.checked(found, checkpoint.Identity(model_identity(options.loaded), found.meta["data"]))
+    model = build_model(options.loaded.recipe, options.loaded.policy)
     if options.loaded.recipe.distributed.dtype == "float64":
         model.double()
     checkpoint.load_weights(found, model)
-    return found.step
+    return found.step, model
 
 
 def manifest_tokenizer(data: Path | None) -> dict[str, Any]:
@@ -84,12 +85,17 @@ def manifest_tokenizer(data: Path | None) -> dict[str, Any]:
     return dict(read_manifest(data)["tokenizer"]) if data is not None else {}
 
 
-def write_folder(out: Path, model: Any, vocab: int, dtype: str) -> None:
-    """Replace ``out`` by a Hugging Face folder of ``model``, built beside it."""
+def known_vocab(data: Path | None) -> int:
+    """How many tokens the data's tokenizer has, beyond which a vocabulary is padding; unlimited where nobody says."""
+    return int(manifest_tokenizer(data).get("n_vocab", sys.maxsize))
+
+
+def write_folder(out: Path, model: Any, vocab: int, dtype: str, weights: dict[str, Any] | None = None) -> None:
+    """Replace ``out`` by a Hugging Face folder of ``model``, built beside it; ``weights`` instead of its own."""
     temp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    _fill(temp, model, vocab, dtype)
+    _fill(temp, model, vocab, dtype, weights)
     for path in temp.iterdir():
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
@@ -103,14 +109,18 @@ def write_folder(out: Path, model: Any, vocab: int, dtype: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(folder: Path, model: Any, vocab: int, dtype: str) -> None:
+def _fill(folder: Path, model: Any, vocab: int, dtype: str, weights: dict[str, Any] | None) -> None:
     import torch
 
     kind = getattr(torch, dtype)
-    if hasattr(model, "save_pretrained"):
+    if hasattr(model, "save_pretrained") and weights is None:
         model.to(kind).save_pretrained(folder)
         return
-    tensors = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in state(model).items()}
+    named = state(model) if weights is None else weights
+    tensors = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in named.items()}
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, state_dict=tensors)
+        return
     if not hasattr(model, "hf_export"):
         print(f"{type(model).__name__} has no hf_export(): only {WEIGHTS} is written, under the model's own names", flush=True)
         _save_tensors(folder, tensors)
@@ -135,11 +145,14 @@ def _save_tensors(folder: Path, tensors: dict[str, Any]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def sample(model: Any, recipe: Recipe, tokenizer: dict[str, Any], vocab: int) -> str | None:
+def sample(
+    model: Any, options: Options, tokenizer: dict[str, Any], vocab: int, prompt: str, seed: int | None = None
+) -> str | None:
     """Prompt and continuation; None, with the reason on stdout, where there is no tokenizer that fits."""
     from trainer.models import context_of
     from trainer.sample import generate
 
+    recipe = options.loaded.recipe
     section = recipe.export or Export()
     if not tokenizer and not GPT2_VOCAB <= vocab < sys.maxsize:
         size = "the model does not state its vocab_size" if vocab == sys.maxsize else f"a vocabulary of {vocab} is not GPT-2's"
@@ -152,19 +165,18 @@ def sample(model: Any, recipe: Recipe, tokenizer: dict[str, Any], vocab: int) ->
     except (ImportError, BadInput) as error:
         print(f"no sample: {error}", flush=True)
         return None
-    prompt = [known.bos, *known.encode(section.prompt).tolist()]
     ids = generate(
         model.float(),
-        prompt,
+        [known.bos, *known.encode(prompt).tolist()],
         section.max_new_tokens,
         context=context_of(model) or recipe.dataset.get("seq_len", 1024),
         vocab_size=min(vocab, known.n_vocab),
         temperature=section.temperature,
         top_k=section.top_k,
-        seed=recipe.seed,
+        seed=recipe.seed if seed is None else seed,
         stop_token=known.eot,
     )
-    return section.prompt + known.decode(ids)
+    return prompt + known.decode(ids)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ from trainer import checkpoint
 from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
 from trainer.data import Order, data_fingerprint, sample_length
+from trainer.errors import TrainingFailed
+from trainer.export import known_vocab, write_folder
 from trainer.loop import Job, train
-from trainer.metrics import Metrics, open_wandb, peak_flops, summary
+from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
 from trainer.models import flops_per_token, parameter_count, vocab_rows
-from trainer.optim import Schedule, build_optimizer
+from trainer.optim import Schedule, build_optimizers
 from trainer.parallel import World, compile_blocks, join, plain, spread
+from trainer.profiling import Profiler
 from trainer.ranks import from_environment
+from trainer.saving import Saver
 from trainer.stop import StopFlag
+from trainer.watch import Watch, limits
 
 
 def run(options: Options, stop: StopFlag) -> int:
@@ -36,15 +43,24 @@ def run(options: Options, stop: StopFlag) -> int:
     wrong = check_ranks(recipe, ranks.size)
     if wrong:
         raise BadInput(f"{options.loaded.path}: {wrong}")
-    world = join(recipe.distributed, ranks)
-    job = prepare(options, stop, world)
-    code = train(job)
-    job.batches.close()
-    if job.metrics:
-        job.metrics.close()
-        if code == OK:
-            write_json(options.element.result, result(job, options))
-    KEPT.append(job)
+    steady, first = limits(recipe.distributed.timeout_minutes, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
+    with Watch(ranks.rank, steady, first) as watch, ExitStack() as held:
+        world = join(recipe.distributed, ranks)
+        job = prepare(options, stop, world, watch, held)
+        try:
+            code = train(job)
+        except TrainingFailed:  # on all ranks: what is being written can still be finished
+            if job.saver is not None:
+                job.saver.wait()
+            raise
+        finally:
+            job.profiler.close(job.step)
+        job.batches.close()
+        if job.metrics:
+            job.metrics.close()
+            if code == OK:
+                write_json(options.element.result, result(job, options))
+        KEPT.append(job)
     return code
 
 
@@ -53,35 +69,37 @@ KEPT: list[Job] = []
 waits, holding Python's lock, for a thread that may want it (2 of 55 runs of two ranks hung so, torch 2.13)."""
 
 
-def prepare(options: Options, stop: StopFlag, world: World) -> Job:
-    """Build everything, and go to where the newest whole checkpoint left off."""
+def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: ExitStack) -> Job:
+    """Build everything, and go to where the checkpoint that the recipe means left off; ``held`` gives back at the end."""
     recipe, policy = options.loaded.recipe, options.loaded.policy
     train_set = build_dataset(recipe.dataset, policy, options.data)
     order = Order(len(train_set), recipe.seed, bool(getattr(train_set, "shuffle", False)))
     last_step = steps_of(recipe, order.size)
-    stop.file = options.element.stop if world.main else None
+    stop.file, stop.looks = options.element.stop, world.main
     bare = build_model(recipe, policy)
     fit_for_training(bare, recipe)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
     model = spread(bare, recipe.distributed, world)
-    optimizer = build_optimizer(recipe.optimizer, policy, model, world.device)
+    optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, plain(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
     job = Job(
         recipe=recipe,
         world=world,
         model=model,
         loss_fn=build_loss(recipe, policy),
-        optimizer=optimizer,
-        schedule=Schedule(recipe.lr_scheduler, optimizer.param_groups[0]["lr"], last_step),
+        optimizers=optimizers,
+        schedule=Schedule(recipe.lr_scheduler, optimizers.rate, last_step, batches.step_tokens),
         batches=batches,
         validation=build_validation(options, vocab, world),
         identity=checkpoint.Identity(model_identity(options.loaded), data_fingerprint(train_set, order, batches.global_batch)),
-        checkpoints=options.checkpoints,
+        saver=open_saver(options, model, vocab, world, held),
         metrics=open_metrics(options, world, last_step, flops) if world.main else None,
         stop=stop,
+        watch=watch,
+        profiler=Profiler(recipe.profile, options.element.root / "profile", world.rank, world.device),
         last_step=last_step,
     )
-    resume(job)
+    resume(job, options)
     batches.start(job.step, last_step, recipe.dataloader.prefetch_factor)
     introduce(job)
     return job
@@ -163,18 +181,34 @@ def open_metrics(options: Options, world: World, last_step: int, flops: float) -
     )
 
 
-def resume(job: Job) -> None:
-    """Go to where the newest whole checkpoint left off, or to the beginning."""
-    if job.recipe.checkpoint.enabled:
-        checkpoint.open_root(job.checkpoints, job.world)
-        found = checkpoint.newest_whole(job.checkpoints, job.world)
+def open_saver(options: Options, model: torch.nn.Module, vocab: int | None, world: World, held: ExitStack) -> Saver | None:
+    """What writes the checkpoints, its folder held until the end; None where the recipe wants none."""
+    recipe = options.loaded.recipe
+    if not recipe.checkpoint.enabled:
+        return None
+
+    def consolidate(found: checkpoint.Whole, out: Path) -> None:
+        write_folder(out, plain(model), min(known_vocab(options.data), vocab or sys.maxsize), "float32", checkpoint.full_weights(found))
+
+    saver = Saver(options.checkpoints, recipe.checkpoint, world, options.loaded.text(), consolidate)
+    held.callback(saver.close)
+    return saver
+
+
+def resume(job: Job, options: Options) -> None:
+    """Go to where the checkpoint that the recipe means left off, or to the beginning."""
+    if job.saver is not None:
+        found = checkpoint.start_point(job.saver.root, job.recipe.checkpoint.restore_from, job.identity, job.world)
         if found is not None:
-            checkpoint.check_identity(found, job.identity)
-            checkpoint.load(found, job.model, job.optimizer)
-            job.step = job.saved_step = found.step
+            checkpoint.load(found, job.model, job.optimizers.parts)
+            job.step = found.step
+            job.saver.saved = found.step if found.folder.parent == job.saver.root else 0
             job.last_loss = found.meta["loss"]
+            if job.world.main and job.saver.saved == 0:
+                print(f"begins from {found.folder}", flush=True)
     if job.metrics:
         job.metrics.resume_at(job.step)
+        job.metrics.tensorboard = open_tensorboard(job.recipe.tensorboard, options.element, job.step)
 
 
 def introduce(job: Job) -> None:
@@ -194,8 +228,8 @@ def introduce(job: Job) -> None:
 
 def result(job: Job, options: Options) -> dict[str, Any]:
     """What the finished run says of itself; first and median come from ``metrics.jsonl``, which resumes do not cut short."""
-    folder = checkpoint.folder_of(job.checkpoints, job.step)
-    files = sorted(folder.iterdir()) if job.recipe.checkpoint.enabled else []
+    folder = checkpoint.folder_of(options.checkpoints, job.step)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if job.saver is not None else []
     return {
         "step": job.step,
         "tokens": job.step * job.batches.step_tokens,

@@ -1,4 +1,4 @@
-"""What a step was like: the console line, ``metrics.jsonl``, the heartbeat, wandb.
+"""What a step was like: the console line, ``metrics.jsonl``, the heartbeat, wandb, TensorBoard.
 
 MFU follows nanoGPT's convention, 6N + 12·L·d·T operations a token, against the
 dense bfloat16 peak that the maker states, not the one with sparsity.
@@ -7,9 +7,12 @@ dense bfloat16 peak that the maker states, not the one with sparsity.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import time
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 from recipes.errors import BadInput
 from recipes.files import append_json_line, read_json_lines, write_text
 from recipes.rundir import ElementDir, Heartbeat
+from recipes.schema import TensorBoard
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -74,7 +78,37 @@ class StepLine:
     lr: float
     step_tokens: int
     step_time_s: float
+    """Waiting for data included; checkpoints and validation not."""
     data_time_s: float
+    checkpoint_time_s: float = 0.0
+    """How long the loop stood still for checkpoints since the line before."""
+    validation_time_s: float = 0.0
+    """Spent on validation since the line before."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed nothing, for its loss or gradient was not a number."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+
+class Spikes:
+    """Flags a loss far above those before: more than ``SIGMAS`` standard deviations over the mean of ``WINDOW`` steps."""
+
+    WINDOW = 128
+    ENOUGH = 32
+    SIGMAS = 6.0
+
+    def __init__(self, before: Iterable[float] = ()):
+        self._losses: deque[float] = deque(before, maxlen=self.WINDOW)
+
+    def is_one(self, loss: float) -> bool:
+        """Whether ``loss``, which is remembered, is a spike."""
+        found = False
+        if len(self._losses) >= self.ENOUGH:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            found = loss > mean + self.SIGMAS * max(deviation, 1e-3 * abs(mean))
+        self._losses.append(loss)
+        return found
 
 
 @dataclass
@@ -88,6 +122,10 @@ class Metrics:
     flops_per_token: float
     peak: float | None
     wandb: Any = None
+    tensorboard: Any = None
+    skipped: int = 0
+    """Steps that changed nothing, since the beginning of the run."""
+    spikes: Spikes = field(default_factory=Spikes)
     heartbeat: Heartbeat = field(init=False)
     val_loss: float | None = None
     saved: int = 0
@@ -104,6 +142,8 @@ class Metrics:
         kept = [line for line in read_json_lines(self.element.metrics) if line["step"] <= step]
         write_text(self.element.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.val_loss = next((line["val_loss"] for line in reversed(kept) if "val_loss" in line), None)
+        self.skipped = next((line["skipped_steps"] for line in reversed(kept) if "skipped_steps" in line), 0)
+        self.spikes = Spikes(line["loss"] for line in kept if line.get("loss") is not None)
 
     def has_validation(self, step: int) -> bool:
         """Whether the validation after ``step`` is written down."""
@@ -111,14 +151,15 @@ class Metrics:
 
     def step(self, line: StepLine) -> None:
         """A step is done: say so everywhere."""
+        self.skipped += line.skipped
         rate = line.step_tokens / line.step_time_s
         mfu = rate * self.flops_per_token / (self.ranks * self.peak) if self.peak else None
         fields = {
             "step": line.step,
             "epoch": round(line.epoch, 6),
             "tokens": line.tokens,
-            "loss": line.loss,
-            "grad_norm": line.grad_norm,
+            "loss": number(line.loss),
+            "grad_norm": number(line.grad_norm),
             "lr": line.lr,
             "tokens_per_s": round(rate, 1),
             "tokens_per_s_per_gpu": round(rate / self.ranks, 1),
@@ -126,12 +167,20 @@ class Metrics:
             "peak_memory_gib": round(peak_memory_gib(self.device), 3),
             "step_time_s": round(line.step_time_s, 6),
             "data_time_s": round(line.data_time_s, 6),
+            "checkpoint_time_s": round(line.checkpoint_time_s, 6),
+            "validation_time_s": round(line.validation_time_s, 6),
+            "skipped_steps": self.skipped,
+            "spike": not line.skipped and self.spikes.is_one(line.loss),
             "time": round(time.time(), 3),
         }
         append_json_line(self.element.metrics, fields)
         print(console_line(fields, self.last_step), flush=True)
+        if line.skipped:
+            print(f"warning: step {line.step} changed nothing: the loss is {line.loss}, the gradient norm {line.grad_norm}", flush=True)
+        if fields["spike"]:
+            print(f"warning: the loss of step {line.step}, {line.loss:.4f}, is far above those of the steps before", flush=True)
         self._beat(line, rate)
-        self._to_wandb(fields)
+        self._elsewhere(line.step, fields)
 
     def _beat(self, line: StepLine, rate: float) -> None:
         self.newest = {
@@ -140,7 +189,7 @@ class Metrics:
             "total": self.last_step,
             "rate": round(rate, 1),
             "eta_s": round((self.last_step - line.step) * line.step_time_s, 1),
-            "loss": line.loss,
+            "loss": self.newest.get("loss") if line.skipped else line.loss,
             "saved": self.saved,
         }
         self.heartbeat.beat(**self.newest, val_loss=self.val_loss)
@@ -151,30 +200,44 @@ class Metrics:
         if self.newest:
             self.newest["saved"] = step
 
-    def validation(self, step: int, loss: float) -> None:
-        """A validation is done."""
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """A validation is done, after ``seconds``."""
         self.val_loss = loss
-        append_json_line(self.element.metrics, {"step": step, "val_loss": loss, "time": round(time.time(), 3)})
+        fields = {"step": step, "val_loss": loss, "validation_time_s": round(seconds, 6), "time": round(time.time(), 3)}
+        append_json_line(self.element.metrics, fields)
         print(f"step {step}/{self.last_step} | validation loss {loss:.4f}", flush=True)
-        self._to_wandb({"step": step, "val_loss": loss})
+        self._elsewhere(step, {"step": step, "val_loss": loss})
 
-    def _to_wandb(self, fields: dict[str, Any]) -> None:
+    def _elsewhere(self, step: int, fields: Mapping[str, Any]) -> None:
+        """To wandb and TensorBoard, where the recipe has them."""
         if self.wandb is not None:
-            self.wandb.log(fields)
+            self.wandb.log(dict(fields))
+        if self.tensorboard is not None:
+            for name, value in fields.items():
+                if name not in ("step", "time") and value is not None:
+                    self.tensorboard.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         """The last heartbeat, of the last step and validation; wandb finishes its upload."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.newest:
             self.heartbeat.beat(**self.newest, val_loss=self.val_loss, last=True)
         if self.wandb is not None:
             self.wandb.finish()
 
 
+def number(value: float) -> float | None:
+    """``value``; None where it is not finite, for which JSON has no word."""
+    return value if math.isfinite(value) else None
+
+
 def console_line(fields: dict[str, Any], last_step: int) -> str:
     """One step, for people."""
     mfu = "" if fields["mfu"] is None else f" | mfu {fields['mfu']:.1%}"
+    loss, norm = (math.nan if fields[key] is None else fields[key] for key in ("loss", "grad_norm"))
     return (
-        f"step {fields['step']}/{last_step} | loss {fields['loss']:.4f} | grad norm {fields['grad_norm']:.3f} | "
+        f"step {fields['step']}/{last_step} | loss {loss:.4f} | grad norm {norm:.3f} | "
         f"lr {fields['lr']:.2e} | {fields['tokens_per_s']:,.0f} tokens/s{mfu} | {fields['peak_memory_gib']:.2f} GiB"
     )
 
@@ -192,15 +255,30 @@ def open_wandb(section: dict[str, Any] | None, run_id: str) -> Any:
     return run
 
 
+def open_tensorboard(section: TensorBoard | None, element: ElementDir, step: int) -> Any:
+    """A writer of TensorBoard's event files, without what an interrupted run wrote after ``step``; None without a section.
+
+    Raises BadInput where TensorBoard is not installed.
+    """
+    if section is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput(f"TensorBoard cannot be imported here ({error}): pip install 'amlaunch[tensorboard]', or remove the section (--tensorboard null)") from None
+    return SummaryWriter(section.log_dir or str(element.root / "tensorboard"), purge_step=step + 1 if step else None)
+
+
 def summary(path: Path) -> dict[str, Any]:
     """First and last losses and the median speed of a run, from its ``metrics.jsonl``."""
     lines = read_json_lines(path)
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line.get("loss") is not None]
     validations = [line["val_loss"] for line in lines if "val_loss" in line]
     found: dict[str, Any] = {}
     if steps:
         found["loss_first"], found["loss_last"] = steps[0]["loss"], steps[-1]["loss"]
         found["tokens_per_s"] = statistics.median(line["tokens_per_s"] for line in steps)
+        found["skipped_steps"] = steps[-1].get("skipped_steps", 0)
     if validations:
         found["val_loss_first"], found["val_loss"] = validations[0], validations[-1]
     return found

@@ -15,7 +15,9 @@ class StopFlag:
     def __init__(self) -> None:
         self._asked = False
         self.file: Path | None = None
-        """Asks too, when it exists; only rank 0 is given one, so that ranks cannot disagree for long."""
+        """Asks too, when it exists."""
+        self.looks = True
+        """Whether this rank looks for the file at every step: one is enough, where thousands share a file system."""
 
     def install(self) -> None:
         """Take over SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (the time limit is near)."""
@@ -27,6 +29,6 @@ class StopFlag:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self._asked = True
 
-    def asked(self) -> bool:
-        """True from the first signal on, or while the file is there."""
-        return self._asked or (self.file is not None and self.file.exists())
+    def asked(self, *, look: bool = False) -> bool:
+        """True from the first signal on, or while the file is there; ``look`` for it in any case."""
+        return self._asked or (self.file is not None and (look or self.looks) and self.file.exists())

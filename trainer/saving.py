@@ -1,0 +1,282 @@
+"""Checkpoints are written beside the training, and appear whole or not at all.
+
+The loop stops only to copy its state into host memory (:mod:`trainer.staging`).
+A thread then writes torch.distributed.checkpoint's files into ``step-N.tmp/``,
+hashes them, and meets the threads of the other ranks in a process group of
+their own: only when all have written everything is the manifest made, the
+folder renamed to ``step-N``, and ``latest`` names it. Whoever fails says so
+there, and all ranks come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from recipes.errors import BadInput
+from recipes.files import Lock, fsync_folder, read_object, sha256_file, write_json, write_text
+from recipes.schema import Checkpoint
+from recipes.version import VERSION
+from trainer.checkpoint import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    META,
+    MODEL,
+    RECIPE,
+    SAFETENSORS,
+    Optimizers,
+    Whole,
+    by_validation,
+    causes,
+    discard,
+    folder_of,
+    listed,
+    state_of,
+    step_of,
+)  # fmt: skip
+from trainer.parallel import World
+from trainer.staging import Staging
+
+T = TypeVar("T")
+GROUP_TIMEOUT = timedelta(hours=2)
+"""How long the fastest rank's files may wait for those of the slowest."""
+CONSOLIDATED = "consolidated"
+LOCK = "lock"
+LOCK_PATIENCE = 120.0
+"""Seconds that a lock of another host is waited for: a network file system keeps a crashed host's for a while."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written, and all ranks know why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one save ended, the same on all ranks."""
+
+    step: int
+    folder: Path
+    seconds: float
+    """From the copy to the last rename."""
+    waited: float
+    """Of these, how long the loop stood still."""
+    error: str | None = None
+
+
+class Saver:
+    """Writes the checkpoints of a run into ``root``, which it holds alone, one at a time."""
+
+    def __init__(self, root: Path, section: Checkpoint, world: World, recipe_text: str, consolidate: Callable[[Whole, Path], None]):
+        self.root = root
+        self.saved = 0
+        """The step of the newest checkpoint that is whole."""
+        self._section = section
+        self._world = world
+        self._recipe_text = recipe_text
+        self._consolidate = consolidate
+        self._staging = Staging(world.device)
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self.last: Outcome | None = None
+        """How the newest save that has ended did so."""
+        self._lock = Lock(root / LOCK)
+        problem = world.from_main(self._open() if world.main else None)
+        if problem:
+            raise BadInput(f"{root}: {problem}")
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+
+    def _open(self) -> str | None:
+        """Make the folder, lock it, and delete what an interrupted save or clean-up left in it; what is wrong, if anything."""
+        advice = "name another folder, or checkpoint.enabled false"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            other = _take(self._lock)
+            if other:
+                return f"{other} writes its checkpoints there; {advice}"
+            for path in self.root.glob("step-*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+            probe = self.root / "step-probe.tmp"
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            return f"checkpoints cannot be written there ({error.strerror}); {advice}"
+        return None
+
+    def reserve(self, model: nn.Module, optimizers: Optimizers) -> None:
+        """Have the memory for a copy of the state ready when it is needed."""
+        if self._section.is_async:
+            self._staging.reserve(state_of(model, optimizers))
+
+    def save(self, step: int, model: nn.Module, optimizers: Optimizers, meta: Mapping[str, Any]) -> None:
+        """Begin to write the checkpoint after ``step`` steps; the one before has ended (:meth:`wait`)."""
+        began = time.perf_counter()
+        state = state_of(model, optimizers)
+        if self._section.is_async:
+            state = self._staging.copy(state)
+        full = {"step": step, **meta, "format": self._section.model_save_format, **_versions(self._world)}
+        self._thread = threading.Thread(target=self._run, args=(step, state, full, began), name="checkpoint", daemon=True)
+        self._thread.start()
+        self._waited = time.perf_counter() - began
+        if not self._section.is_async:
+            self._thread.join()
+            self._waited = time.perf_counter() - began
+
+    def ended(self) -> Outcome | None:
+        """How the save ended that was begun last; None while it goes on, and once it has been told."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        self.last = outcome
+        if outcome is not None and outcome.error is None:
+            self.saved = outcome.step
+        return outcome
+
+    def wait(self, beat: Callable[[], None] = lambda: None) -> Outcome | None:
+        """:meth:`ended`, when it has; ``beat`` is called now and then."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            beat()
+        return self.ended()
+
+    def close(self) -> None:
+        """Give the folder back. What is still being written is not waited for: other ranks may be gone."""
+        self._lock.release()
+
+    # The rest runs in the thread.
+
+    def _run(self, step: int, state: dict[str, Any], meta: dict[str, Any], began: float) -> None:
+        temp = self.root / f"step-{step:08d}.tmp"
+        error = None
+        try:
+            self._write(temp, state, meta)
+        except (SaveFailed, dcp.CheckpointException) as failed:
+            error = causes(failed) if isinstance(failed, dcp.CheckpointException) else str(failed)
+        except BaseException as failed:  # the other ranks are gone, say: their silence ends the training soon enough
+            error = f"rank {self._world.rank}: {causes(failed)}"
+        if error is not None and self._world.main:
+            shutil.rmtree(temp, ignore_errors=True)
+        self._outcome = Outcome(step, folder_of(self.root, step), time.perf_counter() - began, self._waited, error)
+
+    def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        self._staging.wait()
+        self._together(lambda: _fresh(temp) if self._world.main else None)
+        if self._section.model_save_format == SAFETENSORS:
+            writer = dcp.HuggingFaceStorageWriter(path=str(temp / MODEL), save_distributed=True)
+            dcp.save(state["model"], storage_writer=writer, process_group=self._group)
+            state = {"optimizer": state["optimizer"]}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(temp), process_group=self._group)
+        if self._section.save_consolidated:
+            self._together(lambda: self._consolidate(Whole(temp, meta), temp / CONSOLIDATED) if self._world.main else None)
+        parts = self._together(lambda: self._described(temp, meta))
+        manifest = {name: entry for part in parts for name, entry in part.items()}
+        self._together(lambda: self._publish(temp, int(meta["step"]), manifest) if self._world.main else None)
+
+    def _described(self, temp: Path, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """This rank's part of the manifest, once rank 0 has added what is not a tensor."""
+        if self._world.main:
+            (temp / META).write_text(json.dumps(meta, indent=2) + "\n")
+            (temp / RECIPE).write_text(self._recipe_text)
+        return _entries(temp, self._world.rank)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` returns on every rank, when all are done with it. Raises SaveFailed on all where one fails."""
+        try:
+            mine: tuple[T | None, str | None] = (work(), None)
+        except Exception as error:
+            mine = (None, causes(error))
+        everyone: list[Any] = [None] * self._world.size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        wrong = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
+        if wrong:
+            raise SaveFailed("; ".join(wrong))
+        return [value for value, _ in everyone]
+
+    def _publish(self, temp: Path, step: int, manifest: dict[str, Any]) -> None:
+        """Make ``temp`` a checkpoint, in one step that a crash cannot halve; then the pointers, then make room."""
+        write_json(temp / MANIFEST, manifest)
+        for folder in (temp, *(path for path in temp.rglob("*") if path.is_dir())):
+            fsync_folder(folder)
+        final = folder_of(self.root, step)
+        if final.exists():  # damaged, or it would have been resumed from
+            discard(final)
+        os.rename(temp, final)
+        fsync_folder(self.root)
+        write_text(self.root / LATEST, final.name + "\n")
+        best = by_validation(self.root)
+        if best:
+            write_text(self.root / BEST, best[0].name + "\n")
+        for folder in superfluous(self.root, self._section):
+            discard(folder)
+
+
+def superfluous(root: Path, section: Checkpoint) -> list[Path]:
+    """What need not be kept: neither among the newest, nor the best, nor one of every so many steps; and what was set aside."""
+    folders = listed(root)
+    kept = {*folders[: section.max_recent_checkpoints], *(by_validation(root)[:1] if section.keep_best else ())}
+    if section.keep_every_steps:
+        kept |= {folder for folder in folders if step_of(folder) % section.keep_every_steps == 0}
+    return [folder for folder in (*folders, *root.glob("step-*.damaged"), *root.glob("step-*.replaced")) if folder not in kept]
+
+
+def _take(lock: Lock) -> str | None:
+    """Take the lock and say so in it; who has it, where another does."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    me = {"host": platform.node(), "pid": os.getpid()}
+    said = False
+    while not lock.acquire():
+        holder = read_object(lock.path)
+        if holder.get("host") in (None, me["host"]) or time.monotonic() > deadline:
+            return f"another run (process {holder.get('pid', 'unknown')} on {holder.get('host', 'some host')})"
+        if not said:
+            print(f"waiting for {lock.path}, which a process on {holder['host']} holds", flush=True)
+            said = True
+        time.sleep(1.0)
+    os.ftruncate(lock.fileno(), 0)
+    os.pwrite(lock.fileno(), (json.dumps(me) + "\n").encode(), 0)
+    return None
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _versions(world: World) -> dict[str, Any]:
+    return {"world_size": world.size, "amlaunch": VERSION, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _entries(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and digest of the files that ``rank`` wrote, so that hashing is spread as writing was; they are durable then."""
+    mine = [path for path in sorted(folder.rglob("*")) if path.is_file() and _writer(path.name) == rank]
+    return {path.relative_to(folder).as_posix(): {"bytes": _synced_size(path), "sha256": sha256_file(path)} for path in mine}
+
+
+def _synced_size(path: Path) -> int:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+        return os.fstat(handle.fileno()).st_size
+
+
+def _writer(name: str) -> int:
+    """torch names a rank's files ``__<rank>_<n>.distcp`` and ``shard-<rank + 1>-…``; the rest is rank 0's."""
+    match = re.match(r"__(\d+)_|shard-(\d+)-", name)
+    if match is None:
+        return 0
+    return int(match[1]) if match[1] else int(match[2]) - 1
