@@ -5,8 +5,6 @@ Runs on one rank happen in this process, the others are real processes.
 
 from __future__ import annotations
 
-import resource
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -167,53 +165,6 @@ def test_validation_changes_nothing_and_is_the_same_with_dropout(tmp_path: Path)
 
 
 HARMED: dict[str, Any] = {"step_scheduler": {"ckpt_every_steps": 4}, "lr_scheduler": {"lr_decay_steps": 20}}
-
-
-@pytest.fixture(scope="module")
-def straight_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """A run of 20 steps, and one that ended after 12 with checkpoints after 8 and 12."""
-    folder = tmp_path_factory.mktemp("harmed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AMLAUNCH_DEVICE", "cpu")
-        straight, half = make(folder, "straight", **HARMED), make(folder, "half", **HARMED)
-        assert straight.here() == OK
-        assert half.here("--step_scheduler.max_steps", "12") == OK
-    return straight, half
-
-
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "all"])
-def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
-    straight_and_half: tuple[Run, Run], tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    straight, half = straight_and_half
-    shutil.copytree(half.folder, tmp_path / "harmed")
-    harmed = Run(tmp_path / "harmed", half.tree)
-    newest = checkpoint.folder_of(harmed.checkpoints, 12)
-    for folder in checkpoint.listed(harmed.checkpoints) if harm == "all" else [newest]:
-        damage(folder, harm)
-    (harmed.checkpoints / "step-00000016.tmp").mkdir()
-    assert harmed.here() == OK
-    said = capsys.readouterr().out
-    assert "step-00000012 is damaged" in said
-    assert ("; beginning" if harm == "all" else "going on after step 8") in said
-    assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
-    assert same_weights(straight, harmed)
-    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["best", "latest", "lock", "step-00000016", "step-00000020"]
-    assert (harmed.checkpoints / "latest").read_text() == "step-00000020\n"
-
-
-def damage(folder: Path, harm: str) -> None:
-    data = folder / "__0_0.distcp"
-    content = data.read_bytes()
-    if harm in ("flip", "all"):
-        middle = len(content) // 2
-        data.write_bytes(content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :])
-    elif harm == "truncate":
-        data.write_bytes(content[: len(content) // 2])
-    elif harm == "delete":
-        data.unlink()
-    else:
-        (folder / "manifest.json").unlink()
 
 
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,32 +365,6 @@ def test_compiled_blocks_train_the_same_and_an_export_compiles_nothing(tmp_path:
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_checkpoints_that_cannot_be_written_are_said_before_the_first_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make(tmp_path)
-    run.checkpoints.write_text("a file where the folder should be")
-    assert run.here() == BAD_INPUT
-    assert "checkpoints cannot be written there (File exists)" in capsys.readouterr().err
-    assert run.column("step") == []
-
-
-def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make(tmp_path, step_scheduler={"max_steps": 4}, validation_dataset=None)
-    assert run.here("--step_scheduler.max_steps", "2") == OK
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores SIGXFSZ: a write fails, as on a full disk
-    try:
-        assert run.here() == FAILED
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = capsys.readouterr().err
-    assert "the checkpoint after step 4 could not be written (rank 0: [Errno 27] File too large" in said
-    assert "Traceback" not in said
-    assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
-    assert run.here() == OK
-
-
 def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, checkpoint={"enabled": False}, export=None)
     (run.folder / "stop").touch()
@@ -465,35 +390,6 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     stopped.train(2)
     same_bits(straight, stopped)
     assert straight.column("step") == [*range(1, 31), 30, *range(31, 61), 60]
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {
-        "model": {"dropout": 0.2},
-        "step_scheduler": {"max_steps": 60, "ckpt_every_steps": 2, "val_every_steps": 20},
-    }
-    straight, killed = make(tmp_path, "straight", **sections), make(tmp_path, "killed", **sections)
-    assert straight.here() == OK
-    for step in (9, 31):  # a save every two short steps: a kill often lands in one
-        killed.start()
-        killed.until_step(step)
-        killed.signal(signal.SIGKILL)
-        assert killed.wait()[0] == [-signal.SIGKILL]
-    killed.train()
-    same_bits(straight, killed)
-
-
-@pytest.mark.slow
-def test_one_rank_goes_on_as_two(tmp_path: Path) -> None:
-    straight, resharded = make(tmp_path, "straight"), make(tmp_path, "resharded", lr_scheduler={"lr_decay_steps": 20})
-    assert straight.here() == OK
-    assert resharded.here("--step_scheduler.max_steps", "9") == OK
-    shutil.copytree(resharded.checkpoints, tmp_path / "saved")
-    said = resharded.train(2)
-    assert "going on after step 9" in said
-    resharded_lines = [line for line in resharded.lines() if "loss" in line]
-    assert np.abs(np.array([line["loss"] for line in resharded_lines]) / straight.column("loss") - 1).max() < TIGHT
 
 
 @pytest.mark.slow

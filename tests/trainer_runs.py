@@ -27,7 +27,7 @@ from recipes.files import read_json_lines
 VOCAB = 97
 SEQ_LEN = 16
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trainer.job", "trainer.loop", "trainer.__main__", "torch.distributed.checkpoint.state_dict"])
+FORKS.set_forkserver_preload(["trainer.job", "trainer.loop", "trainer.__main__", "trainer.models.gpt2", "torch._dynamo", "numpy.ma"])
 MODEL = {
     "_target_": "trainer.models.gpt2.build_gpt2_model",
     "vocab_size": VOCAB,
@@ -89,6 +89,30 @@ def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prep
     if prepare is not None:
         prepare()
     leave(main(words))
+
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def killed_at(number: int | None, step: int, record: str = "") -> None:
+    """Have this process killed at the ``number``-th file operation of the save of ``step``; None: write them to ``record``."""
+    out = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if record else -1
+    count = 0
+    saving = False
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count, saving
+        if event not in FILE_EVENTS or "/checkpoints/" not in str(arguments[0]):
+            return
+        saving = saving or (event == "os.mkdir" and str(arguments[0]).endswith(f"{step:08d}.tmp")) or number == 0
+        if saving:
+            if number is None:
+                os.write(out, f"{event} {Path(str(arguments[0])).name}\n".encode())
+            elif count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(look)
 
 
 class Rank:

@@ -109,8 +109,8 @@ class Saver:
             other = _take(self._lock)
             if other:
                 return f"{other} writes its checkpoints there; {advice}"
-            for path in self.root.glob("step-*.tmp"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in (*self.root.glob("step-*.tmp"), *self.root.glob(".*.tmp")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             probe = self.root / "step-probe.tmp"
             probe.mkdir()
             probe.rmdir()
@@ -220,7 +220,7 @@ class Saver:
         fsync_folder(self.root)
         write_text(self.root / LATEST, final.name + "\n")
         best = by_validation(self.root)
-        if best:
+        if best and self._section.keep_best:
             write_text(self.root / BEST, best[0].name + "\n")
         for folder in superfluous(self.root, self._section):
             discard(folder)

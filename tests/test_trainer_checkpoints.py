@@ -1,0 +1,368 @@
+"""Checkpoints through faults: processes really killed, files really damaged, disks really full."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_trainer_runs import TIGHT, make, on_cpu, same_bits, same_weights, weights
+from trainer_runs import Run, killed_at, recipe
+
+from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
+from recipes.loader import load
+from trainer import checkpoint
+from trainer.job import build_model
+from trainer.saving import superfluous
+
+__all__ = ["on_cpu"]  # an autouse fixture
+SHORT: dict[str, Any] = {
+    "model": {"dropout": 0.2},
+    "step_scheduler": {"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 3, "val_batches": 1},
+    "lr_scheduler": {"lr_decay_steps": 6},
+    "checkpoint": {"max_recent_checkpoints": 1, "keep_best": False},
+}
+
+
+def steps_of(run: Run) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in reversed(checkpoint.listed(run.checkpoints))]
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    straight, watched = make(tmp_path, "straight", **SHORT), make(tmp_path, "watched", **SHORT)
+    assert straight.here() == OK
+    watched.start(prepare={0: functools.partial(killed_at, None, 4, str(tmp_path / "phases"))})
+    assert watched.wait()[0] == [OK]
+    phases = (tmp_path / "phases").read_text().splitlines()
+    phases = phases[: next(i for i, phase in enumerate(phases) if "00000006" in phase)]  # of the save of step 4 alone
+    first = sorted({phase: phases.index(phase) for phase in reversed(phases)}.values())
+    assert len(first) > 15 and "os.rename step-00000004.tmp" in phases, phases
+    for number in first:
+        killed = make(tmp_path, f"killed{number}", **SHORT)
+        killed.start(prepare={0: functools.partial(killed_at, number, 4)})
+        assert killed.wait()[0] == [-signal.SIGKILL], phases[number]
+        assert killed.here() == OK, phases[number]
+        same_bits(straight, killed)
+        assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["latest", "lock", "step-00000006"], phases[number]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_on(tmp_path: Path) -> None:
+    straight, killed = make(tmp_path, "straight", **SHORT), make(tmp_path, "killed", **SHORT)
+    straight.train(2)
+    killed.start(2, prepare={1: functools.partial(killed_at, 3, 4)})
+    codes, said = killed.wait()
+    assert codes[1] == -signal.SIGKILL and codes[0] in (FAILED, -signal.SIGABRT), said
+    assert 4 not in steps_of(killed)
+    killed.train(2)
+    same_bits(straight, killed)
+
+
+HARMED: dict[str, Any] = {"step_scheduler": {"ckpt_every_steps": 4}, "lr_scheduler": {"lr_decay_steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def straight_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run of 20 steps, and one that ended after 12 with checkpoints after 8 and 12."""
+    folder = tmp_path_factory.mktemp("harmed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLAUNCH_DEVICE", "cpu")
+        straight, half = make(folder, "straight", **HARMED), make(folder, "half", **HARMED)
+        assert straight.here() == OK
+        assert half.here("--step_scheduler.max_steps", "12") == OK
+    return straight, half
+
+
+def copy_of(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.folder, folder)
+    return Run(folder, run.tree)
+
+
+def damage(path: Path, harm: str) -> None:
+    content = path.read_bytes()
+    if harm == "delete":
+        path.unlink()
+    elif harm == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = max(0, len(content) // 2 - 32)
+        path.write_bytes(content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :])
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(straight_and_half: tuple[Run, Run], tmp_path: Path, ranks: int) -> None:
+    straight, half = straight_and_half
+    harmed = copy_of(half, tmp_path / "harmed")
+    damage(checkpoint.folder_of(harmed.checkpoints, 12) / "__0_0.distcp", "flip")
+    (harmed.checkpoints / "step-00000016.tmp").mkdir()
+    said = harmed.train(ranks)
+    assert said.count("step-00000012 is damaged (__0_0.distcp has other bytes than were written)") == 1
+    assert "going on after step 8" in said
+    if ranks == 1:
+        assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
+        assert same_weights(straight, harmed)
+    assert np.abs(np.array(harmed.column("loss")) / straight.column("loss") - 1).max() < TIGHT
+    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["best", "latest", "lock", "step-00000016", "step-00000020"]
+    assert (harmed.checkpoints / "latest").read_text() == "step-00000020\n"
+
+
+def test_where_all_are_damaged_it_begins_anew(straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    straight, half = straight_and_half
+    harmed = copy_of(half, tmp_path / "harmed")
+    for folder in checkpoint.listed(harmed.checkpoints):
+        damage(folder / "meta.json", "flip")
+    assert harmed.here("--step_scheduler.max_steps", "2", "--checkpoint.restore_from", "latest") == BAD_INPUT
+    assert "no checkpoint" in capsys.readouterr().err
+    assert harmed.here("--step_scheduler.max_steps", "2") == OK
+    assert "; beginning" in capsys.readouterr().out
+    assert harmed.column("loss")[:2] == straight.column("loss")[:2]
+
+
+@pytest.fixture(scope="module")
+def in_safetensors(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with safetensors and a consolidated folder in its two checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLAUNCH_DEVICE", "cpu")
+        section = {"model_save_format": "safetensors", "save_consolidated": True}
+        run = make(tmp_path_factory.mktemp("formats"), "both", **{**SHORT, "model": {}, "checkpoint": section}, distributed={"dtype": "float32"})
+        assert run.here() == OK
+    return run
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete"])
+def test_every_file_of_a_checkpoint_is_verified_and_named(in_safetensors: Run, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(in_safetensors, tmp_path / "copy")
+    newest, before = checkpoint.listed(run.checkpoints)
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    assert len(files) >= 8
+    for path in files:
+        kept = path.read_bytes()
+        damage(path, harm)
+        assert checkpoint.alone(run.checkpoints).folder == before, path
+        said = capsys.readouterr().out
+        assert f"{newest} is damaged" in said and path.name in said
+        path.write_bytes(kept)
+    assert checkpoint.alone(run.checkpoints).folder == newest
+
+
+def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_other(in_safetensors: Run, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = make(tmp_path, "plain", **{**SHORT, "model": {}}, distributed={"dtype": "float32"})
+    assert plain.here() == OK
+    same_bits(plain, in_safetensors)
+    crossed = make(tmp_path, "crossed", **{**SHORT, "model": {}, "checkpoint": {}}, distributed={"dtype": "float32"})
+    for last, form in ((2, "safetensors"), (4, "torch_save"), (6, "safetensors")):
+        assert crossed.here("--step_scheduler.max_steps", str(last), "--checkpoint.model_save_format", form, "--validation_dataset", "null") == OK
+    assert crossed.column("loss") == plain.column("loss") and same_weights(plain, crossed)
+    loaded = load(plain.folder / "recipe.yaml")
+    ours = build_model(loaded.recipe, loaded.policy).eval()
+    checkpoint.load_weights(checkpoint.alone(plain.checkpoints), ours)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.folder_of(in_safetensors.checkpoints, 6) / "consolidated").eval()
+    ids = torch.randint(97, (2, 16))
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
+
+
+def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = make(tmp_path, "four", step_scheduler={"max_steps": 4}, lr_scheduler=None, checkpoint={"is_async": False})
+    assert four.here() == OK
+    late = make(tmp_path, "late", step_scheduler={"max_steps": 8, "ckpt_every_steps": 4}, lr_scheduler=None)
+    save = dcp.save
+
+    def later(*arguments: Any, **keywords: Any) -> Any:
+        deadline = time.monotonic() + 10
+        while not any(step == 7 for step in late.column("step")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return save(*arguments, **keywords)
+
+    monkeypatch.setattr(dcp, "save", later)
+    assert late.here() == OK
+    monkeypatch.undo()
+    shutil.rmtree(checkpoint.folder_of(late.checkpoints, 8))
+    assert same_weights(four, late)
+    assert four.column("loss") == late.column("loss")[:4]
+
+
+def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {"step_scheduler": {"max_steps": 10, "ckpt_every_steps": 1, "val_every_steps": 2}, "lr_scheduler": None}
+    run = make(tmp_path, **sections, checkpoint={"max_recent_checkpoints": 2, "keep_every_steps": 4}, optimizer={"lr": 0.5})
+    assert run.here() == OK
+    losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert steps_of(run) == sorted({9, 10, 4, 8, best})
+    assert (run.checkpoints / "best").read_text() == f"step-{best:08d}\n"
+    assert checkpoint.alone(run.checkpoints, best=True).step == best
+    assert checkpoint.alone(run.checkpoints, step=4).step == 4
+    with pytest.raises(BadInput, match=r"no checkpoint after step 5; there are those after 10, 9, 8"):
+        checkpoint.alone(run.checkpoints, step=5)
+    section = load(run.folder / "recipe.yaml", ["--checkpoint.keep_best", "false"]).recipe.checkpoint
+    assert checkpoint.folder_of(run.checkpoints, best) in superfluous(run.checkpoints, section) or best in (4, 8, 9, 10)
+
+
+def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {"step_scheduler": {"max_steps": 8, "ckpt_every_steps": 2, "val_every_steps": 2}, "lr_scheduler": None, "optimizer": {"lr": 0.3}}
+    run = make(tmp_path, **sections, checkpoint={"max_recent_checkpoints": 9})
+    assert run.here() == OK
+    losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
+    best = min((2, 4, 6), key=lambda step: losses[step])
+    shutil.rmtree(checkpoint.folder_of(run.checkpoints, 8))
+    back = ("--checkpoint.restore_from", "best", "--optimizer.lr", "1e-3")
+    assert run.here(*back, "--step_scheduler.max_steps", str(best + 2)) == OK
+    assert f"going on after step {best}" in capsys.readouterr().out
+    assert steps_of(run)[-1] == best + 2
+    assert run.here(*back) == OK
+    assert f"going on after step {best + 2}" in capsys.readouterr().out, "not back to the best again"
+    assert [path.name for path in run.checkpoints.glob("*.replaced")] == []
+
+
+def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    straight, half = straight_and_half
+    other = Run(tmp_path / "other", half.tree)
+    (other.folder / "stop").touch()
+    wish = ("--checkpoint.restore_from", str(half.checkpoints / "step-00000008"))
+    assert other.here(*wish) == GO_ON_LATER
+    assert steps_of(other) == [8], "stopped at once, it saves what it began from"
+    (other.folder / "stop").unlink()
+    assert other.here(*wish) == OK
+    assert other.column("loss") == straight.column("loss")[8:]
+    assert same_weights(straight, other)
+    for where, words in ((str(tmp_path), "is whole"), ("bst", "no checkpoint in bst"), ("best", "was validated when it was saved")):
+        fresh = Run(tmp_path / f"fresh-{len(where)}", half.tree)
+        assert fresh.here("--checkpoint.restore_from", where) == BAD_INPUT
+        assert words in capsys.readouterr().err
+    refused = make(tmp_path, "refused", **HARMED, model={"n_layer": 1})
+    assert refused.here(*wish) == BAD_INPUT
+    assert "its model differs (n_layer: 2 there, 1 in the recipe)" in capsys.readouterr().err
+
+
+def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores SIGXFSZ: a write fails, as on a full disk
+    try:
+        assert run.here() == FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said, error = capsys.readouterr()
+    assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
+    assert "error: " in said and "the checkpoint after step 4 could not be written (rank 0: " in said
+    assert "File too large" in said and "the one before, of step 2, is there; training goes on" in said
+    assert "the checkpoint after step 8 could not be written" in error and "Traceback" not in said + error
+    assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
+    assert run.here() == OK and steps_of(run) == [6, 8]
+
+
+def as_nobody() -> None:
+    """For root is not kept from writing anywhere. What only root can read is read before."""
+    sysconfig.get_config_vars()
+    os.setegid(65534)
+    os.seteuid(65534)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step() -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        run = make(folder)
+        run.checkpoints.mkdir()
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        run.checkpoints.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
+        run.start(2, prepare={0: as_nobody, 1: as_nobody})
+        codes, said = run.wait()
+        assert codes == [BAD_INPUT] * 2, said
+        assert said.count("checkpoints cannot be written there (Permission denied)") == 1 and run.lines() == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_file_in_the_folders_place_is_said_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path)
+    run.checkpoints.write_text("")
+    assert run.here() == BAD_INPUT
+    assert "checkpoints cannot be written there (File exists)" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make(tmp_path, step_scheduler={"max_steps": 100_000})
+    first.start()
+    try:
+        first.until_step(1)
+        second = Run(tmp_path / "second", first.tree)
+        assert second.here("--checkpoint.checkpoint_dir", "x", "--checkpoints", str(first.checkpoints)) == BAD_INPUT
+        assert f"another run (process {first.processes[0].pid} on " in capsys.readouterr().err
+        assert second.lines() == []
+    finally:
+        first.signal(signal.SIGKILL)
+    first.processes[0].wait(20)
+    assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, "killed, it holds nothing any more"
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "distributed": {"dp_replicate_size": None}}
+    straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
+    assert straight.here() == OK
+    for ranks, last, strategy in ((4, 4, "fsdp2"), (2, 8, "fsdp2"), (1, 12, "none"), (2, 16, "ddp"), (4, 20, "fsdp2")):
+        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), "--distributed.strategy", strategy)
+        assert last == 4 or f"going on after step {last - 4}" in said
+    for name in ("loss", "grad_norm", "val_loss"):
+        mine = {line["step"]: line[name] for line in resharded.lines() if name in line}
+        for step, value in {line["step"]: line[name] for line in straight.lines() if name in line}.items():
+            assert abs(mine[step] / value - 1) < TIGHT, (name, step)
+
+
+def poison(step: int) -> None:
+    """Make the gradient of one step infinite, on this rank alone."""
+    from trainer import loop
+
+    real = loop.batch_loss
+
+    def poisoned(job: loop.Job, batch: Any) -> torch.Tensor:
+        loss = real(job, batch)
+        return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
+
+    loop.batch_loss = poisoned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_path: Path, optimizer: str) -> None:
+    sections: dict[str, Any] = {"step_scheduler": {"max_steps": 8, "val_every_steps": None}, "lr_scheduler": None}
+    if optimizer == "muon":
+        sections["optimizer"] = {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}
+    alone, spread = make(tmp_path, "alone", **sections), make(tmp_path, "spread", **sections)
+    alone.start(prepare={0: functools.partial(poison, 3)})
+    spread.start(2, prepare={1: functools.partial(poison, 3)})
+    for run in (alone, spread):
+        codes, said = run.wait()
+        assert codes == [OK] * len(codes) and said.count("warning: step 3 changed nothing") == 1, said
+        assert run.lines()[2]["loss"] is None and run.column("skipped_steps")[-1] == 1
+    finite = [i for i in range(8) if i != 2]
+    mine, theirs = (np.array([run.column("loss")[i] for i in finite], dtype=float) for run in (spread, alone))
+    assert np.abs(mine / theirs - 1).max() < TIGHT
+    one, other = weights(spread), weights(alone)
+    assert all((one[name] - other[name]).abs().max() < TIGHT for name in one)
+
+
+def test_a_checkpoint_says_what_it_is(straight_and_half: tuple[Run, Run]) -> None:
+    folder = checkpoint.folder_of(straight_and_half[1].checkpoints, 12)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["step"], meta["world_size"], meta["format"], meta["tokens"]) == (12, 1, "torch_save", 12 * 8 * 16)
+    assert meta["val_loss"] == straight_and_half[1].column("val_loss")[-1]
+    assert load(folder / "recipe.yaml").recipe.optimizer["lr"] == recipe(folder)["optimizer"]["lr"]
