@@ -12,6 +12,7 @@ import stat
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,18 @@ def steps_of(run: Run) -> list[int]:
     return [checkpoint.step_of(folder) for folder in reversed(checkpoint.listed(run.checkpoints))]
 
 
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder that no disk has to be waited for, where there is one: dozens of runs save in it."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory: Path) -> None:
+    tmp_path = in_memory
     straight, watched = make(tmp_path, "straight", **SHORT), make(tmp_path, "watched", **SHORT)
     assert straight.here() == OK
     watched.start(prepare={0: functools.partial(killed_at, None, 4, str(tmp_path / "phases"))})

@@ -120,6 +120,7 @@ class Rank:
 
     def __init__(self, words: list[str], env: dict[str, str], folder: Path, log: Path, prepare: Callable[[], None] | None):
         self.log = log
+        log.touch()
         self._process = FORKS.Process(target=be_a_rank, args=(words, env, str(folder), str(log), prepare), daemon=True)
         self._process.start()
         self.pid = self._process.pid

@@ -271,6 +271,6 @@ class Prefetcher(Generic[T]):
         return value
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; one that is stuck in a read is left behind, for the process ends without it."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)

@@ -1,0 +1,131 @@
+"""Asked to stop, or stuck, at awkward moments: in a validation, while data is waited for."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer_runs import make, on_cpu, same_bits
+from trainer_runs import SEQ_LEN, Run, recipe
+
+from launcher.causes import cause_of
+from recipes.errors import FAILED, GO_ON_LATER, HANG, OK
+from trainer import checkpoint
+from trainer.watch import limits
+
+__all__ = ["on_cpu"]  # an autouse fixture
+BLOCKING = """
+import os
+import time
+from pathlib import Path
+from trainer.data import NanogptDataset
+
+class Blocking(NanogptDataset):
+    '''Does not come back with a window while there is a file called `block`, on the rank that it names.'''
+
+    def batch(self, windows):
+        block = Path("block")
+        while block.exists() and block.read_text() == os.environ.get("RANK"):
+            time.sleep(0.02)
+        return super().batch(windows)
+"""
+
+
+def blocking(folder: Path, name: str, **sections: Any) -> Run:
+    tree = recipe(folder, **sections)
+    tree["dataset"] = {"_target_": "blocking.py:Blocking", "file_pattern": str(folder / "a.bin"), "seq_len": SEQ_LEN, "shuffle_files": True}
+    run = Run(folder / name, tree)
+    (run.folder / "blocking.py").write_text(BLOCKING)
+    return run
+
+
+def slow_validation() -> None:
+    """A validation that takes long enough to be interrupted."""
+    from trainer import loop
+
+    real = loop.batch_loss
+
+    def slow(job: loop.Job, batch: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            print("validating", flush=True)
+            time.sleep(0.2)
+        return real(job, batch)
+
+    loop.batch_loss = slow
+
+
+@pytest.mark.slow
+def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"model": {"dropout": 0.2}, "step_scheduler": {"max_steps": 6, "val_every_steps": 3, "val_batches": 5}}
+    straight, stopped = make(tmp_path, "straight", **sections), make(tmp_path, "stopped", **sections)
+    straight.train(2)
+    stopped.start(2, prepare={0: slow_validation, 1: slow_validation})
+    wait_for(lambda: "validating" in stopped.processes[1].log.read_text())
+    stopped.processes[1].send_signal(signal.SIGUSR1)
+    codes, said = stopped.wait(20)
+    assert codes == [GO_ON_LATER] * 2, said
+    assert stopped.column("val_loss") == [] and checkpoint.alone(stopped.checkpoints).step == 3
+    stopped.train(2)
+    same_bits(straight, stopped)
+
+
+@pytest.mark.slow
+def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"step_scheduler": {"max_steps": 200, "val_every_steps": None}, "dataloader": {"prefetch_factor": 1}}
+    run = blocking(tmp_path, "run", **sections)
+    run.start(2)
+    run.until_step(3)
+    (run.folder / "block").write_text("1")
+    wait_for(lambda: stands_still(run))
+    (run.folder / "stop").touch()
+    codes, said = run.wait(20)
+    assert codes == [GO_ON_LATER] * 2, said
+    assert checkpoint.alone(run.checkpoints).step == run.column("step")[-1] < 200
+    (run.folder / "stop").unlink()
+    (run.folder / "block").unlink()
+    last = str(int(run.column("step")[-1]) + 2)
+    straight = blocking(tmp_path, "straight", **sections)
+    for other in (run, straight):
+        other.train(2, "--step_scheduler.max_steps", last, "--lr_scheduler.lr_decay_steps", "200")
+    same_bits(straight, run)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
+    run = blocking(tmp_path, "run", step_scheduler={"max_steps": 10**6, "val_every_steps": None}, distributed={"hang_seconds": 2})
+    run.start(2)
+    run.until_step(3)
+    (run.folder / "block").write_text("1")
+    codes, said = run.wait(30)
+    assert codes[1] == HANG and codes[0] in (HANG, FAILED), said
+    log = run.processes[1].log.read_text()
+    assert "error: rank 1 on " in log and "hangs: nothing done for 2 s while after step " in log
+    assert 'blocking.py", line 13 in batch' in log, "the stack of the thread that reads"
+    cause = cause_of(log)
+    assert cause is not None and (cause.kind, cause.again, cause.elsewhere) == ("hang", True, True)
+    (run.folder / "block").unlink()
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+
+
+def test_the_watch_is_earlier_than_collectives_and_the_driver() -> None:
+    assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=None) == (540.0, 1620.0)
+    assert limits(timeout_minutes=60, hang_minutes=10, hang_seconds=None) == (540.0, 540.0)
+    assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=30) == (30.0, 1620.0)
+
+
+def wait_for(what: functools.partial[bool] | Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def stands_still(run: Run) -> bool:
+    before = len(run.lines())
+    time.sleep(0.7)
+    return len(run.lines()) == before
