@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_retry(commands)
     _add_resume(commands)
     _add_wait(commands)
+    _add_export(commands)
+    _add_generate(commands)
     _add_clean(commands)
     _add_doctor(commands)
     _add_recipes(commands)
@@ -135,6 +137,30 @@ def _add_wait(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--json", action="store_true", help="the run as JSON on stdout, when it has ended")
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--element", metavar="E", help="of a sweep, which of its trainings")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint of the lowest validation loss")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "export", "write a checkpoint as a folder that transformers loads")
+    _add_checkpoint(parser)
+    parser.add_argument("--out", metavar="DIR", help="the folder to write (default: in the run's export folder)")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "generate", "print text that a checkpoint's model writes")
+    _add_checkpoint(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="how many tokens to write (default: the recipe's)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest (default: the recipe's)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: the recipe's)")
+    parser.add_argument("--seed", type=int, metavar="S", help="another seed, another text (default: the recipe's)")
+
+
 def _add_clean(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "clean", "show what can be removed; --yes removes it")
     parser.add_argument("run", nargs="*", help="whole runs; without one, what no run needs (shards, half-made files)")
@@ -220,7 +246,7 @@ def run(argv: Sequence[str]) -> int:
     parser = build_parser()
     words = list(argv)
     overrides: list[str] = []
-    if words and words[0] in ("local", "submit", "show", "resume", "retry"):
+    if words and words[0] in ("local", "submit", "show", "resume", "retry", "export"):
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
     options = parser.parse_args(words)

@@ -13,6 +13,8 @@ HANG = 70
 """A rank got nowhere for too long and ended itself; another try may well go on (``EX_SOFTWARE``)."""
 GO_ON_LATER = 75
 """Stopped on request with everything saved (``EX_TEMPFAIL``): the same command goes on from there."""
+INTERRUPTED = 130
+"""Ended at once by Ctrl-C (128 and the signal's number, as a shell says it)."""
 
 
 class BadInput(Exception):

@@ -155,6 +155,22 @@ def test_status_and_logs_tell_what_happened(undisturbed):
     assert "[0:0] " in log and "40" in log
 
 
+def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
+    before = (undisturbed.run_dir / "export" / "0" / "config.json").stat().st_mtime_ns
+    undisturbed.amlaunch("export", "tiny", "--step", "35", "--out", str(undisturbed.folder / "at35"))
+    assert (undisturbed.folder / "at35" / "model.safetensors").read_bytes() != undisturbed.weights()
+    assert (undisturbed.run_dir / "export" / "0" / "config.json").stat().st_mtime_ns == before, "the stage's own is left alone"
+    written = [undisturbed.amlaunch("generate", "tiny", "--best", "--prompt", "The standard", "--max-new-tokens", "5", "--seed", "3") for _ in range(2)]
+    assert written[0].startswith("The standard") and written[0] == written[1]
+    for words, said in (
+        (["export", "tiny", "--step", "7"], "no checkpoint after step 7; there are those after 40, 35"),
+        (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
+        (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
+    ):
+        found = subprocess.run([sys.executable, "-m", "launcher", *words], cwd=undisturbed.folder, env=undisturbed.env, capture_output=True, text=True)
+        assert found.returncode == 2 and said in found.stderr and "Traceback" not in found.stderr, found.stderr
+
+
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     parent = psutil.Process(process.pid)
     return [parent, *parent.children(recursive=True)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from trainer.loss import MaskedCrossEntropy
 from trainer.models import blocks, context_of, flops_per_token, parameter_count, vocab_rows
 from trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
 from trainer.models.llama import build_llama_model
+from trainer.models.pretrained import load_pretrained_model
 
 TIGHT = 1e-12
 GPT2_SIZES: dict[str, Any] = {"vocab_size": 97, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -100,6 +103,39 @@ def test_llama_equals_transformers_as_it_is_in_float32() -> None:
     theirs.load_state_dict(tensors)
     ids = torch.randint(97, (3, 16))
     assert relative(ours(ids), theirs(ids).logits) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("files", ["one file", "several"])
+def test_a_folder_of_transformers_is_a_start_with_the_same_logits(family: str, files: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    theirs = GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)) if family == "gpt2" else LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES))
+    randomized(theirs).float().save_pretrained(tmp_path, max_shard_size="20KB" if files == "several" else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (files == "several")
+    ours = load_pretrained_model(path=str(tmp_path), vocab_size=128).eval()
+    ids = torch.randint(97, (3, 16))
+    assert ours(ids).shape[-1] == 128
+    assert relative(ours(ids)[..., :97], theirs(ids).logits) < 1e-5
+
+
+def test_a_folder_that_is_no_start_says_why(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(BadInput, match=r"no config.json in .*nothing"):
+        load_pretrained_model(path=str(tmp_path / "nothing"))
+    GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"model.vocab_size 96: .* has 97 tokens"):
+        load_pretrained_model(path=str(tmp_path), vocab_size=96)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"model_type": "opt"}, "'opt', not one of gpt2, llama"), ({"n_layer": 3}, "has no tensor 'h.2"), ({"n_embd": 64}, "its config.json says")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(BadInput, match=words):
+            load_pretrained_model(path=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(BadInput, match=r"model.safetensors cannot be read"):
+        load_pretrained_model(path=str(tmp_path))
 
 
 def test_a_fresh_gpt2_knows_nothing_and_its_residual_projections_are_small() -> None:

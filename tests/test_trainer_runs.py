@@ -350,19 +350,71 @@ def test_a_secret_of_the_environment_is_in_no_file_and_may_change(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same_and_an_export_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_nothing(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
-    sections: dict[str, Any] = {"step_scheduler": {"max_steps": 3}, "distributed": {"strategy": "ddp", "dtype": "float32"}}
+    steps = {"max_steps": 3, "val_every_steps": 2}
+    sections: dict[str, Any] = {"step_scheduler": steps, "distributed": {"strategy": "ddp", "dtype": "float32"}, "lr_scheduler": None}
     plain, compiled = make(tmp_path, "plain", **sections), make(tmp_path, "compiled", compile={"enabled": True}, **sections)
+    halves = make(tmp_path, "halves", compile={"enabled": True}, **sections)
     assert plain.here() == compiled.here() == OK
     assert counters["stats"]["unique_graphs"] > 0
+    assert halves.here("--step_scheduler.max_steps", "2") == halves.here() == OK
+    same_bits(compiled, halves)
     assert np.abs(np.array(compiled.column("loss")) / plain.column("loss") - 1).max() < 1e-5
     counters.clear()
     assert compiled.export(tmp_path / "out") == OK
     model = job.build_model(load(compiled.folder / "recipe.yaml").recipe, Policy())
     model(torch.zeros(1, 4, dtype=torch.int64))
     assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_tensorboard_and_a_trace_lie_beside_the_metrics_and_a_resume_leaves_no_gap(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make(tmp_path, step_scheduler={"max_steps": 6, "val_every_steps": 3}, tensorboard={}, profile={"start_step": 2, "steps": 2})
+    for last in ("4", "6"):
+        assert run.here("--step_scheduler.max_steps", last, "--lr_scheduler.lr_decay_steps", "6") == OK
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert [shown[step] for step in range(1, 7)] == pytest.approx(run.column("loss"))
+    assert sorted({event.step for event in events.Scalars("val_loss")}) == [3, 4, 6]
+    traces = sorted(path.name for path in (run.folder / "profile").iterdir())
+    assert traces == ["to-step-00000003.rank0.json.gz", "to-step-00000006.rank0.json.gz"]
+
+
+def wandb_records(path: Path) -> list[bytes]:
+    """The records of wandb's file of an offline run: LevelDB's log format behind 7 bytes of its own."""
+    data, records, at = path.read_bytes(), [], 7
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if left < 7 or kind == 0:  # the rest of a block is padding
+            at += left
+            continue
+        part = data[at + 7 : at + 7 + length]
+        records += [part] if kind in (1, 2) else [records.pop() + part]
+        at += 7 + length
+    return records
+
+
+@pytest.mark.slow
+def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    run = make(tmp_path, step_scheduler={"max_steps": 4, "val_every_steps": None}, wandb={"project": "p"}, validation_dataset=None)
+    for last in ("2", "4"):
+        assert run.here("--run-id", "one", "--step_scheduler.max_steps", last) == OK
+    steps, ids = [], set()
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        for record in map(Record.FromString, wandb_records(path)):
+            ids |= {record.run.run_id} if record.WhichOneof("record_type") == "run" else set()
+            steps += [int(item.value_json) for item in record.history.item if "step" in (item.key, *item.nested_key)]
+    assert ids == {"one"} and steps == [1, 2, 3, 4]
 
 
 def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from recipes.errors import BAD_INPUT, FAILED, BadInput
+from recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, BadInput
 from trainer.ranks import rank_of
 
 
@@ -37,6 +37,8 @@ def guarded(work: Callable[[], int]) -> int:
         if rank == 0:
             say(f"error: {error}")
         return FAILED
+    except KeyboardInterrupt:  # a second Ctrl-C, or one while nothing is trained
+        return INTERRUPTED
     except Exception:
         say(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")
         return FAILED

@@ -45,6 +45,7 @@ def run(options: Options) -> int:
     recipe, out = options.loaded.recipe, options.out
     if out is None:
         raise BadInput("--out DIR is missing")
+    refuse_foreign(out)
     section = recipe.export or Export()
     step, model = load_chosen(options)
     tokenizer = manifest_tokenizer(options.data)
@@ -62,6 +63,14 @@ def run(options: Options) -> int:
         Heartbeat(options.element.progress).beat(unit="file", done=len(files), total=len(files), last=True)
         write_json(options.element.result, {"outputs": outputs, "sample": text, "parameters": count, "step": step})
     return OK
+
+
+def refuse_foreign(out: Path) -> None:
+    """BadInput where ``out`` holds something that no export wrote: it would be replaced."""
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
+        raise BadInput(f"--out {out}: holds other files, and an export replaces the folder; name a new one")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; name a folder")
 
 
 def load_chosen(options: Options) -> tuple[int, Any]:
