@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,11 +142,12 @@ class Saver:
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread = None
-        outcome, self._outcome = self._outcome, None
-        self.last = outcome
-        if outcome is not None and outcome.error is None:
-            self.saved = outcome.step
-        return outcome
+        if self._outcome is None:
+            return None
+        self.last, self._outcome = replace(self._outcome, waited=self._waited), None
+        if self.last.error is None:
+            self.saved = self.last.step
+        return self.last
 
     def wait(self, beat: Callable[[], None] = lambda: None) -> Outcome | None:
         """:meth:`ended`, when it has; ``beat`` is called now and then."""
@@ -172,7 +173,7 @@ class Saver:
             error = f"rank {self._world.rank}: {causes(failed)}"
         if error is not None and self._world.main:
             shutil.rmtree(temp, ignore_errors=True)
-        self._outcome = Outcome(step, folder_of(self.root, step), time.perf_counter() - began, self._waited, error)
+        self._outcome = Outcome(step, folder_of(self.root, step), time.perf_counter() - began, 0.0, error)
 
     def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
         self._staging.wait()
