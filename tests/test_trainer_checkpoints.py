@@ -326,11 +326,12 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "distributed": {"dp_replicate_size": None}}
+    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
     assert straight.here() == OK
-    for ranks, last, strategy in ((4, 4, "fsdp2"), (2, 8, "fsdp2"), (1, 12, "none"), (2, 16, "ddp"), (4, 20, "fsdp2")):
-        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), "--distributed.strategy", strategy)
+    for ranks, last, strategy in ((4, 4, "fsdp2"), (2, 8, "fsdp2"), (1, 12, "none"), (2, 16, "ddp"), (4, 20, "hsdp")):
+        how = ["fsdp2", "--distributed.dp_replicate_size", "2"] if strategy == "hsdp" else [strategy]
+        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), "--distributed.strategy", *how)
         assert last == 4 or f"going on after step {last - 4}" in said
     for name in ("loss", "grad_norm", "val_loss"):
         mine = {line["step"]: line[name] for line in resharded.lines() if name in line}

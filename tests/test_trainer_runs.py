@@ -139,8 +139,12 @@ def test_ranks_do_not_matter_even_with_uneven_masks(tmp_path: Path, strategy: st
     assert spread.column("val_loss") != []
 
 
-def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD"])
+def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_path: Path, optimizer: str) -> None:
     sections: dict[str, Any] = {"model": {"dropout": 0.2}, "lr_scheduler": {"lr_decay_steps": 20}}
+    if optimizer != "AdamW":
+        others = {"others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}} if optimizer == "Muon" else {"momentum": 0.9}
+        sections["optimizer"] = {"_target_": f"torch.optim.{optimizer}", "lr": 1e-2, **others}
     straight = make(tmp_path, "straight", **sections)
     assert straight.here() == OK
     halves = make(tmp_path, "halves", **sections)

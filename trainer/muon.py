@@ -27,11 +27,12 @@ class ShardedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is never given
         """One step; none where ``found_inf``, a scalar on the device, is not 0."""
-        skip = getattr(self, "found_inf", torch.zeros(())) != 0
+        found = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group, skip)
+                    skip = torch.zeros((), device=parameter.device) if found is None else found
+                    self._update(parameter, parameter.grad, group, skip != 0)
 
     def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], skip: torch.Tensor) -> None:
         state = self.state[parameter]
