@@ -24,7 +24,7 @@ from launcher.policy import goes_again
 from launcher.ranks import free_ports, start_local
 from launcher.state import DONE, FAILED, PENDING, STOPPED, missing_output, read_done
 from launcher.store import read_plan
-from recipes.errors import BAD_INPUT, GO_ON_LATER
+from recipes.errors import BAD_INPUT, GO_ON_LATER, HANG
 from recipes.expand import Unset
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, read_object, write_json
 from recipes.rundir import ElementDir, RunDir
@@ -366,11 +366,11 @@ def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _culprit(codes: Sequence[int | None]) -> int | None:
-    """Of ranks that ended within one poll, the one to look at: bad input, then killed from outside, then an error.
+    """Of ranks that ended within one poll, the one to look at: bad input, then one that says it hung, then killed from outside, then an error.
 
     A rank that loses its peer fails with an error of its own a moment later.
     """
-    kinds = (lambda c: c == BAD_INPUT, lambda c: c < 0, lambda c: c not in (0, GO_ON_LATER))
+    kinds = (lambda c: c == BAD_INPUT, lambda c: c == HANG, lambda c: c < 0, lambda c: c not in (0, GO_ON_LATER))
     for is_kind in kinds:
         for rank, code in enumerate(codes):
             if code is not None and is_kind(code):

@@ -27,6 +27,7 @@ from trainer.models.gpt2 import build_gpt2_model
 from trainer.muon import ShardedMuon
 from trainer.ranks import Ranks, from_environment
 from trainer.sample import draw, generate
+from trainer.saving import owned
 from trainer.stop import StopFlag
 
 CPU = torch.device("cpu")
@@ -160,6 +161,16 @@ def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> N
         after = step(poison)
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(before[name], tensor) for name, tensor in step(0.0).items())
+
+
+def test_what_all_ranks_have_whole_is_written_by_one_of_them_each() -> None:
+    state = {"model": {f"w{i}": torch.zeros(i + 1) for i in range(9)}, "optimizer": {"m": torch.zeros(40), "lr": 0.1}}
+    parts = [owned(state, rank, 3) for rank in range(3)]
+    names = [name for part in parts for values in part.values() for name, value in values.items() if isinstance(value, torch.Tensor)]
+    assert sorted(names) == sorted([*state["model"], "m"]), "each once"
+    assert all(part["optimizer"]["lr"] == 0.1 for part in parts)
+    sizes = [sum(value.nbytes for values in part.values() for value in values.values() if isinstance(value, torch.Tensor)) for part in parts]
+    assert max(sizes) == 160 and min(sizes) >= 80
 
 
 def test_a_loss_far_above_the_others_is_a_spike() -> None:

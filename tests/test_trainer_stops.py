@@ -14,6 +14,7 @@ from test_trainer_runs import make, on_cpu, same_bits
 from trainer_runs import SEQ_LEN, Run, recipe
 
 from launcher.causes import cause_of
+from launcher.driver import _culprit
 from recipes.errors import FAILED, GO_ON_LATER, HANG, OK
 from trainer import checkpoint
 from trainer.watch import limits
@@ -104,7 +105,8 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     codes, said = run.wait(30)
     assert codes[1] == HANG and codes[0] in (HANG, FAILED), said
     log = run.processes[1].log.read_text()
-    assert "error: rank 1 on " in log and "hangs: nothing done for 2 s while after step " in log
+    assert "error: rank 1 on " in log and "hangs: nothing done for 2 s while waiting for the data of step " in log
+    assert _culprit(codes) == 1
     assert 'blocking.py", line 13 in batch' in log, "the stack of the thread that reads"
     cause = cause_of(log)
     assert cause is not None and (cause.kind, cause.again, cause.elsewhere) == ("hang", True, True)

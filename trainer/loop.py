@@ -6,8 +6,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from recipes.errors import GO_ON_LATER, OK
 from recipes.schema import Recipe
 from trainer import checkpoint, optim
 from trainer.batches import Batch, StepBatches, ValidationBatches
+from trainer.clock import Clock
 from trainer.errors import TrainingFailed
 from trainer.loss import IGNORED
 from trainer.metrics import Metrics, StepLine, number
@@ -74,8 +74,10 @@ def train(job: Job) -> int:
     if not _validate_if_missed(job, clock):
         return _leave(job, pending, clock)
     while job.step < job.last_step:
+        job.watch.at(f"waiting for the data of step {job.step + 1}")
         with clock.part("data"):
             batch = job.batches.next(lambda: job.stop.asked(look=True))
+        job.watch.at(f"waiting for the other ranks before step {job.step + 1}", others=True)
         if job.world.any(batch is None or job.stop.asked()):
             return _leave(job, pending, clock)
         pending.append(take_step(job, batch))
@@ -197,28 +199,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Make dropout a function of seed, step and rank: a resumed run draws what the undisturbed one did."""
     digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-class Clock:
-    """Where the time between two steps' lines goes: steps, and kept apart waiting for data, validation and checkpoints."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._parts = dict.fromkeys(("data", "validation", "checkpoint"), 0.0)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """What is done here is ``name``."""
-        began = time.perf_counter()
-        yield
-        self._parts[name] += time.perf_counter() - began
-
-    def lap(self) -> dict[str, float]:
-        """Seconds since the last lap, by part; ``step`` includes the waiting for data."""
-        now = time.perf_counter()
-        parts = {"step": now - self._since - self._parts["validation"] - self._parts["checkpoint"], **self._parts}
-        self._since, self._parts = now, dict.fromkeys(self._parts, 0.0)
-        return parts
 
 
 def _settle(job: Job, pending: list[Pending], clock: Clock) -> None:

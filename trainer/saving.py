@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from recipes.errors import BadInput
 from recipes.files import Lock, fsync_folder, read_object, sha256_file, write_json, write_text
@@ -51,7 +52,7 @@ from trainer.checkpoint import (
     step_of,
 )  # fmt: skip
 from trainer.parallel import World
-from trainer.staging import Staging
+from trainer.staging import Staging, on_device
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(hours=2)
@@ -121,12 +122,12 @@ class Saver:
     def reserve(self, model: nn.Module, optimizers: Optimizers) -> None:
         """Have the memory for a copy of the state ready when it is needed."""
         if self._section.is_async:
-            self._staging.reserve(state_of(model, optimizers))
+            self._staging.reserve(owned(state_of(model, optimizers), self._world.rank, self._world.size))
 
     def save(self, step: int, model: nn.Module, optimizers: Optimizers, meta: Mapping[str, Any]) -> None:
         """Begin to write the checkpoint after ``step`` steps; the one before has ended (:meth:`wait`)."""
         began = time.perf_counter()
-        state = state_of(model, optimizers)
+        state = owned(state_of(model, optimizers), self._world.rank, self._world.size)
         if self._section.is_async:
             state = self._staging.copy(state)
         full = {"step": step, **meta, "format": self._section.model_save_format, **_versions(self._world)}
@@ -163,6 +164,7 @@ class Saver:
     # The rest runs in the thread.
 
     def _run(self, step: int, state: dict[str, Any], meta: dict[str, Any], began: float) -> None:
+        on_device(self._world.device)
         temp = self.root / f"step-{step:08d}.tmp"
         error = None
         try:
@@ -225,6 +227,25 @@ class Saver:
             write_text(self.root / BEST, best[0].name + "\n")
         for folder in superfluous(self.root, self._section):
             discard(folder)
+
+
+def owned(state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """The part of a state dict (of two levels) that ``rank`` writes: its shards, and its share of what all ranks have whole.
+
+    So DDP's ranks copy and write a part each, instead of everything.
+    """
+    whole = {(part, name): value for part, values in state.items() for name, value in values.items() if is_whole(value)}
+    load = [0] * ranks
+    owner = {}
+    for place in sorted(whole, key=lambda place: (-whole[place].nbytes, place)):
+        owner[place] = load.index(min(load))
+        load[owner[place]] += whole[place].nbytes + 1
+    return {part: {name: value for name, value in values.items() if owner.get((part, name), rank) == rank} for part, values in state.items()}
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value of a state dict is a tensor that every rank has whole."""
+    return isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
 
 
 def superfluous(root: Path, section: Checkpoint) -> list[Path]:

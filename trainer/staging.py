@@ -35,6 +35,7 @@ class Staging:
             self._toucher.start()
 
     def _grow(self, size: int) -> None:
+        on_device(self._device)
         self._arena = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         self._arena.zero_()
 
@@ -72,6 +73,12 @@ class Staging:
         """Until the newest copy is in the host's memory."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def on_device(device: torch.device) -> None:
+    """For a new thread, which would else make a context on the first GPU, whichever is this rank's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -21,6 +21,8 @@ from recipes.errors import HANG
 
 LAST_RESORT = 5.0
 """Seconds after the limit at which C code dumps the stacks, where a thread that holds Python's lock hangs."""
+COURTESY = 3.0
+"""Seconds that a rank which only waits for others leaves them to speak first."""
 REARM = 5.0
 """Seconds between two settings of that last resort."""
 
@@ -37,6 +39,7 @@ class Watch:
         self._allowed = first
         self._since = self._armed = time.monotonic()
         self._where = "getting ready"
+        self._courtesy = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -49,9 +52,14 @@ class Watch:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
 
+    def at(self, where: str, *, others: bool = False) -> None:
+        """What is waited for from here on; ``others``: the other ranks, of which the one that hangs should speak first."""
+        self._where = where
+        self._courtesy = COURTESY if others else 0.0
+
     def beat(self, where: str, *, steady: bool = True) -> None:
         """Something was done; ``where``: what comes next. Not ``steady``: it may take as long as the first step."""
-        self._where = where
+        self._where, self._courtesy = where, 0.0
         self._allowed = self._limit if steady else self._first
         self._since = time.monotonic()
         if self._since - self._armed > REARM:
@@ -64,7 +72,7 @@ class Watch:
     def _look(self) -> None:
         while not self._done.wait(min(1.0, self._allowed / 4)):
             silent = time.monotonic() - self._since
-            if silent > self._allowed:
+            if silent > self._allowed + self._courtesy:
                 self._end(silent)
 
     def _end(self, silent: float) -> None:
