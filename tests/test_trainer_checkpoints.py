@@ -252,7 +252,7 @@ def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run,
     assert other.here(*wish) == OK
     assert other.column("loss") == straight.column("loss")[8:]
     assert same_weights(straight, other)
-    for where, words in ((str(tmp_path), "is whole"), ("bst", "no checkpoint in bst"), ("best", "was validated when it was saved")):
+    for where, words in ((str(tmp_path), "no whole checkpoint there"), ("bst", "write auto, latest, best, or"), ("best", "was validated when it was saved")):
         fresh = Run(tmp_path / f"fresh-{len(where)}", half.tree)
         assert fresh.here("--checkpoint.restore_from", where) == BAD_INPUT
         assert words in capsys.readouterr().err

@@ -157,12 +157,13 @@ def start_point(root: Path, wish: str, identity: Identity, world: World) -> Whol
 
 
 def _needed(found: Whole | None, root: Path, wish: str) -> Whole:
-    if found is None:
-        why = "was validated when it was saved" if wish == "best" else "is whole"
-        there = ", ".join(path.name for path in listed(root)) or "none"
-        where = root if wish in ("latest", "best") else wish
-        raise BadInput(f"checkpoint.restore_from {wish}: no checkpoint in {where} {why} (this run has {there}); auto begins anew where there is none")
-    return found
+    if found is not None:
+        return found
+    if wish not in ("latest", "best"):
+        raise BadInput(f"checkpoint.restore_from {wish}: no whole checkpoint there (seen from {Path.cwd()}); write auto, latest, best, or a checkpoint's folder")
+    why = "was validated when it was saved" if wish == "best" else "is whole"
+    there = ", ".join(path.name for path in listed(root)) or "none"
+    raise BadInput(f"checkpoint.restore_from {wish}: no checkpoint in {root} {why} (there are: {there}); auto begins anew where there is none")
 
 
 def _named(path: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from trainer.loop import Job, train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
 from trainer.models import flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizers
-from trainer.parallel import World, compile_blocks, join, plain, spread
+from trainer.parallel import World, compile_blocks, dump_flight_record, join, plain, spread
 from trainer.profiling import Profiler
 from trainer.ranks import from_environment
 from trainer.saving import Saver
@@ -44,7 +44,8 @@ def run(options: Options, stop: StopFlag) -> int:
     if wrong:
         raise BadInput(f"{options.loaded.path}: {wrong}")
     steady, first = limits(recipe.distributed.timeout_minutes, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
-    with Watch(ranks.rank, steady, first) as watch, ExitStack() as held:
+    record = options.element.root / f"flight-recorder.rank{ranks.rank}.pickle"
+    with Watch(ranks.rank, steady, first, also=lambda: dump_flight_record(record)) as watch, ExitStack() as held:
         world = join(recipe.distributed, ranks)
         job = prepare(options, stop, world, watch, held)
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,12 +95,20 @@ def _device(ranks: Ranks) -> torch.device:
 def _init_group(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
     """Gloo for the CPU on every machine: what the ranks agree on must not wait for the GPU's queue."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL's flight recorder remembers
     prefer_loopback(os.environ)
     if ranks.size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
         return
     os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
+
+
+def dump_flight_record(path: Path) -> None:
+    """What NCCL's collectives were doing, for ``torch.distributed.flight_recorder``'s analyser; nothing without NCCL."""
+    if torch.cuda.is_available() and dist.is_nccl_available() and dist.is_initialized():
+        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+        print(f"NCCL's flight record is in {path}", file=sys.stderr, flush=True)
 
 
 def compute_dtype(section: Distributed, device: torch.device) -> torch.dtype:
