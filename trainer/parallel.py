@@ -106,8 +106,9 @@ def _init_group(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
 
 def dump_flight_record(path: Path) -> None:
     """What NCCL's collectives were doing, for ``torch.distributed.flight_recorder``'s analyser; nothing without NCCL."""
-    if torch.cuda.is_available() and dist.is_nccl_available() and dist.is_initialized():
-        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # of builds with NCCL
+    if dump is not None and torch.cuda.is_available() and dist.is_initialized():
+        path.write_bytes(dump())
         print(f"NCCL's flight record is in {path}", file=sys.stderr, flush=True)
 
 
