@@ -148,6 +148,11 @@ class Lock:
         self._handle = handle
         return True
 
+    @property
+    def held(self) -> bool:
+        """Whether this object has it."""
+        return self._handle is not None
+
     def fileno(self) -> int:
         """The descriptor that carries the lock."""
         if self._handle is None:

@@ -104,7 +104,7 @@ def killed_at(number: int | None, step: int, record: str = "") -> None:
         nonlocal count, saving
         if event not in FILE_EVENTS or "/checkpoints/" not in str(arguments[0]):
             return
-        saving = saving or (event == "os.mkdir" and str(arguments[0]).endswith(f"{step:08d}.tmp")) or number == 0
+        saving = saving or (event == "os.mkdir" and str(arguments[0]).endswith(f"{step:08d}.tmp"))
         if saving:
             if number is None:
                 os.write(out, f"{event} {Path(str(arguments[0])).name}\n".encode())

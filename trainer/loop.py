@@ -286,7 +286,7 @@ def _told(job: Job, outcome: Outcome | None) -> None:
     if job.metrics:
         job.metrics.checkpoint(outcome.step)
     took = f"{outcome.seconds:.1f} s, of which training waited {outcome.waited:.2f} s"
-    print(f"step {job.step}/{job.last_step} | saved {outcome.folder} in {took}", flush=True)
+    print(f"step {outcome.step}/{job.last_step} | saved {outcome.folder} in {took}", flush=True)
 
 
 def _not_written(job: Job, outcome: Outcome) -> str:

@@ -10,6 +10,7 @@ there, and all ranks come to the same verdict.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -59,8 +60,10 @@ GROUP_TIMEOUT = timedelta(hours=2)
 """How long the fastest rank's files may wait for those of the slowest."""
 CONSOLIDATED = "consolidated"
 LOCK = "lock"
-LOCK_PATIENCE = 120.0
-"""Seconds that a lock of another host is waited for: a network file system keeps a crashed host's for a while."""
+LOCK_PATIENCE, LOCK_PATIENCE_HERE = 120.0, 3.0
+"""Seconds that a lock is waited for. A network file system keeps that of a crashed host for a while, and a killed process of
+this one may still be ending."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class SaveFailed(Exception):
@@ -259,20 +262,34 @@ def superfluous(root: Path, section: Checkpoint) -> list[Path]:
 
 def _take(lock: Lock) -> str | None:
     """Take the lock and say so in it; who has it, where another does."""
-    deadline = time.monotonic() + LOCK_PATIENCE
+    began = time.monotonic()
     me = {"host": platform.node(), "pid": os.getpid()}
     said = False
-    while not lock.acquire():
+    while not _acquired(lock):
         holder = read_object(lock.path)
-        if holder.get("host") in (None, me["host"]) or time.monotonic() > deadline:
+        here = holder.get("host") in (None, me["host"])
+        if time.monotonic() - began > (LOCK_PATIENCE_HERE if here else LOCK_PATIENCE):
             return f"another run (process {holder.get('pid', 'unknown')} on {holder.get('host', 'some host')})"
-        if not said:
+        if not said and not here:
             print(f"waiting for {lock.path}, which a process on {holder['host']} holds", flush=True)
             said = True
-        time.sleep(1.0)
+        time.sleep(0.5)
+    if not lock.held:
+        return None
     os.ftruncate(lock.fileno(), 0)
     os.pwrite(lock.fileno(), (json.dumps(me) + "\n").encode(), 0)
     return None
+
+
+def _acquired(lock: Lock) -> bool:
+    """Whether the lock is ours, or the file system has none: then nobody can be kept out."""
+    try:
+        return lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {lock.path}: this file system has no locks ({error.strerror}); see to it that one run alone writes there", flush=True)
+        return True
 
 
 def _fresh(folder: Path) -> None:
