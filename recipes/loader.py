@@ -223,6 +223,8 @@ def _check_numbers(recipe: Recipe, checker: Checker) -> None:
     if isinstance(rate, float) and not 0 <= rate < float("inf"):
         checker.problem(("optimizer", "lr"), f"{rate}: expected a number of at least 0")
     _check_rates(recipe, checker)
+    if recipe.checkpoint.restore_from != "auto" and not recipe.checkpoint.enabled:
+        checker.problem(("checkpoint", "restore_from"), "needs checkpoint.enabled: true, for the run remembers that it was done")
     if recipe.export and not recipe.export.temperature >= 0:
         checker.problem(("export", "temperature"), f"{recipe.export.temperature}: expected a number of at least 0")
     if recipe.export and not recipe.checkpoint.enabled:

@@ -203,6 +203,10 @@ def test_a_literal_secret_is_refused(folder, section):
         ("--model.n_head=0", "at least 1"), ("--dataset.seq_len=0", "at least 1"), ("--optimizer.lr=.nan", "at least 0"), ("--optimizer.lr=-1.0", "at least 0"),
         ("--clip_grad_norm.max_norm=-1", "above 0"), ("--export.temperature=-1", "at least 0"), ("--model.dropout=2.0", "below 1"),
         ("--checkpoint.enabled=false", "nothing to export"), ("--seed=99999999999999999999", "64 bits"), ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
+        ("--checkpoint={enabled: false, restore_from: best}", "needs checkpoint.enabled: true"), ("--checkpoint.keep_bst=true", "did you mean 'keep_best'"),
+        ("--parameter_groups=[{match: x, lr: -1.0}]", "at least 0"), ("--parameter_groups=[{mtch: x}]", "did you mean 'match'"),
+        ("--lr_scheduler={lr_decay_steps: 5, lr_decay_tokens: 1K}", "write one of them"), ("--profile.stps=3", "did you mean 'steps'"),
+        ("--optimizer={_target_: torch.optim.Muon, othrs: {}}", "did you mean 'others'"),
         ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"), ("--preprocess.max_tokens=1e400M", "500M"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import time
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
 
 def test_the_watch_is_earlier_than_collectives_and_the_driver() -> None:
     assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=None) == (540.0, 1620.0)
+    assert limits(timeout_minutes=math.inf, hang_minutes=None, hang_seconds=None) == (1620.0, 1620.0)
     assert limits(timeout_minutes=60, hang_minutes=10, hang_seconds=None) == (540.0, 540.0)
     assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=30) == (30.0, 1620.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import ExitStack
@@ -43,7 +44,8 @@ def run(options: Options, stop: StopFlag) -> int:
     wrong = check_ranks(recipe, ranks.size)
     if wrong:
         raise BadInput(f"{options.loaded.path}: {wrong}")
-    steady, first = limits(recipe.distributed.timeout_minutes, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
+    timeout = recipe.distributed.timeout_minutes if ranks.size > 1 else math.inf  # alone it waits for nobody
+    steady, first = limits(timeout, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
     record = options.element.root / f"flight-recorder.rank{ranks.rank}.pickle"
     with Watch(ranks.rank, steady, first, also=lambda: dump_flight_record(record)) as watch, ExitStack() as held:
         world = join(recipe.distributed, ranks)
