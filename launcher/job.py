@@ -24,7 +24,7 @@ for _number in (signal.SIGUSR1, signal.SIGTERM):
 from launcher import slurm  # noqa: E402  (the handlers above come first)
 from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
-from launcher.driver import Assignment, run_element  # noqa: E402
+from launcher.driver import SPARE_SECONDS, Assignment, run_element  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
 from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
@@ -37,8 +37,8 @@ from recipes.rundir import ElementDir, RunDir  # noqa: E402
 REQUEUE_TRIES = 8
 LOCK_SECONDS = 180.0
 """How long to wait for the element's lock: a crashed host's lock on NFS lives for the server's lease, 90 s by default."""
-MIN_GRACE, SPARE_SECONDS = 30.0, 15.0
-"""Ranks have from the warning to this much before the time limit to save."""
+MIN_GRACE = 30.0
+"""Ranks have from the warning to SPARE_SECONDS before the time limit to save, and never less than this."""
 LEAVE_SECONDS = 120.0
 """How long Slurm may take to end a job that it has put back into the queue."""
 
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         budget=job_id(),
         port_seed=int(os.environ["SLURM_JOB_ID"]),
         grace=max(MIN_GRACE, profile.signal_seconds - SPARE_SECONDS),
+        ends=float(os.environ.get("SLURM_JOB_END_TIME", "0")) or None,
         patience=LOCK_SECONDS,
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.driver import classify
+from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Element, Needs, Plan, Stage
@@ -131,6 +131,19 @@ def test_stop_soon_by_signal_and_by_file(tmp_path):
         for name in ("pid0", "pid1"):
             (run.element("train", "0").root / name).unlink()
     assert only_state(run, plan).attempts == 2
+
+
+def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_path):
+    """Twice a step and a save before the time limit, by the newest heartbeat; never in the first half of the job."""
+    folder = make_run(tmp_path, ("train", [[]], ONE))[0].element("train", "0")
+    assert not Stopping(folder, ends=time.time() + 0.1).look(), "without a heartbeat, Slurm's own warning has to do"
+    write_json(folder.progress, {"step_seconds": 0.3, "save_seconds": 0.2})
+    slow, patient = Stopping(folder, ends=time.time() + 2.5), Stopping(folder, ends=time.time() + 3.0)
+    wait_until(slow.look)
+    assert slow.signal == signal.SIGUSR1 and "time limit" in slow.reason() and 0.0 < slow.ends - time.time() < 1.0
+    write_json(folder.progress, {"step_seconds": 60.0, "save_seconds": 300.0})
+    wait_until(patient.look)
+    assert patient.ends - time.time() < 1.5
 
 
 def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
