@@ -10,7 +10,6 @@ from recipes.errors import BAD_INPUT, FAILED, BadInput
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
     from launcher.cli import run
-    from launcher.slurm import SlurmError
 
     try:
         return run(sys.argv[1:] if argv is None else argv)
@@ -23,12 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
         return 141
-    except SlurmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if "not found" in error.message else FAILED
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
+    except Exception as error:
+        from launcher.slurm import SlurmError  # most commands never call Slurm
+
+        if not isinstance(error, SlurmError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if "not found" in error.message else FAILED
 
 
 if __name__ == "__main__":

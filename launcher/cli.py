@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 from collections.abc import Sequence
 
@@ -206,9 +205,11 @@ def sweep_overrides(axes: Sequence[str]) -> list[str]:
 
 def _refuse_unknown(name: str, options: list[str]) -> None:
     """A word that is no section of a recipe was meant as an option."""
+    from dataclasses import fields
+
     from recipes.schema import Recipe
 
-    sections = [field.name for field in dataclasses.fields(Recipe)]
+    sections = [field.name for field in fields(Recipe)]
     root = name[2:].split(".")[0]
     if root not in (*sections, *GUIDE_SECTIONS):
         near = did_you_mean(name, [*options, *(f"--{section}" for section in sections)])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.profiles import FILE, profile_files
 from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import has_placeholder, variables
@@ -21,7 +22,6 @@ from recipes.schema import Minutes, Positive
 from recipes.targets import Policy
 from recipes.yamlfile import read_file
 
-FILE = "clusters.yaml"
 OURS = {
     "array": "the elements of a stage make it", "output": "logs go into the run directory", "error": "logs go into the run directory",
     "dependency": "the stages' order makes it", "comment": "it finds the job again", "signal": "write signal_seconds",
@@ -122,11 +122,6 @@ class Cluster:
 BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local"}}
 
 
-def config_folder() -> Path:
-    """The user's own settings."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "amlaunch"
-
-
 def find_cluster(name: str) -> Cluster:
     """A cluster by its profile's name or file. Raises BadInput with the nearest name."""
     file, _, chosen = name.partition(":") if ":" in name else (name, "", "")
@@ -140,11 +135,6 @@ def find_cluster(name: str) -> Cluster:
         return _checked(name, BUILT_IN[name], None, {})
     files = ", ".join(map(str, profile_files())) or f"{FILE} is not here"
     raise BadInput(f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; amlaunch doctor writes a profile of this site")
-
-
-def profile_files() -> list[Path]:
-    """The files of profiles that are there, the nearest first."""
-    return [path for path in (Path(FILE), config_folder() / FILE) if path.is_file()]
 
 
 def known_clusters() -> list[str]:

@@ -140,7 +140,13 @@ def console() -> Any:
     """A rich console that, piped into a file, does not break lines at 80 columns."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _asked_width())
+
+
+def _asked_width() -> int:
+    """``COLUMNS``, where somebody exports it; else enough for most lines."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdigit() and int(asked) else 160
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:

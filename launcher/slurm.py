@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,6 +115,8 @@ def plain_environment() -> dict[str, str]:
 
 def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | None = None) -> str:
     """Standard output of a command of Slurm. Raises SlurmError."""
+    import subprocess  # here: status of a run that never was on a cluster needs none of it
+
     found = env if env is not None else plain_environment()
     try:
         done = subprocess.run(

@@ -7,15 +7,17 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.causes import cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
-from launcher.queue import Queue
-from launcher.slurm import JobInfo
 from launcher.submissions import Submission, newest_jobs, submissions_of
 from recipes.files import is_locked, read_json_lines, read_object
 from recipes.rundir import ElementDir, RunDir
+
+if TYPE_CHECKING:
+    from launcher.queue import Queue
+    from launcher.slurm import JobInfo
 
 PENDING, RUNNING, DONE, STOPPED, FAILED, DIED = "pending", "running", "done", "stopped", "failed", "died"
 """``died``: an attempt that started and left no word of its end, such as one that was killed with its driver."""
@@ -78,8 +80,6 @@ class Trace:
         """How the newest attempt ended; None while nobody has said so."""
         starts = self.starts
         return _end_of(self.lines, starts[-1]["attempt"]) if starts else None
-
-
 
 
 def trace(folder: ElementDir) -> Trace:
@@ -294,7 +294,11 @@ def read_stage(run: RunDir, stage: Stage) -> list[ElementState]:
 
 def read_run(run: RunDir, plan: Plan, queue: Queue | None = None) -> list[ElementState]:
     """All elements of a run, in the order of the plan."""
-    return read_runs([(run, plan)], queue or Queue())[0]
+    if queue is None:
+        from launcher.queue import Queue
+
+        queue = Queue()
+    return read_runs([(run, plan)], queue)[0]
 
 
 @dataclass(frozen=True)

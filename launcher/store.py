@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.plan import Plan
+from launcher.profiles import profile_files
 from recipes.errors import BadInput, did_you_mean
 from recipes.files import read_json
 from recipes.rundir import RunDir
@@ -27,11 +28,14 @@ def roots(given: str | None = None) -> list[Path]:
 
 
 def _profile_roots() -> list[str]:
-    from launcher.cluster import check_profile, profile_files
+    files = profile_files()
+    if not files:
+        return []  # and nothing that reads YAML is loaded
+    from launcher.cluster import check_profile
     from recipes.yamlfile import read_file
 
     found = []
-    for path in profile_files():
+    for path in files:
         try:
             tree, _ = read_file(path)
             found += [check_profile(profile or {}, {}).runs for profile in tree.values()]

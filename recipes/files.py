@@ -7,7 +7,6 @@ reader on another node never sees half a file.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -112,6 +111,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes (about 1.8 GB/s a core; ``hashlib.file_digest`` came with Python 3.11)."""
+    import hashlib  # brings OpenSSL with it, which status and help do without
+
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(1 << 20):
@@ -121,6 +122,8 @@ def sha256_file(path: Path) -> str:
 
 def fingerprint(value: Any) -> str:
     """Eight hex digits that stand for a JSON value, whatever the order of its keys."""
+    import hashlib
+
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -372,6 +372,48 @@ class TestStatus:
         for words in [], ["--watch"], ["--json"]:
             assert amlaunch(tmp_path, "status", "test-1", *words).returncode == 0
 
+    def test_what_differs_in_numbers_and_hosts_alone_is_told_once(self, tmp_path):
+        run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
+        for i in range(25):
+            ended(run, "preprocess", str(i), f"rank 0 exited with code 1 on {HOSTS[i % 2]} (pid {3000 + i}): no answer from 10.0.0.{i}:40{i}", HOSTS[i % 2])
+        ended(run, "preprocess", "25", "rank 0 exited with code 9", "alpha")
+        found = amlaunch(tmp_path, "status", "test-1").stdout
+        assert "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n" in found
+        assert "and so did 24 more, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
+        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, "another exit code is another failure"
+        assert found.count(" failed on ") == 2 and found.count("exited with code 1 on") == 2, "in the table, one of them stands for all"
+
+    def test_many_kinds_of_failure_do_not_fill_the_screen(self, tmp_path):
+        run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
+        for i, word in enumerate("abcdefghijkl"):
+            ended(run, "preprocess", str(i), f"the {word * 3} is missing", "alpha")
+        found = amlaunch(tmp_path, "status", "test-1").stdout
+        assert found.count(" failed on ") == 5 and "7 more failed otherwise" in found
+
+    def test_a_narrow_terminal_loses_columns_but_no_name_and_no_command(self, tmp_path, monkeypatch):
+        run, _ = make_run(tmp_path, ("train", [[]] * 2, ONE))
+        ended(run, "train", "0", "rank 0 exited with code 1: " + "far too long to fit " * 5, "alpha")
+        words = ["local", "a-recipe-with-a-long-name.yaml", "--step_scheduler.max_steps", "40000"]
+        write_json(run.provenance, {"command": ["amlaunch", *words], "cwd": str(tmp_path)})
+        monkeypatch.setenv("COLUMNS", "60")
+        lines = amlaunch(tmp_path, "status", "test-1").stdout.splitlines()
+        table = lines[1:4]
+        assert table[0].split() == ["stage", "element", "state", "what"], "neither time nor attempts"
+        assert table[1].startswith("train  0        failed   rank 0 exited") and table[1].rstrip().endswith("…") and all(len(line) <= 60 for line in table)
+        assert f"next: {describe.program()} {' '.join(words)}" in lines, "in one piece"
+        monkeypatch.setenv("COLUMNS", "20")
+        assert "test-1" in amlaunch(tmp_path, "status").stdout, "the terminal breaks the line, we do not cut the name"
+
+
+HOSTS = ("alpha", "beta")
+
+
+def ended(run: RunDir, stage: str, name: str, reason: str, host: str, **more: object) -> None:
+    """The record of an attempt that failed."""
+    folder = run.element(stage, name)
+    append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time() - 60, "host": host})
+    append_json_line(folder.attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": reason, "seconds": 60.0, **more})
+
 
 def shards(folder: Path, name: str) -> Path:
     made = folder / "data" / name

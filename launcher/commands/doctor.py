@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import describe, diagnose, gpujob, slurm
-from launcher.cluster import FILE, Cluster, config_folder, find_cluster
+from launcher.cluster import Cluster, find_cluster
 from launcher.diagnose import BAD, OK, WARN, Finding
 from launcher.facts import Place, SlurmSite, read_folders, read_host, read_site
+from launcher.profiles import FILE, config_folder
 from launcher.proposal import Proposal, propose, save
 from launcher.report import make_report
 from launcher.slurm import SlurmError
