@@ -68,13 +68,23 @@ def _timed(words: list[str], cwd: Path) -> float:
         (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "there are none yet"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["frobnicate"], "no command 'frobnicate'; known here: cancel"),
+        (["statu"], "no command 'statu'; did you mean 'status'?"),
+        (["--runs", "x", "status"], "unknown option --runs; the command comes first"),
+        (["submit", "quickstart", "-cluster", "lab"], "unknown option -cluster; did you mean '--cluster'?"),
+        (["submit", "quickstart", "--clustr", "lab"], "unknown option --clustr; did you mean '--cluster'?"),
+        (["status", "--wach"], "unknown option --wach; did you mean '--watch'?"),
+        (["status", "--model.n_layer", "6"], "unknown option --model.n_layer; known here"),
+        (["logs"], "the following arguments are required: run; amlaunch logs --help says more"),
+        (["logs", "x", "--rank", "one"], "argument --rank: invalid int value: 'one'"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["local", "quickstart", "--runs", "/dev/null/x"], "/dev/null"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(tmp_path, words, message):
     found = amlaunch(*words, cwd=tmp_path)
     assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+    assert len(found.stderr.splitlines()) <= 2, found.stderr
     assert not (tmp_path / "runs").exists(), "nothing is written before the input is known to be good"
 
 
