@@ -81,6 +81,15 @@ def progress(state: ElementState) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def saved(state: ElementState) -> str:
+    """Up to where the work of an element that left is kept: ``saved at step 120/400``; empty where nobody says."""
+    beat = state.progress
+    if state.state == DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
+        return ""
+    total = f"/{beat['total']}" if beat.get("total") else ""
+    return f"saved at step {beat['saved']}{total}" if beat["saved"] else "nothing saved yet"
+
+
 def waiting(state: ElementState) -> str:
     """Why a queued element waits, and when Slurm thinks that it starts."""
     return " · ".join(part for part in (state.reason, f"starts about {state.start.replace('T', ' ')}" if state.start else "") if part)

@@ -342,6 +342,8 @@ def test_two_elements_of_four_gpus_run_together_on_eight(tmp_path):
     assert first_start < second_end and second_start < first_end, "at the same time"
     shown = [next(line for line in run.element("train", name).log(1, 0).read_text().splitlines() if "CUDA" in line) for name in "01"]
     assert {line.partition("=")[2] for line in shown} == {"0,1,2,3", "4,5,6,7"}
+    for state in read_run(run, plan):
+        assert state.gpu_hours == pytest.approx(4 * state.seconds / 3600, abs=4e-4)
 
 
 @pytest.mark.slow
