@@ -18,9 +18,9 @@ from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import has_placeholder, variables
 from recipes.loader import is_secret_variable, refuse_secrets
-from recipes.schema import Minutes, Positive
+from recipes.schema import Memory, Minutes, Positive
 from recipes.targets import Policy
-from recipes.yamlfile import read_file
+from recipes.yamlfile import KeyPath, read_file
 
 OURS = {
     "array": "the elements of a stage make it", "output": "logs go into the run directory", "error": "logs go into the run directory",
@@ -34,6 +34,8 @@ OURS = {
 }  # fmt: skip
 """sbatch's options that amlaunch sets itself, and what to write instead."""
 
+STAGES = ("preprocess", "verify", "train", "export")
+
 
 @dataclass(frozen=True)
 class StageProfile:
@@ -44,7 +46,7 @@ class StageProfile:
     qos: str | None = None
     cpus: Positive | None = None
     """CPUs a node where the recipe does not say."""
-    mem: str | None = None
+    mem: Memory | None = None
     """Memory a node where the recipe does not say."""
     time: Minutes | None = None
     """Time limit where the recipe does not say."""
@@ -77,7 +79,7 @@ class Profile:
     """None: Slurm's default, or for stages with GPUs one that has enough of them."""
     account: str | None = None
     qos: str | None = None
-    mem: str | None = None
+    mem: Memory | None = None
     time: Minutes | None = None
     throttle: Positive | None = None
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +119,18 @@ class Cluster:
     source: str
     tree: Mapping[str, Any]
     """As written: what the run directory stores."""
+    lines: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Where each key was set: ``file:line``."""
+
+    def where(self, stage: str, key: str) -> str:
+        """Who set a stage's ``key``, for the start of a sentence: ``clusters.yaml:3: stages.train.time``; empty: nobody."""
+        own = ((self.tree.get("stages") or {}).get(stage) or {}).get(key)
+        path = ("stages", stage, key) if own else (key,)
+        return self.at(path) if own or self.tree.get(key) else ""
+
+    def at(self, path: KeyPath) -> str:
+        """A key with its place."""
+        return f"{self.lines.get(path, self.source)}: {'.'.join(path)}"
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local"}}
@@ -163,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:
 
 def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
     below = {key[1:]: where for key, where in lines.items() if key[:1] == (name,)}
-    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {})
+    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {}, below)
 
 
 def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:

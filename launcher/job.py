@@ -26,12 +26,12 @@ from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import SPARE_SECONDS, Assignment, run_element  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
-from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
+from launcher.state import CANCELLED, DONE, PENDING, STOPPED, missing_output, read_done  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
 from launcher.submissions import Submission, read_submission  # noqa: E402
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
-from recipes.files import append_json_line, read_json_lines, read_object  # noqa: E402
+from recipes.files import Lock, append_json_line, read_json_lines, read_object  # noqa: E402
 from recipes.rundir import ElementDir, RunDir  # noqa: E402
 
 REQUEUE_TRIES = 8
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     needs = Needs(**submission.needs)  # what Slurm was asked for; the plan may have been changed while the job waited
     plan = with_needs(plan, submission, needs)
+    missing = missing_input(run, plan, submission)
+    if missing:
+        return leave(run.element(submission.stage, element), missing)
     step = Step(profile)
     given = Assignment(
         cpus=needs.cpus,
@@ -98,6 +101,29 @@ def own_submission(folder: Path) -> Submission | None:
         submission = dataclasses.replace(submission, job=mine)
         submission.write()
     return submission if submission.job == mine else None
+
+
+def missing_input(run: RunDir, plan: Plan, submission: Submission) -> str:
+    """What of the stages before is not done, where Slurm only waited for their end; empty where nothing is missing."""
+    for stage in submission.inputs:
+        for element in plan.stage(stage).elements:
+            done = read_done(run.element(stage, element.name))
+            if done is None or missing_output(done) is not None:
+                return f"a stage before it did not finish: {stage} {element.name} is not done"
+    return ""
+
+
+def leave(folder: ElementDir, reason: str) -> int:
+    """Say why the element was not begun; the exit code of the job, with which what waits for it never starts."""
+    lock = Lock(folder.lock)
+    if lock.acquire():  # else somebody makes it all the same, and has the word
+        lines = read_json_lines(folder.attempts)
+        begun = {"attempt": 1 + sum(line.get("event") == "start" for line in lines), "time": time.time()}
+        append_json_line(folder.attempts, {"event": "start", **begun, "job": job_id(), "budget": job_id(), "host": os.environ.get("SLURMD_NODENAME", "")})
+        append_json_line(folder.attempts, {"event": "end", **begun, "outcome": CANCELLED, "reason": reason, "retry": True})
+        lock.release()
+    print(reason, flush=True)
+    return FAILED
 
 
 def job_id() -> str:

@@ -6,7 +6,6 @@ import argparse
 import glob
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,24 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
             gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
         return Site(runs, Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
 
-    loaded, plan = _planned(options, runs, site, starting)
-    return loaded, plan, machine
+    loaded, name = load_recipe(options, runs, starting=starting)
+    return loaded, _plan(options, loaded, name, site(loaded)), machine
 
 
-def prepare_on_cluster(options: argparse.Namespace, cluster: Cluster, runs: Path) -> tuple[Loaded, Plan]:
-    """The checked recipe and its plan on a cluster. Raises BadInput and SlurmError."""
-    return _planned(options, runs, lambda loaded: cluster_site(options, loaded, cluster, runs), starting=True)
+def plan_on_cluster(options: argparse.Namespace, loaded: Loaded, name: str, cluster: Cluster, runs: Path) -> Plan:
+    """The plan of a recipe, as run ``name``, on a cluster. Raises BadInput and SlurmError."""
+    return _plan(options, loaded, name, cluster_site(options, loaded, cluster, runs))
 
 
-def _planned(options: argparse.Namespace, runs: Path, site: Callable[[Loaded], Site], starting: bool) -> tuple[Loaded, Plan]:
+def _plan(options: argparse.Namespace, loaded: Loaded, name: str, site: Site) -> Plan:
+    plan = make_plan(loaded, site, name)
+    if options.stage:
+        plan.stage(options.stage)
+    return plan
+
+
+def load_recipe(options: argparse.Namespace, runs: Path, *, starting: bool) -> tuple[Loaded, str]:
+    """The checked recipe, and the id of its run; settings that the run was resumed with stay. Raises BadInput."""
     path = find_recipe(options.recipe or default_recipe(options.gpus))
     loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
     _check_runtime(loaded)
@@ -63,10 +70,7 @@ def _planned(options: argparse.Namespace, runs: Path, site: Callable[[Loaded], S
     if resumed:  # the run has gone on with other settings since; they stay
         loaded = load(path, [*options.overrides, *resumed], allow=options.allow_target, job_start=starting)
         loaded.notes.append(f"{name} was resumed with {' '.join(resumed)}, which stays so; --name N begins another run")
-    plan = make_plan(loaded, site(loaded), name)
-    if options.stage:
-        plan.stage(options.stage)
-    return loaded, plan
+    return loaded, name
 
 
 PACKAGES = {

@@ -153,8 +153,10 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=UNKNOWN, reason="handed to sbatch, which did not answer; the same submit finds out")
     job = submission.task(index)
     common |= {"job": job, "log": submission.log(index)}
-    info = queue.job(job)
     word = _left_word(found, job)
+    if queue.is_elsewhere(submission.slurm):
+        return _as_ended(common, word) if word and not word.get("again") else _on_another_cluster(common, found, submission)
+    info = queue.job(job)
     final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
     if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
         return _active(common, found, info, queue.time)
@@ -188,14 +190,23 @@ def _active(common: dict[str, Any], found: Trace, info: JobInfo, asked: float) -
     return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=RUNNING, seconds=seconds)
 
 
+def _on_another_cluster(common: dict[str, Any], found: Trace, submission: Submission) -> ElementState:
+    """Its number means another job here, or none."""
+    words = f"job {common['job']} belongs to Slurm cluster {submission.slurm}, which is not the one of this machine: ask there; {_last_sign(found)}"
+    return ElementState(**common, state=UNKNOWN, reason=words)
+
+
+def _last_sign(found: Trace) -> str:
+    signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
+    return f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}" if signs else "no sign of life yet"
+
+
 def _untold(common: dict[str, Any], found: Trace, job: str, queue: Queue) -> ElementState:
     owner = _other_owner(common["log"])
     if owner:
         return ElementState(**common, state=UNKNOWN, reason=f"job {job} is {owner}'s, and Slurm shows everybody his own: squeue -j {job.split('_')[0]}")
     if queue.jobs is None:
-        signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
-        ago = f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}" if signs else "no sign of life yet"
-        return ElementState(**common, state=UNKNOWN, reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {ago}")
+        return ElementState(**common, state=UNKNOWN, reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {_last_sign(found)}")
     return ElementState(**common, state=DIED, reason=f"Slurm no longer knows job {job}, and it left no word of its end")
 
 
@@ -333,7 +344,7 @@ def _unexplained(found: Iterable[_Found], queue: Queue) -> set[str]:
     """The arrays of jobs that left no marker and no word, and that the queue does not know (or cannot be asked about)."""
     arrays = set()
     for one in found:
-        if one.submitted is None or one.submitted[0].job is None or one.trace.done is not None:
+        if one.submitted is None or one.submitted[0].job is None or one.trace.done is not None or queue.is_elsewhere(one.submitted[0].slurm):
             continue
         submission, index = one.submitted
         job = submission.task(index)

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Loaded:
     """Typed, defaults filled in, placeholders expanded where the variable is known."""
     notes: list[str]
     policy: Policy
+    lines: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Where each key was set: ``file:line``, or the override as it was typed."""
 
     def text(self) -> str:
         """The resolved recipe as YAML, placeholders kept: what a run directory stores."""
@@ -118,7 +120,7 @@ def load(
     _settle_targets(tree, folder)
     refuse_secrets(tree, lines)
     recipe = _typed(tree, lines, policy, job_start)
-    loaded = Loaded(path, tree, recipe, notes, policy)
+    loaded = Loaded(path, tree, recipe, notes, policy, lines)
     _check_sweep(loaded, lines, job_start)
     return loaded
 

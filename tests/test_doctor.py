@@ -366,7 +366,7 @@ def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["slurm"]["partitions"][3] == {
         "name": "gpu", "default": False, "up": True, "minutes": None, "nodes": 2, "cpus": 32, "mem_mb": 64000,
-        "gpus": 8, "gpu_type": "h100", "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
+        "gpus": 8, "gpu_type": "h100", "most_cpus": 32, "most_mem_mb": 64000, "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
     }  # fmt: skip
     assert found["slurm"]["min_job_age_s"] == 3600 and found["profile"]["name"] == "lab"
 

@@ -12,17 +12,18 @@ from launcher.commands.local import carry_out, driving
 from launcher.commands.retry import stages_of
 from launcher.commands.submit import finish, say_for
 from launcher.create import add_resumed, write_run
+from launcher.fit import check_cluster
 from launcher.machine import this_machine
 from launcher.plan import Plan
 from launcher.planner import Site, make_plan
-from launcher.preflight import check_cluster, check_disk, check_needs
+from launcher.preflight import check_disk, check_needs
 from launcher.prepare import check_here
 from launcher.report import make_report
 from launcher.site import cluster_site
 from launcher.state import ACTIVE, is_driven
 from launcher.store import find_run, read_plan, roots
 from launcher.stored import command_of, option_values, stored_recipe
-from launcher.submit import known_states, recover, submit_run, submitting, write_environment
+from launcher.submit import known_states, moved_note, recover, submit_run, submitting, write_environment
 from recipes.errors import BadInput
 from recipes.files import is_locked
 from recipes.loader import EXECUTION
@@ -70,7 +71,7 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
     options.gpus = None
     check_needs(loaded)
     new = make_plan(loaded, cluster_site(options, loaded, cluster, run_dir.root.parent), run_dir.root.name)
-    check_cluster(loaded, new, cluster, new.stages)
+    check_cluster(loaded, cluster, new.stages)
     for note in check_disk(loaded, new, run_dir.root.parent, cluster.profile):
         say(f"note: {note}")
     with submitting(run_dir, new):
@@ -78,6 +79,9 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
         states = known_states(run_dir, plan)
         if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
             raise BadInput(f"{plan.run_id} trains; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+        moved = moved_note(run_dir, plan, cluster.name, states)
+        if moved:
+            say(f"note: {moved}")
         forget_training(run_dir, plan, options.overrides)
         write_run(run_dir, loaded, new, options.argv, refresh_code=False)
         add_resumed(run_dir, options.overrides)
