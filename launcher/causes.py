@@ -37,6 +37,12 @@ class Cause:
         """The hint for one stage."""
         return self.hint.replace("{stage}", stage)
 
+    def explain(self, reason: str, stage: str) -> str:
+        """A reason with the hint; what both say is said once: ``killed (out of memory?)`` and ``out of memory; give more``."""
+        reason = reason.removesuffix(f" ({self.kind}?)")
+        what, _, advice = self.advice(stage).partition("; ")
+        return f"{reason}; {advice}" if what in reason and advice else f"{reason}: {what}{'; ' if advice else ''}{advice}"
+
 
 CAUSES = (
     Cause("full disk", r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b", False, False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -134,7 +135,8 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     folder = run.element(state.stage, state.name)
     rank = state.rank or 0
     log = folder.log(state.attempts, rank)
-    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {state.reason}"]
+    reason, next_command = _with_names(run, state, next_command)
+    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {reason}"]
     text, whose = tail(log) if state.retry else [], f"rank {rank}"
     if state.retry and not text and state.log is not None:  # it did not get as far as a rank
         log, text, whose = state.log, tail(state.log), f"job {state.job}"
@@ -143,6 +145,19 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     if not state.retry:
         return [*lines, f"next: correct that, then {next_command}"]
     return [*lines, f"next: {next_command}", "(goes on from what is saved)"]
+
+
+REMEDY = re.compile(r"amlaunch resume RUN (.+?)(?:, say)?$")
+"""What a reason ends with where the same settings would fail again (launcher.causes)."""
+
+
+def _with_names(run: RunDir, state: ElementState, next_command: str) -> tuple[str, str]:
+    """The reason with a command that can be pasted, and of a job that command as the next one."""
+    found = REMEDY.search(state.reason)
+    if found is None:
+        return state.reason, next_command
+    remedy = f"{program()} resume {name_of(run)} {found[1]}"
+    return state.reason[: found.start()] + remedy, remedy if state.job else next_command
 
 
 def console() -> Any:

@@ -270,7 +270,7 @@ def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     cause = cause_of(text)
     if cause is None:
         return end
-    return {**end, "kind": cause.kind, "again": cause.again, "elsewhere": cause.elsewhere, "reason": f"{end['reason']}: {cause.advice(attempt.stage.name)}"}
+    return {**end, "kind": cause.kind, "again": cause.again, "elsewhere": cause.elsewhere, "reason": cause.explain(str(end["reason"]), attempt.stage.name)}
 
 
 def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:

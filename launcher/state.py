@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class ElementState:
     """When a queued one will start, in Slurm's estimate."""
     gpu_hours: float = 0.0
     """GPUs x hours over all attempts."""
+    ran: tuple[tuple[float, float], ...] = ()
+    """When each attempt began and ended, in Unix seconds; of one without an end, its last sign of life."""
     log: Path | None = None
     """What to read where no rank of the newest attempt has a log: the job's own output."""
 
@@ -99,20 +101,18 @@ def _common(stage: str, name: str, title: str, found: Trace) -> dict[str, Any]:
     common: dict[str, Any] = {"stage": stage, "name": name, "title": title, "attempts": len(starts), "progress": found.progress}
     if starts:
         common |= {"host": starts[-1].get("host", ""), "nodes": starts[-1].get("nodes", "")}
-        common["gpu_hours"] = gpu_hours(found)
+        common["ran"] = _spans(found)
+        hours = [(start.get("gpus") or 0) * (end - begun) / 3600 for start, (begun, end) in zip(starts, common["ran"], strict=True)]
+        common["gpu_hours"] = round(sum(hours), 4)
     return common
 
 
-def gpu_hours(found: Trace) -> float:
-    """GPUs x hours over all attempts; one without an end lasted to the element's last sign of life."""
+def _spans(found: Trace) -> tuple[tuple[float, float], ...]:
+    """Beginning and end of each attempt; one without an end lasted to the element's last sign of life."""
     ends = {line.get("attempt"): line.get("time", 0.0) for line in found.lines if line.get("event") == "end"}
-    total = 0.0
-    for start in found.starts:
-        gpus = start.get("gpus") or 0
-        if gpus:
-            end = ends.get(start["attempt"]) or max(found.progress.get("time", 0.0), start["time"])
-            total += gpus * max(0.0, end - start["time"]) / 3600
-    return round(total, 4)
+    begun = [start["time"] for start in found.starts]
+    signs = [*begun[1:], found.progress.get("time", 0.0)]  # the next attempt is one, too
+    return tuple((began, max(began, ends.get(start["attempt"]) or sign)) for start, began, sign in zip(found.starts, begun, signs, strict=False))
 
 
 def _on_this_machine(stage: str, name: str, title: str, found: Trace) -> ElementState:
@@ -166,8 +166,9 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
     if info is not None:
         state, reason = explain_end(info, found)
-        cause = cause_of(tail_of(submission.log(index))) if state == FAILED else None
-        reason = f"{reason}: {cause.advice(stage)}" if cause else reason
+        said = f"{'Out Of Memory' if info.state == 'OUT_OF_MEMORY' else ''}\n{tail_of(submission.log(index))}"
+        cause = cause_of(said) if state == FAILED else None
+        reason = cause.explain(reason, stage) if cause else reason
         return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=state, reason=reason)
     return _untold(common, found, job, queue)
 
@@ -221,10 +222,11 @@ def _other_owner(log: Path) -> str:
         return ""
 
 
+BEFORE = "a stage before it did not finish"
 ENDS = {
     "TIMEOUT": "reached its time limit before it had saved; give resources a longer time, or checkpoint more often",
     "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "ran out of memory; give resources more mem",
+    "OUT_OF_MEMORY": "ran out of memory",
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "its deadline passed",
     "PREEMPTED": "was preempted and not requeued",
@@ -236,7 +238,7 @@ def explain_end(info: JobInfo, found: Trace) -> tuple[str, str]:
     """``(state, reason)`` of a job that ended without a word from our driver, from Slurm's state for it."""
     if info.state == "CANCELLED":
         never = "DependencyNeverSatisfied" in info.reason or (not found.starts and not info.nodes)
-        return CANCELLED, "a stage before it did not finish" if "Dependency" in info.reason else "cancelled before it started" if never else "cancelled"
+        return CANCELLED, BEFORE if "Dependency" in info.reason else "cancelled before it started" if never else "cancelled"
     where = f" on {info.nodes}" if info.nodes else ""
     if info.state in ENDS:
         return FAILED, f"job {info.id}{where} {ENDS[info.state]}"
@@ -327,7 +329,23 @@ def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[El
         _ = queue.jobs  # before the files: a job that ends in between has left its marker, not the other way round
     found = [list(_read_files(run, plan, submitted)) for run, plan, submitted in pairs]
     queue.ask_past(_unexplained([one for elements in found for one in elements], queue))
-    return [[_state(one, queue) for one in elements] for elements in found]
+    return [_with_causes([_state(one, queue) for one in elements]) for elements in found]
+
+
+def _with_causes(states: list[ElementState]) -> list[ElementState]:
+    """Why Slurm cancelled what waited: it says the same whether the stage before failed, or was cancelled together with it."""
+    if not any(state.reason == BEFORE for state in states):
+        return states
+    broken = {state.stage for state in states if state.state in (FAILED, DIED, UNKNOWN)}
+    stopped = {state.stage for state in states if state.state == STOPPED}
+    found: list[ElementState] = []
+    for state in states:  # in the plan's order: what comes first is what was waited for
+        earlier = {one.stage for one in found} - {state.stage} if state.reason == BEFORE else set()
+        if state.reason == BEFORE and not broken & earlier:
+            words = "a stage before it was stopped" if stopped & earlier else "cancelled before it started"
+            state = replace(state, reason=words)
+        found.append(state)
+    return found
 
 
 def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:

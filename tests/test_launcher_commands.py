@@ -19,6 +19,7 @@ import pytest
 from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, pids, wait_until
 
 from launcher import describe
+from launcher.causes import cause_of
 from launcher.commands import cancel, clean
 from launcher.create import write_run
 from launcher.local import Executor
@@ -357,6 +358,36 @@ class TestWait:
         assert going.wait(timeout=20) == 1
 
 
+    def test_a_cancelled_run_is_called_cancelled_with_all_that_waited_for_it(self, tmp_path):
+        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
+        for stage, job in ("preprocess", "11"), ("train", "12"):
+            submitted(run, plan, stage, job)
+        start_line = {"event": "start", "attempt": 1, "time": time.time() - 90, "host": "n1", "job": "11_0"}
+        append_json_line(run.element("preprocess", "0").attempts, start_line)
+        write_json(run.element("preprocess", "0").progress, {"time": start_line["time"] + 61.5, "unit": "token", "done": 1})
+        slurm_said(JobInfo("11_0", "CANCELLED", nodes="n1"), JobInfo("12_0", "CANCELLED", "Dependency"))
+        found = amlaunch(tmp_path, "wait", "test-1", patch=KEPT_LONGER)
+        assert found.returncode == 75 and "\ntest-1 was cancelled (1:01)\n" in found.stdout and "retry test-1" in found.stdout
+        shown = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        assert "cancelled before it started" in shown and "did not finish" not in shown
+        append_json_line(run.element("preprocess", "0").attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": "x"})
+        assert "a stage before it did not finish" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+
+    def test_the_time_it_tells_is_the_runs_own(self, tmp_path):
+        """Not how long somebody watched, nor the pause between two starts, nor what another run had made before."""
+        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]] * 2, ONE))
+        now = time.time()
+        run.lock.touch()
+        os.utime(run.lock, (now - 1000, now - 1000))
+        for stage, name, *spans in ("preprocess", "0", (-5000, -4000)), ("train", "0", (-900, -850), (-100, -70)), ("train", "1", (-880, -840)):
+            for attempt, (begun, ended) in enumerate(spans, 1):
+                append_json_line(run.element(stage, name).attempts, {"event": "start", "attempt": attempt, "time": now + begun})
+                append_json_line(run.element(stage, name).attempts, {"event": "end", "attempt": attempt, "time": now + ended, "outcome": "done"})
+            write_json(run.element(stage, name).done, {"outputs": {}})
+        found = amlaunch(tmp_path, "wait", "test-1")
+        assert found.returncode == 0 and "test-1 is done (1:30)" in found.stdout, found.stdout
+
+
 class TestLogs:
     def test_following_many_elements_is_no_burden(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]] * 5000, ONE))
@@ -449,6 +480,18 @@ class TestStatus:
         assert f"next: {describe.program()} {' '.join(words)}" in lines, "in one piece"
         monkeypatch.setenv("COLUMNS", "20")
         assert "test-1" in amlaunch(tmp_path, "status").stdout, "the terminal breaks the line, we do not cut the name"
+
+
+    def test_what_ran_out_of_memory_is_told_once_with_a_command_that_can_be_pasted(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "11")
+        slurm_said(JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1"))
+        found = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        command = f"{describe.program()} resume test-1 --resources.train.mem 64G"
+        assert f"train 0 failed on n1: job 11_0 on n1 ran out of memory; give resources more mem: {command}\n" in found
+        assert f"next: {command}\n" in found, "the same settings would fail again"
+        cause = cause_of("oom_kill")
+        assert cause and cause.explain("rank 1 was killed by SIGKILL (out of memory?)", "train").count("out of memory") == 1
 
 
 HOSTS = ("alpha", "beta")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,7 +21,7 @@ from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_ru
 from launcher.store import run_dir_of
 from launcher.submissions import submissions_of
 from launcher.submit import known_states
-from launcher.summary import closing, exit_code, stage_closing
+from launcher.summary import closing, exit_code, headline, stage_closing
 from recipes.errors import OK, BadInput
 from recipes.files import Lock
 from recipes.rundir import RunDir
@@ -82,7 +81,6 @@ def carry_out(
 ) -> int:
     """Run what is not done of ``stages``, as the run directory has it, and tell; the exit code."""
     report.say(f"{plan.run_id}: {run_dir.root}")
-    began = time.monotonic()
     with report:
         executor = Executor(run_dir, plan, machine, report)
         with _stopping_on_signals(executor, report):
@@ -91,7 +89,7 @@ def carry_out(
     if options.json:
         everything = read_run(run_dir, plan)
         print(describe.to_json(describe.as_json(run_dir, plan, everything, overall(everything))))
-    _tell(run_dir, plan, states, done, time.monotonic() - began, report)
+    _tell(run_dir, plan, states, done, report)
     return OK if done else exit_code(states)
 
 
@@ -104,14 +102,13 @@ def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
                 raise BadInput(f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first")
 
 
-def _tell(
-    run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, seconds: float, report: PlainReport | LiveReport
-) -> None:
+def _tell(run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, report: PlainReport | LiveReport) -> None:
     if done:
         partly = len(states) < len(read_run(run_dir, plan))
-        for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states, seconds):
+        for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states):
             report.say(line)
         return
+    report.say("\n" + headline(run_dir, plan, states))
     for block in advice(run_dir, plan, states):
         report.say("\n" + block)
 
