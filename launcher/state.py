@@ -338,14 +338,11 @@ def _with_causes(states: list[ElementState]) -> list[ElementState]:
         return states
     broken = {state.stage for state in states if state.state in (FAILED, DIED, UNKNOWN)}
     stopped = {state.stage for state in states if state.state == STOPPED}
-    found: list[ElementState] = []
-    for state in states:  # in the plan's order: what comes first is what was waited for
-        earlier = {one.stage for one in found} - {state.stage} if state.reason == BEFORE else set()
-        if state.reason == BEFORE and not broken & earlier:
-            words = "a stage before it was stopped" if stopped & earlier else "cancelled before it started"
-            state = replace(state, reason=words)
-        found.append(state)
-    return found
+    words: dict[str, str] = {}
+    for stage in dict.fromkeys(state.stage for state in states):  # in the plan's order: what comes first was waited for
+        earlier = words.keys()
+        words[stage] = BEFORE if broken & earlier else "a stage before it was stopped" if stopped & earlier else "cancelled before it started"
+    return [replace(state, reason=words[state.stage]) if state.reason == BEFORE else state for state in states]
 
 
 def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:
