@@ -25,8 +25,9 @@ from launcher import slurm  # noqa: E402  (the handlers above come first)
 from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import SPARE_SECONDS, Assignment, run_element  # noqa: E402
+from launcher.inputs import missing_input  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
-from launcher.state import CANCELLED, DONE, PENDING, STOPPED, missing_output, read_done  # noqa: E402
+from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
 from launcher.submissions import Submission, read_submission  # noqa: E402
@@ -101,16 +102,6 @@ def own_submission(folder: Path) -> Submission | None:
         submission = dataclasses.replace(submission, job=mine)
         submission.write()
     return submission if submission.job == mine else None
-
-
-def missing_input(run: RunDir, plan: Plan, submission: Submission) -> str:
-    """What of the stages before is not done, where Slurm only waited for their end; empty where nothing is missing."""
-    for stage in submission.inputs:
-        for element in plan.stage(stage).elements:
-            done = read_done(run.element(stage, element.name))
-            if done is None or missing_output(done) is not None:
-                return f"a stage before it did not finish: {stage} {element.name} is not done"
-    return ""
 
 
 def leave(folder: ElementDir, reason: str) -> int:

@@ -17,10 +17,12 @@ from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan, run_id
 from launcher.site import cluster_site
 from launcher.store import runs_root
+from recipes.check import refuse
 from recipes.errors import BadInput
 from recipes.loader import Loaded, load
 from recipes.rundir import RunDir
 from recipes.shipped import find_recipe
+from recipes.yamlfile import KeyPath
 
 
 def default_recipe(gpus: int | None) -> str:
@@ -97,14 +99,15 @@ def check_here(loaded: Loaded, stages: list[Stage]) -> None:
 
 
 def check_files(loaded: Loaded) -> None:
-    """The files that the recipe reads are there. Raises BadInput."""
-    recipe = loaded.recipe
-    patterns: dict[str, Any] = {"preprocess.data_files": recipe.preprocess.data_files if recipe.preprocess else None}
-    patterns |= {f"{name}.file_pattern": (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
+    """The files that the recipe reads are there. Raises BadInput with all that are not."""
+    recipe, missing = loaded.recipe, []
+    patterns: dict[KeyPath, Any] = {("preprocess", "data_files"): recipe.preprocess.data_files if recipe.preprocess else None}
+    patterns |= {(name, "file_pattern"): (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
     for key, given in patterns.items():
         for pattern in given if isinstance(given, list) else [given] if given else []:
             if next(glob.iglob(os.path.expanduser(pattern), recursive=True), None) is None:
-                raise BadInput(f"{loaded.path}: {key}: nothing matches {pattern!r} (seen from {Path.cwd()})")
+                missing.append(f"{loaded.lines.get(key, loaded.path)}: {'.'.join(key)}: nothing matches {pattern!r} (seen from {Path.cwd()})")
+    refuse(missing)
 
 
 def _check_runtime(loaded: Loaded) -> None:
