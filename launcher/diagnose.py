@@ -212,8 +212,8 @@ def profile_findings(cluster: Cluster, site: SlurmSite | None, runs: Path) -> It
 
 
 def _without(cluster: Cluster, problem: object) -> str:
-    """The message without the profile's file, which the title names."""
-    return str(problem).removeprefix(cluster.source).removeprefix(":").strip()
+    """The message without the profile's file, which the title names, and without its line: several stages may share it."""
+    return re.sub(rf"^{re.escape(cluster.source)}(:\d+)?:\s*", "", str(problem))
 
 
 def _python_finding(python: str) -> Finding:
