@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,14 +261,27 @@ def submit_run(run: RunDir, plan: Plan, profile: Profile, stages: Sequence[Stage
     made: list[Submission] = []
     jobs: dict[str, str] = {}
     try:
-        for draft in drafts(run, plan, profile, states, stages, slurm.max_array_size()):
-            submission = submit_draft(draft, run, plan, jobs)
-            jobs[draft.array.folder.name] = submission.job or ""
-            made.append(submission)
-            say(f"{submission.stage}: {len(submission.elements)} element{'s' * (len(submission.elements) > 1)} as job {submission.job}")
+        found = drafts(run, plan, profile, states, stages, slurm.max_array_size())
+        for stage in stages:  # told in the plan's order, what is left alone too
+            mine = [draft for draft in found if draft.array.stage is stage]
+            for words in left_alone(stage, states, {name for draft in mine for name in draft.array.elements}):
+                say(words)
+            for draft in mine:
+                submission = submit_draft(draft, run, plan, jobs)
+                jobs[draft.array.folder.name] = submission.job or ""
+                made.append(submission)
+                say(f"{stage.name}: {len(submission.elements)} element{'s' * (len(submission.elements) > 1)} as job {submission.job}")
     finally:
         queue_module.forget()
     return made
+
+
+def left_alone(stage: Stage, states: Sequence[ElementState], submitted: Container[str]) -> list[str]:
+    """What is said of the elements of a stage that are not submitted: done, or on their way."""
+    mine = [state for state in states if state.stage == stage.name and state.name not in submitted]
+    done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
+    lines = [f"{stage.name}: {done} of {len(stage.elements)} already done, skipped"] if done else []
+    return lines + ([f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone"] if going else [])
 
 
 def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str]:

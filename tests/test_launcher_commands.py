@@ -28,8 +28,9 @@ from launcher.plan import Plan
 from launcher.planner import Site, make_plan, run_id
 from launcher.queue import Queue, cache_file
 from launcher.slurm import JobInfo, SlurmError
-from launcher.state import DIED, PENDING, RUNNING, STOPPED, read_run
+from launcher.state import DIED, DONE, PENDING, QUEUED, RUNNING, STOPPED, ElementState, read_run
 from launcher.submissions import Submission, token_of
+from launcher.submit import left_alone
 from recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
 from recipes.loader import load
 from recipes.rundir import RunDir
@@ -330,6 +331,13 @@ def launch(run: RunDir) -> subprocess.Popen:
         "    made.execute(plan.stages)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+
+def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
+    _, plan = make_run(tmp_path, ("preprocess", [[]] * 3, ONE), ("train", [[]], ONE))
+    states = [ElementState("preprocess", str(i), "", state) for i, state in enumerate((DONE, RUNNING, DIED))] + [ElementState("train", "0", "", QUEUED)]
+    assert left_alone(plan.stages[0], states, {"2"}) == ["preprocess: 1 of 3 already done, skipped", "preprocess: 1 of 3 already on their way, left alone"]
+    assert left_alone(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
 
 
 class TestWait:

@@ -121,7 +121,7 @@ def finish(options: argparse.Namespace, run_dir: RunDir, plan: Plan, made: Seque
     if options.json:
         print(describe.to_json(_as_json(run_dir, plan, states, made)))
         return OK
-    say(closing(run_dir, plan, states, made))
+    say(closing(run_dir, plan))
     return OK
 
 
@@ -200,19 +200,10 @@ def _submit(
         return submit_run(run_dir, plan, cluster.profile, stages, say)
 
 
-def closing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> str:
-    """What was skipped, where it lies, what to type next."""
-    lines = []
-    new = {(submission.stage, element) for submission in made for element in submission.elements}
-    for stage in plan.stages:
-        mine = [state for state in states if state.stage == stage.name and (stage.name, state.name) not in new]
-        done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
-        if done:
-            lines.append(f"{stage.name}: {done} of {len(stage.elements)} already done, skipped")
-        if going:
-            lines.append(f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone")
+def closing(run_dir: RunDir, plan: Plan) -> str:
+    """Where it lies, and what to type next."""
     name, program = describe.name_of(run_dir), describe.program()
-    lines += [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
+    lines = [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
     commands = [("status", "what happens"), ("logs", "what the ranks write; -f follows"), ("wait", "until it has ended"), ("cancel", "end it; --checkpoint saves first")]
     width = max(len(command) for command, _ in commands)
     return "\n".join([*lines, *(f"  {program} {command} {name}{' ' * (width - len(command))}  {why}" for command, why in commands)])
