@@ -118,7 +118,7 @@ def leave(folder: ElementDir, reason: str) -> int:
 
 
 def job_id() -> str:
-    """Of this task of the array: a requeue must never name the whole array."""
+    """Of this task of the array: a requeue must never name the whole array, whose number the last task has for its own, too."""
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
@@ -176,7 +176,7 @@ def back_into_the_queue(excluded: str | None) -> str:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm now sends to all of the job, and scontrol below would die of
     for attempt in range(REQUEUE_TRIES):
         try:
-            if not slurm.may_be_requeued(os.environ["SLURM_JOB_ID"]):
+            if not slurm.may_be_requeued(job_id()):
                 return CANCELLED
             slurm.requeue(job_id())
             if excluded is not None:

@@ -170,7 +170,8 @@ def _train_needs(loaded: Loaded, site: Site) -> Needs:
     gpus = _gpus(loaded, site, nodes)
     tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
     ranks = nodes * tasks
-    for point in loaded.elements():
+    possible = nodes <= site.nodes and gpus <= site.gpus  # else their number is what is wrong, see _gpus
+    for point in loaded.elements() if possible else []:
         recipe = at_point(loaded, point) if point else loaded.recipe
         wrong = check_ranks(recipe, ranks)
         if wrong:

@@ -220,7 +220,7 @@ def exclude(job: str, nodes: str) -> None:
 
 
 def may_be_requeued(job: str) -> bool:
-    """Whether a running job (by its own number) is one that may go on later. Raises SlurmError.
+    """Whether a running job (a task of an array: ``12_3``) is one that may go on later. Raises SlurmError.
 
     One that somebody cancelled may not; while it ends, Slurm calls it COMPLETING, as it does one that ran into its time
     limit: those are told apart by their times.
