@@ -88,7 +88,24 @@ def trace(folder: ElementDir) -> Trace:
     """Read the files of one element."""
     done = read_done(folder)
     missing = missing_output(done) if done is not None else None
-    return Trace(folder, read_json_lines(folder.attempts), done if missing is None else None, missing or "", read_object(folder.progress))
+    marker = _sound(done) if done is not None and missing is None else None
+    return Trace(folder, [_sound(line) for line in read_json_lines(folder.attempts)], marker, missing or "", _sound(read_object(folder.progress)))
+
+
+NUMBER = (int, float)
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("time", "seconds", "gpus", "done", "total", "rate", "eta_s", "loss", "val_loss", "saved"), NUMBER),
+    **dict.fromkeys(("tokens", "documents", "shards", "parameters", "tokens_per_s", "loss_first", "loss_last"), NUMBER),
+    **dict.fromkeys(("attempt", "rank"), int),
+    **dict.fromkeys(("host", "nodes", "reason", "outcome", "unit", "sample", "checkpoint"), str),
+}
+OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank")
+"""Which may be null: nobody knows yet."""
+
+
+def _sound(found: dict[str, Any]) -> dict[str, Any]:
+    """Without values that are not what they should be: a damaged file of one element hides none of the others."""
+    return {key: value for key, value in found.items() if key not in KINDS or isinstance(value, KINDS[key]) or (value is None and key in OPEN)}
 
 
 def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementState:
@@ -141,7 +158,8 @@ def _as_ended(common: dict[str, Any], end: dict[str, Any]) -> ElementState:
         return ElementState(**common, state=PENDING, reason="was done once; its marker is gone")
     known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "retry": end.get("retry", True), "seconds": end.get("seconds")}
     host = end.get("host") or common.get("host", "")
-    return ElementState(**{**common, "host": host}, state=end.get("outcome", DIED), **known)
+    outcome = end.get("outcome")
+    return ElementState(**{**common, "host": host}, state=outcome if outcome in SEVERITY else DIED, **known)
 
 
 def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submission, index: int, queue: Queue) -> ElementState:

@@ -69,6 +69,8 @@ def _is_run(path: Path) -> bool:
 
 def find_run(places: Iterable[Path], name: str) -> RunDir:
     """A run by its id, the start of one, its recipe's name (the newest), or its path. BadInput with the nearest."""
+    if not name.strip():  # an unset variable of a shell, which would stand for any run
+        raise BadInput("the name of the run is empty")
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())

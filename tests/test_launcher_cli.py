@@ -68,6 +68,7 @@ def _timed(words: list[str], cwd: Path) -> float:
         (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "there are none yet"),
+        (["clean", "", "--yes"], "the name of the run is empty"),
         (["frobnicate"], "no command 'frobnicate'; known here: cancel"),
         (["statu"], "no command 'statu'; did you mean 'status'?"),
         (["--runs", "x", "status"], "unknown option --runs; the command comes first"),

@@ -286,11 +286,15 @@ def test_a_lock_is_seen_by_who_may_only_read_it():
 @pytest.mark.parametrize(
     ("name", "content"),
     [("attempts.jsonl", b"3\n"), ("attempts.jsonl", b'{"event": "start"}\n'), ("attempts.jsonl", b"\xff\xfe\n"), ("done.json", b"[1]"),
-     ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
+     ("attempts.jsonl", b'{"event": "start", "attempt": "x", "time": "y"}\n'), ("done.json", b'{"outputs": {}, "seconds": "long", "tokens": "x"}'),
+     ("attempts.jsonl", b'{"event": "start", "attempt": 1, "time": 1.0, "gpus": "many", "host": 5}\n{"event": "end", "attempt": 1, "outcome": "strange", "reason": 5}\n'),
+     ("progress.json", b'{"unit": 5, "done": "x", "total": "y", "loss": "z", "rate": "fast", "eta_s": "soon", "time": "never"}'), ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
 )  # fmt: skip
 def test_damaged_files_of_one_element_hide_nothing(tmp_path, name, content):
     run, _ = make_run(tmp_path, ("train", [[]], ONE))
     drive(run).wait()
+    if name != "done.json":
+        run.element("train", "0").done.unlink()
     (run.element("train", "0").root / name).write_bytes(content)
     found = subprocess.run([sys.executable, "-m", "launcher", "status", "test-1"], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0 and "test-1" in found.stdout, found.stderr

@@ -90,7 +90,7 @@ def _read(options: argparse.Namespace) -> tuple[list[Shown], list[str]]:
     pairs = []
     for run_dir in runs:
         try:
-            pairs.append((run_dir, read_plan(run_dir)))
+            pairs.append((run_dir, _plan_of(run_dir)))
         except (BadInput, OSError) as error:
             if options.run:
                 raise
@@ -102,6 +102,13 @@ def _read(options: argparse.Namespace) -> tuple[list[Shown], list[str]]:
     queue = Queue()
     found = [(run_dir, plan, states) for (run_dir, plan), states in zip(pairs, read_runs(pairs, queue), strict=True)]
     return found, queue.problems
+
+
+def _plan_of(run_dir: RunDir) -> Plan:
+    plan = read_plan(run_dir)
+    if not any(stage.elements for stage in plan.stages):
+        raise BadInput(f"{run_dir.plan}: a plan without any element")
+    return plan
 
 
 def _print(found: list[Shown], problems: list[str], options: argparse.Namespace) -> None:
