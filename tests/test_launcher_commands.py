@@ -383,7 +383,7 @@ class TestWait:
 
     def test_the_time_it_tells_is_the_runs_own(self, tmp_path):
         """Not how long somebody watched, nor the pause between two starts, nor what another run had made before."""
-        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]] * 2, ONE))
+        run, _ = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]] * 2, ONE))
         now = time.time()
         run.lock.touch()
         os.utime(run.lock, (now - 1000, now - 1000))
