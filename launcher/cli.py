@@ -209,10 +209,14 @@ def sweep_overrides(axes: Sequence[str]) -> list[str]:
         key, equals, values = axis.partition("=")
         if axis.lstrip().startswith("{") or axis.strip() in ("null", "none"):
             found.append(f"--sweep={axis}")
-        elif not equals or not values:
+        elif not equals or not values or not key.strip():
             raise BadInput(f"--sweep {axis}: an axis is KEY=V1,V2, such as optimizer.lr=1e-4,3e-4")
         else:
             found.append(f"--sweep.{key}=[{values.strip('[]')}]")
+    keys = [axis.partition("=")[0] for axis in axes]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice:
+        raise BadInput(f"--sweep {twice} is given twice; one axis takes all its values: --sweep {twice}=V1,V2")
     return found
 
 

@@ -8,6 +8,7 @@ or by file: ``--cluster site.yaml``, ``--cluster sites.yaml:NAME``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ OURS = {
     "gpus-per-node": "write resources in the recipe", "mem": "write mem here, or resources in the recipe", "time": "write time here, or resources in the recipe",
 }  # fmt: skip
 """sbatch's options that amlaunch sets itself, and what to write instead."""
+ONE_LINE = ("partition", "account", "qos", "gpu_type", "interface", "python", "runs")
+MAX_SIGNAL_SECONDS = 65535
+"""sbatch(1), ``--signal``."""
 
 STAGES = ("preprocess", "verify", "train", "export")
 
@@ -186,10 +190,18 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
     checker = Checker(lines, visible, Policy(), job_start=False)
     profile = checker.section(Profile, tree, ())
     if isinstance(tree, Mapping):
-        refuse_secrets(tree, lines)
-        _check_sbatch(checker, tree, ())
-        for stage, own in (tree.get("stages") or {}).items():
-            _check_sbatch(checker, own, ("stages", str(stage)))
+        try:
+            refuse_secrets(tree, lines)
+        except BadInput as error:
+            checker.problems.append(str(error))
+        stages = tree.get("stages")
+        sections: list[tuple[KeyPath, Any]] = [((), tree)]
+        sections += [(("stages", str(name)), own) for name, own in stages.items()] if isinstance(stages, Mapping) else []
+        for path, own in sections:
+            _check_sbatch(checker, own, path)
+            _check_lines(checker, own, path)
+    if profile is not None and profile.signal_seconds > MAX_SIGNAL_SECONDS:
+        checker.problem(("signal_seconds",), f"sbatch takes {MAX_SIGNAL_SECONDS} at most")
     if profile is not None and has_placeholder(profile.runs):
         checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
     refuse(checker.problems)
@@ -198,12 +210,21 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
     return found
 
 
-def _check_sbatch(checker: Checker, tree: Any, path: tuple[str, ...]) -> None:
+def _check_lines(checker: Checker, tree: Any, path: KeyPath) -> None:
+    """A line break would end an ``#SBATCH`` line, and begin another one."""
+    for key in ONE_LINE if isinstance(tree, Mapping) else ():
+        if isinstance(tree.get(key), str) and len(tree[key].splitlines()) > 1:
+            checker.problem((*path, key), "expected one line of text")
+
+
+def _check_sbatch(checker: Checker, tree: Any, path: KeyPath) -> None:
     """Of sbatch's options, those that are ours to set; whether sbatch knows the others is asked of sbatch."""
     options = tree.get("sbatch") if isinstance(tree, Mapping) else None
     for key, value in options.items() if isinstance(options, Mapping) else ():
         name = str(key).replace("_", "-")
-        if name in OURS:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            checker.problem((*path, "sbatch"), f"{key!r}: expected the long name of an option of sbatch, without dashes before it")
+        elif name in OURS:
             checker.problem((*path, "sbatch", key), f"amlaunch sets it ({OURS[name]})")
-        elif isinstance(value, (dict, list)) or "\n" in str(value):
+        elif isinstance(value, (dict, list)) or len(str(value).splitlines()) > 1:
             checker.problem((*path, "sbatch", key), "expected one line of text, a number, or true")

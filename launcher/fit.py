@@ -93,7 +93,7 @@ def _size_problems(loaded: Loaded, cluster: Cluster, stage: Stage, part: Partiti
         key = f"--gpus {needs.gpus_per_node}:" if asked else f"{where_set(loaded, cluster, name, 'gpus_per_node')} is {needs.gpus_per_node},"
         yield f"{key} {node} {part.gpus}; partitions with GPUs: {_with_gpus(known)}"
     cpus = max(needs.cpus, needs.tasks_per_node)
-    if cpus > part.most_cpus:
+    if cpus > part.most_cpus and needs.gpus_per_node <= part.gpus:  # else so many come with the GPUs
         key = "cpus" if needs.cpus > needs.tasks_per_node else "tasks_per_node"
         yield f"{where_set(loaded, cluster, name, key) or f'resources.{name}.{key}'} is {cpus}, {node} {part.most_cpus} CPUs"
     if needs.mem and part.most_mem_mb and megabytes(needs.mem) > part.most_mem_mb:

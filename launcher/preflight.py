@@ -50,6 +50,7 @@ def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list
         with problems.collected():
             _check_visible(one, profile)
             there = _nearest(one.folder)
+            _check_is_folder(there, one)
             _check_writable(there, one)
             device = there.stat().st_dev
             needed[device] = needed.get(device, 0) + one.size  # several may be on one file system
@@ -70,6 +71,15 @@ def written(loaded: Loaded, plan: Plan, runs: Path) -> list[Written]:
         other = "preprocess.output_dir names another folder" if loaded.recipe.preprocess and loaded.recipe.preprocess.output_dir else RUNS_ELSEWHERE
         found.append(Written(Path(plan.data).parent, 0 if Path(plan.data).is_dir() else data_bytes(loaded), other))
     return found
+
+
+def _check_is_folder(there: Path, wanted: Written) -> None:
+    """Nothing but folders on the way, and a name that sbatch can be given."""
+    file = next((path for path in (wanted.folder, *wanted.folder.parents) if path.is_relative_to(there) and path != there and path.exists()), None)
+    if file:
+        raise BadInput(f"{file}: is not a folder; {wanted.other}")
+    if len(str(wanted.folder).splitlines()) > 1:
+        raise BadInput(f"{str(wanted.folder)!r}: a path with a line break cannot be given to sbatch; {wanted.other}")
 
 
 def _check_room(there: Path, wanted: Written, needed: int) -> None:

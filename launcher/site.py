@@ -64,6 +64,8 @@ def choose_partition(known: Sequence[Partition], cluster: Cluster, stage: str, g
     """
     name = cluster.profile.stage(stage).partition
     if name:
+        if "," in name:
+            raise BadInput(f"{cluster.where(stage, 'partition')} {name!r} is several; write one, for what a job may ask for is looked up there")
         found = next((part for part in known if part.name == name), None)
         if found is None:
             raise BadInput(f"{cluster.where(stage, 'partition')} {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}")

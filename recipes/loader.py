@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,9 @@ def _check_sweep(loaded: Loaded, lines: dict[KeyPath, str], job_start: bool) -> 
     for key, where in places.items():
         if not loaded.tree["sweep"][key]:
             raise BadInput(f"{where}: sweep.{key}: an empty list sweeps over nothing")
+        values = [json.dumps(value, sort_keys=True) for value in loaded.tree["sweep"][key]]
+        if len(set(values)) < len(values):
+            raise BadInput(f"{where}: sweep.{key}: {next(value for value in values if values.count(value) > 1)} is there twice")
         if key.split(".")[0] not in SWEPT:
             raise BadInput(f"{where}: sweep.{key}: the elements of a sweep share it; what may differ is {', '.join(SWEPT)}")
     for point in loaded.elements() if places else []:

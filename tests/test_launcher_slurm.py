@@ -116,6 +116,12 @@ class TestProfiles:
             ("lab: {sbatch: {job-name: x}}", "amlaunch sets it (the run's name makes it)"),
             ("lab: {stages: {train: {sbatch: {output: x}}}}", "stages.train.sbatch.output: amlaunch sets it"),
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
+            ('lab: {sbatch: {"nice\\nx": 3}}', "sbatch: 'nice\\nx': expected the long name of an option"),
+            ("lab: {sbatch: {--nice: 3}}", "without dashes before it"),
+            ('lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}', "stages.train.account: expected one line of text"),
+            ("lab: {stages: [a]}", "stages: expected a section with keys, found a list"),
+            ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
+            ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch takes 65535 at most"),
             ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
             ("lab: {time: soon}", "expected a time such as"),
             ("lab:\n  time: 99:99", "clusters.yaml:2: time: expected a time such as"),
@@ -213,6 +219,11 @@ class TestEveryProblemIsSaidAtOnce:
         assert refused(site, capsys, "lab: {partition: cpu}\n", "--gpus", "1") == ["--gpus 1: a node of partition cpu has 0; partitions with GPUs: gpu (8), gpu-low (8)"]
         words = ["--resources.train.gpus_per_node", "16", "--resources.train.tasks_per_node", "null", "--step_scheduler.global_batch_size", "32"]
         assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith("--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, a node of partition gpu has 8")
+
+    def test_of_a_folder_that_is_a_file_and_of_several_partitions(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
+        assert found[0] == "text/a.txt: is not a folder; --runs DIR puts runs elsewhere"
+        assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith("clusters.yaml:1: partition 'cpu,gpu' is several; write one")
 
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"
@@ -573,6 +584,10 @@ def test_sweeps_as_people_type_them() -> None:
     assert sweep_overrides(["{seed: [1]}"]) == ["--sweep={seed: [1]}"]
     with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
         sweep_overrides(["optimizer.lr"])
+    with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
+        sweep_overrides(["=1,2"])
+    with pytest.raises(BadInput, match="--sweep seed is given twice"):
+        sweep_overrides(["seed=1", "optimizer.lr=1", "seed=2"])
 
 
 def test_ports_that_are_taken_are_passed_over() -> None:

@@ -94,6 +94,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("wandb:\n  api_key: abc\n", 9, "export API_KEY"),
         ("sweep:\n  optimizer.lrr: [1, 2]\n", 9, "unknown key"),
         ("sweep:\n  optimizer.lr: []\n", 9, "empty list"),
+        ("sweep:\n  optimizer.lr: [1e-3, 2, 0.001]\n", 9, "0.001 is there twice"),
         ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
     ],
 )
