@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from recipes.errors import BAD_INPUT, FAILED, BadInput
@@ -11,8 +12,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
     from launcher.cli import run
 
+    _prepare_output()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where what goes wrong is told
+        return code
     except BadInput as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -32,6 +36,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if "not found" in error.message else FAILED
+
+
+def _prepare_output() -> None:
+    """A terminal that cannot show a character gets a question mark, and closed output is no error of ours."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

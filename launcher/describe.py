@@ -164,7 +164,11 @@ def console() -> Any:
     """A rich console that, piped into a file, does not break lines at 80 columns."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _asked_width())
+    class OurConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # which amlaunch handles for all commands alike; rich would exit with 1
+
+    return OurConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _asked_width())
 
 
 def _asked_width() -> int:
