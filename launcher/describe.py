@@ -104,6 +104,8 @@ def outcome(state: ElementState) -> str:
     """What a finished element made, or why an unfinished one is not."""
     if state.state == QUEUED:
         return waiting(state)
+    if state.state in (STOPPED, CANCELLED, DIED):
+        return " · ".join(filter(None, [state.reason or progress(state), saved(state)]))
     if state.state != DONE:
         return state.reason or progress(state)
     made = state.result

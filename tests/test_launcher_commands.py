@@ -457,6 +457,17 @@ class TestStatus:
         for words in [], ["--watch"], ["--json"]:
             assert amlaunch(tmp_path, "status", "test-1", *words).returncode == 0
 
+    def test_a_run_that_cannot_be_read_hides_no_other(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        shutil.copytree(run.root, run.root.with_name("other-2"))
+        loop = RunDir(run.root.with_name("other-2")).element("train", "0").attempts
+        loop.parent.mkdir(parents=True)
+        loop.symlink_to(loop)
+        found = amlaunch(tmp_path, "status")
+        assert found.returncode == 0 and "test-1  pending" in found.stdout and f"warning: {loop}: Too many levels" in found.stderr
+        found = amlaunch(tmp_path, "status", "other-2")
+        assert found.returncode == 1 and f"error: {loop}: Too many levels" in found.stderr
+
     def test_what_differs_in_numbers_and_hosts_alone_is_told_once(self, tmp_path):
         run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
         for i in range(25):

@@ -146,7 +146,7 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
         states = {(state.stage, state.name): state for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))}
         going = {key: state for key, state in states.items() if state.state in (*ACTIVE, UNKNOWN)}
         for key in sorted(saving - going.keys()):
-            print(" · ".join(filter(None, [describe.line(states[key]), describe.saved(states[key])])), flush=True)
+            print(describe.line(states[key]), flush=True)
         running = {key for key, state in going.items() if state.state == RUNNING}
         if running - saving:
             new = len(running - saving)

@@ -9,8 +9,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from launcher import describe
 from launcher.plan import Plan
@@ -34,6 +34,9 @@ from launcher.store import find_run, list_runs, read_plan, roots
 from recipes.errors import BadInput
 from recipes.files import read_object
 from recipes.rundir import RunDir
+
+if TYPE_CHECKING:
+    from launcher.queue import Queue
 
 WATCH_SECONDS = 2.0
 CLUSTER_WATCH_SECONDS = 15.0
@@ -94,14 +97,34 @@ def _read(options: argparse.Namespace) -> tuple[list[Shown], list[str]]:
         except (BadInput, OSError) as error:
             if options.run:
                 raise
-            print(f"warning: {error}", file=sys.stderr)  # one damaged run does not hide the others
+            _warn(error)
     if not pairs:
         return [], []
     from launcher.queue import Queue
 
     queue = Queue()
-    found = [(run_dir, plan, states) for (run_dir, plan), states in zip(pairs, read_runs(pairs, queue), strict=True)]
+    try:
+        found = [(*pair, states) for pair, states in zip(pairs, read_runs(pairs, queue), strict=True)]
+    except OSError:
+        if options.run:
+            raise
+        found = list(_one_by_one(pairs, queue))
     return found, queue.problems
+
+
+def _one_by_one(pairs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> Iterator[Shown]:
+    """The runs whose files can be read."""
+    for pair in pairs:
+        try:
+            yield (*pair, read_runs([pair], queue)[0])
+        except OSError as error:
+            _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    """One damaged or closed run does not hide the others."""
+    words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print(f"warning: {words}", file=sys.stderr)
 
 
 def _plan_of(run_dir: RunDir) -> Plan:
