@@ -202,6 +202,9 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
             _check_lines(checker, own, path)
     if profile is not None and profile.signal_seconds > MAX_SIGNAL_SECONDS:
         checker.problem(("signal_seconds",), f"sbatch takes {MAX_SIGNAL_SECONDS} at most")
+    for root in profile.shared_roots if profile is not None else []:
+        if not root.startswith(("/", "~", "$")):
+            checker.problem(("shared_roots",), f"{root!r}: expected a path from the root, for it is the same on every machine")
     if profile is not None and has_placeholder(profile.runs):
         checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
     refuse(checker.problems)

@@ -59,11 +59,14 @@ class Executor(submitit.SlurmExecutor):
 
 
 def script(array: Array, profile: Profile, run_root: Path, code: Path, run_id: str) -> str:
-    """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take."""
+    """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take, SlurmError where Slurm is not."""
     if "\n" in f"{run_root}{array.folder}":
         raise BadInput(f"{run_root!r}: a path with a line break cannot be given to sbatch; --runs DIR puts runs elsewhere")
     parameters = _parameters(array, profile, run_id)
-    renderer = submitit.SlurmExecutor(array.folder.parent)
+    try:
+        renderer = submitit.SlurmExecutor(array.folder.parent)
+    except RuntimeError:  # it looks for srun
+        raise SlurmError("srun", "not found: is this a machine of the cluster?") from None
     renderer.update_parameters(**parameters)
     python = os.path.expanduser(profile.python) if profile.python else sys.executable
     command = [*python_command("launcher.job", python, any_version=profile.python is not None), str(run_root), str(array.folder)]

@@ -72,8 +72,8 @@ def read_submission(folder: Path) -> Submission:
     try:
         listed = {name: tuple(value.get(name, ())) for name in ("elements", "after", "inputs")}
         return Submission(folder, **{**value, **listed})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a submission that this amlaunch can read ({error!r})") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: not a submission that this amlaunch can read (damaged, or of another version)") from None
 
 
 def read_submissions(jobs: Path, *, strict: bool = False) -> list[Submission]:

@@ -32,7 +32,7 @@ from recipes.loader import Loaded, is_secret_variable
 from recipes.rundir import RunDir
 
 REFUSED = "Batch job submission failed"
-AMBIGUOUS = ("timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
+AMBIGUOUS = ("not found: is this", "no answer in", "timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
 """With one of these, sbatch does not know whether the controller took the job."""
 CLOCK_SECONDS = 120.0
 """By how much the clocks of this host and of the controller may differ."""
@@ -223,13 +223,18 @@ def submit_draft(draft: Draft, run: RunDir, plan: Plan, jobs: dict[str, str]) ->
     return submission
 
 
+def has_refused(error: SlurmError) -> bool:
+    """Whether it is the controller that spoke, and not somebody who could not reach it."""
+    return not any(word.lower() in error.message.lower() for word in AMBIGUOUS)
+
+
 def _settle(submission: Submission, error: SlurmError) -> str:
     """The job of an sbatch that ended with an error: it may be in the queue all the same.
 
     Raises BadInput where sbatch refused it, SlurmError where nobody knows; the
     open submission then stays, for :func:`recover`.
     """
-    refused = REFUSED in error.message and not any(word.lower() in error.message.lower() for word in AMBIGUOUS)
+    refused = REFUSED in error.message and has_refused(error)
     for seconds in (0.0,) if refused else FIND_SECONDS:
         time.sleep(seconds)
         try:

@@ -121,6 +121,7 @@ class TestProfiles:
             ('lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}', "stages.train.account: expected one line of text"),
             ("lab: {stages: [a]}", "stages: expected a section with keys, found a list"),
             ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
+            ("lab: {shared_roots: [.]}", "shared_roots: '.': expected a path from the root"),
             ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch takes 65535 at most"),
             ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
             ("lab: {time: soon}", "expected a time such as"),
@@ -224,6 +225,28 @@ class TestEveryProblemIsSaidAtOnce:
         found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
         assert found[0] == "text/a.txt: is not a folder; --runs DIR puts runs elsewhere"
         assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith("clusters.yaml:1: partition 'cpu,gpu' is several; write one")
+
+    def test_of_a_run_that_is_somebody_elses(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not after half of it is written."""
+        clusters = "lab: {mem: 1G, time: 10}\n"
+        (site / "clusters.yaml").write_text(clusters)
+        assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs"), "--dry-run", "--json"]) == 0
+        run = Path(json.loads(capsys.readouterr().out)["path"])
+        run.parent.mkdir()
+        run.write_text("")
+        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is not a folder; --name NAME begins another run"
+        run.unlink()
+        run.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
+        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is {run.owner()}'s, and you may not write to it; --name NAME begins another run"
+
+    def test_a_silent_slurm_has_refused_nothing(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        (site / "clusters.yaml").write_text("lab: {mem: 1G, time: 10}\n")
+        for words, code in (("Unable to contact slurm controller (connect failure)", 1), ("allocation failure: Invalid qos", 2)):
+            monkeypatch.setattr(sbatch, "test_only", lambda *_, words=words: (_ for _ in ()).throw(SlurmError("sbatch", words)))
+            assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs")]) == code
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert words in said and ("would refuse" in said) == (code == 2)
 
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from launcher.submit import (
     Say,
     dependency,
     drafts,
+    has_refused,
     known_states,
     moved_note,
     recover,
@@ -143,12 +145,29 @@ def _check_run(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[S
     """What is there already of the run, and sbatch's own word. Nothing is written. Raises BadInput and SlurmError."""
     if is_locked(run_dir.lock):
         raise BadInput(f"{plan.run_id} is being run by amlaunch local; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
+    _check_own(run_dir.root, "--name NAME begins another run")
+    _check_own(run_dir.shared.resolve(), "--runs DIR makes shards of your own")
     states = known_states(run_dir, plan)
     note = moved_note(run_dir, plan, cluster.name, states)
     if note:
         say(f"note: {note}")
     _check_input(states, stages)
     _ask_sbatch(_drafts(run_dir, plan, cluster, stages, states))
+
+
+def _check_own(folder: Path, other: str) -> None:
+    """What is there of the run, or of shards that runs share, can be gone on with. Raises BadInput."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; {other}")
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder} is {_owner(folder)}'s, and you may not write to it; {other}")
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return folder.owner()
+    except KeyError:  # a number without a name here
+        return f"user {folder.stat().st_uid}"
 
 
 def _check_input(states: Sequence[ElementState], stages: Sequence[Stage]) -> None:
@@ -170,6 +189,8 @@ def _ask_sbatch(found: Sequence[Draft]) -> None:
         try:
             sbatch.test_only(draft.text)
         except SlurmError as error:
+            if not has_refused(error):
+                raise
             raise BadInput(f"stage {draft.array.stage.name}: sbatch would refuse it: {error.message}") from None
 
 
@@ -192,12 +213,16 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
 def _submit(
     options: argparse.Namespace, loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say
 ) -> list[Submission]:
-    with submitting(run_dir, plan):
-        recover(run_dir, plan, say)
-        busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
-        write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
-        write_environment(run_dir, loaded, cluster.profile)
-        return submit_run(run_dir, plan, cluster.profile, stages, say)
+    try:
+        with submitting(run_dir, plan):
+            recover(run_dir, plan, say)
+            busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
+            write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+            write_environment(run_dir, loaded, cluster.profile)
+            return submit_run(run_dir, plan, cluster.profile, stages, say)
+    except KeyboardInterrupt:
+        say(f"interrupted: the same command goes on; {describe.program()} cancel {describe.name_of(run_dir)} ends what Slurm has already")
+        raise
 
 
 def closing(run_dir: RunDir, plan: Plan) -> str:
