@@ -49,6 +49,7 @@ def _silent_slurm(tmp_path, monkeypatch):
     for name, value in {"SLURM_CONF": conf, "XDG_CACHE_HOME": tmp_path / "cache", "XDG_CONFIG_HOME": tmp_path / "config"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
@@ -456,6 +457,24 @@ class TestStatus:
         drive(run).wait()
         for words in [], ["--watch"], ["--json"]:
             assert amlaunch(tmp_path, "status", "test-1", *words).returncode == 0
+
+    def test_its_json_has_the_keys_that_are_documented(self, tmp_path):
+        """Scripts read them: one that is renamed, left out or added without a word breaks them."""
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        ended(run, "train", "0", "x", "alpha")
+        text = (Path(ROOT) / "docs" / "commands.md").read_text()
+        (documented,) = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
+        (shown,) = json.loads(amlaunch(tmp_path, "status", "--json").stdout)
+        assert list(shown) == list(documented) and list(shown["stages"][0]) == list(documented["stages"][0])
+        assert list(shown["stages"][0]["elements"][0]) == list(documented["stages"][0]["elements"][0])
+
+    def test_why_it_waits_and_until_when_is_said_in_words(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "11")
+        slurm_said(JobInfo("11_0", "PENDING", "Resources", "2026-11-24T18:00:00"))
+        assert "waits for free nodes · starts about 2026-11-24 18:00:00" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        (shown,) = json.loads(amlaunch(tmp_path, "status", "test-1", "--json", patch=KEPT_LONGER).stdout)
+        assert shown["stages"][0]["elements"][0]["start_estimate"] == "2026-11-24T18:00:00"
 
     def test_a_run_that_cannot_be_read_hides_no_other(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [[]], ONE))
