@@ -56,7 +56,8 @@ def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
     """amlaunch as a process of its own; ``patch``: lines of Python that run first, to shorten a pause."""
     code = f"import sys\n{patch}\nfrom launcher.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, **pipes)
+    env = dict(os.environ)  # and not what readline, which pytest loads, sets behind Python's back: COLUMNS
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, env=env, **pipes)
 
 
 def amlaunch(folder: Path, *words: str, patch: str = "") -> subprocess.CompletedProcess:
