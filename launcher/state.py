@@ -9,15 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.causes import cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
-from launcher.submissions import Submission, newest_jobs, submissions_of
 from recipes.files import is_locked, read_json_lines, read_object
 from recipes.rundir import ElementDir, RunDir
 
 if TYPE_CHECKING:
     from launcher.queue import Queue
     from launcher.slurm import JobInfo
+    from launcher.submissions import Submission
 
 PENDING, RUNNING, DONE, STOPPED, FAILED, DIED = "pending", "running", "done", "stopped", "failed", "died"
 """``died``: an attempt that started and left no word of its end, such as one that was killed with its driver."""
@@ -184,6 +183,8 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
     if info is not None:
         state, reason = explain_end(info, found)
+        from launcher.causes import cause_of, tail_of
+
         said = f"{'Out Of Memory' if info.state == 'OUT_OF_MEMORY' else ''}\n{tail_of(submission.log(index))}"
         cause = cause_of(said) if state == FAILED else None
         reason = cause.explain(reason, stage) if cause else reason
@@ -342,6 +343,8 @@ class _Found:
 
 def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[ElementState]]:
     """All elements of several runs, with one squeue and at most one sacct for all of them."""
+    from launcher.submissions import submissions_of  # here, like all that a list without runs can do without
+
     pairs = [(run, plan, submissions_of(run, plan)) for run, plan in runs]
     if any(submissions for _, _, submitted in pairs for submissions in submitted.values()):
         _ = queue.jobs  # before the files: a job that ends in between has left its marker, not the other way round
@@ -364,6 +367,8 @@ def _with_causes(states: list[ElementState]) -> list[ElementState]:
 
 
 def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:
+    from launcher.submissions import newest_jobs
+
     for stage in plan.stages:
         jobs = newest_jobs(submitted[stage.name])
         folder = run.stage(stage.name)
