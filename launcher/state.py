@@ -87,24 +87,31 @@ def trace(folder: ElementDir) -> Trace:
     """Read the files of one element."""
     done = read_done(folder)
     missing = missing_output(done) if done is not None else None
-    marker = _sound(done) if done is not None and missing is None else None
-    return Trace(folder, [_sound(line) for line in read_json_lines(folder.attempts)], marker, missing or "", _sound(read_object(folder.progress)))
+    marker = _sound(done, RESULT) if done is not None and missing is None else None
+    lines = [_sound(line, RECORD) for line in read_json_lines(folder.attempts)]
+    return Trace(folder, lines, marker, missing or "", _sound(read_object(folder.progress), RECORD))
 
 
 NUMBER = (int, float)
-KINDS: dict[str, type | tuple[type, ...]] = {
+Kinds = dict[str, type | tuple[type, ...]]
+RECORD: Kinds = {
     **dict.fromkeys(("time", "seconds", "gpus", "done", "total", "rate", "eta_s", "loss", "val_loss", "saved"), NUMBER),
-    **dict.fromkeys(("tokens", "documents", "shards", "parameters", "tokens_per_s", "loss_first", "loss_last"), NUMBER),
     **dict.fromkeys(("attempt", "rank"), int),
-    **dict.fromkeys(("host", "nodes", "reason", "outcome", "unit", "sample", "checkpoint"), str),
+    **dict.fromkeys(("host", "nodes", "reason", "outcome", "unit"), str),
 }
+"""What attempts.jsonl and progress.json have."""
+RESULT: Kinds = {
+    **dict.fromkeys(("time", "seconds", "tokens", "documents", "shards", "parameters", "tokens_per_s", "loss_first", "loss_last"), NUMBER),
+    **dict.fromkeys(("sample", "checkpoint"), str),
+}
+"""What is shown of a marker; the rest is the stage's own."""
 OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank")
 """Which may be null: nobody knows yet."""
 
 
-def _sound(found: dict[str, Any]) -> dict[str, Any]:
+def _sound(found: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
     """Without values that are not what they should be: a damaged file of one element hides none of the others."""
-    return {key: value for key, value in found.items() if key not in KINDS or isinstance(value, KINDS[key]) or (value is None and key in OPEN)}
+    return {key: value for key, value in found.items() if key not in kinds or isinstance(value, kinds[key]) or (value is None and key in OPEN)}
 
 
 def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementState:

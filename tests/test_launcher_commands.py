@@ -477,6 +477,13 @@ class TestStatus:
         (shown,) = json.loads(amlaunch(tmp_path, "status", "test-1", "--json", patch=KEPT_LONGER).stdout)
         assert shown["stages"][0]["elements"][0]["start_estimate"] == "2026-11-24T18:00:00"
 
+    def test_what_a_stage_says_of_its_own_is_not_touched(self, tmp_path):
+        """The GPU check says with ``gpus`` what each did; an attempt, how many there were."""
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        write_json(run.element("train", "0").done, {"outputs": {}, "gpus": [{"rank": 0}], "seconds": "long"})
+        (state,) = read_run(run, plan)
+        assert state.result == {"outputs": {}, "gpus": [{"rank": 0}]} and state.seconds is None
+
     def test_a_run_that_cannot_be_read_hides_no_other(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [[]], ONE))
         shutil.copytree(run.root, run.root.with_name("other-2"))
