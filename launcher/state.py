@@ -105,7 +105,7 @@ RESULT: Kinds = {
     **dict.fromkeys(("sample", "checkpoint"), str),
 }
 """What is shown of a marker; the rest is the stage's own."""
-OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank")
+OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank", "sample", "tokens_per_s", "loss_first", "loss_last")
 """Which may be null: nobody knows yet."""
 
 
