@@ -12,9 +12,9 @@ demo: install
 	$(BIN)/amlaunch local quickstart
 	@echo; echo "to have amlaunch on the path of this shell: . $(BIN)/activate"
 
-# Two processes: the tests on the cluster wait for Slurm most of the time, the others compute.
+# Four processes: the tests on clusters wait for Slurm most of the time, the others compute.
 test: install lint
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests -n 4 --dist loadgroup --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest tests -m "not slow"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from recipes.errors import BAD_INPUT, FAILED, BadInput
@@ -10,10 +11,12 @@ from recipes.errors import BAD_INPUT, FAILED, BadInput
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
     from launcher.cli import run
-    from launcher.slurm import SlurmError
 
+    _prepare_output()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where what goes wrong is told
+        return code
     except BadInput as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -23,12 +26,26 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
         return 141
-    except SlurmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if "not found" in error.message else FAILED
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
+    except Exception as error:
+        from launcher.slurm import SlurmError  # most commands never call Slurm
+
+        if not isinstance(error, SlurmError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if "not found" in error.message else FAILED
+
+
+def _prepare_output() -> None:
+    """A terminal that cannot show a character gets a question mark, and closed output is no error of ours."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

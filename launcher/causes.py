@@ -24,7 +24,8 @@ class Cause:
     """One kind of failure."""
 
     kind: str
-    pattern: re.Pattern[str]
+    pattern: str
+    """A regular expression, whatever the case."""
     again: bool
     """Whether another try can end otherwise."""
     elsewhere: bool
@@ -36,33 +37,37 @@ class Cause:
         """The hint for one stage."""
         return self.hint.replace("{stage}", stage)
 
-
-def _cause(kind: str, pattern: str, again: bool, elsewhere: bool, hint: str) -> Cause:
-    return Cause(kind, re.compile(pattern, re.IGNORECASE | re.MULTILINE), again, elsewhere, hint)
+    def explain(self, reason: str, stage: str) -> str:
+        """A reason with the hint; what both say is said once: ``killed (out of memory?)`` and ``out of memory; give more``."""
+        reason = reason.removesuffix(f" ({self.kind}?)")
+        what, _, advice = self.advice(stage).partition("; ")
+        return f"{reason}; {advice}" if what in reason and advice else f"{reason}: {what}{'; ' if advice else ''}{advice}"
 
 
 CAUSES = (
-    _cause("hang", r"^error: rank \d+ on \S+ hangs: ", True, True,
-           "a rank got nowhere and ended itself; what its threads did is in its log"),
-    _cause("full disk", r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b", False, False,
-           "the disk is full, or your quota on it; amlaunch clean shows what can go"),
-    _cause("out of GPU memory", r"CUDA out of memory|OutOfMemoryError", False, False,
-           "out of GPU memory; a smaller step_scheduler.local_batch_size needs less"),
-    _cause("out of memory", r"oom[-_ ]kill|Out Of Memory|exceeded (job|step) memory limit|Exceeded .{0,40}memory limit|DefaultCPUAllocator: can't allocate|\bMemoryError\b", False, False,
-           "out of memory; give resources more mem: amlaunch resume RUN --resources.{stage}.mem 64G, say"),
-    _cause("broken GPU", r"uncorrectable ECC|ECC error|\bXid\b|GPU has fallen off the bus|unspecified launch failure|CUDA error: (unknown|hardware|an illegal instruction)|no CUDA-capable device", True, True,
-           "the GPU or its driver failed"),
-    _cause("network", r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL (error|WARN.*failed)|Watchdog caught collective operation timeout|Connection (closed|reset) by peer|Connection refused|Socket closed|recvValue failed|Broken pipe|No route to host|Network is unreachable", True, True,
-           "ranks lost each other"),
-    _cause("node", r"Stale file handle|Input/output error|Transport endpoint is not connected|Bus error", True, True,
-           "the node or its file system failed"),
+    Cause("hang", r"(^|\n)error: rank \d+ on \S+ hangs: ", True, True,
+          "a rank got nowhere and ended itself; what its threads did is in its log"),
+    Cause("full disk", r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b", False, False,
+          "the disk is full, or your quota on it; amlaunch clean shows what can go"),
+    Cause("out of GPU memory", r"CUDA out of memory|OutOfMemoryError", False, False,
+          "out of GPU memory; a smaller step_scheduler.local_batch_size needs less"),
+    Cause("out of memory", r"oom[-_ ]kill|Out Of Memory|exceeded (job|step) memory limit|Exceeded .{0,40}memory limit|DefaultCPUAllocator: can't allocate|\bMemoryError\b", False, False,
+          "out of memory; give resources more mem: amlaunch resume RUN --resources.{stage}.mem 64G, say"),
+    Cause("no environment", r"slurm_script: line \d+: .*: (No such file or directory|Permission denied|cannot execute)|exec: .*: (not found|cannot execute)|ModuleNotFoundError: No module named", False, False,
+          "Python or a package of it is not on the node; python and setup in the profile say which environment jobs have"),
+    Cause("broken GPU", r"uncorrectable ECC|ECC error|\bXid\b|GPU has fallen off the bus|unspecified launch failure|CUDA error: (unknown|hardware|an illegal instruction)|no CUDA-capable device", True, True,
+          "the GPU or its driver failed"),
+    Cause("network", r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL (error|WARN.*failed)|Watchdog caught collective operation timeout|Connection (closed|reset) by peer|Connection refused|Socket closed|recvValue failed|Broken pipe|No route to host|Network is unreachable", True, True,
+          "ranks lost each other"),
+    Cause("node", r"Stale file handle|Input/output error|Transport endpoint is not connected|Bus error", True, True,
+          "the node or its file system failed"),
 )  # fmt: skip
 """Looked for in this order: a full disk breaks connections, too."""
 
 
 def cause_of(text: str) -> Cause | None:
     """The first cause whose words are in ``text``."""
-    return next((cause for cause in CAUSES if cause.pattern.search(text)), None)
+    return next((cause for cause in CAUSES if re.search(cause.pattern, text, re.IGNORECASE)), None)
 
 
 def tail_of(log: Path) -> str:

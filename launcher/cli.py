@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 from collections.abc import Sequence
+from typing import NoReturn
 
 from recipes.errors import BadInput, did_you_mean
 from recipes.version import VERSION
@@ -16,11 +16,21 @@ Any key of a recipe can be changed on the command line: --model.n_layer 6, --opt
 with everything saved (the same command goes on from there), 130 ended by Ctrl-C.
 """
 GUIDE_SECTIONS = ("rng", "dist_env")
+CHANGE_RECIPES = ("local", "submit", "show", "resume", "retry", "export")
+"""Commands that take overrides of a recipe (retry, to say that it does not)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a line of ours, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises BadInput."""
+        raise BadInput(f"{message}; {self.prog} --help says more")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="amlaunch",
         description="One YAML recipe from raw text to a trained language model.",
         epilog=EPILOG,
@@ -188,12 +198,12 @@ def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``(arguments for the parser, overrides)``.
+def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: bool = True) -> tuple[list[str], list[str]]:
+    """``(arguments for the parser, overrides)``. Raises BadInput for an unknown option, with the nearest one.
 
-    An option that the parser does not know is an override and takes the next
-    word as its value, so argparse never mistakes ``6`` in ``--model.n_layer 6``
-    for the recipe.
+    Where overrides are ``allowed``, an option that the parser does not know is
+    one if it begins with a section of a recipe, and takes the next word as its
+    value, so argparse never mistakes ``6`` in ``--model.n_layer 6`` for the recipe.
     """
     options = {name: action for action in parser._actions for name in action.option_strings}
     ours: list[str] = []
@@ -202,14 +212,16 @@ def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tup
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
-        if not word.startswith("--") or word == "--":
+        if not word.startswith("-") or word == "-" or word[1:2].isdigit():
             ours.append(word)
+        elif word == "--":
+            return [*ours, word, *words], overrides
         elif name in options:
             ours.append(word)
             if not equals and options[name].nargs is None and words:
                 ours.append(words.pop(0))
         else:
-            _refuse_unknown(name, list(options))
+            _refuse_unknown(name, list(options), allowed)
             overrides.append(word)
             if not equals and words and not words[0].startswith("--"):
                 overrides.append(words.pop(0))
@@ -223,22 +235,41 @@ def sweep_overrides(axes: Sequence[str]) -> list[str]:
         key, equals, values = axis.partition("=")
         if axis.lstrip().startswith("{") or axis.strip() in ("null", "none"):
             found.append(f"--sweep={axis}")
-        elif not equals or not values:
+        elif not equals or not values or not key.strip():
             raise BadInput(f"--sweep {axis}: an axis is KEY=V1,V2, such as optimizer.lr=1e-4,3e-4")
         else:
             found.append(f"--sweep.{key}=[{values.strip('[]')}]")
+    keys = [axis.partition("=")[0] for axis in axes]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice:
+        raise BadInput(f"--sweep {twice} is given twice; one axis takes all its values: --sweep {twice}=V1,V2")
     return found
 
 
-def _refuse_unknown(name: str, options: list[str]) -> None:
-    """A word that is no section of a recipe was meant as an option."""
-    from recipes.schema import Recipe
-
-    sections = [field.name for field in dataclasses.fields(Recipe)]
-    root = name[2:].split(".")[0]
-    if root not in (*sections, *GUIDE_SECTIONS):
+def _refuse_unknown(name: str, options: list[str], overrides: bool) -> None:
+    """A word that is no section of a recipe, or not where those can be changed, was meant as an option."""
+    sections = _sections() if overrides else []
+    if not name.startswith("--") or name[2:].split(".")[0] not in (*sections, *(GUIDE_SECTIONS if overrides else ())):
         near = did_you_mean(name, [*options, *(f"--{section}" for section in sections)])
         raise BadInput(f"unknown option {name}; {near}")
+
+
+def _sections() -> list[str]:
+    from dataclasses import fields
+
+    from recipes.schema import Recipe
+
+    return [field.name for field in fields(Recipe)]
+
+
+def _check_command(parser: argparse.ArgumentParser, word: str, commands: Sequence[str]) -> None:
+    """Raises BadInput for a first word that is neither a command nor an option of amlaunch itself."""
+    if word.startswith("-"):
+        known = [name for action in parser._actions for name in action.option_strings]
+        if word.partition("=")[0] not in known:
+            raise BadInput(f"unknown option {word}; the command comes first: amlaunch COMMAND {word}")
+    elif word not in commands:
+        raise BadInput(f"no command {word!r}; {did_you_mean(word, commands)}")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -246,9 +277,11 @@ def run(argv: Sequence[str]) -> int:
     parser = build_parser()
     words = list(argv)
     overrides: list[str] = []
-    if words and words[0] in ("local", "submit", "show", "resume", "retry", "export"):
-        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-        words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    if words:
+        _check_command(parser, words[0], list(commands))
+    if words and words[0] in commands:
+        words[1:], overrides = split_overrides(commands[words[0]], words[1:], allowed=words[0] in CHANGE_RECIPES)
     options = parser.parse_args(words)
     if options.command is None:
         parser.print_help()

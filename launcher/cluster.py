@@ -8,20 +8,21 @@ or by file: ``--cluster site.yaml``, ``--cluster sites.yaml:NAME``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.profiles import FILE, profile_files
 from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import has_placeholder, variables
 from recipes.loader import is_secret_variable, refuse_secrets
-from recipes.schema import Minutes, Positive
+from recipes.schema import Memory, Minutes, Positive
 from recipes.targets import Policy
-from recipes.yamlfile import read_file
+from recipes.yamlfile import KeyPath, read_file
 
-FILE = "clusters.yaml"
 OURS = {
     "array": "the elements of a stage make it", "output": "logs go into the run directory", "error": "logs go into the run directory",
     "dependency": "the stages' order makes it", "comment": "it finds the job again", "signal": "write signal_seconds",
@@ -33,6 +34,11 @@ OURS = {
     "gpus-per-node": "write resources in the recipe", "mem": "write mem here, or resources in the recipe", "time": "write time here, or resources in the recipe",
 }  # fmt: skip
 """sbatch's options that amlaunch sets itself, and what to write instead."""
+ONE_LINE = ("partition", "account", "qos", "gpu_type", "interface", "python", "runs")
+MAX_SIGNAL_SECONDS = 65535
+"""sbatch(1), ``--signal``."""
+
+STAGES = ("preprocess", "verify", "train", "export")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class StageProfile:
     qos: str | None = None
     cpus: Positive | None = None
     """CPUs a node where the recipe does not say."""
-    mem: str | None = None
+    mem: Memory | None = None
     """Memory a node where the recipe does not say."""
     time: Minutes | None = None
     """Time limit where the recipe does not say."""
@@ -77,7 +83,7 @@ class Profile:
     """None: Slurm's default, or for stages with GPUs one that has enough of them."""
     account: str | None = None
     qos: str | None = None
-    mem: str | None = None
+    mem: Memory | None = None
     time: Minutes | None = None
     throttle: Positive | None = None
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -117,14 +123,21 @@ class Cluster:
     source: str
     tree: Mapping[str, Any]
     """As written: what the run directory stores."""
+    lines: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Where each key was set: ``file:line``."""
+
+    def where(self, stage: str, key: str) -> str:
+        """Who set a stage's ``key``, for the start of a sentence: ``clusters.yaml:3: stages.train.time``; empty: nobody."""
+        own = ((self.tree.get("stages") or {}).get(stage) or {}).get(key)
+        path = ("stages", stage, key) if own else (key,)
+        return self.at(path) if own or self.tree.get(key) else ""
+
+    def at(self, path: KeyPath) -> str:
+        """A key with its place."""
+        return f"{self.lines.get(path, self.source)}: {'.'.join(path)}"
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local"}}
-
-
-def config_folder() -> Path:
-    """The user's own settings."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "amlaunch"
 
 
 def find_cluster(name: str) -> Cluster:
@@ -140,11 +153,6 @@ def find_cluster(name: str) -> Cluster:
         return _checked(name, BUILT_IN[name], None, {})
     files = ", ".join(map(str, profile_files())) or f"{FILE} is not here"
     raise BadInput(f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; amlaunch doctor writes a profile of this site")
-
-
-def profile_files() -> list[Path]:
-    """The files of profiles that are there, the nearest first."""
-    return [path for path in (Path(FILE), config_folder() / FILE) if path.is_file()]
 
 
 def known_clusters() -> list[str]:
@@ -173,7 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:
 
 def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
     below = {key[1:]: where for key, where in lines.items() if key[:1] == (name,)}
-    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {})
+    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {}, below)
 
 
 def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
@@ -182,10 +190,21 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
     checker = Checker(lines, visible, Policy(), job_start=False)
     profile = checker.section(Profile, tree, ())
     if isinstance(tree, Mapping):
-        refuse_secrets(tree, lines)
-        _check_sbatch(checker, tree, ())
-        for stage, own in (tree.get("stages") or {}).items():
-            _check_sbatch(checker, own, ("stages", str(stage)))
+        try:
+            refuse_secrets(tree, lines)
+        except BadInput as error:
+            checker.problems.append(str(error))
+        stages = tree.get("stages")
+        sections: list[tuple[KeyPath, Any]] = [((), tree)]
+        sections += [(("stages", str(name)), own) for name, own in stages.items()] if isinstance(stages, Mapping) else []
+        for path, own in sections:
+            _check_sbatch(checker, own, path)
+            _check_lines(checker, own, path)
+    if profile is not None and profile.signal_seconds > MAX_SIGNAL_SECONDS:
+        checker.problem(("signal_seconds",), f"sbatch takes {MAX_SIGNAL_SECONDS} at most")
+    for root in profile.shared_roots if profile is not None else []:
+        if not root.startswith(("/", "~", "$")):
+            checker.problem(("shared_roots",), f"{root!r}: expected a path from the root, for it is the same on every machine")
     if profile is not None and has_placeholder(profile.runs):
         checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
     refuse(checker.problems)
@@ -194,12 +213,21 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
     return found
 
 
-def _check_sbatch(checker: Checker, tree: Any, path: tuple[str, ...]) -> None:
+def _check_lines(checker: Checker, tree: Any, path: KeyPath) -> None:
+    """A line break would end an ``#SBATCH`` line, and begin another one."""
+    for key in ONE_LINE if isinstance(tree, Mapping) else ():
+        if isinstance(tree.get(key), str) and len(tree[key].splitlines()) > 1:
+            checker.problem((*path, key), "expected one line of text")
+
+
+def _check_sbatch(checker: Checker, tree: Any, path: KeyPath) -> None:
     """Of sbatch's options, those that are ours to set; whether sbatch knows the others is asked of sbatch."""
     options = tree.get("sbatch") if isinstance(tree, Mapping) else None
     for key, value in options.items() if isinstance(options, Mapping) else ():
         name = str(key).replace("_", "-")
-        if name in OURS:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            checker.problem((*path, "sbatch"), f"{key!r}: expected the long name of an option of sbatch, without dashes before it")
+        elif name in OURS:
             checker.problem((*path, "sbatch", key), f"amlaunch sets it ({OURS[name]})")
-        elif isinstance(value, (dict, list)) or "\n" in str(value):
+        elif isinstance(value, (dict, list)) or len(str(value).splitlines()) > 1:
             checker.problem((*path, "sbatch", key), "expected one line of text, a number, or true")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -81,6 +82,15 @@ def progress(state: ElementState) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def saved(state: ElementState) -> str:
+    """Up to where the work of an element that left is kept: ``saved at step 120/400``; empty where nobody says."""
+    beat = state.progress
+    if state.state == DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
+        return ""
+    total = f"/{beat['total']}" if beat.get("total") else ""
+    return f"saved at step {beat['saved']}{total}" if beat["saved"] else "nothing saved yet"
+
+
 def waiting(state: ElementState) -> str:
     """Why a queued element waits, and when Slurm thinks that it starts."""
     return " · ".join(part for part in (state.reason, f"starts about {state.start.replace('T', ' ')}" if state.start else "") if part)
@@ -94,6 +104,8 @@ def outcome(state: ElementState) -> str:
     """What a finished element made, or why an unfinished one is not."""
     if state.state == QUEUED:
         return waiting(state)
+    if state.state in (STOPPED, CANCELLED, DIED):
+        return " · ".join(filter(None, [state.reason or progress(state), saved(state)]))
     if state.state != DONE:
         return state.reason or progress(state)
     made = state.result
@@ -125,7 +137,8 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     folder = run.element(state.stage, state.name)
     rank = state.rank or 0
     log = folder.log(state.attempts, rank)
-    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {state.reason}"]
+    reason, next_command = _with_names(run, state, next_command)
+    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {reason}"]
     text, whose = tail(log) if state.retry else [], f"rank {rank}"
     if state.retry and not text and state.log is not None:  # it did not get as far as a rank
         log, text, whose = state.log, tail(state.log), f"job {state.job}"
@@ -136,11 +149,34 @@ def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     return [*lines, f"next: {next_command}", "(goes on from what is saved)"]
 
 
+REMEDY = re.compile(r"amlaunch resume RUN (.+?)(?:, say)?$")
+"""What a reason ends with where the same settings would fail again (launcher.causes)."""
+
+
+def _with_names(run: RunDir, state: ElementState, next_command: str) -> tuple[str, str]:
+    """The reason with a command that can be pasted, and of a job that command as the next one."""
+    found = REMEDY.search(state.reason)
+    if found is None:
+        return state.reason, next_command
+    remedy = f"{program()} resume {name_of(run)} {found[1]}"
+    return state.reason[: found.start()] + remedy, remedy if state.job else next_command
+
+
 def console() -> Any:
     """A rich console that, piped into a file, does not break lines at 80 columns."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    class OurConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # which amlaunch handles for all commands alike; rich would exit with 1
+
+    return OurConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _asked_width())
+
+
+def _asked_width() -> int:
+    """``COLUMNS``, where somebody exports it; else enough for most lines."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdigit() and int(asked) else 160
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:

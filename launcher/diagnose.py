@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import describe, sbatch
-from launcher.cluster import Cluster, Profile
+from launcher.cluster import STAGES, Cluster, Profile
 from launcher.facts import Folder, Host, Place, SlurmSite
 from launcher.plan import Needs, Stage
 from launcher.preflight import MIN_INODES
-from launcher.sbatch import Array, check_options
-from launcher.site import STAGES, choose_partition
+from launcher.sbatch import Array, option_problems
+from launcher.site import choose_partition
 from launcher.slurm import SlurmError
 from launcher.snapshot import package_root
 from recipes.errors import BadInput, did_you_mean
@@ -198,10 +198,10 @@ def profile_findings(cluster: Cluster, site: SlurmSite | None, runs: Path) -> It
             yield Finding("pass_env", WARN, f"{name} is not set in this shell", f"export {name}=… before you submit")
     if site is None:
         return
-    try:
-        check_options(profile, cluster.source)
-    except BadInput as error:
-        yield Finding("sbatch", BAD, _without(cluster, error), "correct the profile's sbatch section")
+    unknown = list(option_problems(cluster))
+    for problem in unknown:
+        yield Finding("sbatch", BAD, _without(cluster, problem), "correct the profile's sbatch section")
+    if unknown:
         return
     yield from _account_findings(profile, site)
     jobs: dict[Finding, list[str]] = {}
@@ -211,9 +211,9 @@ def profile_findings(cluster: Cluster, site: SlurmSite | None, runs: Path) -> It
         yield dataclasses.replace(finding, text=f"{', '.join(stages)}: {finding.text}")
 
 
-def _without(cluster: Cluster, error: BadInput) -> str:
-    """The message without the profile's file, which the title names."""
-    return str(error).removeprefix(f"{cluster.source}: ")
+def _without(cluster: Cluster, problem: object) -> str:
+    """The message without the profile's file, which the title names, and without its line: several stages may share it."""
+    return re.sub(rf"^{re.escape(cluster.source)}(:\d+)?:\s*", "", str(problem))
 
 
 def _python_finding(python: str) -> Finding:
@@ -237,7 +237,7 @@ def _account_findings(profile: Profile, site: SlurmSite) -> Iterator[Finding]:
 def smallest_job(cluster: Cluster, places: Sequence[Place], name: str) -> Stage:
     """A stage without elements, whose job is one process; for training, one for each GPU of a node. Raises BadInput."""
     training, own = name == "train", cluster.profile.stage(name)
-    part = choose_partition(places, cluster.profile, name, int(training), cluster.source)
+    part = choose_partition(places, cluster, name, int(training))
     gpus = (cluster.profile.gpus_per_node or part.gpus) if training else 0
     tasks = max(1, gpus)
     cpus = own.cpus or max(tasks, min(gpus * CPUS_A_RANK, part.cpus))

@@ -35,6 +35,10 @@ SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
 LOOK_SECONDS = 1.0
 """Between two looks for a sign of life."""
+LEAD = 2.0
+"""So many times a step and a save before the time limit, the ranks are told to stop; Slurm's own warning may come later."""
+SPARE_SECONDS = 15.0
+"""Of the time before the limit, what is kept for the driver's own last words."""
 UNHEARD = (-signal.SIGTERM, -signal.SIGUSR1)
 """How a rank ends that is asked to stop before it listens."""
 PORT_TAKEN = ("EADDRINUSE", "address already in use")
@@ -57,6 +61,8 @@ class Assignment:
     """Where to begin to look for a free port; 0: at our own pid."""
     grace: float = GRACE_SECONDS
     """How long ranks may take to save after "stop soon"."""
+    ends: float | None = None
+    """When the time limit of the job is reached, in seconds since the epoch."""
     patience: float = 0.0
     """How long to wait for the element's lock."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -111,10 +117,13 @@ Explain = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
 class Stopping:
     """Whether the ranks should leave, since when, and why."""
 
-    def __init__(self, folder: ElementDir, watch: Path | None, grace: float = GRACE_SECONDS):
+    def __init__(self, folder: ElementDir, watch: Path | None = None, grace: float = GRACE_SECONDS, ends: float | None = None):
         self.folder = folder
         self.watch = watch
         self.grace = grace
+        self.ends = ends
+        self.most = (ends - time.time()) / 2 if ends else 0.0
+        """However long a step and a save take, half of the job is for work."""
         self.looked = 0.0
         self.since: float | None = None
         self.signal: int | None = None
@@ -130,17 +139,20 @@ class Stopping:
     def look(self) -> bool:
         """Whether to stop: asked by signal, by the stop file, or because the starter is gone."""
         gone = self.watch is not None and not is_locked(self.watch)
-        if self.since is None and (gone or self._file_asks()):
+        if self.since is None and gone:
             self.ask()
+        now = time.monotonic()
+        if self.since is None and now - self.looked >= LOOK_SECONDS:  # it may lie on a file system that thousands of jobs share
+            self.looked = now
+            self._look_at_files()
         return self.since is not None
 
-    def _file_asks(self) -> bool:
-        """Looked for once a second: it may lie on a file system that thousands of jobs share."""
-        now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
-            return False
-        self.looked = now
-        return self.folder.stop.exists()
+    def _look_at_files(self) -> None:
+        if self.folder.stop.exists():
+            self.ask()
+        elif self.ends is not None and self.ends - time.time() < (lead := min(lead_seconds(self.folder), self.most)):
+            self.grace = max(self.grace, lead - SPARE_SECONDS)
+            self.ask(signal.SIGUSR1)
 
     def overdue(self) -> bool:
         """Whether the ranks have had all the time that they were given to save."""
@@ -150,6 +162,13 @@ class Stopping:
         """Why it stopped, for people."""
         words = {signal.SIGUSR1: "the time limit is near", signal.SIGTERM: "told to end (preempted, or cancelled)"}
         return words.get(signal.Signals(self.signal), "stopped on request") if self.signal else "stopped on request"
+
+
+def lead_seconds(folder: ElementDir) -> float:
+    """How long before the time limit the ranks have to be told, by what the newest heartbeat says of a step and of a save."""
+    beat = read_object(folder.progress)
+    told = [beat.get(name) for name in ("step_seconds", "save_seconds")]
+    return LEAD * sum(seconds for seconds in told if isinstance(seconds, (int, float)))
 
 
 def run_element(
@@ -178,7 +197,7 @@ def run_element(
     done = read_done(folder)
     if done is not None and missing_output(done) is None:  # whoever asked for it again did not know yet
         return DONE
-    stopping = Stopping(folder, Path(given.watch) if given.watch else None, given.grace)
+    stopping = Stopping(folder, Path(given.watch) if given.watch else None, given.grace, given.ends)
     for leftover in (folder.stop, folder.result, folder.done):
         leftover.unlink(missing_ok=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -234,7 +253,7 @@ def hang_of(attempt: Attempt) -> dict[str, Any]:
 
 def overdue_of(attempt: Attempt, stopping: Stopping) -> dict[str, Any]:
     """The verdict on ranks that did not save in the time that was left to them."""
-    reason = f"{stopping.reason()}, and the ranks did not save and leave within {attempt.given.grace:.0f} s; what was saved before is there"
+    reason = f"{stopping.reason()}, and the ranks did not save and leave within {stopping.grace:.0f} s; what was saved before is there"
     return {"kind": "overdue", "reason": reason, "retry": True, "again": stopping.signal is not None}
 
 
@@ -251,7 +270,7 @@ def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     cause = cause_of(text)
     if cause is None:
         return end
-    return {**end, "kind": cause.kind, "again": cause.again, "elsewhere": cause.elsewhere, "reason": f"{end['reason']}: {cause.advice(attempt.stage.name)}"}
+    return {**end, "kind": cause.kind, "again": cause.again, "elsewhere": cause.elsewhere, "reason": cause.explain(str(end["reason"]), attempt.stage.name)}
 
 
 def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:

@@ -24,21 +24,22 @@ for _number in (signal.SIGUSR1, signal.SIGTERM):
 from launcher import slurm  # noqa: E402  (the handlers above come first)
 from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
-from launcher.driver import Assignment, run_element  # noqa: E402
+from launcher.driver import SPARE_SECONDS, Assignment, run_element  # noqa: E402
+from launcher.inputs import missing_input  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
 from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
 from launcher.submissions import Submission, read_submission  # noqa: E402
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
-from recipes.files import append_json_line, read_json_lines, read_object  # noqa: E402
+from recipes.files import Lock, append_json_line, read_json_lines, read_object  # noqa: E402
 from recipes.rundir import ElementDir, RunDir  # noqa: E402
 
 REQUEUE_TRIES = 8
 LOCK_SECONDS = 180.0
 """How long to wait for the element's lock: a crashed host's lock on NFS lives for the server's lease, 90 s by default."""
-MIN_GRACE, SPARE_SECONDS = 30.0, 15.0
-"""Ranks have from the warning to this much before the time limit to save."""
+MIN_GRACE = 30.0
+"""Ranks have from the warning to SPARE_SECONDS before the time limit to save, and never less than this."""
 LEAVE_SECONDS = 120.0
 """How long Slurm may take to end a job that it has put back into the queue."""
 
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     needs = Needs(**submission.needs)  # what Slurm was asked for; the plan may have been changed while the job waited
     plan = with_needs(plan, submission, needs)
+    missing = missing_input(run, plan, submission)
+    if missing:
+        return leave(run.element(submission.stage, element), missing)
     step = Step(profile)
     given = Assignment(
         cpus=needs.cpus,
@@ -68,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         budget=job_id(),
         port_seed=int(os.environ["SLURM_JOB_ID"]),
         grace=max(MIN_GRACE, profile.signal_seconds - SPARE_SECONDS),
+        ends=float(os.environ.get("SLURM_JOB_END_TIME", "0")) or None,
         patience=LOCK_SECONDS,
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip
@@ -99,8 +104,21 @@ def own_submission(folder: Path) -> Submission | None:
     return submission if submission.job == mine else None
 
 
+def leave(folder: ElementDir, reason: str) -> int:
+    """Say why the element was not begun; the exit code of the job, with which what waits for it never starts."""
+    lock = Lock(folder.lock)
+    if lock.acquire():  # else somebody makes it all the same, and has the word
+        lines = read_json_lines(folder.attempts)
+        begun = {"attempt": 1 + sum(line.get("event") == "start" for line in lines), "time": time.time()}
+        append_json_line(folder.attempts, {"event": "start", **begun, "job": job_id(), "budget": job_id(), "host": os.environ.get("SLURMD_NODENAME", "")})
+        append_json_line(folder.attempts, {"event": "end", **begun, "outcome": CANCELLED, "reason": reason, "retry": True})
+        lock.release()
+    print(reason, flush=True)
+    return FAILED
+
+
 def job_id() -> str:
-    """Of this task of the array: a requeue must never name the whole array."""
+    """Of this task of the array: a requeue must never name the whole array, whose number the last task has for its own, too."""
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
@@ -158,7 +176,7 @@ def back_into_the_queue(excluded: str | None) -> str:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm now sends to all of the job, and scontrol below would die of
     for attempt in range(REQUEUE_TRIES):
         try:
-            if not slurm.may_be_requeued(os.environ["SLURM_JOB_ID"]):
+            if not slurm.may_be_requeued(job_id()):
                 return CANCELLED
             slurm.requeue(job_id())
             if excluded is not None:

@@ -19,7 +19,7 @@ from launcher.driver import Assignment, run_element
 from launcher.machine import Machine
 from launcher.plan import Needs, Plan, Stage
 from launcher.state import DONE, FAILED, ElementState, read_element, read_stage
-from recipes.files import append_json_line, is_locked, read_json_lines
+from recipes.files import append_json_line, is_locked, read_json_lines, signal_holders
 from recipes.rundir import RunDir
 
 POLL_SECONDS = 0.2
@@ -45,7 +45,8 @@ class Capacity:
         cpus = min(needs.cpus, self.total_cpus)
         if cpus > self.cpus or needs.gpus_per_node > len(self.gpus):
             return None
-        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch, budget=f"{platform.node()}:{os.getpid()}")
+        budget, facts = f"{platform.node()}:{os.getpid()}", {"gpus": needs.gpus_per_node}
+        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch, budget=budget, facts=facts)
         self.cpus -= cpus
         del self.gpus[: needs.gpus_per_node]
         self.taken[name] = given
@@ -90,20 +91,14 @@ class Executor:
     def kill(self) -> None:
         """End what this executor started at once; the next start goes on from the last checkpoint."""
         for job in self.jobs.values():
-            pid = int(job.job_id)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            if not job.done():  # our own child: its number is nobody else's before we have seen its end
+                with suppress(ProcessLookupError):
+                    os.kill(int(job.job_id), signal.SIGKILL)
         for stage in self.plan.stages:
             for element in stage.elements:
-                if self._is_ours(stage, element.name):
-                    self._kill_driver(stage, element.name)
-
-    def _kill_driver(self, stage: Stage, name: str) -> None:
-        folder = self.run.element(stage.name, name)
-        starts = [line for line in read_json_lines(folder.attempts) if line.get("event") == "start"]
-        if starts and starts[-1].get("host") == platform.node() and is_locked(folder.lock):  # a pid means nothing on another host
-            with suppress(ProcessLookupError):
-                os.kill(starts[-1]["pid"], signal.SIGKILL)
+                folder = self.run.element(stage.name, element.name)
+                if self._is_ours(stage, element.name) and is_locked(folder.lock):
+                    signal_holders(folder.lock, signal.SIGKILL)
 
     def _stage(self, stage: Stage) -> bool:
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != DONE]
@@ -117,7 +112,7 @@ class Executor:
                     waiting.remove(name)
                     active[name] = attempts
             time.sleep(POLL_SECONDS)
-            if self.stopping:
+            if self.stopping or self.run.stop.exists():
                 self.stop()  # again: one that was just being started has only now become able to hear it
             for name in [name for name in active if not self._is_active(stage, name)]:
                 before = active.pop(name)

@@ -77,7 +77,7 @@ def make_plan(loaded: Loaded, site: Site, run: str | None = None) -> Plan:
 def data_folder(loaded: Loaded, section: Preprocess, site: Site) -> Path:
     """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
     if section.output_dir:
-        return (site.cwd / section.output_dir).resolve()
+        return (site.cwd / Path(section.output_dir).expanduser()).resolve()
     made_of = {**dataclasses.asdict(section), "output_dir": None, "places": loaded.places("preprocess")}
     source = (section.dataset or "files").rpartition("/")[2]
     return site.runs.resolve().parent / "data" / f"{source}-{section.tokenizer.replace('/', '-')}-{fingerprint(made_of)}"
@@ -137,7 +137,7 @@ def _element_id(run: RunDir, name: str, point: Mapping[str, Any]) -> str:
 
 def _checkpoints(loaded: Loaded, run: RunDir, name: str, site: Site) -> Path:
     elsewhere = loaded.recipe.checkpoint.checkpoint_dir
-    return (site.cwd / elsewhere).resolve() / run.root.name / name if elsewhere else run.checkpoints(name)
+    return (site.cwd / Path(elsewhere).expanduser()).resolve() / run.root.name / name if elsewhere else run.checkpoints(name)
 
 
 def _data_arguments(data: Path | None) -> list[str]:
@@ -165,13 +165,13 @@ def _needs(stage: str, given: StageResources, site: Site, cpus: int, gpus: int =
 def _train_needs(loaded: Loaded, site: Site) -> Needs:
     given = loaded.recipe.resources.train
     nodes = given.nodes or 1
-    if nodes > site.nodes:
-        there = f"partition {site.partitions.get('train')} has" if site.cluster else "here there is"
-        raise BadInput(f"{loaded.path}: resources.train.nodes is {nodes}, {there} {site.nodes}; add --resources.train.nodes {site.nodes}")
+    if nodes > site.nodes and not site.cluster:
+        raise BadInput(f"{loaded.path}: resources.train.nodes is {nodes}, here there is {site.nodes}; add --resources.train.nodes {site.nodes}")
     gpus = _gpus(loaded, site, nodes)
     tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
     ranks = nodes * tasks
-    for point in loaded.elements():
+    possible = nodes <= site.nodes and gpus <= site.gpus  # else their number is what is wrong, see _gpus
+    for point in loaded.elements() if possible else []:
         recipe = at_point(loaded, point) if point else loaded.recipe
         wrong = check_ranks(recipe, ranks)
         if wrong:
@@ -183,22 +183,23 @@ def _train_cpus(site: Site, gpus: int, tasks: int) -> int:
     """CPUs a node where nobody says: all of this machine; on a cluster, which others use too, as large a part as of its GPUs."""
     if not site.cluster:
         return site.cpus
-    return max(tasks, site.cpus * gpus // site.gpus) if gpus else tasks
+    return max(tasks, site.cpus * min(gpus, site.gpus) // site.gpus) if gpus and site.gpus else tasks
 
 
 def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
-    """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch."""
+    """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch.
+
+    More than a node has are an error here, and on a cluster one of those that launcher.fit tells together.
+    """
     if site.asked_gpus is not None:
         if site.asked_gpus < 0:
             raise BadInput(f"--gpus {site.asked_gpus}: a number of GPUs, or 0 for the CPU")
-        if site.asked_gpus > site.gpus:
-            there = f"a node of {site.partitions.get('train') or 'the cluster'}" if site.cluster else "this machine"
-            raise BadInput(f"--gpus {site.asked_gpus}: {there} has {site.gpus}; --gpus 0 runs on the CPU")
+        if site.asked_gpus > site.gpus and not site.cluster:
+            raise BadInput(f"--gpus {site.asked_gpus}: this machine has {site.gpus}; --gpus 0 runs on the CPU")
         return site.asked_gpus
     wanted = loaded.recipe.resources.train.gpus_per_node
     if site.cluster and wanted is not None and wanted > site.gpus:
-        where = site.partitions.get("train") or "the cluster"
-        raise BadInput(f"{loaded.path}: resources.train.gpus_per_node is {wanted}, a node of {where} has {site.gpus}; add --gpus {site.gpus}, or choose another partition")
+        return wanted
     most = site.gpus if wanted is None else min(wanted, site.gpus)
     fitting = [count for count in range(most, 0, -1) if check_batch(loaded.recipe, nodes * count) is None]
     return fitting[0] if fitting else 0

@@ -1,4 +1,4 @@
-"""What can be known before anything is submitted: the cluster fits, the disk has room, what the jobs need is there."""
+"""What can be known before anything is submitted, without Slurm: the disk has room, what the jobs need is there. With it: launcher.fit."""
 
 from __future__ import annotations
 
@@ -6,139 +6,97 @@ import errno
 import fcntl
 import netrc
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from launcher import describe, slurm
 from launcher.cluster import Cluster, Profile
-from launcher.plan import Plan, Stage
-from launcher.sbatch import check_options
-from launcher.slurm import Partition
-from recipes.errors import BadInput, did_you_mean
+from launcher.plan import Plan
+from launcher.problems import Problems
+from recipes.errors import BadInput
 from recipes.loader import Loaded
 from recipes.rundir import RunDir
 from recipes.schema import TOKENIZERS
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
 """Of which no other node sees anything, unless they are exported."""
+RUNS_ELSEWHERE = "--runs DIR puts runs elsewhere"
 PROBE_BYTES = 1 << 20
 MIN_INODES = 10_000
-LITTLE_MEGA = 1000
-"""Python with torch alone takes about 400."""
 STATE_BYTES = 16
 """Of a parameter in a checkpoint: float32 weights and AdamW's two moments, with the manifest and some room."""
 
 
-def check_cluster(loaded: Loaded, plan: Plan, cluster: Cluster, stages: Sequence[Stage]) -> None:
-    """Everything about Slurm that has a name: options, partitions, account, QOS, sizes, times. Raises BadInput with all of it."""
-    check_options(cluster.profile, cluster.source)
-    known = {part.name: part for part in slurm.partitions()}
-    rules = slurm.partition_rules()
-    problems = [problem for stage in stages for problem in _stage_problems(loaded, stage, known, rules, cluster)]
-    if not problems:
-        problems += _association_problems(cluster, stages, rules)
-    if problems:
-        raise BadInput("\n".join(dict.fromkeys(problems)))
+class Written(NamedTuple):
+    """A folder that a run writes to."""
 
-
-Rules = Mapping[str, Mapping[str, str]]
-
-
-def _stage_problems(loaded: Loaded, stage: Stage, known: dict[str, Partition], rules: Rules, cluster: Cluster) -> Iterable[str]:
-    part = known.get(stage.partition or "")
-    needs, key = stage.needs, f"{loaded.path}: resources.{stage.name}"
-    if part is None:
-        yield f"{cluster.source}: partition {stage.partition!r} does not exist here; {did_you_mean(stage.partition or '', known)}"
-        return
-    if not part.up:
-        yield f"partition {part.name} is not up; choose another one for stage {stage.name} (stages.{stage.name}.partition)"
-    if needs.nodes > part.nodes:
-        yield f"{key}.nodes is {needs.nodes}, partition {part.name} has {part.nodes}"
-    if needs.gpus_per_node > part.gpus:
-        yield f"{key}.gpus_per_node is {needs.gpus_per_node}, a node of partition {part.name} has {part.gpus}; partitions with GPUs: {_with_gpus(known)}"
-    if needs.cpus > part.cpus:
-        yield f"{key}.cpus is {needs.cpus}, a node of partition {part.name} has {part.cpus}"
-    if needs.mem and part.mem_mb and _mega(needs.mem) > part.mem_mb:
-        yield f"{key}.mem is {needs.mem}, a node of partition {part.name} has {part.mem_mb} MB"
-    minutes = needs.time_minutes or slurm.minutes_of(rules.get(part.name, {}).get("DefaultTime", ""))
-    if minutes is not None:
-        yield from _time_problems(key, minutes, part, cluster.profile)
-
-
-def _time_problems(key: str, minutes: int, part: Partition, profile: Profile) -> Iterable[str]:
-    if part.minutes is not None and minutes > part.minutes:
-        yield f"{key}.time is {describe.duration(minutes * 60)}, partition {part.name} allows {describe.duration(part.minutes * 60)}"
-    if minutes * 60 <= profile.signal_seconds + 60:
-        yield (
-            f"{key}.time is {minutes} min, and a job is told to save {profile.signal_seconds} s before its end: nothing is left to work in; "
-            "give it more time, or lower the profile's signal_seconds"
-        )
-
-
-def _with_gpus(known: dict[str, Partition]) -> str:
-    return ", ".join(f"{part.name} ({part.gpus})" for part in known.values() if part.gpus) or "none"
-
-
-def _mega(text: str) -> int:
-    """``64G`` in megabytes (Slurm's default unit)."""
-    units = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "M")
-    if text.upper().endswith("B"):
-        return _mega(text[:-1])
-    return int(float(number) * units[unit]) if number.replace(".", "", 1).isdigit() else 0
-
-
-def _association_problems(cluster: Cluster, stages: Sequence[Stage], rules: Rules) -> Iterable[str]:
-    found = slurm.associations()
-    if found is None:
-        return  # accounting cannot be asked; sbatch has the last word
-    accounts, qos, default = found
-    for stage in stages:
-        own = cluster.profile.stage(stage.name)
-        if own.account and own.account not in accounts:
-            yield f"{cluster.source}: account {own.account!r} is not yours; {did_you_mean(own.account, accounts)}"
-        if own.qos and qos and own.qos not in qos:
-            yield f"{cluster.source}: qos {own.qos!r} is not yours; {did_you_mean(own.qos, qos)}"
-        allowed = rules.get(stage.partition or "", {}).get("AllowAccounts", "ALL")
-        if allowed != "ALL" and (own.account or default) not in allowed.split(","):
-            yield f"partition {stage.partition} is for the accounts {allowed} alone, yours is {own.account or default}; choose another one for stage {stage.name}"
-
-
-def memory_notes(stages: Sequence[Stage]) -> list[str]:
-    """Said where nobody gives a stage its memory and the site's own default is too small for anything. Raises SlurmError."""
-    default = slurm.config().get("DefMemPerCPU", "")
-    if not default.isdigit():
-        return []
-    small = [(stage, int(default) * max(stage.needs.cpus, stage.needs.tasks_per_node)) for stage in stages if not stage.needs.mem]
-    return [
-        f"stage {stage.name} asks for no memory, and Slurm gives it {mega} MB; resources.{stage.name}.mem, or mem in the profile, asks for more"
-        for stage, mega in small
-        if mega < LITTLE_MEGA
-    ]
+    folder: Path
+    size: int
+    """Bytes that it will take; what is there already has its room."""
+    other: str
+    """What puts it elsewhere."""
 
 
 def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list[str]:
-    """That the run directory and the data can be written, with room and inodes; remarks. Raises BadInput."""
-    made = RunDir(runs / plan.run_id).root.is_dir()  # what is there has its room already
-    wanted = [(runs, 0 if made else checkpoint_bytes(loaded))]
-    if plan.data:
-        wanted.append((Path(plan.data).parent, 0 if Path(plan.data).is_dir() else data_bytes(loaded)))
+    """That the run directory and the data can be written, with room and inodes; remarks. Raises BadInput with all that is wrong."""
+    problems = Problems()
     needed: dict[int, int] = {}
-    for folder, size in wanted:
-        there = _nearest(folder)
-        _check_writable(there, folder)
-        device = there.stat().st_dev
-        needed[device] = needed.get(device, 0) + size  # both may be on one file system
-        free = shutil.disk_usage(there).free
-        if needed[device] > free:
-            raise BadInput(f"{folder}: the run will need about {_giga(needed[device])} GB, {_giga(free)} GB are free; --runs DIR puts runs elsewhere")
-        inodes = os.statvfs(there)
-        if inodes.f_files and inodes.f_favail < MIN_INODES:
-            raise BadInput(f"{folder}: only {inodes.f_favail} more files can be made there (inodes); --runs DIR puts runs elsewhere")
-    return _visibility(runs, profile)
+    wanted = written(loaded, plan, runs)
+    for one in wanted:
+        with problems.collected():
+            _check_visible(one, profile)
+            there = _nearest(one.folder)
+            _check_is_folder(there, one)
+            _check_writable(there, one)
+            device = there.stat().st_dev
+            needed[device] = needed.get(device, 0) + one.size  # several may be on one file system
+            _check_room(there, one, needed[device])
+    problems.refuse()
+    return _local_disks([*(one.folder for one in wanted), Path(plan.cwd), *_read_folders(loaded)], profile)
+
+
+def written(loaded: Loaded, plan: Plan, runs: Path) -> list[Written]:
+    """The folders that a run writes to."""
+    made = RunDir(runs / plan.run_id).root.is_dir()
+    elsewhere = loaded.recipe.checkpoint.checkpoint_dir
+    size = 0 if made else checkpoint_bytes(loaded)
+    found = [Written(runs, 0 if elsewhere else size, RUNS_ELSEWHERE)]
+    if elsewhere:
+        found.append(Written(Path(plan.cwd, os.path.expanduser(elsewhere)), size, "checkpoint.checkpoint_dir names another folder"))
+    if plan.data:
+        other = "preprocess.output_dir names another folder" if loaded.recipe.preprocess and loaded.recipe.preprocess.output_dir else RUNS_ELSEWHERE
+        found.append(Written(Path(plan.data).parent, 0 if Path(plan.data).is_dir() else data_bytes(loaded), other))
+    return found
+
+
+def _check_is_folder(there: Path, wanted: Written) -> None:
+    """Nothing but folders on the way, and a name that sbatch can be given."""
+    file = next((path for path in (wanted.folder, *wanted.folder.parents) if path.is_relative_to(there) and path != there and path.exists()), None)
+    if file:
+        raise BadInput(f"{file}: is not a folder; {wanted.other}")
+    if len(str(wanted.folder).splitlines()) > 1:
+        raise BadInput(f"{str(wanted.folder)!r}: a path with a line break cannot be given to sbatch; {wanted.other}")
+
+
+def _check_room(there: Path, wanted: Written, needed: int) -> None:
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise BadInput(f"{wanted.folder}: the run will need about {_giga(needed)} GB, {_giga(free)} GB are free; {wanted.other}")
+    inodes = os.statvfs(there)
+    if inodes.f_files and inodes.f_favail < MIN_INODES:
+        raise BadInput(f"{wanted.folder}: only {inodes.f_favail} more files can be made there (inodes); {wanted.other}")
+
+
+def _read_folders(loaded: Loaded) -> Iterator[Path]:
+    """Where the recipe's own text is read from."""
+    section = loaded.recipe.preprocess
+    given = section.data_files if section else None
+    for pattern in [given] if isinstance(given, str) else given or []:
+        yield Path(os.path.expanduser(re.split(r"[*?\[]", pattern)[0])).absolute()
 
 
 def _giga(size: float) -> str:
@@ -175,7 +133,7 @@ def _nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def _check_writable(there: Path, folder: Path) -> None:
+def _check_writable(there: Path, wanted: Written) -> None:
     """A real file of some size: quotas show in no other way."""
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".amlaunch-probe-") as probe:
@@ -185,21 +143,57 @@ def _check_writable(there: Path, folder: Path) -> None:
             fcntl.flock(probe, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise BadInput(f"{folder}: its file system has no locks (flock), which keep two jobs from one element; a Lustre client is mounted with -o flock") from None
-        raise BadInput(f"{folder}: cannot be written: {error.strerror}; --runs DIR puts runs elsewhere") from None
+            raise BadInput(f"{wanted.folder}: its file system has no locks (flock), which keep two jobs from one element; a Lustre client is mounted with -o flock") from None
+        raise BadInput(f"{wanted.folder}: cannot be written: {error.strerror}; {wanted.other}") from None
 
 
-def _visibility(runs: Path, profile: Profile) -> list[str]:
-    if profile.shared_roots:
-        if not any(runs.is_relative_to(Path(root).expanduser()) for root in profile.shared_roots):
-            raise BadInput(f"{runs}: not below a folder that all nodes see ({', '.join(profile.shared_roots)}); --runs DIR puts runs elsewhere")
+def _check_visible(wanted: Written, profile: Profile) -> None:
+    """Raises BadInput where no other node can see a folder."""
+    if profile.shared_roots and not is_shared(wanted.folder, profile):
+        raise BadInput(f"{wanted.folder}: not below a folder that all nodes see ({', '.join(profile.shared_roots)}); {wanted.other}")
+    kind = file_system(_nearest(wanted.folder))
+    if not profile.shared_roots and kind in ("tmpfs", "ramfs"):
+        raise BadInput(f"{wanted.folder}: lies in this machine's memory ({kind}), which no node sees; {wanted.other}")
+
+
+def is_shared(path: Path, profile: Profile) -> bool:
+    """Whether a path is below one of the profile's ``shared_roots``, itself or where its links lead."""
+    roots = [Path(root).expanduser() for root in profile.shared_roots]
+    return any(path.is_relative_to(root) or path.resolve().is_relative_to(root.resolve()) for root in roots)
+
+
+def _local_disks(folders: Iterable[Path], profile: Profile) -> list[str]:
+    found = {folder: file_system(_nearest(folder)) for folder in folders if not is_shared(folder, profile)}
+    mine = {folder: kind for folder, kind in found.items() if kind in LOCAL_FILE_SYSTEMS}
+    if not mine:
         return []
-    kind = file_system(_nearest(runs))
-    if kind in ("tmpfs", "ramfs"):
-        raise BadInput(f"{runs}: lies in this machine's memory ({kind}), which no node sees; --runs DIR puts runs elsewhere")
-    if kind in LOCAL_FILE_SYSTEMS:
-        return [f"{runs} is on a disk of this machine ({kind}); the nodes must see it under the same path (say so in the profile: shared_roots)"]
-    return []
+    top = [folder for folder in mine if not any(folder != other and folder.is_relative_to(other) for other in mine)]
+    are = "are on disks" if top[1:] else "is on a disk"
+    return [f"{', '.join(map(str, top))} {are} of this machine ({', '.join(sorted(set(mine.values())))}); the nodes must see the same path{'s' * bool(top[1:])} (say so in the profile: shared_roots)"]
+
+
+def check_python(cluster: Cluster) -> list[str]:
+    """The Python of the profile, as far as it can be seen from here; remarks. Raises BadInput."""
+    given = cluster.profile.python
+    if given is None:
+        return _own_python(cluster.profile)
+    path = Path(given).expanduser().absolute()
+    where = cluster.at(("python",))
+    if os.sep not in given or (os.access(path, os.X_OK) and path.is_file()):
+        return []  # a bare name is looked for on the node, after setup
+    if path.exists():
+        raise BadInput(f"{where}: {given} is not a program")
+    if is_shared(path, cluster.profile) or file_system(_nearest(path)) not in (*LOCAL_FILE_SYSTEMS, ""):
+        raise BadInput(f"{where}: there is no {given}, here or on the nodes, which see the same folder {_nearest(path)}")
+    return [f"{where}: {given} is not on this machine; on a node that does not have it either, jobs end at once"]
+
+
+def _own_python(profile: Profile) -> list[str]:
+    """An environment on a disk of this machine is seldom on the nodes; a system's Python is, as a rule."""
+    here = Path(sys.prefix)
+    if sys.prefix == sys.base_prefix or is_shared(here, profile) or file_system(here) not in LOCAL_FILE_SYSTEMS:
+        return []
+    return [f"jobs run with the Python that submits, of {here}, on a disk of this machine; the nodes must see the same path (python in the profile names another)"]
 
 
 def file_system(path: Path) -> str:
@@ -218,18 +212,19 @@ def file_system(path: Path) -> str:
 
 
 def check_needs(loaded: Loaded) -> None:
-    """What jobs would miss only once they run: an image that is a file, W&B's key. Raises BadInput."""
+    """What jobs would miss only once they run: an image that is a file, W&B's key. Raises BadInput with all of it."""
+    problems = Problems()
     container = loaded.recipe.container
     image = container.image if container else None
-    if image and image.startswith(("/", "./", "~")) and not Path(image).expanduser().exists():
-        raise BadInput(f"{loaded.path}: container.image: there is no file {image}")
+    if image and (image.startswith(("/", "./", "../", "~")) or image.endswith((".sqsh", ".sif"))) and not Path(image).expanduser().exists():
+        problems.add([f"{loaded.lines.get(('container', 'image'), loaded.path)}: container.image: there is no file {image}"])
     wandb = loaded.recipe.wandb
     mode = (wandb or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
     if wandb is not None and mode == "online" and not has_wandb_key():
-        raise BadInput(
-            f"{loaded.path}: wandb is on, and there is no key: export WANDB_API_KEY=…, or run `wandb login` once; "
-            "--wandb.mode offline keeps it on disk, --wandb null turns it off"
-        )
+        where = loaded.lines.get(("wandb",), loaded.path)
+        more = "--wandb.mode offline keeps it on disk, --wandb null turns it off"
+        problems.add([f"{where}: wandb is on, and there is no key: export WANDB_API_KEY=…, or run `wandb login` once; {more}"])
+    problems.refuse()
 
 
 def has_wandb_key() -> bool:

@@ -6,7 +6,6 @@ import argparse
 import glob
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan, run_id
 from launcher.site import cluster_site
 from launcher.store import runs_root
+from recipes.check import refuse
 from recipes.errors import BadInput
 from recipes.loader import Loaded, load
 from recipes.rundir import RunDir
 from recipes.shipped import find_recipe
+from recipes.yamlfile import KeyPath
 
 
 def default_recipe(gpus: int | None) -> str:
@@ -45,16 +46,24 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
             gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
         return Site(runs, Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
 
-    loaded, plan = _planned(options, runs, site, starting)
-    return loaded, plan, machine
+    loaded, name = load_recipe(options, runs, starting=starting)
+    return loaded, _plan(options, loaded, name, site(loaded)), machine
 
 
-def prepare_on_cluster(options: argparse.Namespace, cluster: Cluster, runs: Path) -> tuple[Loaded, Plan]:
-    """The checked recipe and its plan on a cluster. Raises BadInput and SlurmError."""
-    return _planned(options, runs, lambda loaded: cluster_site(options, loaded, cluster, runs), starting=True)
+def plan_on_cluster(options: argparse.Namespace, loaded: Loaded, name: str, cluster: Cluster, runs: Path) -> Plan:
+    """The plan of a recipe, as run ``name``, on a cluster. Raises BadInput and SlurmError."""
+    return _plan(options, loaded, name, cluster_site(options, loaded, cluster, runs))
 
 
-def _planned(options: argparse.Namespace, runs: Path, site: Callable[[Loaded], Site], starting: bool) -> tuple[Loaded, Plan]:
+def _plan(options: argparse.Namespace, loaded: Loaded, name: str, site: Site) -> Plan:
+    plan = make_plan(loaded, site, name)
+    if options.stage:
+        plan.stage(options.stage)
+    return plan
+
+
+def load_recipe(options: argparse.Namespace, runs: Path, *, starting: bool) -> tuple[Loaded, str]:
+    """The checked recipe, and the id of its run; settings that the run was resumed with stay. Raises BadInput."""
     path = find_recipe(options.recipe or default_recipe(options.gpus))
     loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
     _check_runtime(loaded)
@@ -63,10 +72,7 @@ def _planned(options: argparse.Namespace, runs: Path, site: Callable[[Loaded], S
     if resumed:  # the run has gone on with other settings since; they stay
         loaded = load(path, [*options.overrides, *resumed], allow=options.allow_target, job_start=starting)
         loaded.notes.append(f"{name} was resumed with {' '.join(resumed)}, which stays so; --name N begins another run")
-    plan = make_plan(loaded, site(loaded), name)
-    if options.stage:
-        plan.stage(options.stage)
-    return loaded, plan
+    return loaded, name
 
 
 PACKAGES = {
@@ -93,14 +99,15 @@ def check_here(loaded: Loaded, stages: list[Stage]) -> None:
 
 
 def check_files(loaded: Loaded) -> None:
-    """The files that the recipe reads are there. Raises BadInput."""
-    recipe = loaded.recipe
-    patterns: dict[str, Any] = {"preprocess.data_files": recipe.preprocess.data_files if recipe.preprocess else None}
-    patterns |= {f"{name}.file_pattern": (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
+    """The files that the recipe reads are there. Raises BadInput with all that are not."""
+    recipe, missing = loaded.recipe, []
+    patterns: dict[KeyPath, Any] = {("preprocess", "data_files"): recipe.preprocess.data_files if recipe.preprocess else None}
+    patterns |= {(name, "file_pattern"): (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
     for key, given in patterns.items():
         for pattern in given if isinstance(given, list) else [given] if given else []:
             if next(glob.iglob(os.path.expanduser(pattern), recursive=True), None) is None:
-                raise BadInput(f"{loaded.path}: {key}: nothing matches {pattern!r} (seen from {Path.cwd()})")
+                missing.append(f"{loaded.lines.get(key, loaded.path)}: {'.'.join(key)}: nothing matches {pattern!r} (seen from {Path.cwd()})")
+    refuse(missing)
 
 
 def _check_runtime(loaded: Loaded) -> None:

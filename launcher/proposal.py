@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from launcher.cluster import BUILT_IN, Cluster, check_profile
 from launcher.facts import Folder, Place, SlurmSite
+from launcher.profiles import FILE
 from recipes.errors import BadInput
 from recipes.files import write_text
 from recipes.yamlfile import parse, read_file, scalar
@@ -118,14 +120,34 @@ def shared_root(path: Path) -> Path:
 
 
 def save(proposal: Proposal, path: Path) -> None:
-    """Add the profile to a file, beside those that are in it. Raises BadInput where it cannot stand there."""
+    """Add the profile to a file, beside those that are in it. Raises BadInput where it cannot stand there; then nothing is changed."""
     path = path.resolve()  # a link stays a link
+    try:
+        write_text(path, _joined(proposal, path))
+    except OSError as error:
+        raise BadInput(f"--save {path}: cannot be written ({error.strerror}); --save another file") from None
+
+
+def _joined(proposal: Proposal, path: Path) -> str:
+    """The text of a file with the profile added at its end. Raises BadInput and OSError."""
     text = f"# Made by amlaunch doctor on {time.strftime('%Y-%m-%d')}.\n{proposal.text}"
     if path.exists():
-        read_file(path)  # for its complaints
+        tree, lines = read_file(path)  # with its complaints
+        if isinstance(tree, dict) and proposal.name in tree:
+            where = lines.get((proposal.name,), path)
+            raise BadInput(f"{where}: there is a profile {proposal.name} already, and it was left as it is; remove it there first, or --save another file")
         text = f"{path.read_text(encoding='utf-8').rstrip()}\n\n{text}".lstrip("\n")
     try:
         parse(text, str(path))
-    except BadInput as error:  # one of this name is there, or the others are written as {…}
+    except BadInput as error:  # the others are written as {…}
         raise BadInput(f"{path}: {proposal.name} cannot be added at its end ({error}); --save another file") from None
-    write_text(path, text)
+    return text
+
+
+def check_place(path: Path) -> None:
+    """Raises BadInput where a profile cannot be saved, before anybody is asked anything."""
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if path.is_dir() or (there != path.absolute() and not there.is_dir()):
+        raise BadInput(f"--save {path}: {there} is {'a folder' if path.is_dir() else 'a file'}; --save FILE, such as {FILE}")
+    if not os.access(there, os.W_OK):
+        raise BadInput(f"--save {path}: cannot be written (no right to write {there}); --save another file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -39,6 +40,7 @@ class Queue:
         self._asked = False
         self._past: dict[str, JobInfo] = {}
         self._past_asked: set[str] = set()
+        self._cluster: str | None = None
 
     @property
     def jobs(self) -> dict[str, JobInfo] | None:
@@ -47,6 +49,27 @@ class Queue:
             self._asked = True
             self._jobs = self._shared("squeue", "", slurm.squeue)
         return self._jobs
+
+    def is_elsewhere(self, cluster: str) -> bool:
+        """Whether jobs of a cluster by this name are not those that :attr:`jobs` speaks of. A silent Slurm is not another one."""
+        if self._cluster is None and cluster:
+            self._cluster = self._name()
+        return bool(cluster and self._cluster and cluster != self._cluster)
+
+    def _name(self) -> str:
+        """What the cluster that is asked is called; it is kept for an hour. Empty where Slurm does not answer."""
+        kept = self.file.with_name("name.json")
+        old = read_object(kept)
+        if 0 <= time.time() - old.get("time", 0.0) < KEPT_SECONDS and isinstance(old.get("name"), str):
+            return str(old["name"])
+        try:
+            name = slurm.cluster_name() if self.jobs is not None else ""  # whoever is silent is not waited for twice
+        except SlurmError:
+            return ""
+        if name:
+            with suppress(OSError):
+                write_json(kept, {"time": time.time(), "name": name}, durable=False)
+        return name
 
     def ask_past(self, arrays: Iterable[str]) -> None:
         """One sacct for all ``arrays`` that have not been asked for yet."""
@@ -106,9 +129,9 @@ class Queue:
 
 
 def cache_file() -> Path:
-    """Where answers are kept: by user, and by the cluster that is asked."""
+    """Where answers are kept: by user, and by the cluster that is asked; machines of several clusters may share one home."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "amlaunch" / f"cluster-{fingerprint([os.environ.get(name) for name in slurm.KEPT_VARIABLES])}" / "queue"
+    return root / "amlaunch" / f"cluster-{fingerprint([slurm.configured_name() or platform.node(), *(os.environ.get(name) for name in slurm.KEPT_VARIABLES)])}" / "queue"
 
 
 def _drop_old(folder: Path) -> None:

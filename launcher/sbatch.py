@@ -24,7 +24,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from launcher.cluster import Profile
+from launcher.cluster import STAGES, Cluster, Profile
 from launcher.plan import Needs, Stage
 from launcher.slurm import SlurmError, call, clean_environment, compress_ranges
 from recipes.errors import BadInput, did_you_mean
@@ -59,13 +59,16 @@ class Executor(submitit.SlurmExecutor):
 
 
 def script(array: Array, profile: Profile, run_root: Path, code: Path, run_id: str) -> str:
-    """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take."""
+    """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take, SlurmError where Slurm is not."""
     if "\n" in f"{run_root}{array.folder}":
         raise BadInput(f"{run_root!r}: a path with a line break cannot be given to sbatch; --runs DIR puts runs elsewhere")
     parameters = _parameters(array, profile, run_id)
-    renderer = submitit.SlurmExecutor(array.folder.parent)
+    try:
+        renderer = submitit.SlurmExecutor(array.folder.parent)
+    except RuntimeError:  # it looks for srun
+        raise SlurmError("srun", "not found: is this a machine of the cluster?") from None
     renderer.update_parameters(**parameters)
-    python = profile.python or sys.executable
+    python = os.path.expanduser(profile.python) if profile.python else sys.executable
     command = [*python_command("launcher.job", python, any_version=profile.python is not None), str(run_root), str(array.folder)]
     return renderer._make_submission_file_text(_command(command, code), "")
 
@@ -139,9 +142,6 @@ def test_only(text: str, options: Sequence[str] = ()) -> str:
         return call("sbatch", "--test-only", *options, file.name, env=env)
 
 
-test_only.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
-
-
 def _plain(text: str) -> str:
     lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines)
@@ -182,9 +182,12 @@ def sbatch_options() -> frozenset[str]:
     return frozenset(re.findall(r"--([a-z][a-z-]+)", call("sbatch", "--help")))
 
 
-def check_options(profile: Profile, source: str) -> None:
-    """Refuse what sbatch does not know, with the nearest name. Raises BadInput and SlurmError."""
-    given = {**profile.sbatch, **{key: 1 for stage in ("preprocess", "verify", "train", "export") for key in getattr(profile.stages, stage).sbatch}}
-    for key in given:
-        if str(key).replace("_", "-") not in sbatch_options():
-            raise BadInput(f"{source}: sbatch.{key}: sbatch has no such option; {did_you_mean(str(key), sbatch_options())}")
+def option_problems(cluster: Cluster) -> Iterator[str]:
+    """What sbatch does not know of a profile's ``sbatch`` sections, with the nearest name. Raises SlurmError."""
+    profile = cluster.profile
+    sections: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("sbatch",), profile.sbatch)]
+    sections += [(("stages", name, "sbatch"), getattr(profile.stages, name).sbatch) for name in STAGES]
+    for path, given in sections:
+        for key in given:
+            if str(key).replace("_", "-") not in sbatch_options():
+                yield f"{cluster.at((*path, str(key)))}: sbatch has no such option; {did_you_mean(str(key), sbatch_options())}"

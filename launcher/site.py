@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import slurm
-from launcher.cluster import Cluster, Profile
+from launcher.cluster import STAGES, Cluster, Profile
 from launcher.planner import Site
+from launcher.problems import Problems
 from launcher.slurm import Partition
 from recipes.errors import BadInput, did_you_mean
 from recipes.loader import Loaded
 from recipes.schema import Recipe, StageResources
 
-STAGES = ("preprocess", "verify", "train", "export")
-
 
 def cluster_site(options: argparse.Namespace, loaded: Loaded, cluster: Cluster, runs: Path) -> Site:
     """The site of a recipe on a cluster. Raises BadInput (no such partition) and SlurmError."""
     profile = cluster.profile
-    known = slurm.partitions()
-    gpus = wanted_gpus(loaded.recipe, options.gpus)
-    chosen = {stage: choose_partition(known, profile, stage, gpus if stage == "train" else 0, cluster.source) for stage in STAGES}
+    chosen = choose_partitions(slurm.partitions(), cluster, wanted_gpus(loaded.recipe, options.gpus))
     train = chosen["train"]
     return Site(
         runs=runs,
@@ -50,16 +47,28 @@ def _defaults(profile: Profile, stage: str) -> StageResources:
     return StageResources(cpus=own.cpus, mem=own.mem, time=own.time)
 
 
-def choose_partition(known: Sequence[Partition], profile: Profile, stage: str, gpus: int, source: str) -> Partition:
+def choose_partitions(known: Sequence[Partition], cluster: Cluster, gpus: int) -> dict[str, Partition]:
+    """The partition of each stage; ``gpus``: of a node that trains. Raises BadInput with all that do not exist."""
+    problems, chosen = Problems(), {}
+    for stage in STAGES:
+        with problems.collected():
+            chosen[stage] = choose_partition(known, cluster, stage, gpus if stage == "train" else 0)
+    problems.refuse()
+    return chosen
+
+
+def choose_partition(known: Sequence[Partition], cluster: Cluster, stage: str, gpus: int) -> Partition:
     """The partition of a stage: as the profile says, else Slurm's default, else for GPUs the largest that has them.
 
     Raises BadInput.
     """
-    name = profile.stage(stage).partition
+    name = cluster.profile.stage(stage).partition
     if name:
+        if "," in name:
+            raise BadInput(f"{cluster.where(stage, 'partition')} {name!r} is several; write one, for what a job may ask for is looked up there")
         found = next((part for part in known if part.name == name), None)
         if found is None:
-            raise BadInput(f"{source}: partition {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}")
+            raise BadInput(f"{cluster.where(stage, 'partition')} {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}")
         return found
     if not known:
         raise BadInput("Slurm shows no partition to you (sinfo); ask your administrator")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 TIMEOUT_SECONDS = 30.0
 """Of one call; a controller that is busy answers late, not never."""
@@ -21,6 +22,8 @@ KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JW
 """Say which cluster to talk to, and so stay when the variables of an enclosing job are taken out."""
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "PMI2_")
 """What a shell inside an allocation has: a job submitted from there would take it for its own."""
+CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
+"""Where packages, configless nodes and builds from source have it."""
 FORMATS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SACCTMGR_")
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Left behind by torchrun, or by a job that we are started from."""
@@ -91,12 +94,16 @@ class Partition:
     """Longest time limit; None: none."""
     nodes: int
     cpus: int
-    """Of its largest node."""
+    """Of the node that has most GPUs, or else most CPUs."""
     mem_mb: int
-    """Of its largest node."""
+    """Of the same node."""
     gpus: int
-    """GPUs of its best-equipped node."""
+    """Of the same node."""
     gpu_type: str = ""
+    most_cpus: int = 0
+    """Of any of its nodes."""
+    most_mem_mb: int = 0
+    """Of any of its nodes."""
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -116,6 +123,8 @@ def plain_environment() -> dict[str, str]:
 
 def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | None = None) -> str:
     """Standard output of a command of Slurm. Raises SlurmError."""
+    import subprocess  # here: status of a run that never was on a cluster needs none of it
+
     found = env if env is not None else plain_environment()
     try:
         done = subprocess.run(
@@ -211,7 +220,7 @@ def exclude(job: str, nodes: str) -> None:
 
 
 def may_be_requeued(job: str) -> bool:
-    """Whether a running job (by its own number) is one that may go on later. Raises SlurmError.
+    """Whether a running job (a task of an array: ``12_3``) is one that may go on later. Raises SlurmError.
 
     One that somebody cancelled may not; while it ends, Slurm calls it COMPLETING, as it does one that ran into its time
     limit: those are told apart by their times.
@@ -228,6 +237,21 @@ def config() -> Mapping[str, str]:
     """``scontrol show config`` as a mapping. Raises SlurmError."""
     pairs = (line.split("=", 1) for line in call("scontrol", "show", "config").splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def configured_name() -> str:
+    """The ClusterName in this machine's own slurm.conf, without asking anybody; empty where there is none to read."""
+    for path in (os.environ.get("SLURM_CONF"), *CONFIGURATIONS):
+        with suppress(OSError):
+            match = re.search(r"^\s*ClusterName\s*=\s*(\S+)", Path(path or "").read_text(errors="replace"), re.MULTILINE | re.IGNORECASE)
+            if match:
+                return match[1]
+    return ""
+
+
+def cluster_name() -> str:
+    """What Slurm calls the cluster that is asked (``ClusterName``). Raises SlurmError."""
+    return config().get("ClusterName", "")
 
 
 def max_array_size() -> int:
@@ -257,13 +281,14 @@ def partition_rules() -> dict[str, Mapping[str, str]]:
 def _partition(fields: Sequence[str]) -> Partition:
     name, up, limit, nodes, cpus, mem, gres = (field.strip() for field in fields)
     gpus, kind = gpus_of(gres)
-    return Partition(name.rstrip("*"), name.endswith("*"), up == "up", minutes_of(limit), int(nodes), _number(cpus), _number(mem), gpus, kind)
+    return Partition(name.rstrip("*"), name.endswith("*"), up == "up", minutes_of(limit), int(nodes), _number(cpus), _number(mem), gpus, kind, _number(cpus), _number(mem))
 
 
 def _together(one: Partition, other: Partition) -> Partition:
     """Of two kinds of nodes in one partition, the better one: more GPUs, then more CPUs."""
     best = max(one, other, key=lambda part: (part.gpus, part.cpus))
-    return replace(best, nodes=one.nodes + other.nodes)
+    most = {name: max(getattr(one, name), getattr(other, name)) for name in ("most_cpus", "most_mem_mb")}
+    return replace(best, nodes=one.nodes + other.nodes, **most)
 
 
 def _number(text: str) -> int:

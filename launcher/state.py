@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.causes import cause_of, tail_of
 from launcher.plan import Element, Plan, Stage
-from launcher.queue import Queue
-from launcher.slurm import JobInfo
-from launcher.submissions import Submission, newest_jobs, submissions_of
 from recipes.files import is_locked, read_json_lines, read_object
 from recipes.rundir import ElementDir, RunDir
+
+if TYPE_CHECKING:
+    from launcher.queue import Queue
+    from launcher.slurm import JobInfo
+    from launcher.submissions import Submission
 
 PENDING, RUNNING, DONE, STOPPED, FAILED, DIED = "pending", "running", "done", "stopped", "failed", "died"
 """``died``: an attempt that started and left no word of its end, such as one that was killed with its driver."""
@@ -52,6 +53,8 @@ class ElementState:
     """When a queued one will start, in Slurm's estimate."""
     gpu_hours: float = 0.0
     """GPUs x hours over all attempts."""
+    ran: tuple[tuple[float, float], ...] = ()
+    """When each attempt began and ended, in Unix seconds; of one without an end, its last sign of life."""
     log: Path | None = None
     """What to read where no rank of the newest attempt has a log: the job's own output."""
 
@@ -80,13 +83,35 @@ class Trace:
         return _end_of(self.lines, starts[-1]["attempt"]) if starts else None
 
 
-
-
 def trace(folder: ElementDir) -> Trace:
     """Read the files of one element."""
     done = read_done(folder)
     missing = missing_output(done) if done is not None else None
-    return Trace(folder, read_json_lines(folder.attempts), done if missing is None else None, missing or "", read_object(folder.progress))
+    marker = _sound(done, RESULT) if done is not None and missing is None else None
+    lines = [_sound(line, RECORD) for line in read_json_lines(folder.attempts)]
+    return Trace(folder, lines, marker, missing or "", _sound(read_object(folder.progress), RECORD))
+
+
+NUMBER = (int, float)
+Kinds = dict[str, type | tuple[type, ...]]
+RECORD: Kinds = {
+    **dict.fromkeys(("time", "seconds", "gpus", "done", "total", "rate", "eta_s", "loss", "val_loss", "saved"), NUMBER),
+    **dict.fromkeys(("attempt", "rank"), int),
+    **dict.fromkeys(("host", "nodes", "reason", "outcome", "unit"), str),
+}
+"""What attempts.jsonl and progress.json have."""
+RESULT: Kinds = {
+    **dict.fromkeys(("time", "seconds", "tokens", "documents", "shards", "parameters", "tokens_per_s", "loss_first", "loss_last"), NUMBER),
+    **dict.fromkeys(("sample", "checkpoint"), str),
+}
+"""What is shown of a marker; the rest is the stage's own."""
+OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank", "sample", "tokens_per_s", "loss_first", "loss_last")
+"""Which may be null: nobody knows yet."""
+
+
+def _sound(found: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    """Without values that are not what they should be: a damaged file of one element hides none of the others."""
+    return {key: value for key, value in found.items() if key not in kinds or isinstance(value, kinds[key]) or (value is None and key in OPEN)}
 
 
 def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementState:
@@ -99,20 +124,18 @@ def _common(stage: str, name: str, title: str, found: Trace) -> dict[str, Any]:
     common: dict[str, Any] = {"stage": stage, "name": name, "title": title, "attempts": len(starts), "progress": found.progress}
     if starts:
         common |= {"host": starts[-1].get("host", ""), "nodes": starts[-1].get("nodes", "")}
-        common["gpu_hours"] = gpu_hours(found)
+        common["ran"] = _spans(found)
+        hours = [(start.get("gpus") or 0) * (end - begun) / 3600 for start, (begun, end) in zip(starts, common["ran"], strict=True)]
+        common["gpu_hours"] = round(sum(hours), 4)
     return common
 
 
-def gpu_hours(found: Trace) -> float:
-    """GPUs x hours over all attempts; one without an end lasted to the element's last sign of life."""
+def _spans(found: Trace) -> tuple[tuple[float, float], ...]:
+    """Beginning and end of each attempt; one without an end lasted to the element's last sign of life."""
     ends = {line.get("attempt"): line.get("time", 0.0) for line in found.lines if line.get("event") == "end"}
-    total = 0.0
-    for start in found.starts:
-        gpus = start.get("gpus") or 0
-        if gpus:
-            end = ends.get(start["attempt"]) or max(found.progress.get("time", 0.0), start["time"])
-            total += gpus * max(0.0, end - start["time"]) / 3600
-    return round(total, 4)
+    begun = [start["time"] for start in found.starts]
+    signs = [*begun[1:], found.progress.get("time", 0.0)]  # the next attempt is one, too
+    return tuple((began, max(began, ends.get(start["attempt"]) or sign)) for start, began, sign in zip(found.starts, begun, signs, strict=False))
 
 
 def _on_this_machine(stage: str, name: str, title: str, found: Trace) -> ElementState:
@@ -141,7 +164,8 @@ def _as_ended(common: dict[str, Any], end: dict[str, Any]) -> ElementState:
         return ElementState(**common, state=PENDING, reason="was done once; its marker is gone")
     known = {"reason": end.get("reason", ""), "rank": end.get("rank"), "retry": end.get("retry", True), "seconds": end.get("seconds")}
     host = end.get("host") or common.get("host", "")
-    return ElementState(**{**common, "host": host}, state=end.get("outcome", DIED), **known)
+    outcome = end.get("outcome")
+    return ElementState(**{**common, "host": host}, state=outcome if outcome in SEVERITY else DIED, **known)
 
 
 def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submission, index: int, queue: Queue) -> ElementState:
@@ -153,8 +177,10 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=UNKNOWN, reason="handed to sbatch, which did not answer; the same submit finds out")
     job = submission.task(index)
     common |= {"job": job, "log": submission.log(index)}
-    info = queue.job(job)
     word = _left_word(found, job)
+    if queue.is_elsewhere(submission.slurm):
+        return _as_ended(common, word) if word and not word.get("again") else _on_another_cluster(common, found, submission)
+    info = queue.job(job)
     final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
     if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
         return _active(common, found, info, queue.time)
@@ -164,8 +190,11 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
     if info is not None:
         state, reason = explain_end(info, found)
-        cause = cause_of(tail_of(submission.log(index))) if state == FAILED else None
-        reason = f"{reason}: {cause.advice(stage)}" if cause else reason
+        from launcher.causes import cause_of, tail_of
+
+        said = f"{'Out Of Memory' if info.state == 'OUT_OF_MEMORY' else ''}\n{tail_of(submission.log(index))}"
+        cause = cause_of(said) if state == FAILED else None
+        reason = cause.explain(reason, stage) if cause else reason
         return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=state, reason=reason)
     return _untold(common, found, job, queue)
 
@@ -188,14 +217,23 @@ def _active(common: dict[str, Any], found: Trace, info: JobInfo, asked: float) -
     return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=RUNNING, seconds=seconds)
 
 
+def _on_another_cluster(common: dict[str, Any], found: Trace, submission: Submission) -> ElementState:
+    """Its number means another job here, or none."""
+    words = f"job {common['job']} belongs to Slurm cluster {submission.slurm}, which is not the one of this machine: ask there; {_last_sign(found)}"
+    return ElementState(**common, state=UNKNOWN, reason=words)
+
+
+def _last_sign(found: Trace) -> str:
+    signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
+    return f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}" if signs else "no sign of life yet"
+
+
 def _untold(common: dict[str, Any], found: Trace, job: str, queue: Queue) -> ElementState:
     owner = _other_owner(common["log"])
     if owner:
         return ElementState(**common, state=UNKNOWN, reason=f"job {job} is {owner}'s, and Slurm shows everybody his own: squeue -j {job.split('_')[0]}")
     if queue.jobs is None:
-        signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
-        ago = f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}" if signs else "no sign of life yet"
-        return ElementState(**common, state=UNKNOWN, reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {ago}")
+        return ElementState(**common, state=UNKNOWN, reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {_last_sign(found)}")
     return ElementState(**common, state=DIED, reason=f"Slurm no longer knows job {job}, and it left no word of its end")
 
 
@@ -210,10 +248,11 @@ def _other_owner(log: Path) -> str:
         return ""
 
 
+BEFORE = "a stage before it did not finish"
 ENDS = {
     "TIMEOUT": "reached its time limit before it had saved; give resources a longer time, or checkpoint more often",
     "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "ran out of memory; give resources more mem",
+    "OUT_OF_MEMORY": "ran out of memory",
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "its deadline passed",
     "PREEMPTED": "was preempted and not requeued",
@@ -225,7 +264,7 @@ def explain_end(info: JobInfo, found: Trace) -> tuple[str, str]:
     """``(state, reason)`` of a job that ended without a word from our driver, from Slurm's state for it."""
     if info.state == "CANCELLED":
         never = "DependencyNeverSatisfied" in info.reason or (not found.starts and not info.nodes)
-        return CANCELLED, "a stage before it did not finish" if "Dependency" in info.reason else "cancelled before it started" if never else "cancelled"
+        return CANCELLED, BEFORE if "Dependency" in info.reason else "cancelled before it started" if never else "cancelled"
     where = f" on {info.nodes}" if info.nodes else ""
     if info.state in ENDS:
         return FAILED, f"job {info.id}{where} {ENDS[info.state]}"
@@ -294,7 +333,11 @@ def read_stage(run: RunDir, stage: Stage) -> list[ElementState]:
 
 def read_run(run: RunDir, plan: Plan, queue: Queue | None = None) -> list[ElementState]:
     """All elements of a run, in the order of the plan."""
-    return read_runs([(run, plan)], queue or Queue())[0]
+    if queue is None:
+        from launcher.queue import Queue
+
+        queue = Queue()
+    return read_runs([(run, plan)], queue)[0]
 
 
 @dataclass(frozen=True)
@@ -307,15 +350,32 @@ class _Found:
 
 def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[ElementState]]:
     """All elements of several runs, with one squeue and at most one sacct for all of them."""
+    from launcher.submissions import submissions_of  # here, like all that a list without runs can do without
+
     pairs = [(run, plan, submissions_of(run, plan)) for run, plan in runs]
     if any(submissions for _, _, submitted in pairs for submissions in submitted.values()):
         _ = queue.jobs  # before the files: a job that ends in between has left its marker, not the other way round
     found = [list(_read_files(run, plan, submitted)) for run, plan, submitted in pairs]
     queue.ask_past(_unexplained([one for elements in found for one in elements], queue))
-    return [[_state(one, queue) for one in elements] for elements in found]
+    return [_with_causes([_state(one, queue) for one in elements]) for elements in found]
+
+
+def _with_causes(states: list[ElementState]) -> list[ElementState]:
+    """Why Slurm cancelled what waited: it says the same whether the stage before failed, or was cancelled together with it."""
+    if not any(state.reason == BEFORE for state in states):
+        return states
+    broken = {state.stage for state in states if state.state in (FAILED, DIED, UNKNOWN)}
+    stopped = {state.stage for state in states if state.state == STOPPED}
+    words: dict[str, str] = {}
+    for stage in dict.fromkeys(state.stage for state in states):  # in the plan's order: what comes first was waited for
+        earlier = words.keys()
+        words[stage] = BEFORE if broken & earlier else "a stage before it was stopped" if stopped & earlier else "cancelled before it started"
+    return [replace(state, reason=words[state.stage]) if state.reason == BEFORE else state for state in states]
 
 
 def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:
+    from launcher.submissions import newest_jobs
+
     for stage in plan.stages:
         jobs = newest_jobs(submitted[stage.name])
         folder = run.stage(stage.name)
@@ -329,7 +389,7 @@ def _unexplained(found: Iterable[_Found], queue: Queue) -> set[str]:
     """The arrays of jobs that left no marker and no word, and that the queue does not know (or cannot be asked about)."""
     arrays = set()
     for one in found:
-        if one.submitted is None or one.submitted[0].job is None or one.trace.done is not None:
+        if one.submitted is None or one.submitted[0].job is None or one.trace.done is not None or queue.is_elsewhere(one.submitted[0].slurm):
             continue
         submission, index = one.submitted
         job = submission.task(index)

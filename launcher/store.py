@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.plan import Plan
+from launcher.profiles import profile_files
 from recipes.errors import BadInput, did_you_mean
 from recipes.files import read_json
 from recipes.rundir import RunDir
@@ -27,11 +28,14 @@ def roots(given: str | None = None) -> list[Path]:
 
 
 def _profile_roots() -> list[str]:
-    from launcher.cluster import check_profile, profile_files
+    files = profile_files()
+    if not files:
+        return []  # and nothing that reads YAML is loaded
+    from launcher.cluster import check_profile
     from recipes.yamlfile import read_file
 
     found = []
-    for path in profile_files():
+    for path in files:
         try:
             tree, _ = read_file(path)
             found += [check_profile(profile or {}, {}).runs for profile in tree.values()]
@@ -65,6 +69,8 @@ def _is_run(path: Path) -> bool:
 
 def find_run(places: Iterable[Path], name: str) -> RunDir:
     """A run by its id, the start of one, its recipe's name (the newest), or its path. BadInput with the nearest."""
+    if not name.strip():  # an unset variable of a shell, which would stand for any run
+        raise BadInput("the name of the run is empty")
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())

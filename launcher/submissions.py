@@ -28,7 +28,7 @@ class Submission:
     token: str
     time: float
     after: tuple[str, ...] = ()
-    """The jobs that must end well before it starts."""
+    """What Slurm was told to wait for: ``afterok:11:12``, ``afterany:7``."""
     job: str | None = None
     """Slurm's number of the array; None: sbatch has not answered (yet)."""
     abandoned: bool = False
@@ -37,6 +37,10 @@ class Submission:
     """What its jobs were given: the run's plan may be another one by the time that they start."""
     profile: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    """Stages of which Slurm only waits for the end (``afterany``): the job looks itself whether they are done."""
+    slurm: str = ""
+    """The ClusterName of the Slurm that has it; on another cluster its number is somebody else's."""
 
     def task(self, index: int) -> str:
         """Slurm's name of one element's job."""
@@ -66,9 +70,10 @@ def read_submission(folder: Path) -> Submission:
     """The submission in ``folder``. Raises ValueError where it is damaged or missing."""
     value = read_object(folder / "submission.json")
     try:
-        return Submission(folder, **{**value, "elements": tuple(value["elements"]), "after": tuple(value["after"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a submission that this amlaunch can read ({error!r})") from None
+        listed = {name: tuple(value.get(name, ())) for name in ("elements", "after", "inputs")}
+        return Submission(folder, **{**value, **listed})
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: not a submission that this amlaunch can read (damaged, or of another version)") from None
 
 
 def read_submissions(jobs: Path, *, strict: bool = False) -> list[Submission]:

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import describe, sbatch, slurm
 from launcher import queue as queue_module
-from launcher import sbatch, slurm
 from launcher.cluster import Profile
 from launcher.plan import Plan, Stage
 from launcher.queue import Queue
@@ -32,7 +32,7 @@ from recipes.loader import Loaded, is_secret_variable
 from recipes.rundir import RunDir
 
 REFUSED = "Batch job submission failed"
-AMBIGUOUS = ("timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
+AMBIGUOUS = ("not found: is this", "no answer in", "timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
 """With one of these, sbatch does not know whether the controller took the job."""
 CLOCK_SECONDS = 120.0
 """By how much the clocks of this host and of the controller may differ."""
@@ -50,9 +50,13 @@ class Draft:
     array: Array
     text: str
     after: tuple[str, ...]
-    """Jobs that run already."""
+    """Arrays on their way, which all must end well."""
     after_drafts: tuple[str, ...]
     """Folders of drafts whose jobs have no number yet."""
+    after_end: tuple[str, ...] = ()
+    """Arrays on their way of which something has failed already, and is made by another array."""
+    inputs: tuple[str, ...] = ()
+    """The stages of these: what Slurm cannot promise, the job looks for itself."""
     stale: tuple[str, ...] = ()
     """Jobs that wait for something that will not come; this array takes their place."""
 
@@ -70,14 +74,18 @@ def drafts(run: RunDir, plan: Plan, profile: Profile, states: Sequence[ElementSt
         names = [state.name for state in mine if state.state != DONE and state.name not in going]
         if names:
             _refuse_local(states, before)
-        after = tuple(job for name in before for job in _running_jobs(states, submitted[name], name))
+        waits = {name: _running_arrays(states, submitted[name], name) for name in before}
+        well, ill = (tuple(job for found in waits.values() for job in found[i]) for i in (0, 1))
+        waited = {draft.array.stage.name for draft in new_before} | {name for name, found in waits.items() if any(found)}
+        looked_at = {name for later in waited for name in ancestors(plan, plan.stage(later))}  # by a stage that we wait for, too
+        inputs = tuple(name for name, found in waits.items() if found[1] and name not in looked_at)
         for start in range(0, len(names), max_size):
             jobs = RunDir(run.home(stage.name)).jobs
             folder = next_folder(jobs, stage.name, sum(draft.array.folder.parent == jobs for draft in found))
             array = Array(stage, tuple(names[start : start + max_size]), folder, token_of(folder))
             text = sbatch.script(array, profile, run.root, run.code, plan.run_id)
             leftover = tuple(state.job for state in stale) if start == 0 else ()
-            found.append(Draft(array, text, after, tuple(draft.array.folder.name for draft in new_before), leftover))
+            found.append(Draft(array, text, well, tuple(draft.array.folder.name for draft in new_before), ill, inputs, leftover))
     return found
 
 
@@ -96,22 +104,48 @@ def _refuse_local(states: Sequence[ElementState], stages: Sequence[str]) -> None
             raise BadInput(f"{state.stage} {state.name} is being made by amlaunch local on {state.host}, for all runs with that text; submit again when it is done")
 
 
-def _running_jobs(states: Sequence[ElementState], submissions: Sequence[Submission], stage: str) -> list[str]:
-    """What a later stage waits for: whole arrays where all of one is well, else the tasks that still go."""
+def _running_arrays(states: Sequence[ElementState], submissions: Sequence[Submission], stage: str) -> tuple[list[str], list[str]]:
+    """What a later stage waits for: arrays on their way of which all is well, and those of which something is not.
+
+    An array with a failed task never satisfies ``afterok``, and its tasks one by one may be thousands: of such a one
+    the end is waited for.
+    """
     active = {state.job for state in states if state.stage == stage and state.state in ACTIVE}
-    well = active | {state.job for state in states if state.stage == stage and state.state == DONE}
-    found: list[str] = []
+    fine = active | {state.job for state in states if state.stage == stage and state.state == DONE}
+    well: list[str] = []
+    ill: list[str] = []
     for submission in submissions:
-        tasks = [job for job in submission.tasks().values() if job in active]
-        if tasks:
-            found += [submission.job or ""] if well.issuperset(submission.tasks().values()) else tasks
-    return found
+        tasks = submission.tasks().values()
+        if not active.isdisjoint(tasks):
+            (well if fine.issuperset(tasks) else ill).append(submission.job or "")
+    return well, ill
 
 
 def dependency(draft: Draft, jobs: dict[str, str]) -> list[str]:
     """sbatch's option for what a draft waits for; ``jobs`` has the numbers of the drafts before it."""
-    ids = [*draft.after, *(jobs[name] for name in draft.after_drafts)]
-    return [f"--dependency=afterok:{':'.join(ids)}"] if ids else []
+    clauses = waits_for(draft, jobs)
+    return [f"--dependency={','.join(clauses)}"] if clauses else []
+
+
+def waits_for(draft: Draft, jobs: dict[str, str]) -> list[str]:
+    """The parts of :func:`dependency`, all of which must hold."""
+    waits = {"afterok": [*draft.after, *(jobs[name] for name in draft.after_drafts)], "afterany": draft.after_end}
+    return [f"{kind}:{':'.join(ids)}" for kind, ids in waits.items() if ids]
+
+
+def moved_note(run: RunDir, plan: Plan, cluster: str, states: Sequence[ElementState]) -> str:
+    """What to say where a run was submitted to another cluster before; empty where it was not. Raises BadInput while jobs of it are there."""
+    mine = [one for submissions in submissions_of(run, plan).values() for one in submissions if one.run == str(run.root)]
+    newest = max(mine, key=lambda one: one.time).cluster if mine else cluster
+    jobs = {job: one for one in mine if one.cluster != cluster for job in one.tasks().values()}
+    going = [state for state in states if state.state in ACTIVE and state.job in jobs]
+    if going:
+        first, name = jobs[going[0].job], describe.name_of(run)
+        raise BadInput(
+            f"{plan.run_id} is on its way on cluster {first.cluster} ({going[0].stage} {going[0].name}: job {going[0].job}); "
+            f"go on with --cluster {first.cluster}, or end it first: {describe.program()} cancel {name} --checkpoint"
+        )
+    return f"{plan.run_id} was on cluster {newest} before; what is done stays, the rest goes to {cluster}" if newest != cluster else ""
 
 
 @contextmanager
@@ -137,6 +171,10 @@ def recover(run: RunDir, plan: Plan, say: Say) -> None:
     open_ones = [one for submissions in submissions_of(run, plan, strict=True).values() for one in submissions if one.job is None]
     if not open_ones:
         return
+    here = slurm.cluster_name()
+    abroad = next((one for one in open_ones if one.slurm not in ("", here)), None)
+    if abroad:
+        raise SlurmError("Slurm", f"a submit to cluster {abroad.slurm} was interrupted, and this is {here}: the same command there settles it")
     tokens = _tokens(min(one.time for one in open_ones))
     for one in open_ones:
         job = tokens.get(one.token)
@@ -166,7 +204,9 @@ def submit_draft(draft: Draft, run: RunDir, plan: Plan, jobs: dict[str, str]) ->
         cluster=str(cluster.get("name")),
         token=array.token,
         time=time.time(),
-        after=tuple(option.partition("afterok:")[2] for option in options),
+        after=tuple(waits_for(draft, jobs)),
+        inputs=draft.inputs,
+        slurm=slurm.cluster_name(),
         needs=dataclasses.asdict(array.stage.needs),
         profile=dict(cluster.get("profile") or {}),
         env=plan.env,
@@ -183,13 +223,18 @@ def submit_draft(draft: Draft, run: RunDir, plan: Plan, jobs: dict[str, str]) ->
     return submission
 
 
+def has_refused(error: SlurmError) -> bool:
+    """Whether it is the controller that spoke, and not somebody who could not reach it."""
+    return not any(word.lower() in error.message.lower() for word in AMBIGUOUS)
+
+
 def _settle(submission: Submission, error: SlurmError) -> str:
     """The job of an sbatch that ended with an error: it may be in the queue all the same.
 
     Raises BadInput where sbatch refused it, SlurmError where nobody knows; the
     open submission then stays, for :func:`recover`.
     """
-    refused = REFUSED in error.message and not any(word.lower() in error.message.lower() for word in AMBIGUOUS)
+    refused = REFUSED in error.message and has_refused(error)
     for seconds in (0.0,) if refused else FIND_SECONDS:
         time.sleep(seconds)
         try:
@@ -210,7 +255,8 @@ def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
     states = read_run(run, plan, queue)
     lost = [state for state in states if state.state == UNKNOWN and state.job]  # without a number: see recover
     if lost:
-        raise SlurmError("Slurm", f"{'; '.join(queue.problems) or lost[0].reason}: what became of job {lost[0].job} is not known; try again when Slurm answers")
+        why = f"{'; '.join(queue.problems)}; try again when Slurm answers" if queue.problems else lost[0].reason
+        raise SlurmError("Slurm", f"what became of job {lost[0].job} is not known: {why}")
     return states
 
 
@@ -220,14 +266,27 @@ def submit_run(run: RunDir, plan: Plan, profile: Profile, stages: Sequence[Stage
     made: list[Submission] = []
     jobs: dict[str, str] = {}
     try:
-        for draft in drafts(run, plan, profile, states, stages, slurm.max_array_size()):
-            submission = submit_draft(draft, run, plan, jobs)
-            jobs[draft.array.folder.name] = submission.job or ""
-            made.append(submission)
-            say(f"{submission.stage}: {len(submission.elements)} element{'s' * (len(submission.elements) > 1)} as job {submission.job}")
+        found = drafts(run, plan, profile, states, stages, slurm.max_array_size())
+        for stage in stages:  # told in the plan's order, what is left alone too
+            mine = [draft for draft in found if draft.array.stage is stage]
+            for words in left_alone(stage, states, {name for draft in mine for name in draft.array.elements}):
+                say(words)
+            for draft in mine:
+                submission = submit_draft(draft, run, plan, jobs)
+                jobs[draft.array.folder.name] = submission.job or ""
+                made.append(submission)
+                say(f"{stage.name}: {len(submission.elements)} element{'s' * (len(submission.elements) > 1)} as job {submission.job}")
     finally:
         queue_module.forget()
     return made
+
+
+def left_alone(stage: Stage, states: Sequence[ElementState], submitted: Container[str]) -> list[str]:
+    """What is said of the elements of a stage that are not submitted: done, or on their way."""
+    mine = [state for state in states if state.stage == stage.name and state.name not in submitted]
+    done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
+    lines = [f"{stage.name}: {done} of {len(stage.elements)} already done, skipped"] if done else []
+    return lines + ([f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone"] if going else [])
 
 
 def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from launcher import describe
 from launcher.plan import Plan
-from launcher.state import DIED, DONE, FAILED, UNKNOWN, ElementState
+from launcher.state import CANCELLED, DIED, DONE, FAILED, STOPPED, UNKNOWN, ElementState, overall
 from recipes.errors import BAD_INPUT, GO_ON_LATER, OK
 from recipes.errors import FAILED as EXIT_FAILED
 from recipes.rundir import RunDir
@@ -20,9 +22,36 @@ def exit_code(states: list[ElementState]) -> int:
     return EXIT_FAILED if any(state.state in (DIED, UNKNOWN) for state in states) else GO_ON_LATER
 
 
-def closing(run_dir: RunDir, plan: Plan, states: list[ElementState], seconds: float) -> list[str]:
+HEADLINES = {
+    DONE: "is done", FAILED: "has failed", DIED: "has died", CANCELLED: "was cancelled", STOPPED: "was stopped", UNKNOWN: "is in an unknown state",
+}  # fmt: skip
+
+
+def headline(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> str:
+    """How a run ended, and how long it took: the time in which any of its elements ran."""
+    word = overall(states)
+    took = describe.duration(took_seconds(run_dir, states))
+    return f"{plan.run_id} {HEADLINES.get(word, f'is {word}')} ({took})"
+
+
+def took_seconds(run_dir: RunDir, states: Iterable[ElementState]) -> float:
+    """Seconds in which a run did anything; not those in which it lay stopped, nor what another run had made before."""
+    since, until, total = _made(run_dir), 0.0, 0.0
+    for begun, ended in sorted(span for state in states for span in state.ran):
+        total += max(0.0, ended - max(begun, until, since))
+        until = max(until, ended)
+    return total
+
+
+def _made(run_dir: RunDir) -> float:
+    """When the run was first started: its locks are made then, and never written to again."""
+    times = [path.stat().st_mtime for path in (run_dir.lock, run_dir.root / "submit.lock") if path.exists()]
+    return min(times, default=0.0)
+
+
+def closing(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
     """Lines for the end of a run that is done."""
-    lines = ["", f"{plan.run_id} is done ({describe.duration(seconds)})"]
+    lines = ["", headline(run_dir, plan, states)]
     for stage in ("verify", "train", "export"):
         lines += _results([state for state in states if state.stage == stage])
     lines += _sample(states)

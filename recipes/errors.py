@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 OK = 0
@@ -23,6 +22,8 @@ class BadInput(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence with the nearest of ``known``, or all of them where none is near (at most twelve)."""
+    import difflib  # here, for it makes every start slower
+
     names = sorted({str(name) for name in known})
     same = [name for name in names if name.lower() == word.lower()]
     near = same or difflib.get_close_matches(word, names, n=1, cutoff=0.6)

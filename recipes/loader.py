@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Loaded:
     """Typed, defaults filled in, placeholders expanded where the variable is known."""
     notes: list[str]
     policy: Policy
+    lines: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Where each key was set: ``file:line``, or the override as it was typed."""
 
     def text(self) -> str:
         """The resolved recipe as YAML, placeholders kept: what a run directory stores."""
@@ -118,7 +121,7 @@ def load(
     _settle_targets(tree, folder)
     refuse_secrets(tree, lines)
     recipe = _typed(tree, lines, policy, job_start)
-    loaded = Loaded(path, tree, recipe, notes, policy)
+    loaded = Loaded(path, tree, recipe, notes, policy, lines)
     _check_sweep(loaded, lines, job_start)
     return loaded
 
@@ -177,6 +180,9 @@ def _check_sweep(loaded: Loaded, lines: dict[KeyPath, str], job_start: bool) -> 
     for key, where in places.items():
         if not loaded.tree["sweep"][key]:
             raise BadInput(f"{where}: sweep.{key}: an empty list sweeps over nothing")
+        values = [json.dumps(value, sort_keys=True) for value in loaded.tree["sweep"][key]]
+        if len(set(values)) < len(values):
+            raise BadInput(f"{where}: sweep.{key}: {next(value for value in values if values.count(value) > 1)} is there twice")
         if key.split(".")[0] not in SWEPT:
             raise BadInput(f"{where}: sweep.{key}: the elements of a sweep share it; what may differ is {', '.join(SWEPT)}")
     for point in loaded.elements() if places else []:

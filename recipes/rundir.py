@@ -100,6 +100,11 @@ class RunDir:
         return self.root / "lock"
 
     @property
+    def stop(self) -> Path:
+        """Asks that process to save and stop, from a machine where no signal reaches it."""
+        return self.root / "stop"
+
+    @property
     def jobs(self) -> Path:
         """What was submitted: submitit's files on this machine, one folder for each array on a cluster."""
         return self.root / "jobs"

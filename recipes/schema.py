@@ -30,18 +30,38 @@ def parse_count(value: Any) -> int:
     raise ValueError("a count such as 500M or 1.5B")
 
 
+MINUTES = "a time such as 90 (minutes), 04:00:00 or 1-12:00:00"
+TIME_FORMS = (
+    r"(?P<minutes>\d+)(:(?P<seconds>[0-5]?\d))?",
+    r"(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)",
+    r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d)(:(?P<seconds>[0-5]?\d))?)?",
+)
+SECONDS_OF = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+
+
 def parse_minutes(value: Any) -> int:
-    """Slurm's time formats (minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM:SS``) as whole minutes, rounded up."""
-    text = str(value).strip()
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if isinstance(value, bool) or not match:
-        raise ValueError("a time such as 04:00:00, 1-12:00:00 or 90 (minutes)")
-    days, first, second, third = (int(part) if part else 0 for part in match.groups())
-    if match[1] or match[4]:  # with days: hours first; three parts: hours first
-        seconds = days * 86400 + first * 3600 + second * 60 + third
-    else:
-        seconds = first * 60 + second
-    return max(1, -(-seconds // 60))
+    """Slurm's time formats (sbatch(1), ``--time``) as whole minutes, rounded up.
+
+    They are minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM`` and ``D-HH:MM:SS``; only the first number may be
+    as large as it likes. Raises ValueError for anything else, and for no time at all, which Slurm takes for no limit.
+    """
+    text = "" if isinstance(value, bool) else str(value).strip()
+    match = next((found for form in TIME_FORMS if (found := re.fullmatch(form, text, re.ASCII))), None)
+    seconds = sum(int(number or 0) * SECONDS_OF[unit] for unit, number in match.groupdict().items()) if match else 0
+    if not seconds or seconds >= 60 * 2**31:
+        raise ValueError(MINUTES)
+    return -(-seconds // 60)
+
+
+def parse_memory(value: Any) -> str:
+    """Slurm's form of memory (sbatch(1), ``--mem``): a whole number and K, M (the default), G or T; 0: all of a node.
+
+    Raises ValueError for anything else.
+    """
+    text = "" if isinstance(value, bool) else str(value).strip().upper()
+    if not re.fullmatch(r"[0-9]{1,15}[KMGT]?", text):
+        raise ValueError("memory such as 64G or 900M (a whole number with K, M, G or T; 0 is all of a node)")
+    return text
 
 
 TOKENIZERS = {
@@ -57,6 +77,7 @@ TOKENIZERS = {
 
 Count = Annotated[int, parse_count]
 Minutes = Annotated[int, parse_minutes]
+Memory = Annotated[str, parse_memory]
 Positive = Annotated[int, "positive"]
 Natural = Annotated[int, "natural"]
 
@@ -225,7 +246,8 @@ class StageResources:
     """Ranks a node; None: one a GPU, or one without GPUs."""
     cpus: Positive | None = None
     """CPUs a node."""
-    mem: str | None = None
+    mem: Memory | None = None
+    """Memory a node."""
     time: Minutes | None = None
     hang_minutes: Positive | None = None
     """Ranks that neither step nor write a line for so long are ended and tried again; None: 30."""

@@ -17,13 +17,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "tests" / "slurm" / "cluster.sh"
 USER = "lab"
 HOME = Path("/home", USER)
-LOCK = Path("/run/amlaunch-cluster.lock")
+LOCKS = Path("/run")
 
 
 class Cluster:
-    """Two cpu nodes, two gpu nodes with eight GPUs each, and user ``lab`` on a login side that sees the same files."""
+    """Two cpu nodes, two gpu nodes with eight GPUs each, and user ``lab`` on a login side that sees the same files.
+
+    Several run side by side and know nothing of each other; each is used by one session of pytest at a time.
+    """
 
     def __init__(self) -> None:
+        self.number = 0
         self.python = Path(sys.executable)  # also lab's, wherever it lies: see ``up``
         self._lock: IO[str] | None = None
         self._shared: Path | None = None
@@ -36,9 +40,10 @@ class Cluster:
         return asked.stderr.strip().removeprefix("cluster: error: ") if asked.returncode else None
 
     def up(self) -> None:
-        """Start what does not run yet; another session's cluster is waited for. Needs root."""
-        self._lock = LOCK.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        """Start what does not run yet of the first cluster that nobody uses. Needs root."""
+        while not self._is_mine(self.number + 1):
+            self.number += 1
+        self.number += 1
         self._script("up", timeout=900)
         # Python and the checkout may lie in a closed folder, such as /root; lab sees them there all the same
         self._script("reach", *dict.fromkeys(map(str, (REPOSITORY, sys.prefix, sys.base_prefix))))
@@ -46,6 +51,15 @@ class Cluster:
         self._shared.chmod(0o755)
         self.cancel_all()
         self._check_python()
+
+    def _is_mine(self, number: int) -> bool:
+        self._lock = (LOCKS / f"amlaunch-cluster-{number}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            return False
+        return True
 
     def down(self, keep: bool = False) -> None:
         """Cancel every job, delete the shared folder, and stop the cluster unless ``keep``."""
@@ -100,15 +114,11 @@ class Cluster:
 
     def mount(self, folder: Path, size: str) -> None:
         """A disk of its own for lab's ``folder``, until :meth:`unmount`."""
-        self._at_login("mount", "-t", "tmpfs", "-o", f"size={size},mode=1777", "tmpfs", folder)
+        self._script("mount", "-t", "tmpfs", "-o", f"size={size},mode=1777", "tmpfs", folder)
 
     def unmount(self, folder: Path) -> None:
         """Take the disk away again."""
-        self._at_login("umount", folder)
-
-    def _at_login(self, *argv: str | Path) -> None:
-        login = Path("/var/lib/amlaunch-cluster/pid/login").read_text().split()[0]
-        subprocess.run(["nsenter", "-t", login, "-m", "--", *argv], check=True)
+        self._script("umount", folder)
 
     def crash(self, node: str) -> None:
         """Pull the node's plug; Slurm notices after half a minute. Undone by ``revive`` or after the test."""
@@ -149,20 +159,11 @@ class Cluster:
     @contextmanager
     def without(self, setting: str) -> Iterator[None]:
         """The cluster with one word of slurm.conf taken out."""
-        conf = Path("/etc/slurm/slurm.conf")
-        before = conf.read_text()
-        lines = [line for line in before.splitlines() if setting not in line]
-        assert len(lines) < len(before.splitlines()), setting
+        self._script("without", setting)
         try:
-            self._configure(conf, "\n".join(lines) + "\n")
             yield
         finally:
-            self._configure(conf, before)
-
-    def _configure(self, conf: Path, text: str) -> None:
-        conf.write_text(text)
-        subprocess.run(["scontrol", "reconfigure"], check=True)
-        time.sleep(1)
+            self._script("restore")
 
     def cancel_all(self, timeout: float = 90) -> None:
         """Cancel every job of lab and wait for the last one's end."""
@@ -188,14 +189,14 @@ class Cluster:
         return folder
 
     def _script(self, *argv: str | Path, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [SCRIPT, *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
-        )
+        command = ["env", f"AMLAUNCH_CLUSTER={self.number}", SCRIPT, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
         return _checked(done) if check else done
 
     def _as_lab(self, argv: tuple[str | Path, ...], env: Mapping[str, str] | None) -> list[str | Path]:
         variables = {"PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin", **(env or {})}
-        return [SCRIPT, "lab", "env", *(f"{name}={value}" for name, value in variables.items()), *argv]
+        number = f"AMLAUNCH_CLUSTER={self.number}"
+        return ["env", number, SCRIPT, "lab", "env", *(f"{name}={value}" for name, value in variables.items()), *argv]
 
     def _check_python(self) -> None:
         asked = self.run(self.python, "-P", "-c", "import recipes, launcher, yaml", check=False)

@@ -346,13 +346,30 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
     assert "# mine\nother: {partition: a}  # a remark\n" in file.read_text()
     assert find_cluster(f"{file}:other").profile.partition == "a" and find_cluster("lab").profile.partition == "cpu"
     before = file.read_text()
-    with pytest.raises(BadInput, match=r"lab is given twice.*--save another file"):
+    with pytest.raises(BadInput, match=r"clusters.yaml:5: there is a profile lab already, and it was left as it is; .*--save another file"):
         save(proposed, file)
     flow = tmp_path / "flow.yaml"
     flow.write_text("{a: {}}")
     with pytest.raises(BadInput, match="cannot be added"):
         save(proposed, flow)
     assert (file.read_text(), flow.read_text()) == (before, "{a: {}}")
+
+
+@pytest.mark.parametrize(("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no right to write")])
+def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "shut").mkdir(mode=0o555)
+    if os.geteuid() == 0 and place.startswith("shut"):  # whom nothing stops
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(facts, "read_site", lambda: pytest.fail("it was asked"))
+    with pytest.raises(BadInput, match=words):
+        doctor.run(options(save=str(tmp_path / place)))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_file_that_cannot_be_made_is_no_traceback(answers, tmp_path):
+    with pytest.raises(BadInput, match="cannot be written"):
+        save(propose(facts.read_site(), [], Path("/x/runs")), Path("/proc/site.yaml"))
 
 
 def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
@@ -366,7 +383,7 @@ def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["slurm"]["partitions"][3] == {
         "name": "gpu", "default": False, "up": True, "minutes": None, "nodes": 2, "cpus": 32, "mem_mb": 64000,
-        "gpus": 8, "gpu_type": "h100", "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
+        "gpus": 8, "gpu_type": "h100", "most_cpus": 32, "most_mem_mb": 64000, "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
     }  # fmt: skip
     assert found["slurm"]["min_job_age_s"] == 3600 and found["profile"]["name"] == "lab"
 

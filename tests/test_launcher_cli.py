@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from launcher.plan import Plan
 from launcher.planner import Site, make_plan
 from launcher.snapshot import take_snapshot
 from recipes.errors import BadInput
+from recipes.files import write_json
 from recipes.loader import load
 from recipes.shipped import shipped
 
@@ -37,10 +39,12 @@ def test_start_is_quick_and_light(tmp_path):
     code = (
         "import sys\nfrom launcher.__main__ import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'datasets', 'tiktoken', 'submitit', 'numpy', 'transformers'} & set(sys.modules)))"
+        "heavy = {'torch', 'datasets', 'tiktoken', 'submitit', 'numpy', 'transformers', *LATE}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
-    for words in (["--help"], ["status"], ["recipes"], ["show", "quickstart"]):
-        found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    late = {"rich", "yaml", "subprocess", "hashlib", "asyncio", "multiprocessing"}
+    for words, more in ((["--help"], {*late, "dataclasses"}), (["status"], late), (["recipes"], set()), (["show", "quickstart"], set())):
+        found = subprocess.run([sys.executable, "-c", f"LATE = {more}\n{code}", *words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert "HEAVY []" in found.stdout, (words, found.stdout[-300:], found.stderr)
 
 
@@ -66,14 +70,43 @@ def _timed(words: list[str], cwd: Path) -> float:
         (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "there are none yet"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["clean", "", "--yes"], "the name of the run is empty"),
+        (["frobnicate"], "no command 'frobnicate'; known here: cancel"),
+        (["statu"], "no command 'statu'; did you mean 'status'?"),
+        (["--runs", "x", "status"], "unknown option --runs; the command comes first"),
+        (["submit", "quickstart", "-cluster", "lab"], "unknown option -cluster; did you mean '--cluster'?"),
+        (["submit", "quickstart", "--clustr", "lab"], "unknown option --clustr; did you mean '--cluster'?"),
+        (["status", "--wach"], "unknown option --wach; did you mean '--watch'?"),
+        (["status", "--model.n_layer", "6"], "unknown option --model.n_layer; known here"),
+        (["logs"], "the following arguments are required: run; amlaunch logs --help says more"),
+        (["logs", "x", "--rank", "one"], "argument --rank: invalid int value: 'one'"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["local", "quickstart", "--runs", "/dev/null/x"], "/dev/null"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(tmp_path, words, message):
     found = amlaunch(*words, cwd=tmp_path)
     assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+    assert len(found.stderr.splitlines()) <= 2, found.stderr
     assert not (tmp_path / "runs").exists(), "nothing is written before the input is known to be good"
+
+
+@pytest.mark.parametrize("words", [["status"], ["recipes"], ["show", "quickstart"]])
+def test_output_that_is_closed_full_or_of_another_time(tmp_path, words):
+    """A pipe whose reader is gone, no stdout at all, a full disk, a terminal without our characters."""
+    run = [sys.executable, "-m", "launcher", *words]
+    write_json(tmp_path / "runs" / "tiny-1" / "plan.json", make_plan(load(shipped()["quickstart"]), Site(tmp_path / "runs", tmp_path, 0, 2)).to_json())
+    progress = {"time": 1.0, "unit": "step", "done": 3, "total": 9, "loss": 2.5}
+    write_json(tmp_path / "runs" / "tiny-1" / "stages" / "train" / "0" / "progress.json", progress)
+    with open(tmp_path / "runs" / "tiny-1" / "stages" / "train" / "0" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for after, code in (("| true", 141), (">&-", 0), ("> /dev/full", 1)):
+            done = subprocess.run(["bash", "-c", f'"$@" {after}; exit ${{PIPESTATUS[0]}}', "_", *run], capture_output=True, text=True, cwd=tmp_path, env=env)
+            assert "Traceback" not in done.stderr and (done.returncode == code or after == "| true"), (after, done)  # which may have been there in time
+        ascii_only = subprocess.run(run, capture_output=True, cwd=tmp_path, env={**env, "PYTHONIOENCODING": "ascii"})
+        assert ascii_only.returncode == 0 and ascii_only.stdout.isascii()
+        assert words != ["status"] or b"step 3/9 ? loss 2.5000" in ascii_only.stdout
 
 
 def test_a_users_own_modules_do_not_take_our_place(tmp_path):

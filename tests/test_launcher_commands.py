@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -18,14 +19,18 @@ import pytest
 from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, pids, wait_until
 
 from launcher import describe
+from launcher.causes import cause_of
 from launcher.commands import cancel, clean
 from launcher.create import write_run
+from launcher.local import Executor
+from launcher.machine import Machine
 from launcher.plan import Plan
 from launcher.planner import Site, make_plan, run_id
 from launcher.queue import Queue, cache_file
 from launcher.slurm import JobInfo, SlurmError
-from launcher.state import DIED, PENDING, RUNNING, STOPPED, read_run
+from launcher.state import DIED, DONE, PENDING, QUEUED, RUNNING, STOPPED, ElementState, read_run
 from launcher.submissions import Submission, token_of
+from launcher.submit import left_alone
 from recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
 from recipes.loader import load
 from recipes.rundir import RunDir
@@ -44,13 +49,15 @@ def _silent_slurm(tmp_path, monkeypatch):
     for name, value in {"SLURM_CONF": conf, "XDG_CACHE_HOME": tmp_path / "cache", "XDG_CONFIG_HOME": tmp_path / "config"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
     """amlaunch as a process of its own; ``patch``: lines of Python that run first, to shorten a pause."""
     code = f"import sys\n{patch}\nfrom launcher.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, **pipes)
+    env = dict(os.environ)  # and not what readline, which pytest loads, sets behind Python's back: COLUMNS
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, env=env, **pipes)
 
 
 def amlaunch(folder: Path, *words: str, patch: str = "") -> subprocess.CompletedProcess:
@@ -106,7 +113,7 @@ class TestSlurmDoesNotAnswer:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", job)
         found = amlaunch(tmp_path, "cancel", "test-1")
-        assert found.returncode == SILENT and "squeue" in found.stderr and "nothing was cancelled" in found.stderr
+        assert found.returncode == SILENT and re.search("squeue|scontrol", found.stderr) and "nothing was cancelled" in found.stderr
         assert "nothing of it" not in found.stdout and not found.stdout
 
     @pytest.mark.parametrize("job", ["123", None])
@@ -138,6 +145,11 @@ class TestSlurmDoesNotAnswer:
         assert amlaunch(tmp_path, "status", "test-2").returncode == 2
         run.plan.write_text("{")
         assert amlaunch(tmp_path, "status", "test-1").returncode == 2 and amlaunch(tmp_path, "status").returncode == 0
+
+
+BLIND = ("unshare", "--pid", "--fork", "--mount-proc")
+"""Starts a command that sees none of the other processes, as on another host."""
+needs_namespaces = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run([*BLIND, "true"], capture_output=True).returncode != 0, reason="no namespaces here")
 
 
 class TestCancel:
@@ -189,14 +201,12 @@ class TestCancel:
             victim.kill()
             victim.wait()
 
+    @needs_namespaces
     def test_what_runs_on_another_host_is_asked_to_leave(self, tmp_path):
         """Under another kernel, or, here, out of its sight: locks are seen, processes are not."""
-        blind = ["unshare", "--pid", "--fork", "--mount-proc"]
-        if not shutil.which("unshare") or subprocess.run([*blind, "true"], capture_output=True).returncode:
-            pytest.skip("no namespaces here")
         run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         folder = run.element("train", "0")
-        command = [*blind, sys.executable, "-m", "launcher", "cancel", "test-1"]
+        command = [*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"]
         with Holder(folder.lock) as driver:
             append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"})
             found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
@@ -204,7 +214,8 @@ class TestCancel:
             assert folder.stop.exists() and driver.process.poll() is None
             with Holder(run.lock) as launcher:
                 found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
-                assert found.returncode == 1 and "on another machine" in found.stdout and launcher.process.poll() is None
+                assert found.returncode == 0 and "drives test-1 on another machine, out of reach from here: asked to save" in found.stdout
+                assert run.stop.exists() and launcher.process.poll() is None
 
     def test_it_ends_a_driver_at_once_or_has_it_save(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
@@ -231,10 +242,49 @@ class TestCancel:
                 assert not is_locked(run.lock), "it says so only when nothing of the run goes on"
                 assert "preprocess 0: stopped" in found.stdout
             launcher.wait(timeout=15)
-            assert [state.state for state in read_run(run, plan)] == [STOPPED if words else DIED, PENDING, PENDING, PENDING]
+            first, *others = [state.state for state in read_run(run, plan)]
+            assert first == STOPPED or (first == DIED and not words), "the launcher may have been quicker to ask than we to kill"
+            assert others == [PENDING] * 3
         finally:
             launcher.kill()
             launcher.wait()
+
+    def test_a_second_ctrl_c_believes_no_written_pid_either(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        folder = run.element("train", "0")
+        victim = subprocess.Popen(["sleep", "600"])
+        append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": platform.node()})
+        try:
+            with Holder(folder.lock) as driver:
+                Executor(run, plan, Machine(1, ()), lambda states: None).kill()
+                assert driver.process.wait(timeout=5) == -signal.SIGKILL and victim.poll() is None
+        finally:
+            victim.kill()
+            victim.wait()
+
+    @needs_namespaces
+    def test_a_launcher_out_of_reach_hears_a_file(self, tmp_path):
+        """On another host of a shared home: locks and files are seen there, processes are not."""
+        run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]] * 2, ONE), ("train", [[]], ONE))
+        launcher = launch(run)
+        try:
+            pids(run, 1, "preprocess")
+            found = subprocess.run([*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+            assert found.returncode == 0 and "asked to save and stop" in found.stdout, found.stderr
+            launcher.wait(timeout=15)
+            assert [state.state for state in read_run(run, plan)] == [STOPPED, PENDING, PENDING] and run.stop.exists()
+        finally:
+            launcher.kill()
+            launcher.wait()
+
+    def test_with_a_checkpoint_it_says_what_was_saved(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
+        driver = drive(run)
+        pids(run, 1)
+        write_json(run.element("train", "0").progress, {"time": time.time(), "unit": "step", "done": 125, "total": 400, "saved": 120})
+        found = amlaunch(tmp_path, "cancel", "test-1", "--checkpoint")
+        driver.wait(timeout=10)
+        assert found.returncode == 0 and "train 0: stopped" in found.stdout and "· saved at step 120/400\n" in found.stdout, found.stdout
 
     def test_what_another_run_makes_for_both_is_left_alone(self, tmp_path):
         run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]], ONE))
@@ -285,6 +335,13 @@ def launch(run: RunDir) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 
+def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
+    _, plan = make_run(tmp_path, ("preprocess", [[]] * 3, ONE), ("train", [[]], ONE))
+    states = [ElementState("preprocess", str(i), "", state) for i, state in enumerate((DONE, RUNNING, DIED))] + [ElementState("train", "0", "", QUEUED)]
+    assert left_alone(plan.stages[0], states, {"2"}) == ["preprocess: 1 of 3 already done, skipped", "preprocess: 1 of 3 already on their way, left alone"]
+    assert left_alone(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
+
+
 class TestWait:
     SOON = f"import launcher.commands.wait as w; w.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
 
@@ -309,6 +366,36 @@ class TestWait:
             time.sleep(4)
             assert going.poll() is None
         assert going.wait(timeout=20) == 1
+
+
+    def test_a_cancelled_run_is_called_cancelled_with_all_that_waited_for_it(self, tmp_path):
+        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
+        for stage, job in ("preprocess", "11"), ("train", "12"):
+            submitted(run, plan, stage, job)
+        start_line = {"event": "start", "attempt": 1, "time": time.time() - 90, "host": "n1", "job": "11_0"}
+        append_json_line(run.element("preprocess", "0").attempts, start_line)
+        write_json(run.element("preprocess", "0").progress, {"time": start_line["time"] + 61.5, "unit": "token", "done": 1})
+        slurm_said(JobInfo("11_0", "CANCELLED", nodes="n1"), JobInfo("12_0", "CANCELLED", "Dependency"))
+        found = amlaunch(tmp_path, "wait", "test-1", patch=KEPT_LONGER)
+        assert found.returncode == 75 and "\ntest-1 was cancelled (1:01)\n" in found.stdout and "retry test-1" in found.stdout
+        shown = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        assert "cancelled before it started" in shown and "did not finish" not in shown
+        append_json_line(run.element("preprocess", "0").attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": "x"})
+        assert "a stage before it did not finish" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+
+    def test_the_time_it_tells_is_the_runs_own(self, tmp_path):
+        """Not how long somebody watched, nor the pause between two starts, nor what another run had made before."""
+        run, _ = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]] * 2, ONE))
+        now = time.time()
+        run.lock.touch()
+        os.utime(run.lock, (now - 1000, now - 1000))
+        for stage, name, *spans in ("preprocess", "0", (-5000, -4000)), ("train", "0", (-900, -850), (-100, -70)), ("train", "1", (-880, -840)):
+            for attempt, (begun, ended) in enumerate(spans, 1):
+                append_json_line(run.element(stage, name).attempts, {"event": "start", "attempt": attempt, "time": now + begun})
+                append_json_line(run.element(stage, name).attempts, {"event": "end", "attempt": attempt, "time": now + ended, "outcome": "done"})
+            write_json(run.element(stage, name).done, {"outputs": {}})
+        found = amlaunch(tmp_path, "wait", "test-1")
+        assert found.returncode == 0 and "test-1 is done (1:30)" in found.stdout, found.stdout
 
 
 class TestLogs:
@@ -371,6 +458,96 @@ class TestStatus:
         drive(run).wait()
         for words in [], ["--watch"], ["--json"]:
             assert amlaunch(tmp_path, "status", "test-1", *words).returncode == 0
+
+    def test_its_json_has_the_keys_that_are_documented(self, tmp_path):
+        """Scripts read them: one that is renamed, left out or added without a word breaks them."""
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        ended(run, "train", "0", "x", "alpha")
+        text = (Path(ROOT) / "docs" / "commands.md").read_text()
+        (documented,) = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
+        (shown,) = json.loads(amlaunch(tmp_path, "status", "--json").stdout)
+        assert list(shown) == list(documented) and list(shown["stages"][0]) == list(documented["stages"][0])
+        assert list(shown["stages"][0]["elements"][0]) == list(documented["stages"][0]["elements"][0])
+
+    def test_why_it_waits_and_until_when_is_said_in_words(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "11")
+        slurm_said(JobInfo("11_0", "PENDING", "Resources", "2026-11-24T18:00:00"))
+        assert "waits for free nodes · starts about 2026-11-24 18:00:00" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        (shown,) = json.loads(amlaunch(tmp_path, "status", "test-1", "--json", patch=KEPT_LONGER).stdout)
+        assert shown["stages"][0]["elements"][0]["start_estimate"] == "2026-11-24T18:00:00"
+
+    def test_what_a_stage_says_of_its_own_is_not_touched(self, tmp_path):
+        """The GPU check says with ``gpus`` what each did; an attempt, how many there were."""
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        write_json(run.element("train", "0").done, {"outputs": {}, "gpus": [{"rank": 0}], "seconds": "long"})
+        (state,) = read_run(run, plan)
+        assert state.result == {"outputs": {}, "gpus": [{"rank": 0}]} and state.seconds is None
+
+    def test_a_run_that_cannot_be_read_hides_no_other(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        shutil.copytree(run.root, run.root.with_name("other-2"))
+        loop = RunDir(run.root.with_name("other-2")).element("train", "0").attempts
+        loop.parent.mkdir(parents=True)
+        loop.symlink_to(loop)
+        found = amlaunch(tmp_path, "status")
+        assert found.returncode == 0 and "test-1  pending" in found.stdout and f"warning: {loop}: Too many levels" in found.stderr
+        found = amlaunch(tmp_path, "status", "other-2")
+        assert found.returncode == 1 and f"error: {loop}: Too many levels" in found.stderr
+
+    def test_what_differs_in_numbers_and_hosts_alone_is_told_once(self, tmp_path):
+        run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
+        for i in range(25):
+            ended(run, "preprocess", str(i), f"rank 0 exited with code 1 on {HOSTS[i % 2]} (pid {3000 + i}): no answer from 10.0.0.{i}:40{i}", HOSTS[i % 2])
+        ended(run, "preprocess", "25", "rank 0 exited with code 9", "alpha")
+        found = amlaunch(tmp_path, "status", "test-1").stdout
+        assert "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n" in found
+        assert "and so did 24 more, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
+        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, "another exit code is another failure"
+        assert found.count(" failed on ") == 2 and found.count("exited with code 1 on") == 2, "in the table, one of them stands for all"
+
+    def test_many_kinds_of_failure_do_not_fill_the_screen(self, tmp_path):
+        run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
+        for i, word in enumerate("abcdefghijkl"):
+            ended(run, "preprocess", str(i), f"the {word * 3} is missing", "alpha")
+        found = amlaunch(tmp_path, "status", "test-1").stdout
+        assert found.count(" failed on ") == 5 and "7 more failed otherwise" in found
+
+    def test_a_narrow_terminal_loses_columns_but_no_name_and_no_command(self, tmp_path, monkeypatch):
+        run, _ = make_run(tmp_path, ("train", [[]] * 2, ONE))
+        ended(run, "train", "0", "rank 0 exited with code 1: " + "far too long to fit " * 5, "alpha")
+        words = ["local", "a-recipe-with-a-long-name.yaml", "--step_scheduler.max_steps", "40000"]
+        write_json(run.provenance, {"command": ["amlaunch", *words], "cwd": str(tmp_path)})
+        monkeypatch.setenv("COLUMNS", "60")
+        lines = amlaunch(tmp_path, "status", "test-1").stdout.splitlines()
+        table = lines[1:4]
+        assert table[0].split() == ["stage", "element", "state", "what"], "neither time nor attempts"
+        assert table[1].startswith("train  0        failed   rank 0 exited") and table[1].rstrip().endswith("…") and all(len(line) <= 60 for line in table)
+        assert f"next: {describe.program()} {' '.join(words)}" in lines, "in one piece"
+        monkeypatch.setenv("COLUMNS", "20")
+        assert "test-1" in amlaunch(tmp_path, "status").stdout, "the terminal breaks the line, we do not cut the name"
+
+
+    def test_what_ran_out_of_memory_is_told_once_with_a_command_that_can_be_pasted(self, tmp_path):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "11")
+        slurm_said(JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1"))
+        found = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        command = f"{describe.program()} resume test-1 --resources.train.mem 64G"
+        assert f"train 0 failed on n1: job 11_0 on n1 ran out of memory; give resources more mem: {command}\n" in found
+        assert f"next: {command}\n" in found, "the same settings would fail again"
+        cause = cause_of("oom_kill")
+        assert cause and cause.explain("rank 1 was killed by SIGKILL (out of memory?)", "train").count("out of memory") == 1
+
+
+HOSTS = ("alpha", "beta")
+
+
+def ended(run: RunDir, stage: str, name: str, reason: str, host: str, **more: object) -> None:
+    """The record of an attempt that failed."""
+    folder = run.element(stage, name)
+    append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time() - 60, "host": host})
+    append_json_line(folder.attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": reason, "seconds": 60.0, **more})
 
 
 def shards(folder: Path, name: str) -> Path:
@@ -460,24 +637,62 @@ export: null
 """
 
 
-class TestResume:
-    def made(self, folder: Path, cluster: dict | None = None) -> RunDir:
-        """A run whose training is done, as far as its files say."""
-        (folder / "tiny.yaml").write_text(RECIPE)
-        (folder / "tokens.bin").touch()
-        before = os.getcwd()
-        os.chdir(folder)  # where relative paths to data begin
-        try:
-            loaded = load(folder / "tiny.yaml")
-            plan = make_plan(loaded, Site(folder / "runs", folder, 0, 2), run_id(loaded))
-            plan = dataclasses.replace(plan, cluster=cluster)
-            run = RunDir(folder / "runs" / plan.run_id)
-            write_run(run, loaded, plan, ["amlaunch", "local", "tiny.yaml"], refresh_code=True)
-        finally:
-            os.chdir(before)
-        write_json(run.element("train", "0").done, {"outputs": {}})
-        return run
+def made(folder: Path, cluster: dict | None = None) -> RunDir:
+    """A run whose training is done, as far as its files say."""
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tokens.bin").touch()
+    before = os.getcwd()
+    os.chdir(folder)  # where relative paths to data begin
+    try:
+        loaded = load(folder / "tiny.yaml")
+        plan = make_plan(loaded, Site(folder / "runs", folder, 0, 2), run_id(loaded))
+        plan = dataclasses.replace(plan, cluster=cluster)
+        run = RunDir(folder / "runs" / plan.run_id)
+        write_run(run, loaded, plan, ["amlaunch", "local", "tiny.yaml"], refresh_code=True)
+    finally:
+        os.chdir(before)
+    write_json(run.element("train", "0").done, {"outputs": {}})
+    return run
 
+
+class TestRetry:
+    def test_it_starts_what_the_run_directory_holds(self, tmp_path):
+        """The recipe's file may be another one by now, or be gone."""
+        run = made(tmp_path)
+        run.element("train", "0").done.unlink()
+        (tmp_path / "tiny.yaml").unlink()
+        found = amlaunch(tmp_path, "retry", "tiny", "--json", "--wait")
+        shown = json.loads(found.stdout)
+        assert shown["run"] == run.root.name and shown["state"] == "failed", found.stderr
+        assert read_json_lines(run.element("train", "0").attempts), "it started (and found no tokens in an empty file)"
+        assert list(run.root.parent.iterdir()) == [run.root]
+
+    def test_of_what_is_done_or_goes_on_nothing_is_started(self, tmp_path):
+        run = made(tmp_path)
+        found = amlaunch(tmp_path, "retry", "tiny")
+        assert found.returncode == 0 and "every element is done, there is nothing to start again" in found.stdout
+        run.element("train", "0").done.unlink()
+        with Holder(run.lock):
+            found = amlaunch(tmp_path, "retry", "tiny")
+            assert found.returncode == 0 and "nothing to start again, it runs" in found.stdout and "amlaunch cancel tiny" in found.stdout.replace(describe.program(), "amlaunch")
+            shown = amlaunch(tmp_path, "retry", "tiny", "--json")
+            assert json.loads(shown.stdout)["state"] == "running" and "nothing to start again" in shown.stderr
+        assert not read_json_lines(run.element("train", "0").attempts)
+
+    def test_what_is_missing_here_is_said_before(self, tmp_path):
+        run = made(tmp_path)
+        run.element("train", "0").done.unlink()
+        plan = read_object(run.plan)
+        plan["stages"][0]["needs"]["gpus_per_node"] = 64
+        write_json(run.plan, plan)
+        found = amlaunch(tmp_path, "retry", "tiny")
+        assert found.returncode == 2 and "trains on 64 GPUs, this machine has" in found.stderr
+        run.recipe.unlink()
+        found = amlaunch(tmp_path, "retry", "tiny")
+        assert found.returncode == 2 and "recipe.yaml is gone" in found.stderr and "local tiny.yaml" in found.stderr
+
+
+class TestResume:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
@@ -491,7 +706,7 @@ class TestResume:
         ],
     )
     def test_a_mistake_changes_nothing(self, tmp_path, words, message):
-        run = self.made(tmp_path)
+        run = made(tmp_path)
         before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
         found = amlaunch(tmp_path, "resume", "tiny", *words)
         assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
@@ -499,25 +714,30 @@ class TestResume:
 
     def test_not_what_is_being_run(self, tmp_path):
         """Between two stages, nothing but the launcher's lock says so."""
-        run = self.made(tmp_path)
+        run = made(tmp_path)
         with Holder(run.lock):
             found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
         assert found.returncode == 2 and "cancel" in found.stderr and run.element("train", "0").done.exists()
 
     def test_not_on_a_cluster_what_is_being_run_here(self, tmp_path):
-        run = self.made(tmp_path, {"name": "slurm", "profile": {}})
+        run = made(tmp_path, {"name": "slurm", "profile": {}})
         with Holder(run.lock):
             found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
         assert found.returncode == 2 and "being run by amlaunch local" in found.stderr
 
     def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
-        self.made(tmp_path, {"name": "slurm", "profile": {}})
+        made(tmp_path, {"name": "slurm", "profile": {}})
         found = amlaunch(tmp_path, "resume", "tiny", "--container.image", "/no/such/image.sif")
         assert found.returncode == 2 and "there is no file /no/such/image.sif" in found.stderr
 
     def test_what_is_right_goes_on(self, tmp_path):
-        run = self.made(tmp_path)
-        found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6")
-        assert "amlaunch local tiny.yaml" in found.stdout and "was resumed with --step_scheduler.max_steps 6" in found.stdout
+        run = made(tmp_path)
+        before = read_object(run.plan)
+        (tmp_path / "tiny.yaml").write_text(RECIPE.replace("n_layer: 2", "n_layer: 3"))
+        found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6", "--json")
+        shown = json.loads(found.stdout)
+        assert shown["run"] == run.root.name and list(run.root.parent.iterdir()) == [run.root], "what the run directory holds, not the file as it is now"
+        assert f"{run.root.name}: {run.root}" in found.stderr
+        assert "n_layer: 2" in run.recipe.read_text() and "max_steps: 6" in run.recipe.read_text() and read_object(run.plan)["data"] == before["data"]
         assert read_object(run.provenance)["resumed"] == ["--step_scheduler.max_steps", "6"]
         assert read_json_lines(run.element("train", "0").attempts), "training went on (and found no tokens in an empty file)"

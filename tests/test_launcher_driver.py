@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.driver import classify
+from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Element, Needs, Plan, Stage
@@ -131,6 +131,19 @@ def test_stop_soon_by_signal_and_by_file(tmp_path):
         for name in ("pid0", "pid1"):
             (run.element("train", "0").root / name).unlink()
     assert only_state(run, plan).attempts == 2
+
+
+def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_path):
+    """Twice a step and a save before the time limit, by the newest heartbeat; never in the first half of the job."""
+    folder = make_run(tmp_path, ("train", [[]], ONE))[0].element("train", "0")
+    assert not Stopping(folder, ends=time.time() + 0.1).look(), "without a heartbeat, Slurm's own warning has to do"
+    write_json(folder.progress, {"step_seconds": 0.3, "save_seconds": 0.2})
+    slow, patient = Stopping(folder, ends=time.time() + 2.5), Stopping(folder, ends=time.time() + 3.0)
+    wait_until(slow.look)
+    assert slow.signal == signal.SIGUSR1 and "time limit" in slow.reason() and 0.0 < slow.ends - time.time() < 1.0
+    write_json(folder.progress, {"step_seconds": 60.0, "save_seconds": 300.0})
+    wait_until(patient.look)
+    assert patient.ends - time.time() < 1.5
 
 
 def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
@@ -273,11 +286,15 @@ def test_a_lock_is_seen_by_who_may_only_read_it():
 @pytest.mark.parametrize(
     ("name", "content"),
     [("attempts.jsonl", b"3\n"), ("attempts.jsonl", b'{"event": "start"}\n'), ("attempts.jsonl", b"\xff\xfe\n"), ("done.json", b"[1]"),
-     ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
+     ("attempts.jsonl", b'{"event": "start", "attempt": "x", "time": "y"}\n'), ("done.json", b'{"outputs": {}, "seconds": "long", "tokens": "x"}'),
+     ("attempts.jsonl", b'{"event": "start", "attempt": 1, "time": 1.0, "gpus": "many", "host": 5}\n{"event": "end", "attempt": 1, "outcome": "strange", "reason": 5}\n'),
+     ("progress.json", b'{"unit": 5, "done": "x", "total": "y", "loss": "z", "rate": "fast", "eta_s": "soon", "time": "never"}'), ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
 )  # fmt: skip
 def test_damaged_files_of_one_element_hide_nothing(tmp_path, name, content):
     run, _ = make_run(tmp_path, ("train", [[]], ONE))
     drive(run).wait()
+    if name != "done.json":
+        run.element("train", "0").done.unlink()
     (run.element("train", "0").root / name).write_bytes(content)
     found = subprocess.run([sys.executable, "-m", "launcher", "status", "test-1"], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0 and "test-1" in found.stdout, found.stderr
@@ -329,6 +346,8 @@ def test_two_elements_of_four_gpus_run_together_on_eight(tmp_path):
     assert first_start < second_end and second_start < first_end, "at the same time"
     shown = [next(line for line in run.element("train", name).log(1, 0).read_text().splitlines() if "CUDA" in line) for name in "01"]
     assert {line.partition("=")[2] for line in shown} == {"0,1,2,3", "4,5,6,7"}
+    for state in read_run(run, plan):
+        assert state.gpu_hours == pytest.approx(4 * state.seconds / 3600, abs=4e-4)
 
 
 @pytest.mark.slow

@@ -11,24 +11,31 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_doctor import RECORDED, question
+from test_e2e import TINY
 
 from launcher import queue as queue_module
-from launcher import slurm
+from launcher import sbatch, slurm
+from launcher.__main__ import main
 from launcher.causes import cause_of, nodes_to_avoid
 from launcher.cli import sweep_overrides
 from launcher.cluster import find_cluster
 from launcher.driver import failure_of, signal_name
+from launcher.fit import megabytes
+from launcher.inputs import missing_input
 from launcher.plan import Element, Needs, Plan, Stage
 from launcher.policy import futile_attempts, goes_again
+from launcher.preflight import check_python
 from launcher.queue import Queue
 from launcher.ranks import free_ports, interface_address
 from launcher.sbatch import Array, job_environment, script, submission_environment
-from launcher.slurm import JobInfo, compress_ranges, expand_ranges, gpus_of, minutes_of
+from launcher.slurm import JobInfo, SlurmError, compress_ranges, expand_ranges, gpus_of, minutes_of
 from launcher.snapshot import take_snapshot
 from launcher.state import (
     CANCELLED,
@@ -45,7 +52,7 @@ from launcher.state import (
 )
 from launcher.step import first_failure
 from launcher.submissions import Submission, next_folder, read_submission, submissions_of, token_of
-from launcher.submit import drafts
+from launcher.submit import dependency, drafts, known_states, moved_note
 from recipes.errors import BadInput
 from recipes.files import append_json_line, fingerprint, write_json
 from recipes.rundir import ElementDir, RunDir
@@ -109,8 +116,18 @@ class TestProfiles:
             ("lab: {sbatch: {job-name: x}}", "amlaunch sets it (the run's name makes it)"),
             ("lab: {stages: {train: {sbatch: {output: x}}}}", "stages.train.sbatch.output: amlaunch sets it"),
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
+            ('lab: {sbatch: {"nice\\nx": 3}}', "sbatch: 'nice\\nx': expected the long name of an option"),
+            ("lab: {sbatch: {--nice: 3}}", "without dashes before it"),
+            ('lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}', "stages.train.account: expected one line of text"),
+            ("lab: {stages: [a]}", "stages: expected a section with keys, found a list"),
+            ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
+            ("lab: {shared_roots: [.]}", "shared_roots: '.': expected a path from the root"),
+            ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch takes 65535 at most"),
             ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
             ("lab: {time: soon}", "expected a time such as"),
+            ("lab:\n  time: 99:99", "clusters.yaml:2: time: expected a time such as"),
+            ("lab: {mem: lots}", "mem: expected memory such as 64G"),
+            ("lab:\n  stages: {train: {mem: 4X}}", "clusters.yaml:2: stages.train.mem: expected memory such as 64G"),
             ("lab: {runs: '${NO_SUCH_VARIABLE}/runs'}", "a variable in it is not set here"),
         ],
     )
@@ -131,6 +148,122 @@ class TestProfiles:
         found = find_cluster("lab").profile
         assert found.runs == "/shared/ann" and found.sbatch["mail-user"] == "ann"
         assert "hunter2" not in repr(found) and found.setup == ["export X=${MY_TOKEN}"] and found.env == {"T": "${MY_TOKEN}"}
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a recipe, on the login side of a Slurm that says what a real one said (cpu: 32 CPUs and 64 GB, gpu: 8 GPUs, too)."""
+    told = {**RECORDED, "squeue": "", "sbatch --help": "  --nice=x\n  --begin=x\n"}
+
+    def call(*argv: str, **_: object) -> str:
+        return told["squeue" if argv[0] == "squeue" else question(argv)]
+
+    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setattr(sbatch, "call", call)
+    for name in ("AMLAUNCH_RUNS", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in (("HOME", "home"), ("XDG_CONFIG_HOME", "config"), ("XDG_CACHE_HOME", "cache")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text")
+    monkeypatch.setenv("TEXT", str(tmp_path / "text"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    for ask in (slurm.config, sbatch.sbatch_options):
+        ask.cache_clear()
+    yield tmp_path
+    for ask in (slurm.config, sbatch.sbatch_options):
+        ask.cache_clear()
+
+
+def refused(site: Path, capsys: pytest.CaptureFixture[str], profile: str, *words: str, recipe: str = TINY) -> list[str]:
+    """What submit says is wrong, a line each, the folder left out; nothing is written."""
+    (site / "clusters.yaml").write_text(profile)
+    (site / "tiny.yaml").write_text(recipe)
+    there = sorted(site.rglob("*"))
+    assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs"), *words]) == 2
+    assert [path for path in sorted(site.rglob("*")) if path.is_file()] == [path for path in there if path.is_file()]
+    return [line.removeprefix("error: ").replace(f"{site}/", "") for line in capsys.readouterr().err.splitlines()]
+
+
+class TestEveryProblemIsSaidAtOnce:
+    def test_of_a_recipe_that_cannot_be_read_and_of_its_cluster(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        profile = "lab:\n  account: labb\n  qos: hihg\n  python: /nowhere/python\n  sbatch: {nise: 1}\n  stages: {train: {partition: gpuu, sbatch: {beginn: now}}}\n"
+        assert refused(site, capsys, profile, recipe=TINY.replace("n_layer", "n_layr")) == [
+            "tiny.yaml:13: model.n_layr: unknown key of trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?",
+            "clusters.yaml:5: sbatch.nise: sbatch has no such option; did you mean 'nice'?",
+            "clusters.yaml:6: stages.train.sbatch.beginn: sbatch has no such option; did you mean 'begin'?",
+            "clusters.yaml:6: stages.train.partition 'gpuu' does not exist here; did you mean 'gpu'?",
+            "clusters.yaml:2: account 'labb' is not yours; did you mean 'lab'?",
+            "clusters.yaml:3: qos 'hihg' is not yours; did you mean 'high'?",
+        ]
+
+    def test_of_a_profile_that_cannot_be_read_and_of_the_recipe(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        found = refused(site, capsys, "lab:\n  mem: 4X\n  partitoin: x\n", "--wandb.project", "x", "--container.image", "/no/such.sqsh")
+        assert [line.split(":")[0] for line in found] == ["clusters.yaml", "clusters.yaml", "--container.image=/no/such.sqsh", "--wandb.project=x"]
+
+    def test_of_sizes_times_and_files_at_the_line_that_set_them(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The profile's where the recipe says nothing: else a user looks for it in the wrong file."""
+        profile = "lab:\n  partition: short\n  time: 30\n  stages:\n    verify: {mem: 900G, cpus: 99}\n"
+        recipe = TINY.replace("train: {tasks_per_node: 2, cpus: 2}", "train: {tasks_per_node: 64, cpus: 2, nodes: 3, time: '5:00'}").replace("${TEXT}", "${TEXT}/none")
+        assert refused(site, capsys, profile, recipe=recipe.replace("global_batch_size: 8", "global_batch_size: 384")) == [
+            f"tiny.yaml:3: preprocess.data_files: nothing matches 'text/none/**/*.txt' (seen from {site})",
+            "clusters.yaml:3: time is 30:00, partition short allows 10:00",
+            "clusters.yaml:5: stages.verify.cpus is 99, a node of partition short has 32 CPUs",
+            "clusters.yaml:5: stages.verify.mem is 900G, a node of partition short has 64000 MB",
+            "tiny.yaml:27: resources.train.nodes is 3, partition short has 2",
+            "tiny.yaml:27: resources.train.tasks_per_node is 64, a node of partition short has 32 CPUs",
+            "tiny.yaml:27: resources.train.time is 5 min, and a job is told to save 300 s before its end: nothing is left to work in; give it more time, or lower the profile's signal_seconds",
+        ]
+
+    def test_of_gpus(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert refused(site, capsys, "lab: {partition: cpu}\n", "--gpus", "1") == ["--gpus 1: a node of partition cpu has 0; partitions with GPUs: gpu (8), gpu-low (8)"]
+        words = ["--resources.train.gpus_per_node", "16", "--resources.train.tasks_per_node", "null", "--step_scheduler.global_batch_size", "32"]
+        assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith("--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, a node of partition gpu has 8")
+
+    def test_of_a_folder_that_is_a_file_and_of_several_partitions(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
+        assert found[0] == "text/a.txt: is not a folder; --runs DIR puts runs elsewhere"
+        assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith("clusters.yaml:1: partition 'cpu,gpu' is several; write one")
+
+    def test_of_a_run_that_is_somebody_elses(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not after half of it is written."""
+        clusters = "lab: {mem: 1G, time: 10}\n"
+        (site / "clusters.yaml").write_text(clusters)
+        assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs"), "--dry-run", "--json"]) == 0
+        run = Path(json.loads(capsys.readouterr().out)["path"])
+        run.parent.mkdir()
+        run.write_text("")
+        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is not a folder; --name NAME begins another run"
+        run.unlink()
+        run.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
+        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is {run.owner()}'s, and you may not write to it; --name NAME begins another run"
+
+    def test_a_silent_slurm_has_refused_nothing(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        (site / "clusters.yaml").write_text("lab: {mem: 1G, time: 10}\n")
+        for words, code in (("Unable to contact slurm controller (connect failure)", 1), ("allocation failure: Invalid qos", 2)):
+            monkeypatch.setattr(sbatch, "test_only", lambda *_, words=words: (_ for _ in ()).throw(SlurmError("sbatch", words)))
+            assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs")]) == code
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert words in said and ("would refuse" in said) == (code == 2)
+
+    def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"
+        assert refused(site, capsys, profile)[1].startswith("clusters.yaml:3: python: there is no venv/bin/python, here or on the nodes")
+        (site / "clusters.yaml").write_text("lab: {python: /nowhere/python}\n")
+        assert check_python(find_cluster("lab")) == ["clusters.yaml:1: python: /nowhere/python is not on this machine; on a node that does not have it either, jobs end at once"]
+
+
+def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "call", lambda *_, **__: "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n")
+    (part,) = slurm.partitions()
+    assert (part.nodes, part.gpus, part.cpus, part.most_cpus, part.most_mem_mb) == (93, 8, 32, 128, 900000)
+
+
+@pytest.mark.parametrize(("text", "mega"), [("64G", 65536), ("1T", 1 << 20), ("900", 900), ("900M", 900), ("1500K", 2), ("0", 0)])
+def test_memory(text: str, mega: int) -> None:
+    assert megabytes(text) == mega
 
 
 def make_plan(run: RunDir, *stages: tuple[str, int], cluster: bool = True) -> Plan:
@@ -225,6 +358,20 @@ def test_causes(text: str, kind: str, again: bool, elsewhere: bool) -> None:
     assert cause_of("ValueError: boom in step 3") is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/var/spool/slurmd/job00012/slurm_script: line 20: /nowhere/python3: No such file or directory",
+        "/bin/sh: line 20: exec: /nowhere/python3: cannot execute: No such file or directory",
+        "ModuleNotFoundError: No module named 'yaml'",
+    ],
+)
+def test_a_job_without_its_python_says_so(text: str) -> None:
+    found = cause_of(f"some module is loaded\n{text}\n")
+    assert found is not None and found.kind == "no environment" and "python and setup in the profile" in found.advice("train")
+    assert cause_of("FileNotFoundError: [Errno 2] No such file or directory: 'text.txt'") is None
+
+
 def test_nodes_are_avoided_for_an_hour() -> None:
     lines = [{"event": "end", "elsewhere": True, "host": "n1", "time": 1000.0}, {"event": "end", "elsewhere": True, "host": "n2", "time": 4000.0}, {"event": "end", "host": "n3", "time": 4000.0}]
     assert nodes_to_avoid(lines, now=4100.0) == ["n1", "n2"] and nodes_to_avoid(lines, now=4700.0) == ["n2"] and nodes_to_avoid(lines, now=9000.0) == []
@@ -254,10 +401,10 @@ def answers(folder: Path, jobs: dict[str, JobInfo] | None, past: dict[str, JobIn
     queue = Queue(max_age=1e9, cache=folder / "cache" / "queue")
     asked = time.time() if asked is None else asked
     problem = "" if jobs is not None else "squeue: no answer in 30 s"
-    for name, question, found in (("squeue", "", jobs), ("sacct", "11", past or {})):
+    for name, asked_for, found in (("squeue", "", jobs), ("sacct", "11", past or {})):
         rows = None if found is None else [dataclasses.astuple(job) for job in found.values()]
-        kept = {"time": asked, "question": question, "problem": problem if name == "squeue" else "", "jobs": rows}
-        write_json(queue.file.with_name(f"{name}-{fingerprint(question)}.json"), kept)
+        kept = {"time": asked, "question": asked_for, "problem": problem if name == "squeue" else "", "jobs": rows}
+        write_json(queue.file.with_name(f"{name}-{fingerprint(asked_for)}.json"), kept)
     return queue
 
 
@@ -339,6 +486,44 @@ class TestStates:
         with pytest.raises(BadInput, match="not a submission"):
             submissions_of(run, plan, strict=True)
 
+    def test_a_job_of_another_cluster_is_neither_dead_nor_somebody_elses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two clusters with one home: here its number is unknown, or belongs to another job."""
+        run, plan = self.run(tmp_path)
+        (one,) = submissions_of(run, plan)["train"]
+        dataclasses.replace(one, slurm="north").write()
+        monkeypatch.setattr(slurm, "cluster_name", lambda: "south")
+        for jobs in ({}, {"11_0": JobInfo("11_0", "FAILED")}, {"11_0": JobInfo("11_0", "RUNNING")}):
+            found = self.state(run, plan, answers(tmp_path, jobs))
+            assert found.state == UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        monkeypatch.setattr(slurm, "squeue", dict)
+        with pytest.raises(SlurmError, match="job 11_0 is not known: job 11_0 belongs to Slurm cluster north"):
+            known_states(run, plan)
+        self.attempt(run, end={"outcome": "failed", "reason": "boom"})
+        assert self.state(run, plan, answers(tmp_path, {})).state == FAILED, "the driver's last word is on the disk that both see"
+
+    def test_its_own_clusters_jobs_are_as_ever_and_its_name_is_asked_for_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, plan = self.run(tmp_path)
+        (one,) = submissions_of(run, plan)["train"]
+        dataclasses.replace(one, slurm="north").write()
+        asked: list[int] = []
+        monkeypatch.setattr(slurm, "cluster_name", lambda: asked.append(1) or "north")
+        for _ in range(3):
+            assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
+        assert asked == [1], "an hour's worth"
+
+    def test_a_run_does_not_change_its_cluster_unsaid_nor_while_jobs_of_it_are_there(self, tmp_path: Path) -> None:
+        run, plan = self.run(tmp_path)
+        states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")}))[0]
+        assert moved_note(run, plan, "x", states) == ""
+        with pytest.raises(BadInput, match=r"is on its way on cluster x \(train 0: job 11_0\); go on with --cluster x, or end it first"):
+            moved_note(run, plan, "y", states)
+        states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")}))[0]
+        assert moved_note(run, plan, "y", states) == "r-1 was on cluster x before; what is done stays, the rest goes to y"
+        folder = next_folder(run.jobs, "train")
+        Submission(folder, "train", ("0",), str(run.root), "y", token_of(folder), time.time(), job="12").write()
+        assert moved_note(run, plan, "y", states) == "", "it has been said"
+
     def test_submissions_survive_the_disk(self, tmp_path: Path) -> None:
         folder = tmp_path / "001-train"
         one = Submission(folder, "train", ("0", "1"), "/r", "x", "t", 1.5, ("7",), "9", needs={"nodes": 1}, env={"A": "${B}"})
@@ -361,6 +546,33 @@ class TestDrafts:
         assert [state.state for state in states] == [PENDING, PENDING, DONE, PENDING]
         found = drafts(run, plan, profile, states, plan.stages, 1000)
         assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == ("001-preprocess",), "verify is done, its input is not"
+
+    def test_after_a_failure_in_a_huge_array_its_end_is_waited_for_and_the_job_looks_itself(self, tmp_path: Path) -> None:
+        """afterok never holds for it any more, and thousands of tasks are more than sbatch takes."""
+        run = RunDir(tmp_path / "runs" / "r-1")
+        plan = make_plan(run, ("preprocess", 5000), ("verify", 1), ("train", 3))
+        names = tuple(map(str, range(5000)))
+        for job, mine in (("11", names[:2500]), ("12", names[2500:])):
+            folder = next_folder(run.jobs, "preprocess")
+            Submission(folder, "preprocess", mine, str(run.root), "x", token_of(folder), time.time(), job=job).write()
+        jobs = {f"{job}_{i}": JobInfo(f"{job}_{i}", "RUNNING") for job in ("11", "12") for i in range(2500)}
+        jobs["11_7"] = JobInfo("11_7", "FAILED")
+        states = read_runs([(run, plan)], answers(tmp_path, jobs))[0]
+        found = drafts(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
+        assert [(draft.array.stage.name, draft.array.elements) for draft in found] == [("preprocess", ("7",)), ("verify", ("0",)), ("train", ("0", "1", "2"))]
+        numbers = {draft.array.folder.name: str(20 + i) for i, draft in enumerate(found)}
+        assert [dependency(draft, numbers) for draft in found] == [[], ["--dependency=afterok:12:20,afterany:11"], ["--dependency=afterok:12:20:21,afterany:11"]]
+        assert [draft.inputs for draft in found] == [(), ("preprocess",), ()], "train waits for verify, which has looked"
+        submission = Submission(tmp_path, "verify", ("0",), str(run.root), "x", "t", 0.0, inputs=("preprocess",))
+        for name in names[:-1]:
+            marker = run.element("preprocess", name).done
+            marker.parent.mkdir(parents=True)
+            marker.write_text('{"outputs": {}}')
+        assert missing_input(run, plan, submission) == "a stage before it did not finish: preprocess 4999 is not done"
+        write_json(run.element("preprocess", "4999").done, {"outputs": {str(tmp_path / "gone"): 4}})
+        assert missing_input(run, plan, submission), "nor is it while its output is not there"
+        write_json(run.element("preprocess", "4999").done, {"outputs": {}})
+        assert missing_input(run, plan, submission) == ""
 
     def test_arrays_are_cut_at_slurms_limit(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path / "runs" / "r-1")
@@ -395,6 +607,10 @@ def test_sweeps_as_people_type_them() -> None:
     assert sweep_overrides(["{seed: [1]}"]) == ["--sweep={seed: [1]}"]
     with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
         sweep_overrides(["optimizer.lr"])
+    with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
+        sweep_overrides(["=1,2"])
+    with pytest.raises(BadInput, match="--sweep seed is given twice"):
+        sweep_overrides(["seed=1", "optimizer.lr=1", "seed=2"])
 
 
 def test_ports_that_are_taken_are_passed_over() -> None:

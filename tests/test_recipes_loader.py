@@ -13,7 +13,7 @@ import pytest
 
 from recipes.errors import BadInput
 from recipes.loader import check_batch, load
-from recipes.schema import parse_count, parse_minutes
+from recipes.schema import parse_count, parse_memory, parse_minutes
 from recipes.shipped import find_recipe, shipped, summary
 from recipes.targets import OPTIMIZER_KEYS, OPTIMIZERS, OURS, Policy, _tree, build, check_target, resolve, signature
 
@@ -94,6 +94,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("wandb:\n  api_key: abc\n", 9, "export API_KEY"),
         ("sweep:\n  optimizer.lrr: [1, 2]\n", 9, "unknown key"),
         ("sweep:\n  optimizer.lr: []\n", 9, "empty list"),
+        ("sweep:\n  optimizer.lr: [1e-3, 2, 0.001]\n", 9, "0.001 is there twice"),
         ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
     ],
 )
@@ -381,9 +382,26 @@ def test_not_counts(text):
         parse_count(text)
 
 
-@pytest.mark.parametrize(("text", "value"), [("04:00:00", 240), ("1-12:00:00", 2160), ("2-6", 3240), (90, 90), ("30:30", 31), ("00:00:01", 1), ("1-0:30", 1470)])
+@pytest.mark.parametrize(("text", "value"), [("04:00:00", 240), ("1-12:00:00", 2160), ("2-6", 3240), (90, 90), ("30:30", 31), ("00:00:01", 1), ("1-0:30", 1470), ("100:00:00", 6000), ("90:00", 90)])
 def test_times_are_slurms(text, value):
     assert parse_minutes(text) == value
+
+
+@pytest.mark.parametrize("text", ["99:99", "1:60", "1:60:00", "1:00:60", "1-24", "1-1:60", "1-", "-1", "0", "0:00", "1:2:3:4", "", "1.5", "infinite", True, None, "٣", 10**12])
+def test_not_times(text):
+    with pytest.raises(ValueError, match="04:00:00"):
+        parse_minutes(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("64G", "64G"), ("900m", "900M"), (4000, "4000"), (0, "0"), ("1T", "1T")])
+def test_memory_is_slurms(text, value):
+    assert parse_memory(text) == value
+
+
+@pytest.mark.parametrize("text", ["lots", "4X", "64GB", "1.5G", "-1", "", "G", True, None, 1.5, "6 4G", "٣G"])
+def test_not_memory(text):
+    with pytest.raises(ValueError, match="64G"):
+        parse_memory(text)
 
 
 class TestLibrary:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import os
+import platform
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from launcher import describe
 from launcher import queue as queue_module
@@ -21,7 +18,7 @@ from launcher.store import find_run, read_plan, roots
 from launcher.submissions import submissions_of
 from launcher.submit import recover, submitting
 from recipes.errors import FAILED, OK
-from recipes.files import is_locked, read_json_lines
+from recipes.files import is_locked, read_json_lines, read_object, signal_holders
 from recipes.rundir import ElementDir, RunDir
 
 SAVE_SECONDS = 300.0
@@ -43,12 +40,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"{plan.run_id}: nothing of it runs or waits{others}")
             return OK
         _cancel_jobs([state.job for state in going if state.job and (state.state == QUEUED or not options.checkpoint)], run_dir, plan)
-    reached = _end_here(run_dir, [state for state in going if not state.job], save=options.checkpoint)
+    _stop_launcher(run_dir)
+    _end_here(run_dir, [state for state in going if not state.job], save=options.checkpoint)
     if options.checkpoint:
         return _wait_until_saved(run_dir, plan)
-    if not reached:
-        print(f"amlaunch local drives {plan.run_id} on another machine and may start more of it: end it there, with Ctrl-C")
-        return FAILED
     print(f"next: {describe.program()} status {describe.name_of(run_dir)}; {describe.program()} retry {describe.name_of(run_dir)} goes on from the last checkpoint")
     return OK
 
@@ -107,16 +102,28 @@ def _together(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
     return found
 
 
-def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) -> bool:
-    """Ask processes to save and leave, or end them; False where the launcher that would start more of them is out of reach."""
-    launchers = holders(run_dir.lock)
-    reached = bool(launchers) or not is_locked(run_dir.lock)
-    _send(signal.SIGTERM, launchers)  # to it, this is Ctrl-C: it starts nothing more
+def _stop_launcher(run_dir: RunDir) -> None:
+    """Have amlaunch local start nothing more: by a signal, or by a file that it looks for, where it is out of reach."""
+    if signal_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):  # to it, this is Ctrl-C
+        return
+    run_dir.stop.touch()
+    host, name = launcher_host(run_dir), describe.name_of(run_dir)
+    print(f"amlaunch local drives {run_dir.root.name} on {host}, out of reach from here: asked to save and stop, which it does within seconds")
+    print(f"if {describe.program()} status {name} still shows it running then: on {host}, Ctrl-C where it was started, or amlaunch cancel {name}", flush=True)
+
+
+def launcher_host(run_dir: RunDir) -> str:
+    """Where amlaunch local was started, for people."""
+    host = str(read_object(run_dir.provenance).get("host") or "another machine")
+    return f"{host} (this machine, by another user)" if host == platform.node() else host
+
+
+def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) -> None:
+    """Ask processes to save and leave, or end them."""
     ended = 0
     for state in states:
         folder = run_dir.element(state.stage, state.name)
-        found = [] if save else holders(folder.lock)
-        _send(signal.SIGKILL, found)
+        found = 0 if save else signal_holders(folder.lock, signal.SIGKILL)
         ended += bool(found)
         if not found:
             _ask_to_leave(folder)
@@ -124,40 +131,11 @@ def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) ->
             print(f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave")
     if ended:
         print(f"ended {ended} element{'s' * (ended > 1)} on this machine", flush=True)
-    return reached
 
 
 def _ask_to_leave(folder: ElementDir) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)  # Slurm has started the job, its driver has not got here yet
     folder.stop.touch()
-
-
-def _send(number: signal.Signals, pids: Sequence[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def holders(lock: Path) -> list[int]:
-    """The processes that hold a lock, as the kernel of this machine tells; none of another machine's, nor of another user's.
-
-    A pid that was written down says less: on another host, or after a while,
-    it is some other process.
-    """
-    found = set()
-    with suppress(OSError):
-        wanted = lock.stat()
-        for info in glob.iglob("/proc/[0-9]*/fdinfo/*"):
-            with suppress(OSError):  # it has ended meanwhile, or is somebody else's
-                if _is_lock_on(Path(info).read_text(), wanted.st_ino) and os.path.samestat(os.stat(info.replace("fdinfo", "fd")), wanted):
-                    found.add(int(info.split("/")[2]))
-    return sorted(found - {os.getpid()})
-
-
-def _is_lock_on(fdinfo: str, inode: int) -> bool:
-    """Whether a descriptor holds an exclusive flock on the file with this number: ``lock: 1: FLOCK ADVISORY WRITE 77 08:01:5 0 EOF``."""
-    lines = [line.split() for line in fdinfo.splitlines() if line.startswith("lock:")]
-    return any(words[2:5] == ["FLOCK", "ADVISORY", "WRITE"] and words[6].endswith(f":{inode}") for words in lines)
 
 
 def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
@@ -190,5 +168,5 @@ def _not_saved(run_dir: RunDir, going: Sequence[ElementState]) -> int:
     if going:
         print(f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(f'{state.stage} {state.name}' for state in going)}; they leave as soon as they have")
     else:
-        print(f"amlaunch local still drives {run_dir.root.name}: end it where it was started, with Ctrl-C")
+        print(f"amlaunch local still drives {run_dir.root.name} on {launcher_host(run_dir)}: end it where it was started, with Ctrl-C")
     return FAILED

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import describe, diagnose, gpujob, slurm
-from launcher.cluster import FILE, Cluster, config_folder, find_cluster
+from launcher.cluster import Cluster, find_cluster
 from launcher.diagnose import BAD, OK, WARN, Finding
 from launcher.facts import Place, SlurmSite, read_folders, read_host, read_site
-from launcher.proposal import Proposal, propose, save
+from launcher.profiles import FILE, config_folder
+from launcher.proposal import Proposal, check_place, propose, save
 from launcher.report import make_report
 from launcher.slurm import SlurmError
 from launcher.store import runs_root
@@ -81,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     on_cluster = cluster.profile.executor == "slurm" if cluster else slurm.available()
     if options.save and not on_cluster:
         raise BadInput("--save: only a cluster with Slurm needs a profile; local, for this machine alone, is built in")
+    if options.save:
+        check_place(Path(options.save).expanduser())
     report = Report(options.json)
     runs = runs_root(None, cluster.profile.runs if cluster else None)
     host, folders = read_host(), read_folders(runs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,10 +21,9 @@ from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_ru
 from launcher.store import run_dir_of
 from launcher.submissions import submissions_of
 from launcher.submit import known_states
-from launcher.summary import closing, exit_code, stage_closing
+from launcher.summary import closing, exit_code, headline, stage_closing
 from recipes.errors import OK, BadInput
 from recipes.files import Lock
-from recipes.loader import Loaded
 from recipes.rundir import RunDir
 
 
@@ -37,11 +35,26 @@ def run(options: argparse.Namespace) -> int:
     _check_input(run_dir, plan, stages)
     check_here(loaded, stages)
     _check_jobs(run_dir, plan)
+    with driving(run_dir):
+        report = make_report(options.json)
+        if not options.recipe:
+            report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
+        for note in notes(loaded, plan, machine):
+            report.say(f"note: {note}")
+        busy = any(state.state == RUNNING for state in read_run(run_dir, plan))
+        write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+        return carry_out(options, report, plan, machine, run_dir, stages)
+
+
+@contextmanager
+def driving(run_dir: RunDir) -> Iterator[None]:
+    """Hold the run's lock. Raises BadInput where another process does, or none can."""
     lock = Lock(run_dir.lock)
     if not _acquire(lock, run_dir):
-        raise BadInput(f"{plan.run_id} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
+        raise BadInput(f"{run_dir.root.name} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
     try:
-        return _carry_out(options, loaded, plan, machine, run_dir, stages)
+        run_dir.stop.unlink(missing_ok=True)
+        yield
     finally:
         lock.release()
 
@@ -63,18 +76,11 @@ def _acquire(lock: Lock, run_dir: RunDir) -> bool:
         raise BadInput(f"{run_dir.root}: cannot be written: {error.strerror}; --runs DIR puts runs elsewhere") from None
 
 
-def _carry_out(
-    options: argparse.Namespace, loaded: Loaded, plan: Plan, machine: Machine, run_dir: RunDir, stages: list[Stage]
+def carry_out(
+    options: argparse.Namespace, report: PlainReport | LiveReport, plan: Plan, machine: Machine, run_dir: RunDir, stages: list[Stage]
 ) -> int:
-    report = make_report(options.json)
-    if not options.recipe:
-        report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
-    for note in notes(loaded, plan, machine):
-        report.say(f"note: {note}")
-    busy = any(state.state == RUNNING for state in read_run(run_dir, plan))
-    write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+    """Run what is not done of ``stages``, as the run directory has it, and tell; the exit code."""
     report.say(f"{plan.run_id}: {run_dir.root}")
-    began = time.monotonic()
     with report:
         executor = Executor(run_dir, plan, machine, report)
         with _stopping_on_signals(executor, report):
@@ -83,7 +89,7 @@ def _carry_out(
     if options.json:
         everything = read_run(run_dir, plan)
         print(describe.to_json(describe.as_json(run_dir, plan, everything, overall(everything))))
-    _tell(run_dir, plan, states, done, time.monotonic() - began, report)
+    _tell(run_dir, plan, states, done, report)
     return OK if done else exit_code(states)
 
 
@@ -96,14 +102,13 @@ def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
                 raise BadInput(f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first")
 
 
-def _tell(
-    run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, seconds: float, report: PlainReport | LiveReport
-) -> None:
+def _tell(run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, report: PlainReport | LiveReport) -> None:
     if done:
         partly = len(states) < len(read_run(run_dir, plan))
-        for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states, seconds):
+        for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states):
             report.say(line)
         return
+    report.say("\n" + headline(run_dir, plan, states))
     for block in advice(run_dir, plan, states):
         report.say("\n" + block)
 

@@ -14,7 +14,7 @@ from launcher.plan import Plan, Stage
 from launcher.state import read_run
 from launcher.store import find_run, read_plan, roots
 from launcher.submissions import Submission, newest_jobs, submissions_of
-from recipes.errors import BadInput
+from recipes.errors import BadInput, did_you_mean
 from recipes.rundir import RunDir
 
 FOLLOW_SECONDS = 0.3
@@ -48,8 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the logs that the options choose; with ``-f`` go on until nothing runs any more."""
     run_dir = find_run(roots(options.runs), options.run)
     plan = read_plan(run_dir)
-    if options.stage:
-        plan.stage(options.stage)
+    _check_names(plan, options)
     sources: dict[Path, Source] = {}
     look_again = 0.0
     while True:
@@ -68,6 +67,14 @@ def run(options: argparse.Namespace) -> int:
     if not sources:
         raise BadInput(f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are")
     return 0
+
+
+def _check_names(plan: Plan, options: argparse.Namespace) -> None:
+    """Raises BadInput where there is no such stage, or no such element in it."""
+    stages = [plan.stage(options.stage)] if options.stage else plan.stages
+    names = [element.name for stage in stages for element in stage.elements]
+    if options.element is not None and options.element not in names:
+        raise BadInput(f"{plan.run_id} has no element {options.element!r}{f' in {options.stage}' if options.stage else ''}; {did_you_mean(options.element, names)}")
 
 
 def _print_new(sources: Iterable[Source], *, follow: bool, flush: bool) -> float:

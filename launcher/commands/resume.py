@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
-from itertools import pairwise
 from pathlib import Path
 
 from launcher import describe
 from launcher.cluster import Cluster, check_profile, find_cluster
-from launcher.commands.retry import again_here
+from launcher.commands.local import carry_out, driving
+from launcher.commands.retry import stages_of
 from launcher.commands.submit import finish, say_for
 from launcher.create import add_resumed, write_run
+from launcher.fit import check_cluster
 from launcher.machine import this_machine
 from launcher.plan import Plan
 from launcher.planner import Site, make_plan
-from launcher.preflight import check_cluster, check_disk, check_needs
+from launcher.preflight import check_disk, check_needs
 from launcher.prepare import check_here
+from launcher.report import make_report
 from launcher.site import cluster_site
 from launcher.state import ACTIVE, is_driven
 from launcher.store import find_run, read_plan, roots
-from launcher.submit import known_states, recover, submit_run, submitting, write_environment
+from launcher.stored import command_of, option_values, stored_recipe
+from launcher.submit import known_states, moved_note, recover, submit_run, submitting, write_environment
 from recipes.errors import BadInput
-from recipes.files import is_locked, read_object
-from recipes.loader import EXECUTION, Loaded, file_targets, load
+from recipes.files import is_locked
+from recipes.loader import EXECUTION
 from recipes.rundir import RunDir
 
 FIXED = ("preprocess", "sweep", "dataset", "model", "name")
@@ -44,17 +47,18 @@ def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     """Everything that can be wrong is looked for first: what is changed here is part of the run from then on."""
     if is_driven(run_dir, known_states(run_dir, plan)):
         raise BadInput(f"{plan.run_id} runs; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
-    if not _command(run_dir):
-        raise BadInput(f"{run_dir.provenance} does not say how the run was started; give its recipe to amlaunch local")
     loaded = stored_recipe(run_dir, options.overrides, job_start=True)
     os.chdir(plan.cwd)
     machine = this_machine()
-    asked = _values(_command(run_dir), "--gpus")
+    asked = option_values(command_of(run_dir), "--gpus")
     site = Site(run_dir.root.parent, Path.cwd(), len(machine.gpus), machine.cpus, asked_gpus=int(asked[-1]) if asked else None)
-    check_here(loaded, make_plan(loaded, site, run_dir.root.name).stages)
-    forget_training(run_dir, plan, options.overrides)
-    add_resumed(run_dir, options.overrides)
-    return again_here(run_dir)
+    new = make_plan(loaded, site, run_dir.root.name)
+    check_here(loaded, new.stages)
+    with driving(run_dir):
+        forget_training(run_dir, plan, options.overrides)
+        write_run(run_dir, loaded, new, options.argv, refresh_code=False)
+        add_resumed(run_dir, options.overrides)
+        return carry_out(options, make_report(options.json), new, machine, run_dir, stages_of(run_dir, new))
 
 
 def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
@@ -67,7 +71,7 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
     options.gpus = None
     check_needs(loaded)
     new = make_plan(loaded, cluster_site(options, loaded, cluster, run_dir.root.parent), run_dir.root.name)
-    check_cluster(loaded, new, cluster, new.stages)
+    check_cluster(loaded, cluster, new.stages)
     for note in check_disk(loaded, new, run_dir.root.parent, cluster.profile):
         say(f"note: {note}")
     with submitting(run_dir, new):
@@ -75,6 +79,9 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
         states = known_states(run_dir, plan)
         if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
             raise BadInput(f"{plan.run_id} trains; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+        moved = moved_note(run_dir, plan, cluster.name, states)
+        if moved:
+            say(f"note: {moved}")
         forget_training(run_dir, plan, options.overrides)
         write_run(run_dir, loaded, new, options.argv, refresh_code=False)
         add_resumed(run_dir, options.overrides)
@@ -88,30 +95,6 @@ def stored_cluster(plan: Plan) -> Cluster:
     stored = plan.cluster or {}
     tree = stored.get("profile") or {}
     return Cluster(str(stored.get("name")), check_profile(tree, {}), "the run's plan.json", tree)
-
-
-def stored_recipe(run_dir: RunDir, overrides: list[str], *, job_start: bool = False) -> Loaded:
-    """The run's own recipe, changed; its file targets are those of its snapshot. Raises BadInput.
-
-    ``job_start`` demands a value for every ``${VAR}``; jobs have theirs from the submit before.
-    """
-    code = run_dir.code / "recipe"
-    original = read_object(run_dir.provenance).get("recipe")
-    folder = code if code.is_dir() else Path(str(original)).parent
-    loaded = load(run_dir.recipe, overrides, recipe_dir=folder, allow=_values(_command(run_dir), "--allow-target"), job_start=job_start)
-    if file_targets(loaded.tree) and not code.is_dir():
-        raise BadInput(f"{run_dir.code}: the snapshot of the recipe's own code is gone")
-    return loaded
-
-
-def _command(run_dir: RunDir) -> list[str]:
-    """The command line that the run was started with."""
-    return [str(word) for word in read_object(run_dir.provenance).get("command") or []]
-
-
-def _values(words: list[str], option: str) -> list[str]:
-    """What an option was given, each time: ``--gpus 2``, ``--gpus=2``."""
-    return [value for name, value in pairwise(words) if name == option] + [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
 
 
 def _check_fixed(overrides: list[str]) -> None:

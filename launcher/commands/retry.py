@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from launcher import describe
 from launcher.cluster import check_profile
+from launcher.commands.local import carry_out, driving
+from launcher.commands.status import again_command
 from launcher.commands.submit import finish, say_for
+from launcher.machine import Machine, this_machine
+from launcher.plan import Plan, Stage
+from launcher.prepare import check_here
+from launcher.report import make_report
+from launcher.state import ACTIVE, DONE, ElementState, is_driven, overall, read_run
 from launcher.store import find_run, read_plan, roots
+from launcher.stored import command_of, option_values, stored_recipe
 from launcher.submit import recover, submit_run, submitting
-from recipes.errors import BadInput
-from recipes.files import is_locked, read_object
+from recipes.errors import OK, BadInput
+from recipes.files import is_locked
 from recipes.rundir import RunDir
 
 
 def run(options: argparse.Namespace) -> int:
-    """Submit the unfinished elements of a run as its plan has them; on this machine, the command that began it."""
+    """Start the unfinished elements of a run as its plan has them: on its cluster, or here."""
     if options.overrides:
         raise BadInput(f"retry changes nothing: amlaunch resume {options.run} {' '.join(options.overrides)}")
     run_dir = find_run(roots(options.runs), options.run)
     plan = read_plan(run_dir)
     if plan.cluster is None:
-        return again_here(run_dir)
+        return _here(options, run_dir, plan)
     if is_locked(run_dir.lock):
         raise BadInput(f"{plan.run_id} is being run by amlaunch local; {describe.program()} status {describe.name_of(run_dir)}")
     profile = check_profile(plan.cluster.get("profile") or {}, {})
@@ -31,20 +41,55 @@ def run(options: argparse.Namespace) -> int:
         recover(run_dir, plan, say)
         made = submit_run(run_dir, plan, profile, plan.stages, say)
     if not made:
-        say(f"{plan.run_id}: nothing to start again: every element is done or on its way")
+        say(_nothing(run_dir, plan, read_run(run_dir, plan)))
+        if not (options.wait or options.json):
+            return OK
     return finish(options, run_dir, plan, made, say)
 
 
-def again_here(run_dir: RunDir) -> int:
-    """The command that began a run of this machine, in the folder where it was typed."""
-    from launcher.cli import run as run_command
-
-    made = read_object(run_dir.provenance)
-    words = made.get("command")
-    if not isinstance(words, list) or not os.path.isdir(str(made.get("cwd"))):
-        raise BadInput(f"{run_dir.provenance} does not say how the run was started; give its recipe to amlaunch local")
-    os.chdir(str(made["cwd"]))
-    print(f"amlaunch {' '.join(map(str, words[1:]))}", flush=True)
-    return run_command([*map(str, words[1:]), *([] if "--runs" in words else ["--runs", str(run_dir.root.parent)])])
+def _nothing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> str:
+    """Why nothing is started, and what to type instead."""
+    going = sum(state.state in ACTIVE for state in states)
+    name, program = describe.name_of(run_dir), describe.program()
+    if not going and not is_locked(run_dir.lock):
+        return f"{plan.run_id}: every element is done, there is nothing to start again\nnext: {program} status {name}"
+    words = f"{going} element{'s are' if going != 1 else ' is'} on {'their' if going != 1 else 'its'} way" if going else "it runs"
+    return f"{plan.run_id}: nothing to start again, {words}\nnext: {program} logs {name} -f, or {program} cancel {name} first"
 
 
+def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
+    states = read_run(run_dir, plan)
+    if is_driven(run_dir, states) or all(state.state == DONE for state in states):
+        say_for(options)(_nothing(run_dir, plan, states))
+        if options.json:
+            print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states, is_driven(run_dir, states)))))
+        return OK
+    return again_here(options, run_dir, plan)
+
+
+def again_here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
+    """Carry out on this machine what a run directory holds: its plan, its recipe, its code."""
+    machine = this_machine()
+    stages = stages_of(run_dir, plan)
+    _check_machine(run_dir, plan, stages, machine)
+    with driving(run_dir):
+        return carry_out(options, make_report(options.json), plan, machine, run_dir, stages)
+
+
+def stages_of(run_dir: RunDir, plan: Plan) -> list[Stage]:
+    """Those that the run was started for (``--stage``)."""
+    asked = option_values(command_of(run_dir), "--stage")
+    return [plan.stage(asked[-1])] if asked else plan.stages
+
+
+def _check_machine(run_dir: RunDir, plan: Plan, stages: list[Stage], machine: Machine) -> None:
+    """What the run directory and this machine need to have is there. Raises BadInput."""
+    for path in (run_dir.recipe, run_dir.code, Path(plan.cwd)):
+        if not path.exists():
+            raise BadInput(f"{path} is gone, which {plan.run_id} needs; start it anew: {again_command(run_dir, plan)}")
+    wanted, there = max(stage.needs.gpus_per_node for stage in stages), len(machine.gpus)
+    if wanted > there:
+        raise BadInput(f"{plan.run_id} trains on {wanted} GPUs, this machine has {there}; give its recipe to amlaunch local --gpus {there}")
+    loaded = stored_recipe(run_dir, [], job_start=True)
+    os.chdir(plan.cwd)  # where relative paths to data begin
+    check_here(loaded, stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from launcher import describe, sbatch, slurm
 from launcher.cluster import Cluster, find_cluster
 from launcher.create import write_run
+from launcher.fit import Asked, check_site, check_stages, memory_notes
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_cluster, check_disk, check_needs, memory_notes
-from launcher.prepare import check_files, container_notes, prepare_on_cluster
+from launcher.preflight import check_disk, check_needs, check_python
+from launcher.prepare import check_files, container_notes, load_recipe, plan_on_cluster
+from launcher.problems import Problems
 from launcher.slurm import SlurmError
 from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
 from launcher.store import runs_root
@@ -23,7 +26,9 @@ from launcher.submit import (
     Say,
     dependency,
     drafts,
+    has_refused,
     known_states,
+    moved_note,
     recover,
     submit_run,
     submitting,
@@ -39,19 +44,73 @@ def run(options: argparse.Namespace) -> int:
     """Submit what is not done; the exit code is 0 once Slurm has it (with ``--wait``: how the run ended)."""
     if not options.recipe:
         raise BadInput("which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch")
-    cluster = find_cluster(options.cluster)
+    problems = Problems()
+    cluster = _cluster(options, problems)
     if cluster.profile.executor == "local":
         return _on_this_machine(options)
     say = say_for(options)
     options.runs = str(runs_root(options.runs, cluster.profile.runs))
-    loaded, plan = prepare_on_cluster(options, cluster, Path(options.runs))
+    loaded, plan, notes = _prepared(options, cluster, problems)
     run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
-    stages = [plan.stage(options.stage)] if options.stage else plan.stages
-    _check(loaded, plan, cluster, run_dir, stages, say)
+    stages = _chosen(plan, options)
+    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
+        say(f"note: {note}")
+    _check_run(run_dir, plan, cluster, stages, say)
     if options.dry_run:
         return _print_scripts(run_dir, plan, cluster, stages, options)
     made = _submit(options, loaded, plan, cluster, run_dir, stages, say)
     return finish(options, run_dir, plan, made, say)
+
+
+def _cluster(options: argparse.Namespace, problems: Problems) -> Cluster:
+    """The cluster. Raises BadInput, with what is wrong with the recipe, too."""
+    found: Cluster | None = None
+    with problems.collected():
+        found = find_cluster(options.cluster)
+    if found is None:
+        with problems.collected():
+            check_recipe(load_recipe(options, runs_root(options.runs), starting=True)[0])
+    problems.refuse()
+    assert found is not None
+    return found
+
+
+def check_recipe(loaded: Loaded) -> None:
+    """What a recipe needs, wherever it runs, is there. Raises BadInput with all that is not."""
+    problems = Problems()
+    for check in (check_needs, check_files):
+        with problems.collected():
+            check(loaded)
+    problems.refuse()
+
+
+def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems) -> tuple[Loaded, Plan, list[str]]:
+    """The recipe, its plan, and remarks. Raises BadInput with everything that is wrong with recipe, cluster and disk together.
+
+    A check whose own ground is missing (no plan without a recipe) is left out; all others are made.
+    """
+    runs, asked = Path(options.runs), Asked()
+    made: list[tuple[Loaded, Plan]] = []
+    notes: list[str] = []
+    with problems.collected():
+        loaded, name = load_recipe(options, runs, starting=True)
+        with problems.collected():
+            check_recipe(loaded)
+        plan = plan_on_cluster(options, loaded, name, cluster, runs)
+        made.append((loaded, plan))
+        with problems.collected():
+            check_stages(loaded, cluster, _chosen(plan, options), asked)
+        notes += check_disk(loaded, plan, runs, cluster.profile)
+    with problems.collected():
+        check_site(cluster, asked)
+    with problems.collected():
+        notes += check_python(cluster)
+    problems.refuse()
+    return *made[0], notes
+
+
+def _chosen(plan: Plan, options: argparse.Namespace) -> Sequence[Stage]:
+    return [plan.stage(options.stage)] if options.stage else plan.stages
 
 
 def finish(options: argparse.Namespace, run_dir: RunDir, plan: Plan, made: Sequence[Submission], say: Say) -> int:
@@ -64,7 +123,7 @@ def finish(options: argparse.Namespace, run_dir: RunDir, plan: Plan, made: Seque
     if options.json:
         print(describe.to_json(_as_json(run_dir, plan, states, made)))
         return OK
-    say(closing(run_dir, plan, states, made))
+    say(closing(run_dir, plan))
     return OK
 
 
@@ -82,30 +141,46 @@ def say_for(options: argparse.Namespace) -> Say:
     return lambda text: print(text, file=stream, flush=True)
 
 
-def _check(loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say) -> None:
-    """Everything that can be known before anything is written. Raises BadInput."""
-    check_cluster(loaded, plan, cluster, stages)
-    check_needs(loaded)
-    check_files(loaded)
+def _check_run(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], say: Say) -> None:
+    """What is there already of the run, and sbatch's own word. Nothing is written. Raises BadInput and SlurmError."""
     if is_locked(run_dir.lock):
         raise BadInput(f"{plan.run_id} is being run by amlaunch local; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
-    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *memory_notes(stages), *check_disk(loaded, plan, run_dir.root.parent, cluster.profile)]:
+    _check_own(run_dir.root, "--name NAME begins another run")
+    _check_own(run_dir.shared.resolve(), "--runs DIR makes shards of your own")
+    states = known_states(run_dir, plan)
+    note = moved_note(run_dir, plan, cluster.name, states)
+    if note:
         say(f"note: {note}")
-    _check_input(run_dir, plan, stages)
-    _ask_sbatch(_drafts(run_dir, plan, cluster, stages))
+    _check_input(states, stages)
+    _ask_sbatch(_drafts(run_dir, plan, cluster, stages, states))
 
 
-def _check_input(run_dir: RunDir, plan: Plan, stages: Sequence[Stage]) -> None:
+def _check_own(folder: Path, other: str) -> None:
+    """What is there of the run, or of shards that runs share, can be gone on with. Raises BadInput."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; {other}")
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder} is {_owner(folder)}'s, and you may not write to it; {other}")
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return folder.owner()
+    except KeyError:  # a number without a name here
+        return f"user {folder.stat().st_uid}"
+
+
+def _check_input(states: Sequence[ElementState], stages: Sequence[Stage]) -> None:
     """A single stage needs what the stages before it make, or are making."""
     chosen = {stage.name for stage in stages}
     before = {name for stage in stages for name in stage.after} - chosen
-    for state in read_run(run_dir, plan) if before else []:
+    for state in states:
         if state.stage in before and state.state not in (DONE, *ACTIVE):
             raise BadInput(f"stage {', '.join(chosen)} needs stage {state.stage}, which is neither done nor on its way; submit without --stage")
 
 
-def _drafts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage]) -> list[Draft]:
-    return drafts(run_dir, plan, cluster.profile, known_states(run_dir, plan), stages, slurm.max_array_size())
+def _drafts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], states: Sequence[ElementState]) -> list[Draft]:
+    return drafts(run_dir, plan, cluster.profile, states, stages, slurm.max_array_size())
 
 
 def _ask_sbatch(found: Sequence[Draft]) -> None:
@@ -114,12 +189,14 @@ def _ask_sbatch(found: Sequence[Draft]) -> None:
         try:
             sbatch.test_only(draft.text)
         except SlurmError as error:
+            if not has_refused(error):
+                raise
             raise BadInput(f"stage {draft.array.stage.name}: sbatch would refuse it: {error.message}") from None
 
 
 def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], options: argparse.Namespace) -> int:
     """Exactly the scripts that would be submitted, and the options that each would be given."""
-    found = _drafts(run_dir, plan, cluster, stages)
+    found = _drafts(run_dir, plan, cluster, stages, known_states(run_dir, plan))
     jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in found}
     if options.json:
         rows = [{"stage": d.array.stage.name, "elements": list(d.array.elements), "path": str(d.array.folder / "script.sh"), "options": dependency(d, jobs), "script": d.text} for d in found]
@@ -136,27 +213,22 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
 def _submit(
     options: argparse.Namespace, loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say
 ) -> list[Submission]:
-    with submitting(run_dir, plan):
-        recover(run_dir, plan, say)
-        busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
-        write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
-        write_environment(run_dir, loaded, cluster.profile)
-        return submit_run(run_dir, plan, cluster.profile, stages, say)
+    try:
+        with submitting(run_dir, plan):
+            recover(run_dir, plan, say)
+            busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
+            write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
+            write_environment(run_dir, loaded, cluster.profile)
+            return submit_run(run_dir, plan, cluster.profile, stages, say)
+    except KeyboardInterrupt:
+        say(f"interrupted: the same command goes on; {describe.program()} cancel {describe.name_of(run_dir)} ends what Slurm has already")
+        raise
 
 
-def closing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> str:
-    """What was skipped, where it lies, what to type next."""
-    lines = []
-    new = {(submission.stage, element) for submission in made for element in submission.elements}
-    for stage in plan.stages:
-        mine = [state for state in states if state.stage == stage.name and (stage.name, state.name) not in new]
-        done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
-        if done:
-            lines.append(f"{stage.name}: {done} of {len(stage.elements)} already done, skipped")
-        if going:
-            lines.append(f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone")
+def closing(run_dir: RunDir, plan: Plan) -> str:
+    """Where it lies, and what to type next."""
     name, program = describe.name_of(run_dir), describe.program()
-    lines += [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
+    lines = [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
     commands = [("status", "what happens"), ("logs", "what the ranks write; -f follows"), ("wait", "until it has ended"), ("cancel", "end it; --checkpoint saves first")]
     width = max(len(command) for command, _ in commands)
     return "\n".join([*lines, *(f"  {program} {command} {name}{' ' * (width - len(command))}  {why}" for command, why in commands)])

@@ -12,7 +12,7 @@ from launcher.queue import Queue
 from launcher.report import make_report
 from launcher.state import DONE, UNKNOWN, ElementState, is_driven, overall, read_run
 from launcher.store import find_run, read_plan, roots
-from launcher.summary import closing, exit_code
+from launcher.summary import closing, exit_code, headline
 from recipes.rundir import RunDir
 
 FILE_SECONDS = 1.0
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
 def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     """Show what happens until nothing of the run goes on by itself any more."""
-    began = alive = time.monotonic()
+    alive = time.monotonic()
     report = make_report(options.json, done_before="already done")
     with report:
         while True:
@@ -48,7 +48,7 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
         print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states))))
         return exit_code(states)
     done = all(state.state == DONE for state in states)
-    for line in closing(run_dir, plan, states, time.monotonic() - began) if done else advice(run_dir, plan, states):
+    for line in closing(run_dir, plan, states) if done else ["", headline(run_dir, plan, states), *advice(run_dir, plan, states)]:
         report.say(line)
     return exit_code(states)
 

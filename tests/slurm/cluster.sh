@@ -11,18 +11,24 @@
 #   reach PATH...           lets lab read a folder, also below one closed to others; on every node, until `down`
 #   ctld-stop, ctld-start   the controller: without it squeue and sbatch fail
 #   acct-off, acct-on       the accounting daemon: without it sacct fails
+#   without WORD, restore   take the lines with WORD out of slurm.conf, and put them back
+#   mount ARG..., umount    a disk that the login side alone sees
 #   packages [NAME...]      only install, NAME too
 #   check                   say what keeps a cluster from running here
+#
+# AMLAUNCH_CLUSTER=N (1) is which of several that run at once and know nothing of each other: each has a network, /run,
+# /etc/slurm, daemons' folders and a home of lab to itself, in namespaces of its own.
 #
 # A node is a set of namespaces (net, uts, ipc, mount, pid) with its own slurmd, hostname, /run, /local and /dev/shm.
 # It has two interfaces: eth0 (10.77.0.0/24) and ib0, which has one IPv6 address (fd77::/64) and no IPv4. / is shared,
 # and so stands for the cluster's file system.
-: "${AMLAUNCH_CPU_NODES:=2}" "${AMLAUNCH_GPU_NODES:=2}" "${AMLAUNCH_GPUS:=8}"
+: "${AMLAUNCH_CLUSTER:=1}" "${AMLAUNCH_CPU_NODES:=2}" "${AMLAUNCH_GPU_NODES:=2}" "${AMLAUNCH_GPUS:=8}"
 set -euo pipefail
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 umask 022
 
-STATE=/var/lib/amlaunch-cluster # jobs, accounts, the nodes' own files, process ids
+STATE=/var/lib/amlaunch-cluster # inside: jobs, accounts, the nodes' own files, process ids
+WORLD=/var/lib/amlaunch-clusters/$AMLAUNCH_CLUSTER # outside: what a cluster has to itself, each in a folder
 LOG=/var/log/slurm
 CONF=/etc/slurm
 MARK='# of tests/slurm/cluster.sh'
@@ -76,6 +82,65 @@ inside() { # inside NODE CMD...
   local node=$1; shift
   alive "$node" || die "$node does not run"
   nsenter -t "$(init_of "$node")" -m -u -i -n -p -r -- "$@"
+}
+
+# --- a world of its own for each cluster: what is below STATE is there only inside
+
+start_world() {
+  alive world && return 0
+  mkdir -p "$STATE/pid"
+  rm -f "$STATE/ready"
+  daemon world unshare --net --mount --propagation slave bash "$0" world
+  wait_for 10 test -e "$STATE/ready" || die "no namespaces: $(cat "$STATE/world.out")"
+}
+
+world() {
+  local name places=(state /var/lib/amlaunch-cluster conf "$CONF" log "$LOG" spool /var/spool/slurmd home "/home/$LAB" run /run)
+  mkdir -p "$STATE"/{state,conf,log,spool,home,cgroup}
+  install -d -o $LAB -g $LAB "$STATE/home"
+  mount --rbind /sys/fs/cgroup "$STATE/cgroup"
+  mount -t sysfs sysfs /sys # shows this world's interfaces only
+  mount --rbind "$STATE/cgroup" /sys/fs/cgroup
+  rm -rf "$STATE/run"
+  mkdir -m 755 "$STATE/run"
+  mkdir -m 1777 "$STATE/run/lock"
+  cp /etc/hosts "$STATE/hosts"
+  mount --bind "$STATE/hosts" /etc/hosts
+  ip link set lo up
+  for ((name = 0; name < ${#places[@]}; name += 2)); do
+    mkdir -p "${places[name + 1]}"
+    mount --bind "$STATE/${places[name]}" "${places[name + 1]}"
+  done
+  touch "$STATE/ready"
+  exec sleep infinity
+}
+
+enter() { # enter COMMAND...: this script again, inside; every program replaces the one before
+  alive world || die "cluster $AMLAUNCH_CLUSTER does not run"
+  exec nsenter -t "$(pid_of world)" -m -n -- env -C "$PWD" AMLAUNCH_CLUSTER_INSIDE=1 bash "$0" "$@"
+}
+
+from_outside() { # from_outside COMMAND...
+  STATE=$WORLD
+  case $1 in
+    up)
+      check
+      mkdir -p "$STATE"
+      exec 9>"$STATE/../lock" # two that start at once install, and make the user, one after the other
+      flock 9
+      packages "${@:2}"
+      add_user
+      start_world 9>&-
+      exec 9>&-
+      enter up
+      ;;
+    down)
+      if alive world; then (enter down); fi
+      stop world
+      say down
+      ;;
+    *) enter "$@" ;;
+  esac
 }
 
 # --- installation and configuration
@@ -181,15 +246,19 @@ check() {
   [ ! -e $CONF/slurm.conf ] || grep -qxF "$MARK" $CONF/slurm.conf || die "$CONF/slurm.conf belongs to another cluster"
 }
 
-changed() { ! cmp -s "$0" $STATE/cluster.sh || ! slurm_conf | cmp -s - $CONF/slurm.conf; }
+changed() { ! cmp -s "$0" "$STATE/cluster.sh" || ! slurm_conf | cmp -s - $CONF/slurm.conf; }
 
-configure() {
-  local i node
+add_user() { # and devices
+  local i
   getent passwd $LAB >/dev/null || useradd -m -s /bin/bash $LAB
-  install -d -o slurm -g slurm $LOG $STATE/slurmctld $STATE/db
   # Slurm takes only device files for GPUs: these are copies of /dev/null
   for ((i = 0; i < AMLAUNCH_GPUS; i++)); do [ -c "/dev/fakegpu$i" ] || mknod -m 666 "/dev/fakegpu$i" c 1 3; done
   ! [ -c /dev/fuse ] || chmod 666 /dev/fuse # containers of an ordinary user
+}
+
+configure() {
+  local node
+  install -d -o slurm -g slurm $LOG "$STATE/slurmctld" "$STATE/db"
   slurm_conf >$CONF/slurm.conf
   slurmdbd_conf | install -m 600 -o slurm -g slurm /dev/stdin $CONF/slurmdbd.conf
   echo "Name=gpu Type=h100 File=/dev/fakegpu[0-$((AMLAUNCH_GPUS - 1))] Flags=nvidia_gpu_env" |
@@ -210,26 +279,26 @@ start_munge() { # a munged that runs already is used, and left alone by `down`
   munge -n >/dev/null 2>&1 && return 0
   install -d -o munge -g munge /run/munge
   daemon munged setpriv --reuid munge --regid munge --clear-groups munged --foreground --force
-  wait_for 10 munge -n || die "munged: $(cat $STATE/munged.out)"
+  wait_for 10 munge -n || die "munged: $(cat "$STATE/munged.out")"
 }
 
-sql() { mariadb --no-defaults --socket $STATE/db/socket "$@"; }
+sql() { mariadb --no-defaults --socket "$STATE/db/socket" "$@"; }
 
 start_database() {
   alive mariadbd && return 0
-  if [ ! -d $STATE/db/data ]; then
-    rm -rf $STATE/db/new
-    mariadb-install-db --no-defaults --user=slurm --datadir=$STATE/db/new --skip-test-db >$STATE/mariadb-install.out
-    mv $STATE/db/new $STATE/db/data
+  if [ ! -d "$STATE/db/data" ]; then
+    rm -rf "$STATE/db/new"
+    mariadb-install-db --no-defaults --user=slurm --datadir="$STATE/db/new" --skip-test-db >"$STATE/mariadb-install.out"
+    mv "$STATE/db/new" "$STATE/db/data"
   fi
-  daemon mariadbd mariadbd --no-defaults --user=slurm --datadir=$STATE/db/data --socket=$STATE/db/socket \
-    --pid-file=$STATE/db/pid --skip-networking --skip-grant-tables --performance-schema=OFF \
+  daemon mariadbd mariadbd --no-defaults --user=slurm --datadir="$STATE/db/data" --socket="$STATE/db/socket" \
+    --pid-file="$STATE/db/pid" --skip-networking --skip-grant-tables --performance-schema=OFF \
     --innodb-buffer-pool-size=32M --innodb-log-file-size=16M --innodb-lock-wait-timeout=900
-  wait_for 60 sql -e 'create database if not exists slurm_acct_db' || die "mariadbd: $(tail -5 $STATE/mariadbd.out)"
+  wait_for 60 sql -e 'create database if not exists slurm_acct_db' || die "mariadbd: $(tail -5 "$STATE/mariadbd.out")"
 }
 
 start_accounting() {
-  alive slurmdbd || daemon slurmdbd env MYSQL_UNIX_PORT=$STATE/db/socket slurmdbd -D
+  alive slurmdbd || daemon slurmdbd env MYSQL_UNIX_PORT="$STATE/db/socket" slurmdbd -D
   wait_for 60 sacctmgr -n show cluster || die "slurmdbd does not answer, see $LOG/slurmdbd.log"
 }
 
@@ -242,8 +311,8 @@ add_accounts() { # lab belongs to account lab; account other has nobody
     sacctmgr -iQ add qos low set Priority=1
     sacctmgr -iQ add qos high set Priority=100
     sacctmgr -iQ add user root,$LAB account=lab qos=normal,low,high defaultqos=normal
-  } >$STATE/sacctmgr.out 2>&1 || true # some may be there
-  [ -n "$(sacctmgr -nP show user $LAB)" ] || die "sacctmgr: $(cat $STATE/sacctmgr.out)"
+  } >"$STATE/sacctmgr.out" 2>&1 || true # some may be there
+  [ -n "$(sacctmgr -nP show user $LAB)" ] || die "sacctmgr: $(cat "$STATE/sacctmgr.out")"
 }
 
 start_ctld() {
@@ -287,16 +356,16 @@ start_node() {
   install -d "$STATE/nodes/$node/run" "/var/spool/slurmd/$node" /local
   install -d -m 1777 "$STATE/nodes/$node/local"
   daemon "$node" nsenter --net="/run/netns/aml-$node" unshare --uts --ipc --mount --pid --fork --mount-proc \
-    --propagation slave bash $STATE/cluster.sh boot "$node"
+    --propagation slave bash "$STATE/cluster.sh" boot "$node"
   wait_for 10 init_of "$node" || die "$node does not boot: $(cat "$STATE/$node.out")"
 }
 
 boot() { # the first process of a node, inside its namespaces
-  local own=$STATE/nodes/$1
+  local own="$STATE/nodes/"$1
   hostname "$1"
-  mount --rbind / $STATE/all # see open_paths
+  mount --rbind / "$STATE/all" # see open_paths
   mount -t sysfs sysfs /sys # shows this node's interfaces only
-  mount --rbind $STATE/all/sys/fs/cgroup /sys/fs/cgroup
+  mount --rbind "$STATE/all/sys/fs/cgroup" /sys/fs/cgroup
   mount -t tmpfs -o mode=1777 tmpfs /dev/shm
   mount --bind "$own/local" /local
   mount -t tmpfs -o mode=755 tmpfs "$own/run"
@@ -353,11 +422,11 @@ wait_for_nodes() { # wait_for_nodes NODE...
 # --- an ordinary user: lab, in a mount namespace of its own, which stands for the login node
 
 start_login() {
-  alive login || daemon login unshare --mount --propagation slave bash $STATE/cluster.sh login
+  alive login || daemon login unshare --mount --propagation slave bash "$STATE/cluster.sh" login
 }
 
 login() {
-  mount --rbind / $STATE/all
+  mount --rbind / "$STATE/all"
   open_paths
   exec sleep infinity
 }
@@ -377,11 +446,11 @@ open_paths() { # inside a namespace: lab may read every folder of STATE/reach he
     fi
     mkdir -p "$path"
     show "$path"
-  done <$STATE/reach
+  done <"$STATE/reach"
 }
 
 show() { # STATE/all is the root folder as it was before anything was laid over
-  local from=$STATE/all$1 entry
+  local from="$STATE/all"$1 entry
   if [ -n "$(find "$from" -maxdepth 0 -perm -005)" ]; then
     mount --rbind "$from" "$1"
     return
@@ -399,9 +468,9 @@ show() { # STATE/all is the root folder as it was before anything was laid over
 
 reach() {
   local path place
-  for path in "$@"; do grep -qxF "$path" $STATE/reach || echo "$path" >>$STATE/reach; done
-  nsenter -t "$(pid_of login)" -m -r -- bash $STATE/cluster.sh open-paths
-  for place in $(nodes); do ! alive "$place" || inside "$place" bash $STATE/cluster.sh open-paths; done
+  for path in "$@"; do grep -qxF "$path" "$STATE/reach" || echo "$path" >>"$STATE/reach"; done
+  nsenter -t "$(pid_of login)" -m -r -- bash "$STATE/cluster.sh" open-paths
+  for place in $(nodes); do ! alive "$place" || inside "$place" bash "$STATE/cluster.sh" open-paths; done
 }
 
 lab() {
@@ -415,12 +484,10 @@ lab() {
 
 up() {
   local started=$SECONDS node
-  check
-  packages "$@"
-  if alive slurmctld && changed; then down; fi
-  mkdir -p $STATE/pid $STATE/all $STATE/nodes
-  touch $STATE/reach
-  install -m 755 "$0" $STATE/cluster.sh
+  if alive slurmctld && changed; then stop_all; fi
+  mkdir -p "$STATE/pid" "$STATE/all" "$STATE/nodes"
+  touch "$STATE/reach"
+  install -m 755 "$0" "$STATE/cluster.sh"
   configure
   start_munge
   start_network
@@ -435,7 +502,7 @@ up() {
   say "up after $((SECONDS - started)) s"
 }
 
-down() {
+stop_all() {
   local file node name
   for file in "$STATE"/pid/[cg]pu*; do
     node=${file##*/}
@@ -444,9 +511,23 @@ down() {
   done
   for name in login slurmctld slurmdbd mariadbd munged; do stop $name; done
   for name in aml-eth aml-ib; do ip link del $name 2>/dev/null || true; done
-  forget_hosts
-  rm -f $STATE/reach
-  say down
+  rm -f "$STATE/reach"
+}
+
+without() {
+  grep -qF -- "$1" $CONF/slurm.conf || die "no $1 in slurm.conf"
+  slurm_conf | grep -vF -- "$1" >$CONF/slurm.conf
+  reconfigure
+}
+
+restore() {
+  slurm_conf >$CONF/slurm.conf
+  reconfigure
+}
+
+reconfigure() {
+  scontrol reconfigure
+  sleep 1
 }
 
 status() {
@@ -461,9 +542,18 @@ status() {
 command=${1:-}
 [ $# -eq 0 ] || shift
 case $command in
-  up | down | status | packages | check | crash | reach | lab | boot | login) "$command" "$@" ;;
-  revive) revive "$1" ;;
+  check | packages) "$command" "$@" && exit ;;
+  boot | login | open-paths | world) ;; # of this script, inside
+  up | down | status | crash | revive | reach | lab | sh | ctld-stop | ctld-start | acct-off | acct-on | without | restore | mount | umount)
+    [ -n "${AMLAUNCH_CLUSTER_INSIDE:-}" ] || from_outside "$command" "$@"
+    ;;
+esac
+case $command in
+  up | status | crash | revive | reach | lab | boot | login | without | restore) "$command" "$@" ;;
+  world) STATE=$WORLD && world ;;
+  down) stop_all ;;
   sh) [ $# -gt 1 ] || set -- "$1" bash; inside "$@" ;;
+  mount | umount) nsenter -t "$(pid_of login)" -m -r -- "$command" "$@" ;;
   ctld-stop) stop slurmctld ;;
   ctld-start) start_ctld ;;
   acct-off) stop slurmdbd ;;

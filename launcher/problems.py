@@ -1,0 +1,37 @@
+"""What several checks find wrong, collected, so that a user sees all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from launcher.slurm import SlurmError
+from recipes.check import refuse
+from recipes.errors import BadInput
+
+
+class Problems:
+    """Collects the lines of every BadInput; :meth:`refuse` raises them together."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Takes over what is raised inside, and goes on. A silent Slurm is raised unless something is wrong already."""
+        try:
+            yield
+        except BadInput as error:
+            self.add(str(error).splitlines())
+        except SlurmError as error:
+            if not self.found:
+                raise
+            self.add([str(error)])
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Note further problems, a line each."""
+        self.found += lines
+
+    def refuse(self) -> None:
+        """Raises BadInput with all of them, each once, if there are any."""
+        refuse(self.found)
