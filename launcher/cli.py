@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Sequence
 
 from recipes.errors import BadInput, did_you_mean
+from recipes.options import add_data_options, add_preprocess_options, refuse_unknown
 from recipes.version import VERSION
 
 EPILOG = """\
@@ -32,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_local(commands)
     _add_submit(commands)
     _add_show(commands)
+    _add_preprocess(commands)
+    _add_data(commands)
     _add_status(commands)
     _add_logs(commands)
     _add_cancel(commands)
@@ -80,6 +83,14 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped")
     _add_recipe_arguments(parser)
+
+
+def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add_preprocess_options(_command(commands, "preprocess", "turn text into verified token shards, without a run"))
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add_data_options(_command(commands, "data", "look into shards: inspect, verify, peek"))
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -223,6 +234,9 @@ def run(argv: Sequence[str]) -> int:
     if words and words[0] in ("local", "submit", "show", "resume", "retry"):
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         words[1:], overrides = split_overrides(commands.choices[words[0]], words[1:])
+    if words and words[0] == "preprocess":
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        refuse_unknown(commands.choices["preprocess"], words[1:])
     options = parser.parse_args(words)
     if options.command is None:
         parser.print_help()

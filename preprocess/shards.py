@@ -13,7 +13,7 @@ int   meaning
 4     number of documents (others leave it zero: unknown)
 ====  =========================================================================
 
-Each document is its beginning-of-sequence token and then its text. Beside
+Each document is its beginning-of-sequence token (unless the recipe wants none) and then its text. Beside
 ``x.bin`` lies ``x.idx``: little-endian uint64, one a document, where it ends
 (exclusive, in tokens of this shard); document k begins at ``ends[k - 1]``, the
 first at 0. ``manifest.json`` lists a folder's shards with counts and digests.
