@@ -294,7 +294,7 @@ class Job:
             errors = tuple(self.documents.errors)
         remove_shards(self.out, self.part, {entry.file for entry in entries})
         part = Part(self.part, self.context.origin, tuple(entries), cursor, complete, errors)
-        write_json(self.out.part(self.part), part.to_json())
+        write_json(self.out.part(self.part), part.to_json(), durable=False)  # made of the shards' entries, which are
         return part
 
 

@@ -24,8 +24,8 @@ def stop_on_signals() -> None:
     """Turn SIGTERM, SIGINT and SIGUSR1 into StopRequested, at once: every write is atomic, so no moment is wrong."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        for other in SIGNALS:  # the clean-up is not to be disturbed
-            signal.signal(other, signal.SIG_IGN)
+        for other in SIGNALS:  # the clean-up is not to be disturbed (SIG_IGN would have Python complain of one on its way)
+            signal.signal(other, lambda *_: None)
         raise StopRequested(signal.Signals(number).name)
 
     for number in SIGNALS:
