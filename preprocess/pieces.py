@@ -101,7 +101,7 @@ def cut(files: Sequence[File], options: Preprocess) -> list[tuple[Slice, ...]]:
     used = total if options.max_tokens is None else min(total, 2 * BYTES_A_TOKEN * options.max_tokens)
     front = _front(files, 2 * used)
     return [
-        *_cut_evenly(files[:front], max(SMALLEST, min(used // PARTS, shard))),
+        *_cut_evenly(files[:front], max(SMALLEST, min(-(-used // PARTS), shard))),
         *_cut_evenly(files[front:], max(shard, total // MOST_PARTS)),
     ]
 

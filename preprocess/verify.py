@@ -52,7 +52,7 @@ def verify(options: Preprocess, out: Path, progress: Progress, policy: Policy | 
     remove_rest(folder, parts, count)
     whole = manifest(parts)
     if not whole["splits"]["train"]:
-        raise BadInput(f"{out}: {_nothing_to_train_on(whole['val_tokens'])}")
+        raise BadInput(f"{out}: {_nothing_to_train_on(whole)}")
     if whole["val_tokens"] < options.val_tokens:
         progress.say(f"{out}: only {whole['val_tokens']:,} of val_tokens {options.val_tokens:,}: the documents at the front ended before")
     if options.format == "raw":
@@ -64,10 +64,12 @@ def verify(options: Preprocess, out: Path, progress: Progress, policy: Policy | 
     return whole
 
 
-def _nothing_to_train_on(val_tokens: int) -> str:
-    if not val_tokens:
-        return "no element found a document to train on: the source is empty"
-    return f"preprocess.val_tokens: all {val_tokens:,} tokens went to validation: lower val_tokens, or give more text"
+def _nothing_to_train_on(whole: dict[str, Any]) -> str:
+    if whole["val_tokens"]:
+        return f"preprocess.val_tokens: all {whole['val_tokens']:,} tokens went to validation: lower val_tokens, or give more text"
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in whole["skipped"].items())
+    first = f"; the first: {whole['errors'][0]}" if whole["errors"] else ""
+    return "no element found a document to train on: " + (f"all were left out ({skipped}{first})" if skipped else "the source is empty")
 
 
 def check_one_origin(folder: OutputDir, options: Preprocess) -> int:

@@ -93,7 +93,7 @@ def _message(worker: Worker) -> tuple[str, Any]:
         if code == GO_ON_LATER:
             raise StopRequested("a worker was told to stop") from None
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        hint = " (did it need more memory than there is?)" if code == -signal.SIGKILL else ""
         raise Failure(f"worker {worker.number} was {how}{hint} while it made part {worker.task[0]}") from None
 
 

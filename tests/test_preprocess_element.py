@@ -566,7 +566,7 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
     make(recipe(tmp_path), tmp_path / "out")
-    with pytest.raises(BadInput, match="the source is empty"):
+    with pytest.raises(BadInput, match=r"all were left out \(1 empty\)"):
         verify(recipe(tmp_path), tmp_path / "out", QUIET)
     (tmp_path / "corpus" / "b.txt").write_text("word " * 300)
     for name, more in (("all", {"val_tokens": 10**6}), ("cut", {"max_tokens": 100, "val_tokens": 99})):

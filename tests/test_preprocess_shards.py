@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,12 +172,8 @@ def test_offsets_documents_and_budgets_past_2_to_the_32(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 2**34), min_size=1, max_size=30), st.integers(1, 2**38))
 def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget: int) -> None:
     """Parts finished in any order, from the back: what is left for each is the budget less what is known before it."""
-
-    class Context:
-        class source:  # noqa: N801
-            sizes = [4 * count for count in counts]
-
-    board = Board(Context, budget)  # type: ignore[arg-type]
+    source = SimpleNamespace(sizes=[4 * count for count in counts])
+    board = Board(SimpleNamespace(source=source), budget)
     for part in reversed(range(len(counts))):
         board.tokens[part] = counts[part]
         board.complete.add(part)
