@@ -300,10 +300,15 @@ class Job:
 
 def remove_shards(out: OutputDir, part: int, keep: set[str]) -> None:
     """Take away the shards of a part that are not in ``keep``, their entries first."""
-    for path in sorted(out.root.glob(f"*-{part:05d}-*.bin")):
-        if path.name in out.shards_on_disk() - keep:
-            for name in (path.with_suffix(".json"), index_path(path), path):
-                name.unlink(missing_ok=True)
+    for name in sorted(out.shards_on_disk() - keep):
+        if int(name.split("-")[1]) == part:
+            remove_shard(out.root / name)
+
+
+def remove_shard(path: Path) -> None:
+    """Take away a shard, what vouches for it first."""
+    for file in (path.with_suffix(".json"), index_path(path), path):
+        file.unlink(missing_ok=True)
 
 
 def histogram(path: Path) -> tuple[int, ...]:

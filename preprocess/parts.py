@@ -53,9 +53,10 @@ class OutputDir:
         """What the trainer reads."""
         return self.root / MANIFEST
 
-    def leftovers(self, part: int) -> Iterator[Path]:
-        """Half files that a killed process left of this part; those of others, at work beside it, are theirs."""
-        own = re.compile(rf"\.((train|val)-{part:05d}-|part-{part:05d}\.).*\.tmp")
+    def leftovers(self, part: int | None = None) -> Iterator[Path]:
+        """Half files that a killed process left of this part; those of others, at work beside it, are theirs. None: of all."""
+        number = r"\d{5,}" if part is None else f"{part:05d}"
+        own = re.compile(rf"\.((train|val)-{number}-|part-{number}\.).*\.tmp")
         return (path for path in self.root.glob(".*.tmp") if own.fullmatch(path.name))
 
     def shards_on_disk(self) -> set[str]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from preprocess.element import differences, prepare, skipped_in
 from preprocess.failure import Failure
-from preprocess.part import make_part, remove_shards
-from preprocess.parts import ERRORS_LISTED, OutputDir, Part, ShardEntry, read_part
+from preprocess.part import make_part, remove_shard
+from preprocess.parts import ERRORS_LISTED, OutputDir, Part, ShardEntry, read_entry, read_part
 from preprocess.progress import Progress
 from preprocess.raw import write_raw
 from preprocess.shards import MANIFEST_VERSION, index_path, open_tokens, read_ends, read_header, token_dtype
@@ -225,13 +225,23 @@ def forget(folder: OutputDir, part: int) -> None:
 
 
 def remove_rest(folder: OutputDir, parts: Sequence[Part], count: int) -> None:
-    """Take away what the elements made beyond the budget. Raises BadInput for shards that no part knows, with their names."""
+    """Take away what elements made beyond the budget, or began to when they were killed. Raises BadInput for shards that no part knows, with their names."""
     known = {entry.file for part in parts for entry in part.shards}
-    for number in range(len(parts), count):
-        if read_part(folder, number) is not None:
+    origin = fingerprint(parts[0].origin) if parts else ""
+    foreign = []
+    for name in sorted(folder.shards_on_disk() - known):
+        path, number = folder.root / name, int(name.split("-")[1])
+        entry = read_entry(path)
+        if len(parts) <= number < count and (entry is None or entry.origin == origin):
             folder.part(number).unlink(missing_ok=True)
-            remove_shards(folder, number, set())
-    if foreign := sorted(folder.shards_on_disk() - known):
+            remove_shard(path)
+        else:
+            foreign.append(name)
+    for number in range(len(parts), count):  # those without a shard
+        folder.part(number).unlink(missing_ok=True)
+    for leftover in folder.leftovers():
+        leftover.unlink(missing_ok=True)
+    if foreign:
         names = ", ".join(foreign[:20]) + (", …" if len(foreign) > 20 else "")
         raise BadInput(f"{folder.root}: no element here made these shards: {names}. Remove them, or choose another preprocess.output_dir")
 

@@ -80,7 +80,10 @@ def run_tasks(
 def _give(worker: Worker, task: Any) -> None:
     if task is not None:
         worker.task = task
-        worker.wire.send(task)
+        try:
+            worker.wire.send(task)
+        except (BrokenPipeError, ConnectionResetError):
+            _message(worker)  # it has ended; says how
 
 
 def _message(worker: Worker) -> tuple[str, Any]:
@@ -104,7 +107,7 @@ def started(count: int, start: Callable[[], Work]) -> Iterator[list[Worker]]:
     try:
         for number in range(count):
             ours, theirs = FORK.Pipe()
-            process = FORK.Process(target=_serve, args=(theirs, [ours, *(w.wire for w in workers)], start, os.getpid()))
+            process = FORK.Process(target=_serve, args=(theirs, [ours, *(w.wire for w in workers)], start, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             workers.append(Worker(number, process, ours))

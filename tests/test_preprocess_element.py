@@ -244,6 +244,17 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         make(recipe(tmp_path, **change), tmp_path / "out")
 
 
+def test_what_a_killed_element_began_beyond_the_budget_goes(tmp_path: Path, texts: list[str]) -> None:
+    options, out = recipe(tmp_path, max_tokens=900, parts=20), tmp_path / "out"
+    make(options, out)
+    before = everything(out)
+    for name in ("train-00019-00000.bin", "train-00019-00000.idx", ".train-00018-00000.bin.host.7.tmp"):
+        (out / name).write_bytes(b"half")
+    verify(options, out, QUIET)
+    (out / "manifest.json").unlink()
+    assert everything(out) == before
+
+
 # --- documents and engines ----------------------------------------------------------------------------
 
 
