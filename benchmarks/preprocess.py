@@ -33,9 +33,9 @@ RAW = """\
 import json, sys, time
 from preprocess.tokenizer import load_tokenizer
 texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
-encode = load_tokenizer("gpt2").encoding.encode_ordinary
+encode = load_tokenizer("gpt2").encoding.encode_to_numpy  # its fastest call for a document
 began, busy = time.perf_counter(), time.process_time()
-tokens = sum(len(encode(text)) + 1 for text in texts)
+tokens = sum(len(encode(text, disallowed_special=())) + 1 for text in texts)
 print(tokens, time.perf_counter() - began, time.process_time() - busy)
 """
 PLACES = (sysconfig.get_path("stdlib"), "/usr/share/doc", "/usr/share/man", "/usr/share/perl", "/usr/lib/python3", "/usr/include", "/usr/share/common-licenses", "/usr/src")

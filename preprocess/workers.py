@@ -139,6 +139,7 @@ def _serve(wire: connection.Connection, others: list[connection.Connection], sta
         os.environ[PARENT_VARIABLE] = str(parent)
         die_with_parent()
         _serve_tasks(wire, start)
+        os._exit(0)  # not through the interpreter's end, where a signal would still be heard
     except StopRequested:
         os._exit(GO_ON_LATER)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has no more to do, or is gone

@@ -26,7 +26,7 @@ preprocess:
   data_files: {folder}/**/*.txt
   val_tokens: 20000
   shard_tokens: 40000
-  parts: 32
+  parts: 96
   elements: 2
   num_workers: 2
   engine: tiktoken
@@ -154,7 +154,7 @@ def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
     for attempt in range(20):
         process = start(words, processes)
         wait_for_shards(tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process)  # each attempt gets a little further
-        time.sleep(chance.uniform(0, 0.04))
+        time.sleep(chance.uniform(0, 0.02))
         workers = children(process.pid) if process.poll() is None else []
         if attempt % 4 == 3 and workers:
             os.kill(workers[0], signal.SIGKILL)
@@ -231,10 +231,10 @@ def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
 
 @pytest.mark.slow
 def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list) -> None:
-    """More text in a row group and a shard does not make it grow: 8 and then 32 MB, in pages of a megabyte."""
+    """More text in a row group and a shard does not make it grow: 8 and then 48 MB, in pages of a megabyte."""
     text = " ".join(corpus(tmp_path / "corpus", documents=30, words=1000))[:40_000]
     peaks = []
-    for rows in (200, 800):
+    for rows in (200, 1200):
         folder = tmp_path / str(rows)
         folder.mkdir()
         pq.write_table(pa.table({"id": range(rows), "text": [f"{i} {text}" for i in range(rows)]}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
@@ -248,7 +248,7 @@ def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list) -> None:
             time.sleep(0.05)
         assert process.returncode == 0
         peaks.append(peak / 1e6)
-    assert peaks[1] < 200 and peaks[1] < peaks[0] + 15, peaks
+    assert peaks[1] < 200 and peaks[1] < peaks[0] + 30, peaks
 
 
 # --- as people type it --------------------------------------------------------------------------------
