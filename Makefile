@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further arguments for pip, such as another index, or one with CPU builds of torch.
 PIP_ARGS ?=
-EXTRAS := train,preprocess,hf,offline,dev
+EXTRAS := train,preprocess,fast,hf,offline,tensorboard,wandb,dev
 
 .PHONY: demo test test-fast lint install clean
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from recipes.errors import BadInput, did_you_mean
+from recipes.options import add_data_options, add_preprocess_options
 from recipes.version import VERSION
 
 EPILOG = """\
@@ -42,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_local(commands)
     _add_submit(commands)
     _add_show(commands)
+    _add_preprocess(commands)
+    _add_data(commands)
     _add_status(commands)
     _add_logs(commands)
     _add_cancel(commands)
@@ -92,6 +95,14 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped")
     _add_recipe_arguments(parser)
+
+
+def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add_preprocess_options(_command(commands, "preprocess", "turn text into verified token shards, without a run"))
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add_data_options(_command(commands, "data", "look into shards: inspect, verify, peek"))
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -262,26 +273,36 @@ def _sections() -> list[str]:
     return [field.name for field in fields(Recipe)]
 
 
-def _check_command(parser: argparse.ArgumentParser, word: str, commands: Sequence[str]) -> None:
-    """Raises BadInput for a first word that is neither a command nor an option of amlaunch itself."""
-    if word.startswith("-"):
-        known = [name for action in parser._actions for name in action.option_strings]
-        if word.partition("=")[0] not in known:
-            raise BadInput(f"unknown option {word}; the command comes first: amlaunch COMMAND {word}")
-    elif word not in commands:
-        raise BadInput(f"no command {word!r}; {did_you_mean(word, commands)}")
+def _parser_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.ArgumentParser, int]:
+    """The parser of the command that ``words`` begin with, and how many words name it: ``data inspect`` are two.
+
+    Raises BadInput for a first word that is neither a command nor an option of amlaunch itself.
+    """
+    depth = 0
+    while depth < len(words) and (commands := _commands_of(parser)):
+        word = words[depth]
+        if word.startswith("-"):
+            known = [name for action in parser._actions for name in action.option_strings]
+            if word.partition("=")[0] not in known:
+                raise BadInput(f"unknown option {word}; the command comes first: amlaunch COMMAND {word}")
+            break
+        if word not in commands:
+            raise BadInput(f"no command {word!r}; {did_you_mean(word, list(commands))}")
+        parser, depth = commands[word], depth + 1
+    return parser, depth
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(next(found, {}))
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse, then hand over to the command's own module; returns the exit code."""
     parser = build_parser()
     words = list(argv)
-    overrides: list[str] = []
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    if words:
-        _check_command(parser, words[0], list(commands))
-    if words and words[0] in commands:
-        words[1:], overrides = split_overrides(commands[words[0]], words[1:], allowed=words[0] in CHANGE_RECIPES)
+    own, depth = _parser_of(parser, words)
+    words[depth:], overrides = split_overrides(own, words[depth:], allowed=depth > 0 and words[0] in CHANGE_RECIPES)
     options = parser.parse_args(words)
     if options.command is None:
         parser.print_help()

@@ -11,8 +11,7 @@ from typing import Any
 
 from launcher.plan import Element, Needs, Plan, Stage
 from recipes.errors import BadInput
-from recipes.files import fingerprint
-from recipes.loader import Loaded, at_point, check_batch, check_ranks, file_targets
+from recipes.loader import Loaded, at_point, check_batch, check_ranks, data_name, file_targets
 from recipes.rundir import RunDir
 from recipes.schema import Preprocess, StageResources
 
@@ -78,9 +77,7 @@ def data_folder(loaded: Loaded, section: Preprocess, site: Site) -> Path:
     """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
     if section.output_dir:
         return (site.cwd / Path(section.output_dir).expanduser()).resolve()
-    made_of = {**dataclasses.asdict(section), "output_dir": None, "places": loaded.places("preprocess")}
-    source = (section.dataset or "files").rpartition("/")[2]
-    return site.runs.resolve().parent / "data" / f"{source}-{section.tokenizer.replace('/', '-')}-{fingerprint(made_of)}"
+    return site.runs.resolve().parent / "data" / data_name(section, loaded.places("preprocess"))
 
 
 def _common_arguments(loaded: Loaded, run: RunDir) -> list[str]:
@@ -98,13 +95,16 @@ def _preprocess_stages(
     section: Preprocess, common: list[str], run: RunDir, data: Path, site: Site, loaded: Loaded
 ) -> list[Stage]:
     resources = loaded.recipe.resources
+    workers = section.num_workers or (1 if site.cluster else max(1, site.cpus // section.elements))
+    needs = _needs("preprocess", resources.preprocess, site, cpus=workers)
+    shared = ["element", *common, "--out", str(data), "--workers", str(section.num_workers or needs.cpus)]
     parts = [
-        _element("preprocess", str(i), "preprocess", ["element", *common, "--index", str(i), "--out", str(data)], run, f"part {i + 1} of {section.elements}")
+        _element("preprocess", str(i), "preprocess", [*shared, "--index", str(i)], run, f"part {i + 1} of {section.elements}")
         for i in range(section.elements)
     ]
     check = _element("verify", "0", "preprocess", ["verify", *common, "--out", str(data)], run)
     return [
-        Stage("preprocess", parts, [], _needs("preprocess", resources.preprocess, site, cpus=1)),
+        Stage("preprocess", parts, [], needs),
         Stage("verify", [check], ["preprocess"], _needs("verify", resources.verify, site, cpus=1)),
     ]
 

@@ -1,4 +1,8 @@
-"""``python -m preprocess element RECIPE --index I --out DIR`` and ``python -m preprocess verify RECIPE --out DIR``."""
+"""``python -m preprocess``: ``amlaunch preprocess`` and ``amlaunch data``, and the stages of a run.
+
+``element RECIPE --index I --out DIR`` and ``verify RECIPE --out DIR`` are what the launcher starts; anything else is
+the command line of ``amlaunch preprocess``.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,20 @@ from preprocess.failure import Failure
 from preprocess.progress import Progress, StopRequested, stop_on_signals
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
 from recipes.files import write_json
-from recipes.loader import load
+from recipes.loader import Loaded, load
+from recipes.options import add_data_options, add_preprocess_options, refuse_unknown
 from recipes.process import PARENT_VARIABLE, die_with_parent
 from recipes.rundir import ElementDir
 from recipes.schema import Preprocess
 
 
-def parser() -> argparse.ArgumentParser:
-    """The two commands."""
+def stage_parser() -> argparse.ArgumentParser:
+    """The two stages of a run."""
     top = argparse.ArgumentParser(prog="python -m preprocess", description="Text to token shards.")
     commands = top.add_subparsers(dest="command", required=True)
     element = commands.add_parser("element", help="make one array element's shards, or what is missing of them")
     element.add_argument("--index", type=int, required=True, help="which of preprocess.elements, from 0")
+    element.add_argument("--workers", type=int, help="processes (default: preprocess.num_workers, or one a CPU)")
     check = commands.add_parser("verify", help="check every shard of all elements and write the manifest")
     for command in (element, check):
         command.add_argument("recipe", type=Path)
@@ -36,54 +42,77 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. What follows ``--`` are overrides of the recipe."""
+    """Run one command; returns the exit code. What follows ``--`` are overrides of a stage's recipe."""
     if PARENT_VARIABLE in os.environ:
         die_with_parent()
     try:
         stop_on_signals()
-        words = list(sys.argv[1:] if argv is None else argv)
-        cut = words.index("--") if "--" in words else len(words)
-        run(parser().parse_args(words[:cut]), words[cut + 1 :])
+        return run(list(sys.argv[1:] if argv is None else argv))
     except StopRequested as stop:
         print(f"stopped ({stop}); whole shards are kept, the same command goes on from there", flush=True)
         return GO_ON_LATER
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("numpy", "tiktoken", "pyarrow"):
+            raise
+        print(f'error: preprocessing needs {error.name}: pip install "amlaunch[preprocess]"', file=sys.stderr, flush=True)
+        return BAD_INPUT
     except (Failure, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return FAILED
+
+
+def run(words: list[str]) -> int:
+    """Carry out a command line."""
+    if words[:1] == ["data"]:
+        parser = argparse.ArgumentParser(prog="amlaunch data", allow_abbrev=False)
+        add_data_options(parser)
+        from preprocess import data
+
+        return data.run(parser.parse_args(words[1:]))
+    if words[:1] in (["element"], ["verify"]):
+        cut = words.index("--") if "--" in words else len(words)
+        return run_stage(stage_parser().parse_args(words[:cut]), words[cut + 1 :])
+    parser = argparse.ArgumentParser(prog="amlaunch preprocess", description="Text to token shards, verified.", allow_abbrev=False)
+    add_preprocess_options(parser)
+    from preprocess import command
+
+    refuse_unknown(parser, words)
+    return command.run(parser.parse_args(words))
+
+
+def run_stage(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """A stage's work, and its result in the element's folder."""
+    loaded, options = _section(arguments, overrides)
+    folder = ElementDir(arguments.element) if arguments.element else None
+    work = _element if arguments.command == "element" else _verify
+    result = work(arguments, options, loaded, Progress(folder))
+    if folder is not None:
+        write_json(folder.result, result)
     return OK
 
 
-def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """The command's work, and its result in the element's folder."""
-    options = _section(arguments, overrides)
-    folder = ElementDir(arguments.element) if arguments.element else None
-    work = _element if arguments.command == "element" else _verify
-    result = work(arguments, options, Progress(folder))
-    if folder is not None:
-        write_json(folder.result, result)
-
-
-def _section(arguments: argparse.Namespace, overrides: Sequence[str]) -> Preprocess:
+def _section(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Loaded, Preprocess]:
     allow = arguments.allow_target
     loaded = load(arguments.recipe, overrides, recipe_dir=arguments.recipe_dir, allow=allow, job_start=True)
     if loaded.recipe.preprocess is None:
         raise BadInput(f"{arguments.recipe}: there is no preprocess section to run")
-    return loaded.recipe.preprocess
+    return loaded, loaded.recipe.preprocess
 
 
-def _element(arguments: argparse.Namespace, options: Preprocess, progress: Progress) -> dict[str, Any]:
+def _element(arguments: argparse.Namespace, options: Preprocess, loaded: Loaded, progress: Progress) -> dict[str, Any]:
     from preprocess.element import result, run_element  # tiktoken comes in here, behind the signal handlers
 
-    return result(run_element(options, arguments.index, arguments.out, progress), arguments.out)
+    parts = run_element(options, arguments.index, arguments.out, progress, arguments.workers, loaded.policy)
+    return result(parts, options, arguments.index, arguments.out)
 
 
-def _verify(arguments: argparse.Namespace, options: Preprocess, progress: Progress) -> dict[str, Any]:
+def _verify(arguments: argparse.Namespace, options: Preprocess, loaded: Loaded, progress: Progress) -> dict[str, Any]:
     from preprocess.verify import result, verify
 
-    whole = verify(options, arguments.out, progress)
+    whole = verify(options, arguments.out, progress, loaded.policy)
     progress.finish(whole["tokens"], whole["tokens"], f"{arguments.out}: whole: {whole['tokens']:,} tokens")
     return result(whole, arguments.out)
 

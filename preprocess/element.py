@@ -1,267 +1,282 @@
-"""One array element: its part of the source, as shards.
+"""One array element: the parts that are its own, made by worker processes.
 
-Where a shard ends is a function of the document stream alone, and a shard's
-``.json`` is written last. So a restart, after any kill, takes every whole shard
-as it is, enters the stream behind it, and writes what an undisturbed run would
-have written, byte for byte.
+Which parts a budget needs is only known when those before them are counted.
+So parts are made from the front, as many as the counts so far say will be
+needed, and each with no more tokens than can still be needed;
+:mod:`preprocess.verify` then cuts the last one to the token. What is left in
+the end is a function of the source and the options alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from preprocess.parts import START, Cursor, OutputDir, Part, ShardEntry, read_entry, read_part
+from preprocess.engine import choose, open_engine
+from preprocess.part import Beat, Context, make_part, whole_part
+from preprocess.parts import PART_VERSION, OutputDir, Part
+from preprocess.pieces import owners, val_shares
 from preprocess.progress import Progress
-from preprocess.shards import MAX_TOKENS, Tokens, index_path, write_shard
-from preprocess.sources import Skipped, Source, open_source
+from preprocess.shards import MAX_TOKENS, index_path
+from preprocess.sources import Source, open_source
 from preprocess.tokenizer import Tokenizer, load_tokenizer
+from preprocess.workers import cpus, run_tasks
 from recipes.errors import BadInput
-from recipes.files import Lock, fingerprint, read_json, sha256_file, write_json
+from recipes.files import read_json, read_object, write_json
 from recipes.schema import Preprocess
+from recipes.targets import Policy
+
+MARGIN = 1.03
+"""Tokens that the parts before one must have by estimate, over the budget, for it not to be needed."""
+REFRESH_SECONDS = 2.0
+"""Between two looks at what other elements have finished."""
 
 
-def share(total: int, index: int, elements: int) -> int:
-    """Element ``index``'s share of ``total``; the shares differ by at most one and add up to it."""
-    return total // elements + (index < total % elements)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one element may write, in tokens."""
-
-    total: int | None
-    """Both splits; exact unless the source ends before."""
-    val: int
-    """The first whole documents, until there are so many, are validation."""
-    shard: int
-
-    def split(self, cursor: Cursor) -> str:
-        """To which split the next document goes."""
-        return "val" if cursor.val < self.val else "train"
-
-    def left(self, cursor: Cursor) -> int | None:
-        """Tokens until the budget is used up; None without one."""
-        return None if self.total is None else self.total - cursor.tokens
-
-
-def element_limits(options: Preprocess, index: int) -> Limits:
-    """The limits of element ``index``. Raises BadInput where they leave nothing to train on, or no shard can be so large."""
+def check_options(options: Preprocess) -> None:
+    """Raise BadInput where the options leave nothing to train on, or no shard can be so large."""
     total, val = options.max_tokens, options.val_tokens
     if not 0 < options.shard_tokens <= MAX_TOKENS:
         raise BadInput(
             f"preprocess.shard_tokens: {options.shard_tokens:,}: a shard holds 1 to {MAX_TOKENS:,} tokens (its count is an int32)"
         )
-    if total is not None and total < options.elements:
-        raise BadInput(f"preprocess.max_tokens: {total:,} tokens cannot be shared between {options.elements} elements")
+    if total is not None and total < 1:
+        raise BadInput("preprocess.max_tokens: 0 tokens are nothing to train on; null is all of the source")
     if total is not None and val >= total:
         raise BadInput(f"preprocess.val_tokens: {val:,} of max_tokens {total:,} leave nothing to train on")
-    own = None if total is None else share(total, index, options.elements)
-    return Limits(own, share(val, index, options.elements), options.shard_tokens)
 
 
-class Document(NamedTuple):
-    """A document's tokens, BOS first, and the stream's count of records and of what it skipped, this one included."""
+def prepare(options: Preprocess, out: Path, say: Callable[[str], None], policy: Policy | None = None) -> Context:
+    """Open source, tokenizer and engine, and all that the parts of ``out`` have in common.
 
-    tokens: Tokens
-    records: int
-    skipped: Mapping[str, int]
-
-
-class Documents:
-    """An element's documents as tokens, with one document of lookahead."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer):
-        self._source = source
-        self._tokenizer = tokenizer
-        self._stream: Iterator[Document] | None = None
-        self._ahead: Document | None = None
-        self._position = 0
-        self.records = 0
-        """Taken from the source so far."""
-        self.skipped: Mapping[str, int] = {}
-
-    def enter(self, cursor: Cursor) -> None:
-        """Go on behind ``cursor``; free where the stream stands there already."""
-        if self._stream is not None and self._position == cursor.records:
-            return
-        self._position = self.records = cursor.records
-        self.skipped = cursor.skipped
-        self._stream = self._read(self._source.records(cursor.records))
-        self._ahead = None
-
-    def peek(self) -> Document | None:
-        """The next document, read when it is first asked for; None at the end of the source."""
-        if self._ahead is None and self._stream is not None:
-            self._ahead = next(self._stream, None)
-        return self._ahead
-
-    def advance(self) -> None:
-        """Take the document that :meth:`peek` shows."""
-        if self._ahead is None:
-            raise ValueError("there is no document to take")
-        self._position = self._ahead.records
-        self._ahead = None
-
-    def _read(self, records: Iterator[str | Skipped]) -> Iterator[Document]:
-        for record in records:
-            self.records += 1
-            reason = record.reason if isinstance(record, Skipped) else ("" if record else "empty")
-            if reason:
-                self.skipped = {**self.skipped, reason: self.skipped.get(reason, 0) + 1}
-            elif isinstance(record, str):
-                yield Document(self._tokenizer.encode_document(record), self.records, self.skipped)
-
-
-def next_shard(documents: Documents, cursor: Cursor, limits: Limits) -> Iterator[tuple[Tokens, Cursor]]:
-    """The documents of the shard that begins at ``cursor``, each with the cursor behind it.
-
-    The shard ends before the document that would make it too large (one that is
-    too large alone has a shard to itself), where its split is complete, or
-    with the budget, which cuts the last document.
+    Raises BadInput and Failure as :func:`preprocess.sources.open_source` and
+    :func:`preprocess.tokenizer.load_tokenizer` do.
     """
-    split = limits.split(cursor)
-    size = 0
-    while size < limits.shard and (document := documents.peek()) is not None:
-        tokens = document.tokens[: limits.left(cursor)]
-        if size and size + len(tokens) > limits.shard:
-            return
-        documents.advance()
-        size += len(tokens)
-        cursor = cursor.after(split, len(tokens), document.records, document.skipped)
-        yield tokens, cursor
-        if limits.left(cursor) == 0 or limits.split(cursor) != split:
-            return
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that one element works with."""
-
-    index: int
-    out: OutputDir
-    limits: Limits
-    documents: Documents
-    tokenizer: Tokenizer
-    origin: dict[str, Any]
-    progress: Progress
-
-    def walk(self, obtain: Callable[[Path, str, Cursor], ShardEntry | None]) -> Iterator[ShardEntry]:
-        """The element's shards in order, as ``obtain`` gives each from its path, split and first cursor, until it gives none."""
-        cursor, numbers = START, {"train": 0, "val": 0}
-        while self.limits.left(cursor) != 0:
-            split = self.limits.split(cursor)
-            entry = obtain(self.out.shard(split, self.index, numbers[split]), split, cursor)
-            if entry is None:
-                return
-            yield entry
-            numbers[split] += 1
-            cursor = entry.cursor
-
-    def whole(self, path: Path, _split: str, cursor: Cursor) -> ShardEntry | None:
-        """The shard at ``path`` if it is there in full and begins at ``cursor``."""
-        entry = read_entry(path)
-        if entry is None or entry.start != cursor.records or entry.origin != fingerprint(self.origin):
-            return None
-        return entry if entry.sizes_agree(self.out.root) else None
-
-    def write(self, path: Path, split: str, cursor: Cursor) -> ShardEntry | None:
-        """Write the shard that begins at ``cursor``, its ``.json`` last; None where the source has no more documents."""
-        self.documents.enter(cursor)
-        if self.documents.peek() is None:
-            return None
-        path.with_suffix(".json").unlink(missing_ok=True)  # it may speak of files that are about to change
-        after = cursor
-
-        def counted() -> Iterator[Tokens]:
-            nonlocal after
-            for tokens, after in next_shard(self.documents, cursor, self.limits):
-                documents = after.records - sum(after.skipped.values())
-                self.progress.update(after.tokens, self.limits.total, documents=documents)
-                yield tokens
-
-        header = write_shard(path, counted(), self.tokenizer.dtype)
-        entry = ShardEntry(
-            file=path.name,
-            split=split,
-            tokens=header.tokens,
-            documents=header.documents or 0,
-            bytes=path.stat().st_size,
-            sha256=sha256_file(path),
-            idx_sha256=sha256_file(index_path(path)),
-            start=cursor.records,
-            cursor=after,
-            origin=fingerprint(self.origin),
-        )
-        write_json(path.with_suffix(".json"), entry.to_json())
-        self.progress.say(f"{path.name}: {entry.tokens:,} tokens, {entry.documents:,} documents")
-        return entry
-
-
-def run_element(options: Preprocess, index: int, out: Path, progress: Progress) -> Part:
-    """Make element ``index`` of ``options`` in the folder ``out``, or what is missing of it.
-
-    Raises BadInput (the recipe, the source, or a folder made from something
-    else), Failure, and StopRequested; the same call then goes on.
-    """
-    limits = element_limits(options, index)
-    source = open_source(options, index)
+    check_options(options)
+    source = open_source(options, policy)
     tokenizer = load_tokenizer(options.tokenizer)
-    origin = describe(options, source, tokenizer)
-    folder = OutputDir(out)
-    lock = _take_lock(folder, index, progress)
-    try:
-        check_origin(folder, index, origin)
-        if (part := whole_part(folder, index)) is not None:
-            progress.begin(part.cursor.tokens)
-            progress.finish(part.cursor.tokens, limits.total, f"element {index}: already there: {summary(part)}")
-            return part
-        for leftover in folder.leftovers(index):
-            leftover.unlink(missing_ok=True)
-        job = Job(index, folder, limits, Documents(source, tokenizer), tokenizer, origin, progress)
-        return finish(job)
-    finally:
-        lock.release()
-
-
-def finish(job: Job) -> Part:
-    """Make all shards of the element, then its part file."""
-    already = list(job.walk(job.whole))
-    if already:
-        last = already[-1].cursor
-        job.progress.begin(last.tokens)
-        job.progress.say(f"element {job.index}: goes on after {len(already)} whole shards ({last.tokens:,} tokens)")
-    entries = tuple(job.walk(lambda *where: job.whole(*where) or job.write(*where)))
-    cursor = entries[-1].cursor if entries else START
-    if job.limits.left(cursor) != 0:  # the source ended: what it skipped behind the last document counts too
-        cursor = cursor._replace(records=job.documents.records, skipped=job.documents.skipped)
-        if job.limits.total is not None:
-            job.progress.say(
-                f"element {job.index}: the source ended at {cursor.tokens:,} of {job.limits.total:,} tokens of the budget"
-            )
-    part = Part(job.index, job.origin, entries, cursor)
-    write_json(job.out.part(job.index), part.to_json())
-    job.progress.finish(
-        cursor.tokens, job.limits.total, f"element {job.index}: {summary(part)}", documents=part.documents
+    engine = choose(options.engine, tokenizer)
+    return Context(
+        out=OutputDir(out),
+        source=source,
+        tokenizer=tokenizer,
+        engine=lambda: open_engine(engine, tokenizer, options.bos),
+        origin=describe(options, source, tokenizer),
+        val=val_shares(source.sizes, options.val_tokens),
+        shard=options.shard_tokens,
+        skip_bad=options.on_error == "skip",
+        say=say,
     )
-    return part
-
-
-def _take_lock(folder: OutputDir, index: int, progress: Progress) -> Lock:
-    lock = Lock(folder.lock(index))
-    if not lock.acquire():
-        progress.say(f"element {index}: another process works on it in {folder.root}; waiting until it is done")
-        lock.acquire(wait=True)
-    return lock
 
 
 def describe(options: Preprocess, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the shards' bytes are a function of."""
-    names = ("max_tokens", "val_tokens", "shard_tokens", "elements")
+    names = ("max_tokens", "val_tokens", "shard_tokens", "bos", "on_error")
     limits = {name: getattr(options, name) for name in names}
-    return {"source": source.identity(), "tokenizer": tokenizer.identity(), "options": limits}
+    made = {"layout": PART_VERSION, "parts": len(source.sizes)}
+    return {"source": source.identity(), "tokenizer": tokenizer.identity(), "options": limits, **made}
+
+
+class Board:
+    """What is known of all parts of a folder: which are finished, and with how many tokens."""
+
+    def __init__(self, context: Context, budget: int | None):
+        self.context = context
+        self.budget = budget
+        self.sizes = context.source.sizes
+        self.tokens: dict[int, int] = {}
+        self.complete: set[int] = set()
+        self._looked = -REFRESH_SECONDS
+
+    def note(self, part: Part) -> None:
+        """A part is finished."""
+        self.tokens[part.part] = part.cursor.tokens
+        self.complete.discard(part.part)
+        if part.complete:
+            self.complete.add(part.part)
+
+    def refresh(self) -> None:
+        """See what others have finished, where a budget makes that matter."""
+        if self.budget is None or time.monotonic() - self._looked < REFRESH_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for path in self.context.out.root.glob("part-*.json"):
+            number = path.stem.removeprefix("part-")
+            if number.isdigit() and int(number) not in self.tokens and int(number) < len(self.sizes):
+                found = whole_part(self.context, int(number))
+                if found is not None:
+                    self.note(found)
+
+    def left(self, part: int) -> int | None:
+        """The most tokens of a part that can be of use; None without a budget."""
+        if self.budget is None:
+            return None
+        return self.budget - sum(tokens for other, tokens in self.tokens.items() if other < part)
+
+    def needed(self, part: int) -> bool:
+        """Whether a part is needed, as far as can be said now: certainly not where the counts before it reach the budget."""
+        left = self.left(part)
+        if left is None:
+            return True
+        return left > 0 and self._estimate(part) < MARGIN * (self.budget or 0)
+
+    def _estimate(self, part: int) -> float:
+        """Tokens before ``part``: counted, or as the parts that are complete have them by byte."""
+        size = sum(self.sizes[other] + 1 for other in self.complete)
+        rate = sum(self.tokens[other] for other in self.complete) / size if size else 0.0
+        return sum(self.tokens.get(other, rate * self.sizes[other]) for other in range(part))
+
+
+class Element:
+    """What one element still has to do, and how far it is."""
+
+    def __init__(self, context: Context, options: Preprocess, index: int, progress: Progress):
+        self.context = context
+        self.index = index
+        self.progress = progress
+        self.board = Board(context, options.max_tokens)
+        self.mine = [part for part, owner in enumerate(owners(context.source.sizes, options.elements)) if owner == index]
+        self.waiting = list(self.mine)
+        self.made: dict[int, Part] = {}
+        self.beats: dict[int, Beat] = {}
+        self.before = Beat(-1, 0, 0, 0)
+        """What was there at the start."""
+        self.workers = 1
+
+    def gather(self) -> None:
+        """Take over what earlier runs have finished."""
+        self.board.refresh()
+        for part in self.mine:
+            found = whole_part(self.context, part)
+            if found is not None:
+                self.board.note(found)
+        for part in list(self.waiting):
+            found = whole_part(self.context, part)
+            if found is not None and self.still_good(found):
+                self.take(found)
+                self.waiting.remove(part)
+
+    def still_good(self, part: Part) -> bool:
+        """Whether a finished part has all that can be needed of it."""
+        left = self.board.left(part.part)
+        return part.complete or (left is not None and part.cursor.tokens >= left)
+
+    def take(self, part: Part) -> None:
+        """A part is finished."""
+        self.made[part.part] = part
+        self.board.note(part)
+        self.beats[part.part] = Beat(part.part, part.cursor.tokens, part.documents, sum(entry.text_bytes for entry in part.shards))
+
+    def next_task(self) -> tuple[int, int | None] | None:
+        """The next part to make, with the most tokens that are of use; None where none is known to be needed."""
+        self.board.refresh()
+        while self.waiting and (left := self.board.left(self.waiting[0])) is not None and left <= 0:
+            self.waiting.pop(0)
+        if not self.waiting or not self.board.needed(self.waiting[0]):
+            return None
+        part = self.waiting.pop(0)
+        return part, self.board.left(part)
+
+    def hear(self, _worker: int, kind: str, value: Any) -> None:
+        """What a worker says."""
+        if kind == "beat":
+            self.beats[value.part] = value
+        elif kind == "line":
+            self.progress.say(value)
+        elif kind == "done":
+            self.take(value)
+            shards = f"{len(value.shards)} shards" if len(value.shards) != 1 else value.shards[0].file
+            self.progress.say(f"part {value.part}: {value.cursor.tokens:,} tokens, {value.documents:,} documents, {shards}")
+
+    def totals(self) -> Beat:
+        """Over all parts of the element so far."""
+        beats = self.beats.values()
+        return Beat(-1, sum(b.tokens for b in beats), sum(b.documents for b in beats), sum(b.text_bytes for b in beats))
+
+    def idle(self) -> None:
+        """Say how far it is. Raises StopRequested where the element is asked to leave."""
+        now = self.totals()
+        sizes = self.board.sizes
+        done, all_ = (sum(sizes[part] + 1 for part in parts) for parts in (self.made, self.mine))
+        total = self.board.budget if self.board.budget is not None and len(self.mine) == len(sizes) else None
+        speed = (now.text_bytes - self.before.text_bytes) / max(self.progress.seconds(), 1e-9) / 1e6
+        self.progress.update(
+            now.tokens, total, done / all_ if self.board.budget is None else None,
+            documents=now.documents, workers=self.workers, mb_per_s=round(speed, 1),
+        )  # fmt: skip
+
+    def work(self, task: tuple[int, int | None], say: Callable[[str, Any], None]) -> Part:
+        """Make one part (in a worker)."""
+        context = dataclasses.replace(self.context, report=lambda beat: say("beat", beat), say=lambda line: say("line", line))
+        return make_part(context, self.engine, *task)
+
+    def start(self) -> Callable[[tuple[int, int | None], Callable[[str, Any], None]], Part]:
+        """Make a worker ready."""
+        self.engine = self.context.engine()
+        return self.work
+
+    def run(self, workers: int) -> None:
+        """Make all parts that are needed; ``workers`` 0: in this very process."""
+        self.gather()
+        self.before = self.totals()
+        self.progress.begin(self.before.tokens)
+        if self.made:
+            self.progress.say(f"element {self.index}: goes on after {len(self.made)} whole parts ({self.before.tokens:,} tokens)")
+        self.workers = max(1, min(workers, len(self.waiting)))
+        if workers == 0:
+            self._run_here()
+        elif self.waiting:
+            run_tasks(self.workers, self.next_task, self.start, self.hear, self.idle)
+
+    def _run_here(self) -> None:
+        def say(kind: str, value: Any) -> None:
+            self.hear(0, kind, value)
+            self.idle()
+
+        work = self.start() if self.waiting else None
+        while work is not None and (task := self.next_task()) is not None:
+            say("done", work(task, say))
+
+
+def run_element(
+    options: Preprocess, index: int, out: Path, progress: Progress, workers: int | None = None, policy: Policy | None = None
+) -> list[Part]:
+    """Make element ``index``'s parts in the folder ``out``, or what is missing of them, and return those that it made.
+
+    ``workers``: processes; None: ``num_workers``, or one a CPU; 0: none but this. Raises BadInput (the recipe, the
+    source, or a folder made from something else), Failure, and StopRequested; the same call then goes on.
+    """
+    if not 0 <= index < options.elements:
+        raise BadInput(
+            f"--index {index}: preprocess.elements is {options.elements}, so it goes from 0 to {options.elements - 1}"
+        )
+    context = prepare(options, out, progress.say, policy)
+    check_elements(options, context)
+    check_origin(context.out, index, context.origin)
+    element = Element(context, options, index, progress)
+    workers = workers if workers is not None else options.num_workers or cpus()
+    if workers > len(element.mine):
+        progress.say(f"element {index}: {len(element.mine)} of {workers} workers have something to do; preprocess.parts: {workers * options.elements} keeps all busy")
+    element.run(workers)
+    parts = [element.made[part] for part in sorted(element.made)]
+    record = {"element": index, "elements": options.elements, "parts": sorted(element.made)}
+    if read_object(context.out.element(index)) != record:
+        write_json(context.out.element(index), record)
+    progress.finish(
+        element.totals().tokens, None, f"element {index}: {summary(parts)}", documents=element.totals().documents
+    )
+    return parts
+
+
+def check_elements(options: Preprocess, context: Context) -> None:
+    """Raise BadInput where there are more elements than parts."""
+    if options.elements > (there := len(context.source.sizes)):
+        raise BadInput(
+            f"preprocess.elements: {options.elements} elements, but the source is cut into {there} parts: set it to at "
+            f"most {there}, or preprocess.parts to at least {options.elements}"
+        )
 
 
 def check_origin(folder: OutputDir, index: int, origin: dict[str, Any]) -> None:
@@ -292,32 +307,40 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
     return found
 
 
-def whole_part(folder: OutputDir, index: int) -> Part | None:
-    """The finished element, if all its files are there in full length."""
-    part = read_part(folder, index)
-    return part if part and all(entry.sizes_agree(folder.root) for entry in part.shards) else None
+def skipped_in(parts: Sequence[Part]) -> dict[str, int]:
+    """Records without a document, by reason."""
+    found: dict[str, int] = {}
+    for part in parts:
+        for reason, count in part.cursor.skipped.items():
+            found[reason] = found.get(reason, 0) + count
+    return found
 
 
-def summary(part: Part) -> str:
-    """A finished element in a line."""
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(part.cursor.skipped.items()))
-    return (
-        f"{part.cursor.train:,} train and {part.cursor.val:,} val tokens, {part.documents:,} documents, "
-        f"{len(part.shards)} shards" + (f" (skipped: {skipped})" if skipped else "")
-    )
+def summary(parts: Sequence[Part]) -> str:
+    """Finished parts in a line."""
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped_in(parts).items()))
+    train, val = (sum(getattr(part.cursor, split) for part in parts) for split in ("train", "val"))
+    documents, shards = sum(part.documents for part in parts), sum(len(part.shards) for part in parts)
+    return f"{train:,} train and {val:,} val tokens, {documents:,} documents, {shards} shards" + (f" (skipped: {skipped})" if skipped else "")
 
 
-def result(part: Part, out: Path) -> dict[str, Any]:
-    """What the element says of itself in ``result.json``."""
+def result(parts: Sequence[Part], options: Preprocess, index: int, out: Path) -> dict[str, Any]:
+    """What the element says of itself in ``result.json``.
+
+    With a budget its shards may still be cut: verify vouches for them then.
+    """
     root = out.absolute()
-    paths = [root / entry.file for entry in part.shards]
-    paths += [index_path(path) for path in paths] + [OutputDir(root).part(part.element)]
+    paths = [OutputDir(root).element(index)]
+    if options.max_tokens is None:
+        shards = [root / entry.file for part in parts for entry in part.shards]
+        paths += [*shards, *map(index_path, shards), *(OutputDir(root).part(part.part) for part in parts)]
+    train, val = (sum(getattr(part.cursor, split) for part in parts) for split in ("train", "val"))
     return {
-        "tokens": part.cursor.tokens,
-        "documents": part.documents,
-        "shards": len(part.shards),
-        "skipped": dict(part.cursor.skipped),
-        "train_tokens": part.cursor.train,
-        "val_tokens": part.cursor.val,
+        "tokens": train + val,
+        "documents": sum(part.documents for part in parts),
+        "shards": sum(len(part.shards) for part in parts),
+        "skipped": skipped_in(parts),
+        "train_tokens": train,
+        "val_tokens": val,
         "outputs": {str(path): path.stat().st_size for path in paths},
     }

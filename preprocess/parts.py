@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 from preprocess.shards import MANIFEST, index_path
 from recipes.errors import BadInput
 from recipes.files import fingerprint, read_json
+from recipes.version import VERSION
 
-PART_VERSION = 1
+PART_VERSION = 2
+ERRORS_LISTED = 100
+"""Damaged records that a shard's entry lists; the others are counted alone."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,17 @@ class OutputDir:
 
     root: Path
 
-    def shard(self, split: str, element: int, number: int) -> Path:
+    def shard(self, split: str, part: int, number: int) -> Path:
         """The tokens; ``.idx`` and ``.json`` lie beside them."""
-        return self.root / f"{split}-{element:05d}-{number:05d}.bin"
+        return self.root / f"{split}-{part:05d}-{number:05d}.bin"
 
-    def part(self, element: int) -> Path:
-        """Exists only when the element is whole: its shards and totals."""
-        return self.root / f"part-{element:05d}.json"
+    def part(self, part: int) -> Path:
+        """Exists only when the part is whole: its shards and totals."""
+        return self.root / f"part-{part:05d}.json"
+
+    def element(self, element: int) -> Path:
+        """Exists only when the element has made all its parts that are needed."""
+        return self.root / f"element-{element:05d}.json"
 
     def origin(self, element: int) -> Path:
         """What the element makes its shards from; written before the first."""
@@ -37,26 +44,31 @@ class OutputDir:
         """Those of all elements that ever started here."""
         return iter(sorted(self.root.glob("origin-*.json")))
 
-    def lock(self, element: int) -> Path:
-        """Held by the process that works on the element."""
-        return self.root / f".lock-{element:05d}"
+    def lock(self, part: int) -> Path:
+        """Held by the process that works on the part."""
+        return self.root / f".lock-{part:05d}"
 
     @property
     def manifest(self) -> Path:
         """What the trainer reads."""
         return self.root / MANIFEST
 
-    def leftovers(self, element: int) -> Iterator[Path]:
-        """Half files that a killed process of this element left; those of others, at work beside it, are theirs."""
-        own = re.compile(rf"\.((train|val)-{element:05d}-|(part|origin)-{element:05d}\.).*\.tmp")
+    def leftovers(self, part: int | None = None) -> Iterator[Path]:
+        """Half files that a killed process left of this part; those of others, at work beside it, are theirs. None: of all."""
+        number = r"\d{5,}" if part is None else f"{part:05d}"
+        own = re.compile(rf"\.((train|val)-{number}-|part-{number}\.).*\.tmp")
         return (path for path in self.root.glob(".*.tmp") if own.fullmatch(path.name))
+
+    def shards_on_disk(self) -> set[str]:
+        """Names of all ``.bin`` files that are named as shards are."""
+        return {path.name for path in self.root.glob("*.bin") if re.fullmatch(r"(train|val)-\d+-\d+\.bin", path.name)}
 
 
 class Cursor(NamedTuple):
-    """How far an element is. A whole shard's cursor is where the next one begins."""
+    """How far a part is. A whole shard's cursor is where the next one begins."""
 
     records: int
-    """Taken from the element's part of the source, those without a document included."""
+    """Taken from the part, those without a document included."""
     train: int
     """Tokens."""
     val: int
@@ -90,11 +102,24 @@ class ShardEntry:
     bytes: int
     sha256: str
     idx_sha256: str
+    source: str
+    """Which records of the source it holds."""
     start: int
-    """Records of the element's stream before its first document."""
+    """Records of the part before its first document."""
     cursor: Cursor
+    cut: bool
+    """Whether the budget ended it: with a larger one it would hold more."""
     origin: str
     """Fingerprint of what it was made from."""
+    text_bytes: int
+    """Of the documents' text in UTF-8."""
+    repaired: int
+    """Documents in which U+FFFD took the place of lone surrogates."""
+    histogram: tuple[int, ...]
+    """Documents of 1, 2 to 3, 4 to 7, 8 to 15, … tokens."""
+    errors: tuple[str, ...] = ()
+    """Damaged records that were left out before or among its documents, at most ERRORS_LISTED."""
+    created_by: str = f"amlaunch {VERSION}"
 
     def to_json(self) -> dict[str, Any]:
         """For the ``.json`` files."""
@@ -103,7 +128,8 @@ class ShardEntry:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ShardEntry:
         """The reverse; KeyError or TypeError where it is something else."""
-        return cls(**{**value, "cursor": Cursor(**value["cursor"])})
+        lists = {name: tuple(value[name]) for name in ("histogram", "errors")}
+        return cls(**{**value, **lists, "cursor": Cursor(**value["cursor"])})
 
     def sizes_agree(self, folder: Path) -> bool:
         """Whether both files are there in full length: cheap, where :mod:`preprocess.verify` reads every byte."""
@@ -125,18 +151,30 @@ def read_entry(path: Path) -> ShardEntry | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A finished element."""
+    """A finished part."""
 
-    element: int
+    part: int
     origin: dict[str, Any]
     """Options, source and tokenizer that the shards were made from."""
     shards: tuple[ShardEntry, ...]
     cursor: Cursor
+    complete: bool
+    """Whether the part has no more documents; else the budget ended it."""
+    errors: tuple[str, ...] = ()
+    """Damaged records that were left out behind the last document."""
 
     @property
     def documents(self) -> int:
         """In both splits."""
         return sum(entry.documents for entry in self.shards)
+
+    def fits(self, limit: int | None) -> bool:
+        """Whether it is what a run with so many tokens left would leave."""
+        return self.complete if limit is None else self.cursor.tokens == limit or (self.complete and self.cursor.tokens < limit)
+
+    def whole(self, folder: Path) -> bool:
+        """Whether all its files are there in full length."""
+        return all(entry.sizes_agree(folder) for entry in self.shards)
 
     def consistent(self) -> bool:
         """Whether it agrees with what its shards say of themselves."""
@@ -148,15 +186,16 @@ class Part:
         """For ``part-*.json``."""
         shards = [entry.to_json() for entry in self.shards]
         totals = {"tokens": self.cursor.tokens, "documents": self.documents, "cursor": self.cursor._asdict()}
-        return {"version": PART_VERSION, "element": self.element, **totals, "origin": self.origin, "shards": shards}
+        rest = {"complete": self.complete, "errors": self.errors, "origin": self.origin, "shards": shards}
+        return {"version": PART_VERSION, "part": self.part, **totals, **rest}
 
 
-def read_part(out: OutputDir, element: int) -> Part | None:
-    """The finished element; None where it is not finished, or its part file is damaged: the next run writes it again.
+def read_part(out: OutputDir, part: int) -> Part | None:
+    """The finished part; None where it is not finished, or its file is damaged: the next run writes it again.
 
     Raises BadInput for a part of another version.
     """
-    path = out.part(element)
+    path = out.part(part)
     try:
         value = read_json(path)
         if value is None:
@@ -164,7 +203,8 @@ def read_part(out: OutputDir, element: int) -> Part | None:
         if value["version"] != PART_VERSION:
             raise BadInput(f"{path}: made by another version of amlaunch; remove {out.root} or choose another output_dir")
         shards = tuple(ShardEntry.from_json(entry) for entry in value["shards"])
-        part = Part(element, value["origin"], shards, Cursor(**value["cursor"]))
-        return part if part.consistent() else None
+        cursor = Cursor(**value["cursor"])
+        found = Part(part, value["origin"], shards, cursor, value["complete"], tuple(value["errors"]))
+        return found if found.consistent() else None
     except (ValueError, TypeError, KeyError):
         return None

@@ -1,8 +1,4 @@
-"""Records out of a local file: text, JSON lines, Parquet.
-
-Each kind of file counts its records cheaply (``count_*``), so that a restart
-need not decode what it already has, and reads them from any record on (``read_*``).
-"""
+"""Records out of a file: text, JSON lines, Parquet; by column and block, not through rows of Python objects."""
 
 from __future__ import annotations
 
@@ -12,16 +8,18 @@ import json
 import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
-from preprocess.sources import Record, Skipped
+from preprocess.pieces import Slice, kind
+from preprocess.sources import Bad, Record, Skipped
 from recipes.errors import BadInput, did_you_mean
+from recipes.schema import Preprocess
 
 PYTHON = "python"
 """As an encoding: what a Python source file says of itself (PEP 263)."""
-BATCH_ROWS = 256
+BLOCK_BYTES = 1 << 20
+"""Of JSON lines that are parsed at once, and of text columns that are decoded at once, about."""
+DAMAGED = "damaged file"
 
 
 class Undecodable(ValueError):
@@ -68,62 +66,142 @@ def declared_encoding(data: bytes, lenient: bool) -> str:
         return "utf-8"
 
 
-def read_text(path: Path, encoding: str, errors: str) -> Iterator[Record]:
-    """The one record of a text file. Raises BadInput with file and byte where it cannot be decoded strictly."""
+def read(piece: Slice, options: Preprocess) -> Iterator[Record]:
+    """The records of a slice.
+
+    Raises BadInput where the file has no such column, OSError where it cannot be read.
+    """
+    if kind(piece.file.name) == "parquet":
+        return read_parquet(piece, options.text_column, options.chunk_size)
+    if kind(piece.file.name) == "jsonl":
+        return read_json_lines(piece, options.text_column)
+    return read_text(piece, options.encoding, options.encoding_errors)
+
+
+def read_text(piece: Slice, encoding: str, errors: str) -> Iterator[Record]:
+    """The one record of a text file."""
     try:
-        yield decode(path.read_bytes(), encoding, errors)
+        with piece.file.open() as handle:
+            yield decode(handle.read(), encoding, errors)
     except Undecodable as error:
         if errors == "skip":
             yield Skipped("undecodable")
             return
-        raise BadInput(
-            f"{path}: {error}: set preprocess.encoding to the file's own (python: by its coding line), "
-            f"preprocess.encoding_errors to skip or replace, or exclude the file"
-        ) from None
+        yield Bad(
+            "undecodable",
+            f"{piece.file.place}: {error}: set preprocess.encoding to the file's own (python: by its coding line), "
+            f"preprocess.encoding_errors to skip or replace, or exclude the file",
+        )
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSONL file that are not blank, with their numbers (from 1). Raises BadInput for a broken gzip."""
+# --- JSON lines ---------------------------------------------------------------------------------------
+
+
+def read_json_lines(piece: Slice, column: str) -> Iterator[Record]:
+    """The records of the lines that begin in the slice, a block of them at a time."""
+    place = piece.file.place
     try:
-        with _open_lines(path) as handle:
-            for number, line in enumerate(handle, 1):
-                if not line.isspace():
-                    yield number, line
+        with piece.file.open() as raw, decompressed(raw, piece.file.name) as handle:
+            for offset, block in line_blocks(handle, piece):
+                strings = column_of_lines(block, column)
+                # where something is odd: line by line, to say which and what
+                yield from records_of_lines(piece, offset, block, column) if strings is None else strings
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: damaged or truncated gzip ({error})") from None
+        yield Bad(DAMAGED, f"{place}: damaged or truncated gzip ({error})")
+    except OSError as error:
+        if error.errno or not piece.file.name.endswith(".zst"):
+            raise
+        yield Bad(DAMAGED, f"{place}: damaged or truncated zstd ({error})")
 
 
-def _open_lines(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
+    """What is in a file that may be compressed."""
+    if name.endswith(".gz"):
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        arrow = import_pyarrow(name)
+        return arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd")
+    return raw
 
 
-def count_json(path: Path) -> int:
-    """How many records a JSONL file has."""
-    return sum(1 for _ in json_lines(path))
+def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, about a megabyte at a time, with where in the file they begin; only lines that begin in the slice."""
+    begin, end = (piece.begin, piece.end) if piece.count > 1 else (0, None)
+    if begin:
+        handle.seek(begin - 1)
+        begin += len(handle.readline()) - 1  # a line that began before is the slice before's
+    kept = bytearray()
+    while end is None or begin < end:
+        data = handle.read(BLOCK_BYTES)
+        searched = len(kept)
+        kept += data
+        if end is not None and begin + len(kept) >= end:
+            cut = kept.find(b"\n", max(end - 1 - begin, 0)) + 1
+        else:
+            cut = kept.rfind(b"\n", searched) + 1
+        if not data:
+            cut = len(kept)
+        if cut:
+            yield begin, bytes(kept[:cut])
+            begin += cut
+            del kept[:cut]
+        if not data:
+            return
 
 
-def read_json_lines(path: Path, column: str, skip: int) -> Iterator[Record]:
-    """The records of a JSONL file after the first ``skip``. Raises BadInput with file and line for a bad one."""
-    for number, line in islice(json_lines(path), skip, None):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: a JSON object is expected on each line, found {type(row).__name__}")
-        if column not in row:
-            raise BadInput(no_column(where, column, row))
-        yield record(where, column, row[column])
+def column_of_lines(block: bytes, column: str) -> list[str] | None:
+    """One column of JSON lines, parsed by pyarrow; None unless each line is an object with text in that column."""
+    import pyarrow as arrow
+    from pyarrow import json as arrow_json
+
+    reading = arrow_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    schema = arrow.schema([(column, arrow.string())])
+    parsing = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        table = arrow_json.read_json(arrow.BufferReader(block), reading, parsing)
+        if table.num_rows != block.count(b"\n") + (not block.endswith(b"\n")) or table[column].null_count:
+            return None
+        return table[column].to_pylist()
+    except (arrow.ArrowException, UnicodeDecodeError):
+        return None
 
 
-def record(where: str, column: str, value: Any) -> Record:
-    """A column's value as a record. Raises BadInput where it is neither a string nor null."""
+def records_of_lines(piece: Slice, offset: int, block: bytes, column: str) -> Iterator[Record]:
+    """The records of a block of lines, each looked at alone; blank lines are none."""
+    lines = io.BytesIO(block)
+    at = 0
+    for line in lines:
+        if not line.isspace():
+            yield record_of_line(piece, offset + at, line, column)
+        at += len(line)
+
+
+def record_of_line(piece: Slice, offset: int, line: bytes, column: str) -> Record:
+    """The record of one line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Bad("not JSON", f"{line_place(piece, offset)}: not valid JSON ({error})")
+    if not isinstance(row, dict):
+        return Bad("not JSON", f"{line_place(piece, offset)}: a JSON object is expected on each line, found {type(row).__name__}")
+    if column not in row:
+        return Bad("no column", no_column(line_place(piece, offset), column, row))
+    value = row[column]
     if value is None:
         return Skipped("null")
     if not isinstance(value, str):
-        raise BadInput(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+        return Bad("not text", f"{line_place(piece, offset)}: column {column!r} holds {type(value).__name__}, not text")
     return value
+
+
+def line_place(piece: Slice, offset: int) -> str:
+    """``file:line`` of the line that begins at ``offset`` of the (decompressed) file; read again to count, as it is rare."""
+    with piece.file.open() as raw, decompressed(raw, piece.file.name) as handle:
+        number, left = 1, offset
+        while left > 0 and (data := handle.read(min(left, BLOCK_BYTES))):
+            number += data.count(b"\n")
+            left -= len(data)
+    return f"{piece.file.place}:{number}"
 
 
 def no_column(where: str, column: str, known: Iterable[str]) -> str:
@@ -131,58 +209,82 @@ def no_column(where: str, column: str, known: Iterable[str]) -> str:
     return f"{where}: no column {column!r} (preprocess.text_column): {did_you_mean(column, known)}"
 
 
-def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile``. Raises BadInput where pyarrow is missing or the file is none."""
+# --- Parquet ------------------------------------------------------------------------------------------
+
+
+def import_pyarrow(place: str) -> Any:
+    """pyarrow. Raises BadInput where it is missing."""
     try:
-        import pyarrow as arrow
-        from pyarrow import parquet
+        import pyarrow
     except ImportError:
-        raise BadInput(f'{path}: reading Parquet needs pyarrow: pip install "amlaunch[preprocess]"') from None
+        raise BadInput(f'{place}: reading it needs pyarrow: pip install "amlaunch[preprocess]"') from None
+    return pyarrow
+
+
+def read_parquet(piece: Slice, column: str, rows: int) -> Iterator[Record]:
+    """The records of the row groups whose middle lies in the slice; one column is read."""
+    arrow = import_pyarrow(piece.file.place)
+    from pyarrow import parquet
+
     try:
-        return parquet.ParquetFile(path, memory_map=True)
-    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
-        raise BadInput(f"{path}: not a whole Parquet file ({error})") from None
+        with piece.file.open() as handle, parquet.ParquetFile(handle, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
+            check_column(piece, file.schema_arrow, column)
+            for group in row_groups(file.metadata, piece):
+                yield from read_row_group(file, group, column, rows, piece)
+    except (arrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's word, or the network's, not the decoder's
+            raise
+        yield Bad(DAMAGED, f"{piece.file.place}: damaged, or not a whole Parquet file ({error})")
 
 
-def row_groups(path: Path) -> list[tuple[int, int]]:
-    """Rows and bytes of each row group of a Parquet file."""
-    with open_parquet(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        return [(group.num_rows, group.total_byte_size) for group in groups]
+def check_column(piece: Slice, schema: Any, column: str) -> None:
+    """Raise BadInput where a Parquet file has no such column, or one that does not hold text."""
+    if column not in schema.names:
+        raise BadInput(no_column(piece.file.place, column, schema.names))
+    found = schema.field(column).type
+    value = getattr(found, "value_type", found) if str(found).startswith("dictionary") else found
+    if str(value) not in ("string", "large_string", "string_view", "null"):
+        raise BadInput(f"{piece.file.place}: column {column!r} holds {found}, not text")
 
 
-def count_parquet(path: Path, groups: range | None) -> int:
-    """How many records the given row groups hold (None: all)."""
-    rows = [rows for rows, _ in row_groups(path)]
-    return sum(rows[i] for i in (groups or range(len(rows))))
+def row_groups(metadata: Any, piece: Slice) -> Iterator[int]:
+    """The row groups of a slice: those whose middle, in bytes of the file's data, lies in it."""
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    total, before = max(1, sum(sizes)), 0
+    for group, size in enumerate(sizes):
+        if min((2 * before + size) * piece.count // (2 * total), piece.count - 1) == piece.index:
+            yield group
+        before += size
 
 
-def read_parquet(path: Path, column: str, groups: range | None, skip: int) -> Iterator[Record]:
-    """The records of the given row groups (None: all) after the first ``skip``, one column read, a batch at a time.
-
-    Raises BadInput for a missing or non-text column and for a damaged file.
-    """
-    import pyarrow as arrow
-
-    with open_parquet(path) as file:
-        if column not in file.schema_arrow.names:
-            raise BadInput(no_column(str(path), column, file.schema_arrow.names))
-        wanted = list(groups or range(file.metadata.num_row_groups))
-        while wanted and (rows := file.metadata.row_group(wanted[0]).num_rows) <= skip:
-            skip -= rows
-            wanted.pop(0)
-        if not wanted:
-            return
-        try:
-            batches = file.iter_batches(BATCH_ROWS, row_groups=wanted, columns=[column])
-            yield from islice(_column_records(path, column, batches), skip, None)
-        except (arrow.ArrowInvalid, OSError) as error:
-            if getattr(error, "errno", None):  # the disk's word, not the decoder's
-                raise
-            raise BadInput(f"{path}: damaged Parquet ({error})") from None
+def read_row_group(file: Any, group: int, column: str, rows: int, piece: Slice) -> Iterator[Record]:
+    """The records of one row group, so many rows at a time that long texts do not fill the memory."""
+    metadata = file.metadata.row_group(group)
+    whole = file.metadata
+    row = sum(whole.row_group(i).num_rows for i in range(group))
+    names = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
+    average = metadata.column(names.index(column)).total_uncompressed_size // max(1, metadata.num_rows)
+    few = max(1, min(rows, BLOCK_BYTES // max(1, average)))
+    for batch in file.iter_batches(few, row_groups=[group], columns=[column], use_threads=False):
+        yield from text_records(batch.column(0), f"{piece.file.place}: row", row)
+        row += len(batch)
 
 
-def _column_records(path: Path, column: str, batches: Iterable[Any]) -> Iterator[Record]:
-    for batch in batches:
-        for value in batch.column(0).to_pylist():
-            yield record(str(path), column, value)
+def text_records(values: Any, where: str, row: int) -> list[Record]:
+    """The records of an array of text; one that is not UTF-8 is looked at row by row."""
+    try:
+        return [Skipped("null") if text is None else text for text in values.to_pylist()]
+    except UnicodeDecodeError:
+        import pyarrow as arrow
+
+        raw = values.cast(arrow.large_binary()).to_pylist()
+        return [_text_record(data, f"{where} {row + i}") for i, data in enumerate(raw)]
+
+
+def _text_record(data: bytes | None, where: str) -> Record:
+    if data is None:
+        return Skipped("null")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return Bad("undecodable", f"{where}: byte {error.start} of the text is not utf-8 ({error.reason})")

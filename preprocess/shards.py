@@ -13,7 +13,7 @@ int   meaning
 4     number of documents (others leave it zero: unknown)
 ====  =========================================================================
 
-Each document is its beginning-of-sequence token and then its text. Beside
+Each document is its beginning-of-sequence token (unless the recipe wants none) and then its text. Beside
 ``x.bin`` lies ``x.idx``: little-endian uint64, one a document, where it ends
 (exclusive, in tokens of this shard); document k begins at ``ends[k - 1]``, the
 first at 0. ``manifest.json`` lists a folder's shards with counts and digests.
@@ -78,11 +78,12 @@ def write_shard(path: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -
     """Write ``documents`` (each its tokens, BOS first) to ``path`` and their ends beside it.
 
     Memory does not grow with the shard, but for 8 bytes a document. The token
-    file appears whole, then the index; raises BadInput past 2**31 - 1 tokens.
+    file appears whole, then the index; their names are durable with the next file
+    that is (the entry that vouches for them). Raises BadInput past 2**31 - 1 tokens.
     """
     ends = array("Q")
     size = 0
-    with whole_file(path) as handle:
+    with whole_file(path, durable_name=False) as handle:
         handle.write(bytes(HEADER_BYTES))
         for tokens in documents:
             size += len(tokens)
@@ -93,7 +94,7 @@ def write_shard(path: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -
         header = ShardHeader(size, dtype.itemsize, len(ends))
         handle.seek(0)
         handle.write(header_bytes(header))
-    with whole_file(index_path(path)) as handle:
+    with whole_file(index_path(path), durable_name=False) as handle:
         handle.write(np.frombuffer(ends, dtype=np.uint64).astype("<u8").tobytes())
     return header
 

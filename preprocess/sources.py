@@ -1,17 +1,20 @@
-"""Where documents come from: one element's part of a source, as a stream that can be entered anywhere.
+"""Where documents come from: a source cut into parts, each a stream of records that can be entered anywhere.
 
-A record is a document, or a place where one is missing for a known reason.
-Records are counted, also the missing ones: the count is the stream's cursor.
+The parts are a function of the source and the recipe alone, never of who reads
+them: elements and workers take whole parts, so their numbers change nothing in
+the output. A record is a document, or a place where one is missing for a known
+reason. Records are counted, also the missing ones: the count is a part's cursor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
+from recipes.targets import Policy
 
 
 @dataclass(frozen=True)
@@ -21,40 +24,57 @@ class Skipped:
     reason: str
 
 
-Record = str | Skipped
+@dataclass(frozen=True)
+class Bad:
+    """A record that is damaged; what that means, ``preprocess.on_error`` decides."""
+
+    reason: str
+    """What is counted: ``not JSON``, ``not text``, …"""
+    message: str
+    """Which record, and what is wrong with it."""
+
+
+Record = str | Skipped | Bad
 """A document's text, or why there is none."""
 
 
 class Source(Protocol):
-    """One element's part of a source."""
+    """A source cut into parts."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Bytes of each part as stored: how much work it is, about."""
+        ...
 
     def identity(self) -> dict[str, Any]:
-        """What the whole source is: equal for all elements, and as long as it would give the same documents."""
+        """What the source is: equal as long as it would give the same documents in the same parts."""
         ...
 
-    def records(self, skip: int) -> Iterator[Record]:
-        """The records of this part, in their fixed order, without the first ``skip``."""
+    def records(self, part: int, skip: int) -> Iterator[Record]:
+        """The records of a part in their fixed order, without the first ``skip``."""
         ...
 
 
-def open_source(options: Preprocess, index: int) -> Source:
-    """The part of ``options``' source that element ``index`` reads.
+def open_source(options: Preprocess, policy: Policy | None = None) -> Source:
+    """The source that ``options`` name.
 
-    Raises BadInput where nothing matches, or there is less to share than
-    elements; Failure where a remote source cannot be reached.
+    Raises BadInput where nothing matches or the options do not fit; Failure
+    where a remote source cannot be reached.
     """
-    if not 0 <= index < options.elements:
+    given = [name for name in ("dataset", "data_files", "source") if getattr(options, name)]
+    if len(given) != 1:
         raise BadInput(
-            f"--index {index}: preprocess.elements is {options.elements}, so it goes from 0 to {options.elements - 1}"
+            "preprocess: give one of dataset (a Hugging Face name or folder), data_files (globs of local files) and "
+            f"source (an iterator of yours, by _target_); given: {' and '.join(given) or 'none'}"
         )
-    if options.dataset and options.data_files:
-        raise BadInput("preprocess: give either dataset (Hugging Face) or data_files (local files), not both")
     if options.data_files:
         from preprocess.local import open_files
 
-        return open_files(options, index)
+        return open_files(options)
     if options.dataset:
         from preprocess.hub import open_dataset
 
-        return open_dataset(options, index)
-    raise BadInput("preprocess: give dataset (a Hugging Face name) or data_files (globs of local files)")
+        return open_dataset(options)
+    from preprocess.iterator import open_iterator
+
+    return open_iterator(options, policy or Policy())

@@ -27,10 +27,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = True) -> Iterator[Any]:
+def whole_file(path: Path, *, durable: bool = True, durable_name: bool = True) -> Iterator[Any]:
     """A binary file handle whose content becomes ``path`` on a clean exit, and nothing otherwise.
 
-    ``durable=False`` leaves out fsync, for heartbeats that are rewritten every second.
+    ``durable=False`` leaves out fsync, for heartbeats that are rewritten every second; ``durable_name=False`` that of
+    the folder alone, where a file that vouches for this one is written next to it and makes both names durable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
@@ -44,7 +45,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Any]:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    if durable:
+    if durable and durable_name:
         fsync_folder(path.parent)
 
 

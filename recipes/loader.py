@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from recipes.errors import BadInput, did_you_mean
 from recipes.expand import expand_known, variables
 from recipes.files import fingerprint
 from recipes.overrides import apply_override, parse_overrides
-from recipes.schema import TOKENIZERS, Recipe
+from recipes.schema import SAME_BYTES, TOKENIZERS, Preprocess, Recipe, is_own_tokenizer
 from recipes.targets import Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
@@ -55,6 +56,8 @@ class Loaded:
     def fingerprint(self) -> str:
         """Eight hex digits of what the recipe computes, from which files and with which code; equal ones are one run."""
         kept = {key: value for key, value in self.tree.items() if key not in EXECUTION}
+        if isinstance(kept.get("preprocess"), dict):
+            kept["preprocess"] = {key: value for key, value in kept["preprocess"].items() if key not in SAME_BYTES}
         code = [code_digest(name, self.policy) for name in file_targets(self.tree)]
         return fingerprint([self.visible(kept), code, self.places("preprocess", "dataset", "validation_dataset")])
 
@@ -64,20 +67,32 @@ class Loaded:
 
     def places(self, *sections: str) -> list[str]:
         """The absolute form of every path to data in ``sections``: another folder's ``text/*.txt`` is other text."""
-        found = []
-        for section in sections:
-            given = self.visible(self.tree.get(section) or {})
-            for key in ("data_files", "file_pattern", "dataset"):
-                values = given.get(key)
-                for value in values if isinstance(values, list) else [values]:
-                    if value and (key != "dataset" or os.path.exists(value)):  # else a name on the hub
-                        found.append(os.path.abspath(os.path.expanduser(str(value))))
-        return found
+        return [place for section in sections for place in places_of(self.visible(self.tree.get(section) or {}))]
 
     def elements(self) -> list[dict[str, Any]]:
         """One mapping of overrides for each point of the sweep; a single empty one without a sweep."""
         axes = self.tree.get("sweep") or {}  # not the expanded ones: what is in them is written down
         return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def places_of(section: Mapping[str, Any]) -> list[str]:
+    """The absolute form of every path to data in a section."""
+    found = []
+    for key in ("data_files", "file_pattern", "dataset"):
+        values = section.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if value and (key != "dataset" or os.path.exists(value)):  # else a name on the hub
+                found.append(os.path.abspath(os.path.expanduser(str(value))))
+    return found
+
+
+def data_name(section: Preprocess, places: Sequence[str]) -> str:
+    """What a folder of shards is called where the recipe does not say: its source, its tokenizer, and a fingerprint of both."""
+    kept = {key: value for key, value in dataclasses.asdict(section).items() if key not in SAME_BYTES}
+    made_of = {**kept, "output_dir": None, "places": places}
+    source = (section.dataset or ("iterator" if section.source else "files")).rstrip("/").rpartition("/")[2]
+    tokenizer = re.sub(r"[^A-Za-z0-9._-]+", "-", section.tokenizer).strip("-")
+    return f"{source}-{tokenizer}-{fingerprint(made_of)}"
 
 
 def file_targets(node: Any) -> list[str]:
@@ -265,12 +280,14 @@ def _check_unsupported(recipe: Recipe, checker: Checker) -> None:
 def _check_data(recipe: Recipe, checker: Checker) -> None:
     source = recipe.preprocess
     if source is not None:
-        if (source.dataset is None) == (source.data_files is None):
-            checker.problem(("preprocess",), "give either dataset (Hugging Face) or data_files (local files)")
+        if sum(bool(given) for given in (source.dataset, source.data_files, source.source)) != 1:
+            checker.problem(("preprocess",), "give one of dataset (Hugging Face), data_files (local files) and source (an iterator of yours)")
         if source.max_tokens is not None and source.val_tokens >= source.max_tokens:
             checker.problem(("preprocess", "val_tokens"), f"{source.val_tokens:,} leaves nothing of max_tokens {source.max_tokens:,}")
         vocab = TOKENIZERS.get(source.tokenizer)
-        if vocab is None:
+        if vocab is None and is_own_tokenizer(source.tokenizer):
+            pass  # its size is known when it is read
+        elif vocab is None:
             checker.problem(("preprocess", "tokenizer"), f"{source.tokenizer!r}: {did_you_mean(source.tokenizer, TOKENIZERS)}")
         elif _numbers(recipe.model, {}).get("vocab_size", vocab) < vocab:
             checker.problem(("model", "vocab_size"), f"{source.tokenizer} has {vocab} tokens; write at least as many (multiples of 128 are fastest)")

@@ -72,8 +72,15 @@ TOKENIZERS = {
     "cl100k_base": 100277,
     "o200k_base": 200019,
     "o200k_harmony": 201088,
+    "byte": 257,
 }
-"""tiktoken's encodings and the size of their vocabularies (tiktoken 0.14), known without importing it."""
+"""tiktoken's encodings and the size of their vocabularies (tiktoken 0.14), known without importing it, and our own."""
+
+
+def is_own_tokenizer(name: str) -> bool:
+    """Whether a tokenizer is a user's file or folder: ``char:FILE``, a path with a slash, a tokenizer.json."""
+    return name.startswith("char:") or "/" in name or name.endswith(".json")
+
 
 Count = Annotated[int, parse_count]
 Minutes = Annotated[int, parse_minutes]
@@ -209,31 +216,57 @@ class Compile:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Text to shards. Either ``dataset`` (Hugging Face) or ``data_files`` (local files)."""
+    """Text to shards, from one of ``dataset`` (Hugging Face), ``data_files`` (local files) and ``source`` (an iterator)."""
 
     dataset: str | None = None
     """Name on the Hugging Face hub, or a local dataset folder."""
     set_name: str | None = None
     split: str = "train"
+    revision: str | None = None
+    """Commit, tag or branch of the dataset on the hub; None: the newest commit when the element starts."""
     data_files: list[str] | str | None = None
-    """Globs; the ending decides: .parquet, .jsonl, .jsonl.gz, anything else is one document a file."""
+    """Globs; the ending decides: .parquet, .jsonl, .jsonl.gz, .jsonl.zst, anything else is one document a file."""
     exclude: list[str] | str = field(default_factory=list)
     """Globs of files to leave out."""
+    source: dict[str, Any] | None = None
+    """An iterable of texts by ``_target_``; a callable with parameters ``part`` and ``parts`` gives each part alone."""
+    data_cache_dir: str | None = None
+    """Where files of the hub are downloaded before they are read; None: they are streamed."""
     text_column: str = "text"
     encoding: str = "utf-8"
     """Of text files; ``python`` honours a source file's coding line (PEP 263)."""
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
     """What a file that cannot be decoded means: an error, U+FFFD in its place, or the file left out and counted."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a damaged record or file means: the element fails and names it, or it is left out, counted and listed."""
     tokenizer: str = "gpt2"
+    """An encoding of tiktoken; ``byte``; ``char:FILE`` (the characters of a text file); a folder with a tokenizer.json."""
+    bos: bool = True
+    """Begin each document with the tokenizer's beginning-of-sequence token (end-of-text where it has none)."""
+    engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """What tokenises; the tokens are the same. auto: gigatoken where it is installed and proven for the encoding."""
     max_tokens: Count | None = None
-    """Budget over all elements, validation included."""
+    """Budget: the first so many tokens of the source, validation included."""
     val_tokens: Count = 0
     """Of which at least so many (whole documents) become the validation split."""
     shard_tokens: Count = 100_000_000
+    """The most that a shard holds; a document that is longer has one to itself."""
+    parts: Positive | None = None
+    """Pieces of the source that are worked on independently, each its own shards; None: by size. More keep more CPUs busy."""
     elements: Positive = 1
-    """Array elements; each takes its own part of the source."""
+    """Array elements; each takes some of the parts."""
+    num_workers: Positive | None = None
+    """Processes of an element; None: one a CPU."""
+    chunk_size: Positive = 256
+    """The most rows that are read at once."""
+    format: Literal["bin", "raw"] = "bin"
+    """raw: also train.bin and val.bin without headers, as nanoGPT reads them."""
     output_dir: str | None = None
     """None: a folder named by the fingerprint of this section, beside the runs."""
+
+
+SAME_BYTES = ("data_cache_dir", "engine", "num_workers", "chunk_size")
+"""Keys of ``preprocess`` that say how the shards are made, not what is in them."""
 
 
 @dataclass(frozen=True)

@@ -58,22 +58,26 @@ def corpus(folder: Path, documents: int = 40, seed: int = 0, words: int = 60) ->
     return texts
 
 
-def make(options: Preprocess, out: Path, elements: range | None = None, lines: list[str] | None = None) -> list[Part]:
-    """Run elements in this process, their lines of output collected."""
+def make(
+    options: Preprocess, out: Path, elements: range | None = None, lines: list[str] | None = None, workers: int = 0
+) -> list[Part]:
+    """Run elements, their lines of output collected, and return their parts; by default in this process."""
     say = (lines if lines is not None else []).append
-    return [run_element(options, i, out, Progress(say=say)) for i in elements or range(options.elements)]
+    indices = elements if elements is not None else range(options.elements)
+    return [part for i in indices for part in run_element(options, i, out, Progress(say=say), workers)]
 
 
-def documents(out: Path, elements: int = 1, split: str | None = None) -> list[list[int]]:
-    """All documents on disk in shard order, each as its tokens, BOS included."""
-    found = []
-    for index in range(elements):
-        part = read_part(OutputDir(out), index)
-        assert part is not None
-        for entry in part.shards:
-            if split in (None, entry.split):
-                found += cut(out / entry.file)
-    return found
+def parts_of(out: Path) -> list[Part]:
+    """All finished parts in order."""
+    folder = OutputDir(out)
+    found = [read_part(folder, int(path.stem.rpartition("-")[2])) for path in sorted(out.glob("part-*.json"))]
+    return [part for part in found if part is not None]
+
+
+def documents(out: Path, split: str | None = None) -> list[list[int]]:
+    """All documents on disk in the source's order, each as its tokens, BOS included."""
+    entries = [entry for part in parts_of(out) for entry in part.shards if split in (None, entry.split)]
+    return [document for entry in entries for document in cut(out / entry.file)]
 
 
 def cut(path: Path) -> list[list[int]]:

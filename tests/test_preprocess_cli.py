@@ -1,7 +1,8 @@
-"""``python -m preprocess`` as the launcher runs it: exit codes, signals, kill -9, locks."""
+"""``python -m preprocess`` as the launcher and people run it: exit codes, signals, kill -9, locks, disks that fill."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.preprocess_helpers import corpus, everything
@@ -22,7 +26,10 @@ preprocess:
   data_files: {folder}/**/*.txt
   val_tokens: 20000
   shard_tokens: 40000
+  parts: 96
   elements: 2
+  num_workers: 2
+  engine: tiktoken
 model: {{_target_: "parts.py:model"}}
 dataset: {{_target_: "parts.py:data"}}
 """
@@ -101,71 +108,202 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
         code, said, err = finished(["element", *base, str(stage / index), "--index", index, *small], processes)
         assert (code, err) == (0, "") and f"element {index}: " in said
         result = json.loads((stage / index / "result.json").read_text())
-        assert result["tokens"] == 50_000 and result["val_tokens"] >= 2500
+        assert result["tokens"] <= 200_000 and list(result["outputs"]) == [str(out / f"element-0000{index}.json")]
         beat = json.loads((stage / index / "progress.json").read_text())
-        assert (beat["unit"], beat["done"], beat["total"]) == ("token", 50_000, 50_000)
+        assert (beat["unit"], beat["done"]) == ("token", result["tokens"])
     code, said, err = finished(["verify", *base, str(stage / "v"), *small], processes)
     assert (code, err) == (0, "")
-    assert json.loads((stage / "v" / "result.json").read_text())["tokens"] == 100_000
-    manifest = out / "manifest.json"
-    assert json.loads((stage / "v" / "result.json").read_text())["outputs"] == {str(manifest): manifest.stat().st_size}
-    started = time.monotonic()
-    code, said, _ = finished(["element", *base, str(stage / "0"), "--index", "0", *small], processes)
-    assert code == 0 and "already there" in said and time.monotonic() - started < 5
+    told = json.loads((stage / "v" / "result.json").read_text())
+    assert told["tokens"] == 100_000 and told["val_tokens"] >= 5000
+    assert str(out / "manifest.json") in told["outputs"] and len(told["outputs"]) == 1 + 2 * told["shards"]
+    assert all(Path(path).stat().st_size == size for path, size in told["outputs"].items())
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of an element."""
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def gone(pids: list[int], seconds: float = 10) -> bool:
+    """Whether processes end within a time; one that nobody has waited for counts as ended."""
+    deadline = time.monotonic() + seconds
+    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        if time.monotonic() > deadline:
+            return not alive
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Element 1's files, made in one go by one worker."""
+    out, started = tmp_path_factory.mktemp("undisturbed"), []
+    done = finished(["element", str(recipe), "--index", "1", "--workers", "1", "--out", str(out)], started)
+    assert done[0] == 0, done
+    return everything(out)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_the_bytes_are_those_of_an_undisturbed_run(
-    recipe: Path, tmp_path: Path, processes: list
+def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
+    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
 ) -> None:
-    words = ["element", str(recipe), "--index", "1", "--out"]
-    assert finished([*words, str(tmp_path / "undisturbed")], processes)[0] == 0
-    out, chance = tmp_path / "out", random.Random(7)
+    """The element itself, or one of its workers alone, at random moments."""
+    words = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
+    chance = random.Random(7)
     killed = 0
-    for attempt in range(8):
-        process = start([*words, str(out)], processes)
-        # the n-th attempt dies somewhere about its n-th shard, so that every attempt finds some more to do
-        wait_for_shards(out, 2 * attempt, process)
-        time.sleep(chance.uniform(0, 0.15))
-        if process.poll() is None:
+    for attempt in range(20):
+        process = start(words, processes)
+        wait_for_shards(tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process)  # each attempt gets a little further
+        time.sleep(chance.uniform(0, 0.02))
+        workers = children(process.pid) if process.poll() is None else []
+        if attempt % 4 == 3 and workers:
+            os.kill(workers[0], signal.SIGKILL)
+            _, err = process.communicate(timeout=30)
+            killed += process.returncode == 1 and "was killed by SIGKILL (did it need more memory than there is?) while it made part" in err
+        elif process.poll() is None:
             process.kill()
             killed += 1
         process.communicate()
-    assert killed >= 4, "the corpus is too small to kill in"
-    code, said, err = finished([*words, str(out)], processes)
+        assert gone(workers), "a worker outlived its element"
+    assert killed == 20, "the corpus is too small to kill in"
+    code, said, err = finished(words, processes)
     assert (code, err) == (0, "") and "goes on after" in said
-    assert everything(out) == everything(tmp_path / "undisturbed")
+    assert everything(tmp_path) == undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_it_within_a_second_with_75(
-    recipe: Path, tmp_path: Path, processes: list, number: signal.Signals
+def test_signals_end_it_within_seconds_with_75_and_the_bytes_are_the_same(
+    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
 ) -> None:
-    process = start(["element", str(recipe), "--index", "0", "--out", str(tmp_path)], processes)
-    wait_for_shards(tmp_path, 2, process)
-    process.send_signal(number)
-    sent = time.monotonic()
-    out, err = process.communicate(timeout=30)
-    assert time.monotonic() - sent < 2
-    assert (process.returncode, err) == (75, "") and f"stopped ({number.name})" in out
-    assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("part-*"))
+    words = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
+    for count, number in enumerate([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]):
+        process = start(words, processes)
+        wait_for_shards(tmp_path, 3 * count + 1, process)
+        workers = children(process.pid)
+        process.send_signal(number)
+        sent = time.monotonic()
+        out, err = process.communicate(timeout=30)
+        assert time.monotonic() - sent < 5
+        assert (process.returncode, err) == (75, "") and f"stopped ({number.name})" in out
+        assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("element-*")) and gone(workers)
+    assert finished(words, processes)[0] == 0
+    assert everything(tmp_path) == undisturbed
 
 
 @pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     recipe: Path, tmp_path: Path, processes: list
 ) -> None:
-    words = ["element", str(recipe), "--index", "0", "--out", str(tmp_path)]
+    words = ["element", str(recipe), "--index", "0", "--out", str(tmp_path), "--workers", "1", "--", "--preprocess.parts=2"]
     first = start(words, processes)
-    wait_for_shards(tmp_path, 1, first)
-    first.send_signal(signal.SIGSTOP)
+    while not list(tmp_path.glob(".lock-*")) and first.poll() is None:
+        time.sleep(0.01)
+    (worker,) = children(first.pid)
+    os.kill(worker, signal.SIGSTOP)
     second = start(words, processes)
     assert second.stdout is not None
     assert "another process works on it" in second.stdout.readline()
-    first.send_signal(signal.SIGCONT)
-    said, err = second.communicate(timeout=60)
-    assert (second.returncode, err, first.wait(timeout=60)) == (0, "", 0) and "already there" in said
+    os.kill(worker, signal.SIGCONT)
+    _, err = second.communicate(timeout=60)
+    assert (second.returncode, err, first.wait(timeout=60)) == (0, "", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
+def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
+    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["element", str(recipe), "--index", "1", "--out", str(disk)]
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        code, _, err = finished(words, processes)
+        assert code == 1 and "No space left on device" in err and "Traceback" not in err
+        assert not list(disk.glob(".*.tmp")) and list(disk.glob("train-*.json")), "what was whole before is kept"
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert finished(words, processes)[0] == 0
+        assert everything(disk) == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list) -> None:
+    """More text in a row group and a shard does not make it grow: 8 and then 48 MB, in pages of a megabyte."""
+    text = " ".join(corpus(tmp_path / "corpus", documents=30, words=1000))[:40_000]
+    peaks = []
+    for rows in (200, 1200):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        pq.write_table(pa.table({"id": range(rows), "text": [f"{i} {text}" for i in range(rows)]}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
+        words = ["--data-files", f"{folder}/*", "--num-workers", "1", "--parts", "1", "--engine", "tiktoken", "--output-dir", f"{folder}/out"]
+        process = start(words, processes)
+        peak = 0
+        while process.poll() is None:
+            for child in psutil.Process(process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    peak = max(peak, child.memory_info().rss)
+            time.sleep(0.05)
+        assert process.returncode == 0
+        peaks.append(peak / 1e6)
+    assert peaks[1] < 200 and peaks[1] < peaks[0] + 30, peaks
+
+
+# --- as people type it --------------------------------------------------------------------------------
+
+
+def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "launcher", *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["preprocess"], "give --dataset NAME, --data-files GLOB"),
+        (["preprocess", "--data-file", "x"], "unknown option --data-file; did you mean '--data-files'?"),
+        (["preprocess", "--data-files", "x", "--max-tokens", "1Q"], "--max-tokens: preprocess.max_tokens: expected a count such as 500M"),
+        (["preprocess", "--data-files", "no/*.txt"], "no file matches 'no/*.txt'"),
+        (["preprocess", "--data-files", "x", "--num-workers", "0"], "--num-workers: preprocess.num_workers: expected a whole number of at least 1"),
+        (["preprocess", "--data-files", "x", "--engine", "fast"], "invalid choice: 'fast'"),
+        (["preprocess", "quikstart"], "did you mean 'quickstart'"),
+        (["data", "inspect", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["data", "look", "nowhere"], "invalid choice: 'look'"),
+    ],
+)
+def test_wrong_words_are_explained_with_exit_code_2(tmp_path: Path, words: list[str], says: str) -> None:
+    done = amlaunch(*words, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
+    texts = corpus(tmp_path / "corpus")
+    words = ["preprocess", "--data-files", "corpus/**/*.txt", "--max-tokens", "2K", "--val-tokens", "100", "--json"]
+    made = json.loads(amlaunch(*words, cwd=tmp_path).stdout)
+    assert (made["tokens"], made["path"]) == (2000, str(next((tmp_path / "data").iterdir())))
+    again = amlaunch(*words, cwd=tmp_path)
+    assert json.loads(again.stdout) == made and "goes on after" in again.stderr
+    shown = json.loads(amlaunch("data", "inspect", made["path"], "--json", cwd=tmp_path).stdout)
+    assert shown["splits"]["val"][0]["tokens"] == made["val_tokens"] >= 100
+    found = json.loads(amlaunch("data", "peek", made["path"], "--split", "val", "--document", "0", "--tokens", "9999", "--json", cwd=tmp_path).stdout)
+    assert found["text"].removeprefix("<|endoftext|>") in texts
+    begin = json.loads(amlaunch("data", "peek", made["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout)
+    first = json.loads(amlaunch("data", "peek", made["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
+    assert begin["ids"] == first["ids"][7:]
+    shard = Path(made["path"]) / shown["splits"]["train"][0]["file"]
+    assert json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"] == shown["splits"]["train"][0]["documents"]
+    assert "whole: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    damaged = amlaunch("data", "verify", made["path"], cwd=tmp_path)
+    assert damaged.returncode == 1 and f"{shard.name}: its sha256 is not" in damaged.stderr
+    assert amlaunch(*words, cwd=tmp_path).returncode == 1, "set aside"
+    assert json.loads(amlaunch(*words, cwd=tmp_path).stdout) == made, "and made again"
 
 
 @pytest.mark.slow
@@ -190,4 +328,4 @@ def test_it_dies_with_its_parent(recipe: Path, tmp_path: Path, processes: list) 
     while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
         assert time.monotonic() < deadline, "the element outlived its parent"
         time.sleep(0.02)
-    assert not list(tmp_path.glob("part-*"))
+    assert not list(tmp_path.glob("element-*"))

@@ -10,21 +10,27 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.element import Documents, Limits, next_shard, result, run_element, share
+from preprocess.element import result, run_element
+from preprocess.engine import Engine
+from preprocess.part import Documents, Limits, next_shard
 from preprocess.parts import START, OutputDir
 from preprocess.progress import Progress, StopRequested
 from preprocess.shards import read_header, read_manifest
-from preprocess.sources import Record, Skipped
+from preprocess.sources import Bad, Record, Skipped
 from preprocess.tokenizer import load_tokenizer
 from preprocess.verify import NotWhole, verify
 from recipes.errors import BadInput
 from recipes.rundir import ElementDir
 from recipes.schema import Preprocess
-from tests.preprocess_helpers import corpus, documents, everything, make
+from recipes.targets import Policy
+from tests.preprocess_helpers import corpus, cut, documents, everything, make, parts_of
 
 TOKENIZER = load_tokenizer("gpt2")
 QUIET = Progress(say=lambda text: None)
@@ -42,7 +48,8 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def recipe(tmp_path: Path, **more: Any) -> Preprocess:
-    return Preprocess(**{"data_files": f"{tmp_path}/corpus/**/*.txt", "shard_tokens": 700, **more})
+    given_ = {"data_files": f"{tmp_path}/corpus/**/*.txt", "shard_tokens": 700, "parts": 1, "engine": "tiktoken", **more}
+    return Preprocess(**given_)
 
 
 def encoded(text: str) -> tuple[int, ...]:
@@ -52,16 +59,31 @@ def encoded(text: str) -> tuple[int, ...]:
 # --- every document once ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elements", [1, 2, 7])
-def test_any_number_of_elements_holds_every_document_exactly_once(
-    tmp_path: Path, texts: list[str], elements: int
+def stream(out: Path) -> list[tuple[int, ...]]:
+    return list(map(tuple, documents(out)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2)]
+)
+def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
+    tmp_path: Path, texts: list[str], parts: int, elements: int, workers: int
 ) -> None:
-    options = recipe(tmp_path, elements=elements)
-    parts = make(options, tmp_path / "out")
-    found = sorted(map(tuple, documents(tmp_path / "out", elements)))
-    assert found == sorted(encoded(text) for text in texts if text)
-    assert sum(part.cursor.skipped.get("empty", 0) for part in parts) == 1
-    assert sum(part.cursor.records for part in parts) == len(texts)
+    """And with the same parts, the same bytes."""
+    options = recipe(tmp_path, parts=parts, elements=elements, val_tokens=0)
+    made = make(options, tmp_path / "out", workers=workers)
+    make(recipe(tmp_path), tmp_path / "one")
+    assert stream(tmp_path / "out") == stream(tmp_path / "one")
+    assert sorted(stream(tmp_path / "out")) == sorted(encoded(text) for text in texts if text)
+    assert sum(part.cursor.skipped.get("empty", 0) for part in made) == 1
+    assert sum(part.cursor.records for part in made) == len(texts)
+    make(recipe(tmp_path, parts=parts), tmp_path / "alone")
+    assert shards(tmp_path / "out") == shards(tmp_path / "alone")
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    """What must not depend on who made it: shards, entries, parts, the manifest."""
+    return {name: raw for name, raw in everything(out).items() if not name.startswith(("origin", "element"))}
 
 
 class Listed:
@@ -76,8 +98,11 @@ class Listed:
     def records(self, skip: int) -> Any:
         return iter(self.all[skip:])
 
+    def documents(self) -> Documents:
+        return Documents(self.records, Engine(TOKENIZER), skip_bad=True)
 
-record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")))
+
+record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")), st.just(Bad("not text", "row 7")))
 
 
 @settings(deadline=None)
@@ -90,17 +115,18 @@ record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")))
 def test_shards_cut_a_stream_of_any_documents(records: list[Record], shard: int, val: int, total: int | None) -> None:
     """All laws of the cut at once; each shard from a fresh stream, as after a kill, or from the running one: the same."""
     limits = Limits(total, val, shard)
-    running = Documents(Listed(records), TOKENIZER)
+    running = Listed(records).documents()
     cursor, splits, joined = START, [], []
     while limits.left(cursor) != 0:
         running.enter(cursor)
-        pieces = [(tokens.tolist(), after) for tokens, after in next_shard(running, cursor, limits)]
-        fresh = Documents(Listed(records), TOKENIZER)
+        pieces = [(document.tokens.tolist(), after) for document, after in next_shard(running, cursor, limits)]
+        fresh = Listed(records).documents()
         fresh.enter(cursor)
-        assert [(tokens.tolist(), after) for tokens, after in next_shard(fresh, cursor, limits)] == pieces
+        assert [(document.tokens.tolist(), after) for document, after in next_shard(fresh, cursor, limits)] == pieces
         if not pieces:
             break
-        assert sum(len(tokens) for tokens, _ in pieces) <= shard or len(pieces) == 1
+        if limits.left(pieces[-1][1]) != 0:
+            assert sum(len(tokens) for tokens, _ in pieces) <= shard or len(pieces) == 1
         splits.append(limits.split(cursor))
         joined += [tokens for tokens, _ in pieces]
         cursor = pieces[-1][1]
@@ -119,7 +145,7 @@ def test_a_shard_ends_before_the_document_that_would_not_fit_and_a_giant_has_its
     (tmp_path / "c").mkdir()
     lines = [json.dumps({"text": " a" * (n - 1)}) for n in lengths]  # BOS is one of the n
     (tmp_path / "c" / "x.jsonl").write_text("\n".join(lines))
-    make(Preprocess(data_files=f"{tmp_path}/c/*", shard_tokens=700), tmp_path / "out")
+    make(Preprocess(data_files=f"{tmp_path}/c/*", shard_tokens=700, parts=1), tmp_path / "out")
     sizes = [read_header(path).tokens for path in sorted((tmp_path / "out").glob("*.bin"))]
     assert sizes == [600, 300, 1500, 700]
 
@@ -127,51 +153,87 @@ def test_a_shard_ends_before_the_document_that_would_not_fit_and_a_giant_has_its
 # --- budgets and splits -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "elements"), [(1000, 1), (1001, 2), (1003, 4), (4, 4)])
-def test_the_budget_is_exact_and_shared(tmp_path: Path, texts: list[str], budget: int, elements: int) -> None:
-    parts = make(recipe(tmp_path, max_tokens=budget, elements=elements), tmp_path / "out")
-    assert [part.cursor.tokens for part in parts] == [share(budget, i, elements) for i in range(elements)]
-    assert sum(part.cursor.tokens for part in parts) == budget
+@pytest.mark.parametrize(
+    ("budget", "elements", "workers", "order"),
+    [(1000, 1, 0, 1), (1001, 1, 3, 1), (1500, 4, 0, 1), (1500, 4, 0, -1), (1, 3, 0, 1), (2300, 2, 2, -1), (10**9, 3, 0, 1)],
+)
+def test_the_budget_is_the_first_tokens_of_the_source_whoever_makes_them_in_any_order(
+    tmp_path: Path, texts: list[str], budget: int, elements: int, workers: int, order: int
+) -> None:
+    options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20, val_tokens=300 if budget > 999 else 0)
+    for index in list(range(elements))[::order]:
+        make(options, tmp_path / "out", range(index, index + 1), workers=workers)
+    whole = verify(options, tmp_path / "out", QUIET)
+    make(recipe(tmp_path), tmp_path / "all")
+    everything_ = [token for document in stream(tmp_path / "all") for token in document]
+    assert [token for document in stream(tmp_path / "out") for token in document] == everything_[:budget]
+    assert whole["tokens"] == min(budget, len(everything_))
+    alone = dataclasses.replace(options, elements=1)
+    make(alone, tmp_path / "alone")
+    verify(alone, tmp_path / "alone", QUIET)
+    assert shards(tmp_path / "out") == shards(tmp_path / "alone")
+    before = shards(tmp_path / "out")
+    make(options, tmp_path / "out")
+    assert verify(options, tmp_path / "out", QUIET) == whole and shards(tmp_path / "out") == before
+
+
+def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
+    """The front has many tokens a byte, so the estimate says that the rest is not needed; it is."""
+    (tmp_path / "corpus").mkdir()
+    lines = ["🎉" * 450] * 3 + ["a" * 1800] * 30
+    (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines))
+    options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*", max_tokens=15_000, elements=5, parts=10)
+    lines_: list[str] = []
+    make(options, tmp_path / "out")
+    whole = verify(options, tmp_path / "out", Progress(say=lines_.append))
+    assert whole["tokens"] == 15_000 and any("made here" in line for line in lines_)
 
 
 def test_a_budget_reads_no_further_than_it_needs(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "a b c d e f"}\nbroken\n')
+    lines = '{"text": "a b c d e f"}\n' + "broken\n"
+    (tmp_path / "x.jsonl").write_text(lines)
     make(Preprocess(data_files=f"{tmp_path}/x.jsonl", max_tokens=5), tmp_path / "out")
     assert documents(tmp_path / "out") == [[50256, 64, 275, 269, 288]]
 
 
 def test_a_source_that_ends_before_the_budget_is_said(tmp_path: Path, texts: list[str]) -> None:
     lines: list[str] = []
-    (part,) = make(recipe(tmp_path, max_tokens=10**9), tmp_path / "out", lines=lines)
+    options = recipe(tmp_path, max_tokens=10**9)
+    (part,) = make(options, tmp_path / "out")
+    verify(options, tmp_path / "out", Progress(say=lines.append))
     assert any(f"the source ended at {part.cursor.tokens:,} of 1,000,000,000" in line for line in lines)
 
 
-def test_validation_is_the_first_whole_documents_and_disjoint(tmp_path: Path, texts: list[str]) -> None:
-    options = recipe(tmp_path, val_tokens=900, elements=2)
-    everything_parts = make(dataclasses.replace(options, val_tokens=0), tmp_path / "plain")
-    make(options, tmp_path / "out")
-    for index, whole in enumerate(everything_parts):
-        plain = [d for path in whole.shards for d in documents_of(tmp_path / "plain" / path.file)]
-        val = [d for path in sorted((tmp_path / "out").glob(f"val-{index:05d}-*.bin")) for d in documents_of(path)]
-        train = [d for path in sorted((tmp_path / "out").glob(f"train-{index:05d}-*.bin")) for d in documents_of(path)]
-        assert val + train == plain
-        assert sum(map(len, val[:-1])) < 450 <= sum(map(len, val))
-
-
-def documents_of(path: Path) -> list[list[int]]:
-    from tests.preprocess_helpers import cut
-
-    return cut(path)
+@pytest.mark.parametrize("parts", [1, 5])
+def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
+    tmp_path: Path, texts: list[str], parts: int
+) -> None:
+    options = recipe(tmp_path, val_tokens=900, parts=parts)
+    make(dataclasses.replace(options, val_tokens=0), tmp_path / "plain")
+    made = make(options, tmp_path / "out")
+    plain = {entry.file.split("-")[1]: [] for part in made for entry in part.shards}
+    for part in parts_of(tmp_path / "plain"):
+        plain[f"{part.part:05d}"] = [d for entry in part.shards for d in cut(tmp_path / "plain" / entry.file)]
+    for number, all_ in plain.items():
+        val, train = ([d for path in sorted((tmp_path / "out").glob(f"{split}-{number}-*.bin")) for d in cut(path)] for split in ("val", "train"))
+        assert val + train == all_
+    val = documents(tmp_path / "out", "val")
+    assert sum(map(len, val)) >= 900 and sum(map(len, val[:-1])) < 900 + (parts - 1) * 300
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"max_tokens": 500, "val_tokens": 500}, "leave nothing to train on"),
-        ({"max_tokens": 3, "elements": 4}, "cannot be shared between 4"),
+        ({"max_tokens": 0}, "nothing to train on"),
+        ({"elements": 4, "parts": 3}, "at most 3"),
+        ({"parts": 99}, "only 4 files"),
+        ({"engine": "gigatoken", "tokenizer": "byte"}, "gigatoken is used for gpt2"),
         ({"shard_tokens": 2**31}, "1 to 2,147,483,647"),
         ({"shard_tokens": 0}, "1 to 2,147,483,647"),
         ({"tokenizer": "gpt-2"}, "did you mean 'gpt2'"),
+        ({"tokenizer": "./nowhere"}, "nowhere/tokenizer.json: cannot be read"),
+        ({"tokenizer": "char:/dev/null"}, "the file is empty"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -180,6 +242,123 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 300)
     with pytest.raises(BadInput, match=says):
         make(recipe(tmp_path, **change), tmp_path / "out")
+
+
+def test_what_a_killed_element_began_beyond_the_budget_goes(tmp_path: Path, texts: list[str]) -> None:
+    options, out = recipe(tmp_path, max_tokens=900, parts=20), tmp_path / "out"
+    make(options, out)
+    before = everything(out)
+    for name in ("train-00019-00000.bin", "train-00019-00000.idx", ".train-00018-00000.bin.host.7.tmp"):
+        (out / name).write_bytes(b"half")
+    verify(options, out, QUIET)
+    (out / "manifest.json").unlink()
+    assert everything(out) == before
+
+
+# --- documents and engines ----------------------------------------------------------------------------
+
+
+ODD = ["<|endoftext|>", "a\ud800b", "\x00", "", "x" * 3000, " " * 3000, "\ufeffé\U0001f389\r\n", "word " * 400_000]
+
+
+def test_every_odd_document_has_its_outcome_and_is_counted(tmp_path: Path) -> None:
+    rows = [*({"text": text} for text in ODD), {"text": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = Preprocess(data_files=f"{tmp_path}/a.jsonl", engine="tiktoken", parts=3)
+    make(options, tmp_path / "out")
+    whole = verify(options, tmp_path / "out", QUIET)
+    assert list(map(list, stream(tmp_path / "out"))) == [list(encoded(text)) for text in ODD if text]
+    assert (whole["documents"], whole["skipped"], whole["repaired"]) == (7, {"empty": 1, "null": 1}, 1)
+    assert whole["text_bytes"] == sum(len(text.encode("utf-8", "surrogatepass")) for text in ODD)
+    lengths = [len(encoded(text)) for text in ODD if text]
+    assert whole["histogram"] == [sum(length.bit_length() == bits for length in lengths) for bits in range(1, max(lengths).bit_length() + 1)]
+
+
+def test_a_damaged_record_fails_with_its_name_or_is_left_out_counted_and_listed(tmp_path: Path) -> None:
+    lines = ['{"text": "a"}', "{", '{"text": 3}', '{"txt": "b"}', '{"text": "c"}', "[]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    options = Preprocess(data_files=f"{tmp_path}/a.jsonl")
+    for workers in (0, 2):
+        with pytest.raises(BadInput, match=r"a\.jsonl:2: not valid JSON.*on_error: skip"):
+            make(options, tmp_path / "out", workers=workers)
+    options = dataclasses.replace(options, on_error="skip")
+    make(options, tmp_path / "skip")
+    whole = verify(options, tmp_path / "skip", QUIET)
+    assert whole["skipped"] == {"not JSON": 2, "not text": 1, "no column": 1} and whole["documents"] == 2
+    assert [error.split(":")[1] for error in whole["errors"]] == ["2", "3", "4", "6"]
+
+
+def test_one_corrupt_parquet_file_among_many(tmp_path: Path) -> None:
+    for i in range(6):
+        pq.write_table(pa.table({"text": [f"{i} {j} {'x' * 50}" for j in range(40)]}), tmp_path / f"{i}.parquet")
+    raw = bytearray((tmp_path / "3.parquet").read_bytes())
+    raw[20:60] = bytes(40)
+    (tmp_path / "3.parquet").write_bytes(raw)
+    options = Preprocess(data_files=f"{tmp_path}/*.parquet", parts=6)
+    with pytest.raises(BadInput, match=r"3\.parquet: damaged"):
+        make(options, tmp_path / "out", workers=2)
+    options = dataclasses.replace(options, on_error="skip")
+    make(options, tmp_path / "skip", workers=2)
+    whole = verify(options, tmp_path / "skip", QUIET)
+    assert (whole["documents"], whole["skipped"]) == (200, {"damaged file": 1}) and "3.parquet" in whole["errors"][0]
+
+
+def test_a_difference_between_the_engines_is_said_and_the_shard_made_again(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = recipe(tmp_path, parts=4)
+    make(options, tmp_path / "reference")
+    wrong = iter([0] * 8 + [1] * 10**6)  # right for some documents, then not
+
+    def fast(text: str) -> Any:
+        return TOKENIZER.encode(text + "!" * next(wrong))
+
+    monkeypatch.setattr("preprocess.element.open_engine", lambda *_: Engine(TOKENIZER, True, fast))
+    lines: list[str] = []
+    make(options, tmp_path / "out", lines=lines)
+    assert sum("gave different tokens" in line for line in lines) == 1
+    assert shards(tmp_path / "out") == shards(tmp_path / "reference")
+
+
+def test_no_bos_if_none_is_wanted(tmp_path: Path, texts: list[str]) -> None:
+    options = recipe(tmp_path, bos=False, parts=2)
+    make(options, tmp_path / "out")
+    verify(options, tmp_path / "out", QUIET)
+    plain = recipe(tmp_path, parts=2)
+    make(plain, tmp_path / "bos")
+    assert stream(tmp_path / "out") == [document[1:] for document in stream(tmp_path / "bos")]
+
+
+def test_a_users_iterator_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def docs(n, part=0, parts=1):\n"
+        "    for i in range(part, n, parts):\n"
+        "        yield None if i == 3 else {'text': f'number {i}'}\n"
+        "def plain():\n    yield 'one'\n    raise KeyError('two')\n"
+    )
+    policy = Policy(tmp_path)
+    source = {"_target_": "mine.py:docs", "n": 9}
+    options = Preprocess(source=source, parts=2)
+    parts = run_element(options, 0, tmp_path / "out", QUIET, 2, policy)
+    assert [part.documents for part in parts] == [5, 3] and parts[1].cursor.skipped == {"null": 1}
+    assert stream(tmp_path / "out")[1] == encoded("number 2")
+    verify(options, tmp_path / "out", QUIET, policy)
+    with pytest.raises(BadInput, match=r"mine.py:plain cannot give a part alone"):
+        run_element(Preprocess(source={"_target_": "mine.py:plain"}, parts=2), 0, tmp_path / "no", QUIET, 0, policy)
+    with pytest.raises(BadInput, match=r"mine.py:plain: behind document 0 of part 0: KeyError: 'two'"):
+        run_element(Preprocess(source={"_target_": "mine.py:plain"}), 0, tmp_path / "no", QUIET, 0, policy)
+    with pytest.raises(BadInput, match="add --allow-target"):
+        run_element(Preprocess(source={"_target_": "os.listdir"}), 0, tmp_path / "no", QUIET, 0, policy)
+
+
+def test_raw_is_nanogpt_s_layout_beside_the_shards(tmp_path: Path, texts: list[str]) -> None:
+    options = recipe(tmp_path, format="raw", val_tokens=500, parts=3)
+    make(options, tmp_path / "out")
+    whole = verify(options, tmp_path / "out", QUIET)
+    for split in ("train", "val"):
+        tokens = np.fromfile(tmp_path / "out" / f"{split}.bin", dtype=np.uint16)
+        assert tokens.tolist() == [token for document in documents(tmp_path / "out", split) for token in document]
+        assert whole["raw"][f"{split}.bin"]["bytes"] == 2 * len(tokens)
 
 
 # --- restarts -----------------------------------------------------------------------------------------
@@ -192,7 +371,7 @@ def test_a_finished_element_returns_at_once_and_touches_nothing(tmp_path: Path, 
     lines: list[str] = []
     assert make(options, out, lines=lines) == [first]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    assert "already there" in lines[-1]
+    assert "goes on after 1 whole parts" in lines[0]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
@@ -225,7 +404,7 @@ def test_half_files_of_a_killed_process_are_cleaned_and_others_left(tmp_path: Pa
 def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, out = recipe(tmp_path), tmp_path / "out"
+    options, out = recipe(tmp_path, parts=6), tmp_path / "out"
     make(options, tmp_path / "undisturbed")
     monkeypatch.setattr("preprocess.progress.LOOK_SECONDS", 0.0)
     folder = ElementDir(tmp_path / "element")
@@ -238,11 +417,11 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
             folder.stop.touch()
 
     with pytest.raises(StopRequested, match="stop file"):
-        run_element(options, 0, out, Progress(folder, say))
-    assert len(list(out.glob("*.bin"))) == 2 and not list(out.glob(".*.tmp"))
+        run_element(options, 0, out, Progress(folder, say), 0)
+    assert len(list(out.glob("part-*"))) == 2 and not list(out.glob(".*.tmp"))
     folder.stop.unlink()
-    run_element(options, 0, out, Progress(folder, say))
-    assert any("goes on after 2 whole shards" in line for line in wrote)
+    run_element(options, 0, out, Progress(folder, say), 0)
+    assert any("goes on after 2 whole parts" in line for line in wrote)
     assert everything(out) == everything(tmp_path / "undisturbed")
     beat = json.loads(folder.progress.read_text())
     assert beat["unit"] == "token" and beat["done"] > 0 and beat["total"] is None
@@ -255,6 +434,8 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
         ({"val_tokens": 1}, "options.val_tokens was 0, is 1"),
         ({"encoding": "latin-1"}, "source.encoding was 'utf-8', is 'latin-1'"),
         ({"exclude": "0007.txt"}, "source.files was 40, is 39"),
+        ({"bos": False}, "options.bos was True, is False"),
+        ({"parts": 2}, "parts was 1, is 2"),
     ],
 )
 def test_a_folder_made_from_something_else_is_refused(
@@ -267,18 +448,22 @@ def test_a_folder_made_from_something_else_is_refused(
     assert "output_dir" in str(error.value) and everything(tmp_path / "out") == before
 
 
-def test_another_element_of_another_recipe_is_refused_too(tmp_path: Path, texts: list[str]) -> None:
-    make(recipe(tmp_path, elements=2), tmp_path / "out", range(1))
-    with pytest.raises(BadInput, match="was 2, is 3"):
-        make(recipe(tmp_path, elements=3), tmp_path / "out", range(2, 3))
+def test_the_same_folder_may_be_finished_by_another_number_of_elements(tmp_path: Path, texts: list[str]) -> None:
+    options = recipe(tmp_path, elements=3, parts=9)
+    make(options, tmp_path / "out", range(1, 2))
+    alone = dataclasses.replace(options, elements=1)
+    make(alone, tmp_path / "out")
+    make(options, tmp_path / "all")
+    assert verify(alone, tmp_path / "out", QUIET) == verify(options, tmp_path / "all", QUIET)
 
 
 def test_the_result_names_every_output_with_its_size(tmp_path: Path, texts: list[str]) -> None:
     out = tmp_path / "out"
-    (part,) = make(recipe(tmp_path, val_tokens=100), out)
-    told = result(part, out)
+    options = recipe(tmp_path, val_tokens=100)
+    (part,) = make(options, out)
+    told = result([part], options, 0, out)
     assert all(Path(path).stat().st_size == size for path, size in told["outputs"].items())
-    assert len(told["outputs"]) == 2 * len(part.shards) + 1
+    assert len(told["outputs"]) == 2 * len(part.shards) + 2
     assert told["tokens"] == told["train_tokens"] + told["val_tokens"] == sum(map(len, documents(out)))
     assert (told["documents"], told["skipped"]) == (39, {"empty": 1})
 
@@ -287,7 +472,7 @@ def test_the_result_names_every_output_with_its_size(tmp_path: Path, texts: list
 
 
 def test_the_manifest_lists_all_shards_and_is_written_once(tmp_path: Path, texts: list[str]) -> None:
-    options, out = recipe(tmp_path, val_tokens=300, elements=3), tmp_path / "out"
+    options, out = recipe(tmp_path, val_tokens=300, elements=3, parts=5), tmp_path / "out"
     parts = make(options, out)
     verify(options, out, QUIET)
     manifest = read_manifest(out)
@@ -302,7 +487,7 @@ def test_the_manifest_lists_all_shards_and_is_written_once(tmp_path: Path, texts
 
 
 def test_missing_parts_are_named(tmp_path: Path, texts: list[str]) -> None:
-    options = recipe(tmp_path, elements=4)
+    options = recipe(tmp_path, elements=4, parts=4)
     make(options, tmp_path / "out", range(1, 3))
     with pytest.raises(NotWhole, match="2 of 4 elements are not finished: 0, 3"):
         verify(options, tmp_path / "out", QUIET)
@@ -317,19 +502,19 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-2])])
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[str], damage: Any, suffix: str) -> None:
-    options, out = recipe(tmp_path, elements=2, val_tokens=600), tmp_path / "out"
+    options, out = recipe(tmp_path, elements=2, parts=2, val_tokens=600), tmp_path / "out"
     make(options, out)
     verify(options, out, QUIET)
     before = everything(out)
     victim = out / f"train-00001-00002{suffix}"
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin") if path.stem != victim.stem}
     damage(victim)
-    with pytest.raises(NotWhole, match=rf"train-00001-00002\{suffix} \(element 1\)"):
+    with pytest.raises(NotWhole, match=rf"(train-00001-00002\{suffix}|shards of part 1 \(element 1\) are missing)"):
         verify(options, out, QUIET)
     assert not OutputDir(out).manifest.exists(), "no trainer may read it now"
     with pytest.raises(NotWhole, match="not finished: 1"):
         verify(options, out, QUIET)
-    make(options, out)
+    make(options, out, range(1, 2))
     verify(options, out, QUIET)
     (out / f"{victim.name}.damaged").unlink(missing_ok=True)
     assert everything(out) == before
@@ -338,14 +523,14 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
 
 @pytest.mark.parametrize(
     ("was", "harmed"),
-    [('"origin": {', '"oriGin": {'), ('"elements": 1', '"eleme0ts": 1'), ('"gpt2"', '"gpt3"'), ('"train": ', '"train": 1'), ("{", "[")],
+    [('"origin": {', '"oriGin": {'), ('"shard_tokens": 7', '"shard_t0kens": 7'), ('"gpt2"', '"gpt3"'), ('"train": ', '"train": 1'), ("{", "[")],
 )
 def test_a_damaged_part_file_counts_as_none_and_is_written_again(tmp_path: Path, texts: list[str], was: str, harmed: str) -> None:
     options, out = recipe(tmp_path), tmp_path / "out"
     make(options, out)
     whole = (out / "part-00000.json").read_text()
     (out / "part-00000.json").write_text(whole.replace(was, harmed, 1))
-    with pytest.raises(NotWhole, match="not finished: 0"):
+    with pytest.raises(NotWhole, match="shards of part 0"):
         verify(options, out, QUIET)
     make(options, out)
     assert (out / "part-00000.json").read_text() == whole
@@ -353,8 +538,6 @@ def test_a_damaged_part_file_counts_as_none_and_is_written_again(tmp_path: Path,
 
 def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[str]) -> None:
     """A writer's bug, not the disk's: the documents do not begin with BOS."""
-    import numpy as np
-
     from recipes.files import sha256_file
 
     options, out = recipe(tmp_path), tmp_path / "out"
@@ -370,7 +553,7 @@ def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[
 
 
 def test_elements_of_two_origins_are_refused(tmp_path: Path, texts: list[str]) -> None:
-    options = recipe(tmp_path, elements=2)
+    options = recipe(tmp_path, elements=2, parts=2)
     make(options, tmp_path / "one")
     corpus(tmp_path / "corpus", seed=5)
     make(options, tmp_path / "two")
@@ -382,11 +565,19 @@ def test_elements_of_two_origins_are_refused(tmp_path: Path, texts: list[str]) -
         verify(dataclasses.replace(options, shard_tokens=800), tmp_path / "two", QUIET)
 
 
+def test_a_shard_that_nobody_made_here_is_refused_by_name(tmp_path: Path, texts: list[str]) -> None:
+    options, out = recipe(tmp_path), tmp_path / "out"
+    make(options, out)
+    shutil.copy(out / "train-00000-00001.bin", out / "train-00007-00000.bin")
+    with pytest.raises(BadInput, match=r"no element here made these shards: train-00007-00000\.bin"):
+        verify(options, out, QUIET)
+
+
 def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
     make(recipe(tmp_path), tmp_path / "out")
-    with pytest.raises(BadInput, match="the source is empty"):
+    with pytest.raises(BadInput, match=r"all were left out \(1 empty\)"):
         verify(recipe(tmp_path), tmp_path / "out", QUIET)
     (tmp_path / "corpus" / "b.txt").write_text("word " * 300)
     for name, more in (("all", {"val_tokens": 10**6}), ("cut", {"max_tokens": 100, "val_tokens": 99})):
@@ -395,20 +586,24 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
             verify(recipe(tmp_path, **more), tmp_path / name, QUIET)
 
 
-def test_an_element_whose_one_document_is_validation_does_not_break_the_run(tmp_path: Path) -> None:
+def test_more_validation_than_text_is_refused_and_a_part_may_be_validation_alone(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for name, rows in (("one", 1), ("nine", 9)):
         (tmp_path / "corpus" / f"{name}.jsonl").write_text('{"text": "a few words"}\n' * rows)
-    options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*.jsonl", elements=2, val_tokens=2)
-    parts = make(options, tmp_path / "out")
-    assert sorted(part.documents for part in parts) == [1, 9] and 0 in [part.cursor.train for part in parts]
-    assert len(verify(options, tmp_path / "out", QUIET)["splits"]["train"]) > 0
+    options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*.jsonl", elements=2, parts=2, val_tokens=200)
+    make(options, tmp_path / "out")
+    with pytest.raises(BadInput, match="tokens went to validation"):
+        verify(options, tmp_path / "out", QUIET)
+    options = dataclasses.replace(options, val_tokens=20)
+    make(options, tmp_path / "some")
+    whole = verify(options, tmp_path / "some", QUIET)
+    assert whole["val_tokens"] >= 20 and whole["train_tokens"] > 0
 
 
-def test_an_element_cleans_up_after_itself_alone(tmp_path):
-    """Element 0 must not take ``train-00001-00000`` (element 1's first shard, being written) for its own."""
+def test_a_part_cleans_up_after_itself_alone(tmp_path):
+    """Part 0 must not take ``train-00001-00000`` (part 1's first shard, being written) for its own."""
     out = OutputDir(tmp_path)
-    mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json", "origin-00000.json")]
+    mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json")]
     theirs = [f".{name}.host.8.tmp" for name in ("train-00001-00000.bin", "val-00010-00000.json", "part-00001.json", "manifest.json")]
     for name in mine + theirs:
         (tmp_path / name).touch()

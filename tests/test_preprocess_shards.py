@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess import shards
+from preprocess.data import Shards
+from preprocess.element import Board
+from preprocess.part import histogram
 from preprocess.shards import ShardHeader, open_tokens, read_ends, read_header, read_manifest, token_dtype, write_shard
 from recipes.errors import BadInput
 
@@ -132,3 +136,55 @@ def test_manifest_refusals(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 99, "splits": {}}))
     with pytest.raises(BadInput, match="not a manifest of version 1"):
         read_manifest(tmp_path)
+
+
+# --- past 2^31 and 2^32 -------------------------------------------------------------------------------
+
+
+def sparse_shard(path: Path, tokens: int, ends: list[int], last: int) -> None:
+    """A shard of so many tokens that takes next to no disk: zeros, but for the last one."""
+    with open(path, "wb") as handle:
+        handle.write(shards.header_bytes(ShardHeader(tokens, 2, len(ends))))
+        handle.seek(1024 + 2 * tokens - 2)
+        handle.write(struct.pack("<H", last))
+    path.with_suffix(".idx").write_bytes(np.array(ends, dtype="<u8").tobytes())
+
+
+def test_offsets_documents_and_budgets_past_2_to_the_32(tmp_path: Path) -> None:
+    """Three shards as large as a header can say: 6.4 billion tokens, 12.9 GB."""
+    most = 2**31 - 1
+    paths = [tmp_path / f"train-{i:05d}-00000.bin" for i in range(3)]
+    for i, path in enumerate(paths):
+        sparse_shard(path, most, [10, most - 5, most], 7 + i)
+    assert read_header(paths[0]) == ShardHeader(most, 2, 3)
+    assert read_ends(paths[0]).tolist() == [10, most - 5, most]
+    stream = Shards(paths, [most] * 3)
+    assert stream.at(most - 1, 2) == (paths[0], [7, 0])
+    assert stream.at(2 * most - 1, 1) == (paths[1], [8]) and 2 * most - 1 > 2**32 - 4
+    assert stream.at(3 * most - 1, 5) == (paths[2], [9])
+    assert stream.document(8, [3, 3, 3]) == (3 * most - 5, 5)
+    assert stream.document(7, [3, 3, 3]) == (2 * most + 10, most - 15)
+    for token in (-1, 3 * most):
+        with pytest.raises(BadInput, match=f"tokens 0 to {3 * most - 1:,}"):
+            stream.at(token, 1)
+
+
+@given(st.lists(st.integers(0, 2**34), min_size=1, max_size=30), st.integers(1, 2**38))
+def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget: int) -> None:
+    """Parts finished in any order, from the back: what is left for each is the budget less what is known before it."""
+    source = SimpleNamespace(sizes=[4 * count for count in counts])
+    board = Board(SimpleNamespace(source=source), budget)
+    for part in reversed(range(len(counts))):
+        board.tokens[part] = counts[part]
+        board.complete.add(part)
+    for part in range(len(counts)):
+        left = budget - sum(counts[:part])
+        assert board.left(part) == left
+        assert board.needed(part) <= (left > 0) and (board.needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0)
+
+
+def test_a_histogram_of_lengths_is_exact_at_powers_of_two(tmp_path: Path) -> None:
+    lengths = [1, 2, 3, 4, 7, 8, 2**20 - 1, 2**20]
+    write_shard(tmp_path / "x.bin", [np.zeros(length, dtype=np.uint16) for length in lengths], np.dtype("<u2"))
+    found = histogram(tmp_path / "x.bin")
+    assert {power: count for power, count in enumerate(found) if count} == {0: 1, 1: 2, 2: 2, 3: 1, 19: 1, 20: 1}

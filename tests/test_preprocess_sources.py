@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
-from itertools import chain
+import struct
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.local import FILES_ENOUGH, fixed_part, glob_regex, open_files, partition
-from preprocess.sources import Skipped, Source, open_source
+from preprocess.local import fixed_part, glob_regex, open_files
+from preprocess.pieces import Slice, cut, owners, partition, val_shares
+from preprocess.readers import read
+from preprocess.sources import Bad, Record, Skipped, Source, open_source
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
 
 
-def all_records(options: Preprocess) -> list[list[str | Skipped]]:
-    """Per element."""
-    return [list(open_source(options, i).records(0)) for i in range(options.elements)]
+def all_records(options: Preprocess, skip_bad: bool = False) -> list[Record]:
+    """Of all parts, in order. Raises BadInput for a damaged one, as an element does, unless they are asked for."""
+    source = open_source(options)
+    records = [record for part in range(len(source.sizes)) for record in source.records(part, 0)]
+    for record in records:
+        if isinstance(record, Bad) and not skip_bad:
+            raise BadInput(record.message)
+    return records
 
 
 def check_entering_anywhere(source: Source) -> None:
-    whole = list(source.records(0))
-    for skip in range(len(whole) + 1):
-        assert list(source.records(skip)) == whole[skip:]
+    for part in range(len(source.sizes)):
+        whole = list(source.records(part, 0))
+        for skip in range(len(whole) + 1):
+            assert list(source.records(part, skip)) == whole[skip:]
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -39,8 +48,8 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-def names(options: Preprocess, index: int = 0) -> list[str]:
-    return [file.name for file in open_files(options, index).files]
+def names(options: Preprocess) -> list[str]:
+    return [file.name for file in open_files(options).files]
 
 
 # --- which files, in which order, whose ---------------------------------------------------------------
@@ -109,20 +118,17 @@ def test_one_star_stays_in_its_folder() -> None:
 def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": "a"})
     with pytest.raises(BadInput, match=r"no file matches .*\*\.md"):
-        open_source(Preprocess(data_files=[f"{tmp_path}/*.txt", f"{tmp_path}/*.md"]), 0)
+        open_source(Preprocess(data_files=[f"{tmp_path}/*.txt", f"{tmp_path}/*.md"]))
     with pytest.raises(BadInput, match="is a folder: write which files"):
-        open_source(Preprocess(data_files=str(tmp_path)), 0)
+        open_source(Preprocess(data_files=str(tmp_path)))
     with pytest.raises(BadInput, match="no file that exclude leaves in"):
-        open_source(Preprocess(data_files=f"{tmp_path}/*.txt", exclude="a.*"), 0)
+        open_source(Preprocess(data_files=f"{tmp_path}/*.txt", exclude="a.*"))
 
 
-def test_neither_or_both_sources_or_an_index_out_of_range_are_refused() -> None:
-    for options in (Preprocess(), Preprocess(dataset="a", data_files="b")):
-        with pytest.raises(BadInput, match="dataset"):
-            open_source(options, 0)
-    for index in (-1, 2):
-        with pytest.raises(BadInput, match="from 0 to 1"):
-            open_source(Preprocess(data_files="x", elements=2), index)
+@pytest.mark.parametrize("given_", [{}, {"dataset": "a", "data_files": "b"}])
+def test_neither_or_both_sources_are_refused(given_: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="give one of dataset"):
+        open_source(Preprocess(**given_))
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.data())
@@ -139,20 +145,57 @@ def test_parts_balance_bytes() -> None:
     assert partition([98, 1, 1], 3) == [range(1), range(1, 2), range(2, 3)]
 
 
-def test_fewer_files_than_elements_is_refused_with_the_number_to_write(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": "a", "b.txt": "b"})
-    with pytest.raises(BadInput, match=r"only 2 files.*at most 2"):
-        open_source(Preprocess(data_files=f"{tmp_path}/*", elements=3), 0)
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40), st.integers(1, 9))
+def test_elements_are_balanced_and_begin_at_the_front(sizes: list[int], elements: int) -> None:
+    found = owners(sizes, elements)
+    loads = [sum(size for size, owner in zip(sizes, found, strict=True) if owner == element) for element in range(elements)]
+    assert max(loads) - min(loads) <= max(sizes) + len(sizes)
+    assert sorted(set(found)) == list(range(min(elements, len(sizes))))
+
+
+@given(st.lists(st.integers(0, 2**42), min_size=1, max_size=40), st.integers(0, 2**40))
+def test_validation_is_shared_out_to_the_token(sizes: list[int], val: int) -> None:
+    shares = val_shares(sizes, val)
+    assert sum(shares) == val and min(shares) >= 0
+    if val <= sum(size // 8 for size in sizes):
+        assert all(share <= size // 8 for share, size in zip(shares, sizes, strict=True))
+        assert [bool(share) for share in shares if share] == [True] * sum(map(bool, shares))
+
+
+class Sparse:
+    """A file of any size that nobody reads."""
+
+    def __init__(self, name: str, size: int):
+        self.name, self.size, self.place = name, size, name
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a.parquet", "b.jsonl", "c.txt", "d.jsonl.gz"]), st.integers(0, 2**45)), min_size=1, max_size=8), st.one_of(st.none(), st.integers(1, 2**43)))
+def test_parts_cover_every_byte_once_whatever_the_size(files: list[tuple[str, int]], budget: int | None) -> None:
+    parts = cut([Sparse(*file) for file in files], Preprocess(max_tokens=budget, shard_tokens=10**9 + 10**12))
+    slices = [(piece.file, piece.begin, piece.end) for part in parts for piece in part]
+    for file in {id(file): file for file, _, _ in slices}.values():
+        own = [(begin, end) for other, begin, end in slices if other is file]
+        assert own[0][0] == 0 and own[-1][1] == file.size
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(own))
+    assert sum(end - begin for _, begin, end in slices) == sum(size for _, size in files) and all(parts)
+
+
+def test_the_number_of_parts_can_be_given_and_does_not_depend_on_elements(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i}.txt": "x" * 1000 for i in range(10)})
+    for options in ({"parts": 3}, {"parts": 3, "elements": 2, "num_workers": 7}):
+        assert len(open_source(Preprocess(data_files=f"{tmp_path}/*", **options)).sizes) == 3
+    with pytest.raises(BadInput, match="only 10 files"):
+        open_source(Preprocess(data_files=f"{tmp_path}/*", parts=11))
 
 
 def test_identity_is_of_names_sizes_and_reading_not_of_place_or_time(tmp_path: Path) -> None:
     one, two = (write(tmp_path / name, {"a.txt": "aaa", "b.txt": "b"}) for name in ("one", "two"))
     os.utime(two / "a.txt", (1, 1))
-    identity = open_source(Preprocess(data_files=f"{one}/*"), 0).identity()
-    assert open_source(Preprocess(data_files=f"{two}/*"), 0).identity() == identity
-    assert open_source(Preprocess(data_files=f"{two}/*", encoding="latin-1"), 0).identity() != identity
+    identity = open_source(Preprocess(data_files=f"{one}/*")).identity()
+    assert open_source(Preprocess(data_files=f"{two}/*")).identity() == identity
+    assert open_source(Preprocess(data_files=f"{two}/*", encoding="latin-1")).identity() != identity
     write(two, {"a.txt": "aaaa"})
-    assert open_source(Preprocess(data_files=f"{two}/*"), 0).identity() != identity
+    assert open_source(Preprocess(data_files=f"{two}/*")).identity() != identity
 
 
 # --- text ---------------------------------------------------------------------------------------------
@@ -171,7 +214,7 @@ def test_identity_is_of_names_sizes_and_reading_not_of_place_or_time(tmp_path: P
 )
 def test_encodings(tmp_path: Path, raw: bytes, encoding: str, text: str) -> None:
     write(tmp_path, {"a.txt": raw})
-    assert all_records(Preprocess(data_files=f"{tmp_path}/a.txt", encoding=encoding)) == [[text]]
+    assert all_records(Preprocess(data_files=f"{tmp_path}/a.txt", encoding=encoding)) == [text]
 
 
 BAD = [
@@ -191,9 +234,9 @@ def test_undecodable_is_an_error_with_file_and_byte_or_skipped_or_replaced(
     options = {"data_files": f"{tmp_path}/*.txt", "encoding": encoding}
     with pytest.raises(BadInput, match=f"bad.txt: .*{says}"):
         all_records(Preprocess(**options))
-    assert all_records(Preprocess(**options, encoding_errors="skip")) == [[Skipped("undecodable")]]
+    assert all_records(Preprocess(**options, encoding_errors="skip")) == [Skipped("undecodable")]
     if "text encoding" not in says:
-        assert all_records(Preprocess(**options, encoding_errors="replace")) == [[raw.decode("utf-8", "replace")]]
+        assert all_records(Preprocess(**options, encoding_errors="replace")) == [raw.decode("utf-8", "replace")]
 
 
 @pytest.mark.parametrize("encoding", ["undefined", "idna"])
@@ -203,30 +246,30 @@ def test_codecs_with_errors_of_their_own_are_named_or_skipped(tmp_path: Path, en
     for errors in ("strict", "replace"):
         with pytest.raises(BadInput, match=r"bad\.txt: .*(undefined encoding|not ascii|error handling)"):
             all_records(Preprocess(**options, encoding_errors=errors))
-    assert all_records(Preprocess(**options, encoding_errors="skip")) == [[Skipped("undecodable")]]
+    assert all_records(Preprocess(**options, encoding_errors="skip")) == [Skipped("undecodable")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-9", "hex", "pyhton"])
 def test_an_encoding_that_is_none_is_refused_before_anything_is_read(encoding: str) -> None:
     with pytest.raises(BadInput, match="knows no text encoding"):
-        open_source(Preprocess(data_files="/nowhere/*", encoding=encoding), 0)
+        open_source(Preprocess(data_files="/nowhere/*", encoding=encoding))
 
 
 def test_text_is_entered_anywhere(tmp_path: Path) -> None:
     write(tmp_path, {f"{i}.txt": str(i) for i in range(5)})
-    check_entering_anywhere(open_source(Preprocess(data_files=f"{tmp_path}/*"), 0))
+    check_entering_anywhere(open_source(Preprocess(data_files=f"{tmp_path}/*")))
 
 
 # --- JSON lines and Parquet ---------------------------------------------------------------------------
 
 
-def test_json_lines_plain_and_gzip(tmp_path: Path) -> None:
+def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
     rows = ['{"text": "a\\u00e9"}', '{"text": null, "x": 1}', "", '{"text": "c"}', "  "]
     body = "\n".join(rows).encode()
-    write(tmp_path, {"a.jsonl": body, "b.jsonl.gz": gzip.compress(body)})
-    source = open_source(Preprocess(data_files=f"{tmp_path}/*"), 0)
-    assert list(source.records(0)) == 2 * ["aé", Skipped("null"), "c"]
-    check_entering_anywhere(source)
+    write(tmp_path, {"a.jsonl": body, "b.jsonl.gz": gzip.compress(body), "c.jsonl.zst": pa.compress(body, "zstd", asbytes=True)})
+    options = Preprocess(data_files=f"{tmp_path}/*", parts=3)
+    assert all_records(options) == 3 * ["aé", Skipped("null"), "c"]
+    check_entering_anywhere(open_source(options))
 
 
 @pytest.mark.parametrize(
@@ -250,9 +293,33 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, says: str) -> No
 def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
     body = gzip.compress(b'{"text": "xyz"}\n' * 1000)
     write(tmp_path, {"a.jsonl.gz": body[:-12], "b.jsonl.gz": b"not gzip"})
-    for name in "ab":
-        with pytest.raises(BadInput, match=f"{name}.jsonl.gz: damaged or truncated gzip"):
-            all_records(Preprocess(data_files=f"{tmp_path}/{name}.*"))
+    whole = pa.compress(b'{"text": "xyz"}\n' * 1000, "zstd", asbytes=True)
+    write(tmp_path, {"c.jsonl.zst": whole[:-9], "d.jsonl.zst": b"not zstd"})
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst", "d.jsonl.zst"):
+        with pytest.raises(BadInput, match=f"{name}: damaged or truncated {'gzip' if 'gz' in name else 'zstd'}"):
+            all_records(Preprocess(data_files=f"{tmp_path}/{name}"))
+        assert isinstance(all_records(Preprocess(data_files=f"{tmp_path}/{name}"), skip_bad=True)[-1], Bad)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.one_of(st.text(max_size=40), st.none(), st.just("long " * 300)), max_size=30), st.integers(1, 12))
+def test_slices_of_json_lines_give_each_line_once(tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], count: int) -> None:
+    """Whatever byte a slice begins at, inside a line, a character or an escape; read by column or line by line."""
+    folder = tmp_path_factory.mktemp("json")
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(texts)]
+    (folder / "a.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    file = open_files(Preprocess(data_files=f"{folder}/*")).files[0]
+    found = [record for i in range(count) for record in read(Slice(file, i, count), Preprocess())]
+    assert found == [Skipped("null") if text is None else text for text in texts]
+
+
+def test_a_line_longer_than_a_block_and_a_bad_one_far_into_a_file_are_placed(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * 3_000_000}), *[json.dumps({"text": f"{i}"}) for i in range(5000)], "{"]
+    write(tmp_path, {"a.jsonl": "\n".join(lines)})
+    records = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
+    assert [len(str(record)) for record in records[:2]] == [3_000_000, 1] and len(records) == 5002
+    bad = records[-1]
+    assert isinstance(bad, Bad) and "a.jsonl:5002: not valid JSON" in bad.message
 
 
 def parquet(path: Path, texts: list[str | None], group: int) -> None:
@@ -266,20 +333,24 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", texts[:23], 5)
     parquet(tmp_path / "b.parquet", texts[23:], 4)
     expected = [Skipped("null") if text is None else text for text in texts]
-    for elements in (1, 2, 3, 7):
-        options = Preprocess(data_files=f"{tmp_path}/*.parquet", elements=elements)
-        parts = all_records(options)
-        assert sorted(map(str, list(chain.from_iterable(parts)))) == sorted(map(str, expected))
-        assert all(parts)
-        check_entering_anywhere(open_source(options, elements - 1))
-    with pytest.raises(BadInput, match="only 7 files"):
-        open_source(Preprocess(data_files=f"{tmp_path}/*.parquet", elements=8), 0)
+    for parts in (1, 2, 3, 7, 9):
+        options = Preprocess(data_files=f"{tmp_path}/*.parquet", parts=parts, chunk_size=3)
+        assert sorted(map(str, all_records(options))) == sorted(map(str, expected))
+        assert all_records(options) == all_records(Preprocess(data_files=f"{tmp_path}/*.parquet")), "the same stream"
+        check_entering_anywhere(open_source(options))
 
 
-def test_many_parquet_files_are_shared_whole_without_opening_them_all(tmp_path: Path) -> None:
-    write(tmp_path, {f"{i:03d}.parquet": b"never opened" for i in range(2 * FILES_ENOUGH)})
-    options = Preprocess(data_files=f"{tmp_path}/*", elements=2)
-    assert [len(open_files(options, i).pieces) for i in (0, 1)] == [FILES_ENOUGH, FILES_ENOUGH]
+def test_parts_are_made_without_opening_a_file(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i:03d}.parquet": b"never opened" * 9999 for i in range(40)})
+    assert len(open_source(Preprocess(data_files=f"{tmp_path}/*")).sizes) == 16
+
+
+def test_text_of_a_parquet_file_that_is_not_utf_8_is_placed(tmp_path: Path) -> None:
+    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4)), pa.py_buffer(b"a\xff\xfeb")])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    records = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
+    assert [records[0], records[2]] == ["a", "b"]
+    assert isinstance(records[1], Bad) and "a.parquet: row 1: byte 0 of the text is not utf-8" in records[1].message
 
 
 def test_a_parquet_column_that_is_missing_or_not_text_and_damage_are_named(tmp_path: Path) -> None:
@@ -291,7 +362,7 @@ def test_a_parquet_column_that_is_missing_or_not_text_and_damage_are_named(tmp_p
         all_records(Preprocess(data_files=files, text_column="id"))
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(BadInput, match=r"a.parquet: not a whole Parquet file"):
+    with pytest.raises(BadInput, match=r"a.parquet: damaged, or not a whole Parquet file"):
         all_records(Preprocess(data_files=files))
 
 
@@ -309,15 +380,13 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
     expected = [f"{i}-{j}" for i in range(3) for j in range(4)]
-    for elements in (1, 2, 3):
-        options = Preprocess(dataset=str(hub_folder), elements=elements)
-        parts = all_records(options)
-        found = list(chain.from_iterable(parts))
-        assert sorted(text for text in found if isinstance(text, str)) == expected
+    for parts in (None, 2, 3):
+        options = Preprocess(dataset=str(hub_folder), parts=parts)
+        found = all_records(options)
+        assert [text for text in found if isinstance(text, str)] == expected
         assert found.count(Skipped("null")) == 3
-        check_entering_anywhere(open_source(options, 0))
+        check_entering_anywhere(open_source(options))
     refused = [
-        ({"elements": 4}, "has 3 files to share between them: set it to at most 3"),
         ({"text_column": "txt"}, "no column 'txt'.*did you mean 'text'"),
         ({"text_column": "id"}, "column 'id' holds int"),
         ({"split": "test"}, "train"),
@@ -328,9 +397,13 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
             all_records(Preprocess(**{"dataset": str(hub_folder), **change}))
     with pytest.raises(BadInput, match="nowhere"):
         all_records(Preprocess(dataset="./nowhere/at/all"))
-    identity = open_source(Preprocess(dataset=str(hub_folder)), 0).identity()
+    identity = open_source(Preprocess(dataset=str(hub_folder))).identity()
     parquet(hub_folder / "train-00000-of-00003.parquet", ["more"] * 50, 2)
-    assert open_source(Preprocess(dataset=str(hub_folder)), 0).identity() != identity
+    assert open_source(Preprocess(dataset=str(hub_folder))).identity() != identity
+    for path in hub_folder.glob("*"):
+        path.unlink()
+    write(hub_folder, {"train.csv": "id,text\n1,one\n2,two\n"})
+    assert all_records(Preprocess(dataset=str(hub_folder))) == ["one", "two"], "what only the library reads, it streams"
 
 
 def test_what_is_said_where_the_hub_cannot_be_reached() -> None:
@@ -343,4 +416,4 @@ def test_what_is_said_where_the_hub_cannot_be_reached() -> None:
 
 def test_json_is_read_as_lines_not_as_one_value(tmp_path: Path) -> None:
     write(tmp_path, {"a.jsonl": "\n".join(json.dumps({"text": f"l{i}\u2028x"}, ensure_ascii=False) for i in range(3))})
-    assert all_records(Preprocess(data_files=f"{tmp_path}/*")) == [[f"l{i}\u2028x" for i in range(3)]]
+    assert all_records(Preprocess(data_files=f"{tmp_path}/*")) == [f"l{i}\u2028x" for i in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -12,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tiktoken
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preprocess import tokenizer
+from preprocess.engine import Differs, Engine, choose, open_engine
 from preprocess.tokenizer import cached_file, load_tokenizer, packaged_folder, vocabulary_urls, within
 from recipes.errors import BadInput
 
@@ -125,7 +126,8 @@ def test_tokens_equal_encode_ordinary_and_decode_gives_the_text_back(text: str) 
     ours = load_gpt2()
     expected = ours.encoding.encode_ordinary(text)
     assert ours.encode(text).tolist() == expected
-    assert ours.encode_document(text).tolist() == [50256, *expected]
+    assert Engine(ours).encode_document(text).tolist() == [50256, *expected]
+    assert Engine(ours, bos=False).encode_document(text).tolist() == expected
     repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert ours.decode(ours.encode(text)) == repaired
 
@@ -137,12 +139,127 @@ def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space:
     assert ours.decode(ours.encode(text + end)) == text + end.replace("\ud800", "\ufffd")
 
 
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=30), st.sampled_from(["a ", "1 ", " \n b", "x  y", "'s ", "é ", "<|endoftext|> "])), max_size=60))
+def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(texts: list[str]) -> None:
+    ours, text = load_gpt2(), "".join(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PIECE", 3)
+        cut = list(tokenizer.pieces(text))
+        assert "".join(cut) == text
+        assert [token for piece in cut for token in ours.encode(piece)] == ours.encoding.encode_ordinary(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["a", "0", "-", "é", "word ", "\x00"])
+def test_a_million_repetitions_are_tokenised_in_linear_time(unit: str) -> None:
+    """tiktoken before 0.13 took time by the square: an hour for this."""
+    ours, text = load_gpt2(), unit * 1_000_000
+    started = time.process_time()
+    found = ours.encode(text)
+    assert time.process_time() - started < 20
+    assert ours.decode(found) == text
+    if unit in ("a", "word "):
+        assert found.tolist() == ours.encoding.encode_ordinary(text)
+
+
+# --- bytes, characters, tokenizer.json ----------------------------------------------------------------
+
+
+@given(st.text(max_size=60))
+@example("\x00a\ud800")
+def test_bytes_and_characters_come_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    ours = load_tokenizer("byte")
+    assert ours.encode(text).tolist() == list(repaired.encode()) and ours.dtype.itemsize == 2
+    assert ours.decode([256, *ours.encode(text), 256]) == repaired
+    file = tmp_path_factory.mktemp("chars") / "c.txt"
+    file.write_text("abc " + repaired.replace("\r", ""), encoding="utf-8", newline="")
+    characters = load_tokenizer(f"char:{file}")
+    known = "".join(character if character in file.read_bytes().decode() else "\ufffd" for character in repaired)
+    assert characters.decode(characters.encode(repaired)) == known.replace("\r", "\ufffd")
+
+
+def hugging_face_folder(folder: Path) -> Path:
+    """GPT-2's merges as Hugging Face stores them."""
+    import json
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    data = packaged_folder()
+    assert data is not None
+    merges = [tuple(line.split()) for line in (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:] if line]
+    inner = Tokenizer(models.BPE(json.loads((data / "encoder.json").read_text()), merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    folder.mkdir(exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    return folder
+
+
+def test_a_folder_of_hugging_face_s_gives_tiktoken_s_tokens_and_specials_are_text(tmp_path: Path) -> None:
+    theirs, ours = load_tokenizer(str(hugging_face_folder(tmp_path / "hf"))), load_gpt2()
+    assert (theirs.n_vocab, theirs.bos, theirs.eot) == (50257, 50256, 50256)
+    for text in ("naïve 東京 <|endoftext|> it's\n\n  x", "", "a\ud800b"):
+        assert theirs.encode(text).tolist() == ours.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(str(tmp_path / "hf"))
+
+
+# --- the fast engine ----------------------------------------------------------------------------------
+
+
+def test_which_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, expected in ((True, "gigatoken"), (False, "tiktoken")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, here=installed: here or None)
+        assert choose("auto", load_gpt2()) == expected
+        assert choose("tiktoken", load_gpt2()) == choose("auto", load_tokenizer("byte")) == "tiktoken"
+    with pytest.raises(BadInput, match=r"amlaunch\[fast\]"):
+        choose("gigatoken", load_gpt2())
+
+
+def test_a_thousandth_of_the_documents_and_the_first_of_each_shard_are_compared() -> None:
+    ours = load_gpt2()
+    engine = Engine(ours, fast=ours.encode)
+    for number in range(3000):
+        if number in (0, 1500):
+            engine.begin_shard()
+        engine.encode_document("x")
+    assert engine.compared == 4  # 0, 1001, 1500, 2501
+    engine = Engine(ours, fast=lambda text: ours.encode(text + "!"))
+    with pytest.raises(Differs):
+        engine.encode_document("x")
+    assert engine.encode_document("x").tolist() == [50256, 87]
+
+
+@functools.cache
+def gigatoken_engine() -> Engine:
+    return open_engine("gigatoken", load_gpt2(), bos=True)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200))
+@example("a\ud800b")
+@example("<|endoftext|>")
+def test_gigatoken_gives_tiktoken_s_tokens(text: str) -> None:
+    pytest.importorskip("gigatoken", reason="the extra fast is not installed")
+    ours = load_gpt2()
+    found = gigatoken_engine()
+    assert found.fast is not None
+    assert found.encode_document(text).tolist() == [50256, *ours.encoding.encode_ordinary(text)]
+
+
 def test_ids_of_a_padded_vocabulary_are_left_out_when_decoding() -> None:
     assert load_gpt2().decode([31373, 50303, 995]) == "hello world"
 
 
-def load_gpt2(kept: list[tokenizer.Tokenizer] = []) -> tokenizer.Tokenizer:  # noqa: B006 - loaded once
+def load_gpt2(kept: list[tokenizer.TiktokenTokenizer] = []) -> tokenizer.Tokenizer:  # noqa: B006 - loaded once
     if not kept:
-        kept.append(load_tokenizer("gpt2"))
-    assert isinstance(kept[0].encoding, tiktoken.Encoding)
+        found = load_tokenizer("gpt2")
+        assert isinstance(found, tokenizer.TiktokenTokenizer)
+        kept.append(found)
     return kept[0]

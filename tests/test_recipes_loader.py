@@ -87,7 +87,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("distributed:\n  tp_size: 2\n", 9, "data parallelism alone"),
         ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
-        ("preprocess:\n  tokenizer: gpt2\n", 8, "either dataset"),
+        ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
         ("resources:\n  train:\n    time: soon\n", 10, "04:00:00"),
         ("name: a/b\n", 8, "names a folder"),

@@ -1,0 +1,13 @@
+"""``amlaunch data``: inspect, verify and peek into shards, by ``python -m preprocess data``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from launcher.commands.preprocess import become
+
+
+def run(options: argparse.Namespace) -> NoReturn:
+    """Take the process's place."""
+    become(options.argv[1:])

@@ -1,0 +1,21 @@
+"""``amlaunch preprocess``: becomes ``python -m preprocess``, for the launcher never loads what tokenises."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+from recipes.process import python_command
+
+
+def run(options: argparse.Namespace) -> NoReturn:
+    """Take the process's place: signals, the terminal and the exit code are its own."""
+    become(options.argv[2:])
+
+
+def become(words: Sequence[str]) -> NoReturn:
+    """Go on as ``python -m preprocess WORDS``."""
+    command = [*python_command("preprocess"), *words]
+    os.execve(command[0], command, {**os.environ, "PYTHONSAFEPATH": "1"})
