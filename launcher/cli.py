@@ -287,7 +287,8 @@ def _parser_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[a
                 raise BadInput(f"unknown option {word}; the command comes first: amlaunch COMMAND {word}")
             break
         if word not in commands:
-            raise BadInput(f"no command {word!r}; {did_you_mean(word, list(commands))}")
+            named = " ".join(words[: depth + 1])
+            raise BadInput(f"no command {named!r}; {did_you_mean(word, list(commands))}")
         parser, depth = commands[word], depth + 1
     return parser, depth
 

@@ -270,7 +270,7 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["preprocess", "--data-files", "x", "--engine", "fast"], "invalid choice: 'fast'"),
         (["preprocess", "quikstart"], "did you mean 'quickstart'"),
         (["data", "inspect", "nowhere"], "nowhere/manifest.json: no such file"),
-        (["data", "look", "nowhere"], "invalid choice: 'look'"),
+        (["data", "look", "nowhere"], "no command 'data look'"),
     ],
 )
 def test_wrong_words_are_explained_with_exit_code_2(tmp_path: Path, words: list[str], says: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.driver import lead_seconds
 from recipes.errors import BAD_INPUT, FAILED, BadInput
 from recipes.files import append_json_line, sha256_file, write_json
 from recipes.rundir import ElementDir
@@ -315,6 +316,17 @@ def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFi
     assert "step 2/9 | loss 2.0000" in capsys.readouterr().out
     beat = json.loads((tmp_path / "progress.json").read_text())
     assert (beat["unit"], beat["done"], beat["total"], beat["eta_s"]) == ("step", 2, 9, 3.5)
+
+
+def test_a_heartbeat_tells_the_driver_how_long_a_step_and_a_save_take(tmp_path: Path) -> None:
+    before = metrics(tmp_path)
+    before.step(line(2))
+    before.checkpoint(2, 41.5)
+    before.close()
+    assert lead_seconds(ElementDir(tmp_path)) == 2 * (0.5 + 41.5)
+    after = metrics(tmp_path)
+    after.step(line(3))
+    assert lead_seconds(ElementDir(tmp_path)) == 2 * (0.5 + 41.5), "known before this start has saved anything"
 
 
 def test_wandb_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

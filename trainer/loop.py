@@ -284,7 +284,7 @@ def _told(job: Job, outcome: Outcome | None) -> None:
             print(f"error: {_not_written(job, outcome)}; training goes on", flush=True)
         return
     if job.metrics:
-        job.metrics.checkpoint(outcome.step)
+        job.metrics.checkpoint(outcome.step, outcome.seconds)
     took = f"{outcome.seconds:.1f} s, of which training waited {outcome.waited:.2f} s"
     print(f"step {outcome.step}/{job.last_step} | saved {outcome.folder} in {took}", flush=True)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recipes.errors import BadInput
-from recipes.files import append_json_line, read_json_lines, write_text
+from recipes.files import append_json_line, read_json_lines, read_object, write_text
 from recipes.rundir import ElementDir, Heartbeat
 from recipes.schema import TensorBoard
 
@@ -128,6 +128,8 @@ class Metrics:
     spikes: Spikes = field(default_factory=Spikes)
     heartbeat: Heartbeat = field(init=False)
     val_loss: float | None = None
+    save_seconds: float | None = None
+    """How long the newest save took, of this start or the one before: the driver goes by it near the time limit."""
     saved: int = 0
     """The step that a restart would go on from."""
     newest: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Metrics:
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.element.progress)
+        self.save_seconds = read_object(self.element.progress).get("save_seconds")
 
     def resume_at(self, step: int) -> None:
         """Drop lines of steps that will be taken again, so that each appears once."""
@@ -191,14 +194,16 @@ class Metrics:
             "eta_s": round((self.last_step - line.step) * line.step_time_s, 1),
             "loss": self.newest.get("loss") if line.skipped else line.loss,
             "saved": self.saved,
+            "step_seconds": round(line.step_time_s, 3),
+            "save_seconds": self.save_seconds,
         }
         self.heartbeat.beat(**self.newest, val_loss=self.val_loss)
 
-    def checkpoint(self, step: int) -> None:
-        """A checkpoint is whole: what a restart would go on from."""
-        self.saved = step
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """A checkpoint is whole, after ``seconds``: what a restart would go on from."""
+        self.saved, self.save_seconds = step, round(seconds, 3)
         if self.newest:
-            self.newest["saved"] = step
+            self.newest.update(saved=step, save_seconds=self.save_seconds)
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """A validation is done, after ``seconds``."""
