@@ -14,23 +14,22 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.attempt import GRACE_SECONDS, Assignment, Attempt
 from launcher.causes import TAIL_BYTES, cause_of, tail_of
-from launcher.plan import Element, Plan, Stage
+from launcher.plan import Plan
 from launcher.policy import goes_again
 from launcher.ranks import free_ports, start_local
 from launcher.state import DONE, FAILED, PENDING, STOPPED, missing_output, read_done
 from launcher.store import read_plan
 from recipes.errors import BAD_INPUT, GO_ON_LATER, HANG
 from recipes.expand import Unset
-from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, read_object, write_json
+from recipes.files import Lock, is_locked, read_json, read_json_lines, read_object, write_json
 from recipes.rundir import ElementDir, RunDir
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 120.0
 SIBLING_SECONDS = 5.0
 """How long the other ranks may take to notice that one has failed."""
 LOOK_SECONDS = 1.0
@@ -43,69 +42,6 @@ UNHEARD = (-signal.SIGTERM, -signal.SIGUSR1)
 """How a rank ends that is asked to stop before it listens."""
 PORT_TAKEN = ("EADDRINUSE", "address already in use")
 """What rank 0 says when somebody else has the port that its peers were told."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What one start of an element was given on this host."""
-
-    cpus: int
-    gpus: tuple[str, ...]
-    watch: str | None = None
-    """A lock that its starter holds; when nobody does any more, the element stops soon."""
-    job: str | None = None
-    """Slurm's number of the job, or of the task of an array."""
-    budget: str = ""
-    """Which retries count together: those of one job, or of one launcher."""
-    port_seed: int = 0
-    """Where to begin to look for a free port; 0: at our own pid."""
-    grace: float = GRACE_SECONDS
-    """How long ranks may take to save after "stop soon"."""
-    ends: float | None = None
-    """When the time limit of the job is reached, in seconds since the epoch."""
-    patience: float = 0.0
-    """How long to wait for the element's lock."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What else is worth a place in ``attempts.jsonl``: nodes, restarts."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of one element."""
-
-    run: RunDir
-    plan: Plan
-    stage: Stage
-    element: Element
-    given: Assignment
-    lock: Lock
-    number: int
-
-    @property
-    def folder(self) -> ElementDir:
-        """Where the element keeps its files."""
-        return self.run.element(self.stage.name, self.element.name)
-
-    @property
-    def ranks(self) -> int:
-        """How many there are, over all nodes."""
-        return self.stage.needs.nodes * self.stage.needs.tasks_per_node
-
-    def log(self, rank: int | None) -> Path:
-        """The log of a rank, or of what started the ranks; its folder is there."""
-        path = self.folder.log(self.number, rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def record(self, event: str, **more: Any) -> None:
-        """Add a line to ``attempts.jsonl``."""
-        append_json_line(self.folder.attempts, {"event": event, "attempt": self.number, "time": time.time(), **more})
-
-    def progress(self) -> float:
-        """How far the element would go on from, in its own unit: what is saved, where the stage says so."""
-        beat = read_object(self.folder.progress)
-        done = beat.get("saved", beat.get("done"))
-        return done if isinstance(done, (int, float)) else 0
 
 
 Start = Callable[[Attempt, ExitStack, int], list["subprocess.Popen[bytes]"]]

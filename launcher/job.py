@@ -22,9 +22,10 @@ for _number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(_number, lambda number, _: EARLY.append(number))
 
 from launcher import slurm  # noqa: E402  (the handlers above come first)
+from launcher.attempt import Assignment  # noqa: E402
 from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
-from launcher.driver import SPARE_SECONDS, Assignment, run_element  # noqa: E402
+from launcher.driver import SPARE_SECONDS, run_element  # noqa: E402
 from launcher.inputs import missing_input  # noqa: E402
 from launcher.plan import Needs, Plan  # noqa: E402
 from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402

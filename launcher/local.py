@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.driver import Assignment, run_element
+from launcher.attempt import Assignment
+from launcher.driver import run_element
 from launcher.machine import Machine
 from launcher.plan import Needs, Plan, Stage
 from launcher.state import DONE, FAILED, ElementState, read_element, read_stage

@@ -10,14 +10,11 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import containers
+from launcher.attempt import Attempt
 from recipes.expand import expand, variables
 from recipes.process import PARENT_VARIABLE, python_command
-
-if TYPE_CHECKING:
-    from launcher.driver import Attempt
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""

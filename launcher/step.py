@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from launcher.attempt import Attempt
 from launcher.cluster import Profile
-from launcher.driver import Attempt
 from launcher.plan import Needs
 from launcher.ranks import command_of, environment, meeting_place
 from launcher.slurm import RENDEZVOUS, expand_ranges

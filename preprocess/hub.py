@@ -18,8 +18,8 @@ from preprocess.failure import Failure
 from preprocess.local import LocalFile, records_of
 from preprocess.pieces import JSON_LINES, File, Slice, cut
 from preprocess.readers import no_column
+from preprocess.records import Bad, Record, Skipped
 from preprocess.remote import RemoteFile
-from preprocess.sources import Bad, Record, Skipped
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from preprocess.sources import Bad, Record, Skipped
+from preprocess.records import Bad, Record, Skipped
 from recipes.errors import BadInput
 from recipes.files import fingerprint
 from recipes.schema import Preprocess

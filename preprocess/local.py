@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from preprocess.pieces import File, Slice, cut, kind
 from preprocess.readers import check_encoding, read
-from preprocess.sources import Record
+from preprocess.records import Record
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from preprocess.engine import Differs, Engine
 from preprocess.parts import ERRORS_LISTED, START, Cursor, OutputDir, Part, ShardEntry, read_entry, read_part
+from preprocess.records import Bad, Record, Skipped
 from preprocess.shards import Tokens, index_path, read_ends, write_shard
-from preprocess.sources import Bad, Record, Skipped, Source
+from preprocess.sources import Source
 from recipes.errors import BadInput
 from recipes.files import Lock, fingerprint, sha256_file, write_json
 

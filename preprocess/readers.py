@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from preprocess.pieces import Slice, kind
-from preprocess.sources import Bad, Record, Skipped
+from preprocess.records import Bad, Record, Skipped
 from recipes.errors import BadInput, did_you_mean
 from recipes.schema import Preprocess
 

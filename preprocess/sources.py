@@ -9,33 +9,12 @@ reason. Records are counted, also the missing ones: the count is a part's cursor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from preprocess.records import Record
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
 from recipes.targets import Policy
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record without a document: ``null``, ``undecodable``, …"""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A record that is damaged; what that means, ``preprocess.on_error`` decides."""
-
-    reason: str
-    """What is counted: ``not JSON``, ``not text``, …"""
-    message: str
-    """Which record, and what is wrong with it."""
-
-
-Record = str | Skipped | Bad
-"""A document's text, or why there is none."""
 
 
 class Source(Protocol):

@@ -22,8 +22,8 @@ from preprocess.engine import Engine
 from preprocess.part import Documents, Limits, next_shard
 from preprocess.parts import START, OutputDir
 from preprocess.progress import Progress, StopRequested
+from preprocess.records import Bad, Record, Skipped
 from preprocess.shards import read_header, read_manifest
-from preprocess.sources import Bad, Record, Skipped
 from preprocess.tokenizer import load_tokenizer
 from preprocess.verify import NotWhole, verify
 from recipes.errors import BadInput

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from preprocess.local import fixed_part, glob_regex, open_files
 from preprocess.pieces import Slice, cut, owners, partition, val_shares
 from preprocess.readers import read
-from preprocess.sources import Bad, Record, Skipped, Source, open_source
+from preprocess.records import Bad, Record, Skipped
+from preprocess.sources import Source, open_source
 from recipes.errors import BadInput
 from recipes.schema import Preprocess
 

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Print prompt and continuation. Raises BadInput where there is no whole checkpoint, or no tokenizer that fits."""
-    from trainer.export import known_vocab, load_chosen, manifest_tokenizer, sample
+    from trainer.export import load_chosen, sample
+    from trainer.hf_folder import known_vocab, manifest_tokenizer
     from trainer.models import vocab_rows
 
     with redirect_stdout(sys.stderr):

@@ -21,7 +21,7 @@ from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
 from trainer.data import Order, data_fingerprint, sample_length
 from trainer.errors import TrainingFailed
-from trainer.export import known_vocab, write_folder
+from trainer.hf_folder import known_vocab, write_folder
 from trainer.loop import Job, train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
 from trainer.models import flops_per_token, parameter_count, vocab_rows

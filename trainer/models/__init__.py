@@ -12,7 +12,7 @@ Everything else is optional:
 ``flops_per_token(seq_len)``
     Forward and backward; without it :func:`flops_per_token` estimates.
 ``hf_export(tensors, vocab_size)``
-    ``(config, tensors)`` of a Hugging Face folder; see :mod:`trainer.export`.
+    ``(config, tensors)`` of a Hugging Face folder; see :mod:`trainer.hf_folder`.
 """
 
 from __future__ import annotations
