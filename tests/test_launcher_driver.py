@@ -218,9 +218,9 @@ def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_pat
     assert read_stage(run, plan.stages[0])[0].attempts == 1
     # and one that ends unfinished is started again, by us
     run.element("train", "0").done.unlink()
+    (run.element("train", "0").root / "pid0").unlink()
     leftover = drive(run)
     pids(run, 1)
-    wait_until(lambda: is_locked(run.element("train", "0").lock))
     run.element("train", "0").stop.touch()
     assert executor(run, plan).execute(plan.stages)
     leftover.wait()
