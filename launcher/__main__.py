@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from recipes.errors import BAD_INPUT, FAILED, BadInput
+from recipes.output import PIPE_CLOSED, forgive_output
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
     from launcher.cli import run
 
-    _prepare_output()
+    forgive_output()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where what goes wrong is told
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
-        return 141
+        return PIPE_CLOSED
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
@@ -36,16 +36,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if "not found" in error.message else FAILED
-
-
-def _prepare_output() -> None:
-    """A terminal that cannot show a character gets a question mark, and closed output is no error of ours."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

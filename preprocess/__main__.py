@@ -19,6 +19,7 @@ from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
 from recipes.files import write_json
 from recipes.loader import Loaded, load
 from recipes.options import add_data_options, add_preprocess_options, refuse_unknown
+from recipes.output import PIPE_CLOSED, forgive_output
 from recipes.process import PARENT_VARIABLE, die_with_parent
 from recipes.rundir import ElementDir
 from recipes.schema import Preprocess
@@ -45,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What follows ``--`` are overrides of a stage's recipe."""
     if PARENT_VARIABLE in os.environ:
         die_with_parent()
+    forgive_output()
     try:
         stop_on_signals()
-        return run(list(sys.argv[1:] if argv is None else argv))
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where what goes wrong is told
+        return code
     except StopRequested as stop:
         print(f"stopped ({stop}); whole shards are kept, the same command goes on from there", flush=True)
         return GO_ON_LATER
@@ -59,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'error: preprocessing needs {error.name}: pip install "amlaunch[preprocess]"', file=sys.stderr, flush=True)
         return BAD_INPUT
+    except BrokenPipeError:  # amlaunch data peek … | head
+        sys.stderr.close()
+        return PIPE_CLOSED
     except (Failure, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return FAILED

@@ -294,6 +294,10 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     begin = json.loads(amlaunch("data", "peek", made["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout)
     first = json.loads(amlaunch("data", "peek", made["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
     assert begin["ids"] == first["ids"][7:]
+    reader, writer = os.pipe()
+    os.close(reader)
+    unread = subprocess.run([sys.executable, "-m", "launcher", "data", "peek", made["path"]], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert (unread.returncode, unread.stderr) == (141, b""), "as of any program before `head`"
     shard = Path(made["path"]) / shown["splits"]["train"][0]["file"]
     assert json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"] == shown["splits"]["train"][0]["documents"]
     assert "whole: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
