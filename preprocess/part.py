@@ -8,6 +8,7 @@ have written, byte for byte.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from preprocess.shards import Tokens, index_path, read_ends, write_shard
 from preprocess.sources import Source
 from recipes.errors import BadInput
 from recipes.files import Lock, fingerprint, sha256_file, write_json
+
+REPORT_SECONDS = 0.1
+"""Between two words of how far a part is: a document takes a fraction of a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,7 @@ class Job:
         self.documents = Documents(lambda skip: context.source.records(part, skip), engine, context.skip_bad)
         self.origin = fingerprint(context.origin)
         self._text_bytes = 0
+        self._reported = 0.0
 
     def walk(self, obtain: Callable[[Path, str, Cursor], ShardEntry | None]) -> Iterator[ShardEntry]:
         """The part's shards in order, as ``obtain`` gives each from its path, split and first cursor, until it gives none."""
@@ -278,6 +283,10 @@ class Job:
         return entry
 
     def _report(self, written: Written) -> None:
+        now = time.monotonic()
+        if now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
         after = written.cursor
         documents = after.records - sum(after.skipped.values())
         self.context.report(Beat(self.part, after.tokens, documents, self._text_bytes + written.text_bytes))

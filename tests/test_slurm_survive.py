@@ -113,6 +113,12 @@ def test_preemption_without_the_users_signal(place: Place, cluster: Cluster) -> 
         _preempt(place, run, "gpu-low")
 
 
+def test_preemption_without_a_grace_time(place: Place) -> None:
+    """All of the job is told to end at once, and has a few seconds for it; Slurm itself puts it back into the queue."""
+    run = place.stand_in(("train", [STEPS], TWO_ON_GPU), stages={"train": {"sbatch": {"nodelist": "gpu1"}}})
+    _preempt(place, run, "gpu-now")
+
+
 def _preempt(place: Place, run: RunDir, partition: str) -> None:
     plan = json.loads(run.plan.read_text())
     plan["stages"][0]["partition"] = partition

@@ -223,6 +223,7 @@ END
   echo "PartitionName=closed $cpu AllowAccounts=nobody"
   echo "PartitionName=gpu $gpu PriorityTier=10 PreemptMode=OFF"
   echo "PartitionName=gpu-low $gpu PriorityTier=1 PreemptMode=REQUEUE GraceTime=10"
+  echo "PartitionName=gpu-now $gpu PriorityTier=1 PreemptMode=REQUEUE GraceTime=0"
 }
 
 slurmdbd_conf() {
