@@ -17,7 +17,7 @@ test: install lint
 	$(BIN)/python -m pytest tests -n 4 --dist loadgroup --no-loadscope-reorder
 
 test-fast: install
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

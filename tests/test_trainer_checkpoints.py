@@ -29,6 +29,8 @@ from trainer import checkpoint
 from trainer.job import build_model
 from trainer.saving import superfluous
 
+pytestmark = pytest.mark.slow  # real runs, each with processes of its own
+
 __all__ = ["on_cpu"]  # an autouse fixture
 SHORT: dict[str, Any] = {
     "model": {"dropout": 0.2},
@@ -51,7 +53,6 @@ def in_memory() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
 def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory: Path) -> None:
     tmp_path = in_memory
     straight, watched = make(tmp_path, "straight", **SHORT), make(tmp_path, "watched", **SHORT)
@@ -76,7 +77,6 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
         assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["latest", "lock", "step-00000006"], phases[number]
 
 
-@pytest.mark.slow
 def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_on(tmp_path: Path) -> None:
     straight, killed = make(tmp_path, "straight", **SHORT), make(tmp_path, "killed", **SHORT)
     straight.train(2)
@@ -329,7 +329,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, "killed, it holds nothing any more"
 
 
-@pytest.mark.slow
 def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> None:
     sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
@@ -357,7 +356,6 @@ def poison(step: int) -> None:
     loop.batch_loss = poisoned
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_path: Path, optimizer: str) -> None:
     sections: dict[str, Any] = {"step_scheduler": {"max_steps": 8, "val_every_steps": None}, "lr_scheduler": None}

@@ -21,6 +21,8 @@ from trainer import checkpoint, job
 from trainer.data import NanogptDataset, Order
 from trainer.models.gpt2 import build_gpt2_model
 
+pytestmark = pytest.mark.slow  # real runs, each with processes of its own
+
 TIGHT = 1e-12
 MASKED = """
 from trainer.data import NanogptDataset
@@ -126,7 +128,6 @@ def test_micro_batches_and_strategy_do_not_matter_even_with_uneven_masks(tmp_pat
         close(run, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "ranks", "replicas"), [("ddp", 2, None), ("fsdp2", 2, None), ("fsdp2", 4, 2)], ids=["ddp2", "fsdp2", "hsdp2x2"]
 )
@@ -353,7 +354,6 @@ def test_a_secret_of_the_environment_is_in_no_file_and_may_change(tmp_path: Path
     assert run.export(tmp_path / "out") == OK
 
 
-@pytest.mark.slow
 def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_nothing(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
@@ -403,7 +403,6 @@ def wandb_records(path: Path) -> list[bytes]:
     return records
 
 
-@pytest.mark.slow
 def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -428,7 +427,6 @@ def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(tmp_pat
     assert "nothing is saved" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_path: Path) -> None:
     sections: dict[str, Any] = {
         "model": {"dropout": 0.2},
@@ -448,7 +446,6 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     assert straight.column("step") == [*range(1, 31), 30, *range(31, 61), 60]
 
 
-@pytest.mark.slow
 def test_a_rank_says_bad_input_in_one_line(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.start(2, "--model.n_embed", "8")
