@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -44,7 +45,7 @@ DOWNLOAD_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(ABC):
     """A vocabulary, and what a reader of its tokens must know of it."""
 
     name: str
@@ -76,11 +77,11 @@ class Tokenizer:
         names = ("name", "n_vocab", "bos", "eot", "fingerprint")
         return {name: getattr(self, name) for name in names}
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _ids(self, text: str) -> npt.NDArray[Any]: ...
 
-    def _text(self, ids: list[int]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _text(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
