@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from preprocess.element import result, run_element
 from preprocess.engine import Engine
-from preprocess.part import Documents, Limits, next_shard
-from preprocess.parts import START, OutputDir
+from preprocess.part import Documents, Limits, Written, next_shard
+from preprocess.parts import START, Cursor, OutputDir
 from preprocess.progress import Progress, StopRequested
 from preprocess.records import Bad, Record, Skipped
 from preprocess.shards import read_header, read_manifest
@@ -102,6 +102,16 @@ class Listed:
         return Documents(self.records, Engine(TOKENIZER), skip_bad=True)
 
 
+def next_pieces(stream: Documents, cursor: Cursor, limits: Limits) -> tuple[list[list[int]], Cursor]:
+    """The documents of the shard at a cursor, and the cursor behind them."""
+    written = Written(cursor, limits.split(cursor))
+    pieces = []
+    for document in next_shard(stream, cursor, limits):
+        written.add(document)
+        pieces.append(document.tokens.tolist())
+    return pieces, written.cursor
+
+
 record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")), st.just(Bad("not text", "row 7")))
 
 
@@ -119,17 +129,17 @@ def test_shards_cut_a_stream_of_any_documents(records: list[Record], shard: int,
     cursor, splits, joined = START, [], []
     while limits.left(cursor) != 0:
         running.enter(cursor)
-        pieces = [(document.tokens.tolist(), after) for document, after in next_shard(running, cursor, limits)]
+        pieces, behind = next_pieces(running, cursor, limits)
         fresh = Listed(records).documents()
         fresh.enter(cursor)
-        assert [(document.tokens.tolist(), after) for document, after in next_shard(fresh, cursor, limits)] == pieces
+        assert next_pieces(fresh, cursor, limits) == (pieces, behind)
         if not pieces:
             break
-        if limits.left(pieces[-1][1]) != 0:
-            assert sum(len(tokens) for tokens, _ in pieces) <= shard or len(pieces) == 1
+        if limits.left(behind) != 0:
+            assert sum(len(tokens) for tokens in pieces) <= shard or len(pieces) == 1
         splits.append(limits.split(cursor))
-        joined += [tokens for tokens, _ in pieces]
-        cursor = pieces[-1][1]
+        joined += pieces
+        cursor = behind
     expected = [token for text in records if isinstance(text, str) and text for token in encoded(text)]
     assert list(chain.from_iterable(joined)) == expected[:total]
     assert splits == sorted(splits, reverse=True), "val first, then train"
