@@ -258,8 +258,8 @@ def vocabulary_fingerprint(parts: Mapping[str, Any]) -> str:
     """Sixteen hex digits over the merge ranks, the pattern and the special tokens."""
     digest = hashlib.sha256(parts["pat_str"].encode())
     digest.update(json.dumps(parts["special_tokens"], sort_keys=True).encode())
-    for token, rank in sorted(parts["mergeable_ranks"].items(), key=lambda item: item[1]):
-        digest.update(b"%d:%d:%b" % (rank, len(token), token))
+    ranks = sorted(parts["mergeable_ranks"].items(), key=lambda item: item[1])
+    digest.update(b"".join(b"%d:%d:%b" % (rank, len(token), token) for token, rank in ranks))
     return digest.hexdigest()[:16]
 
 
@@ -276,8 +276,8 @@ def packaged_gpt2() -> dict[str, Any] | None:
 
     ids = json.loads(raw)
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-    letters = byte_letters()
-    ranks = {bytes(letters[letter] for letter in word): rank for word, rank in ids.items()}
+    letters = str.maketrans(byte_letters())
+    ranks = {word.translate(letters).encode("latin-1"): rank for word, rank in ids.items()}
     return {"name": "gpt2", "pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
 
 
