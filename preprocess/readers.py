@@ -108,8 +108,8 @@ def read_json_lines(piece: Slice, column: str) -> Iterator[Record]:
     place = piece.file.place
     try:
         with piece.file.open() as raw, decompressed(raw, piece.file.name) as handle:
-            for offset, block in line_blocks(handle, piece):
-                yield from records_of_lines(piece, offset, block, column)
+            for offset, lines in line_blocks(handle, piece):
+                yield from records_of_lines(piece, offset, lines, column)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield Bad(DAMAGED, f"{place}: damaged or truncated gzip ({error})")
     except OSError as error:
@@ -128,8 +128,8 @@ def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
     return raw
 
 
-def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, a block at a time, with where in the file they begin; only lines that begin in the slice."""
+def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, list[bytearray]]]:
+    """Whole lines, some at a time, with where in the file they begin; only lines that begin in the slice."""
     begin, end = (piece.begin, piece.end) if piece.count > 1 else (0, None)
     if begin:
         handle.seek(begin - 1)
@@ -146,42 +146,46 @@ def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, bytes]]:
         if not data:
             cut = len(kept)
         if cut:
-            yield begin, bytes(kept[:cut])
-            begin += cut
+            lines = kept[:cut].split(b"\n")
             del kept[:cut]
+            yield begin, lines
+            begin += cut
         if not data:
             return
 
 
-def records_of_lines(piece: Slice, offset: int, block: bytes, column: str) -> Iterator[Record]:
-    """The records of whole lines, the first of which begins at ``offset``; blank lines are none."""
+def records_of_lines(piece: Slice, offset: int, lines: list[bytearray], column: str) -> Iterator[Record]:
+    """The records of lines, the first of which begins at ``offset``; blank lines are none. ``lines`` is used up."""
     loads = fast_json()
-    for line in block.split(b"\n"):
+    lines.reverse()
+    while lines:
+        line = lines.pop()
+        begin, offset = offset, offset + len(line) + 1
         try:
             text = loads(line)[column]
         except (ValueError, TypeError, LookupError, RecursionError):
             text = None
         if type(text) is str:
+            del line  # while a text of 50 MB is tokenised, it is there once
             yield text
         elif line and not line.isspace():  # looked at again, to say what is odd
-            yield record_of_line(piece, offset, line, column)
-        offset += len(line) + 1
+            yield record_of_line(piece, begin, line, column)
 
 
-def fast_json() -> Callable[[bytes], Any]:
+def fast_json() -> Callable[[bytearray], Any]:
     """orjson's parser where it is installed (the extra ``fast``), else the standard library's.
 
     orjson takes less for JSON than the standard library does, and gives the same for what it takes; where it
     refuses, :func:`record_of_line` has the last word. So the records do not depend on it.
     """
     try:
-        from orjson import loads
+        import orjson
     except ImportError:
-        from json import loads
-    return loads
+        return json.loads
+    return orjson.loads
 
 
-def record_of_line(piece: Slice, offset: int, line: bytes, column: str) -> Record:
+def record_of_line(piece: Slice, offset: int, line: bytes | bytearray, column: str) -> Record:
     """The record of one line."""
     try:
         row = json.loads(line)
@@ -293,8 +297,10 @@ def read_row_group(file: Any, group: int, column: str, rows: int, piece: Slice) 
     average = metadata.column(names.index(column)).total_uncompressed_size // max(1, metadata.num_rows)
     few = max(1, min(rows, BLOCK_BYTES // max(1, average)))
     for batch in file.iter_batches(few, row_groups=[group], columns=[column], use_threads=False):
-        yield from text_records(batch.column(0), f"{piece.file.place}: row", row)
+        records = text_records(batch.column(0), f"{piece.file.place}: row", row)
         row += len(batch)
+        del batch  # the texts are there once, now
+        yield from records
 
 
 def text_records(values: Any, where: str, row: int) -> list[Record]:

@@ -85,14 +85,14 @@ def write_shard(path: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -
     """
     ends = array("Q")
     size = written = 0
-    waiting: list[Tokens] = []
+    waiting: list[memoryview] = []
     with whole_file(path, durable_name=False) as handle:
         handle.write(bytes(HEADER_BYTES))
         for tokens in documents:
             size += len(tokens)
             if size > MAX_TOKENS:
                 raise BadInput(f"{path}: a shard holds at most {MAX_TOKENS:,} tokens, and a document goes past that")
-            waiting.append(tokens.astype(dtype, copy=False))
+            waiting.append(tokens.astype(dtype, copy=False).data)
             ends.append(size)
             if size - written >= WRITE_TOKENS:  # a call of the system a document costs more than the copy
                 handle.write(b"".join(waiting))
