@@ -122,11 +122,32 @@ class Board:
             return True
         return left > 0 and self._estimate(part) < MARGIN * (self.budget or 0)
 
+    def expected(self, parts: Sequence[int]) -> int | None:
+        """Tokens of the budget that will come from ``parts``, by what is known so far.
+
+        None without a budget. Before any part is complete: their share by size of the whole budget.
+        """
+        if self.budget is None:
+            return None
+        rate = self._rate()
+        if not rate:
+            return round(self.budget * sum(self.sizes[part] + 1 for part in parts) / sum(size + 1 for size in self.sizes))
+        own, before, found = set(parts), 0.0, 0.0
+        for part in range(len(self.sizes)):
+            tokens = min(self.tokens.get(part, rate * self.sizes[part]), self.budget - before)
+            found += tokens if part in own else 0
+            before += tokens
+        return round(found)
+
     def _estimate(self, part: int) -> float:
         """Tokens before ``part``: counted, or as the parts that are complete have them by byte."""
-        size = sum(self.sizes[other] + 1 for other in self.complete)
-        rate = sum(self.tokens[other] for other in self.complete) / size if size else 0.0
+        rate = self._rate()
         return sum(self.tokens.get(other, rate * self.sizes[other]) for other in range(part))
+
+    def _rate(self) -> float:
+        """Tokens a byte of the parts that are complete; 0 before there are any."""
+        size = sum(self.sizes[other] + 1 for other in self.complete)
+        return sum(self.tokens[other] for other in self.complete) / size if size else 0.0
 
 
 class Element:
@@ -200,7 +221,8 @@ class Element:
         now = self.totals()
         sizes = self.board.sizes
         done, all_ = (sum(sizes[part] + 1 for part in parts) for parts in (self.made, self.mine))
-        total = self.board.budget if self.board.budget is not None and len(self.mine) == len(sizes) else None
+        expected = self.board.expected(self.mine)
+        total = None if expected is None else max(expected, now.tokens)
         speed = (now.text_bytes - self.before.text_bytes) / max(self.progress.seconds(), 1e-9) / 1e6
         self.progress.update(
             now.tokens, total, done / all_ if self.board.budget is None else None,
@@ -265,7 +287,7 @@ def run_element(
     if read_object(context.out.element(index)) != record:
         write_json(context.out.element(index), record)
     progress.finish(
-        element.totals().tokens, None, f"element {index}: {summary(parts)}", documents=element.totals().documents
+        element.totals().tokens, element.totals().tokens, f"element {index}: {summary(parts)}", documents=element.totals().documents
     )
     return parts
 

@@ -110,7 +110,7 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
         result = json.loads((stage / index / "result.json").read_text())
         assert result["tokens"] <= 200_000 and list(result["outputs"]) == [str(out / f"element-0000{index}.json")]
         beat = json.loads((stage / index / "progress.json").read_text())
-        assert (beat["unit"], beat["done"]) == ("token", result["tokens"])
+        assert (beat["unit"], beat["done"], beat["total"]) == ("token", result["tokens"], result["tokens"])
     code, said, err = finished(["verify", *base, str(stage / "v"), *small], processes)
     assert (code, err) == (0, "")
     told = json.loads((stage / "v" / "result.json").read_text())

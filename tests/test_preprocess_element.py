@@ -187,6 +187,32 @@ def test_the_budget_is_the_first_tokens_of_the_source_whoever_makes_them_in_any_
     assert verify(options, tmp_path / "out", QUIET) == whole and shards(tmp_path / "out") == before
 
 
+class Heard(Progress):
+    """Notes each (done, total)."""
+
+    def __init__(self) -> None:
+        super().__init__(say=lambda text: None)
+        self.steps: list[tuple[int, int | None]] = []
+
+    def update(self, done: int, total: int | None, fraction: float | None = None, **more: Any) -> None:
+        """Also what comes too fast to be shown."""
+        self.steps.append((done, total))
+        super().update(done, total, fraction, **more)
+
+
+@pytest.mark.parametrize(("budget", "elements"), [(1500, 1), (1500, 3), (10**7, 2)])
+def test_each_element_says_how_much_of_the_budget_is_its_own(tmp_path: Path, texts: list[str], budget: int, elements: int) -> None:
+    options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20)
+    made = []
+    for index in range(elements):
+        heard = Heard()
+        made.append(sum(part.cursor.tokens for part in run_element(options, index, tmp_path / "out", heard, 0)))
+        assert heard.steps and all(total is not None and done <= total <= max(budget, done) for done, total in heard.steps)
+        last = heard.steps[-1][1]
+        assert last is not None and made[-1] <= last <= 1.6 * made[-1], "once parts are counted: what there is"
+    assert budget <= sum(made) or budget == 10**7
+
+
 def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
     """The front has many tokens a byte, so the estimate says that the rest is not needed; it is."""
     (tmp_path / "corpus").mkdir()
