@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -13,11 +14,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from preprocess.shards import open_tokens
+from preprocess.tokenizer import load_tokenizer
 from tests.preprocess_helpers import corpus, everything
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +74,7 @@ def start(words: list[str], processes: list[subprocess.Popen[str]]) -> subproces
 
 def finished(words: list[str], processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
     process = start(words, processes)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -229,26 +233,80 @@ def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
+    """The most memory, in MB, that a worker of a run ever had: what the kernel noted, so none is missed between two looks."""
+    process = start([*words, "--num-workers", "1"], processes)
+    found = 0
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                found = max(found, next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")))
+        time.sleep(0.02)
+    assert process.returncode == 0, process.communicate()
+    return found * 1024 / 1e6
+
+
+def words_of(seed: int, size: int) -> str:
+    """So many characters of random long words, each one token of GPT-2: they compress as text does, and are tokenised fast."""
+    tokens = load_tokenizer("gpt2").parts["mergeable_ranks"]
+    long = sorted(token.decode() for token in tokens if len(token) > 7 and token[:1] == b" " and token[1:].isalpha() and token.isascii())
+    return "".join(random.Random(seed).choices(long, k=size // 8))[:size]
+
+
 @pytest.mark.slow
-def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list) -> None:
-    """More text in a row group and a shard does not make it grow: 8 and then 48 MB, in pages of a megabyte."""
-    text = " ".join(corpus(tmp_path / "corpus", documents=30, words=1000))[:40_000]
-    peaks = []
-    for rows in (200, 1200):
+@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+    """More text in a row group and a shard does not make it grow: 8 and then 24 MB, in pages of a megabyte; nor as JSON lines."""
+    pytest.importorskip(engine)
+    text = words_of(0, 40_000)
+    peaks = {}
+    for rows in (200, 600):
         folder = tmp_path / str(rows)
         folder.mkdir()
-        pq.write_table(pa.table({"id": range(rows), "text": [f"{i} {text}" for i in range(rows)]}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
-        words = ["--data-files", f"{folder}/*", "--num-workers", "1", "--parts", "1", "--engine", "tiktoken", "--output-dir", f"{folder}/out"]
-        process = start(words, processes)
-        peak = 0
-        while process.poll() is None:
-            for child in psutil.Process(process.pid).children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    peak = max(peak, child.memory_info().rss)
-            time.sleep(0.05)
-        assert process.returncode == 0
-        peaks.append(peak / 1e6)
-    assert peaks[1] < 200 and peaks[1] < peaks[0] + 30, peaks
+        texts = [f"{i} {text}" for i in range(rows)]
+        pq.write_table(pa.table({"id": range(rows), "text": texts}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
+        (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        for name in ("a.parquet", "a.jsonl"):
+            peaks[rows, name] = peak(["--data-files", f"{folder}/{name}", "--parts", "1", "--engine", engine, "--output-dir", f"{folder}/out-{name}"], processes)
+    assert max(peaks.values()) < most
+    assert all(peaks[600, name] < peaks[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+    """What pyarrow makes of rows of 40 KB by itself: a dictionary of 1,024 rows, then a plain page."""
+    pytest.importorskip(engine)
+    text = words_of(1, 12_000_000)
+    texts = [text[i * 7000 : i * 7000 + 40_000] for i in range(1500)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
+    sizes = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    assert sizes.has_dictionary_page and sizes.total_uncompressed_size > 59e6
+    assert peak(["--data-files", f"{tmp_path}/a.parquet", "--parts", "1", "--engine", engine, "--output-dir", f"{tmp_path}/out"], processes) < most
+
+
+@pytest.mark.slow
+def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: Path, processes: list) -> None:
+    """From start to verified shards, in each format; the tokens are those of the whole text."""
+    encode, (unit, million) = load_tokenizer("gpt2").encode, (words_of(2, 49_998) + "é", "-" * 1_000_000)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    huge = unit * 1000
+    assert len(huge.encode()) == 50_000_000
+    (source / "a.txt").write_text(huge)
+    with open(source / "b.jsonl", "w") as handle:
+        for text in ("before", huge, million, "behind"):
+            handle.write(json.dumps({"text": text}) + "\n")
+    pq.write_table(pa.table({"text": ["before", huge, million, "behind"]}), source / "c.parquet")
+    words = ["--data-files", f"{source}/*", "--parts", "3", "--num-workers", "2", "--engine", "tiktoken", "--output-dir", str(out)]
+    assert finished(words, processes)[0] == 0
+    tiled = np.concatenate([[50256], np.tile(encode(unit), 1000)])
+    assert np.array_equal(encode(unit * 3), np.tile(encode(unit), 3)), "else a token would cross a seam"
+    around = np.concatenate([[50256, *encode("before")], tiled, [50256, *encode(million)], [50256, *encode("behind")]])
+    files = {"a.txt": tiled, "b.jsonl": around, "c.parquet": around}
+    expected = [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    assert np.array_equal(np.concatenate([open_tokens(path) for path in sorted(out.glob("train-*.bin"))]), np.concatenate(expected))
 
 
 # --- as people type it --------------------------------------------------------------------------------
