@@ -10,6 +10,7 @@ the end is a function of the source and the options alone.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from preprocess.engine import choose, open_engine
 from preprocess.part import Beat, Context, make_part, whole_part
 from preprocess.parts import PART_VERSION, OutputDir, Part
-from preprocess.pieces import owners, val_shares
+from preprocess.pieces import SMALLEST, owners, val_shares
 from preprocess.progress import Progress
 from preprocess.shards import MAX_TOKENS, index_path
 from preprocess.sources import Source, open_source
@@ -48,6 +49,15 @@ def check_options(options: Preprocess) -> None:
         raise BadInput(f"preprocess.val_tokens: {val:,} of max_tokens {total:,} leave nothing to train on")
 
 
+def check_folder(out: Path) -> None:
+    """Raise BadInput where no file can be made in ``out``, before any work: a folder that is not there yet may still be made."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"preprocess.output_dir: {out}: {there} is a file, and a folder is wanted")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"preprocess.output_dir: {out}: no right to write in {there}")
+
+
 def prepare(options: Preprocess, out: Path, say: Callable[[str], None], policy: Policy | None = None) -> Context:
     """Open source, tokenizer and engine, and all that the parts of ``out`` have in common.
 
@@ -55,6 +65,7 @@ def prepare(options: Preprocess, out: Path, say: Callable[[str], None], policy: 
     :func:`preprocess.tokenizer.load_tokenizer` do.
     """
     check_options(options)
+    check_folder(out)
     source = open_source(options, policy)
     tokenizer = load_tokenizer(options.tokenizer)
     engine = choose(options.engine, tokenizer)
@@ -279,8 +290,9 @@ def run_element(
     check_origin(context.out, index, context.origin)
     element = Element(context, options, index, progress)
     workers = workers if workers is not None else options.num_workers or cpus()
-    if workers > len(element.mine):
-        progress.say(f"element {index}: {len(element.mine)} of {workers} workers have something to do; preprocess.parts: {workers * options.elements} keeps all busy")
+    if workers > len(element.mine) and sum(context.source.sizes) > workers * SMALLEST:
+        wanted = workers * options.elements
+        progress.say(f"element {index}: {len(element.mine)} of {workers} workers have something to do; more files, or preprocess.parts: {wanted}, keep all busy")
     element.run(workers)
     parts = [element.made[part] for part in sorted(element.made)]
     record = {"element": index, "elements": options.elements, "parts": sorted(element.made)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -278,6 +279,17 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 300)
     with pytest.raises(BadInput, match=says):
         make(recipe(tmp_path, **change), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("place", "says"), [("file", "file is a file, and a folder is wanted"), ("file/below", "file is a file"), ("locked/new", "no right to write in .*locked")])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, says: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:  # for whom nothing is locked
+        monkeypatch.setattr("os.access", lambda path, mode: bool(Path(path).stat().st_mode & 0o200))
+    with pytest.raises(BadInput, match=f"preprocess.output_dir: .*{says}"):
+        make(recipe(tmp_path), tmp_path / place)
+    assert not list((tmp_path / "locked").iterdir())
 
 
 def test_what_a_killed_element_began_beyond_the_budget_goes(tmp_path: Path, texts: list[str]) -> None:
