@@ -6,7 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import random
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -192,6 +195,45 @@ def test_signals_end_it_within_seconds_with_75_and_the_bytes_are_the_same(
         assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("element-*")) and gone(workers)
     assert finished(words, processes)[0] == 0
     assert everything(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the workers too; pressed again while it leaves, it changes nothing."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TERM": "xterm", "COLUMNS": "200"}
+        os.execv(sys.executable, [sys.executable, "-m", "preprocess", str(recipe), "--num-workers", "2", "--output-dir", str(tmp_path)])
+    seen, workers, deadline = b"", [], time.monotonic() + 60
+    while b"s left" not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.05)[0]:
+            seen += os.read(terminal, 65536)
+    workers = children(pid)
+    os.write(terminal, b"\x03\x03")
+    with contextlib.suppress(OSError):  # Linux' word for the end of a terminal
+        while part := os.read(terminal, 65536):
+            seen += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen.decode())
+    assert "━" in text and re.search(r"[\d,]+ tokens, documents [\d,]+, workers 2, [\d,]+ tokens/s, [\d.]+ MB/s, [\d,]+ s left", text)
+    assert "stopped (SIGINT)" in text and "Traceback" not in text
+    assert len(workers) == 2 and gone(workers) and not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, processes: list) -> None:
+    corpus(tmp_path / "corpus")
+    (tmp_path / "parts.py").write_text(PARTS)
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path / "corpus").replace("96", "5").replace("20000", "100") + "\n")
+    files = ["--data-files", f"{tmp_path}/corpus/**/*.txt", "--val-tokens", "100", "--shard-tokens", "40K", "--parts", "5"]
+    for words, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
+        code, said, err = finished([*words, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
+        assert (code, err) == (0, "") and "next: amlaunch data peek" in said
+    same = [{name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name} for out in ("section", "options")]
+    assert same[0] == same[1]
+    assert json.loads((tmp_path / "both" / "manifest.json").read_text())["tokens"] == 1000
 
 
 @pytest.mark.slow

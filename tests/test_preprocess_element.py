@@ -65,7 +65,7 @@ def stream(out: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2)]
+    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2), pytest.param(40, 1, 32, marks=pytest.mark.slow), (40, 40, 0)]
 )
 def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
     tmp_path: Path, texts: list[str], parts: int, elements: int, workers: int
@@ -85,6 +85,26 @@ def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
 def shards(out: Path) -> dict[str, bytes]:
     """What must not depend on who made it: shards, entries, parts, the manifest."""
     return {name: raw for name, raw in everything(out).items() if not name.startswith(("origin", "element"))}
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=12), st.integers(1, 3), st.sampled_from(["auto", "tiktoken"]), st.booleans())
+def test_any_text_of_unicode_goes_through_whole_in_either_format(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], elements: int, engine: str, ascii_: bool
+) -> None:
+    """From JSON lines and from Parquet: tiktoken's tokens document by document, each index entry behind it, the text back."""
+    folder = tmp_path_factory.mktemp("unicode")
+    texts = ["first", *texts, "last", "one more"]  # three parts have something each
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=ascii_) for text in texts), newline="")
+    pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=1)
+    expected = [text for text in texts if text]
+    for name in ("a.jsonl", "a.parquet"):
+        options = Preprocess(data_files=f"{folder}/{name}", parts=3, elements=elements, engine=engine, shard_tokens=40)
+        make(options, folder / name.replace(".", "-"))
+        found = documents(folder / name.replace(".", "-"))
+        assert list(map(tuple, found)) == [encoded(text) for text in expected]
+        assert [TOKENIZER.decode(document[1:]) for document in found] == expected
 
 
 class Listed:
