@@ -20,12 +20,13 @@ def python_command(module: str, python: str | None = None, *, any_version: bool 
     Our packages have plain names (``trainer``, ``launcher``); a user's own
     ``trainer.py`` in the folder they work in must not take their place.
     ``-P`` does that from Python 3.11 on; before, and where ``python`` may be of
-    ``any_version``, the path entry is dropped by hand.
+    ``any_version``, the path entry is dropped by hand (where PYTHONSAFEPATH has
+    not kept it away already: then the first one is the run's code).
     """
     python = python or sys.executable
     if sys.version_info >= (3, 11) and not any_version:
         return [python, "-P", "-u", "-m", module]
-    start = f"import sys, runpy; sys.path.pop(0); sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    start = f"import sys, runpy; sys.path[:1] == [''] and sys.path.pop(0); sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return [python, "-u", "-c", start]
 
 
