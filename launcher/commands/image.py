@@ -1,0 +1,128 @@
+"""``amlaunch image``: fetch and convert an image once for all nodes, build one, list them, and look into one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from containers.store import ImageFolder, short
+from launcher import describe
+from launcher.cluster import Cluster, find_cluster
+from launcher.images import Request, ToolFailed, images_root, import_image, site_format, this_architecture, with_path
+from recipes.errors import FAILED, OK
+
+PLAIN_SECONDS = 5.0
+Say = Callable[[str], None]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
+    actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
+    try:
+        return actions[options.action](options)
+    except ToolFailed as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return FAILED
+
+
+def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
+    """The folder of images, and the cluster that was named."""
+    cluster = find_cluster(options.cluster) if options.cluster else None
+    return ImageFolder(images_root(options.images, cluster.profile.images if cluster else None)), cluster
+
+
+# --- import ---------------------------------------------------------------------------------------------
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Fetch and convert; what is there already is only shown."""
+    folder, _ = folder_of(options)
+    say = say_for(options)
+    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
+    request = Request(options.image, folder, options.format or site_format(), options.arch or this_architecture(), options.tool, work, options.insecure)
+    return make(request, options, say)
+
+
+def make(request: Request, options: argparse.Namespace, say: Say) -> int:
+    """Import, and say where the image is and how to use it."""
+    started = time.monotonic()
+    try:
+        image, made = import_image(request, say, meter_for(options.json, say))
+    except KeyboardInterrupt:
+        say(f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it")
+        raise
+    if options.json:
+        print(describe.to_json({**with_path(image), "made": made}))
+        return OK
+    took = f" in {describe.duration(time.monotonic() - started)}" if made else ""
+    say(f"{'made' if made else 'already there:'} {image.path} ({describe.count(image.size)}B, {image.digest[:19]}){took}")
+    say(f"in a recipe: container.image: {image.path}\nwhat is in it: {describe.program()} image check {image.path}")
+    return OK
+
+
+def say_for(options: argparse.Namespace) -> Say:
+    """Words for people; stdout is for JSON where that is asked for."""
+    stream = sys.stderr if options.json else sys.stdout
+    return lambda text: print(text, file=stream, flush=True)
+
+
+def meter_for(json: bool, say: Say) -> Callable[[str, int], Any]:
+    """How far something is: a bar in a terminal, a line every five seconds elsewhere."""
+    return _bar if sys.stdout.isatty() and not json else lambda title, total: _lines(title, total, say)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=describe.console(), transient=True) as progress:
+        task = progress.add_task(title, total=total or None)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
+    started = spoke = time.monotonic()
+    say(f"{title}{f' {describe.count(total)}B' if total else ''}")
+
+    def show(done: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        if now - spoke >= PLAIN_SECONDS:
+            spoke = now
+            part = f"{describe.count(done)}B of {describe.count(total)}B" if total else f"{describe.count(done)}B"
+            say(f"  {title}: {part}, {describe.duration(now - started)}")
+
+    yield show
+
+
+# --- list -----------------------------------------------------------------------------------------------
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """A row for each image."""
+    folder, _ = folder_of(options)
+    rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
+    if options.json:
+        found = [{**with_path(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
+        print(describe.to_json({"folder": str(folder.root), "images": found}))
+        return OK
+    if not rows:
+        print(f"no images in {folder.root}; {describe.program()} image import IMAGE brings one")
+        return OK
+    from rich.table import Table
+
+    table = Table("image", "digest", "size", "made", "made of", "checked", box=None, padding=(0, 2, 0, 0))
+    for image, facts, checked in rows:
+        state = (facts.source.removeprefix("checked ") if checked else "no") if image.whole else "its file is not whole: import it again"
+        table.add_row(Path(image.path).name, short(image.digest), f"{describe.count(image.size)}B", image.date.replace("T", " ")[:16], image.source, state)
+    print(folder.root)
+    describe.console().print(table)
+    return OK
