@@ -275,7 +275,7 @@ def merge(image: Layered, out: IO[bytes], files: Mapping[str, tuple[bytes, int]]
     read, in bytes as they are stored. The top layer comes first, and each name once, so nothing is written that a later
     entry would replace; devices and what lies in /dev are left out. Raises NotAnImage.
     """
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+    with _damage_told(), tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         tar.copybufsize = BUFFER  # type: ignore[attr-defined]
         merge_state = _Merge(tar)
         for name, (content, mode) in files.items():
@@ -283,9 +283,21 @@ def merge(image: Layered, out: IO[bytes], files: Mapping[str, tuple[bytes, int]]
         for number in range(len(image.layers) - 1, -1, -1):
             _merge_layer(merge_state, number, image.layers[number], count)
         _find_orphans(merge_state, image)
-        for name, mode in FOLDERS.items():
-            if name not in merge_state.shown:
+        workdir = _plain(str(image.settings.get("WorkingDir") or ""))  # where it starts, and nobody can make it in a read-only image
+        for name, mode in {**FOLDERS, workdir: 0o755}.items():
+            if name and not merge_state.hidden(name):
                 merge_state.add(_made(name, mode, None), None)
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """What a torn or spoilt layer raises, in one word; what the output raises has a number of its own."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise NotAnImage(f"a layer is damaged ({error}); remove what was downloaded, or save the image again") from None
 
 
 def _made(name: str, mode: int, size: int | None) -> tarfile.TarInfo:
@@ -321,20 +333,16 @@ def _merge_layer(state: _Merge, number: int, layer: Opener, count: Callable[[int
 
 def _entries(layer: Opener, count: Callable[[int], None]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
     """The entries of a layer, by names without ``./`` and ``/`` before them."""
-    with layer() as handle, decompressed(_Counted(handle, count)) as plain:  # type: ignore[arg-type]
-        try:
-            with tarfile.open(fileobj=plain, mode="r|") as tar:
-                for info in tar:
-                    content = tar.extractfile(info) if info.isreg() else None
-                    if info.issparse():  # read whole, it is written as any other
-                        info.type, info.sparse = tarfile.REGTYPE, None
-                        info.pax_headers = {key: value for key, value in info.pax_headers.items() if not key.startswith("GNU.sparse")}
-                    info.name = _plain(info.name)
-                    if info.islnk():
-                        info.linkname = _plain(info.linkname)
-                    yield info, content
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise NotAnImage(f"a layer is damaged ({error}); remove what was downloaded, or save the image again") from None
+    with layer() as handle, decompressed(_Counted(handle, count)) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:  # type: ignore[arg-type]
+        for info in tar:
+            content = tar.extractfile(info) if info.isreg() else None
+            if info.issparse():  # read whole, it is written as any other
+                info.type, info.sparse = tarfile.REGTYPE, None
+                info.pax_headers = {key: value for key, value in info.pax_headers.items() if not key.startswith("GNU.sparse")}
+            info.name = _plain(info.name)
+            if info.islnk():
+                info.linkname = _plain(info.linkname)
+            yield info, content
 
 
 def _plain(name: str) -> str:

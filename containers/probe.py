@@ -52,6 +52,11 @@ def listed(folder: str) -> list[str]:
         return []
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without its traceback of C++."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def system() -> str:
     """The distribution, as it calls itself."""
     try:
@@ -80,7 +85,7 @@ def torch_facts() -> dict[str, Any]:
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
-        return {"error": "%s: %s" % (type(error).__name__, str(error).splitlines()[0] if str(error) else "")}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
     found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": getattr(torch.version, "hip", None)}
     for key, ask in (
         ("nccl", lambda: ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None),
@@ -93,7 +98,7 @@ def torch_facts() -> dict[str, Any]:
         try:
             found[key] = ask()
         except Exception as error:
-            found[key + "_error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            found[key + "_error"] = first_line(error) or type(error).__name__
     return found
 
 
@@ -101,11 +106,11 @@ def gpu(torch: Any, number: int) -> dict[str, Any]:
     """One GPU, and whether a kernel runs on it."""
     facts = torch.cuda.get_device_properties(number)
     try:
-        works = float(torch.ones(8, device="cuda:%d" % number).sum()) == 8.0
+        works = float(torch.ones(8, device=f"cuda:{number}").sum()) == 8.0
         problem = ""
     except Exception as error:
-        works, problem = False, str(error).splitlines()[0]
-    return {"name": facts.name, "memory_bytes": facts.total_memory, "capability": "%d.%d" % (facts.major, facts.minor), "works": works, "problem": problem}
+        works, problem = False, first_line(error)
+    return {"name": facts.name, "memory_bytes": facts.total_memory, "capability": f"{facts.major}.{facts.minor}", "works": works, "problem": problem}
 
 
 def driver() -> dict[str, str]:
@@ -120,7 +125,7 @@ def driver() -> dict[str, str]:
     try:
         library, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
         if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
-            found["cuda"] = "%d.%d" % (number.value // 1000, number.value % 1000 // 10)
+            found["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
     except (OSError, AttributeError):
         pass
     if shutil.which("nvidia-smi"):

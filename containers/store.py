@@ -152,12 +152,13 @@ def plain(reference: str) -> str:
 
 def slug(name: str) -> str:
     """A name for files, from a reference or a path: ``nvidia-pytorch-25.08-py3``."""
-    bare = re.sub(r"\.(tar|tar\.\w+|tgz|sqsh|sif)$", "", plain(name).partition("@")[0])
-    bare = Path(bare).name if name.startswith(("/", ".", "~")) else bare
-    parts = bare.split("/")
-    if len(parts) > 1 and ("." in parts[0] or ":" in parts[0] or parts[0] == "localhost"):
-        parts = parts[1:]
-    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-.") or "image"
+    if name.startswith(("/", ".", "~")):
+        bare = re.sub(r"\.(tar|tar\.\w+|tgz|sqsh|sif)$", "", Path(name).name)
+    else:
+        bare = plain(name).partition("@")[0]
+        first, slash, rest = bare.partition("/")
+        bare = rest if slash and ("." in first or ":" in first or first == "localhost") else bare
+    return re.sub(r"[^A-Za-z0-9._]+", "-", bare).strip("-.") or "image"
 
 
 # --- commands of the tools ------------------------------------------------------------------------------

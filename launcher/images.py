@@ -42,6 +42,8 @@ SPARE = 1.15
 UNPACKED = 3.0
 """The unpacked files, over the compressed layers, where they have to be unpacked."""
 LAST_WORDS = 6
+LAST_LINES = 40
+"""Of a build's output, what is looked through for the reason of its failure."""
 Say = Callable[[str], None]
 
 
@@ -62,6 +64,8 @@ class Request:
     work: Path | None = None
     """Where downloads and half-made files go; None: into the folder."""
     insecure: bool = False
+    origin: str = ""
+    """What the record says instead of ``source``: of a build, its base."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def _works(tool: str) -> bool:
 def import_image(request: Request, say: Say, meter: Callable[..., Any]) -> tuple[StoredImage, bool]:
     """Fetch and convert; the image, and whether it had to be made. Raises BadInput and ToolFailed."""
     source = look(request)
-    name = store.slug(request.source)
+    name = store.slug(source.place)
     _make_folder(request.folder)
     lock = Lock(request.folder.lock(name))
     if not lock.acquire():
@@ -449,7 +453,7 @@ class _Import:
         fsync_folder(self.folder.root)
         made = StoredImage(
             path=str(final),
-            source=self.request.source,
+            source=self.request.origin or self.request.source,
             reference=self.source.reference,
             digest=digest,
             format=self.request.format,
@@ -465,8 +469,54 @@ class _Import:
         return made
 
 
+# --- building -------------------------------------------------------------------------------------------
+
+
+def builder(tool: str | None) -> str:
+    """What builds an image here. Raises BadInput."""
+    if tool and tool not in BUILDERS:
+        raise BadInput(f"--tool {tool}: an image is built by {', '.join(BUILDERS)}")
+    found = _there(tool) if tool else next((one for one in BUILDERS if shutil.which(one) and _works(one)), None)
+    if found is None:
+        raise BadInput(f"nothing here can build an image: none of {', '.join(BUILDERS)} is in the search path")
+    return found
+
+
+def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
+    """What a build sees: the Dockerfile, our packages, and the wheels to install from. Raises BadInput."""
+    from launcher.snapshot import take_snapshot
+
+    take_snapshot(folder / "amlaunch", None)
+    (folder / "amlaunch" / ".digest").unlink()
+    (folder / "wheels").mkdir()
+    (folder / "wheels" / ".keep").touch()  # a folder without files is not copied by all tools
+    found = sorted(wheels.glob("*.whl")) if wheels else []
+    if wheels and not found:
+        raise BadInput(f"--wheels {wheels}: there are no .whl files; pip download -d {wheels} tiktoken ... brings them, on a machine with a network")
+    for wheel in found:
+        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
+    shutil.copyfile(dockerfile, folder / "Dockerfile")
+
+
+def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:
+    """Build, showing the tool's own lines as they come. Raises ToolFailed."""
+    command = store.build(tool, context, tag, arguments)
+    lines: list[str] = []
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with _ended(process):
+        assert process.stdout
+        for line in process.stdout:
+            lines = [*lines[-LAST_LINES:], credentials.without_secrets(line.rstrip())]
+            say(f"  {lines[-1]}")
+        process.wait()
+    if process.returncode:
+        meaning = credentials.explain(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
+        chroot = "; without user namespaces (inside a container, say) BUILDAH_ISOLATION=chroot helps" if tool != "docker" else ""
+        raise ToolFailed(f"{tool} build failed with exit code {process.returncode}, its last lines are above{f': {meaning}' if meaning else chroot}")
+
+
 @contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Whatever happens, the tool is not left behind."""
     try:
         yield

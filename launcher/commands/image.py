@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import containers
 from containers.store import ImageFolder, short
 from launcher import describe
 from launcher.cluster import Cluster, find_cluster
-from launcher.images import Request, ToolFailed, images_root, import_image, site_format, this_architecture, with_path
-from recipes.errors import FAILED, OK
+from launcher.images import (
+    Request,
+    ToolFailed,
+    build_image,
+    builder,
+    images_root,
+    import_image,
+    site_format,
+    this_architecture,
+    with_path,
+    write_context,
+)
+from recipes.errors import FAILED, OK, BadInput
+from recipes.version import VERSION
 
 PLAIN_SECONDS = 5.0
 Say = Callable[[str], None]
@@ -22,7 +36,7 @@ Say = Callable[[str], None]
 
 def run(options: argparse.Namespace) -> int:
     """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
-    actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
+    actions = {"import": run_import, "build": run_build, "list": run_list}
     try:
         return actions[options.action](options)
     except ToolFailed as error:
@@ -101,6 +115,36 @@ def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
             say(f"  {title}: {part}, {describe.duration(now - started)}")
 
     yield show
+
+
+# --- build ----------------------------------------------------------------------------------------------
+
+DOCKERFILE = Path(containers.__file__).with_name("Dockerfile")
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Build with what is here, then import what was built."""
+    dockerfile = Path(options.file).expanduser() if options.file else DOCKERFILE
+    if not dockerfile.is_file():
+        raise BadInput(f"--file {dockerfile}: there is no such file")
+    if options.print_only:
+        print(dockerfile.read_text(), end="")
+        return OK
+    folder, _ = folder_of(options)
+    tool, say = builder(options.tool), say_for(options)
+    arguments = {"VERSION": VERSION, **({"BASE": options.base} if options.base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
+    tag = options.tag or f"localhost/amlaunch:{VERSION}"
+    with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:
+        write_context(Path(context), dockerfile, Path(options.wheels).expanduser() if options.wheels else None)
+        say(f"{tool} builds {tag}")
+        build_image(tool, Path(context), tag, arguments, say)
+    if options.no_import:
+        say(f"built {tag}, in the storage of {tool}")
+        return OK
+    source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
+    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
+    origin = f"build on {options.base}" if options.base else "build"
+    return make(Request(source, folder, options.format or site_format(), this_architecture(), tool, work, origin=origin), options, say)
 
 
 # --- list -----------------------------------------------------------------------------------------------
