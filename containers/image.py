@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from containers.reference import Reference
 
@@ -89,6 +90,8 @@ class Launch:
     """Flags for srun, where Slurm itself starts the container."""
     prepare: tuple[tuple[str, ...], ...] = ()
     """Commands that each node runs once before: they bring the image there, and do nothing where it is."""
+    bundle: Mapping[str, Any] | None = None
+    """The ``config.json`` of an OCI bundle that is made for this start, where the runtime wants one."""
     stdin: bool = False
     """Whether the container lives only as long as the standard input that it was given: a daemon started it, not we."""
 

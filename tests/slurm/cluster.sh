@@ -241,6 +241,16 @@ StorageLoc=slurm_acct_db
 END
 }
 
+oci_conf() { # srun --container: runc, as the user; a state folder of each node's own
+  local state='--root=/local/runc-%U'
+  cat <<END
+RunTimeRun="runc --rootless=true $state run --bundle %b %n.%u.%j.%s.%t"
+RunTimeQuery="runc --rootless=true $state state %n.%u.%j.%s.%t"
+RunTimeKill="runc --rootless=true $state kill -a %n.%u.%j.%s.%t SIGKILL"
+RunTimeDelete="runc --rootless=true $state delete --force %n.%u.%j.%s.%t"
+END
+}
+
 check() {
   { [ -e /etc/debian_version ] && command -v apt-get >/dev/null; } || die "needs Debian"
   unshare --net --uts --ipc --mount --pid --fork true 2>/dev/null || die "namespaces are forbidden here"
@@ -265,6 +275,7 @@ configure() {
   echo "Name=gpu Type=h100 File=/dev/fakegpu[0-$((AMLAUNCH_GPUS - 1))] Flags=nvidia_gpu_env" |
     sed "s/^/NodeName=gpu[1-$AMLAUNCH_GPU_NODES] /" >$CONF/gres.conf
   echo CgroupAutomount=no >$CONF/cgroup.conf
+  oci_conf >$CONF/oci.conf
   forget_hosts
   for node in $(nodes); do echo "$NET.$(host_part "$node") $node $MARK"; done >>/etc/hosts
 }
