@@ -36,9 +36,10 @@ def where(tool: str, registry: str, environ: Mapping[str, str]) -> str:
         return f"{tool} registry login --username '{user}' docker://{registry} asks for {key}, and keeps it in {home}/.{tool}/docker-config.json"
     if tool == "docker":
         return f"docker login {registry} --username '{user}' asks for {key}, and keeps it in {environ.get('DOCKER_CONFIG', home + '/.docker')}/config.json"
-    file = environ.get("REGISTRY_AUTH_FILE") or f"{environ['XDG_RUNTIME_DIR']}/containers/auth.json" if environ.get("XDG_RUNTIME_DIR") else f"{home}/.docker/config.json"
-    keep = "" if environ.get("REGISTRY_AUTH_FILE") else f"; with --authfile {home}/.docker/config.json it outlives a logout"
-    return f"{tool} login {registry} --username '{user}' asks for {key}, and keeps it in {file}{keep}"
+    run = environ.get("XDG_RUNTIME_DIR")
+    lasting = f"{home}/.docker/config.json"
+    file = environ.get("REGISTRY_AUTH_FILE") or (f"{run}/containers/auth.json, until you log out; --authfile {lasting} keeps it" if run else lasting)
+    return f"{tool} login {registry} --username '{user}' asks for {key}, and keeps it in {file}"
 
 
 def explain(tool: str, reference: str, said: str, environ: Mapping[str, str]) -> str:

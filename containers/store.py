@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from containers.facts import ImageFacts, of_check, of_table
+from containers.reference import BadReference, for_enroot, parse
 
 FORMATS = ("sqsh", "sif")
 DIGEST_SHOWN = 12
@@ -142,12 +143,13 @@ def short(digest: str) -> str:
     return digest.rpartition(":")[2][:DIGEST_SHOWN]
 
 
-def plain(reference: str) -> str:
-    """One spelling of an image in a registry: without ``docker://``, a ``/`` after the registry, a tag."""
-    found = reference.removeprefix("docker://").replace("#", "/", 1)
-    found = re.sub(r"^[^@/]+@(?!sha256:)", "", found)  # enroot's USER@REGISTRY
-    last = found.rpartition("/")[2]
-    return found if ":" in last or "@" in last or "/" not in found.strip("/") else f"{found}:latest"
+def plain(text: str) -> str:
+    """One spelling of an image in a registry, complete: ``nvcr.io/nvidia/pytorch:25.08-py3``; of anything else, as it stands."""
+    try:
+        found = parse(text)
+    except BadReference:
+        return text
+    return found.name if found.kind == "registry" else text
 
 
 def slug(name: str) -> str:
@@ -155,9 +157,7 @@ def slug(name: str) -> str:
     if name.startswith(("/", ".", "~")):
         bare = re.sub(r"\.(tar|tar\.\w+|tgz|sqsh|sif)$", "", Path(name).name)
     else:
-        bare = plain(name).partition("@")[0]
-        first, slash, rest = bare.partition("/")
-        bare = rest if slash and ("." in first or ":" in first or first == "localhost") else bare
+        bare = re.sub(r"^[^/]*[.:][^/]*/|^localhost/", "", plain(name).partition("@")[0]).removeprefix("library/")
     return re.sub(r"[^A-Za-z0-9._]+", "-", bare).strip("-.") or "image"
 
 
@@ -195,11 +195,9 @@ def save(tool: str, reference: str, archive: Path) -> list[str]:
 
 
 def enroot_import(reference: str, target: Path, architecture: str) -> list[str]:
-    """A squashfs image straight from a registry; ``#`` stands after the registry (enroot doc/cmd/import.md)."""
-    registry, slash, rest = reference.partition("/")
-    there = f"{registry}#{rest}" if slash and ("." in registry or ":" in registry) else reference
+    """A squashfs image straight from a registry (enroot doc/cmd/import.md)."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(architecture, architecture)
-    return ["enroot", "import", "--arch", machine, "--output", str(target), f"docker://{there}"]
+    return ["enroot", "import", "--arch", machine, "--output", str(target), for_enroot(parse(reference))]
 
 
 def enroot_settings(work: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from containers import credentials, layers, store
 from containers.layers import Layered, NotAnImage
+from containers.reference import BadReference, parse
 from containers.store import ImageFolder, StoredImage
 from launcher import describe
 from launcher.profiles import profile_files
@@ -140,7 +141,13 @@ def look(request: Request) -> Source:
         raise BadInput(f"{text} is an image that runtimes start as it is: name it in the recipe, container.image: {path.absolute()}")
     if text.startswith(("/", "./", "../", "~")) or path.exists() or path.suffix in (".tar", ".tgz"):
         return _on_disk(path, "layout" if path.is_dir() else "archive")
-    return Source("registry", store.plain(text), _there(request.tool) if request.tool else _registry_tool())
+    try:
+        reference = parse(text)
+    except BadReference as error:
+        raise BadInput(str(error)) from None
+    if reference.path is not None:
+        return _on_disk(reference.path, "archive")
+    return Source("registry", reference.name, _there(request.tool) if request.tool else _registry_tool())
 
 
 def _on_disk(path: Path, kind: str) -> Source:

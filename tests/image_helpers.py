@@ -52,8 +52,8 @@ def layer(entries: Sequence[Entry]) -> bytes:
     return out.getvalue()
 
 
-def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, architecture: str = "amd64") -> Path:
-    """An OCI image layout of these layers, compressed with gzip."""
+def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, architecture: str = "amd64", *, packed: bool = True) -> Path:
+    """An OCI image layout of these layers, compressed with gzip unless they are large and made of noise."""
     blobs = folder / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
 
@@ -62,7 +62,7 @@ def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any
         (blobs / digest).write_bytes(data)
         return {"digest": f"sha256:{digest}", "size": len(data)}
 
-    packed = [gzip.compress(one, 1, mtime=0) for one in layers]
+    stored = [gzip.compress(one, 1, mtime=0) if packed else one for one in layers]
     diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
     settings = {"architecture": architecture, "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}
     kind = "application/vnd.oci.image"
@@ -70,7 +70,7 @@ def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any
         "schemaVersion": 2,
         "mediaType": f"{kind}.manifest.v1+json",
         "config": {"mediaType": f"{kind}.config.v1+json", **blob(json.dumps(settings).encode())},
-        "layers": [{"mediaType": f"{kind}.layer.v1.tar+gzip", **blob(one)} for one in packed],
+        "layers": [{"mediaType": f"{kind}.layer.v1.tar{'+gzip' * packed}", **blob(one)} for one in stored],
     }
     entry = {"mediaType": f"{kind}.manifest.v1+json", **blob(json.dumps(manifest).encode()), "platform": {"architecture": architecture, "os": "linux"}}
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
