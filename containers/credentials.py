@@ -47,6 +47,8 @@ def explain(tool: str, reference: str, said: str, environ: Mapping[str, str]) ->
     registry, low = registry_of(reference), said.lower()
     if any(word in low for word in NO_SPACE):
         return "there was no space left while it worked: --images or --tmp name a folder with more, the same command goes on from what is there"
+    if reference.startswith("/"):
+        return ""
     if any(word in low for word in PLAIN_HTTP):
         return f"{registry} speaks plain HTTP: --insecure allows that"
     if any(word in low for word in REFUSED):

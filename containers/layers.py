@@ -29,6 +29,8 @@ WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 BUFFER = 1 << 20
 FOLDERS = {"dev": 0o755, "etc": 0o755, "proc": 0o555, "run": 0o755, "sys": 0o555, "tmp": 0o1777}
 """Where runtimes mount something, whether or not the image has them."""
+FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/resolv.conf")
+"""The same of files; enroot, apptainer and Charliecloud put the host's over them."""
 Opener = Callable[[], IO[bytes]]
 
 

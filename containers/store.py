@@ -104,7 +104,7 @@ class ImageFolder:
         for image in self.images():
             path = Path(image.path)
             digest = image.digest.partition(":")[2]
-            if name in (str(path), path.name, path.stem, image.source) or (image.reference and wanted == image.reference):
+            if name in (str(path), path.name, path.stem, path.stem.rpartition("-")[0], image.source) or (image.reference and wanted == image.reference):
                 return image
             if len(name.removeprefix("sha256:")) >= 7 and digest.startswith(name.removeprefix("sha256:")):
                 return image

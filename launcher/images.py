@@ -15,12 +15,13 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from containers import credentials, layers, store
 from containers.layers import Layered, NotAnImage
@@ -338,9 +339,7 @@ class _Import:
 
     def _carry_out(self, command: Sequence[str], title: str, total: int, done: Callable[[], int] | None, env: Mapping[str, str] | None = None) -> None:
         """Run a tool, showing how far it is. Raises ToolFailed with its last words."""
-        log = self.work / f"{command[0]}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "wb") as output, self.meter(title, total) as meter:
+        with tempfile.TemporaryFile() as output, self.meter(title, total) as meter:  # not in a folder that may be full
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),), env={**os.environ, **(env or {})}
             )
@@ -348,8 +347,8 @@ class _Import:
                 while process.poll() is None:
                     meter(done() if done else 0)
                     time.sleep(0.2)
-        if process.returncode:
-            raise self._failure(command, log.read_text(errors="replace"))
+            if process.returncode:
+                raise self._failure(command, _content(output))
 
     def _failure(self, command: Sequence[str], said: str) -> ToolFailed:
         lines = [line for line in credentials.without_secrets(said).splitlines() if line.strip()]
@@ -385,9 +384,8 @@ class _Import:
 
     def _pour(self, image: Layered, command: Sequence[str], title: str) -> None:
         """The image's files as a tar into a tool's stdin. Raises NotAnImage and ToolFailed."""
-        log = self.work / f"{command[0]}.log"
         read = 0
-        with open(log, "wb") as output, self.meter(title, image.size) as meter:
+        with tempfile.TemporaryFile() as output, self.meter(title, image.size) as meter:
 
             def count(more: int) -> None:
                 nonlocal read
@@ -400,8 +398,8 @@ class _Import:
                 with suppress(BrokenPipeError), process.stdin as pipe:  # else it has ended by itself, and says why
                     layers.merge(image, pipe, layers.runtime_files(image.settings), count)
                 process.wait()
-        if process.returncode:
-            raise self._failure(command, log.read_text(errors="replace"))
+            if process.returncode:
+                raise self._failure(command, _content(output))
 
     def _make_sif(self, image: Layered, target: Path) -> None:
         program = sif_program()
@@ -574,6 +572,11 @@ def sif_program() -> str:
 def _need(program: str, package: str) -> None:
     if not shutil.which(program):
         raise BadInput(f"{program} is not in the search path here; it comes with {package}")
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _size_of(path: Path) -> int:

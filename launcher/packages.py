@@ -302,16 +302,22 @@ def _lacking(why: str, obstacles: Mapping[str, str], facts: ImageFacts) -> str:
 
 
 def _too_old(want: Want, facts: ImageFacts) -> list[str]:
-    """What amlaunch's own metadata asks of a version that is in the image."""
+    """The problem of a version in the image that is older than amlaunch's own metadata asks for."""
+    version = facts.version(want.name)
+    needed = too_old(want.name, version)
+    return [f"{want.why} needs {needed}; {facts.image} has {version} ({facts.source}): take a newer image"] if needed else []
+
+
+def too_old(name: str, version: str) -> str:
+    """What amlaunch asks for (``torch>=2.6``) where a version is not of that kind; empty where it is, or nobody can say."""
     from packaging.version import InvalidVersion, Version
 
-    version, specifier = facts.version(want.name), _asked().get(want.name)
+    specifier = _asked().get(name)
     if not version or specifier is None:
-        return []
+        return ""
     with suppress(InvalidVersion):
-        if not specifier.contains(Version(version), prereleases=True):
-            return [f"{want.why} needs {want.name}{specifier}; {facts.image} has {version} ({facts.source}): take a newer image"]
-    return []
+        return "" if specifier.contains(Version(version), prereleases=True) else f"{name}{specifier}"
+    return ""
 
 
 @functools.cache

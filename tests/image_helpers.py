@@ -80,7 +80,8 @@ def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any
 
 def write_docker_archive(path: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, tag: str = "tiny:1") -> Path:
     """A tar as ``docker save`` writes it."""
-    settings = json.dumps({"architecture": "amd64", "os": "linux", "config": dict(config or {})}).encode()
+    diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
+    settings = json.dumps({"architecture": "amd64", "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}).encode()
     name = f"{hashlib.sha256(settings).hexdigest()}.json"
     files = {name: settings, **{f"{number}/layer.tar": data for number, data in enumerate(layers)}}
     files["manifest.json"] = json.dumps([{"Config": name, "RepoTags": [tag], "Layers": [f"{number}/layer.tar" for number in range(len(layers))]}]).encode()

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import containers
-from containers.store import ImageFolder, short
-from launcher import describe
+from containers.reference import BadReference, parse
+from containers.store import ImageFolder, read_json, short
+from launcher import describe, image_check
 from launcher.cluster import Cluster, find_cluster
+from launcher.commands.doctor import Report
+from launcher.diagnose import BAD, worst
 from launcher.images import (
     Request,
     ToolFailed,
@@ -28,6 +31,7 @@ from launcher.images import (
     write_context,
 )
 from recipes.errors import FAILED, OK, BadInput
+from recipes.files import write_json
 from recipes.version import VERSION
 
 PLAIN_SECONDS = 5.0
@@ -36,7 +40,7 @@ Say = Callable[[str], None]
 
 def run(options: argparse.Namespace) -> int:
     """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
-    actions = {"import": run_import, "build": run_build, "list": run_list}
+    actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
     try:
         return actions[options.action](options)
     except ToolFailed as error:
@@ -170,3 +174,42 @@ def run_list(options: argparse.Namespace) -> int:
     print(folder.root)
     describe.console().print(table)
     return OK
+
+
+# --- check ----------------------------------------------------------------------------------------------
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
+    folder, cluster = folder_of(options)
+    stored = folder.find(options.image)
+    try:
+        reference = parse(stored.path if stored else options.image)
+        mounts = [containers.parse_mount(text, Path.cwd()) for text in options.mount]
+    except (BadReference, containers.BadMount) as error:
+        raise BadInput(str(error)) from None
+    name, place = reference.name, folder.check(stored.path if stored else options.image)
+    if options.has:
+        write_json(place, image_check.said(name, options.has, read_json(place)))
+        print(f"written down in {place}")
+        return OK
+    if reference.path is not None and not reference.path.exists():
+        raise BadInput(f"there is no file {reference.path}")
+    for mount in mounts:
+        if not Path(mount.source).exists() and not cluster:
+            raise BadInput(f"--mount {mount.short}: there is no {mount.source} on this machine")
+    say = say_for(options)
+    runtime = image_check.choose_runtime(reference, options.runtime, cluster)
+    start = image_check.plan_start(reference, runtime, mounts, cluster, options.gpus)
+    seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, meter_for(options.json, say)))
+    found = list(image_check.findings(options.image, seen, bool(options.gpus)))
+    write_json(place, seen)
+    verdict = worst(found)
+    if options.json:
+        print(describe.to_json({"verdict": verdict, "record": str(place), **seen, "findings": image_check.as_json(found)}))
+    else:
+        report = Report(json=False)
+        report.begin("image", f"{name}, started by {runtime}")
+        report.add(found)
+        print(f"written down in {place}")
+    return FAILED if verdict == BAD else OK
