@@ -279,16 +279,19 @@ def merge(image: Layered, out: IO[bytes], files: Mapping[str, tuple[bytes, int]]
     """
     with _damage_told(), tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         tar.copybufsize = BUFFER  # type: ignore[attr-defined]
-        merge_state = _Merge(tar)
+        state = _Merge(tar)
         for name, (content, mode) in files.items():
-            merge_state.add(_made(name, mode, len(content)), io.BytesIO(content))
+            state.add(_made(name, mode, len(content)), io.BytesIO(content))
         for number in range(len(image.layers) - 1, -1, -1):
-            _merge_layer(merge_state, number, image.layers[number], count)
-        _find_orphans(merge_state, image)
+            _merge_layer(state, number, image.layers[number], count)
+        _find_orphans(state, image)
         workdir = _plain(str(image.settings.get("WorkingDir") or ""))  # where it starts, and nobody can make it in a read-only image
         for name, mode in {**FOLDERS, workdir: 0o755}.items():
-            if name and not merge_state.hidden(name):
-                merge_state.add(_made(name, mode, None), None)
+            if name and not state.hidden(name):
+                state.add(_made(name, mode, None), None)
+        for name in FILES:
+            if not state.hidden(name):
+                state.add(_made(name, 0o644, 0), io.BytesIO())
 
 
 @contextmanager
@@ -321,15 +324,17 @@ def _merge_layer(state: _Merge, number: int, layer: Opener, count: Callable[[int
             closed.add(folder)
         elif last.startswith(WHITEOUT):
             closed.add(posixpath.join(folder, last[len(WHITEOUT) :]))
-        elif info.name and not state.hidden(info.name) and not _is_device(info):
+        elif info.name and not _is_device(info):
+            if not info.isdir():  # it hides what is below its name, and is hidden itself, perhaps
+                closed.add(info.name)
+            if state.hidden(info.name):
+                continue
             if info.islnk() and info.linkname not in mine:
                 state.orphans.setdefault((number, info.linkname), []).append(info)
                 state.shown.add(info.name)
             else:
                 state.add(info, content)
                 mine.add(info.name)
-            if not info.isdir():
-                closed.add(info.name)
     state.closed |= closed
 
 

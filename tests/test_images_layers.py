@@ -38,6 +38,7 @@ def test_what_upper_layers_hide():
     assert merged(low, high) == {"a": None, "a/x": b"high", "b/new": b"high", "c": None, "c/f": b"high", "d": "->a"}
     back = layer([("a", None), ("a/y", b"back")])
     assert merged(low, high, back)["a/y"] == b"back", "what one layer removed, a later one brings back"
+    assert merged(layer([("a/x", b"low")]), layer([("a", b"file")]), layer([("a", None)])) == {"a": None}, "a file that is hidden itself hid it"
 
 
 def test_a_hard_link_whose_file_is_hidden_keeps_its_content():
