@@ -265,9 +265,9 @@ def _memory(seen: Mapping[str, Any]) -> Iterator[Finding]:
     size, limits = seen.get("shm_bytes"), seen.get("limits") or {}
     if isinstance(size, int):
         small = size < MIN_SHM
-        yield Finding("/dev/shm", WARN if small else OK, f"{describe.count(size)}B", "data loaders and NCCL want more: the host's (--ipc=host)" if small else "")
+        yield Finding("/dev/shm", WARN if small else OK, describe.size(size), "data loaders and NCCL want more: the host's (--ipc=host)" if small else "")
     if seen.get("infiniband") and limits.get("memlock") is not None:
-        yield Finding("memlock", WARN, f"{describe.count(limits['memlock'])}B", "InfiniBand wants it unlimited: ulimit -l on the node, --ulimit memlock=-1")
+        yield Finding("memlock", WARN, describe.size(limits['memlock']), "InfiniBand wants it unlimited: ulimit -l on the node, --ulimit memlock=-1")
 
 
 def _mount(mount: Mapping[str, Any]) -> Finding:
@@ -275,7 +275,7 @@ def _mount(mount: Mapping[str, Any]) -> Finding:
     if not mount.get("there"):
         return Finding("mount", BAD, f"{path} is not there")
     if mount.get("writable"):
-        free = f", {describe.count(mount['free_bytes'])}B free" if mount.get("free_bytes") is not None else ""
+        free = f", {describe.size(mount['free_bytes'])} free" if mount.get("free_bytes") is not None else ""
         return Finding("mount", OK, f"{path} can be written{free}")
     return Finding("mount", WARN, f"{path} cannot be written{f': {problem}' if problem else ''}", "fine for data that are only read")
 

@@ -286,7 +286,7 @@ class _Import:
             free = shutil.disk_usage(_nearest(folder)).free
             if needed > free:
                 other = "--images" if folder == self.folder.root else "--tmp"
-                raise BadInput(f"{folder}: {what} will need about {describe.count(needed)}B there, {describe.count(free)}B are free; {other} DIR names another folder")
+                raise BadInput(f"{folder}: {what} will need about {describe.size(needed)} there, {describe.size(free)} are free; {other} DIR names another folder")
 
     # --- fetching
 

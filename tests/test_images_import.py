@@ -168,7 +168,7 @@ def test_room_is_looked_for_first(tmp_path, capsys):
     try:
         assert main(["image", "import", f"oci:{layout}", "--images", str(small)]) == 2
         error = capsys.readouterr().err
-        assert re.search(rf"{small}: the image will need about 4\.8\dMB there, 2\.10MB are free; --images DIR names another folder", error), error
+        assert re.search(rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder", error), error
         assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 1, "the half-made file has no room there"
         assert "no space left" in capsys.readouterr().err
     finally:

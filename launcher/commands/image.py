@@ -79,7 +79,7 @@ def make(request: Request, options: argparse.Namespace, say: Say) -> int:
         print(describe.to_json({**with_path(image), "made": made}))
         return OK
     took = f" in {describe.duration(time.monotonic() - started)}" if made else ""
-    say(f"{'made' if made else 'already there:'} {image.path} ({describe.count(image.size)}B, {image.digest[:19]}){took}")
+    say(f"{'made' if made else 'already there:'} {image.path} ({describe.size(image.size)}, {image.digest[:19]}){took}")
     say(f"in a recipe: container.image: {image.path}\nwhat is in it: {describe.program()} image check {image.path}")
     return OK
 
@@ -108,14 +108,14 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
     started = spoke = time.monotonic()
-    say(f"{title}{f' {describe.count(total)}B' if total else ''}")
+    say(f"{title}{f' {describe.size(total)}' if total else ''}")
 
     def show(done: int) -> None:
         nonlocal spoke
         now = time.monotonic()
         if now - spoke >= PLAIN_SECONDS:
             spoke = now
-            part = f"{describe.count(done)}B of {describe.count(total)}B" if total else f"{describe.count(done)}B"
+            part = f"{describe.size(done)} of {describe.size(total)}" if total else describe.size(done)
             say(f"  {title}: {part}, {describe.duration(now - started)}")
 
     yield show
@@ -170,7 +170,7 @@ def run_list(options: argparse.Namespace) -> int:
     table = Table("image", "digest", "size", "made", "made of", "checked", box=None, padding=(0, 2, 0, 0))
     for image, facts, checked in rows:
         state = (facts.source.removeprefix("checked ") if checked else "no") if image.whole else "its file is not whole: import it again"
-        table.add_row(Path(image.path).name, short(image.digest), f"{describe.count(image.size)}B", image.date.replace("T", " ")[:16], image.source, state)
+        table.add_row(Path(image.path).name, short(image.digest), describe.size(image.size), image.date.replace("T", " ")[:16], image.source, state)
     print(folder.root)
     describe.console().print(table)
     return OK
