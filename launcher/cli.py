@@ -242,7 +242,7 @@ def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="DIR", help="the folder of images (default: $AMLAUNCH_IMAGES, the profile's images, or images beside the runs)")
+    parser.add_argument("--images", metavar="DIR", help="the folder of images (default: $AMLAUNCH_IMAGES, the profile's image_folder, or images beside the runs)")
     parser.add_argument("--cluster", metavar="NAME", help="the profile whose folder and runtime are meant")
 
 

@@ -28,8 +28,6 @@ from containers.layers import Layered, NotAnImage
 from containers.reference import BadReference, parse
 from containers.store import ImageFolder, StoredImage
 from launcher import describe
-from launcher.profiles import profile_files
-from launcher.store import runs_root
 from recipes.errors import BadInput
 from recipes.files import Lock, fsync_folder, write_json
 
@@ -86,29 +84,7 @@ class Source:
         return self.place if self.kind in ("registry", "engine") else ""
 
 
-# --- where images are -----------------------------------------------------------------------------------
-
-
-def images_root(given: str | None = None, site: str | None = None) -> Path:
-    """``--images``, else ``AMLAUNCH_IMAGES``, else the ``images`` of a cluster's profile, else ``images`` beside the runs."""
-    named = given or os.environ.get("AMLAUNCH_IMAGES") or site or _of_profiles()
-    return Path(named).expanduser().absolute() if named else runs_root().parent / "images"
-
-
-def _of_profiles() -> str | None:
-    """The folder that the user's profiles name, where they agree on one."""
-    files = profile_files()
-    if not files:
-        return None
-    from launcher.cluster import check_profile
-    from recipes.yamlfile import read_file
-
-    found = set()
-    for path in files:
-        with suppress(BadInput, AttributeError):  # whoever uses that profile is told what is wrong with it
-            found |= {check_profile(profile or {}, {}).images for profile in read_file(path)[0].values()}
-    named = found - {None}
-    return named.pop() if len(named) == 1 else None
+# --- what the site has ------------------------------------------------------------------------------------
 
 
 def this_architecture() -> str:

@@ -71,8 +71,7 @@ class Package:
     """Relative name to source, of what would be copied."""
     compiled: bool = False
     """Useless without files that fit one Python and one machine."""
-    problem: str = ""
-    """Why it cannot run under the image's Python; empty: it can."""
+    requires_python: str = ""
     requires: tuple[str, ...] = ()
     """Requirements as the metadata writes them."""
 
@@ -276,15 +275,17 @@ def closure(name: str, facts: ImageFacts) -> tuple[dict[str, Package], str]:
         one = waiting.pop()
         if one in found or (one != name and facts.has(one)):
             continue
-        package = read_package(one, pythons)
+        package = read_package(one)
         if package is None:
             return {}, f"{one} is not installed here"
         if package.compiled:
             return {}, f"{name} needs {one}, which is compiled" if one != name else f"{name} is compiled"
-        if package.problem:
-            return {}, f"{one} {package.version} of this machine: {package.problem}"
         found[one] = package
         waiting += _dependencies(package, pythons) if one not in ONLY_DATA else []
+    for package in found.values():  # last, for it takes longest
+        problem = unfit(package.requires_python, package.files.values(), pythons)
+        if problem:
+            return {}, f"{package.name} {package.version} of this machine: {problem}"
     size = sum(source.stat().st_size for package in found.values() for source in package.files.values())
     return ({}, f"{name} is too large to copy for each run, {size / 1e6:.0f} MB") if size > MAX_BYTES else (found, "")
 
@@ -344,8 +345,8 @@ def _dependencies(package: Package, pythons: Sequence[Version]) -> list[str]:
     return found
 
 
-def read_package(name: str, pythons: Sequence[Version] = PYTHONS) -> Package | None:
-    """An installed distribution, judged for an image with one of ``pythons``; None where it is not installed."""
+def read_package(name: str) -> Package | None:
+    """An installed distribution; None where it is not installed."""
     try:
         found = importlib.metadata.distribution(name)
     except PackageNotFoundError:
@@ -354,8 +355,8 @@ def read_package(name: str, pythons: Sequence[Version] = PYTHONS) -> Package | N
     if canonical(name) not in WITHOUT_EXTENSIONS and _is_compiled(found, files):
         return Package(canonical(name), found.version, compiled=True)
     kept = {target: source for target, source in files.items() if source.suffix not in COMPILED}
-    problem = unfit(str(found.metadata.json.get("requires_python") or ""), kept.values(), pythons)
-    return Package(canonical(name), found.version, kept, problem=problem, requires=tuple(found.requires or ()))
+    asked = str(found.metadata.json.get("requires_python") or "")
+    return Package(canonical(name), found.version, kept, requires_python=asked, requires=tuple(found.requires or ()))
 
 
 def _files(found: Distribution, name: str) -> Iterator[tuple[str, Path]]:

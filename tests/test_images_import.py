@@ -214,10 +214,10 @@ def test_nothing_that_fetches(tmp_path, monkeypatch, capsys):
 
 def test_the_folder_of_images(tmp_path, monkeypatch, capsys):
     """--images, AMLAUNCH_IMAGES, the profile's, and the only one that any profile names."""
-    (tmp_path / "clusters.yaml").write_text("one: {images: /shared/one}\ntwo: {}\n")
+    (tmp_path / "clusters.yaml").write_text("one: {image_folder: /shared/one}\ntwo: {}\n")
     folders = [result(capsys, "list", *words)["folder"] for words in ([], ["--cluster", "one"], ["--cluster", "two"])]
     assert folders == ["/shared/one"] * 3
-    (tmp_path / "clusters.yaml").write_text("one: {images: /shared/one}\ntwo: {images: /shared/two}\n")
+    (tmp_path / "clusters.yaml").write_text("one: {image_folder: /shared/one}\ntwo: {image_folder: /shared/two}\n")
     folders = [result(capsys, "list", *words)["folder"] for words in ([], ["--cluster", "two"], ["--images", "here"])]
     assert folders == [str(tmp_path / "images"), "/shared/two", str(tmp_path / "here")]
     monkeypatch.setenv("AMLAUNCH_IMAGES", "/elsewhere")

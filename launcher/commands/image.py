@@ -18,12 +18,12 @@ from launcher import describe, image_check
 from launcher.cluster import Cluster, find_cluster
 from launcher.commands.doctor import Report
 from launcher.diagnose import BAD, worst
+from launcher.image_folder import image_folder
 from launcher.images import (
     Request,
     ToolFailed,
     build_image,
     builder,
-    images_root,
     import_image,
     site_format,
     this_architecture,
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
     """The folder of images, and the cluster that was named."""
     cluster = find_cluster(options.cluster) if options.cluster else None
-    return ImageFolder(images_root(options.images, cluster.profile.images if cluster else None)), cluster
+    return image_folder(options.images, cluster.profile.image_folder if cluster else None), cluster
 
 
 # --- import ---------------------------------------------------------------------------------------------
