@@ -351,8 +351,11 @@ def read_package(name: str) -> Package | None:
         found = importlib.metadata.distribution(name)
     except PackageNotFoundError:
         return None
+    faster = canonical(name) in WITHOUT_EXTENSIONS
+    if not faster and "root-is-purelib: false" in (found.read_text("WHEEL") or "").lower():  # programs of other kinds count, too
+        return Package(canonical(name), found.version, compiled=True)
     files = dict(_files(found, name))
-    if canonical(name) not in WITHOUT_EXTENSIONS and _is_compiled(found, files):
+    if not faster and any(source.suffix in COMPILED or ".so." in source.name for source in files.values()):
         return Package(canonical(name), found.version, compiled=True)
     kept = {target: source for target, source in files.items() if source.suffix not in COMPILED}
     asked = str(found.metadata.json.get("requires_python") or "")
@@ -384,12 +387,6 @@ def _is_inside(entry: PurePosixPath) -> bool:
     if ".." in entry.parts or entry.is_absolute() or "__pycache__" in entry.parts or entry.suffix in (".pyc", ".pth"):
         return False
     return not (place.endswith(".dist-info") and entry.name in NOT_INSIDE)
-
-
-def _is_compiled(found: Distribution, files: Mapping[str, Path]) -> bool:
-    """Programs without a suffix count, too: a wheel with any is not of the pure kind."""
-    pure = "root-is-purelib: false" not in (found.read_text("WHEEL") or "").lower()
-    return not pure or any(source.suffix in COMPILED or ".so." in source.name for source in files.values())
 
 
 def unfit(requires_python: str, files: Iterable[Path], pythons: Sequence[Version]) -> str:
