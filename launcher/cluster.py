@@ -91,6 +91,8 @@ class Profile:
     executor: Literal["slurm", "local"] = "slurm"
     runs: str | None = None
     """Where the run directories are: on the file system that all nodes share. None: as ``--runs`` says, else ./runs."""
+    image_folder: str | None = None
+    """Where ``amlaunch image import`` puts images: on the file system that all nodes share. None: ``images`` beside the runs."""
     shared_roots: list[str] = field(default_factory=list)
     """Folders that all nodes see; a run elsewhere is refused. None given: a run on a local disk is warned of."""
     partition: str | None = None
