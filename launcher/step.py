@@ -43,7 +43,8 @@ class Step:
         output = files.enter_context(open(attempt.log(None), "ab"))
         command = [*srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd, start), *start.launch.argv]
         stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
-        return [Srun(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
+        begin = DeafSrun if start.runtime == "slurm" else Srun
+        return [begin(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
 
     def check(self, attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
         """A look at every node before containers start there, as a step of its own; nothing where there are none."""
@@ -83,6 +84,15 @@ class Srun(Rank):
         """SIGTERM, which would kill the tasks, becomes SIGUSR1, which they hear as "save and leave"."""
         super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
 
+
+
+class DeafSrun(Srun):
+    """srun of tasks in Slurm's own containers: its OCI runtime dies of a SIGUSR1, and the task is not told. The stop file tells it."""
+
+    def send_signal(self, sig: int) -> None:
+        """Only what ends them at once."""
+        if sig not in (signal.SIGTERM, signal.SIGUSR1):
+            super().send_signal(sig)
 
 
 def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: Start) -> list[str]:
