@@ -65,15 +65,6 @@ def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> R
     return run
 
 
-@pytest.fixture(autouse=True)
-def logs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the jobs wrote, where a test fails."""
-    yield
-    for place in Place.all if hasattr(Place, "all") else ():
-        for log in sorted(place.folder.glob("runs/*/stages/*/*/logs/*")):
-            print(f"--- {log}", log.read_text()[-1500:], sep="\n")
-
-
 def submitted(place: Place) -> str:
     place.amlaunch("retry", "test-1")
     return place.queued()[0]
