@@ -253,6 +253,7 @@ def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> lis
     if section is None or not inside:
         return []
     problems, notes = Problems(), []
+    problems.add(_image_problems(loaded) if profile is None else ())
     for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
         if os.path.exists(source):
             continue

@@ -45,13 +45,13 @@ def bundle() -> Path:
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            for old in CACHE.glob("image-*"):
-                shutil.rmtree(old)
             aside = CACHE / "aside"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(mode=0o755)
             _make(aside)
             aside.rename(folder)
+            for old in set(CACHE.glob("image-*")) - {folder}:
+                shutil.rmtree(old)
     return folder
 
 
