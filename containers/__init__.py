@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 """The kinds of images that each can start."""
 PROGRAMS = {name: name for name in KINDS} | {"charliecloud": "ch-run", "pyxis": "srun", "slurm": "srun"}
 """What each runtime's command is called."""
+DAEMONS = ("docker", "podman")
+"""Runtimes whose containers are no children of who starts them: they live as long as the input that they were given."""
 OF_SRUN = ("pyxis", "slurm")
 """Runtimes that are flags of srun, and so start nothing but steps of a job."""
 WORDS = {"registry": "images of a registry", "sqsh": ".sqsh files", "sif": ".sif files", "archive": "archives (.tar)", "folder": "folders"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from containers.environment import in_sight, with_env
 from containers.image import CannotLaunch, Image, Launch, root_of
 from containers.reference import Reference, for_apptainer
 
@@ -25,9 +26,9 @@ def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> 
     argv += [*image.options, _spelled(image.of)]
     prefix = program.upper()
     # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
-    env = {f"{prefix}ENV_{name}": value for name, value in image.env.items()}
+    env = {f"{prefix}ENV_{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
     # Values stand as they are: a $(…) in one is not for a shell.
-    return Launch((*argv, *command), {**env, f"{prefix}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
+    return Launch((*argv, *with_env(image.env, command)), {**env, f"{prefix}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
 
 
 def _spelled(reference: Reference) -> str:

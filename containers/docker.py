@@ -7,9 +7,11 @@ GPUs, shared memory and limits as https://docs.nvidia.com/deeplearning/framework
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 
+from containers.environment import in_sight
 from containers.image import CannotLaunch, Image, Launch
 from containers.reference import Reference, for_docker
 
@@ -30,7 +32,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     argv += [*image.options, tag_of(image.of), *command]
     if image.gpus and image.on_slurm:
         argv = ["sh", "-c", GPUS_OF_TASK, "sh", *argv]
-    return Launch(tuple(argv), dict(image.env), prepare=prepare("docker", image.of), stdin=True)
+    return Launch(tuple(argv), handed(image), prepare=prepare("docker", image.of), stdin=True)
 
 
 def common(image: Image) -> list[str]:
@@ -38,10 +40,17 @@ def common(image: Image) -> list[str]:
     argv = ["--rm", "--interactive", "--network=host", "--ipc=host"]
     for mount in image.mounts:
         argv += ["--mount", f"type=bind,source={mount.source},target={mount.target}{',readonly' if mount.read_only else ''}"]
+    shown = in_sight(image.env)
     for name in sorted({*image.env, *image.passed}):
-        argv += ["--env", name]
+        argv += ["--env", f"{name}={shown[name]}" if name in shown else name]
     argv += ["--workdir", image.workdir] if image.workdir else []
     return argv if image.entrypoint else [*argv, "--entrypoint", ""]
+
+
+def handed(image: Image) -> dict[str, str]:
+    """What the client takes from its own environment."""
+    shown = in_sight(image.env)
+    return {name: value for name, value in image.env.items() if name not in shown}
 
 
 def tag_of(reference: Reference) -> str:
@@ -51,8 +60,6 @@ def tag_of(reference: Reference) -> str:
 
 def archive_tag(reference: Reference) -> str:
     """A tag of an archive as it is on disk now: another file of that name is another image."""
-    import hashlib
-
     try:
         found = reference.file.stat()
         state = f"{reference.file}\0{found.st_size}\0{found.st_mtime_ns}"

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
+from containers.environment import in_sight, with_env
 from containers.image import CannotLaunch, Image, Launch
 from containers.reference import Reference, for_enroot
 
@@ -29,13 +30,15 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     # fstab's fields with colons between: bind, and make the place in the image where it is missing (doc/image-format.md)
     for mount in image.mounts:
         argv += ["--mount", f"{mount.source}:{mount.target}:none:x-create=auto,rbind,{'ro' if mount.read_only else 'rw'}:0:0"]
-    for name in sorted(image.env):
+    handed = {name: value for name, value in image.env.items() if name not in in_sight(image.env)}
+    for name in sorted(handed):
         argv += ["--env", name]
     # A name that is not set would be set to nothing, and CUDA_VISIBLE_DEVICES of nothing hides every GPU.
     passed = "".join(f"${{{name}+--env {name}}} " for name in sorted(set(image.passed) - set(image.env)))
     script = f'exec enroot start --rw {"" if image.entrypoint else f"--rc {PLAIN} "}{passed}"$@"'
+    command = with_env(image.env, command)
     inner = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", image.workdir, *command] if image.workdir else list(command)
-    return Launch(("bash", "-c", script, "bash", *argv, *image.options, name_of(image.of), *inner), dict(image.env), prepare=_prepare(image.of))
+    return Launch(("bash", "-c", script, "bash", *argv, *image.options, name_of(image.of), *inner), handed, prepare=_prepare(image.of))
 
 
 def name_of(reference: Reference) -> str:

@@ -48,3 +48,18 @@ def of_runtime(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the runtime's own program: little, for what it inherits it may hand on."""
     stale = set(matching(environ, STALE))
     return {name: environ[name] for name in matching(environ, OF_THE_RUNTIME) if name not in stale}
+
+
+def in_sight(env: Mapping[str, str]) -> dict[str, str]:
+    """Of the variables that are set inside, those that mean something to the runtime's own program, too.
+
+    They cannot be handed on by its environment (HOME is where podman has its images) and so stand in its arguments; none
+    of them is secret.
+    """
+    return {name: env[name] for name in matching(env, (*OF_THE_RUNTIME, "LD_*", "GCONV_PATH", "BASH_ENV", "ENV", "IFS")) if name not in RANK_VARIABLES}
+
+
+def with_env(env: Mapping[str, str], command: Iterable[str]) -> list[str]:
+    """The command with :func:`in_sight` set by ``env``, inside."""
+    shown = in_sight(env)
+    return ["env", *(f"{name}={value}" for name, value in shown.items()), *command] if shown else list(command)

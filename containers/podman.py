@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from containers.docker import common, prepare, tag_of
+from containers.docker import LIMITS, common, handed, prepare, tag_of
 from containers.image import CannotLaunch, Image, Launch, root_of
 
 KINDS = ("registry", "archive", "folder")
@@ -18,14 +18,15 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.of.name}")
-    argv = ["podman", "run", *common(image), *user(), "--ulimit", "host", "--pull=never", "--security-opt", "label=disable"]
+    argv = ["podman", "run", *common(image), *user(), "--pull=never", "--security-opt", "label=disable"]
     argv += ["--device", "nvidia.com/gpu=all"] if image.gpus else []
     argv += list(image.options)
     if image.of.kind == "folder":
-        return Launch((*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command), dict(image.env), stdin=True)
-    return Launch((*argv, tag_of(image.of), *command), dict(image.env), prepare=prepare("podman", image.of), stdin=True)
+        argv += ["--passwd=false"]  # its /etc belongs to whoever unpacked it
+        return Launch((*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command), handed(image), stdin=True)
+    return Launch((*argv, tag_of(image.of), *command), handed(image), prepare=prepare("podman", image.of), stdin=True)
 
 
 def user() -> list[str]:
-    """An ordinary user stays who they are; root needs nothing said."""
-    return ["--userns=keep-id"] if os.getuid() else []
+    """An ordinary user stays who they are, with the limits that they have; root needs nothing said, and may have any."""
+    return ["--userns=keep-id", "--ulimit", "host"] if os.getuid() else [*LIMITS]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from containers.environment import in_sight, with_env
 from containers.image import CannotLaunch, Image, Launch
 from containers.reference import for_pyxis
 
@@ -24,9 +25,10 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     flags += ["--container-writable"]  # programs write to /tmp and caches; unnamed, it is thrown away
     flags += [f"--container-workdir={image.workdir}"] if image.workdir else []
     flags += ["--container-entrypoint" if image.entrypoint else "--no-container-entrypoint"]
-    flags += [f"--container-env={','.join(sorted(image.env))}"] if image.env else []
+    handed = {name: value for name, value in image.env.items() if name not in in_sight(image.env)}
+    flags += [f"--container-env={','.join(sorted(handed))}"] if handed else []
     # srun looks for a command with a path on the host (pyxis#104); a shell inside finds it in the image.
-    return Launch(("sh", "-c", 'exec "$@"', "sh", *command), dict(image.env), (*flags, *image.options))
+    return Launch(("sh", "-c", 'exec "$@"', "sh", *with_env(image.env, command)), handed, (*flags, *image.options))
 
 
 def _mounts(image: Image) -> list[str]:

@@ -17,8 +17,8 @@ from typing import Any
 from launcher.attempt import Attempt
 from launcher.cluster import Profile
 from launcher.plan import Needs
-from launcher.ranks import command_of, environment, meeting_place
-from launcher.slurm import RENDEZVOUS, expand_ranges
+from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, meeting_place
+from launcher.slurm import expand_ranges
 from launcher.state import FAILED
 from recipes.errors import BAD_INPUT, GO_ON_LATER
 from recipes.expand import expand, variables
@@ -35,16 +35,30 @@ class Step:
         self.profile = profile
 
     def start(self, attempt: Attempt, files: ExitStack, port: int) -> list[subprocess.Popen[bytes]]:
-        """The one srun that stands for all ranks; it writes a log for each. Raises OSError and Unset."""
+        """The one srun that stands for all ranks; it writes a log for each. Raises OSError, Unset and CannotLaunch."""
         needs = attempt.stage.needs
-        argv, extra = command_of(attempt)
         meeting = {**meeting_place(needs.nodes, self.profile.interface, os.environ), "MASTER_PORT": str(port)}
-        site = {key: str(expand(value, variables())) for key, value in self.profile.env.items()}
-        env = {**rank_environment(), **site, **extra, **environment(attempt), **meeting}
+        start = how_to_start(attempt, self._site(), meeting, on_slurm=True)
         # srun creates a rank's log when it starts it; ours must be there for what comes before.
         output = files.enter_context(open(attempt.log(None), "ab"))
-        command = srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd)
+        command = [*srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd, start), *start.launch.argv]
+        stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
+        return [Srun(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
+
+    def check(self, attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
+        """A look at every node before containers start there, as a step of its own; nothing where there are none."""
+        start = how_to_start(attempt, self._site(), {}, on_slurm=True)
+        argv = check_command(attempt, start, self.profile.python)
+        if not argv:
+            return []
+        nodes = attempt.stage.needs.nodes
+        output = files.enter_context(open(attempt.log(None), "ab"))
+        command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none", "--input=none", "--unbuffered", "--wait=0", *self.profile.srun]
+        env = {**host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
         return [Srun([*command, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)]
+
+    def _site(self) -> dict[str, str]:
+        return {key: str(expand(value, variables())) for key, value in self.profile.env.items()}
 
     def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
         """Name rank and host of what ended first, from srun's own words."""
@@ -62,35 +76,28 @@ class Step:
         return {**end, "rank": rank, "host": host, "reason": f"rank {rank} ended: {what}{hint}", "again": True}
 
 
-class Srun(subprocess.Popen[bytes]):
+class Srun(Rank):
     """srun as the driver's "rank": asked to stop by the signal that reaches its tasks; its exit code in Python's terms."""
 
     def send_signal(self, sig: int) -> None:
         """SIGTERM, which would kill the tasks, becomes SIGUSR1, which they hear as "save and leave"."""
         super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
 
-    def poll(self) -> int | None:
-        """As ever, but a task that a signal ended is that signal's negative number, not 128 more."""
-        code = super().poll()
-        return 128 - code if code is not None and 128 < code < 128 + signal.NSIG else code
 
 
-def srun(needs: Needs, log: Path, more: list[str], cwd: str) -> list[str]:
+def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: Start) -> list[str]:
     """srun's part of the command: every rank of the element, each with a log of its own beside ``log``.
 
-    Tasks and CPUs are said again: since 22.05 srun does not take ``cpus-per-task`` over from sbatch.
+    Ranks in a container meet without MPI's servers, whatever the site starts by default; a container of a daemon lives as long
+    as its input, which comes from here. Tasks and CPUs are said again: since 22.05 srun does not take ``cpus-per-task`` over from sbatch.
     """
     pattern = str(log.parent).replace("%", "%%") + "/" + log.name.replace("rank0", "rank%t")
     return [
         "srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes * needs.tasks_per_node}", f"--ntasks-per-node={needs.tasks_per_node}",
-        f"--cpus-per-task={max(1, needs.cpus // needs.tasks_per_node)}", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--input=none",
-        "--open-mode=append", f"--output={pattern}", f"--chdir={cwd}", *more,
+        f"--cpus-per-task={max(1, needs.cpus // needs.tasks_per_node)}", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered",
+        f"--input={'all' if start.launch.stdin else 'none'}", "--open-mode=append", f"--output={pattern}", f"--chdir={cwd}",
+        *(["--mpi=none"] if start.image else []), *more, *start.launch.srun,
     ]  # fmt: skip
-
-
-def rank_environment() -> dict[str, str]:
-    """This job's environment, without a rendezvous that somebody else arranged (a shell, a prolog, an image's hook)."""
-    return {name: value for name, value in os.environ.items() if name not in (*RENDEZVOUS, "SLURM_EXPORT_ENV")}
 
 
 def first_failure(log: Path) -> tuple[str, int, str] | None:

@@ -19,7 +19,7 @@ CACHE = Path("/var/cache/amlaunch-tests")
 TORCH = ("torch", "numpy", "safetensors", "tiktoken")
 """With what they need, as it is installed where the tests run: their compiled parts fit Debian's own Python of the same version."""
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
-WITHOUT = ("torch/test", "torch/include", "torch/bin", "torch/share", "torch/testing/_internal", "torch/lib/libtorch_python.so.debug", "nvidia", "triton")
+WITHOUT = ("torch/test", "torch/include", "torch/share", "torch/testing/_internal", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE": "image", "BOTH": "image"}
 """What the image itself sets."""
 MOUNT_POINTS = ("work", "data", "readonly")
@@ -96,6 +96,7 @@ def _make(folder: Path) -> None:
         shutil.rmtree(rootfs / name, ignore_errors=True)
     for name in ("dev", "usr/lib/python3/dist-packages", *MOUNT_POINTS):
         (rootfs / name).mkdir(parents=True, exist_ok=True)
+    (rootfs / "etc/mtab").symlink_to("../proc/self/mounts")  # podman would put it there, in a folder that is root's
     _copy_packages(rootfs / "usr/local/lib/python3.11/dist-packages")
     (rootfs / "ch").mkdir()
     (rootfs / "ch" / "environment").write_text("".join(f"{name}={value}\n" for name, value in ENV.items()))

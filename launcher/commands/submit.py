@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     loaded, plan, notes = _prepared(options, cluster, problems)
     run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
     stages = _chosen(plan, options)
-    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
+    for note in [*loaded.notes, *container_notes(loaded, plan, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
         say(f"note: {note}")
     _check_run(run_dir, plan, cluster, stages, say)
     if options.dry_run:

@@ -242,7 +242,7 @@ END
 }
 
 oci_conf() { # srun --container: runc, as the user; a state folder of each node's own
-  local state='--root=/local/runc-%U'
+  local state='--root=/local/runc-%u'
   cat <<END
 RunTimeRun="runc --rootless=true $state run --bundle %b %n.%u.%j.%s.%t"
 RunTimeQuery="runc --rootless=true $state state %n.%u.%j.%s.%t"
@@ -267,8 +267,27 @@ add_user() { # and devices
   ! [ -c /dev/fuse ] || chmod 666 /dev/fuse # containers of an ordinary user
 }
 
+podman_conf() { # of lab, whose home is the same everywhere: images and state are a node's own
+  cat >"$1/storage.conf" <<END
+[storage]
+driver = "overlay"
+graphroot = "/local/containers/storage"
+runroot = "/local/containers/run"
+END
+  cat >"$1/containers.conf" <<END
+[engine]
+# crun 1.8 refuses a machine that has both kinds of control groups
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+tmp_dir = "/local/containers/tmp"
+END
+}
+
 configure() {
   local node
+  install -d -o $LAB -g $LAB /home/$LAB/.config /home/$LAB/.config/containers
+  podman_conf /home/$LAB/.config/containers
   install -d -o slurm -g slurm $LOG "$STATE/slurmctld" "$STATE/db"
   slurm_conf >$CONF/slurm.conf
   slurmdbd_conf | install -m 600 -o slurm -g slurm /dev/stdin $CONF/slurmdbd.conf
@@ -379,6 +398,7 @@ boot() { # the first process of a node, inside its namespaces
   mount -t sysfs sysfs /sys # shows this node's interfaces only
   mount --rbind "$STATE/all/sys/fs/cgroup" /sys/fs/cgroup
   mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+  mkdir -p /dev/mqueue && mount -t mqueue mqueue /dev/mqueue # podman --ipc=host wants it
   mount --bind "$own/local" /local
   mount -t tmpfs -o mode=755 tmpfs "$own/run"
   install -d "$own/run/munge"
