@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import containers
 from containers import BadMount, BadReference, Image, Mount, Reference, make_mount, parse, parse_mount
 from containers.environment import RANK_VARIABLES, of_libraries
 from containers.reference import doubts
 from launcher.cluster import STAGES, ContainerProfile
+from launcher.image_folder import image_folder
 from launcher.plan import Container, Plan, Stage
 from launcher.problems import Problems
 from recipes.errors import BadInput, did_you_mean
@@ -25,6 +26,9 @@ from recipes.schema import Container as Section
 from recipes.schema import Mount as LongMount
 from recipes.schema import is_own_tokenizer
 from recipes.yamlfile import KeyPath
+
+if TYPE_CHECKING:  # only a run in an image needs it
+    from launcher.packages import Inside
 
 INSIDE_PYTHON = "python3"
 """Of the image's search path."""
@@ -41,6 +45,8 @@ class Available:
     profile: ContainerProfile = field(default_factory=ContainerProfile)
     lines: Mapping[KeyPath, str] = field(default_factory=dict)
     source: str = ""
+    images: str | None = None
+    """The profile's folder of converted images."""
 
     def at(self, key: str) -> str:
         """Where the profile set a key of its ``container`` section."""
@@ -88,7 +94,12 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
     if text is None or section.runtime == "none":
         return None
     where = _at(loaded, *key)
-    reference = _mapped(_parsed(text, where, cwd), available)
+    named = _parsed(text, where, cwd)
+    folder = image_folder(site=available.images)
+    reference = _mapped(named, available)
+    stored = folder.find(named.name) if reference is named and named.kind == "registry" else None
+    if stored and stored.whole and _starts(parse(stored.path), section.runtime, available):
+        reference = parse(stored.path)
     runtime = _runtime(reference, section.runtime, available, where)
     if runtime is None or runtime == "none":
         return None
@@ -99,7 +110,14 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
         workdir=section.workdir,
         entrypoint=section.entrypoint,
         options=list(available.profile.options),
+        facts={"cuda": folder.facts(named.name).cuda, "architecture": (stored and stored.architecture) or None},
     )
+
+
+def _starts(reference: Reference, asked: str, available: Available) -> bool:
+    """Whether what starts containers here can start such a file."""
+    chosen = asked if asked != "auto" else available.profile.runtime or "auto"
+    return reference.kind in containers.KINDS.get(chosen, ()) if chosen != "auto" else containers.choose(reference, available.runtimes) is not None
 
 
 def _parsed(text: str, where: str, base: Path) -> Reference:
@@ -150,6 +168,35 @@ def _runtime(reference: Reference, asked: str, available: Available, where: str)
     if available.runtimes:
         raise BadInput(f"{where}: {', '.join(available.runtimes)} cannot start {kind}; {' or '.join(containers.able(reference))} can, and container.runtime: none runs without a container")
     return None
+
+
+def inside_of(loaded: Loaded, stages: Sequence[Stage], images: str | None) -> Inside | None:
+    """What the stages' processes import that their images lack, and that comes with the run; None: no stage is in an image.
+
+    Raises BadInput for what can neither be in the image nor be brought along.
+    """
+    by_image: dict[str, list[str]] = {}
+    for stage in stages:
+        text = image_text(loaded.recipe.container, stage.name)[0] if loaded.recipe.container and stage.container else None
+        if text:
+            by_image.setdefault(text, []).append(stage.name)
+    if not by_image:
+        return None
+    from launcher import packages  # its look at what is installed takes a while
+
+    folder = image_folder(site=images)
+    found = [packages.inside(packages.wanted(loaded, names), folder.facts(text)) for text, names in by_image.items()]
+    problems = Problems()
+    problems.add([f"{_at(loaded, 'image')}: {problem}" for one in found for problem in one.problems])
+    problems.refuse()
+    copied = {package.name: package for one in found for package in one.copied}
+    expected, notes = [name for one in found for name in one.expected], [note for one in found for note in one.notes]
+    return packages.Inside(tuple(copied.values()), tuple(dict.fromkeys(expected)), (), tuple(dict.fromkeys(notes)))
+
+
+def images_of(plan: Plan) -> str | None:
+    """The folder of converted images that the profile of a plan names."""
+    return ((plan.cluster or {}).get("profile") or {}).get("image_folder")
 
 
 def notes_of(loaded: Loaded, found: Mapping[str, Container | None], where: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from containers import installed
 from launcher.cluster import Cluster, find_cluster
-from launcher.container import Available, containers_of, notes_of
+from launcher.container import Available, containers_of, images_of, inside_of, notes_of
 from launcher.create import resumed_with
 from launcher.machine import Machine, this_machine
 from launcher.plan import Plan, Stage
@@ -117,7 +117,7 @@ def available_here(loaded: Loaded) -> Available:
     if loaded.recipe.container is None:
         return Available(())
     cluster = find_cluster("local")
-    return Available(tuple(installed()), False, cluster.profile.container, cluster.lines, cluster.source)
+    return Available(tuple(installed()), False, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.image_folder)
 
 
 def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
@@ -133,5 +133,6 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
 
 
 def container_notes(loaded: Loaded, plan: Plan, where: str) -> list[str]:
-    """What is to be known of the stages' containers."""
-    return notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where)
+    """What is to be known of the stages' containers. Raises BadInput for what their images would miss."""
+    inside = inside_of(loaded, plan.stages, images_of(plan))
+    return [*notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where), *(inside.notes if inside else ())]
