@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
     """The folder of images, and the cluster that was named."""
     cluster = find_cluster(options.cluster) if options.cluster else None
-    return image_folder(options.images, cluster.profile.image_folder if cluster else None), cluster
+    return image_folder(options.images, cluster.profile.images if cluster else None), cluster
 
 
 # --- import ---------------------------------------------------------------------------------------------
