@@ -124,6 +124,11 @@ class Profile:
     container: ContainerProfile = ContainerProfile()
     stages: StageProfiles = StageProfiles()
 
+    @property
+    def images(self) -> str | None:
+        """Where its images are: as ``image_folder`` says, else beside its ``runs``."""
+        return self.image_folder or (str(Path(self.runs).expanduser().parent / "images") if self.runs else None)
+
     def stage(self, name: str) -> StageProfile:
         """The settings of one stage, the profile's own filled in; its sbatch options are joined."""
         own: StageProfile = getattr(self.stages, name)

@@ -14,7 +14,7 @@ import containers
 from containers import BadMount, BadReference, Image, Mount, Reference, make_mount, parse, parse_mount
 from containers.environment import RANK_VARIABLES, of_libraries
 from containers.reference import doubts
-from launcher.cluster import STAGES, ContainerProfile
+from launcher.cluster import STAGES, ContainerProfile, check_profile
 from launcher.image_folder import image_folder
 from launcher.plan import Container, Plan, Stage
 from launcher.problems import Problems
@@ -172,10 +172,7 @@ def _runtime(reference: Reference, asked: str, available: Available, where: str)
 
 
 def inside_of(loaded: Loaded, stages: Sequence[Stage], images: str | None) -> Inside | None:
-    """What the stages' processes import that their images lack, and that comes with the run; None: no stage is in an image.
-
-    Raises BadInput for what can neither be in the image nor be brought along.
-    """
+    """What the stages' processes import that their images lack, and that comes with the run; None: no stage is in an image."""
     by_image: dict[str, list[str]] = {}
     for stage in stages:
         text = image_text(loaded.recipe.container, stage.name)[0] if loaded.recipe.container and stage.container else None
@@ -187,17 +184,16 @@ def inside_of(loaded: Loaded, stages: Sequence[Stage], images: str | None) -> In
 
     folder = image_folder(site=images)
     found = [packages.inside(packages.wanted(loaded, names), folder.facts(text)) for text, names in by_image.items()]
-    problems = Problems()
-    problems.add([f"{_at(loaded, 'image')}: {problem}" for one in found for problem in one.problems])
-    problems.refuse()
+    problems = [f"{_at(loaded, 'image')}: {problem}" for one in found for problem in one.problems]
     copied = {package.name: package for one in found for package in one.copied}
     expected, notes = [name for one in found for name in one.expected], [note for one in found for note in one.notes]
-    return packages.Inside(tuple(copied.values()), tuple(dict.fromkeys(expected)), (), tuple(dict.fromkeys(notes)))
+    return packages.Inside(tuple(copied.values()), tuple(dict.fromkeys(expected)), tuple(problems), tuple(dict.fromkeys(notes)))
 
 
 def images_of(plan: Plan) -> str | None:
     """The folder of converted images that the profile of a plan names."""
-    return ((plan.cluster or {}).get("profile") or {}).get("image_folder")
+    tree = (plan.cluster or {}).get("profile")
+    return check_profile(tree, {}).images if tree else None
 
 
 def notes_of(loaded: Loaded, found: Mapping[str, Container | None], where: str) -> list[str]:

@@ -13,7 +13,7 @@ from recipes.errors import BadInput
 
 
 def image_folder(given: str | None = None, site: str | None = None) -> ImageFolder:
-    """``--images``, else ``AMLAUNCH_IMAGES``, else a profile's ``image_folder``, else ``images`` beside the runs."""
+    """``--images``, else ``AMLAUNCH_IMAGES``, else as a profile says (``site``, or all of the user's together), else ``images`` beside the runs."""
     named = given or os.environ.get("AMLAUNCH_IMAGES") or site or _of_profiles()
     return ImageFolder(Path(named).expanduser().absolute() if named else runs_root().parent / "images")
 
@@ -29,6 +29,6 @@ def _of_profiles() -> str | None:
     found = set()
     for path in files:
         with suppress(BadInput, AttributeError):  # whoever uses that profile is told what is wrong with it
-            found |= {check_profile(profile or {}, {}).image_folder for profile in read_file(path)[0].values()}
+            found |= {check_profile(profile or {}, {}).images for profile in read_file(path)[0].values()}
     named = found - {None}
     return named.pop() if len(named) == 1 else None

@@ -59,6 +59,8 @@ class Want:
     """For a sentence: ``stage preprocess``."""
     optional: bool = False
     """Without it, less is done, and nothing fails."""
+    stages: tuple[str, ...] = ()
+    """Those that import it."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,22 @@ def canonical(name: str) -> str:
 
 def wanted(loaded: Loaded, stages: Iterable[str]) -> list[Want]:
     """What the processes of ``stages`` import, beside the standard library and our own code."""
-    found = [Want("pyyaml", "every stage")]
+    needed: dict[str, list[str]] = {}
+    helpful: dict[str, list[str]] = {}
     for stage in stages:
-        found += [Want(name, f"stage {stage}") for name in _of_stage(loaded, stage)]
-        found += [Want(name, f"stage {stage}", optional=True) for name in _optional(loaded, stage)]
+        for names, asked in ((needed, _of_stage(loaded, stage)), (helpful, _optional(loaded, stage))):
+            for name in asked:
+                names.setdefault(name, []).append(stage)
+    found = [Want("pyyaml", "every stage")]
+    found += [Want(name, _words(mine), stages=tuple(mine)) for name, mine in needed.items()]
+    found += [Want(name, _words(mine), True, tuple(mine)) for name, mine in helpful.items() if name not in needed]
     found += [Want(name, f"the recipe's own code ({file})") for name, file in _of_code(loaded)]
     return list({want.name: want for want in reversed(found)}.values())[::-1]
+
+
+def _words(stages: Sequence[str]) -> str:
+    """``stage train``, ``stages preprocess and verify``."""
+    return f"stage{'s' * (len(stages) > 1)} {', '.join(stages[:-1])}{' and ' * (len(stages) > 1)}{stages[-1]}"
 
 
 def _of_stage(loaded: Loaded, stage: str) -> list[str]:
@@ -240,7 +252,7 @@ def resolve(wants: Sequence[Want], facts: ImageFacts) -> Inside:
     expected: list[Want] = []
     problems: list[str] = []
     notes: list[str] = []
-    lacking: dict[str, dict[str, str]] = {}
+    lacking: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
     for want in wants:
         has = facts.has(want.name)
         if has:
@@ -255,13 +267,13 @@ def resolve(wants: Sequence[Want], facts: ImageFacts) -> Inside:
         elif has is None:
             expected.append(want)
         else:
-            lacking.setdefault(want.why, {})[want.name] = obstacle
-    problems += [_lacking(why, names, facts) for why, names in lacking.items()]
+            lacking.setdefault((want.why, want.stages), {})[want.name] = obstacle
+    problems += [_lacking(why, stages, names, facts) for (why, stages), names in lacking.items()]
     if expected:
         reasons: dict[str, list[str]] = {}
         for want in expected:
             reasons.setdefault(want.why, []).append(want.name)
-        names = "; ".join(f"{why} needs {', '.join(names)}" for why, names in reasons.items())
+        names = "; ".join(f"for {why}: {', '.join(names)}" for why, names in reasons.items())
         notes.append(f"whether {facts.image} has all that is needed inside is not known ({names}); amlaunch image check {facts.image} finds out")
     return Inside(tuple(copied.values()), tuple(want.name for want in expected), tuple(problems), tuple(notes))
 
@@ -290,13 +302,14 @@ def closure(name: str, facts: ImageFacts) -> tuple[dict[str, Package], str]:
     return ({}, f"{name} is too large to copy for each run, {size / 1e6:.0f} MB") if size > MAX_BYTES else (found, "")
 
 
-def _lacking(why: str, obstacles: Mapping[str, str], facts: ImageFacts) -> str:
+def _lacking(why: str, stages: Sequence[str], obstacles: Mapping[str, str], facts: ImageFacts) -> str:
     """What to say of packages that neither are in the image nor can be copied."""
-    stage = why.removeprefix("stage ")
-    outside = f"run that stage outside of the image (--container.stages.{stage} none), " if stage in ("preprocess", "verify") else ""
+    options = " ".join(f"--container.stages.{stage} none" for stage in stages)
+    outside = f"run that outside of the image ({options}), " if stages and set(stages) <= {"preprocess", "verify"} else ""
     remove = "".join(f"leave it out (--{name} null), " for name in obstacles if name in ("wandb", "tensorboard"))
+    needs = "need" if len(stages) > 1 else "needs"
     return (
-        f"{why} needs {' and '.join(obstacles)}, not in {facts.image} ({facts.source}) and not to be copied ({'; '.join(obstacles.values())}): "
+        f"{why} {needs} {' and '.join(obstacles)}, not in {facts.image} ({facts.source}) and not to be copied ({'; '.join(obstacles.values())}): "
         f"{outside}{remove}bake it in (amlaunch image build --base {facts.image}), or, if it is there after all, "
         f"write that down (amlaunch image check {facts.image} --has {','.join(obstacles)})"
     )

@@ -6,6 +6,7 @@ import argparse
 import glob
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launcher.machine import Machine, this_machine
 from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan, run_id
 from launcher.site import cluster_site
+from launcher.state import DONE, read_stage
 from launcher.store import runs_root
 from recipes.check import refuse
 from recipes.errors import BadInput
@@ -117,7 +119,7 @@ def available_here(loaded: Loaded) -> Available:
     if loaded.recipe.container is None:
         return Available(())
     cluster = find_cluster("local")
-    return Available(tuple(installed()), False, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.image_folder)
+    return Available(tuple(installed()), False, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
 
 
 def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
@@ -133,6 +135,13 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
 
 
 def container_notes(loaded: Loaded, plan: Plan, where: str) -> list[str]:
-    """What is to be known of the stages' containers. Raises BadInput for what their images would miss."""
-    inside = inside_of(loaded, plan.stages, images_of(plan))
-    return [*notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where), *(inside.notes if inside else ())]
+    """What is to be known of the stages' containers."""
+    return notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where)
+
+
+def check_inside(loaded: Loaded, plan: Plan, run: RunDir, stages: Sequence[Stage]) -> list[str]:
+    """Remarks on what the images of ``stages`` hold; what is done already needs nothing. Raises BadInput with all that they lack."""
+    left = [stage for stage in stages if stage.container and not all(state.state == DONE for state in read_stage(run, stage))]
+    inside = inside_of(loaded, left, images_of(plan))
+    refuse(list(inside.problems) if inside else [])
+    return list(inside.notes) if inside else []

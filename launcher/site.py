@@ -44,7 +44,7 @@ def available_on(cluster: Cluster, loaded: Loaded) -> Available:
         return Available((), asks_node=True)
     options = slurm.step_options()
     mine = ["pyxis"] * ("container-image" in options) + installed() + ["slurm"] * ("container" in options and bool(oci_configuration(slurm.config().get("SLURM_CONF", ""))))
-    return Available(tuple(mine), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.image_folder)
+    return Available(tuple(mine), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
 
 
 def wanted_gpus(recipe: Recipe, asked: int | None) -> int:

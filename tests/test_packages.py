@@ -64,7 +64,7 @@ def test_what_a_recipe_needs():
     assert [want.name for want in wanted(quickstart(), ["train"])] == ["pyyaml", "torch", "numpy", "safetensors"]
     fineweb = load(shipped()["llama-350m"])
     assert {"datasets", "pyarrow"} <= {want.name for want in wanted(fineweb, ["preprocess"])}
-    assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [Want("tiktoken", "stage export", optional=True)]
+    assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [Want("tiktoken", "stage export", True, ("export",))]
 
 
 def test_the_recipes_own_code(tmp_path, site):
@@ -86,7 +86,7 @@ def test_a_stock_image(tmp_path):
     found = resolve(wanted(quickstart(), STAGES), of_table(NGC))
     assert found.copied[0].name == "pyyaml" and not any(str(name).endswith(".so") for name in found.files())
     [problem] = found.problems
-    for part in ("stage preprocess needs tiktoken", NGC, "as of 2026-11", "--container.stages.preprocess none", f"amlaunch image build --base {NGC}", f"amlaunch image check {NGC} --has tiktoken"):
+    for part in ("stages preprocess and verify need tiktoken", NGC, "as of 2026-11", "(--container.stages.preprocess none --container.stages.verify none)", f"amlaunch image build --base {NGC}", f"amlaunch image check {NGC} --has tiktoken"):
         assert part in problem, problem
     trains = resolve(wanted(quickstart(), ["train", "export"]), of_table(NGC))
     assert not trains.problems and not trains.expected and trains.notes == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
@@ -103,7 +103,7 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
     assert "stage train needs wandb, not in mine" in problem and "--wandb null" in problem
     unknown = resolve(wanted(quickstart(), ["train"]), ImageFacts("mine"))
     assert not unknown.problems and set(unknown.expected) == {"torch", "numpy", "safetensors"} and [one.name for one in unknown.copied] == ["pyyaml"]
-    assert unknown.notes == ("whether mine has all that is needed inside is not known (stage train needs torch, numpy, safetensors); amlaunch image check mine finds out",)
+    assert unknown.notes == ("whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); amlaunch image check mine finds out",)
 
 
 def test_half_a_package_is_not_copied(site):

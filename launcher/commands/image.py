@@ -9,15 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import containers
 from containers.reference import BadReference, parse
 from containers.store import ImageFolder, read_json, short
-from launcher import describe, image_check
-from launcher.cluster import Cluster, find_cluster
-from launcher.commands.doctor import Report
-from launcher.diagnose import BAD, worst
+from launcher import describe
 from launcher.image_folder import image_folder
 from launcher.images import (
     Request,
@@ -33,6 +30,9 @@ from launcher.images import (
 from recipes.errors import FAILED, OK, BadInput
 from recipes.files import write_json
 from recipes.version import VERSION
+
+if TYPE_CHECKING:
+    from launcher.cluster import Cluster
 
 PLAIN_SECONDS = 5.0
 Say = Callable[[str], None]
@@ -51,8 +51,12 @@ def run(options: argparse.Namespace) -> int:
 
 def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
     """The folder of images, and the cluster that was named."""
-    cluster = find_cluster(options.cluster) if options.cluster else None
-    return image_folder(options.images, cluster.profile.image_folder if cluster else None), cluster
+    cluster = None
+    if options.cluster:
+        from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
+
+        cluster = find_cluster(options.cluster)
+    return image_folder(options.images, cluster.profile.images if cluster else None), cluster
 
 
 # --- import ---------------------------------------------------------------------------------------------
@@ -181,6 +185,10 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
+    from launcher import image_check  # with what doctor needs
+    from launcher.commands.doctor import Report
+    from launcher.diagnose import BAD, worst
+
     folder, cluster = folder_of(options)
     stored = folder.find(options.image)
     try:

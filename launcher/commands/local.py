@@ -16,7 +16,7 @@ from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
 from launcher.preflight import check_containers
-from launcher.prepare import check_here, default_recipe, notes, prepare
+from launcher.prepare import check_here, check_inside, default_recipe, notes, prepare
 from launcher.report import LiveReport, PlainReport, make_report
 from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
 from launcher.store import run_dir_of
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     _check_input(run_dir, plan, stages)
     check_here(loaded, stages)
-    remarks = check_containers(loaded, plan, None)
+    remarks = [*check_containers(loaded, plan, None), *check_inside(loaded, plan, run_dir, stages)]
     _check_jobs(run_dir, plan)
     with driving(run_dir):
         report = make_report(options.json)

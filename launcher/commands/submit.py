@@ -15,7 +15,7 @@ from launcher.create import write_run
 from launcher.fit import Asked, check_site, check_stages, memory_notes
 from launcher.plan import Plan, Stage
 from launcher.preflight import check_containers, check_disk, check_needs, check_python
-from launcher.prepare import check_files, container_notes, load_recipe, plan_on_cluster
+from launcher.prepare import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
 from launcher.problems import Problems
 from launcher.slurm import SlurmError
 from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     say = say_for(options)
     options.runs = str(runs_root(options.runs, cluster.profile.runs))
     loaded, plan, notes = _prepared(options, cluster, problems)
-    run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
+    run_dir = _run_dir(Path(options.runs), plan)
     stages = _chosen(plan, options)
     for note in [*loaded.notes, *container_notes(loaded, plan, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
         say(f"note: {note}")
@@ -102,6 +102,8 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
             check_stages(loaded, cluster, _chosen(plan, options), asked)
         with problems.collected():
             notes += check_containers(loaded, plan, cluster.profile)
+        with problems.collected():
+            notes += check_inside(loaded, plan, _run_dir(runs, plan), _chosen(plan, options))
         notes += check_disk(loaded, plan, runs, cluster.profile)
     with problems.collected():
         check_site(cluster, asked)
@@ -109,6 +111,10 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         notes += check_python(cluster)
     problems.refuse()
     return *made[0], notes
+
+
+def _run_dir(runs: Path, plan: Plan) -> RunDir:
+    return RunDir(runs / plan.run_id, Path(plan.shared) if plan.shared else None)
 
 
 def _chosen(plan: Plan, options: argparse.Namespace) -> Sequence[Stage]:
