@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from containers.image import Image
+from containers.image import Image, Launch
 
 
-def launch(image: Image, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """``(argv, extra environment)``; of the image's settings only ``env`` means something here."""
-    return list(command), dict(image.env)
+def launch(image: Image, command: Sequence[str]) -> Launch:
+    """Of the image's settings only ``env`` means something here."""
+    return Launch(tuple(command), dict(image.env))

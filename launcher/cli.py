@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_clean(commands)
     _add_doctor(commands)
+    _add_image(commands)
     _add_recipes(commands)
     _add_completion(commands)
     return parser
@@ -202,6 +203,54 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "completion", "print a completion script for the shell")
     parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
+def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    image = _command(commands, "image", "containers' images: fetch and convert once for all nodes, look into them, build one")
+    actions = image.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+
+    fetch = _command(actions, "import", "fetch an image and convert it once, for all nodes")
+    fetch.add_argument("image", help="nvcr.io/nvidia/pytorch:25.08-py3, a tar of docker save or of an OCI layout, oci:DIR, a root file system's tar, podman://NAME, dockerd://NAME")
+    _add_making(fetch)
+    fetch.add_argument("--arch", metavar="NAME", help="amd64 or arm64, where the nodes are not as this machine")
+    fetch.add_argument("--tool", metavar="NAME", help="what fetches it: skopeo, podman, docker, buildah, enroot, apptainer (default: the first that is there)")
+    fetch.add_argument("--insecure", action="store_true", help="let the registry speak plain HTTP, or have a certificate that nobody signed")
+
+    build = _command(actions, "build", "build an image with amlaunch and its compiled packages in, and import it")
+    build.add_argument("--base", metavar="IMAGE", help="the image to build on; give a digest to pin it: nvcr.io/nvidia/pytorch@sha256:...")
+    build.add_argument("--file", metavar="FILE", help="another Dockerfile (default: amlaunch's own; --print shows it)")
+    build.add_argument("--packages", metavar="NAMES", help="what to install into it, as pip takes it (default: what preprocessing and wandb need)")
+    build.add_argument("--wheels", metavar="DIR", help="install from this folder of wheels, without a network")
+    build.add_argument("--tag", metavar="NAME", help="what the image is called (default: amlaunch:VERSION)")
+    build.add_argument("--tool", metavar="NAME", help="what builds it: buildah, podman or docker (default: the first that is there)")
+    build.add_argument("--no-import", action="store_true", help="leave it in the tool's own storage")
+    build.add_argument("--print", action="store_true", dest="print_only", help="print the Dockerfile, and build nothing")
+    _add_making(build)
+
+    show = _command(actions, "list", "list the images that are there, with their sizes and what checks saw")
+    _add_images(show)
+    show.add_argument("--json", action="store_true", help="as JSON")
+
+    check = _command(actions, "check", "start an image and print what is in it: Python, torch, CUDA, NCCL, cuDNN, GPUs, whether the mounts can be written")
+    check.add_argument("image", help="a reference, a file, a name or the start of a digest as amlaunch image list shows them")
+    _add_images(check)
+    check.add_argument("--runtime", metavar="NAME", help="what starts it (default: as the site has it)")
+    check.add_argument("--mount", action="append", default=[], metavar="SRC:DST[:ro]", help="mount it too, and say whether it can be written (repeat it)")
+    check.add_argument("--gpus", type=int, metavar="N", help="with --cluster: ask for a node with so many GPUs")
+    check.add_argument("--has", metavar="NAMES", help="start nothing; write down that these packages are in it (tiktoken,datasets)")
+    check.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", metavar="DIR", help="the folder of images (default: $AMLAUNCH_IMAGES, the profile's image_folder, or images beside the runs)")
+    parser.add_argument("--cluster", metavar="NAME", help="the profile whose folder and runtime are meant")
+
+
+def _add_making(parser: argparse.ArgumentParser) -> None:
+    _add_images(parser)
+    parser.add_argument("--format", choices=["sqsh", "sif"], help="what to convert to (default: sif for apptainer, else sqsh)")
+    parser.add_argument("--tmp", metavar="DIR", help="where downloads and half-made files go (default: in the folder of images)")
+    parser.add_argument("--json", action="store_true", help="the image as JSON on stdout")
 
 
 def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

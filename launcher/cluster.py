@@ -19,7 +19,7 @@ from recipes.check import Checker, refuse
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import has_placeholder, variables
 from recipes.loader import is_secret_variable, refuse_secrets
-from recipes.schema import Memory, Minutes, Positive
+from recipes.schema import Memory, Minutes, Mount, Positive
 from recipes.targets import Policy
 from recipes.yamlfile import KeyPath, read_file
 
@@ -71,12 +71,28 @@ class StageProfiles:
 
 
 @dataclass(frozen=True)
+class ContainerProfile:
+    """What a site says of containers."""
+
+    runtime: str | None = None
+    """What ``runtime: auto`` in a recipe stands for here. None: pyxis where srun has it, else what is installed."""
+    images: dict[str, str] = field(default_factory=dict)
+    """Files that stand for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
+    mounts: list[str | Mount] = field(default_factory=list)
+    """For every stage in a container; a recipe's own win."""
+    options: list[str] = field(default_factory=list)
+    """Further arguments of the runtime (of pyxis: further flags of srun)."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """One cluster."""
 
     executor: Literal["slurm", "local"] = "slurm"
     runs: str | None = None
     """Where the run directories are: on the file system that all nodes share. None: as ``--runs`` says, else ./runs."""
+    image_folder: str | None = None
+    """Where ``amlaunch image import`` puts images: on the file system that all nodes share. None: ``images`` beside the runs."""
     shared_roots: list[str] = field(default_factory=list)
     """Folders that all nodes see; a run elsewhere is refused. None given: a run on a local disk is warned of."""
     partition: str | None = None
@@ -105,7 +121,13 @@ class Profile:
     """Secret-looking variables of the shell that jobs need besides those that the recipe names; they travel in a 0600 file."""
     srun: list[str] = field(default_factory=list)
     """Further arguments for srun."""
+    container: ContainerProfile = ContainerProfile()
     stages: StageProfiles = StageProfiles()
+
+    @property
+    def images(self) -> str | None:
+        """Where its images are: as ``image_folder`` says, else beside its ``runs``."""
+        return self.image_folder or (str(Path(self.runs).expanduser().parent / "images") if self.runs else None)
 
     def stage(self, name: str) -> StageProfile:
         """The settings of one stage, the profile's own filled in; its sbatch options are joined."""

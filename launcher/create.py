@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.container import images_of, inside_of
 from launcher.plan import Plan
 from launcher.snapshot import SKIPPED, package_root, take_snapshot
 from recipes.errors import BadInput
@@ -34,7 +35,7 @@ def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *
     """
     run.root.mkdir(parents=True, exist_ok=True)
     if refresh_code or not run.code.is_dir():
-        take_snapshot(run.code, loaded.policy.folder if file_targets(loaded.tree) else None)
+        take_snapshot(run.code, loaded.policy.folder if file_targets(loaded.tree) else None, inside_of(loaded, plan.stages, images_of(plan)))
         _check_targets(run, loaded)
     write_text(run.recipe, f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n" + loaded.text())
     write_json(run.plan, plan.to_json())

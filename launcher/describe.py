@@ -59,6 +59,14 @@ def count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
+def size(number: float) -> str:
+    """Bytes: ``512 B``, ``4.82 MB``, ``7.10 GB``."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:.0f} B"
+
+
 def rate(tokens_a_second: float | None) -> str:
     """Tokens a second, in words."""
     return f"{count(tokens_a_second)} tokens/s" if tokens_a_second else ""

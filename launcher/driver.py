@@ -17,11 +17,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from containers import CannotLaunch
+from containers.failures import advice
+from containers.failures import failure_of as failure_of_container
+from containers.node import verdict_of
 from launcher.attempt import GRACE_SECONDS, Assignment, Attempt
 from launcher.causes import TAIL_BYTES, cause_of, tail_of
+from launcher.container import runtime_here
 from launcher.plan import Plan
 from launcher.policy import goes_again
-from launcher.ranks import free_ports, start_local
+from launcher.ranks import check_here, free_ports, start_local
 from launcher.state import DONE, FAILED, PENDING, STOPPED, missing_output, read_done
 from launcher.store import read_plan
 from recipes.errors import BAD_INPUT, GO_ON_LATER, HANG
@@ -46,6 +51,8 @@ PORT_TAKEN = ("EADDRINUSE", "address already in use")
 
 Start = Callable[[Attempt, ExitStack, int], list["subprocess.Popen[bytes]"]]
 """Starts what is to be waited for: the ranks themselves, or the one srun that starts them on other nodes."""
+Check = Callable[[Attempt, ExitStack], list["subprocess.Popen[bytes]"]]
+"""Starts what looks at the nodes before the ranks do; an empty list where nothing has to be looked at."""
 Explain = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
 """Adds what only the starter of the ranks can know to how they ended."""
 
@@ -116,6 +123,7 @@ def run_element(
     explain_more: Explain | None = None,
     told: Sequence[int] = (),
     plan: Plan | None = None,
+    check: Check = check_here,
 ) -> str:
     """Carry out one attempt; returns its outcome, which is also the last line of ``attempts.jsonl``.
 
@@ -141,7 +149,7 @@ def run_element(
     if told:
         stopping.ask(told[0])
     number = 1 + sum(line.get("event") == "start" for line in read_json_lines(folder.attempts))
-    return carry_out(Attempt(run, plan, stage, element, given, lock, number), stopping, start, explain_more)
+    return carry_out(Attempt(run, plan, stage, element, given, lock, number), stopping, start, explain_more, check)
 
 
 def _acquire(lock: Lock, patience: float) -> bool:
@@ -154,16 +162,22 @@ def _acquire(lock: Lock, patience: float) -> bool:
     return True
 
 
-def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, explain_more: Explain | None = None) -> str:
+def carry_out(
+    attempt: Attempt, stopping: Stopping, start: Start = start_local, explain_more: Explain | None = None, check: Check = check_here
+) -> str:
     """Start the ranks, wait for them, and write down how it ended and whether it goes on by itself."""
     started = time.monotonic()
     job = attempt.given.job or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
     attempt.record("start", host=node_name(), pid=os.getpid(), job=job, budget=attempt.given.budget, done=attempt.progress(), **attempt.given.facts)
     try:
+        refused = not_ready(attempt, stopping, check)
+        if refused is not None:
+            attempt.record("end", seconds=round(time.monotonic() - started, 3), **_with_policy(attempt, refused))
+            return str(refused["outcome"])
         codes, first, hung = _run_ranks(attempt, stopping, start)
     except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
         what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
-        attempt.record("end", outcome=FAILED, retry=True, reason=f"the ranks could not be started: {what}")
+        attempt.record("end", outcome=FAILED, retry=not isinstance(error, CannotLaunch), reason=f"the ranks could not be started: {what}")
         return FAILED
     if any(codes) and attempt.folder.stop.exists():
         stopping.ask()  # the ranks may have seen the file before we did
@@ -179,6 +193,24 @@ def carry_out(attempt: Attempt, stopping: Stopping, start: Start = start_local, 
         write_json(attempt.folder.done, {"time": time.time(), "attempt": attempt.number, "seconds": seconds, **(result or {})})
     attempt.record("end", seconds=seconds, exit_codes=codes, **_with_policy(attempt, end))
     return str(end["outcome"])
+
+
+def not_ready(attempt: Attempt, stopping: Stopping, check: Check) -> dict[str, Any] | None:
+    """Why containers cannot start on the nodes of this attempt, or that it was told to stop meanwhile; None: they can.
+
+    To bring an image to a node may take minutes; "stop soon" ends that.
+    """
+    before = _size(attempt.folder.log(attempt.number, None))
+    with ExitStack() as files:
+        looking = check(attempt, files)
+        codes, _ = wait_for(looking, stopping)
+    if stopping.since is not None and looking:
+        return {"outcome": STOPPED, "reason": stopping.reason(), "again": stopping.signal is not None}
+    if not any(codes):
+        return None
+    said = tail_of(attempt.log(None))[-max(0, _size(attempt.log(None)) - before) :]
+    verdict = verdict_of(said) or {"reason": f"a node could not be looked at before the containers start (exit code {codes[0]})", "again": True}
+    return {"outcome": FAILED, "retry": True, "rank": 0, "exit_codes": codes, **verdict}
 
 
 def hang_of(attempt: Attempt) -> dict[str, Any]:
@@ -203,6 +235,13 @@ def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     if end["outcome"] != FAILED or end.get("retry") is False or "kind" in end:
         return end
     text = "\n".join(tail_of(attempt.folder.log(attempt.number, rank)) for rank in (end.get("rank") or 0, None))
+    if attempt.stage.container is not None:
+        runtime = runtime_here(attempt.stage.container)
+        spoken = failure_of_container(text)
+        if spoken is not None:
+            failure, line = spoken
+            reason = f"{failure.kind}: {line}; {advice(failure, runtime)}"
+            return {**end, "kind": failure.kind, "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
     cause = cause_of(text)
     if cause is None:
         return end

@@ -212,7 +212,7 @@ def read_site() -> SlurmSite:
         default_account=default,
         limits=_limits(),
         pyxis="container-image" in slurm.step_options(),
-        oci=_oci(settings.get("SLURM_CONF", "")),
+        oci=oci_configuration(settings.get("SLURM_CONF", "")),
     )
 
 
@@ -258,7 +258,7 @@ def _limits() -> tuple[str, ...]:
         return ()
 
 
-def _oci(slurm_conf: str) -> str:
+def oci_configuration(slurm_conf: str) -> str:
     """oci.conf always lies beside slurm.conf."""
     path = Path(slurm_conf).with_name("oci.conf") if slurm_conf else None
     return str(path) if path and path.is_file() else ""

@@ -27,7 +27,7 @@ from launcher.causes import nodes_to_avoid  # noqa: E402
 from launcher.cluster import check_profile  # noqa: E402
 from launcher.driver import SPARE_SECONDS, run_element  # noqa: E402
 from launcher.inputs import missing_input  # noqa: E402
-from launcher.plan import Needs, Plan  # noqa: E402
+from launcher.plan import Needs, Plan, container_from  # noqa: E402
 from launcher.state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from launcher.step import Step  # noqa: E402
 from launcher.store import read_plan  # noqa: E402
@@ -77,14 +77,15 @@ def main(arguments: Sequence[str]) -> int:
         patience=LOCK_SECONDS,
         facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
     )  # fmt: skip
-    outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY, plan=plan)
+    outcome = run_element(str(run.root), submission.stage, element, given, step.start, step.explain, told=EARLY, plan=plan, check=step.check)
     excluded = str(profile.stage(submission.stage).sbatch.get("exclude", ""))
     return go_on(run.element(submission.stage, element), outcome, needs, excluded)
 
 
 def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
     """The plan as it was when the job was submitted, as far as that is the job's business."""
-    stages = [dataclasses.replace(stage, needs=needs) if stage.name == submission.stage else stage for stage in plan.stages]
+    container = container_from(submission.container)
+    stages = [dataclasses.replace(stage, needs=needs, container=container) if stage.name == submission.stage else stage for stage in plan.stages]
     return dataclasses.replace(plan, stages=stages, env=submission.env)
 
 

@@ -36,6 +36,26 @@ class Element:
 
 
 @dataclass(frozen=True)
+class Container:
+    """The container of a stage, as its jobs go by it."""
+
+    image: str
+    """Of which :func:`containers.parse` makes a reference again; a path is absolute."""
+    runtime: str
+    """auto: the node's own, which was not known when it was submitted."""
+    mounts: list[tuple[str, str, bool]] = dataclasses.field(default_factory=list)
+    """``(source, target, read only)``, beside what every stage of a run needs."""
+    workdir: str | None = None
+    entrypoint: bool = False
+    options: list[str] = dataclasses.field(default_factory=list)
+    """Further arguments of the runtime, as the profile says."""
+    passed: list[str] = dataclasses.field(default_factory=list)
+    """Variables that the recipe names (``${NAME}``), which the processes inside look up."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What is known of the image: ``architecture``, ``cuda``."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """Elements that may run side by side, after all of ``after`` are done."""
 
@@ -45,6 +65,8 @@ class Stage:
     needs: Needs
     partition: str | None = None
     """On a cluster: where it is queued; None is Slurm's default."""
+    container: Container | None = None
+    """None: the environment that submits."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,12 @@ class Plan:
     def from_json(value: Mapping[str, Any]) -> Plan:
         """The inverse of :meth:`to_json`."""
         stages = [
-            Stage(s["name"], [Element(**e) for e in s["elements"]], s["after"], Needs(**s["needs"]), s.get("partition"))
+            Stage(s["name"], [Element(**e) for e in s["elements"]], s["after"], Needs(**s["needs"]), s.get("partition"), container_from(s.get("container")))
             for s in value["stages"]
         ]
         return Plan(value["run_id"], stages, value["data"], value["cwd"], value.get("env", {}), value.get("cluster"), value.get("shared"))
+
+
+def container_from(value: Mapping[str, Any] | None) -> Container | None:
+    """The container that was stored."""
+    return Container(**{**value, "mounts": [tuple(mount) for mount in value.get("mounts", ())]}) if value else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.plan import Element, Needs, Plan, Stage
+from launcher.plan import Container, Element, Needs, Plan, Stage
 from recipes.errors import BadInput
 from recipes.loader import Loaded, at_point, check_batch, check_ranks, data_name, file_targets
 from recipes.rundir import RunDir
@@ -38,6 +38,8 @@ class Site:
     """Name and profile of the cluster it is submitted to; None on this machine, whose CPUs an element may have all of."""
     defaults: Mapping[str, StageResources] = field(default_factory=dict)
     """What an element of a stage gets where the recipe does not say."""
+    containers: Mapping[str, Container | None] = field(default_factory=dict)
+    """In what each stage runs."""
     partitions: Mapping[str, str | None] = field(default_factory=dict)
     """Where each stage is queued."""
 
@@ -61,7 +63,7 @@ def make_plan(loaded: Loaded, site: Site, run: str | None = None) -> Plan:
     if recipe.export:
         stages.append(_export_stage(loaded, common, run_dir, data, site))
     env = (loaded.tree.get("container") or {}).get("env") or {}  # placeholders kept: the driver fills them in
-    stages = [dataclasses.replace(stage, partition=site.partitions.get(stage.name)) for stage in stages]
+    stages = [dataclasses.replace(stage, partition=site.partitions.get(stage.name), container=site.containers.get(stage.name)) for stage in stages]
     return Plan(
         run_id=run_dir.root.name,
         stages=stages,

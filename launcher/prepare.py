@@ -6,16 +6,19 @@ import argparse
 import glob
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from containers import RUNTIMES
-from launcher.cluster import Cluster
+from containers import installed
+from launcher.cluster import Cluster, find_cluster
+from launcher.container import Available, containers_of, images_of, inside_of, notes_of
 from launcher.create import resumed_with
 from launcher.machine import Machine, this_machine
 from launcher.plan import Plan, Stage
 from launcher.planner import Site, make_plan, run_id
 from launcher.site import cluster_site
+from launcher.state import DONE, read_stage
 from launcher.store import runs_root
 from recipes.check import refuse
 from recipes.errors import BadInput
@@ -44,7 +47,8 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
         gpus, nodes = len(machine.gpus), 1
         if not starting:
             gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
-        return Site(runs, Path.cwd(), gpus, machine.cpus, nodes, options.gpus)
+        inside = containers_of(loaded, available_here(loaded), Path.cwd())
+        return Site(runs, Path.cwd(), gpus, machine.cpus, nodes, options.gpus, containers=inside)
 
     loaded, name = load_recipe(options, runs, starting=starting)
     return loaded, _plan(options, loaded, name, site(loaded)), machine
@@ -66,7 +70,6 @@ def load_recipe(options: argparse.Namespace, runs: Path, *, starting: bool) -> t
     """The checked recipe, and the id of its run; settings that the run was resumed with stay. Raises BadInput."""
     path = find_recipe(options.recipe or default_recipe(options.gpus))
     loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
-    _check_runtime(loaded)
     name = run_id(loaded)
     resumed = resumed_with(RunDir(runs / name))
     if resumed:  # the run has gone on with other settings since; they stay
@@ -89,6 +92,7 @@ def check_here(loaded: Loaded, stages: list[Stage]) -> None:
 
     Raises BadInput.
     """
+    stages = [stage for stage in stages if stage.container is None]  # an image has its own
     wanted = {package for stage in stages for package in PACKAGES[stage.name]}
     wanted |= {"wandb"} if loaded.recipe.wandb is not None and any(stage.name == "train" for stage in stages) else set()
     missing = sorted(package for package in wanted if importlib.util.find_spec(package) is None)
@@ -110,15 +114,17 @@ def check_files(loaded: Loaded) -> None:
     refuse(missing)
 
 
-def _check_runtime(loaded: Loaded) -> None:
-    container = loaded.recipe.container
-    if container and container.runtime not in ("auto", *RUNTIMES):
-        raise BadInput(f"{loaded.path}: container.runtime: {container.runtime!r} is not known; known: auto, {', '.join(RUNTIMES)}")
+def available_here(loaded: Loaded) -> Available:
+    """What starts containers on this machine; a profile called ``local`` may say more. Raises BadInput."""
+    if loaded.recipe.container is None:
+        return Available(())
+    cluster = find_cluster("local")
+    return Available(tuple(installed()), False, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
 
 
 def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
     """What the user should know before anything starts on this machine."""
-    found = [*loaded.notes, *container_notes(loaded, "this machine")]
+    found = [*loaded.notes, *container_notes(loaded, plan, "this machine")]
     train = plan.stage("train").needs
     if train.nodes > 1:
         found.append(f"the recipe asks for {train.nodes} nodes; amlaunch local has this one: add --resources.train.nodes 1")
@@ -128,9 +134,14 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
     return found
 
 
-def container_notes(loaded: Loaded, where: str) -> list[str]:
-    """Said where an image is asked for and none is used."""
-    container = loaded.recipe.container
-    if container and container.image and container.runtime != "none":
-        return [f"container.image {container.image}: on {where} the stages run without a container, in the environment that started them"]
-    return []
+def container_notes(loaded: Loaded, plan: Plan, where: str) -> list[str]:
+    """What is to be known of the stages' containers."""
+    return notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where)
+
+
+def check_inside(loaded: Loaded, plan: Plan, run: RunDir, stages: Sequence[Stage]) -> list[str]:
+    """Remarks on what the images of ``stages`` hold; what is done already needs nothing. Raises BadInput with all that they lack."""
+    left = [stage for stage in stages if stage.container and not all(state.state == DONE for state in read_stage(run, stage))]
+    inside = inside_of(loaded, left, images_of(plan))
+    refuse(list(inside.problems) if inside else [])
+    return list(inside.notes) if inside else []

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import pwd
+import signal
 import socket
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import containers
+from containers import Image, Launch, none
+from containers.environment import of_runtime
+from containers.slurm_oci import BUNDLE, NODES_VARIABLE
+from launcher import slurm
 from launcher.attempt import Attempt
+from launcher.container import (
+    INSIDE_PYTHON,
+    host_python,
+    image_of,
+    named_folders,
+    node_check,
+    passed_names,
+    runtime_here,
+)
+from launcher.slurm import RENDEZVOUS
 from recipes.expand import expand, variables
-from recipes.process import PARENT_VARIABLE, python_command
+from recipes.files import read_object, write_private
+from recipes.process import PARENT_VARIABLE, STDIN_VARIABLE, python_command
+from recipes.rundir import RunDir
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
+OF_BATCH = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+"""Of the batch script's own task; srun says others to each of its own, except in containers of its own."""
 FIRST_PORT, PORTS = 16384, 16000
 """Below what Linux gives out by itself (32768 and up), so that no passing connection has it."""
 MAX_PORTS = 20
@@ -25,24 +47,23 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def start_local(attempt: Attempt, files: ExitStack, port: int) -> list[subprocess.Popen[bytes]]:
-    """One process a rank, here. Raises OSError and Unset."""
-    argv, extra = command_of(attempt)
+    """One process a rank, here. Raises OSError, Unset and CannotLaunch."""
     tasks = attempt.stage.needs.tasks_per_node
     meeting = {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # Without an interface gloo looks up the host's own name, which many machines cannot resolve.
     meeting["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    start = how_to_start(attempt, {}, meeting, on_slurm=False)
     mine = {"CUDA_VISIBLE_DEVICES": ",".join(attempt.given.gpus), PARENT_VARIABLE: str(os.getpid())}
-    shared = {**os.environ, **extra, **environment(attempt), **meeting, **mine}
-    ranks = []
+    ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(tasks):
         log = attempt.log(rank)
         ranks.append(
-            subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
+            Rank(
+                start.launch.argv,
+                stdin=subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL,
                 stdout=files.enter_context(open(log, "ab")),
                 stderr=subprocess.STDOUT,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**start.env, **mine, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=attempt.plan.cwd,
                 start_new_session=True,  # Ctrl-C is the launcher's to handle
                 pass_fds=(attempt.lock.fileno(),),  # the lock is free again when the last rank is gone
@@ -51,22 +72,118 @@ def start_local(attempt: Attempt, files: ExitStack, port: int) -> list[subproces
     return ranks
 
 
-def command_of(attempt: Attempt) -> tuple[list[str], dict[str, str]]:
-    """``(argv, extra environment)`` of one rank, in the runtime of the container. Raises Unset."""
-    command = [*python_command(attempt.element.module), *attempt.element.arguments]
-    wanted = {key: str(expand(value, variables())) for key, value in attempt.plan.env.items()}
-    return containers.launch("none", containers.Image(env=wanted), command)
+class Rank(subprocess.Popen[bytes]):
+    """A rank, or the runtime's program that has it in a container: its exit code in Python's terms."""
+
+    def poll(self) -> int | None:
+        """As ever, but what a signal ended inside a container is that signal's negative number, not 128 more."""
+        return signal_of(super().poll())
 
 
-def environment(attempt: Attempt) -> dict[str, str]:
-    """What all ranks share on any host: the run's code, and their part of the CPUs."""
-    path = [str(attempt.run.code), os.environ.get("PYTHONPATH", "")]
-    env = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, attempt.given.cpus // attempt.stage.needs.tasks_per_node))),
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONSAFEPATH": "1",
-    }
-    return env if attempt.given.gpus else {**KEEP_MEMORY, **given(KEEP_MEMORY), **env, "AMLAUNCH_DEVICE": "cpu"}
+def signal_of(code: int | None) -> int | None:
+    """The exit code of a shell, or of a program like one, as Python has them."""
+    return 128 - code if code is not None and 128 < code < 128 + signal.NSIG else code
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is started, and with which environment."""
+
+    launch: Launch
+    env: dict[str, str]
+    runtime: str
+    image: Image | None = None
+
+
+def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str, str], *, on_slurm: bool) -> Start:
+    """The command of a rank, in its container, and the environment of what starts it. Raises Unset, OSError and CannotLaunch.
+
+    ``site``: the profile's variables; a recipe's own win over them, and both over ours where it is not what holds a run together.
+    """
+    recipe = {key: str(expand(value, variables())) for key, value in attempt.plan.env.items()}
+    wanted = {**defaults(attempt), **site, **recipe}
+    container = attempt.stage.container
+    runtime = runtime_here(container) if container else "none"
+    if container is None or runtime == "none":
+        path = [wanted.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+        fixed = {**fixed_environment(attempt, path), **meeting}
+        command = [*python_command(attempt.element.module), *attempt.element.arguments]
+        return Start(none.launch(Image(env={**wanted, **fixed}), command), {**host_environment(), **wanted, **fixed}, "none")
+    fixed = {**fixed_environment(attempt, [wanted.pop("PYTHONPATH", "")]), **meeting}
+    lives = {STDIN_VARIABLE: "1"} if runtime in containers.DAEMONS else {}
+    nodes = {NODES_VARIABLE: " ".join(slurm.ordered_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))} if runtime == "slurm" else {}
+    env = {"HOME": f"/tmp/amlaunch-{os.getuid()}", **wanted, **fixed, **lives, **nodes}
+    passed = passed_names(container, secret_names(attempt.run), on_slurm=on_slurm)
+    image = image_of(attempt.run, attempt.plan, attempt.stage, env, passed, on_slurm=on_slurm)
+    command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
+    found = containers.launch(runtime, image, command)
+    if found.bundle is not None:
+        found = replace(found, srun=tuple(flag.replace(BUNDLE, str(attempt.folder.root / "bundle")) for flag in found.srun))
+    handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
+    mine = {name: value for name, value in {**of_runtime(host_environment()), **handed_on}.items() if name not in OF_BATCH}
+    return Start(found, {**who(), **mine, **found.env}, runtime, image)
+
+
+def who() -> dict[str, str]:
+    """The user's name, where the environment does not say it: ch-run ends without, and so does what looks for a cache of one's own inside."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = str(os.getuid())
+    return {"USER": name, "LOGNAME": name}
+
+
+def make_room(attempt: Attempt, start: Start) -> None:
+    """What must lie on disk before a container starts: the folders that are mounted, and the bundle, whose description may hold secrets."""
+    for folder in named_folders(attempt.stage) if start.image else ():
+        folder.mkdir(parents=True, exist_ok=True)
+    if start.launch.bundle is not None:
+        folder = attempt.folder.root / "bundle"
+        (folder / "rootfs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(folder / "config.json", start.launch.bundle)
+
+
+def secret_names(run: RunDir) -> list[str]:
+    """The variables that came with the job in a file of its own."""
+    return list(read_object(run.environment))
+
+
+def host_environment() -> dict[str, str]:
+    """Ours, without a rendezvous that somebody else arranged (a shell, a prolog, an image's hook)."""
+    return {name: value for name, value in os.environ.items() if name not in (*RENDEZVOUS, "SLURM_EXPORT_ENV")}
+
+
+def defaults(attempt: Attempt) -> dict[str, str]:
+    """What ranks are told unless somebody says otherwise: their part of the CPUs."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, attempt.given.cpus // attempt.stage.needs.tasks_per_node)))}
+    return threads if attempt.given.gpus else {**KEEP_MEMORY, **given(KEEP_MEMORY), **threads}
+
+
+def fixed_environment(attempt: Attempt, path: Iterable[str]) -> dict[str, str]:
+    """What nobody may say otherwise: the run's own code comes first, and without GPUs the CPU computes."""
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(attempt.run.code), *path])), "PYTHONSAFEPATH": "1"}
+    return env if attempt.given.gpus else {**env, "AMLAUNCH_DEVICE": "cpu"}
+
+
+def check_command(attempt: Attempt, start: Start, python: str | None = None) -> list[str]:
+    """What looks at a node before a container starts on it, and brings the image there; empty where there is no container."""
+    container = attempt.stage.container
+    if container is None or start.image is None:
+        return []
+    spec = node_check(container, start.runtime, start.image, start.launch)
+    return [*python_command("containers.node", host_python(python), any_version=python is not None), json.dumps(spec)]
+
+
+def check_here(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
+    """Look at this machine before the ranks start; nothing where they have no container. Raises OSError, Unset and CannotLaunch."""
+    start = how_to_start(attempt, {}, {}, on_slurm=False)
+    make_room(attempt, start)
+    argv = check_command(attempt, start)
+    if not argv:
+        return []
+    output = files.enter_context(open(attempt.log(None), "ab"))
+    env = {**host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
+    return [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)]
 
 
 def given(names: Iterable[str]) -> dict[str, str]:

@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from containers import installed
 from launcher import slurm
 from launcher.cluster import STAGES, Cluster, Profile
+from launcher.container import Available, containers_of
+from launcher.facts import oci_configuration
 from launcher.planner import Site
 from launcher.problems import Problems
 from launcher.slurm import Partition
@@ -30,8 +33,18 @@ def cluster_site(options: argparse.Namespace, loaded: Loaded, cluster: Cluster, 
         asked_gpus=options.gpus,
         cluster={"name": cluster.name, "profile": dict(cluster.tree)},
         defaults={stage: _defaults(profile, stage) for stage in STAGES},
+        containers=containers_of(loaded, available_on(cluster, loaded), Path.cwd()),
         partitions={stage: part.name for stage, part in chosen.items()},
     )
+
+
+def available_on(cluster: Cluster, loaded: Loaded) -> Available:
+    """What starts containers on a cluster, as far as it is seen from here; nodes may have more. Raises SlurmError."""
+    if loaded.recipe.container is None:
+        return Available((), asks_node=True)
+    options = slurm.step_options()
+    mine = ["pyxis"] * ("container-image" in options) + installed() + ["slurm"] * ("container" in options and bool(oci_configuration(slurm.config().get("SLURM_CONF", ""))))
+    return Available(tuple(mine), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
 
 
 def wanted_gpus(recipe: Recipe, asked: int | None) -> int:

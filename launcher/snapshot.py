@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from recipes import PACKAGES_FILE
 from recipes.errors import BadInput
 
+if TYPE_CHECKING:  # only a run in an image needs it
+    from launcher.packages import Inside
+
 PACKAGES = ("recipes", "containers", "preprocess", "trainer", "launcher")
+EXTRA = Path("packages")
+"""Where a snapshot has what its image lacks; recipes/__init__.py puts it at the end of ``sys.path``."""
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "env", "runs", "data", "checkpoints"}
 MAX_FILES = 500
 MAX_BYTES = 20_000_000
@@ -22,8 +30,9 @@ def package_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def take_snapshot(target: Path, recipe_folder: Path | None) -> None:
-    """Copy our packages to ``target``, and the code beside the recipe (``recipe_folder``) to ``target/recipe``.
+def take_snapshot(target: Path, recipe_folder: Path | None, inside: Inside | None = None) -> None:
+    """Copy our packages to ``target``, the code beside the recipe (``recipe_folder``) to ``target/recipe``, and what an
+    image lacks (``inside``) to ``target/packages``.
 
     Appears whole (built aside, then renamed); a snapshot that is the same already stays as it is.
     Raises BadInput where the recipe's folder holds too much to be its code.
@@ -31,7 +40,11 @@ def take_snapshot(target: Path, recipe_folder: Path | None) -> None:
     files = {source.relative_to(package_root()): source for source in _package_files()}
     if recipe_folder is not None:
         files |= {Path("recipe") / source.relative_to(recipe_folder): source for source in _user_files(recipe_folder)}
-    digest = _digest(files)
+    record = ""
+    if inside is not None:
+        files |= {EXTRA / name: source for name, source in inside.files().items()}
+        record = json.dumps(inside.record(), indent=2) + "\n"
+    digest = _digest(files, record)
     mark = target / ".digest"
     if mark.is_file() and mark.read_text() == digest:
         return
@@ -41,6 +54,9 @@ def take_snapshot(target: Path, recipe_folder: Path | None) -> None:
         copy = aside / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
+    if record:
+        (aside / EXTRA).mkdir(exist_ok=True)
+        (aside / EXTRA / PACKAGES_FILE).write_text(record)
     (aside / ".digest").write_text(digest)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
@@ -101,8 +117,8 @@ def _python_files(folder: Path) -> Iterable[Path]:
             return
 
 
-def _digest(files: dict[Path, Path]) -> str:
-    digest = hashlib.sha256()
+def _digest(files: dict[Path, Path], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
     for name in sorted(files):
         content = files[name].read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())

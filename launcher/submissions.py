@@ -37,6 +37,8 @@ class Submission:
     """What its jobs were given: the run's plan may be another one by the time that they start."""
     profile: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    container: dict[str, Any] | None = None
+    """In what its jobs run; None: without a container."""
     inputs: tuple[str, ...] = ()
     """Stages of which Slurm only waits for the end (``afterany``): the job looks itself whether they are done."""
     slurm: str = ""

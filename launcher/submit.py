@@ -8,7 +8,6 @@ comment, by which the next one finds the job instead of making another.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -27,7 +26,7 @@ from launcher.state import ACTIVE, DONE, QUEUED, RUNNING, UNKNOWN, ElementState,
 from launcher.submissions import Submission, next_folder, submissions_of, token_of
 from recipes.errors import BadInput
 from recipes.expand import PLACEHOLDER
-from recipes.files import Lock, read_object, write_text
+from recipes.files import Lock, read_object, write_private, write_text
 from recipes.loader import Loaded, is_secret_variable
 from recipes.rundir import RunDir
 
@@ -210,6 +209,7 @@ def submit_draft(draft: Draft, run: RunDir, plan: Plan, jobs: dict[str, str]) ->
         needs=dataclasses.asdict(array.stage.needs),
         profile=dict(cluster.get("profile") or {}),
         env=plan.env,
+        container=dataclasses.asdict(array.stage.container) if array.stage.container else None,
     )
     submission.write()
     if draft.stale:
@@ -303,14 +303,3 @@ def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str
     values = {name: os.environ[name] for name in sorted(wanted) if name in os.environ}
     write_private(run.environment, {**read_object(run.environment), **values})  # jobs of another submit may wait for theirs
     return list(values)
-
-
-def write_private(path: Path, values: dict[str, str]) -> None:
-    """A JSON file that nobody else can read, at no moment of its making."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)

@@ -20,7 +20,7 @@ from recipes.files import write_json
 from recipes.loader import Loaded, load
 from recipes.options import add_data_options, add_preprocess_options, refuse_unknown
 from recipes.output import PIPE_CLOSED, forgive_output
-from recipes.process import PARENT_VARIABLE, die_with_parent
+from recipes.process import PARENT_VARIABLE, STDIN_VARIABLE, die_with_parent
 from recipes.rundir import ElementDir
 from recipes.schema import Preprocess
 
@@ -44,7 +44,7 @@ def stage_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What follows ``--`` are overrides of a stage's recipe."""
-    if PARENT_VARIABLE in os.environ:
+    if PARENT_VARIABLE in os.environ or STDIN_VARIABLE in os.environ:
         die_with_parent()
     forgive_output()
     try:

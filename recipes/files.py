@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,18 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Replace ``path`` by ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n", durable=durable)
+
+
+def write_private(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON file that nobody else can read, at no moment of its making."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp.unlink(missing_ok=True)
+    handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
 
 
 def read_json(path: Path) -> Any | None:

@@ -297,15 +297,42 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Mount:
+    """The long form of a mount."""
+
+    source: str
+    target: str | None = None
+    """None: the same path inside."""
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class StageImages:
+    """Stages that do not run in ``container.image``: an image of their own, or ``none``."""
+
+    preprocess: str | None = ""
+    verify: str | None = ""
+    train: str | None = ""
+    export: str | None = ""
+
+
+@dataclass(frozen=True)
 class Container:
     """In which image the stages run."""
 
     image: str | None = None
-    mounts: list[str] = field(default_factory=list)
-    """``/host/path:/inside[:ro]``"""
+    """A name in a registry, or a .sqsh, .sif or .tar file, or the folder of an OCI bundle."""
+    mounts: list[str | Mount] = field(default_factory=list)
+    """``/host/path[:/inside][:ro]``, or ``{source: …, target: …, read_only: true}``."""
     env: dict[str, str] = field(default_factory=dict)
     workdir: str | None = None
+    """None: the folder that submit was typed in."""
     runtime: str = "auto"
+    """auto: what the site has."""
+    entrypoint: bool = False
+    """Run the image's own entrypoint first."""
+    stages: StageImages = StageImages()
+    """``{preprocess: none}``: that stage without a container, in the environment that submits."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import describe, sbatch, slurm
+from launcher import describe, sbatch, slurm, step
 from launcher.cluster import Cluster, find_cluster
 from launcher.create import write_run
 from launcher.fit import Asked, check_site, check_stages, memory_notes
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_disk, check_needs, check_python
-from launcher.prepare import check_files, container_notes, load_recipe, plan_on_cluster
+from launcher.preflight import check_containers, check_disk, check_needs, check_python
+from launcher.prepare import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
 from launcher.problems import Problems
 from launcher.slurm import SlurmError
 from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> int:
     say = say_for(options)
     options.runs = str(runs_root(options.runs, cluster.profile.runs))
     loaded, plan, notes = _prepared(options, cluster, problems)
-    run_dir = RunDir(Path(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
+    run_dir = _run_dir(Path(options.runs), plan)
     stages = _chosen(plan, options)
-    for note in [*loaded.notes, *container_notes(loaded, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
+    for note in [*loaded.notes, *container_notes(loaded, plan, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
         say(f"note: {note}")
     _check_run(run_dir, plan, cluster, stages, say)
     if options.dry_run:
@@ -100,6 +100,10 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         made.append((loaded, plan))
         with problems.collected():
             check_stages(loaded, cluster, _chosen(plan, options), asked)
+        with problems.collected():
+            notes += check_containers(loaded, plan, cluster.profile)
+        with problems.collected():
+            notes += check_inside(loaded, plan, _run_dir(runs, plan), _chosen(plan, options))
         notes += check_disk(loaded, plan, runs, cluster.profile)
     with problems.collected():
         check_site(cluster, asked)
@@ -107,6 +111,10 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         notes += check_python(cluster)
     problems.refuse()
     return *made[0], notes
+
+
+def _run_dir(runs: Path, plan: Plan) -> RunDir:
+    return RunDir(runs / plan.run_id, Path(plan.shared) if plan.shared else None)
 
 
 def _chosen(plan: Plan, options: argparse.Namespace) -> Sequence[Stage]:
@@ -199,12 +207,23 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
     found = _drafts(run_dir, plan, cluster, stages, known_states(run_dir, plan))
     jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in found}
     if options.json:
-        rows = [{"stage": d.array.stage.name, "elements": list(d.array.elements), "path": str(d.array.folder / "script.sh"), "options": dependency(d, jobs), "script": d.text} for d in found]
+        rows = [
+            {
+                "stage": d.array.stage.name,
+                "elements": list(d.array.elements),
+                "path": str(d.array.folder / "script.sh"),
+                "options": dependency(d, jobs),
+                "script": d.text,
+                "step": step.preview(run_dir, plan, d.array.stage, cluster.profile),
+            }
+            for d in found
+        ]
         print(describe.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
         return OK
     for draft in found:
         print(f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}")
         print(draft.text)
+        print(f"# the step of its first element:\n# {shlex.join(step.preview(run_dir, plan, draft.array.stage, cluster.profile))}")
     if not found:
         print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")
     return OK

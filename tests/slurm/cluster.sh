@@ -241,6 +241,16 @@ StorageLoc=slurm_acct_db
 END
 }
 
+oci_conf() { # srun --container: runc, as the user; a state folder of each node's own
+  local state='--root=/local/runc-%u'
+  cat <<END
+RunTimeRun="runc --rootless=true $state run --bundle %b %n.%u.%j.%s.%t"
+RunTimeQuery="runc --rootless=true $state state %n.%u.%j.%s.%t"
+RunTimeKill="runc --rootless=true $state kill -a %n.%u.%j.%s.%t SIGKILL"
+RunTimeDelete="runc --rootless=true $state delete --force %n.%u.%j.%s.%t"
+END
+}
+
 check() {
   { [ -e /etc/debian_version ] && command -v apt-get >/dev/null; } || die "needs Debian"
   unshare --net --uts --ipc --mount --pid --fork true 2>/dev/null || die "namespaces are forbidden here"
@@ -257,14 +267,34 @@ add_user() { # and devices
   ! [ -c /dev/fuse ] || chmod 666 /dev/fuse # containers of an ordinary user
 }
 
+podman_conf() { # of lab, whose home is the same everywhere: images and state are a node's own
+  cat >"$1/storage.conf" <<END
+[storage]
+driver = "overlay"
+graphroot = "/local/containers/storage"
+runroot = "/local/containers/run"
+END
+  cat >"$1/containers.conf" <<END
+[engine]
+# crun 1.8 refuses a machine that has both kinds of control groups
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+tmp_dir = "/local/containers/tmp"
+END
+}
+
 configure() {
   local node
+  install -d -o $LAB -g $LAB /home/$LAB/.config /home/$LAB/.config/containers
+  podman_conf /home/$LAB/.config/containers
   install -d -o slurm -g slurm $LOG "$STATE/slurmctld" "$STATE/db"
   slurm_conf >$CONF/slurm.conf
   slurmdbd_conf | install -m 600 -o slurm -g slurm /dev/stdin $CONF/slurmdbd.conf
   echo "Name=gpu Type=h100 File=/dev/fakegpu[0-$((AMLAUNCH_GPUS - 1))] Flags=nvidia_gpu_env" |
     sed "s/^/NodeName=gpu[1-$AMLAUNCH_GPU_NODES] /" >$CONF/gres.conf
   echo CgroupAutomount=no >$CONF/cgroup.conf
+  oci_conf >$CONF/oci.conf
   forget_hosts
   for node in $(nodes); do echo "$NET.$(host_part "$node") $node $MARK"; done >>/etc/hosts
 }
@@ -368,6 +398,7 @@ boot() { # the first process of a node, inside its namespaces
   mount -t sysfs sysfs /sys # shows this node's interfaces only
   mount --rbind "$STATE/all/sys/fs/cgroup" /sys/fs/cgroup
   mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+  mkdir -p /dev/mqueue && mount -t mqueue mqueue /dev/mqueue # podman --ipc=host wants it
   mount --bind "$own/local" /local
   mount -t tmpfs -o mode=755 tmpfs "$own/run"
   install -d "$own/run/munge"

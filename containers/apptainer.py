@@ -1,0 +1,45 @@
+"""Apptainer, and Singularity, which it was called before: ``exec`` by each task, as an ordinary user.
+
+https://apptainer.org/docs/user/main: cli/apptainer_exec, environment_and_metadata, gpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from containers.environment import in_sight, with_env
+from containers.image import CannotLaunch, Image, Launch, root_of
+from containers.reference import Reference, for_apptainer
+
+KINDS = ("registry", "sif", "sqsh", "archive", "folder")
+
+
+def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> Launch:
+    """A process of the user's own: signals and exit codes are the command's. Raises CannotLaunch."""
+    if image.of.kind not in KINDS:
+        raise CannotLaunch(f"{program} cannot start {image.of.name}")
+    argv = [program, "run" if image.entrypoint else "exec", "--no-home", "--writable-tmpfs", *(["--nv"] if image.gpus else [])]
+    for mount in image.mounts:
+        argv += ["--bind", f"{mount.source}:{mount.target}:{'ro' if mount.read_only else 'rw'}"]
+    argv += ["--pwd", image.workdir] if image.workdir else []
+    argv += [*image.options, _spelled(image.of)]
+    prefix = program.upper()
+    # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
+    env = {f"{prefix}ENV_{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
+    # Values stand as they are: a $(…) in one is not for a shell.
+    return Launch((*argv, *with_env(image.env, command)), {**env, f"{prefix}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
+
+
+def _spelled(reference: Reference) -> str:
+    return str(root_of(reference.file)) if reference.kind == "folder" else for_apptainer(reference)
+
+
+def _prepare(reference: Reference, program: str) -> tuple[tuple[str, ...], ...]:
+    """Fetched and converted once a node, into the runtime's own cache; eight tasks at once would do it eight times."""
+    if reference.kind not in ("registry", "archive"):
+        return ()
+    return ((program, "exec", _spelled(reference), "true"),)
+
+
+singularity = partial(launch, program="singularity")

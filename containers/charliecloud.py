@@ -1,0 +1,39 @@
+"""Charliecloud: ``ch-run`` by each task, a process of the user's own without any privilege.
+
+ch-run(1), https://hpc.github.io/charliecloud/ch-run.html. Devices, network, shared memory and /tmp are the host's; it
+adds no GPU libraries to an image, which ``ch-fromhost --nvidia`` does once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from containers.image import CannotLaunch, Image, Launch, root_of, settings_of
+from containers.reference import for_charliecloud
+
+KINDS = ("registry", "folder", "sqsh")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CARRIED = "AMLAUNCH_OF_RECIPE_"
+"""ch-run inherits the environment, and the image's own may come over it; ours comes last, from variables under other names."""
+
+
+def launch(image: Image, command: Sequence[str]) -> Launch:
+    """Raises CannotLaunch."""
+    if image.of.kind not in KINDS:
+        raise CannotLaunch(f"charliecloud starts folders, .sqsh files and images of ch-image, not {image.of.name}")
+    if any(mount.read_only for mount in image.mounts):
+        raise CannotLaunch("charliecloud cannot mount anything read-only; leave :ro out (container.mounts), or choose another runtime")
+    source = str(root_of(image.of.file)) if image.of.kind == "folder" else for_charliecloud(image.of)
+    argv = ["ch-run", f"--set-env=PATH={PATH}"]
+    own = settings_of(image.of.file) if image.of.kind == "folder" else {}
+    argv += [f"--set-env={name}={value}" for name, value in own.items()]
+    if image.of.kind == "registry" or (image.of.kind == "folder" and (root_of(image.of.file) / "ch" / "environment").is_file()):
+        argv.append("--set-env")  # of the image itself
+    argv += [f"--set-env={name}=${CARRIED}{name}" for name in sorted(image.env)]
+    argv += [f"--unset-env={CARRIED}*"] if image.env else []
+    argv += [f"--bind={mount.source}:{mount.target}" for mount in image.mounts]
+    argv += [f"--cd={image.workdir}"] if image.workdir else []
+    argv += [*image.options, source, "--", *command]
+    carried = {f"{CARRIED}{name}": value for name, value in image.env.items()}
+    fetch = ("sh", "-c", 'ch-image list "$1" >/dev/null 2>&1 || exec ch-image pull "$1"', "sh", source)
+    return Launch(tuple(argv), carried, prepare=(fetch,) if image.of.kind == "registry" else ())

@@ -1,0 +1,70 @@
+"""Where each tool looks for a registry's credentials, and what to write there; and what its errors mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+REFUSED = ("401", "403", "unauthorized", "authentication required", "access denied", "requested access to the resource is denied", "denied:")
+MISSING = ("manifest unknown", "manifest_unknown", "404", "name unknown", "not found", "no such image")
+UNREACHABLE = (
+    "no such host", "connection refused", "network is unreachable", "i/o timeout", "could not resolve", "timed out", "no route to host",
+    "temporary failure in name resolution", "tls handshake", "connection reset", "deadline exceeded",
+)  # fmt: skip
+PLAIN_HTTP = ("server gave http response to https client", "http: server gave http", "wrong version number")
+NO_SPACE = ("no space left on device", "disk quota exceeded")
+NGC_USER = "$oauthtoken"
+"""The user's name for nvcr.io, for everybody and as it stands; the password is an API key of ngc.nvidia.com (Setup)."""
+
+
+def registry_of(reference: str) -> str:
+    """``nvcr.io`` of ``nvcr.io/nvidia/pytorch:25.08-py3``; docker.io where none is named."""
+    first, slash, _ = reference.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+def where(tool: str, registry: str, environ: Mapping[str, str]) -> str:
+    """Where a tool's credentials for a registry go, with the form of the line or the command that writes it."""
+    home = environ.get("HOME", "~")
+    user = NGC_USER if registry == "nvcr.io" else "USER"
+    key = "an API key of ngc.nvidia.com" if registry == "nvcr.io" else "the password or a token"
+    if tool == "enroot":
+        file = f"{environ.get('ENROOT_CONFIG_PATH') or environ.get('XDG_CONFIG_HOME', home + '/.config') + '/enroot'}/.credentials"
+        more = ", and once more for machine authn.nvidia.com" if registry == "nvcr.io" else ""
+        return f"{file} (mode 600) needs the line: machine {registry} login {user} password KEY{more}; KEY is {key}"
+    if tool in ("apptainer", "singularity"):
+        return f"{tool} registry login --username '{user}' docker://{registry} asks for {key}, and keeps it in {home}/.{tool}/docker-config.json"
+    if tool == "docker":
+        return f"docker login {registry} --username '{user}' asks for {key}, and keeps it in {environ.get('DOCKER_CONFIG', home + '/.docker')}/config.json"
+    run = environ.get("XDG_RUNTIME_DIR")
+    lasting = f"{home}/.docker/config.json"
+    file = environ.get("REGISTRY_AUTH_FILE") or (f"{run}/containers/auth.json, until you log out; --authfile {lasting} keeps it" if run else lasting)
+    return f"{tool} login {registry} --username '{user}' asks for {key}, and keeps it in {file}"
+
+
+def explain(tool: str, reference: str, said: str, environ: Mapping[str, str]) -> str:
+    """What a tool's last words mean and what to do; empty where they say it well enough themselves."""
+    registry, low = registry_of(reference), said.lower()
+    if any(word in low for word in NO_SPACE):
+        return "there was no space left while it worked: --images or --tmp name a folder with more, the same command goes on from what is there"
+    if reference.startswith("/"):
+        return ""
+    if any(word in low for word in PLAIN_HTTP):
+        return f"{registry} speaks plain HTTP: --insecure allows that"
+    if any(word in low for word in REFUSED):
+        hint = "" if registry != "docker.io" else " (is the registry missing, as nvcr.io/ before the name?)"
+        return f"{registry} does not let you have {reference}{hint}: {where(tool, registry, environ)}"
+    if any(word in low for word in MISSING):
+        return f"{registry} has no {reference}: look at the spelling and the tag"
+    if any(word in low for word in UNREACHABLE):
+        return (
+            f"{registry} cannot be reached from here; on a machine that reaches it: skopeo copy docker://{reference} docker-archive:image.tar, "
+            "copy that file here, and import it: amlaunch image import image.tar"
+        )
+    return ""
+
+
+def without_secrets(text: str) -> str:
+    """A tool's words, with passwords in addresses and authorization headers blotted out."""
+    text = re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"(?i)(authorization:\s*\w+|password|token|--creds)([=:\s]+)\S+", r"\1\2***", text)

@@ -1,0 +1,65 @@
+"""Which variables of the host enter a container, and which the runtime itself is left with.
+
+A container gets the recipe's and amlaunch's own variables, those that say who a
+rank is, and those of the user's shell that libraries inside read. Nothing else
+of the host: its search paths, modules and Python environments speak of files
+that are not in the image.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+RANK_VARIABLES = (
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_JOB_NODELIST", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME",
+    "SLURM_JOB_END_TIME", "SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""What srun says to each task. PMI's are not among them: ranks meet through torch, and a runtime would start a server for them."""
+LIBRARIES = (
+    "NCCL_*", "UCX_*", "FI_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "TRITON_*", "OMP_*", "MKL_*", "KMP_*", "NVTE_*", "CUBLAS_*", "CUDA_LAUNCH_BLOCKING",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "WANDB_*", "HF_*", "HUGGING_FACE_*", "HUGGINGFACE_*", "TRANSFORMERS_*", "TOKENIZERS_*", "TIKTOKEN_*", "DATA_GYM_*",
+    "MALLOC_*", "AMLAUNCH_*", "RAYON_*", "AWS_*", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "TZ", "USER", "LOGNAME",
+)  # fmt: skip
+"""Of the shell that submits: settings that libraries inside the image read."""
+OF_THE_RUNTIME = (
+    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "SLURM_*", "SLURMD_*", "SBATCH_*", "ENROOT_*", "PYXIS_*", "APPTAINER_*", "SINGULARITY_*",
+    "DOCKER_*", "CONTAINERS_*", "CONTAINER_HOST", "PODMAN_*", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "NVIDIA_*", "MELLANOX_*", "CUDA_VISIBLE_DEVICES",
+    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "LANG",
+)  # fmt: skip
+"""What the runtime's own program, and srun, may need to know."""
+STALE = ("SLURM_EXPORT_ENV", "PYXIS_CONTAINER_*", "APPTAINERENV_*", "SINGULARITYENV_*", "APPTAINER_BIND*", "SINGULARITY_BIND*")
+"""Of a shell that was in a container, or chose one: it would join in."""
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that fit one of the patterns, case and all, sorted."""
+    wanted = list(patterns)
+    return sorted({name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)})
+
+
+def of_libraries(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of the host's environment libraries inside are to know."""
+    return {name: environ[name] for name in matching(environ, LIBRARIES)}
+
+
+def of_runtime(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the runtime's own program: little, for what it inherits it may hand on."""
+    stale = set(matching(environ, STALE))
+    return {name: environ[name] for name in matching(environ, OF_THE_RUNTIME) if name not in stale}
+
+
+def in_sight(env: Mapping[str, str]) -> dict[str, str]:
+    """Of the variables that are set inside, those that mean something to the runtime's own program, too.
+
+    They cannot be handed on by its environment (HOME is where podman has its images) and so stand in its arguments; none
+    of them is secret.
+    """
+    return {name: env[name] for name in matching(env, (*OF_THE_RUNTIME, "LD_*", "GCONV_PATH", "BASH_ENV", "ENV", "IFS")) if name not in RANK_VARIABLES}
+
+
+def with_env(env: Mapping[str, str], command: Iterable[str]) -> list[str]:
+    """The command with :func:`in_sight` set by ``env``, inside."""
+    shown = in_sight(env)
+    return ["env", *(f"{name}={value}" for name, value in shown.items()), *command] if shown else list(command)

@@ -1,0 +1,89 @@
+"""Why a container did not start, from the runtime's own words: what to do about it, and whether another try, or another node, can help.
+
+Only lines that a runtime wrote are looked at: a trainer that says "not found" is another matter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SPOKEN = re.compile(
+    r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
+    r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
+    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |newuidmap|sh: )"
+)
+"""How a line begins that a container runtime writes, or Slurm of one."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One kind of failure of a container."""
+
+    kind: str
+    pattern: str
+    """A regular expression, whatever the case."""
+    again: bool
+    """Whether another try can end otherwise."""
+    elsewhere: bool
+    """Whether it should be on another node."""
+    advice: str
+
+
+CREDENTIALS = {
+    "pyxis": "~/.config/enroot/.credentials ($ENROOT_CONFIG_PATH) on the nodes: machine nvcr.io login $oauthtoken password KEY, and the same for machine authn.nvidia.com",
+    "enroot": "~/.config/enroot/.credentials ($ENROOT_CONFIG_PATH) on the nodes: machine nvcr.io login $oauthtoken password KEY, and the same for machine authn.nvidia.com",
+    "apptainer": "apptainer registry login --username '$oauthtoken' docker://nvcr.io",
+    "singularity": "singularity remote login --username '$oauthtoken' docker://nvcr.io",
+    "docker": "docker login --username '$oauthtoken' nvcr.io",
+    "podman": "podman login --username '$oauthtoken' nvcr.io (kept in $REGISTRY_AUTH_FILE, so that it survives a logout)",
+    "charliecloud": "ch-image pull --auth nvcr.io/…, once",
+    "slurm": "pull the image where you have credentials, and unpack it as a bundle",
+}
+"""Where each runtime wants a registry's credentials; a site's other names go the same way."""
+
+FAILURES = (
+    Failure("no space for the image", r"no space left on device|disk quota exceeded|not enough space|write error: .*space", True, True,
+            "its cache or temporary folder is full; ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH, APPTAINER_CACHEDIR and APPTAINER_TMPDIR, or TMPDIR name another one; amlaunch image import converts once, to a file that all nodes share"),
+    Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[234]\b", True, False,
+            "nodes often have no way out: amlaunch image import makes a file that they share (images in the profile names it)"),
+    Failure("no credentials for the registry", r"\b401\b|unauthorized|authentication required|pull access denied|access to the resource is denied|\b403\b|forbidden|no basic auth", False, False,
+            "give credentials: {credentials}"),
+    Failure("no such image", r"manifest unknown|manifest for .* not found|name unknown|\b404\b|no such image|image not known|unable to find image|not find .*image|can't stat|could not open image|not a valid image|"
+            r"invalid image format|failed to import|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file|initializing source", False, False,
+            "check the name (container.image), and its tag; amlaunch image check IMAGE starts it alone"),
+    Failure("driver too old", r"unsatisfied condition: cuda|requirement error|driver version is insufficient|forward compatibility was attempted|driver/library version mismatch", False, True,
+            "the node's NVIDIA driver is older than the image's CUDA wants; an image with an older CUDA, or entrypoint: true with NVIDIA's compatibility libraries, starts there"),
+    Failure("no GPUs in the container", r"could not select device driver|unresolvable cdi|unresolved cdi|nvidia-container-cli|nvidia\.com/gpu|libnvidia-ml|no nvidia driver", False, True,
+            "the node's runtime has no support of NVIDIA: the container toolkit, or for podman nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"),
+    Failure("wrong architecture", r"exec format error|does not match the (detected|specified|expected)|image platform|no matching manifest for|no image found in (manifest|image) (list|index)", False, False,
+            "the image is made for another kind of processor; ask for that of the nodes"),
+    Failure("mount", r"bind source path does not exist|can't bind|statfs .*no such file|mount source .* doesn't exist|no such mount|failed to mount|error mounting|couldn't mount|mount point .*does(n't| not) exist|destination .* doesn't exist|"
+            r"can't mkdir|no such file or directory.*mount|mount.*no such file or directory", False, False,
+            "a mount (container.mounts, or of the profile) cannot be made on that node: both sides must exist where the image cannot be written"),
+    Failure("Python is not in the image", r"python3?\"?: (executable file not found|no such file|not found|command not found)|execve\(2\): python|exec: python", False, False,
+            "amlaunch starts python3 of the image; it must be in its PATH"),
+    Failure("no user namespaces", r"newuidmap|newgidmap|user namespace|subuid|subgid|cannot clone|unshare.*(not permitted|failed)|operation not permitted.*namespace", False, True,
+            "the node does not let users have containers of this runtime (user namespaces, /etc/subuid); another runtime may"),
+    Failure("no daemon", r"cannot connect to the docker daemon|permission denied while trying to connect|is the docker daemon running|podman socket", True, True,
+            "docker does not run on that node, or is not for you; another runtime may be"),
+    Failure("no runtime", r"executable file not found|command not found|execve.*no such file|no such file or directory", False, True,
+            "the program is not on that node; container.runtime, or the profile's container.runtime, names another one"),
+)  # fmt: skip
+"""Looked for in this order."""
+UNKNOWN = Failure("container", "", True, False, "the last lines of the log say what its runtime met")
+
+
+def failure_of(text: str) -> tuple[Failure, str] | None:
+    """The failure that a runtime speaks of in ``text``, and its line; None where no runtime speaks."""
+    lines = [line.strip() for line in text.splitlines() if SPOKEN.match(line.strip())]
+    for failure in FAILURES:
+        for line in lines:
+            if re.search(failure.pattern, line, re.IGNORECASE):
+                return failure, line
+    return None
+
+
+def advice(failure: Failure, runtime: str) -> str:
+    """What to do, for a runtime."""
+    return failure.advice.replace("{credentials}", CREDENTIALS.get(runtime, "log in to it with the runtime's own command"))

@@ -1,0 +1,164 @@
+"""``python -m containers.node JSON``: the first seconds of a job, once on each of its nodes, before any container starts.
+
+What only a node knows is looked at here, and said in one line that names the
+node and the fix: whether the runtime is there, the image, what is mounted, room,
+the GPU's driver, the processor. Then the image is brought there, once for all
+tasks. Standard library only, with whatever Python the node has.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from containers import PROGRAMS
+from containers.failures import FAILURES, UNKNOWN, Failure, advice, failure_of
+
+MARK = "container: "
+"""How the line begins that the driver looks for: the mark, then JSON."""
+SPACE_BYTES = 2 * 10**9
+"""Of temporary room, below which a new image is not even begun."""
+SILENT_SECONDS = 60.0
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
+"""The kernel's words, and those of images."""
+KINDS = {failure.kind: failure for failure in FAILURES}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0: containers can start here; 1 otherwise, with the reason in the last line."""
+    spec = json.loads(arguments[0])
+    for kind, words in check(spec):
+        return refuse(spec, KINDS[kind], words)
+    said = prepare(spec)
+    if said is None:
+        return 0
+    found = failure_of(said)
+    failure, line = found or (UNKNOWN, next(reversed([line for line in said.splitlines() if line.strip()] or [""])))
+    return refuse(spec, failure, line)
+
+
+def refuse(spec: Mapping[str, Any], failure: Failure, words: str) -> int:
+    """One line of JSON for the driver."""
+    reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'])}"
+    verdict = {"kind": failure.kind, "host": host(), "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
+    print(f"{MARK}{json.dumps(verdict)}", file=sys.stderr, flush=True)
+    return 1
+
+
+def verdict_of(said: str) -> dict[str, Any] | None:
+    """The verdict of the first node that refused, from what all of them wrote; None where none did."""
+    for line in said.splitlines():
+        _, mark, rest = line.partition(MARK)
+        if mark and rest.startswith("{"):
+            with suppress(ValueError):
+                return dict(json.loads(rest))
+    return None
+
+
+def host() -> str:
+    """This node, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def check(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """``(kind of failure, what is wrong)`` of what can be seen before anything is started."""
+    program = PROGRAMS[spec["runtime"]]
+    if not shutil.which(program):
+        yield "no runtime", f"{program} is not installed (or not in PATH)"
+    image = spec.get("path")
+    if image and not os.path.exists(image):
+        yield "no such image", f"there is no {image} here"
+    elif image and not os.access(image, os.R_OK):
+        yield "no such image", f"{image} cannot be read by {os.environ.get('USER', os.getuid())}"
+    for source in spec["mounts"]:
+        if not os.path.exists(source):
+            yield "mount", f"there is no {source} to mount"
+    wanted, mine = spec.get("architecture"), ARCHITECTURES.get(platform.machine(), platform.machine())
+    if wanted and wanted != mine:
+        yield "wrong architecture", f"the image is for {wanted}, the node is {mine}"
+    yield from _driver(spec)
+    yield from _space(spec)
+
+
+def _driver(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """``cuda``: the newest CUDA that the image's libraries are of, where it is known."""
+    wanted = re.match(r"(\d+)\.(\d+)", str(spec.get("cuda") or ""))
+    if not wanted or not spec.get("gpus") or spec.get("entrypoint"):
+        return
+    try:
+        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    has = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", said)
+    # Within a major version any driver of it will do (CUDA's minor version compatibility).
+    if has and int(has[1]) < int(wanted[1]):
+        yield "driver too old", f"the image has CUDA {wanted[0]}, the driver knows CUDA {has[1]}.{has[2]} at most"
+
+
+def _space(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not spec.get("prepare"):
+        return
+    folder = next((os.environ[name] for name in ("ENROOT_TEMP_PATH", "APPTAINER_TMPDIR", "TMPDIR") if os.environ.get(name)), tempfile.gettempdir())
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return
+    if free < SPACE_BYTES and not _is_there(spec):
+        yield "no space for the image", f"{folder} has {free / 1e9:.1f} GB free"
+
+
+def _is_there(spec: Mapping[str, Any]) -> bool:
+    """Whether the runtime has the image already, where that is quickly asked."""
+    asked = {"docker": ["docker", "image", "inspect"], "podman": ["podman", "image", "exists"]}.get(spec["runtime"])
+    return asked is not None and subprocess.run([*asked, spec["image"]], capture_output=True).returncode == 0
+
+
+def prepare(spec: Mapping[str, Any]) -> str | None:
+    """Run the commands that bring the image here, one job at a time on this node; what they said where one failed."""
+    commands = spec.get("prepare") or []
+    if not commands:
+        return None
+    lock = Path(tempfile.gettempdir(), f"amlaunch-{os.getuid()}-{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock")
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for command in commands:
+            said = _run(command, f"{host()}: bringing {spec['image']} here with {spec['runtime']}")
+            if said is not None:
+                return said
+    return None
+
+
+def _run(command: Sequence[str], what: str) -> str | None:
+    """A command's own words where it fails; a line now and then while it takes long."""
+    began = spoke = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(0.05)
+            if time.monotonic() - spoke > SILENT_SECONDS:
+                spoke = time.monotonic()
+                print(f"{what} ({spoke - began:.0f} s so far)", flush=True)
+        output.seek(0)
+        said = output.read()
+    if process.returncode:
+        print(said, file=sys.stderr, flush=True)
+    elif time.monotonic() - began > 2:
+        print(f"{what}: took {time.monotonic() - began:.0f} s", flush=True)
+    return said or f"exit code {process.returncode}" if process.returncode else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

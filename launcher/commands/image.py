@@ -1,0 +1,223 @@
+"""``amlaunch image``: fetch and convert an image once for all nodes, build one, list them, and look into one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import containers
+from containers.reference import BadReference, parse
+from containers.store import ImageFolder, read_json, short
+from launcher import describe
+from launcher.image_folder import image_folder
+from launcher.images import (
+    Request,
+    ToolFailed,
+    build_image,
+    builder,
+    import_image,
+    site_format,
+    this_architecture,
+    with_path,
+    write_context,
+)
+from recipes.errors import FAILED, OK, BadInput
+from recipes.files import write_json
+from recipes.version import VERSION
+
+if TYPE_CHECKING:
+    from launcher.cluster import Cluster
+
+PLAIN_SECONDS = 5.0
+Say = Callable[[str], None]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
+    actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
+    try:
+        return actions[options.action](options)
+    except ToolFailed as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return FAILED
+
+
+def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
+    """The folder of images, and the cluster that was named."""
+    cluster = None
+    if options.cluster:
+        from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
+
+        cluster = find_cluster(options.cluster)
+    return image_folder(options.images, cluster.profile.images if cluster else None), cluster
+
+
+# --- import ---------------------------------------------------------------------------------------------
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Fetch and convert; what is there already is only shown."""
+    folder, _ = folder_of(options)
+    say = say_for(options)
+    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
+    request = Request(options.image, folder, options.format or site_format(), options.arch or this_architecture(), options.tool, work, options.insecure)
+    return make(request, options, say)
+
+
+def make(request: Request, options: argparse.Namespace, say: Say) -> int:
+    """Import, and say where the image is and how to use it."""
+    started = time.monotonic()
+    try:
+        image, made = import_image(request, say, meter_for(options.json, say))
+    except KeyboardInterrupt:
+        say(f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it")
+        raise
+    if options.json:
+        print(describe.to_json({**with_path(image), "made": made}))
+        return OK
+    took = f" in {describe.duration(time.monotonic() - started)}" if made else ""
+    say(f"{'made' if made else 'already there:'} {image.path} ({describe.size(image.size)}, {image.digest[:19]}){took}")
+    say(f"in a recipe: container.image: {image.path}\nwhat is in it: {describe.program()} image check {image.path}")
+    return OK
+
+
+def say_for(options: argparse.Namespace) -> Say:
+    """Words for people; stdout is for JSON where that is asked for."""
+    stream = sys.stderr if options.json else sys.stdout
+    return lambda text: print(text, file=stream, flush=True)
+
+
+def meter_for(json: bool, say: Say) -> Callable[[str, int], Any]:
+    """How far something is: a bar in a terminal, a line every five seconds elsewhere."""
+    return _bar if sys.stdout.isatty() and not json else lambda title, total: _lines(title, total, say)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=describe.console(), transient=True) as progress:
+        task = progress.add_task(title, total=total or None)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
+    started = spoke = time.monotonic()
+    say(f"{title}{f' {describe.size(total)}' if total else ''}")
+
+    def show(done: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        if now - spoke >= PLAIN_SECONDS:
+            spoke = now
+            part = f"{describe.size(done)} of {describe.size(total)}" if total else describe.size(done)
+            say(f"  {title}: {part}, {describe.duration(now - started)}")
+
+    yield show
+
+
+# --- build ----------------------------------------------------------------------------------------------
+
+DOCKERFILE = Path(containers.__file__).with_name("Dockerfile")
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Build with what is here, then import what was built."""
+    dockerfile = Path(options.file).expanduser() if options.file else DOCKERFILE
+    if not dockerfile.is_file():
+        raise BadInput(f"--file {dockerfile}: there is no such file")
+    if options.print_only:
+        print(dockerfile.read_text(), end="")
+        return OK
+    folder, _ = folder_of(options)
+    tool, say = builder(options.tool), say_for(options)
+    arguments = {"VERSION": VERSION, **({"BASE": options.base} if options.base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
+    tag = options.tag or f"localhost/amlaunch:{VERSION}"
+    with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:
+        write_context(Path(context), dockerfile, Path(options.wheels).expanduser() if options.wheels else None)
+        say(f"{tool} builds {tag}")
+        build_image(tool, Path(context), tag, arguments, say)
+    if options.no_import:
+        say(f"built {tag}, in the storage of {tool}")
+        return OK
+    source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
+    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
+    origin = f"build on {options.base}" if options.base else "build"
+    return make(Request(source, folder, options.format or site_format(), this_architecture(), tool, work, origin=origin), options, say)
+
+
+# --- list -----------------------------------------------------------------------------------------------
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """A row for each image."""
+    folder, _ = folder_of(options)
+    rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
+    if options.json:
+        found = [{**with_path(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
+        print(describe.to_json({"folder": str(folder.root), "images": found}))
+        return OK
+    if not rows:
+        print(f"no images in {folder.root}; {describe.program()} image import IMAGE brings one")
+        return OK
+    from rich.table import Table
+
+    table = Table("image", "digest", "size", "made", "made of", "checked", box=None, padding=(0, 2, 0, 0))
+    for image, facts, checked in rows:
+        state = (facts.source.removeprefix("checked ") if checked else "no") if image.whole else "its file is not whole: import it again"
+        table.add_row(Path(image.path).name, short(image.digest), describe.size(image.size), image.date.replace("T", " ")[:16], image.source, state)
+    print(folder.root)
+    describe.console().print(table)
+    return OK
+
+
+# --- check ----------------------------------------------------------------------------------------------
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
+    from launcher import image_check  # with what doctor needs
+    from launcher.commands.doctor import Report
+    from launcher.diagnose import BAD, worst
+
+    folder, cluster = folder_of(options)
+    stored = folder.find(options.image)
+    try:
+        reference = parse(stored.path if stored else options.image)
+        mounts = [containers.parse_mount(text, Path.cwd()) for text in options.mount]
+    except (BadReference, containers.BadMount) as error:
+        raise BadInput(str(error)) from None
+    name, place = reference.name, folder.check(stored.path if stored else options.image)
+    if options.has:
+        write_json(place, image_check.said(name, options.has, read_json(place)))
+        print(f"written down in {place}")
+        return OK
+    if reference.path is not None and not reference.path.exists():
+        raise BadInput(f"there is no file {reference.path}")
+    for mount in mounts:
+        if not Path(mount.source).exists() and not cluster:
+            raise BadInput(f"--mount {mount.short}: there is no {mount.source} on this machine")
+    say = say_for(options)
+    runtime = image_check.choose_runtime(reference, options.runtime, cluster)
+    start = image_check.plan_start(reference, runtime, mounts, cluster, options.gpus)
+    seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, meter_for(options.json, say)))
+    found = list(image_check.findings(options.image, seen, bool(options.gpus)))
+    write_json(place, seen)
+    verdict = worst(found)
+    if options.json:
+        print(describe.to_json({"verdict": verdict, "record": str(place), **seen, "findings": image_check.as_json(found)}))
+    else:
+        report = Report(json=False)
+        report.begin("image", f"{name}, started by {runtime}")
+        report.add(found)
+        print(f"written down in {place}")
+    return FAILED if verdict == BAD else OK

@@ -1,0 +1,593 @@
+"""Fetch an image with what the site has, and convert it once, for all nodes: atomic, locked, and resumable.
+
+A download lands in the folder's ``.work``, layer by layer; whoever is interrupted or killed goes on from the layers
+that are there. The converted file is made beside it and renamed, and its record comes last: an image with a record is
+whole. Whoever comes second waits for the first, and finds the image done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from containers import credentials, layers, store
+from containers.layers import Layered, NotAnImage
+from containers.reference import BadReference, parse
+from containers.store import ImageFolder, StoredImage
+from launcher import describe
+from recipes.errors import BadInput
+from recipes.files import Lock, fsync_folder, write_json
+
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
+"""The kernel's names, and those of images."""
+REGISTRY_TOOLS = ("skopeo", "podman", "docker", "buildah", "enroot", "apptainer", "singularity")
+"""What can fetch from a registry, the one that resumes best first."""
+BUILDERS = ("buildah", "podman", "docker")
+ENGINES = ("podman", "docker", "buildah")
+SPARE = 1.15
+"""The converted image, over its compressed layers: zstd makes it about as large."""
+UNPACKED = 3.0
+"""The unpacked files, over the compressed layers, where they have to be unpacked."""
+LAST_WORDS = 6
+LAST_LINES = 40
+"""Of a build's output, what is looked through for the reason of its failure."""
+Say = Callable[[str], None]
+
+
+class ToolFailed(Exception):
+    """A tool did not do its work; the message has its last words and what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to import, and how."""
+
+    source: str
+    folder: ImageFolder
+    format: str
+    architecture: str
+    tool: str | None = None
+    """None: the best that is there."""
+    work: Path | None = None
+    """Where downloads and half-made files go; None: into the folder."""
+    insecure: bool = False
+    origin: str = ""
+    """What the record says instead of ``source``: of a build, its base."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request's source turned out to be."""
+
+    kind: str
+    """registry, engine, archive or layout."""
+    place: str
+    """A reference in one spelling, or an absolute path."""
+    tool: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The image's name in a registry; empty for an archive."""
+        return self.place if self.kind in ("registry", "engine") else ""
+
+
+# --- what the site has ------------------------------------------------------------------------------------
+
+
+def this_architecture() -> str:
+    """This machine's, in the names of images."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
+def site_format(runtime: str = "") -> str:
+    """What the site's runtime starts: .sif for apptainer, where it is the only one there; else .sqsh."""
+    sif = runtime in ("apptainer", "singularity")
+    only = not shutil.which("enroot") and not shutil.which("srun") and (shutil.which("apptainer") or shutil.which("singularity"))
+    return "sif" if sif or (not runtime and only) else "sqsh"
+
+
+# --- what is asked for ----------------------------------------------------------------------------------
+
+
+def look(request: Request) -> Source:
+    """Say what a source is. Raises BadInput with what is missing, or how it is written."""
+    text = request.source.strip()
+    if not text:
+        raise BadInput("which image? a name as nvcr.io/nvidia/pytorch:25.08-py3, or a tar of docker save")
+    for prefix, kind in (("docker-archive:", "archive"), ("oci-archive:", "archive"), ("oci:", "layout")):
+        if text.startswith(prefix):
+            return _on_disk(Path(text.removeprefix(prefix)), kind)
+    for prefix, tool in (("containers-storage:", "podman"), ("podman://", "podman"), ("docker-daemon:", "docker"), ("dockerd://", "docker")):
+        if text.startswith(prefix):
+            return Source("engine", text.removeprefix(prefix), _there(request.tool or tool))
+    path = Path(text).expanduser()
+    if path.suffix in (".sqsh", ".sif"):
+        raise BadInput(f"{text} is an image that runtimes start as it is: name it in the recipe, container.image: {path.absolute()}")
+    if text.startswith(("/", "./", "../", "~")) or path.exists() or path.suffix in (".tar", ".tgz"):
+        return _on_disk(path, "layout" if path.is_dir() else "archive")
+    try:
+        reference = parse(text)
+    except BadReference as error:
+        raise BadInput(str(error)) from None
+    if reference.path is not None:
+        return _on_disk(reference.path, "archive")
+    return Source("registry", reference.name, _there(request.tool) if request.tool else _registry_tool())
+
+
+def _on_disk(path: Path, kind: str) -> Source:
+    path = path.expanduser().absolute()
+    if not path.exists():
+        raise BadInput(f"there is no file {path}")
+    if kind == "layout" and not (path / "index.json").is_file():
+        raise BadInput(f"{path} is a folder, and not an OCI image layout (it has no index.json); a root file system is given as a tar: tar -C {path} -cf image.tar .")
+    if kind == "archive" and not path.is_file():
+        raise BadInput(f"{path} is a folder; a tar was expected, or oci:{path} for an OCI image layout")
+    return Source(kind, str(path))
+
+
+def _there(tool: str) -> str:
+    if not shutil.which(tool):
+        raise BadInput(f"{tool} is not in the search path here")
+    return tool
+
+
+def _registry_tool() -> str:
+    found = next((tool for tool in REGISTRY_TOOLS if shutil.which(tool) and _works(tool)), None)
+    if found is None:
+        raise BadInput(
+            f"nothing here can fetch an image: none of {', '.join(REGISTRY_TOOLS)} is in the search path. "
+            "Import one that was saved elsewhere: docker save IMAGE -o image.tar, then amlaunch image import image.tar"
+        )
+    return found
+
+
+def _works(tool: str) -> bool:
+    """docker's command is often there without a daemon that one may ask."""
+    if tool != "docker":
+        return True
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, timeout=20).returncode == 0
+    return False
+
+
+# --- the way from a source to a file --------------------------------------------------------------------
+
+
+def import_image(request: Request, say: Say, meter: Callable[..., Any]) -> tuple[StoredImage, bool]:
+    """Fetch and convert; the image, and whether it had to be made. Raises BadInput and ToolFailed."""
+    source = look(request)
+    name = store.slug(source.place)
+    _make_folder(request.folder)
+    lock = Lock(request.folder.lock(name))
+    if not lock.acquire():
+        say(f"another amlaunch imports {name} into {request.folder.root}; waiting for it")
+        lock.acquire(wait=True)
+    try:
+        with suppress(OSError):
+            os.chmod(lock.path, 0o666)  # so that colleagues can take it, too
+        return _Import(request, source, name, lock, say, meter).run()
+    except NotAnImage as error:
+        raise BadInput(str(error)) from None
+    finally:
+        lock.release()
+
+
+def _make_folder(folder: ImageFolder) -> None:
+    try:
+        (folder.root / ".work").mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            (folder.root / ".work").chmod(0o1777)
+    except OSError as error:
+        raise BadInput(f"{folder.root}: cannot be written: {error.strerror}; --images DIR names another folder") from None
+    if not os.access(folder.root, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder.root}: you may not write there; --images DIR names another folder")
+
+
+@dataclass
+class _Import:
+    """One import, with the lock held."""
+
+    request: Request
+    source: Source
+    name: str
+    lock: Lock
+    say: Say
+    meter: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self.folder = self.request.folder
+        work = ImageFolder(self.request.work) if self.request.work else self.folder
+        self.work = work.work(self.name, os.getuid())
+        self.tools: dict[str, str] = {}
+
+    def run(self) -> tuple[StoredImage, bool]:
+        """Everything, or nothing where it is there already."""
+        if self.source.kind == "registry" and self.source.tool in ("enroot", "apptainer", "singularity"):
+            return self._by_one_tool()
+        digest, size = self._registry_digest() if self.source.tool == "skopeo" and self.source.kind == "registry" else ("", 0)
+        there = self._there(digest)
+        if there:
+            return there, False
+        self.work.mkdir(parents=True, exist_ok=True)
+        if size:
+            self._check_space(size, downloaded=_size_of(self.work / "layout"))
+        with self._fetched(size) as image:
+            digest = digest or image.digest
+            there = self._there(digest)
+            if there:
+                self._clean()
+                return there, False
+            self._check_architecture(image)
+            self._check_space(image.size, downloaded=image.size)
+            made = self._convert(image, digest)
+        self._clean()
+        return made, True
+
+    def _there(self, digest: str) -> StoredImage | None:
+        found = [one for one in self.folder.images() if digest and one.digest == digest and one.format == self.request.format and one.whole]
+        return found[0] if found else None
+
+    def _clean(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _check_architecture(self, image: Layered) -> None:
+        wanted = self.request.architecture
+        if image.architecture and image.architecture != wanted:
+            raise BadInput(f"{self.request.source} is made for {image.architecture}, not for {wanted}; --arch {image.architecture} says that this is meant")
+
+    def _check_space(self, size: int, downloaded: int) -> None:
+        """Raises BadInput with how much is needed where."""
+        unpacked = 0.0 if self.request.format == "sqsh" and reads_tar() else UNPACKED * size
+        needs: dict[Path, tuple[str, float]] = {self.folder.root: ("the image", SPARE * size)}
+        fetch = max(0.0, size - downloaded) + unpacked
+        words = " and ".join([*(["the download"] if size > downloaded else []), *(["the unpacked files"] if unpacked else [])])
+        if _same_disk(self.work, self.folder.root):
+            needs = {self.folder.root: (" and ".join(filter(None, ["the image", words])), SPARE * size + fetch)}
+        else:
+            needs[self.work] = (words, fetch)
+        for folder, (what, needed) in needs.items():
+            free = shutil.disk_usage(_nearest(folder)).free
+            if needed > free:
+                other = "--images" if folder == self.folder.root else "--tmp"
+                raise BadInput(f"{folder}: {what} will need about {describe.size(needed)} there, {describe.size(free)} are free; {other} DIR names another folder")
+
+    # --- fetching
+
+    def _registry_digest(self) -> tuple[str, int]:
+        """Digest of the manifest for our architecture, and the bytes of its layers. Raises ToolFailed."""
+        reference = f"docker://{self.source.place}"
+        raw = self._ask(store.skopeo_inspect(reference, insecure=self.request.insecure))
+        manifest = _manifest(raw, self.source.place)
+        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        if "manifests" in manifest:
+            digest = layers.choose_digest(manifest, self.request.architecture, self.source.place)
+            bare = self.source.place.partition("@")[0]
+            bare = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
+            manifest = _manifest(self._ask(store.skopeo_inspect(f"docker://{bare}@{digest}", insecure=self.request.insecure)), self.source.place)
+        return digest, sum(int(layer.get("size", 0)) for layer in manifest.get("layers") or [])
+
+    def _ask(self, command: Sequence[str]) -> bytes:
+        try:
+            found = subprocess.run(command, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise ToolFailed(f"{command[0]}: no answer in 5 minutes about {self.source.place}") from None
+        if found.returncode:
+            raise self._failure(command, found.stderr.decode(errors="replace"))
+        return found.stdout
+
+    @contextmanager
+    def _fetched(self, size: int) -> Iterator[Layered]:
+        """The image's layers on disk."""
+        architecture = self.request.architecture
+        if self.source.kind == "archive":
+            with layers.open_archive(Path(self.source.place), architecture) as image:
+                yield image
+        elif self.source.kind == "layout":
+            with layers.open_layout(Path(self.source.place), architecture) as image:
+                yield image
+        elif self.source.kind == "registry" and self.source.tool == "skopeo":
+            layout = self.work / "layout"
+            command = store.skopeo_copy(f"docker://{self.source.place}", layout, architecture, insecure=self.request.insecure)
+            self._carry_out(command, "downloading", size, lambda: _size_of(layout))
+            with layers.open_layout(layout, architecture) as image:
+                yield image
+        else:
+            tool, archive = self.source.tool, self.work / "image.tar"
+            if self.source.kind == "registry":
+                self._carry_out(store.pull(tool, self.source.place, architecture, insecure=self.request.insecure), f"{tool} pulls", 0, None)
+            archive.unlink(missing_ok=True)  # of an earlier try, and perhaps torn
+            self._carry_out(store.save(tool, self.source.place, archive), f"{tool} saves", 0, lambda: _size_of(archive))
+            with layers.open_archive(archive, architecture) as image:
+                yield image
+
+    def _carry_out(self, command: Sequence[str], title: str, total: int, done: Callable[[], int] | None, env: Mapping[str, str] | None = None) -> None:
+        """Run a tool, showing how far it is. Raises ToolFailed with its last words."""
+        with tempfile.TemporaryFile() as output, self.meter(title, total) as meter:  # not in a folder that may be full
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),), env={**os.environ, **(env or {})}
+            )
+            with _ended(process):
+                while process.poll() is None:
+                    meter(done() if done else 0)
+                    time.sleep(0.2)
+            if process.returncode:
+                raise self._failure(command, _content(output))
+
+    def _failure(self, command: Sequence[str], said: str) -> ToolFailed:
+        lines = [line for line in credentials.without_secrets(said).splitlines() if line.strip()]
+        meaning = credentials.explain(command[0], self.source.place, "\n".join(lines), os.environ)
+        last = "\n".join(lines[-LAST_WORDS:]) or "no word"
+        return ToolFailed(f"{meaning}\n{command[0]} said: {last}" if meaning else f"{command[0]} failed: {last}")
+
+    # --- converting
+
+    def _convert(self, image: Layered, digest: str) -> StoredImage:
+        half = self.work / f"image.{self.request.format}"
+        half.unlink(missing_ok=True)
+        if self.request.format == "sif":
+            self._make_sif(image, half)
+        else:
+            self._make_squashfs(image, half)
+        return self._keep(half, digest, image.architecture or self.request.architecture, image.settings)
+
+    def _make_squashfs(self, image: Layered, target: Path) -> None:
+        _need("mksquashfs", "squashfs-tools")
+        if reads_tar():
+            self._pour(image, store.mksquashfs("-", target, tar=True), "converting")
+            return
+        rootfs = self._unpack(image)
+        self._carry_out(store.mksquashfs(str(rootfs), target, tar=False), "compressing", 0, lambda: _size_of(target))
+
+    def _unpack(self, image: Layered) -> Path:
+        rootfs = self.work / "rootfs"
+        shutil.rmtree(rootfs, ignore_errors=True)
+        rootfs.mkdir()
+        self._pour(image, store.untar(rootfs), "unpacking")
+        return rootfs
+
+    def _pour(self, image: Layered, command: Sequence[str], title: str) -> None:
+        """The image's files as a tar into a tool's stdin. Raises NotAnImage and ToolFailed."""
+        read = 0
+        with tempfile.TemporaryFile() as output, self.meter(title, image.size) as meter:
+
+            def count(more: int) -> None:
+                nonlocal read
+                read += more
+                meter(read)
+
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),))
+            with _ended(process):
+                assert process.stdin
+                with suppress(BrokenPipeError), process.stdin as pipe:  # else it has ended by itself, and says why
+                    layers.merge(image, pipe, layers.runtime_files(image.settings), count)
+                process.wait()
+            if process.returncode:
+                raise self._failure(command, _content(output))
+
+    def _make_sif(self, image: Layered, target: Path) -> None:
+        program = sif_program()
+        source = str(self._unpack(image)) if not image.config else self._sif_source()
+        settings = {"APPTAINER_TMPDIR": str(self.work), "APPTAINER_CACHEDIR": str(self.work / "cache"), "SINGULARITY_TMPDIR": str(self.work)}
+        self._carry_out(store.apptainer_build(program, source, target), f"{program} builds", 0, lambda: _size_of(target), settings)
+
+    def _sif_source(self) -> str:
+        if self.source.kind == "layout":
+            return f"oci:{self.source.place}"
+        if self.source.kind == "registry" and self.source.tool == "skopeo":
+            return f"oci:{self.work / 'layout'}:image"
+        path = Path(self.source.place) if self.source.kind == "archive" else self.work / "image.tar"
+        return f"{'docker' if layers.is_docker_archive(path) else 'oci'}-archive:{path}"
+
+    def _by_one_tool(self) -> tuple[StoredImage, bool]:
+        """enroot and apptainer fetch and convert in one go; the digest is that of the file they make."""
+        tool = self.source.tool
+        there = next((one for one in self.folder.images() if one.reference == self.source.place and one.format == self.request.format and one.whole), None)
+        if there:
+            return there, False
+        self.work.mkdir(parents=True, exist_ok=True)
+        half = self.work / f"image.{self.request.format}"
+        half.unlink(missing_ok=True)
+        if tool == "enroot":
+            if self.request.format != "sqsh":
+                raise BadInput("enroot makes .sqsh images; --format sqsh, or another --tool")
+            for folder in ("layers", "tmp"):
+                (self.work / folder).mkdir(exist_ok=True)
+            command, env = store.enroot_import(self.source.place, half, self.request.architecture), store.enroot_settings(self.work)
+        else:
+            if self.request.format != "sif":
+                raise BadInput(f"{tool} makes .sif images; --format sif, or another --tool")
+            command = store.apptainer_build(tool, f"docker://{self.source.place}", half)
+            env = {"APPTAINER_TMPDIR": str(self.work), "APPTAINER_CACHEDIR": str(self.work / "cache"), "SINGULARITY_TMPDIR": str(self.work)}
+        self._carry_out(command, f"{tool} fetches and converts", 0, lambda: _size_of(self.work), env)
+        made = self._keep(half, f"sha256:{_sha256(half)}", self.request.architecture, {})
+        self._clean()
+        return made, True
+
+    def _keep(self, half: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> StoredImage:
+        """Put a made file in its place, and its record beside it, last."""
+        final = self.folder.path(self.name, digest, self.request.format)
+        half.chmod(0o644)
+        with open(half, "rb") as handle:
+            os.fsync(handle.fileno())
+        self.folder.record(final).unlink(missing_ok=True)
+        if _same_disk(half, self.folder.root):
+            os.replace(half, final)
+        else:
+            beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            shutil.copyfile(half, beside)
+            with open(beside, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(beside, final)
+        fsync_folder(self.folder.root)
+        made = StoredImage(
+            path=str(final),
+            source=self.request.origin or self.request.source,
+            reference=self.source.reference,
+            digest=digest,
+            format=self.request.format,
+            size=final.stat().st_size,
+            date=time.strftime("%Y-%m-%dT%H:%M:%S"),
+            architecture=architecture,
+            by=f"{_user()}@{platform.node()}",
+            tools={name: version for name in ("mksquashfs", self.source.tool) if name and (version := version_of(name))},
+            settings={key: settings[key] for key in ("Env", "Entrypoint", "Cmd", "WorkingDir") if settings.get(key)},
+        )
+        write_json(self.folder.record(final), made.to_json())
+        self.folder.record(final).chmod(0o644)
+        return made
+
+
+# --- building -------------------------------------------------------------------------------------------
+
+
+def builder(tool: str | None) -> str:
+    """What builds an image here. Raises BadInput."""
+    if tool and tool not in BUILDERS:
+        raise BadInput(f"--tool {tool}: an image is built by {', '.join(BUILDERS)}")
+    found = _there(tool) if tool else next((one for one in BUILDERS if shutil.which(one) and _works(one)), None)
+    if found is None:
+        raise BadInput(f"nothing here can build an image: none of {', '.join(BUILDERS)} is in the search path")
+    return found
+
+
+def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
+    """What a build sees: the Dockerfile, our packages, and the wheels to install from. Raises BadInput."""
+    from launcher.snapshot import take_snapshot
+
+    take_snapshot(folder / "amlaunch", None)
+    (folder / "amlaunch" / ".digest").unlink()
+    (folder / "wheels").mkdir()
+    (folder / "wheels" / ".keep").touch()  # a folder without files is not copied by all tools
+    found = sorted(wheels.glob("*.whl")) if wheels else []
+    if wheels and not found:
+        raise BadInput(f"--wheels {wheels}: there are no .whl files; pip download -d {wheels} tiktoken ... brings them, on a machine with a network")
+    for wheel in found:
+        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
+    shutil.copyfile(dockerfile, folder / "Dockerfile")
+
+
+def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:
+    """Build, showing the tool's own lines as they come. Raises ToolFailed."""
+    command = store.build(tool, context, tag, arguments)
+    lines: list[str] = []
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with _ended(process):
+        assert process.stdout
+        for line in process.stdout:
+            lines = [*lines[-LAST_LINES:], credentials.without_secrets(line.rstrip())]
+            say(f"  {lines[-1]}")
+        process.wait()
+    if process.returncode:
+        meaning = credentials.explain(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
+        chroot = "; without user namespaces (inside a container, say) BUILDAH_ISOLATION=chroot helps" if tool != "docker" else ""
+        raise ToolFailed(f"{tool} build failed with exit code {process.returncode}, its last lines are above{f': {meaning}' if meaning else chroot}")
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Whatever happens, the tool is not left behind."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+        raise
+
+
+def _manifest(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ToolFailed(f"{place}: the registry's answer is not a manifest")
+    return value
+
+
+def reads_tar() -> bool:
+    """Whether mksquashfs takes a tar on its stdin (4.5 and newer)."""
+    found = version_of("mksquashfs")
+    numbers = [int(part) if part.isdigit() else 0 for part in found.split(".")[:2]] if found else []
+    return numbers >= [4, 5]
+
+
+def version_of(tool: str) -> str:
+    """A tool's version, as it tells; empty where it is not there or does not say."""
+    option = "-version" if tool == "mksquashfs" else "--version"
+    with suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run([tool, option], capture_output=True, text=True, timeout=20)
+        words = (found.stdout or found.stderr).split()
+        return next((word.strip(",") for word in words if word[:1].isdigit()), "")
+    return ""
+
+
+def sif_program() -> str:
+    """apptainer, under either of its names. Raises BadInput."""
+    found = next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
+    if found is None:
+        raise BadInput("a .sif image is made by apptainer, which is not in the search path here; --format sqsh makes the other kind")
+    return found
+
+
+def _need(program: str, package: str) -> None:
+    if not shutil.which(program):
+        raise BadInput(f"{program} is not in the search path here; it comes with {package}")
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def _size_of(path: Path) -> int:
+    """Bytes below a path, as they are now."""
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):  # renamed meanwhile
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def _nearest(path: Path) -> Path:
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _sha256(path: Path) -> str:
+    from recipes.files import sha256_file
+
+    return sha256_file(path)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def with_path(image: StoredImage) -> dict[str, Any]:
+    """For ``--json``: everything."""
+    return dataclasses.asdict(image)

@@ -1,0 +1,134 @@
+"""Tiny images for the tests: this machine's own Python and a shell, as a root file system of some megabytes, made in a second."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = Path("/usr/bin/python3")
+PROGRAMS = ("dash", "mkdir", "rm", "chmod", "cat", "sleep", "env", "true")
+LEFT_OUT = {"__pycache__", "test", "idlelib", "turtledemo", "tkinter", "pydoc_data", "lib2to3", "config-3.11-x86_64-linux-gnu", "dist-packages"}
+Entry = tuple[str, Any]
+"""Name and content: bytes, None for a folder, ``->name`` for a symbolic link, ``=name`` for a hard one."""
+
+
+def need(*programs: str) -> None:
+    """Skip, or fail in continuous integration, where a program is missing."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(f"this test must run here, and there is no {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def layer(entries: Sequence[Entry]) -> bytes:
+    """An uncompressed layer."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            info.mode = 0o755
+            if content is None:
+                info.type = tarfile.DIRTYPE
+            elif isinstance(content, str) and content.startswith("->"):
+                info.type, info.linkname = tarfile.SYMTYPE, content[2:]
+            elif isinstance(content, str) and content.startswith("="):
+                info.type, info.linkname = tarfile.LNKTYPE, content[1:]
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return out.getvalue()
+
+
+def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, architecture: str = "amd64", *, packed: bool = True) -> Path:
+    """An OCI image layout of these layers, compressed with gzip unless they are large and made of noise."""
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True, exist_ok=True)
+
+    def blob(data: bytes) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"digest": f"sha256:{digest}", "size": len(data)}
+
+    stored = [gzip.compress(one, 1, mtime=0) if packed else one for one in layers]
+    diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
+    settings = {"architecture": architecture, "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}
+    kind = "application/vnd.oci.image"
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": f"{kind}.manifest.v1+json",
+        "config": {"mediaType": f"{kind}.config.v1+json", **blob(json.dumps(settings).encode())},
+        "layers": [{"mediaType": f"{kind}.layer.v1.tar{'+gzip' * packed}", **blob(one)} for one in stored],
+    }
+    entry = {"mediaType": f"{kind}.manifest.v1+json", **blob(json.dumps(manifest).encode()), "platform": {"architecture": architecture, "os": "linux"}}
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+    return folder
+
+
+def write_docker_archive(path: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, tag: str = "tiny:1") -> Path:
+    """A tar as ``docker save`` writes it."""
+    diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
+    settings = json.dumps({"architecture": "amd64", "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}).encode()
+    name = f"{hashlib.sha256(settings).hexdigest()}.json"
+    files = {name: settings, **{f"{number}/layer.tar": data for number, data in enumerate(layers)}}
+    files["manifest.json"] = json.dumps([{"Config": name, "RepoTags": [tag], "Layers": [f"{number}/layer.tar" for number in range(len(layers))]}]).encode()
+    path.write_bytes(layer(list(files.items())))
+    return path
+
+
+def unsquashed(image: Path, folder: Path) -> Path:
+    """The files of a squashfs image."""
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", str(folder), str(image)], check=True, capture_output=True)
+    return folder
+
+
+def python_layer(more: Sequence[tuple[Path, str]] = ()) -> bytes:
+    """A root file system with a shell, a few programs, the system's Python, and ``more`` files: about 40 MB."""
+    out = io.BytesIO()
+    files: dict[str, Path] = {}
+    for program in [shutil.which(name) or name for name in PROGRAMS] + [str(PYTHON.resolve())]:
+        files |= {program: Path(program).resolve(), **_libraries(program)}
+    version = PYTHON.resolve().name
+    library = Path("/usr/lib") / version
+    for path in sorted(library.rglob("*")):
+        if path.is_file() and not LEFT_OUT & set(path.parts):
+            files[str(path)] = path.resolve()
+            files |= _libraries(str(path)) if path.suffix == ".so" else {}
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for target, source in sorted(files.items()):
+            target = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", target)
+            tar.add(source, target.lstrip("/"), recursive=False)
+        for source, target in more:
+            tar.add(source, target, recursive=False)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
+            tar.addfile(link)
+        for name, target in (("usr/bin/sh", "dash"), ("usr/bin/python3", version)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name in ("etc", "usr/sbin", "usr/local/bin", "root"):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(info)
+    return out.getvalue()
+
+
+def _libraries(program: str) -> dict[str, Path]:
+    """The shared libraries of a program, under the names that it asks for."""
+    found = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
+    return {name: Path(name).resolve() for name in re.findall(r"(/\S+) \(0x", found)}

@@ -1,0 +1,165 @@
+"""One spelling of an image: what people write, what each runtime is given, what is said of what cannot be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from containers import reference
+from containers.reference import BadReference, Reference, parse
+
+BASE = Path("/work/base")
+SHA = "sha256:" + "0123456789abcdef" * 4
+NGC = Reference("registry", "nvcr.io", "nvidia/pytorch", "25.08-py3")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nvcr.io/nvidia/pytorch:25.08-py3",
+        " docker://nvcr.io/nvidia/pytorch:25.08-py3 ",
+        "nvcr.io#nvidia/pytorch:25.08-py3",
+        "docker://nvcr.io#nvidia/pytorch:25.08-py3",
+        "NVCR.IO/nvidia/pytorch:25.08-py3",
+    ],
+)
+def test_every_spelling_of_an_image_in_a_registry_is_the_same_image(text):
+    assert parse(text) == NGC
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("debian", "docker.io/library/debian:latest"),
+        ("docker.io/debian:12", "docker.io/library/debian:12"),
+        ("index.docker.io/library/debian:12", "docker.io/library/debian:12"),
+        ("pytorch/pytorch:2.8.0", "docker.io/pytorch/pytorch:2.8.0"),
+        ("localhost/mine", "localhost/mine:latest"),
+        ("localhost:5000/team/mine:1", "localhost:5000/team/mine:1"),
+        ("[::1]:5000/mine:1", "[::1]:5000/mine:1"),
+        (f"nvcr.io/nvidia/pytorch@{SHA}", f"nvcr.io/nvidia/pytorch@{SHA}"),
+        (f"nvcr.io/nvidia/pytorch:25.08-py3@{SHA}", f"nvcr.io/nvidia/pytorch@{SHA}"),
+    ],
+)
+def test_short_names_and_digests(text, name):
+    assert parse(text).name == name
+
+
+def test_a_user_of_a_registry_is_kept_for_the_runtime_that_looks_up_the_password():
+    for text in ("$oauthtoken@nvcr.io#nvidia/pytorch:1", "docker://$oauthtoken@nvcr.io/nvidia/pytorch:1"):
+        found = parse(text)
+        assert (found.user, found.name) == ("$oauthtoken", "nvcr.io/nvidia/pytorch:1")
+        assert reference.for_enroot(found) == "docker://$oauthtoken@nvcr.io#nvidia/pytorch:1"
+
+
+@pytest.mark.parametrize(
+    "text, kind, path",
+    [
+        ("/images/a.sqsh", "sqsh", "/images/a.sqsh"),
+        ("images/a.squashfs", "sqsh", "/work/base/images/a.squashfs"),
+        ("./a.sif", "sif", "/work/base/a.sif"),
+        ("../a.tar.gz", "archive", "/work/a.tar.gz"),
+        ("docker-archive:a.tar", "archive", "/work/base/a.tar"),
+        ("oci-archive:///images/a.tar", "archive", "/images/a.tar"),
+        ("./bundle", "folder", "/work/base/bundle"),
+        ("file:///images/with space", "folder", "/images/with space"),
+        ("/images/Upper:1", "folder", "/images/Upper:1"),
+    ],
+)
+def test_files_are_absolute_from_here_on(text, kind, path):
+    found = parse(text, BASE)
+    assert (found.kind, str(found.path)) == (kind, path)
+    assert reference.for_pyxis(found) == path
+
+
+def test_a_relative_path_begins_where_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("a.sqsh").path == tmp_path / "a.sqsh"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert parse("~/a.sif").path == tmp_path / "home" / "a.sif"
+
+
+@pytest.mark.parametrize(
+    "text, pyxis, enroot, apptainer, docker",
+    [
+        ("nvcr.io/nvidia/pytorch:25.08-py3", "nvcr.io#nvidia/pytorch:25.08-py3", "docker://nvcr.io#nvidia/pytorch:25.08-py3",
+         "docker://nvcr.io/nvidia/pytorch:25.08-py3", "nvcr.io/nvidia/pytorch:25.08-py3"),
+        ("debian:12", "debian:12", "docker://debian:12", "docker://docker.io/library/debian:12", "docker.io/library/debian:12"),
+        (f"nvcr.io/a/b@{SHA}", f"nvcr.io#a/b:{SHA}", f"docker://nvcr.io#a/b:{SHA}", f"docker://nvcr.io/a/b@{SHA}", f"nvcr.io/a/b@{SHA}"),
+    ],
+)  # fmt: skip
+def test_each_runtime_has_its_own_spelling(text, pyxis, enroot, apptainer, docker):
+    found = parse(text)
+    assert reference.for_pyxis(found) == pyxis
+    assert reference.for_enroot(found) == enroot
+    assert reference.for_apptainer(found) == apptainer
+    assert reference.for_docker(found) == reference.for_podman(found) == reference.for_charliecloud(found) == docker
+
+
+def test_archives_have_their_transport():
+    assert reference.for_podman(parse("a.tar", BASE)) == "docker-archive:/work/base/a.tar"
+    assert reference.for_apptainer(parse("oci-archive:a.tar", BASE)) == "oci-archive:/work/base/a.tar"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "no image is named"),
+        ("nvcr.io/nvidia/pytorch 25.08", "has no spaces"),
+        ("nvcr.io/nvidia/PyTorch:25.08-py3", "lower case; did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?"),
+        ("nvcr.io/nvidia/pytorch:25.08+py3", "did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?"),
+        ("nvcr.io/nvidia/pytorch:", "'' is not a tag"),
+        (f"debian@{SHA[:-1]}", "has 64 digits, 0-9 and a-f; this one has 63"),
+        ("debian@12", "not a digest"),
+        ("https://nvcr.io/nvidia/pytorch", "did you mean 'nvcr.io/nvidia/pytorch'?"),
+        ("dockerd://mine:1", "written without a scheme: mine:1"),
+        ("oras://x/y", "oras:// is not known; docker:// is"),
+        ("#nvidia/pytorch", "nothing stands before the #"),
+        ("my_folder/", "a folder is written ./my_folder/"),
+        ("nvcr.io/", "the image itself is missing"),
+        ("bad_host_#a/b", "not the name of a registry"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_the_nearest_form(text, words):
+    with pytest.raises(BadReference) as caught:
+        parse(text)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("ncvr.io/nvidia/pytorch:1", "did you mean nvcr.io?"),
+        ("nvidia/pytorch:25.08-py3", "NVIDIA has it at nvcr.io/nvidia/pytorch:25.08-py3"),
+        ("nvcr.io/nvidia/pytorch", "no tag 'latest'"),
+    ],
+)
+def test_doubts_are_said(text, words):
+    assert words in " ".join(reference.doubts(parse(text)))
+
+
+def test_a_plain_image_raises_no_doubt():
+    assert not reference.doubts(NGC) and not reference.doubts(parse("debian:12")) and not reference.doubts(parse("/a.sqsh"))
+
+
+names = st.from_regex(r"[a-z0-9]{1,8}([._-][a-z0-9]{1,5})?", fullmatch=True)
+
+
+@given(
+    registry=st.sampled_from(["", "nvcr.io/", "localhost:5000/", "a.b-c.org:1/"]),
+    parts=st.lists(names, min_size=1, max_size=3),
+    tag=st.from_regex(r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,20})?", fullmatch=True),
+    digest=st.sampled_from(["", f"@{SHA}"]),
+)
+def test_what_is_written_again_is_read_as_the_same_image(registry, parts, tag, digest):
+    # a file's ending makes a path of a name without a tag; a first part with a dot is a registry
+    repository = "/".join(part.replace(".", "-") for part in parts)
+    found = parse(f"{registry}{repository}{tag}{digest}")
+    assert found.repository.removeprefix("library/") == repository or found.repository == repository
+    again = parse(found.name)
+    assert (again.registry, again.repository, again.digest) == (found.registry, found.repository, found.digest)
+    if not digest:
+        assert again == found == parse(reference.for_enroot(found)) == parse(reference.for_apptainer(found))

@@ -1,0 +1,385 @@
+"""``amlaunch image import`` and ``list``: real archives, a real registry, real kills."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from image_helpers import layer, need, unsquashed, write_docker_archive, write_layout
+
+from containers import credentials, store
+from launcher.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSWORD, HASH = "correct horse", "$2b$04$QxIqyGEg9gvPkPfnIj7FQOAkoa70RIMTZnyqrln0Vsak2G8Lvxeo6"
+"""For the registry's htpasswd file: crypt's blowfish of the password."""
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No image folder, profile or credentials but the test's own."""
+    for name in ("AMLAUNCH_IMAGES", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+
+def noise(megabytes: int) -> bytes:
+    """What no compression makes smaller."""
+    return os.urandom(megabytes << 20)
+
+
+def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """amlaunch as a process of its own."""
+    command = [sys.executable, "-m", "launcher", "image", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+
+
+def result(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main(["image", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_archives_become_images_once(tmp_path, capsys):
+    need("mksquashfs", "unsquashfs")
+    stack = [layer([("etc", None), ("etc/name", b"tiny\n")])]
+    layout = write_layout(tmp_path / "oci", stack, {"Env": ["A=image"], "WorkingDir": "/w", "Entrypoint": ["/e"]})
+    made = result(capsys, "import", f"oci:{layout}", "--images", "images")
+    image = Path(made["path"])
+    assert made["made"] and image.parent == tmp_path / "images" and image.name == f"oci-{made['digest'][7:19]}.sqsh"
+    assert made["settings"] == {"Env": ["A=image"], "Entrypoint": ["/e"], "WorkingDir": "/w"} and made["architecture"] == "amd64"
+    files = unsquashed(image, tmp_path / "files")
+    assert (files / "etc" / "name").read_text() == "tiny\n" and (files / "w").is_dir() and (files / "etc" / "environment").read_text() == "A=image\n"
+    before = image.stat().st_mtime_ns
+    assert result(capsys, "import", f"oci:{layout}", "--images", "images")["made"] is False and image.stat().st_mtime_ns == before
+    docker = write_docker_archive(tmp_path / "saved.tar", stack)
+    root = tmp_path / "root.tar"
+    root.write_bytes(stack[0])
+    others = [result(capsys, "import", str(path), "--images", "images") for path in (docker, root)]
+    assert [one["made"] for one in others] == [True, True] and others[1]["digest"] == f"sha256:{hashlib.sha256(stack[0]).hexdigest()}"
+    listed = result(capsys, "list", "--images", "images")
+    assert {one["path"] for one in listed["images"]} == {made["path"], *(one["path"] for one in others)} and all(one["whole"] for one in listed["images"])
+    assert not [path for path in (tmp_path / "images" / ".work").iterdir() if path.suffix != ".lock"], "nothing half made is left"
+    image.write_bytes(b"torn")
+    assert [one["whole"] for one in result(capsys, "list", "--images", "images")["images"] if one["path"] == str(image)] == [False]
+    assert result(capsys, "import", f"oci:{layout}", "--images", "images")["made"], "a file that is not whole is made again"
+    assert main(["image", "list", "--images", "images"]) == 0
+    assert "oci-" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_mksquashfs_then_a_good_import(tmp_path, capsys):
+    need("mksquashfs", "unsquashfs")
+    content = noise(100)
+    layout = write_layout(tmp_path / "oci", [layer([("blob", content)])], packed=False)
+    images = tmp_path / "images"
+    killed = start("import", f"oci:{layout}", "--images", str(images), cwd=tmp_path)
+    half = images / ".work" / f"oci.{os.getuid()}" / "image.sqsh"
+    deadline = time.monotonic() + 60
+    while not (half.exists() and half.stat().st_size > 1 << 20):
+        assert killed.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not list(images.glob("*.sqsh")) and result(capsys, "list", "--images", "images")["images"] == []
+    made = result(capsys, "import", f"oci:{layout}", "--images", "images")
+    assert made["made"] and (unsquashed(Path(made["path"]), tmp_path / "files") / "blob").read_bytes() == content
+    assert not half.exists()
+
+
+@pytest.mark.slow
+def test_of_two_imports_at_once_one_works_and_the_other_waits(tmp_path):
+    need("mksquashfs")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(60))])], packed=False)
+    both = [start("import", f"oci:{layout}", "--images", "images", cwd=tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    out = sorted(stdout for stdout, _ in said)
+    assert sum("made " in text for text in out) == 1 and sum("already there: " in text for text in out) == 1, out
+    assert sum("waiting for it" in text for text in out) == 1, out
+    assert len(list((tmp_path / "images").glob("*.sqsh"))) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_tool_and_no_half_image(tmp_path):
+    need("mksquashfs")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(100))])], packed=False)
+    process = start("import", f"oci:{layout}", "--images", "images", cwd=tmp_path)
+    half = tmp_path / "images" / ".work" / f"oci.{os.getuid()}" / "image.sqsh"
+    while not half.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from it" in out and "Traceback" not in err
+    lock = tmp_path / "images" / ".work" / "oci.lock"
+    assert subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0, "a tool that is left behind would hold it"
+
+
+def test_an_older_mksquashfs_gets_unpacked_files(tmp_path, monkeypatch, capsys):
+    """squashfs-tools before 4.5 read no tar; one that says so is given a folder."""
+    need("mksquashfs", "unsquashfs")
+    program = tmp_path / "bin" / "mksquashfs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.4 (2019/08/29)" && exit\n[ "$1" != - ] && exec {shutil.which("mksquashfs")} "$@"\nexit 9\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    layout = write_layout(tmp_path / "oci", [layer([("etc/name", b"old")])])
+    made = result(capsys, "import", f"oci:{layout}", "--images", "images")
+    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"old" and made["tools"] == {"mksquashfs": "4.4"}
+
+
+def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    need("mksquashfs")
+    program = tmp_path / "bin" / "mksquashfs"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.6" && exit\necho "FATAL ERROR: No space left on device"; exit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
+    assert main(["image", "import", f"oci:{layout}", "--images", "images"]) == 1
+    error = capsys.readouterr().err
+    assert "no space left while it worked: --images or --tmp" in error and "mksquashfs said: FATAL ERROR" in error
+    assert not list((tmp_path / "images").glob("*.sqsh"))
+
+
+def test_room_is_looked_for_first(tmp_path, capsys):
+    need("mksquashfs", "mount")
+    if os.geteuid():
+        pytest.skip("needs root for a small file system") if os.environ.get("CI") != "true" else pytest.fail("needs root")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
+    try:
+        assert main(["image", "import", f"oci:{layout}", "--images", str(small)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder", error), error
+        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 1, "the half-made file has no room there"
+        assert "no space left" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["import"], "the following arguments are required: image"),
+        (["import", "nothing.tar"], "there is no file"),
+        (["import", "./folder"], "is a folder, and not an OCI image layout"),
+        (["import", "oci:./folder"], "not an OCI image layout"),
+        (["import", "image.sqsh"], "is an image that runtimes start as it is"),
+        (["import", "text.tar"], "is not a tar archive"),
+        (["import", "NVCR.io/NVIDIA/PyTorch:25.08"], "lower case"),
+        (["import", "https://nvcr.io/nvidia/pytorch:1"], "did you mean 'nvcr.io/nvidia/pytorch:1'"),
+        (["import", "debian:12", "--tool", "skopo"], "skopo is not in the search path here"),
+        (["import", "debian:12", "--format", "zip"], "invalid choice: 'zip'"),
+        (["import", "text.tar", "--images", "/dev/null/x"], "/dev/null/x: cannot be written"),
+        (["import", ""], "which image?"),
+        (["list", "--cluster", "nowhere"], "no cluster 'nowhere'"),
+        (["list", "--imagse", "x"], "did you mean '--images'"),
+        (["lst"], "no command 'image lst'; did you mean 'list'?"),
+        ([], "the following arguments are required: ACTION"),
+        (["build", "--file", "nothing"], "there is no such file"),
+        (["build", "--tool", "kaniko"], "an image is built by buildah, podman, docker"),
+    ],
+)
+def test_wrong_input_is_a_message_and_exit_code_2(tmp_path, capsys, words, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.tar").write_text("no tar")
+    assert main(["image", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.splitlines()) == 1, error
+
+
+def test_nothing_that_fetches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["image", "import", "nvcr.io/nvidia/pytorch:25.08-py3"]) == 2
+    assert "nothing here can fetch an image" in capsys.readouterr().err
+
+
+def test_the_folder_of_images(tmp_path, monkeypatch, capsys):
+    """--images, AMLAUNCH_IMAGES, the profile's, and the only one that any profile names."""
+    (tmp_path / "clusters.yaml").write_text("one: {image_folder: /shared/one}\ntwo: {}\n")
+    folders = [result(capsys, "list", *words)["folder"] for words in ([], ["--cluster", "one"], ["--cluster", "two"])]
+    assert folders == ["/shared/one"] * 3
+    (tmp_path / "clusters.yaml").write_text("one: {image_folder: /shared/one}\ntwo: {image_folder: /shared/two}\n")
+    folders = [result(capsys, "list", *words)["folder"] for words in ([], ["--cluster", "two"], ["--images", "here"])]
+    assert folders == [str(tmp_path / "images"), "/shared/two", str(tmp_path / "here")]
+    monkeypatch.setenv("AMLAUNCH_IMAGES", "/elsewhere")
+    assert result(capsys, "list", "--cluster", "two")["folder"] == "/elsewhere"
+
+
+# --- a registry ---------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """docker-registry on loopback, its log to count in."""
+
+    def __init__(self, folder: Path, password: str | None = None):
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        auth = ""
+        if password:
+            (folder / "htpasswd").write_text(f"me:{password}\n")
+            auth = f"auth: {{htpasswd: {{realm: tests, path: {folder / 'htpasswd'}}}}}\n"
+        config = folder / "registry.yml"
+        config.write_text(
+            f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
+            f"http: {{addr: '127.0.0.1:{self.port}'}}\n{auth}"
+        )
+        self.log = folder / "registry.log"
+        self.process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def push(self, layout: Path, name: str, *credentials_: str) -> str:
+        place = f"127.0.0.1:{self.port}/{name}"
+        more = ["--dest-creds", credentials_[0]] if credentials_ else []
+        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *more, f"oci:{layout}", f"docker://{place}"], check=True, capture_output=True)
+        return place
+
+    def fetched(self) -> int:
+        """How often a layer of more than a megabyte was read."""
+        lines = [line for line in self.log.read_text().splitlines() if "http.request.method=GET" in line and "/blobs/" in line]
+        return sum(int(size) > 1 << 20 for line in lines for size in re.findall(r"http\.response\.written=(\d+)", line))
+
+    def digest(self, name: str, tag: str) -> str:
+        """Of a manifest, as the registry says."""
+        wanted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/{name}/manifests/{tag}", headers={"Accept": wanted})
+        with urllib.request.urlopen(request) as answer:
+            return answer.headers["Docker-Content-Digest"]
+
+
+@pytest.fixture
+def registry(tmp_path) -> Iterator[Registry]:
+    need("docker-registry", "skopeo", "mksquashfs")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    found = Registry(folder)
+    yield found
+    found.process.terminate()
+    found.process.wait()
+
+
+@pytest.mark.slow
+def test_from_a_registry_every_layer_once(tmp_path, registry, capsys):
+    """Killed while it converts, it goes on from the layers that are there; a tag that moves is another image."""
+    content = noise(60)
+    layout = write_layout(tmp_path / "oci", [layer([("etc", None)]), layer([("blob", content)])], packed=False)
+    place = registry.push(layout, "team/tiny:1")
+    killed = start("import", place, "--insecure", "--images", "images", cwd=tmp_path)
+    work = tmp_path / "images" / ".work" / f"team-tiny-1.{os.getuid()}"
+    while not (work / "image.sqsh").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert registry.fetched() == 1
+    made = result(capsys, "import", f"docker://{place}", "--insecure", "--images", "images")
+    assert made["made"] and registry.fetched() == 1, "the layer was there"
+    assert made["digest"] == registry.digest("team/tiny", "1") and made["reference"] == place and made["tools"]["skopeo"]
+    assert Path(made["path"]).name == f"team-tiny-1-{made['digest'][7:19]}.sqsh"
+    assert result(capsys, "import", place, "--insecure", "--images", "images")["made"] is False
+    registry.push(write_layout(tmp_path / "newer", [layer([("etc/name", b"newer")])]), "team/tiny:1")
+    newer = result(capsys, "import", place, "--insecure", "--images", "images")
+    assert newer["made"] and newer["digest"] != made["digest"] and len(result(capsys, "list", "--images", "images")["images"]) == 2
+    assert main(["image", "import", place.replace("tiny:1", "tiny:2"), "--insecure", "--images", "images"]) == 1
+    assert "has no 127.0.0.1" in capsys.readouterr().err
+    assert main(["image", "import", place, "--images", "images"]) == 1
+    assert "speaks plain HTTP: --insecure allows that" in capsys.readouterr().err
+    registry.process.terminate()
+    registry.process.wait()
+    assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
+    assert "cannot be reached from here; on a machine that reaches it: skopeo copy" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["podman", "buildah"])
+def test_from_a_registry_by_other_tools(tmp_path, registry, capsys, tool):
+    need(tool)
+    storage = tmp_path / "storage.conf"
+    storage.write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{tmp_path}/run"\ngraphroot = "{tmp_path}/graph"\n')
+    os.environ["CONTAINERS_STORAGE_CONF"] = str(storage)
+    try:
+        place = registry.push(write_layout(tmp_path / "oci", [layer([("etc/name", b"tiny")])], {"Env": ["A=1"]}), "tiny:1")
+        made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
+    finally:
+        del os.environ["CONTAINERS_STORAGE_CONF"]
+    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"tiny" and made["settings"] == {"Env": ["A=1"]}
+
+
+@pytest.mark.slow
+def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
+    """The message names the file and how it is written; the password is in no output."""
+    need("docker-registry", "skopeo", "mksquashfs")
+    (tmp_path / "registry").mkdir()
+    registry = Registry(tmp_path / "registry", HASH)
+    try:
+        place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1", f"me:{PASSWORD}")
+        assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
+        error = capsys.readouterr().err
+        assert f"does not let you have {place}: skopeo login 127.0.0.1:{registry.port}" in error and f"{tmp_path}/home/.docker/config.json" in error
+        auth = tmp_path / "auth.json"
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(auth))
+        for password, code in (("wrong horse", 1), (PASSWORD, 0)):
+            auth.write_text(json.dumps({"auths": {f"127.0.0.1:{registry.port}": {"auth": base64.b64encode(f"me:{password}".encode()).decode()}}}))
+            assert main(["image", "import", place, "--insecure", "--images", "images"]) == code
+            said = "".join(capsys.readouterr())
+            assert "horse" not in said and (code == 0 or f"keeps it in {auth}" in said)
+        assert "horse" not in "".join(path.read_text(errors="replace") for path in (tmp_path / "images").glob("*.json"))
+    finally:
+        registry.process.terminate()
+        registry.process.wait()
+
+
+def test_where_credentials_go():
+    """nvcr.io's user is the word $oauthtoken (NGC user guide); enroot's file has netrc's form (enroot doc/cmd/import.md)."""
+    home = {"HOME": "/home/me"}
+    enroot = credentials.where("enroot", "nvcr.io", home)
+    assert enroot.startswith("/home/me/.config/enroot/.credentials") and "machine nvcr.io login $oauthtoken password KEY" in enroot and "authn.nvidia.com" in enroot
+    assert credentials.where("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}).startswith("/e/.credentials (mode 600) needs the line: machine x.io login USER password KEY")
+    assert "docker login nvcr.io --username '$oauthtoken'" in credentials.where("docker", "nvcr.io", home)
+    assert "apptainer registry login --username '$oauthtoken' docker://nvcr.io" in credentials.where("apptainer", "nvcr.io", home)
+    assert "/run/user/1/containers/auth.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1"})
+    assert "keeps it in /a.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1", "REGISTRY_AUTH_FILE": "/a.json"})
+    assert credentials.without_secrets("GET https://me:pw@x.io/v2 Authorization: Bearer abc") == "GET https://***@x.io/v2 Authorization: Bearer ***"
+
+
+def test_commands_of_tools_that_are_not_here(tmp_path):
+    """Option by option: https://github.com/NVIDIA/enroot/blob/master/doc/cmd/import.md (``[USER@][REGISTRY#]IMAGE[:TAG]``,
+    ``--output``, ``--arch``), doc/configuration.md (ENROOT_SQUASH_OPTIONS and the paths), and
+    https://apptainer.org/docs/user/latest/cli/apptainer_build.html (``--force``, IMAGE, then the spec)."""
+    target = tmp_path / "image.sqsh"
+    assert store.enroot_import("nvcr.io/nvidia/pytorch:25.08-py3", target, "amd64") == [
+        "enroot", "import", "--arch", "x86_64", "--output", str(target), "docker://nvcr.io#nvidia/pytorch:25.08-py3",
+    ]  # fmt: skip
+    assert store.enroot_settings(tmp_path) == {
+        "ENROOT_SQUASH_OPTIONS": "-comp zstd -Xcompression-level 3 -b 1M -noappend",
+        "ENROOT_CACHE_PATH": str(tmp_path / "layers"),
+        "ENROOT_TEMP_PATH": str(tmp_path / "tmp"),
+    }
+    assert store.apptainer_build("apptainer", "oci:/work/layout:image", target) == ["apptainer", "build", "--force", str(target), "oci:/work/layout:image"]
+    assert store.pull("docker", "a.io/b:1", "arm64") == ["docker", "pull", "--platform", "linux/arm64", "a.io/b:1"]
