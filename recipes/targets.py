@@ -34,6 +34,7 @@ OURS = (
     "trainer.models.pretrained.load_pretrained_model",
     "trainer.data.NanogptDataset",
     "trainer.loss.MaskedCrossEntropy",
+    "trainer.loss.LinearCrossEntropy",
 )
 """What our own packages offer as targets."""
 KNOWN = {

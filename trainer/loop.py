@@ -18,10 +18,9 @@ from trainer import checkpoint, optim
 from trainer.batches import Batch, StepBatches, ValidationBatches
 from trainer.clock import Clock
 from trainer.errors import TrainingFailed
-from trainer.loss import IGNORED
+from trainer.loss import IGNORED, loss_of
 from trainer.metrics import Metrics, StepLine, number
-from trainer.models import logits_of
-from trainer.parallel import World, autocast, micro_step
+from trainer.parallel import World, autocast, micro_step, plain
 from trainer.profiling import Profiler
 from trainer.readback import Readback
 from trainer.saving import Outcome, Saver
@@ -149,7 +148,7 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
 def batch_loss(job: Job, batch: Batch) -> torch.Tensor:
     """Sum of the losses of a micro-batch's labels."""
     with autocast(job.recipe.distributed, job.world):
-        return job.loss_fn(logits_of(job.model(batch.inputs)), batch.labels)
+        return loss_of(job.model, plain(job.model), job.loss_fn, batch.inputs, batch.labels)
 
 
 @torch.no_grad()

@@ -114,13 +114,16 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self._init_weights()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``; T is at most ``n_positions``."""
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, linear_loss: Any = None) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``; T is at most ``n_positions``. With ``linear_loss``: to its loss of ``labels``."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
             x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)
+        x = self.ln_f(x)
+        if linear_loss is not None:
+            return linear_loss.from_hidden(x, self.wte.weight, labels)
+        return F.linear(x, self.wte.weight)
 
     @torch.no_grad()
     def _init_weights(self) -> None:

@@ -143,14 +143,16 @@ class Llama(nn.Module):
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``."""
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, linear_loss: Any = None) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``. With ``linear_loss``: to its loss of ``labels``."""
         x = self.embed_tokens(input_ids)
         angles = rotary_angles(input_ids.shape[1], self.settings.head_dim, self.settings.rope_theta, x.device)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
         x = self.norm(x)
+        if linear_loss is not None:
+            return linear_loss.from_hidden(x, (self.embed_tokens if self.lm_head is None else self.lm_head).weight, labels)
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     @torch.no_grad()
