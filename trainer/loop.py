@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import time
@@ -17,6 +16,7 @@ from recipes.schema import Recipe
 from trainer import checkpoint, optim
 from trainer.batches import Batch, StepBatches, ValidationBatches
 from trainer.clock import Clock
+from trainer.collector import Collector
 from trainer.errors import TrainingFailed
 from trainer.loss import IGNORED, loss_of
 from trainer.metrics import Metrics, StepLine, number
@@ -68,8 +68,15 @@ def train(job: Job) -> int:
     """
     clock = Clock()
     pending: list[Pending] = []
-    gc.collect()
-    gc.freeze()  # what exists now stays: later collections, in the middle of a step, need not look at it
+    collector = Collector()
+    collector.hold()
+    try:
+        return _train(job, clock, pending, collector)
+    finally:
+        collector.release()
+
+
+def _train(job: Job, clock: Clock, pending: list[Pending], collector: Collector) -> int:
     if not _validate_if_missed(job, clock):
         return _leave(job, pending, clock)
     while job.step < job.last_step:
@@ -91,6 +98,7 @@ def train(job: Job) -> int:
         if save_now:
             _save(job, clock)
         _collect(job)
+        collector.step(job.taken)
     return _finish(job, clock)
 
 
