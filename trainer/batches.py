@@ -65,7 +65,7 @@ class StepBatches:
         self._ahead = Prefetcher(self._read, range(first, last), depth)
 
     def _read(self, step: int) -> HostBatch:
-        positions = share_of_step(step, self.global_batch, self._world.rank, self._world.size)
+        positions = share_of_step(step, self.global_batch, self._world.dp_rank, self._world.dp_size)
         pin = self._world.device.type == "cuda"
         return on_host(self.dataset, self.order.windows(positions), self._vocab, pin)
 
@@ -96,7 +96,7 @@ class ValidationBatches:
         self._vocab = vocab
         self._world = world
         self._micro_batch = micro_batch
-        share = micro_batch * world.size
+        share = micro_batch * world.dp_size
         used = min(most, len(dataset))
         self.rounds = -(-used // share)
         self._windows = order.windows(np.arange(used, dtype=np.int64))
@@ -104,7 +104,7 @@ class ValidationBatches:
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches."""
         for k in range(self.rounds):
-            yield self._batch((k * self._world.size + self._world.rank) * self._micro_batch)
+            yield self._batch((k * self._world.dp_size + self._world.dp_rank) * self._micro_batch)
 
     def _batch(self, start: int) -> Batch:
         windows = self._windows[start : start + self._micro_batch]

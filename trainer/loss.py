@@ -158,8 +158,8 @@ def takes_linear_loss(model: nn.Module) -> bool:
     return "linear_loss" in inspect.signature(model.forward).parameters
 
 
-def loss_of(model: nn.Module, bare: nn.Module, loss_fn: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Forward, and the sum of the losses; ``bare`` is the ``model`` out of its wrapper."""
+def loss_of(model: nn.Module, bare: nn.Module, loss_fn: Any, inputs: torch.Tensor, labels: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Forward, and the sum of the losses; ``bare`` is the ``model`` out of its wrapper, ``more`` what else its forward takes."""
     if hasattr(loss_fn, "from_hidden") and takes_linear_loss(bare):
-        return model(inputs, labels=labels, linear_loss=loss_fn)
-    return loss_fn(logits_of(model(inputs)), labels)
+        return model(inputs, labels=labels, linear_loss=loss_fn, **more)
+    return loss_fn(logits_of(model(inputs, **more)), labels)

@@ -28,17 +28,43 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True)
 class World:
-    """This rank, its device, and the process group of all ranks."""
+    """This rank, its device, and the process group of all ranks.
+
+    Ranks are numbered with tensor parallelism innermost, then context
+    parallelism, then data parallelism: neighbours talk most.
+    """
 
     rank: int
     size: int
     device: torch.device
     timeout: timedelta
+    tp_size: int = 1
+    cp_size: int = 1
 
     @property
     def main(self) -> bool:
         """Whether this rank speaks for all."""
         return self.rank == 0
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts a global batch is dealt out."""
+        return self.size // (self.tp_size * self.cp_size)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of these parts is this rank's; TP and CP peers have the same."""
+        return self.rank // (self.tp_size * self.cp_size)
+
+    @property
+    def cp_rank(self) -> int:
+        """Which part of the positions is this rank's."""
+        return self.rank // self.tp_size % self.cp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """Which part of the heads, and of whatever else is split, is this rank's."""
+        return self.rank % self.tp_size
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place, on whatever device ``value`` is."""
@@ -77,7 +103,7 @@ def join(section: Distributed, ranks: Ranks) -> World:
     device = _device(ranks)
     timeout = timedelta(minutes=section.timeout_minutes)
     _init_group(ranks, device, timeout)
-    return World(ranks.rank, ranks.size, device, timeout)
+    return World(ranks.rank, ranks.size, device, timeout, section.tp_size, section.cp_size)
 
 
 def _device(ranks: Ranks) -> torch.device:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recipes.errors import BadInput
+from trainer.attention import attend
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
@@ -49,16 +50,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_dim = config.n_embd // config.n_head
         self.dropout = config.dropout
+        self.attend = attend
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0  # the function itself knows no eval mode
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = self.attend(q, k, v, documents=documents, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -87,9 +89,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
-        x = x + self.drop(self.attn(self.ln_1(x)))
+        x = x + self.drop(self.attn(self.ln_1(x), documents))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -114,12 +116,24 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self._init_weights()
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, linear_loss: Any = None) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``; T is at most ``n_positions``. With ``linear_loss``: to its loss of ``labels``."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
+    ) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``.
+
+        ``position_ids (B, T)`` int64, all below ``n_positions``; None: 0 to T - 1.
+        ``documents (B, T)`` int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x)
+            x = block(x, documents)
         x = self.ln_f(x)
         if linear_loss is not None:
             return linear_loss.from_hidden(x, self.wte.weight, labels)

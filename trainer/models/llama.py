@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recipes.errors import BadInput
+from trainer.attention import attend
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_angles(length: int, width: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Angles ``(T, D)`` in float32, each frequency twice, as transformers computes them."""
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
-    angles = torch.arange(length, device=device).float()[:, None] * frequencies
+def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Tensor:
+    """Of ``positions (..., T)`` the angles ``(..., T, D)`` in float32, each frequency twice, as transformers computes them."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions.float()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)
 
 
@@ -80,19 +81,19 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.attend = attend
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = self.attend(q, k, v, documents=documents)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -120,9 +121,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -143,13 +144,26 @@ class Llama(nn.Module):
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights()
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, linear_loss: Any = None) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``. With ``linear_loss``: to its loss of ``labels``."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
+    ) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``.
+
+        ``position_ids (B, T)`` int64; None: 0 to T - 1. ``documents (B, T)``
+        int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        """
         x = self.embed_tokens(input_ids)
-        angles = rotary_angles(input_ids.shape[1], self.settings.head_dim, self.settings.rope_theta, x.device)
+        positions = torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
+        angles = rotary_angles(positions, self.settings.head_dim, self.settings.rope_theta)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, documents)
         x = self.norm(x)
         if linear_loss is not None:
             return linear_loss.from_hidden(x, (self.embed_tokens if self.lm_head is None else self.lm_head).weight, labels)
