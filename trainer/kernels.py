@@ -49,12 +49,12 @@ class Taken:
     """Where it is not what was wanted first: what is in the way."""
 
 
-def taken(model: nn.Module, order: Sequence[str], windows: int, length: int, dtype: torch.dtype, device: torch.device) -> Taken | None:
-    """Which backend torch chooses for a micro-batch of ``model``; None where the model's heads are not known."""
+def taken(model: nn.Module, order: Sequence[str], length: int, dtype: torch.dtype, device: torch.device) -> Taken | None:
+    """Which backend torch chooses for windows of ``length`` tokens; None where the model's heads are not known."""
     heads, width = setting_of(model, "num_attention_heads", "n_head"), setting_of(model, "hidden_size", "n_embd")
     if not heads or not width or not blocks(model):
         return None
-    query = torch.empty(windows, heads, length, width // heads, dtype=dtype, device=device, requires_grad=True)
+    query = torch.empty(1, heads, length, width // heads, dtype=dtype, device=device, requires_grad=True)
     chosen = torch._fused_sdp_choice(query, query, query, is_causal=True)
     name = next((known for known, backend in BACKENDS.items() if backend.value == chosen), f"backend {chosen}")
     if device.type != "cuda" or name == order[0]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from recipes.errors import BadInput
 from trainer.models import logits_of
+from trainer.roofline import LOSS_REGION
 
 IGNORED = -100
 """The label that counts for nothing, everywhere in the trainer."""
@@ -87,7 +88,10 @@ class LinearCrossEntropy:
         """``hidden (B, T, C)``, ``weight (V, C)``, ``labels (B, T)`` int64, to a scalar in float32 or better."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        rows, labels = hidden.flatten(0, -2), labels.flatten()
+        with torch.profiler.record_function(LOSS_REGION):
+            return self._of_rows(hidden.flatten(0, -2), weight, labels.flatten(), dtype)
+
+    def _of_rows(self, rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.implementation == "torch":
             options = torch.nn.LinearCrossEntropyOptions()
             total = F.linear_cross_entropy(

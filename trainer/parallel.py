@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from recipes.schema import Compile, Distributed
+from recipes.schema import Distributed
 from trainer.errors import LocalBadInput, TrainingFailed
 from trainer.models import blocks, parameter_count
 from trainer.ranks import Ranks, prefer_loopback
@@ -143,13 +143,6 @@ def compute_dtype(section: Distributed, device: torch.device) -> torch.dtype:
     if section.dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[section.dtype]
-
-
-def compile_blocks(model: nn.Module, section: Compile) -> None:
-    """``torch.compile`` each block where it stands, so that parameter names stay as they are."""
-    if section.enabled:
-        for block in blocks(model):
-            block.compile(mode=section.mode, dynamic=False)
 
 
 def spread(model: nn.Module, section: Distributed, world: World) -> nn.Module:
