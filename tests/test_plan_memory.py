@@ -1,0 +1,84 @@
+"""What plan-memory predicts, against what torch's allocator did in a real run; and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.errors import OK
+from recipes.loader import load
+from tests.trainer_runs import Run, recipe
+from trainer import memory
+from trainer.memory import DOES_NOT_FIT, parse_bytes, predict
+
+GPT2 = {
+    "_target_": "trainer.models.gpt2.build_gpt2_model", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+LLAMA = {
+    "_target_": "trainer.models.llama.build_llama_model", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "gpt2": (1, GPT2, {"distributed": {"strategy": "none", "dtype": "float32"}}),
+    "gpt2 in bfloat16, loss from hidden states": (
+        1, GPT2, {"distributed": {"strategy": "none", "dtype": "bfloat16"}, "loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 64}},
+    ),
+    "llama, fsdp2 on one rank": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32"}}),
+    "llama in bfloat16, fsdp2 on two ranks": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "bfloat16"}}),
+    "llama, fsdp2 on two ranks, kept gathered": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "reshard_after_forward": False}}),
+    "gpt2, ddp on two ranks, one micro-batch": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}, "step_scheduler": {"local_batch_size": 4}}),
+    "gpt2, ddp on two ranks, accumulated": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}}),
+}  # fmt: skip
+
+
+def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
+    tree = recipe(folder, **sections)
+    steps = {"max_steps": 3, "val_every_steps": None, **tree["step_scheduler"], **sections.get("step_scheduler", {})}
+    tree |= {"model": model, "validation_dataset": None, "export": None, "checkpoint": {"enabled": False}}
+    tree["dataset"] = {**tree["dataset"], "seq_len": 64}
+    tree["step_scheduler"] = {**steps, "max_steps": 3, "val_every_steps": None}
+    return Run(folder / "run", tree)
+
+
+def count_memory() -> None:
+    """Have this rank write down the most that torch's allocator had given out at a time."""
+    import trainer.job as jobs
+
+    train = jobs.run
+
+    def counted(*arguments: Any) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            code = train(*arguments)
+        Path("memory.json").write_text(json.dumps(most_at_a_time(profile)))
+        return code
+
+    jobs.run = counted
+
+
+def most_at_a_time(profile: Any) -> int:
+    """From what the allocator told the profiler: each event is so many bytes given out, or back."""
+    given = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    most = now = 0
+    for _, size in given:
+        now += size
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> None:
+    ranks, model, sections = CASES[case]
+    run = make(tmp_path, model, sections)
+    run.start(ranks, prepare={0: count_memory})
+    codes, said = run.wait()
+    assert codes == [OK] * ranks, said
+    measured = json.loads((run.folder / "memory.json").read_text())
+    need = predict(load(run.folder / "recipe.yaml"), ranks, cuda=False)
+    assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
+    print(case, need.peak, measured, need.peak / measured)
+    assert need.peak == pytest.approx(measured, rel=0.1)
