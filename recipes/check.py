@@ -87,7 +87,7 @@ class Checker:
             return expand(value, self.known)
         except Unset as unset:
             if self.job_start or needed:
-                self.problem(path, f"the variable {unset.name} is not set; export it, or write ${{{unset.name}:-default}}")
+                self.problem(path, f"{unset}; export it, or write ${{{unset.name}:-default}}")
             return value
 
     def _convert(self, option: Any, value: Any, path: KeyPath) -> tuple[bool, Any]:

@@ -241,6 +241,11 @@ class TestVariables:
     def test_a_number_must_be_known_to_plan(self, folder):
         assert "NOT_SET_X is not set" in problems(folder, MINIMAL, "--seed=${NOT_SET_X}")
 
+    def test_an_empty_folder_is_not_the_root(self, folder, monkeypatch):
+        monkeypatch.setenv("EMPTY_X", "")
+        assert "EMPTY_X is empty" in problems(folder, MINIMAL, "--preprocess.data_files=${EMPTY_X}/**", job_start=True)
+        assert load(write(folder, MINIMAL), ["--name=a${EMPTY_X}"]).recipe.name == "a"
+
     def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
         found = set()
         for seed, secret in (("1", "a"), ("1", "b"), ("2", "b")):
