@@ -85,7 +85,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n", 9, "do not divide"),
         ("step_scheduler:\n  grad_acc_steps: 4\n", 9, "write global_batch_size"),
         ("distributed:\n  tp_size: 2\n", 9, "data parallelism alone"),
-        ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
+        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "0 or more"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
         ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
