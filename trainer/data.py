@@ -41,8 +41,7 @@ class NanogptDataset:
     ``bos_token``; the tokens between a window's end and the next document are
     left out. ``drop_last`` and ``infinite`` are the guide's and change nothing:
     a step always has its full batch, and epochs follow one another until the
-    last step. Raises BadInput for shards that are missing or damaged, or too
-    short for one window.
+    last step. Raises BadInput for shards that are missing or damaged.
     """
 
     def __init__(
@@ -68,8 +67,6 @@ class NanogptDataset:
         self.shards = matching(file_pattern, format, split) if file_pattern else of_manifest(_folder(data_dir), split)
         self.stream = TokenStream([shard.tokens for shard in self.shards])
         self.starts = aligned_starts(self._documents(), len(self.stream), seq_len) if align_to_bos else None
-        if len(self) == 0:
-            raise BadInput(f"the {split} split has {len(self.stream):,} tokens, too few for one window of seq_len {seq_len}")
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -85,7 +82,10 @@ class NanogptDataset:
         return PackedDataset(self, size)
 
     def order(self, seed: int) -> Order:
-        """The order of the windows."""
+        """The order of the windows. Raises BadInput where there is not one."""
+        if len(self) == 0:
+            more = f" and {len(self.shards) - 1} more" * (len(self.shards) > 1)
+            raise BadInput(f"{self.shards[0].path}{more}: {len(self.stream):,} tokens, too few for one window of seq_len {self.seq_len}")
         return Order(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
