@@ -113,7 +113,10 @@ def data_bytes(loaded: Loaded) -> int:
 
 def checkpoint_bytes(loaded: Loaded) -> int:
     """What the checkpoints of all elements will take; 0 where the model's size is not known here."""
-    return STATE_BYTES * parameters(loaded.recipe.model) * (loaded.recipe.checkpoint.max_recent_checkpoints + 1) * len(loaded.elements())
+    recipe, section = loaded.recipe, loaded.recipe.checkpoint
+    best = section.keep_best and recipe.validation_dataset is not None
+    kept = section.max_recent_checkpoints + 1 + best  # and the one that is being written
+    return STATE_BYTES * parameters(recipe.model) * kept * len(loaded.elements()) if section.enabled else 0
 
 
 def parameters(model: dict[str, Any]) -> int:

@@ -17,10 +17,10 @@ PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class Unset(Exception):
-    """A variable without a value and without a default."""
+    """A variable without a value and without a default; its text says so."""
 
-    def __init__(self, name: str):
-        super().__init__(name)
+    def __init__(self, name: str, known: Mapping[str, str]):
+        super().__init__(f"the variable {name} is {'empty' if name in known else 'not set'}")
         self.name = name
 
 
@@ -37,7 +37,8 @@ def has_placeholder(value: Any) -> bool:
 def expand(value: Any, known: Mapping[str, str]) -> Any:
     """``value`` with its placeholders filled in; text that is one placeholder is read as a YAML scalar.
 
-    Raises Unset. As in a shell, an empty variable takes the default too.
+    Raises Unset. As in a shell, an empty variable takes the default too; without one it is nothing, but never the folder
+    before a slash, which would be the root of the machine.
     """
     if not isinstance(value, str):
         return value
@@ -47,9 +48,9 @@ def expand(value: Any, known: Mapping[str, str]) -> Any:
         if known.get(name):
             return known[name]
         if default is None:
-            if name in known:
+            if name in known and not value.startswith("/", match.end()):
                 return ""
-            raise Unset(name)
+            raise Unset(name, known)
         return default
 
     text = PLACEHOLDER.sub(fill, value)

@@ -31,7 +31,7 @@ from launcher.fit import megabytes
 from launcher.inputs import missing_input
 from launcher.plan import Element, Needs, Plan, Stage
 from launcher.policy import futile_attempts, goes_again
-from launcher.preflight import check_python
+from launcher.preflight import check_python, checkpoint_bytes
 from launcher.queue import Queue
 from launcher.ranks import free_ports, interface_address
 from launcher.sbatch import Array, job_environment, script, submission_environment
@@ -55,7 +55,9 @@ from launcher.submissions import Submission, next_folder, read_submission, submi
 from launcher.submit import dependency, drafts, known_states, moved_note
 from recipes.errors import BadInput
 from recipes.files import append_json_line, fingerprint, write_json
+from recipes.loader import load
 from recipes.rundir import ElementDir, RunDir
+from recipes.shipped import find_recipe
 
 
 @given(st.sets(st.integers(0, 5000), min_size=1))
@@ -259,6 +261,14 @@ def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_siz
     monkeypatch.setattr(slurm, "call", lambda *_, **__: "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n")
     (part,) = slurm.partitions()
     assert (part.nodes, part.gpus, part.cpus, part.most_cpus, part.most_mem_mb) == (93, 8, 32, 128, 900000)
+
+
+def test_room_for_checkpoints_is_for_the_kept_the_best_and_the_one_that_is_written() -> None:
+    def kept(*overrides: str) -> float:
+        return checkpoint_bytes(load(find_recipe("nanogpt"), list(overrides))) / checkpoint_bytes(load(find_recipe("nanogpt"), ["--checkpoint.max_recent_checkpoints=1", "--checkpoint.keep_best=false"]))
+
+    assert [kept(f"--checkpoint.max_recent_checkpoints={n}") for n in (1, 2, 5)] == [1.5, 2.0, 3.5]
+    assert kept("--checkpoint.enabled=false", "--export=null") == 0
 
 
 @pytest.mark.parametrize(("text", "mega"), [("64G", 65536), ("1T", 1 << 20), ("900", 900), ("900M", 900), ("1500K", 2), ("0", 0)])

@@ -85,7 +85,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n", 9, "do not divide"),
         ("step_scheduler:\n  grad_acc_steps: 4\n", 9, "write global_batch_size"),
         ("distributed:\n  tp_size: 2\n", 9, "data parallelism alone"),
-        ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
+        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "0 or more"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
         ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
@@ -240,6 +240,11 @@ class TestVariables:
 
     def test_a_number_must_be_known_to_plan(self, folder):
         assert "NOT_SET_X is not set" in problems(folder, MINIMAL, "--seed=${NOT_SET_X}")
+
+    def test_an_empty_folder_is_not_the_root(self, folder, monkeypatch):
+        monkeypatch.setenv("EMPTY_X", "")
+        assert "EMPTY_X is empty" in problems(folder, MINIMAL, "--preprocess.data_files=${EMPTY_X}/**", job_start=True)
+        assert load(write(folder, MINIMAL), ["--name=a${EMPTY_X}"]).recipe.name == "a"
 
     def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
         found = set()

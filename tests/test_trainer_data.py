@@ -15,9 +15,12 @@ from preprocess.shards import write_shard
 from recipes.errors import BadInput
 from recipes.files import write_json
 from trainer.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
-from trainer.data import NanogptDataset, Order, Prefetcher, TokenStream, gather, permute, sample_length, share_of_step
+from trainer.data import NanogptDataset, gather, sample_length
 from trainer.loss import IGNORED
+from trainer.order import Order, permute, share_of_step
 from trainer.parallel import World
+from trainer.prefetch import Prefetcher
+from trainer.stream import TokenStream
 
 UINT16 = np.dtype("<u2")
 
@@ -81,15 +84,15 @@ def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(ranks: int, local:
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), seq_len=st.integers(1, 33), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_windows_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
+def test_what_is_read_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
     whole = np.arange(sum(lengths)).astype(UINT16)
-    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]), seq_len)
-    assert len(stream) == (len(whole) - 1) // seq_len
-    if len(stream) == 0:
+    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]))
+    assert len(stream) == len(whole)
+    if len(stream) <= seq_len:
         return
-    windows = np.array(data.draw(st.lists(st.integers(0, len(stream) - 1), min_size=1, max_size=9)))
-    expected = np.stack([whole[i * seq_len : i * seq_len + seq_len + 1] for i in windows])
-    assert np.array_equal(stream.read(windows), expected)
+    starts = np.array(data.draw(st.lists(st.integers(0, len(stream) - seq_len - 1), min_size=1, max_size=9)))
+    expected = np.stack([whole[i : i + seq_len + 1] for i in starts])
+    assert np.array_equal(stream.read(starts, seq_len + 1), expected)
 
 
 def test_no_target_of_an_epoch_is_lost_or_seen_twice(tmp_path: Path) -> None:
@@ -137,9 +140,7 @@ def test_data_that_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing matches"):
         NanogptDataset(file_pattern=str(tmp_path / "none*.bin"))
     with pytest.raises(BadInput, match="8 tokens, too few for one window of seq_len 8"):
-        NanogptDataset(file_pattern=str(path), seq_len=8)
-    with pytest.raises(BadInput, match="align_to_bos"):
-        NanogptDataset(file_pattern=str(path), seq_len=4, align_to_bos=True)
+        NanogptDataset(file_pattern=str(path), seq_len=8).order(0)
     with pytest.raises(BadInput, match="no --data DIR"):
         NanogptDataset(seq_len=4)
     (tmp_path / "dangling.bin").symlink_to("nowhere")

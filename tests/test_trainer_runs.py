@@ -233,7 +233,7 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(tmp_path:
     assert run.column("step")[-1] == 218 // 32
     few = make(tmp_path, "few", step_scheduler={"max_steps": None, "global_batch_size": 256})
     assert few.here() == BAD_INPUT
-    assert "218 windows in 1 epochs, fewer than one step takes" in capsys.readouterr().err
+    assert "218 samples in 1 epochs, fewer than one step takes" in capsys.readouterr().err
 
 
 def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:
