@@ -29,16 +29,8 @@ PEAK = 989e12
 """Dense bfloat16 operations a second of H100 SXM and H200, for the baselines' MFU."""
 LEAST_SECONDS = 25.0
 """A part that has less time than that is not begun."""
-TINY = (
-    "--model.n_layer=2 --model.n_embd=64 --model.n_head=2 --model.vocab_size=512 --model.n_positions=64 --dataset.seq_len=64 "
-    "--loss_fn.vocab_size=500 --preprocess.tokenizer=byte --step_scheduler.global_batch_size=8 --step_scheduler.local_batch_size=4 "
-    "--compile.enabled=false --distributed.dtype=float32"
-).split()
-TINY_LLAMA = (
-    "--model.num_hidden_layers=2 --model.hidden_size=64 --model.intermediate_size=128 --model.num_attention_heads=2 "
-    "--model.num_key_value_heads=2 --model.vocab_size=512 --dataset.seq_len=64 --loss_fn.vocab_size=500 --preprocess.tokenizer=byte "
-    "--step_scheduler.global_batch_size=8 --step_scheduler.local_batch_size=4 --compile.enabled=false --distributed.dtype=float32"
-).split()
+TINY = ["--model.n_layer=2", "--model.n_embd=64", "--model.n_head=2", "--model.vocab_size=512", "--model.n_positions=64", "--dataset.seq_len=64", "--loss_fn.vocab_size=500", "--preprocess.tokenizer=byte", "--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=4", "--compile.enabled=false", "--distributed.dtype=float32"]
+TINY_LLAMA = ["--model.num_hidden_layers=2", "--model.hidden_size=64", "--model.intermediate_size=128", "--model.num_attention_heads=2", "--model.num_key_value_heads=2", "--model.vocab_size=512", "--dataset.seq_len=64", "--loss_fn.vocab_size=500", "--preprocess.tokenizer=byte", "--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=4", "--compile.enabled=false", "--distributed.dtype=float32"]
 SMALL = ("--step_scheduler.global_batch_size=64",)
 """Ablations take one micro-batch a step: differences show, and the time is for more of them."""
 

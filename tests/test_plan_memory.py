@@ -82,3 +82,40 @@ def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> N
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
     print(case, need.peak, measured, need.peak / measured)
     assert need.peak == pytest.approx(measured, rel=0.1)
+
+
+def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, GPT2, CASES["gpt2"][2])
+    words = [str(run.folder / "recipe.yaml"), "--gpus=1", "--on-cpu", "--step_scheduler.local_batch_size=8"]
+    assert memory.main([*words, "--gpu-memory=1GB"]) == OK
+    told = capsys.readouterr().out
+    assert "it fits" in told and "largest step_scheduler.local_batch_size that fits: 8" in told
+    assert memory.main([*words, "--gpu-memory=6MB", "--json"]) == DOES_NOT_FIT
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and found["largest_local_batch_size"] in (2, 4)
+    assert [way["fits"] for way in found["ways"]][-1]
+    last = found["ways"][-1]["override"]
+    assert memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
+
+
+def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up() -> None:
+    loaded = load("recipes/quickstart.yaml", ["--model.vocab_size=50304"])
+    need = predict(loaded, 2, cuda=False)
+    model = loaded.recipe.model
+    matrices = 12 * model["n_layer"] * model["n_embd"] ** 2 + model["vocab_size"] * model["n_embd"]
+    attention = 12 * model["n_layer"] * model["n_embd"] * 128
+    backward = 2 * model["n_layer"] * model["n_embd"] * 128  # flash attention computes the scores again
+    assert need.flops / need.tokens == pytest.approx(6 * matrices + attention + backward, rel=1e-6)
+
+
+def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
+    words = ["--model.n_layer=6", "--model.n_embd=128", "--step_scheduler.local_batch_size=8", "--distributed.strategy=none", "--resources.train.tasks_per_node=1"]
+    words += ["--loss_fn._target_=trainer.loss.LinearCrossEntropy", "--loss_fn.chunk_tokens=64", "--model.vocab_size=50304"]
+    plain, compiled = (predict(load("recipes/quickstart.yaml", [*words, f"--compile.enabled={value}"]), 1) for value in ("false", "true"))
+    assert compiled.parameters == plain.parameters and compiled.flops == plain.flops
+    assert 0.3 < compiled.activations / plain.activations < 1.05
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("79.5GiB", 79.5 * 2**30), ("512", 512.0), ("1tb", 1e12)])
+def test_sizes_are_read_as_they_are_written(text: str, size: float) -> None:
+    assert parse_bytes(text) == size

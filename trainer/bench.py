@@ -381,14 +381,14 @@ def data_report(bench: Bench, given: argparse.Namespace, steps: int) -> dict[str
     import torch
 
     from trainer.batches import StepBatches
-    from trainer.data import Order
+    from trainer.data import order_of
     from trainer.job import build_dataset
     from trainer.parallel import join
 
     recipe = bench.loaded.recipe
     world = join(recipe.distributed, from_environment(os.environ))
-    dataset = build_dataset(recipe.dataset, bench.loaded.policy, given.data)
-    order = Order(len(dataset), recipe.seed, bool(getattr(dataset, "shuffle", False)))
+    dataset = build_dataset(recipe.dataset, recipe, bench.loaded.policy, given.data)
+    order = order_of(dataset, recipe.seed)
     batches = StepBatches(dataset, order, recipe.step_scheduler.global_batch_size, None, world)
     batches.start(0, steps, recipe.dataloader.prefetch_factor)
     times = []

@@ -113,7 +113,7 @@ class Live(TorchDispatchMode):
                 self._set(storage._cdata, size)
             return found
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         try:
             with self:
                 yield self
@@ -198,7 +198,7 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live, fake: Any) -> N
     model, buckets = spread_out(bare, recipe, world, fake)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, model)
     parameters = live.now - before - (buckets.size if buckets else 0)
-    length = recipe.dataset.get("seq_len") or sample_length(jobs.build_dataset(recipe.dataset, policy, None))
+    length = recipe.dataset.get("seq_len") or sample_length(jobs.build_dataset(recipe.dataset, recipe, policy, None))
     local, mine = recipe.step_scheduler.local_batch_size, recipe.step_scheduler.global_batch_size // world.dp_size
     micro_steps = min(MICRO_STEPS, mine // local)
     loss_fn = jobs.build_loss(dataclasses.replace(recipe, compile=type(recipe.compile)()), policy)
@@ -257,7 +257,7 @@ def spread_out(bare: nn.Module, recipe: Recipe, world: Any, fake: Any) -> tuple[
 
     section = recipe.distributed
     ddp = section.strategy == "ddp"
-    bare.to = lambda *_, **__: bare  # type: ignore[method-assign, assignment] # it is where it should be, in its type
+    bare.to = lambda *_, **__: bare  # type: ignore[method-assign] # it is where it should be, in its type
     try:
         with unset_fake_temporarily():  # a mesh of ranks is made of real tensors
             model = spread(bare, dataclasses.replace(section, strategy="none") if ddp else section, world)
@@ -280,7 +280,7 @@ class Buckets:
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self._left = dict.fromkeys(self._views, micro_steps)
 
-    def _arrived(self, parameter: torch.Tensor) -> None:
+    def _arrived(self, parameter: Any) -> None:
         self._left[parameter] -= 1
         if self._left[parameter] == 0:
             parameter.grad = self._views[parameter]
@@ -306,7 +306,8 @@ def as_compiled(model: nn.Module) -> None:
             with _reparametrize_module(template, tensors):
                 return plain(template, *args)
 
-        return aot_function(forward, boxed_nop, boxed_nop, min_cut_rematerialization_partition, select_decomp_table())
+        unfused: Any = boxed_nop
+        return aot_function(forward, unfused, unfused, min_cut_rematerialization_partition, select_decomp_table())
 
     def compiled(block: nn.Module, function: Any, *args: Any) -> Any:
         return function({**dict(block.named_parameters()), **dict(block.named_buffers())}, *args)
