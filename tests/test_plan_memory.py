@@ -11,6 +11,7 @@ import torch
 
 from recipes.errors import OK
 from recipes.loader import load
+from recipes.shipped import find_recipe
 from tests.trainer_runs import Run, recipe
 from trainer import memory
 from trainer.memory import DOES_NOT_FIT, parse_bytes, predict
@@ -99,7 +100,7 @@ def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, caps
 
 
 def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up() -> None:
-    loaded = load("recipes/quickstart.yaml", ["--model.vocab_size=50304"])
+    loaded = load(find_recipe("quickstart"), ["--model.vocab_size=50304"])
     need = predict(loaded, 2, cuda=False)
     model = loaded.recipe.model
     matrices = 12 * model["n_layer"] * model["n_embd"] ** 2 + model["vocab_size"] * model["n_embd"]
@@ -111,7 +112,7 @@ def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up()
 def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
     words = ["--model.n_layer=6", "--model.n_embd=128", "--step_scheduler.local_batch_size=8", "--distributed.strategy=none", "--resources.train.tasks_per_node=1"]
     words += ["--loss_fn._target_=trainer.loss.LinearCrossEntropy", "--loss_fn.chunk_tokens=64", "--model.vocab_size=50304"]
-    plain, compiled = (predict(load("recipes/quickstart.yaml", [*words, f"--compile.enabled={value}"]), 1) for value in ("false", "true"))
+    plain, compiled = (predict(load(find_recipe("quickstart"), [*words, f"--compile.enabled={value}"]), 1) for value in ("false", "true"))
     assert compiled.parameters == plain.parameters and compiled.flops == plain.flops
     assert 0.3 < compiled.activations / plain.activations < 1.05
 

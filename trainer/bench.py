@@ -390,7 +390,7 @@ def data_report(bench: Bench, given: argparse.Namespace, steps: int) -> dict[str
     dataset = build_dataset(recipe.dataset, recipe, bench.loaded.policy, given.data)
     order = order_of(dataset, recipe.seed)
     batches = StepBatches(dataset, order, recipe.step_scheduler.global_batch_size, None, world)
-    batches.start(0, steps, recipe.dataloader.prefetch_factor)
+    batches.start(0, steps, recipe.dataloader.prefetch_factor, recipe.dataloader.num_workers)
     times = []
     for _ in range(steps):
         began = time.perf_counter()
