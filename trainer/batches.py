@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from recipes.errors import BadInput
+from trainer.context_parallel import own
 from trainer.data import Indices, Order, Prefetcher, gather, sample_length, share_of_step
 from trainer.errors import LocalBadInput
 from trainer.loss import IGNORED
@@ -25,10 +26,35 @@ class Batch:
 
     inputs: torch.Tensor
     labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    """Of the inputs, int64; None: 0 to L - 1."""
+    documents: torch.Tensor | None = None
+    """The number of the document that each input lies in, int32; None: one."""
+
+    @property
+    def more(self) -> dict[str, torch.Tensor]:
+        """What a model's forward is given besides the inputs; nothing where it would be the usual."""
+        given = {"position_ids": self.position_ids, "documents": self.documents}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size``."""
-        return [Batch(*pair) for pair in zip(self.inputs.split(size), self.labels.split(size), strict=True)]
+        count = -(-len(self.inputs) // size)
+        columns = [[None] * count if tensor is None else tensor.split(size) for tensor in self._tensors]
+        return [Batch(*row) for row in zip(*columns, strict=True)]
+
+    def part_of(self, world: World) -> Batch:
+        """The positions that this rank computes, and the labels whose loss it computes, of a batch that its peers share."""
+        batch = self
+        if world.cp_size > 1:
+            positions = torch.arange(self.inputs.shape[1], device=self.inputs.device).expand_as(self.inputs)
+            whole = (self.inputs, self.labels, positions if self.position_ids is None else self.position_ids, self.documents)
+            batch = Batch(*(None if x is None else own(x, 1, world.cp_rank, world.cp_size) for x in whole))  # type: ignore[arg-type]
+        return replace(batch, labels=batch.labels.chunk(world.tp_size, 1)[world.tp_rank]) if world.tp_size > 1 else batch
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return (self.inputs, self.labels, self.position_ids, self.documents)
 
 
 def on_host(dataset: Any, windows: Indices, vocab: int | None, pin: bool) -> HostBatch:
@@ -113,4 +139,4 @@ class ValidationBatches:
         batch = on_device(on_host(self.dataset, filled, self._vocab, pin=False), self._world.device)
         labels = batch.labels.clone()
         labels[len(windows) :] = IGNORED
-        return Batch(batch.inputs, labels)
+        return replace(batch, labels=labels)

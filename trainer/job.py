@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recipes.errors import OK, BadInput
 from recipes.files import write_json
 from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe
-from recipes.targets import Policy, build, signature
+from recipes.targets import Policy, build, resolve, signature
 from trainer import checkpoint
 from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
@@ -24,7 +24,7 @@ from trainer.errors import TrainingFailed
 from trainer.hf_folder import known_vocab, write_folder
 from trainer.loop import Job, train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
-from trainer.models import flops_per_token, parameter_count, vocab_rows
+from trainer.models import fills_itself, flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizers
 from trainer.parallel import World, compile_blocks, dump_flight_record, join, plain, spread
 from trainer.profiling import Profiler
@@ -79,10 +79,10 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     order = Order(len(train_set), recipe.seed, bool(getattr(train_set, "shuffle", False)))
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
-    bare = build_model(recipe, policy)
+    bare = build_model(recipe, policy, empty=True)
     fit_for_training(bare, recipe)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
-    model = spread(bare, recipe.distributed, world)
+    model = spread(bare, recipe.distributed, world, recipe.seed)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, plain(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
     job = Job(
@@ -108,10 +108,16 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     return job
 
 
-def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
-    """The model on the CPU, its weights a function of the seed."""
+def build_model(recipe: Recipe, policy: Policy, *, empty: bool = False) -> torch.nn.Module:
+    """The model on the CPU, its weights a function of the seed.
+
+    ``empty``: on the meta device, where it can make its weights later, and then
+    the same ones (:func:`trainer.models.fill`); that costs neither time nor memory.
+    """
     torch.manual_seed(recipe.seed)
-    model = build(recipe.model, policy)
+    later = empty and fills_itself(resolve(recipe.model["_target_"], policy))
+    with torch.device("meta") if later else nullcontext():
+        model = build(recipe.model, policy)
     if not isinstance(model, torch.nn.Module):
         raise BadInput(f"model._target_ {recipe.model['_target_']} gave a {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -21,7 +21,7 @@ from trainer.errors import TrainingFailed
 from trainer.loss import IGNORED
 from trainer.metrics import Metrics, StepLine, number
 from trainer.models import logits_of
-from trainer.parallel import World, autocast, micro_step
+from trainer.parallel import World, autocast, micro_step, noise_rank
 from trainer.profiling import Profiler
 from trainer.readback import Readback
 from trainer.saving import Outcome, Saver
@@ -116,10 +116,10 @@ def take_step(job: Job, batch: Batch | None) -> Pending:
     job.step += 1
     job.taken += 1
     job.profiler.step(job.step)
-    seed_step(job.recipe.seed, job.step, job.world.rank)
+    seed_step(job.recipe.seed, job.step, noise_rank(job.recipe.distributed, job.world))
     job.model.train()
     loss = forward_backward(job, batch)
-    norm = optim.clip(job.model.parameters(), job.recipe.clip_grad_norm)
+    norm = optim.clip(job.model.parameters(), job.recipe.clip_grad_norm).to(loss.device)
     rate = job.schedule.rate(job.step)
     job.optimizers.set_rate(rate)
     job.optimizers.step(torch.isfinite(loss) & torch.isfinite(norm))
@@ -132,15 +132,17 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
 
     The count is of all ranks and micro-batches together, so that masked labels
     weigh the same wherever they fall. FSDP2 and DDP average over the ranks,
-    which the factor ``world.size`` undoes.
+    which the factor ``world.averaged`` undoes. Each rank has the labels that no
+    other has, with tensor and context parallelism, too.
     """
+    batch = batch.part_of(job.world)
     count = job.world.sum((batch.labels != IGNORED).sum()).clamp(min=1).double()  # one over an integer would be float32
     parts = batch.split(job.recipe.step_scheduler.local_batch_size)
     total = torch.zeros((), dtype=torch.float64, device=job.world.device)
     for i, part in enumerate(parts):
         with micro_step(job.model, last=i == len(parts) - 1):
             loss = batch_loss(job, part)
-            (loss * (job.world.size / count)).backward()
+            (loss * (job.world.averaged / count)).backward()
         total += loss.detach()
         job.watch.beat(f"in step {job.step}", steady=job.taken > 1)
     return job.world.sum(total) / count
@@ -149,7 +151,7 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
 def batch_loss(job: Job, batch: Batch) -> torch.Tensor:
     """Sum of the losses of a micro-batch's labels."""
     with autocast(job.recipe.distributed, job.world):
-        return job.loss_fn(logits_of(job.model(batch.inputs)), batch.labels)
+        return job.loss_fn(logits_of(job.model(batch.inputs, **batch.more)), batch.labels)
 
 
 @torch.no_grad()
@@ -180,6 +182,7 @@ def mean_loss(job: Job, batches: Iterable[Batch]) -> float | None:
     for batch in batches:
         if job.world.any(job.stop.asked()):
             return None
+        batch = batch.part_of(job.world)
         sums[0] += batch_loss(job, batch)
         sums[1] += (batch.labels != IGNORED).sum()
         job.watch.beat(f"validating after step {job.step}", steady=job.taken > 0)
