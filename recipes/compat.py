@@ -124,6 +124,8 @@ class Translator:
 
     def _distributed(self) -> None:
         section = self._section(("distributed",))
+        if isinstance(section.get("activation_checkpointing"), bool):
+            section["activation_checkpointing"] = "full" if section["activation_checkpointing"] else "none"
         name = section.get("_target_")
         if name is None:
             return

@@ -76,6 +76,7 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     """Build everything, and go to where the checkpoint that the recipe means left off; ``held`` gives back at the end."""
     recipe, policy = options.loaded.recipe, options.loaded.policy
     train_set = build_dataset(recipe.dataset, policy, options.data)
+    check_length(sample_length(train_set), recipe)
     order = Order(len(train_set), recipe.seed, bool(getattr(train_set, "shuffle", False)))
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
@@ -149,6 +150,13 @@ def build_dataset(node: dict[str, Any], policy: Policy, data: Path | None) -> An
     if data is not None and takes is not None and "data_dir" in takes.parameters and "data_dir" not in node:
         extra["data_dir"] = str(data)
     return build(node, policy, **extra)
+
+
+def check_length(length: int, recipe: Recipe) -> None:
+    """BadInput where the ranks that share a window cannot have equal parts of its ``length`` positions."""
+    share = recipe.distributed.tp_size * recipe.distributed.cp_size
+    if length % share:
+        raise BadInput(f"dataset: windows of {length} positions do not divide over {share} ranks (distributed.tp_size x cp_size)")
 
 
 def build_validation(options: Options, vocab: int | None, world: World) -> ValidationBatches | None:

@@ -104,14 +104,15 @@ class World:
 
 
 def join(section: Distributed, ranks: Ranks) -> World:
-    """The world of this process, its process group made.
+    """The world of this process, its process group made unless there is one.
 
     It is never taken down: that can wait for peers that are gone, or for ever
     (see ``trainer.job.KEPT``). The process ends through ``trainer.errors.leave``.
     """
     device = _device(ranks)
     timeout = timedelta(minutes=section.timeout_minutes)
-    _init_group(ranks, device, timeout)
+    if not dist.is_initialized():
+        _init_group(ranks, device, timeout)
     return World(ranks.rank, ranks.size, device, timeout, section.tp_size, section.cp_size)
 
 
