@@ -206,7 +206,8 @@ def initial(family: str, keys: dict[str, Any]) -> dict[str, str]:
         model = BUILDERS[family]()
     sharded = spread(model, section, world, seed=7)
     bare = sharded.module if hasattr(sharded, "module") else sharded
-    return digests((name, p.full_tensor() if hasattr(p, "full_tensor") else p.detach()) for name, p in bare.named_parameters())
+    named = [(name, p.detach()) for name, p in bare.named_parameters()]
+    return digests((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in named)
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
