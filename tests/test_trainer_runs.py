@@ -128,18 +128,6 @@ def test_micro_batches_and_strategy_do_not_matter_even_with_uneven_masks(tmp_pat
         close(run, whole)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "ranks", "replicas"), [("ddp", 2, None), ("fsdp2", 2, None), ("fsdp2", 4, 2)], ids=["ddp2", "fsdp2", "hsdp2x2"]
-)
-def test_ranks_do_not_matter_even_with_uneven_masks(tmp_path: Path, strategy: str, ranks: int, replicas: int | None) -> None:
-    alone = masked(tmp_path, "alone", step_scheduler={"local_batch_size": 8})
-    assert alone.here() == OK
-    spread = masked(tmp_path, "spread", distributed={"strategy": strategy, "dp_replicate_size": replicas})
-    spread.train(ranks)
-    close(spread, alone)
-    assert spread.column("val_loss") != []
-
-
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD"])
 def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_path: Path, optimizer: str) -> None:
     sections: dict[str, Any] = {"model": {"dropout": 0.2}, "lr_scheduler": {"lr_decay_steps": 20}}
