@@ -325,7 +325,6 @@ def _check_data(recipe: Recipe, checker: Checker) -> None:
     for path, node in data_sections(recipe).items():
         if node["_target_"].endswith("MixedDataset"):
             _check_sources(path, node, checker)
-    refuse(checker.problems)
     for path, node in file_sections(recipe).items():
         if node.get("_target_", OUR_DATA).startswith("trainer.data.") and not node.get("file_pattern"):
             _check_split(path, node, recipe, checker)

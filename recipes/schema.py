@@ -407,5 +407,6 @@ def file_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, node in data_sections(recipe).items():
         sources = node.get("sources")
-        found |= {(*path, "sources", name): source for name, source in sources.items()} if isinstance(sources, Mapping) else {path: node}
+        named = sources.items() if isinstance(sources, Mapping) else ()
+        found |= {path: node} if sources is None else {(*path, "sources", name): source for name, source in named if isinstance(source, Mapping)}
     return found

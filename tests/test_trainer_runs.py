@@ -18,8 +18,9 @@ from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
 from recipes.loader import load
 from recipes.targets import Policy
 from trainer import checkpoint, job
-from trainer.data import NanogptDataset, Order
+from trainer.data import NanogptDataset
 from trainer.models.gpt2 import build_gpt2_model
+from trainer.order import Order
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
