@@ -8,6 +8,7 @@ their keys belong to the callable (see :mod:`recipes.targets`).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -196,17 +197,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Packing of whole documents into a window."""
+    """Packing of whole documents, which do not see one another, into rows of one length."""
 
     packed_sequence_size: Natural = 0
+    """Tokens a row; 0: no packing, windows of ``dataset.seq_len`` are cut from the stream."""
 
 
 @dataclass(frozen=True)
 class DataLoader:
     """How batches get from disk to the device."""
 
+    num_workers: Natural = 1
+    """Threads that read ahead, each every so-many-th batch; 0: none does, and training waits for each batch."""
     prefetch_factor: Positive = 2
-    """Batches that the loader's thread keeps ready."""
+    """Batches that they keep ready, together."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +361,7 @@ class Recipe:
     dataset: dict[str, Any]
     name: str = "run"
     validation_dataset: dict[str, Any] | None = None
+    """One data set, or several by name; see :func:`validation_sets`."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "lr": 2e-4})
     lr_scheduler: LRScheduler | None = None
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
@@ -377,3 +382,31 @@ class Recipe:
     container: Container | None = None
     sweep: dict[str, list[Any]] | None = None
     export: Export | None = Export()
+
+
+def is_named(node: Mapping[str, Any]) -> bool:
+    """Whether a ``validation_dataset`` section is several data sets by name: then all of its values are sections."""
+    return len(node) > 0 and not {"_target_", "sources"} & node.keys() and all(isinstance(child, Mapping) for child in node.values())
+
+
+def validation_sets(node: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The data sets of a ``validation_dataset`` section by name, that of a single one "" ; the first decides which checkpoint is best."""
+    if not node:
+        return {}
+    return dict(node) if is_named(node) else {"": dict(node)}
+
+
+def data_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Every data set of a recipe by the keys that lead to it: training's and validation's."""
+    found = {("dataset",): recipe.dataset}
+    return found | {("validation_dataset", *([name] if name else [])): node for name, node in validation_sets(recipe.validation_dataset).items()}
+
+
+def file_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The same, with a mixture's sources instead of itself: where shards are named."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, node in data_sections(recipe).items():
+        sources = node.get("sources")
+        named = sources.items() if isinstance(sources, Mapping) else ()
+        found |= {path: node} if sources is None else {(*path, "sources", name): source for name, source in named if isinstance(source, Mapping)}
+    return found

@@ -33,6 +33,7 @@ OURS = (
     "trainer.models.llama.build_llama_model",
     "trainer.models.pretrained.load_pretrained_model",
     "trainer.data.NanogptDataset",
+    "trainer.data.MixedDataset",
     "trainer.loss.MaskedCrossEntropy",
 )
 """What our own packages offer as targets."""

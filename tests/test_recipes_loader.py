@@ -104,7 +104,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("distributed:\n  strategy: ddp\n  dp_replicate_size: 2\n", 10, "are for strategy fsdp2, not ddp"),
         ("distributed:\n  strategy: none\n  cp_size: 2\n", 10, "adds up no gradients"),
         ("distributed:\n  strategy: ddp\n  cpu_offload: true\n", 10, "is for strategy fsdp2, not ddp"),
-        ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
+        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "0 or more"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
         ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sysconfig
 import tempfile
 import time
@@ -265,6 +266,45 @@ def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run,
     assert "its model differs (n_layer: 2 there, 1 in the recipe)" in capsys.readouterr().err
 
 
+def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: Path) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 2}, checkpoint={"max_recent_checkpoints": 1})
+    assert run.here("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
+    assert checkpoint.by_validation(run.checkpoints) == []
+    assert run.here("--optimizer.lr", "30") == OK  # from here on it gets worse
+    assert min(run.column("val_loss")) == run.column("val_loss")[0]
+    assert (run.checkpoints / "best").read_text() == "step-00000002\n" and steps_of(run) == [2, 6]
+    assert checkpoint.alone(run.checkpoints, best=True).step == 2, "and it is whole as it was"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of four megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is_room(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
+    run.checkpoints.symlink_to(small_disk)
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+    whole = checkpoint.alone(small_disk).step
+    ballast = small_disk / "ballast"
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(room - 16384))
+    assert run.here() == FAILED
+    said, error = capsys.readouterr()
+    assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
+    assert "No space left on device" in said and "the one before, of step 2, is there; training goes on" in said
+    assert "the checkpoint after step 8 could not be written" in error and "Traceback" not in said + error
+    assert whole == checkpoint.alone(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
+    ballast.unlink()
+    assert run.here() == OK and steps_of(run) == [6, 8]
+
+
 def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     assert run.here("--step_scheduler.max_steps", "2") == OK
@@ -353,15 +393,15 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_s
 
 def poison(step: int) -> None:
     """Make the gradient of one step infinite, on this rank alone."""
-    from trainer import loop
+    from trainer import forward
 
-    real = loop.batch_loss
+    real = forward.batch_loss
 
-    def poisoned(job: loop.Job, batch: Any) -> torch.Tensor:
+    def poisoned(job: forward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
 
-    loop.batch_loss = poisoned
+    forward.batch_loss = poisoned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

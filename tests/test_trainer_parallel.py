@@ -163,19 +163,19 @@ def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Pat
 
 def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
     """Train, but the gradient of step 3 is infinite, on one rank alone."""
-    from trainer import loop
+    from trainer import forward
 
-    real = loop.batch_loss
+    real = forward.batch_loss
 
-    def spoilt(job: loop.Job, batch: Any) -> torch.Tensor:
+    def spoilt(job: forward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == 3 and torch.is_grad_enabled() and job.world.rank == rank else loss
 
-    loop.batch_loss = spoilt
+    forward.batch_loss = spoilt
     try:
         return how(run)
     finally:
-        loop.batch_loss = real
+        forward.batch_loss = real
 
 
 def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:

@@ -18,8 +18,9 @@ from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
 from recipes.loader import load
 from recipes.targets import Policy
 from trainer import checkpoint, job
-from trainer.data import NanogptDataset, Order
+from trainer.data import NanogptDataset
 from trainer.models.gpt2 import build_gpt2_model
+from trainer.order import Order
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
@@ -221,7 +222,7 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(tmp_path:
     assert run.column("step")[-1] == 218 // 32
     few = make(tmp_path, "few", step_scheduler={"max_steps": None, "global_batch_size": 256})
     assert few.here() == BAD_INPUT
-    assert "218 windows in 1 epochs, fewer than one step takes" in capsys.readouterr().err
+    assert "218 samples in 1 epochs, fewer than one step takes" in capsys.readouterr().err
 
 
 def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ class StepLine:
     """How long the loop stood still for checkpoints since the line before."""
     validation_time_s: float = 0.0
     """Spent on validation since the line before."""
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    """How often each source was seen, where the data is a mixture."""
 
     @property
     def skipped(self) -> bool:
@@ -160,6 +162,7 @@ class Metrics:
         fields = {
             "step": line.step,
             "epoch": round(line.epoch, 6),
+            **{f"epoch/{name}": round(epoch, 6) for name, epoch in line.epochs.items()},
             "tokens": line.tokens,
             "loss": number(line.loss),
             "grad_norm": number(line.grad_norm),
@@ -205,13 +208,15 @@ class Metrics:
         if self.newest:
             self.newest.update(saved=step, save_seconds=self.save_seconds)
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        """A validation is done, after ``seconds``."""
-        self.val_loss = loss
-        fields = {"step": step, "val_loss": loss, "validation_time_s": round(seconds, 6), "time": round(time.time(), 3)}
+    def validation(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
+        """A validation is done, after ``seconds``; the first of its ``losses`` is the one that counts, the name "" a single one's."""
+        self.val_loss = next(iter(losses.values()))
+        found = {"val_loss": self.val_loss, **{f"val_loss/{name}": loss for name, loss in losses.items() if name}}
+        fields = {"step": step, **found, "validation_time_s": round(seconds, 6), "time": round(time.time(), 3)}
         append_json_line(self.element.metrics, fields)
-        print(f"step {step}/{self.last_step} | validation loss {loss:.4f}", flush=True)
-        self._elsewhere(step, {"step": step, "val_loss": loss})
+        shown = ", ".join(f"{loss:.4f}" + (f" ({name})" if name else "") for name, loss in losses.items())
+        print(f"step {step}/{self.last_step} | validation loss {shown}", flush=True)
+        self._elsewhere(step, {"step": step, **found})
 
     def _elsewhere(self, step: int, fields: Mapping[str, Any]) -> None:
         """To wandb and TensorBoard, where the recipe has them."""
