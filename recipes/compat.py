@@ -126,6 +126,8 @@ class Translator:
 
     def _distributed(self) -> None:
         section = self._section(("distributed",))
+        if isinstance(section.get("activation_checkpointing"), bool):
+            section["activation_checkpointing"] = "full" if section["activation_checkpointing"] else "none"
         name = section.get("_target_")
         if name is None:
             return
@@ -155,11 +157,12 @@ class Translator:
         """The guide's recipes have one section for each validation set: ``validation_dataset_NAME``."""
         for key in [key for key in self.tree if str(key).startswith("validation_dataset_")]:
             name = key.removeprefix("validation_dataset_")
-            there = self.tree.get("validation_dataset") or {}
-            named = there if not there or is_named(there) else {"default": there}
+            known = self.tree.get("validation_dataset") or {}
+            named = known if not known or is_named(known) else {"default": known}
             self.tree["validation_dataset"] = {**named, name: self.tree.pop(key)}
             for path in [path for path in self.lines if path[:1] == (key,)]:
-                self.lines[("validation_dataset", name, *path[1:])] = self.lines[path]
+                there = ("validation_dataset", name, *path[1:])
+                self.lines[there] = self.lines[path]
             self.note((key,), f"read as validation_dataset.{name}")
 
     def _optimizer(self) -> None:

@@ -20,7 +20,7 @@ from recipes.expand import expand_known, has_placeholder, variables
 from recipes.files import fingerprint
 from recipes.overrides import apply_override, parse_overrides
 from recipes.schema import SAME_BYTES, TOKENIZERS, Preprocess, Recipe, data_sections, file_sections, is_own_tokenizer
-from recipes.targets import Policy, code_digest, signature, split_target
+from recipes.targets import OURS, Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
 EXECUTION = ("name", "resources", "container", "wandb", "tensorboard", "profile")
@@ -226,7 +226,7 @@ def _check_together(recipe: Recipe, checker: Checker) -> None:
     _check_name(recipe, checker)
     _check_model(recipe, checker)
     _check_data(recipe, checker)
-    _check_unsupported(recipe, checker)
+    _check_parallel(recipe, checker)
     _check_numbers(recipe, checker)
     steps = recipe.step_scheduler
     if steps.global_batch_size % steps.local_batch_size:
@@ -271,14 +271,41 @@ def _check_rates(recipe: Recipe, checker: Checker) -> None:
                 checker.problem(("parameter_groups", str(i), key), f"{value}: expected a number of at least 0")
 
 
-def _check_unsupported(recipe: Recipe, checker: Checker) -> None:
-    """Settings of the guide that only have one value here are refused before a node is asked for."""
-    ones = {"tp_size": recipe.distributed.tp_size, "cp_size": recipe.distributed.cp_size}
-    for key, value in ones.items():
-        if value != 1:
-            checker.problem(("distributed", key), f"{value}: this version trains with data parallelism alone; write 1")
-    if recipe.distributed.sequence_parallel:
-        checker.problem(("distributed", "sequence_parallel"), "needs tensor parallelism; write false")
+def _check_parallel(recipe: Recipe, checker: Checker) -> None:
+    """What cannot be dealt out to so many ranks, and settings that would do nothing."""
+    section, tp = recipe.distributed, recipe.distributed.tp_size
+
+    def problem(key: str, text: str) -> None:
+        checker.problem(("distributed", key), text)
+
+    if section.sequence_parallel and tp == 1:
+        problem("sequence_parallel", "shares out what tensor parallelism leaves whole, and tp_size is 1; write false, or a tp_size")
+    if section.strategy != "fsdp2" and (section.dp_replicate_size or 1) > 1:
+        problem("dp_replicate_size", f"replicas of shards are for strategy fsdp2, not {section.strategy}")
+    if section.cpu_offload and section.strategy != "fsdp2":
+        problem("cpu_offload", f"is for strategy fsdp2, not {section.strategy}")
+    if section.strategy == "none" and section.cp_size > 1:
+        problem("cp_size", f"{section.cp_size}: strategy none adds up no gradients; write fsdp2 or ddp")
+    for key, value in _dealt_out(recipe, checker.policy).items():
+        if value % tp:
+            problem("tp_size", f"{tp} does not divide model.{key} {value}" + ("; multiples of 128 are fastest" if key == "vocab_size" else ""))
+    share, row = tp * section.cp_size, recipe.packed_sequence.packed_sequence_size
+    lengths = {f"{'.'.join(path)}.seq_len": node.get("seq_len") for path, node in data_sections(recipe).items()}
+    for name, length in ({"packed_sequence_size": row} if row else lengths).items():
+        if isinstance(length, int) and length % share:
+            key = "cp_size" if section.cp_size > 1 else "tp_size"
+            problem(key, f"the ranks that share a window have equal parts of it, and {share} (tp_size x cp_size) does not divide {name} {length}")
+
+
+def _dealt_out(recipe: Recipe, policy: Policy) -> dict[str, int]:
+    """Sizes of the model that tensor parallelism divides, by key, as far as they are known without building it."""
+    target = recipe.model["_target_"]
+    ours = target in OURS
+    found = signature(target, policy) if ours else None
+    defaults = {key: known.default for key, known in found.parameters.items() if isinstance(known.default, int)} if found else {}
+    keys = ("n_head", "num_attention_heads", "num_key_value_heads", *(("vocab_size", "intermediate_size") if ours else ()))
+    sizes = _numbers(recipe.model, defaults)
+    return {key: sizes[key] for key in keys if key in sizes and (ours or target.startswith("transformers."))}
 
 
 def _check_data(recipe: Recipe, checker: Checker) -> None:
@@ -298,7 +325,6 @@ def _check_data(recipe: Recipe, checker: Checker) -> None:
     for path, node in data_sections(recipe).items():
         if node["_target_"].endswith("MixedDataset"):
             _check_sources(path, node, checker)
-    refuse(checker.problems)
     for path, node in file_sections(recipe).items():
         if node.get("_target_", OUR_DATA).startswith("trainer.data.") and not node.get("file_pattern"):
             _check_split(path, node, recipe, checker)
@@ -372,26 +398,38 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
 
 
 def check_batch(recipe: Recipe, ranks: int) -> str | None:
-    """What is wrong with the global batch on so many data-parallel ranks; None where it divides."""
-    steps = recipe.step_scheduler
-    share = ranks * steps.local_batch_size
+    """What is wrong with the global batch on so many ranks; None where it divides."""
+    steps, spread = recipe.step_scheduler, recipe.distributed
+    if ranks % (spread.tp_size * spread.cp_size):
+        return f"distributed.tp_size {spread.tp_size} x cp_size {spread.cp_size} does not divide {ranks} ranks"
+    share = ranks // (spread.tp_size * spread.cp_size) * steps.local_batch_size
     if steps.global_batch_size % share == 0:
         return None
     lower = steps.global_batch_size // share * share
     near = f"{lower} or {lower + share}" if lower else str(share)
     return (
-        f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over {ranks} ranks x local_batch_size "
+        f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over {_parts(recipe, ranks)} x local_batch_size "
         f"{steps.local_batch_size}; write {near}, or another local_batch_size"
     )
+
+
+def _parts(recipe: Recipe, ranks: int) -> str:
+    """The data-parallel ranks among ``ranks``, in words."""
+    share = recipe.distributed.tp_size * recipe.distributed.cp_size
+    return f"{ranks // share} {'data-parallel ' if share > 1 else ''}ranks"
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> str | None:
     """What is wrong with training on so many ranks; None where nothing is."""
     spread = recipe.distributed
-    if spread.dp_size not in (None, ranks):
-        return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
-    if ranks % (spread.dp_replicate_size or 1):
-        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {ranks} ranks"
-    if spread.strategy == "none" and ranks > 1:
-        return f"distributed.strategy none trains on one rank, but there are {ranks}; write fsdp2 or ddp"
-    return check_batch(recipe, ranks)
+    wrong = check_batch(recipe, ranks)
+    if ranks % (spread.tp_size * spread.cp_size):
+        return wrong
+    parts = ranks // (spread.tp_size * spread.cp_size)
+    if spread.dp_size not in (None, parts):
+        return f"distributed.dp_size is {spread.dp_size}, but there are {_parts(recipe, ranks)}; write none to use what is there"
+    if parts % (spread.dp_replicate_size or 1):
+        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {_parts(recipe, ranks)}"
+    if spread.strategy == "none" and parts > 1:
+        return f"distributed.strategy none trains on one rank, but there are {_parts(recipe, ranks)}; write fsdp2 or ddp"
+    return wrong

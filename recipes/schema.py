@@ -151,13 +151,23 @@ class Distributed:
     dp_replicate_size: Positive | None = None
     """Replicas of the sharded model (HSDP); None: one."""
     tp_size: Positive = 1
+    """Ranks that share every matrix."""
     cp_size: Positive = 1
+    """Ranks that share the positions of every window."""
     sequence_parallel: bool = False
+    """With ``tp_size``: norms, dropout and the residual stream are shared out, too, by positions."""
     dtype: Literal["bfloat16", "float32", "float64"] | None = None
     """Type that the model computes in; None: bfloat16 on GPU, float32 on CPU. Master weights are at least float32."""
     bf16_residual: bool = False
     """Carry the residual stream in bfloat16 where the model computes in it, as FSDP2 always does; else it is float32."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that FSDP2 adds up gradients in, where the model computes in bfloat16."""
     reshard_after_forward: bool = True
+    """Free a block's weights after its forward, and gather them again for its backward; false: keep them."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Compute again in the backward instead of keeping: none, whole blocks, or all but matrix products and attention."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory (fsdp2)."""
     timeout_minutes: Positive = 10
     """After which a collective that does not come is an error."""
     hang_seconds: Positive | None = None
@@ -413,5 +423,6 @@ def file_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, node in data_sections(recipe).items():
         sources = node.get("sources")
-        found |= {(*path, "sources", name): source for name, source in sources.items()} if isinstance(sources, Mapping) else {path: node}
+        named = sources.items() if isinstance(sources, Mapping) else ()
+        found |= {path: node} if sources is None else {(*path, "sources", name): source for name, source in named if isinstance(source, Mapping)}
     return found

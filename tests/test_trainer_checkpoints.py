@@ -369,14 +369,22 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, "killed, it holds nothing any more"
 
 
-def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}}
+def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_spread(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "model": {"vocab_size": 104}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
     assert straight.here() == OK
-    for ranks, last, strategy in ((4, 4, "fsdp2"), (2, 8, "fsdp2"), (1, 12, "none"), (2, 16, "ddp"), (4, 20, "hsdp")):
-        how = ["fsdp2", "--distributed.dp_replicate_size", "2"] if strategy == "hsdp" else [strategy]
-        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), "--distributed.strategy", *how)
-        assert last == 4 or f"going on after step {last - 4}" in said
+    ways: dict[int, tuple[int, dict[str, Any]]] = {
+        4: (4, {"dp_replicate_size": 2}),
+        7: (2, {"tp_size": 2, "sequence_parallel": "true"}),
+        10: (1, {"strategy": "none"}),
+        13: (2, {"strategy": "ddp"}),
+        16: (2, {"cp_size": 2}),
+        20: (4, {"tp_size": 2}),
+    }
+    for last, (ranks, keys) in ways.items():
+        how = [word for key, value in keys.items() for word in (f"--distributed.{key}", str(value))]
+        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *how)
+        assert last == 4 or f"going on after step {max(step for step in ways if step < last)}" in said
     for name in ("loss", "grad_norm", "val_loss"):
         mine = {line["step"]: line[name] for line in resharded.lines() if name in line}
         for step, value in {line["step"]: line[name] for line in straight.lines() if name in line}.items():
@@ -385,15 +393,15 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> Non
 
 def poison(step: int) -> None:
     """Make the gradient of one step infinite, on this rank alone."""
-    from trainer import loop
+    from trainer import forward
 
-    real = loop.batch_loss
+    real = forward.batch_loss
 
-    def poisoned(job: loop.Job, batch: Any) -> torch.Tensor:
+    def poisoned(job: forward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
 
-    loop.batch_loss = poisoned
+    forward.batch_loss = poisoned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -18,8 +18,9 @@ from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
 from recipes.loader import load
 from recipes.targets import Policy
 from trainer import checkpoint, job
-from trainer.data import NanogptDataset, Order
+from trainer.data import NanogptDataset
 from trainer.models.gpt2 import build_gpt2_model
+from trainer.order import Order
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
@@ -126,18 +127,6 @@ def test_micro_batches_and_strategy_do_not_matter_even_with_uneven_masks(tmp_pat
         run = masked(tmp_path, name, step_scheduler={"local_batch_size": local}, distributed={"strategy": strategy})
         assert run.here() == OK
         close(run, whole)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "ranks", "replicas"), [("ddp", 2, None), ("fsdp2", 2, None), ("fsdp2", 4, 2)], ids=["ddp2", "fsdp2", "hsdp2x2"]
-)
-def test_ranks_do_not_matter_even_with_uneven_masks(tmp_path: Path, strategy: str, ranks: int, replicas: int | None) -> None:
-    alone = masked(tmp_path, "alone", step_scheduler={"local_batch_size": 8})
-    assert alone.here() == OK
-    spread = masked(tmp_path, "spread", distributed={"strategy": strategy, "dp_replicate_size": replicas})
-    spread.train(ranks)
-    close(spread, alone)
-    assert spread.column("val_loss") != []
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD"])

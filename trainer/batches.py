@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from recipes.errors import BadInput
+from trainer.context_parallel import own
 from trainer.data import gather, sample_length
 from trainer.errors import LocalBadInput
 from trainer.loss import IGNORED
@@ -44,6 +45,15 @@ class Batch:
         count = -(-len(self.inputs) // size)
         columns = [[None] * count if tensor is None else tensor.split(size) for tensor in self._tensors]
         return [Batch(*row) for row in zip(*columns, strict=True)]
+
+    def part_of(self, world: World) -> Batch:
+        """The positions that this rank computes, and the labels whose loss it computes, of a batch that its peers share."""
+        batch = self
+        if world.cp_size > 1:
+            positions = torch.arange(self.inputs.shape[1], device=self.inputs.device).expand_as(self.inputs)
+            whole = (self.inputs, self.labels, positions if self.position_ids is None else self.position_ids, self.documents)
+            batch = Batch(*(None if x is None else own(x, 1, world.cp_rank, world.cp_size) for x in whole))  # type: ignore[arg-type]
+        return replace(batch, labels=batch.labels.chunk(world.tp_size, 1)[world.tp_rank]) if world.tp_size > 1 else batch
 
     @property
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:

@@ -168,8 +168,8 @@ class MixedDataset:
 
     def __init__(self, *, sources: dict[str, Any], seq_len: int = 1024, shuffle_files: bool = False, data_dir: str | None = None):
         same = {"seq_len": seq_len, "shuffle_files": shuffle_files, "data_dir": data_dir}
-        made = {name: _source(name, keys, same) for name, keys in sources.items()}
-        weights = {name: keys.get("weight") for name, keys in sources.items()}
+        made = {name: _source(name, keys, same) for name, keys in sorted(sources.items())}  # in whatever order they are written
+        weights = {name: sources[name].get("weight") for name in made}
         if not made or (None in weights.values() and any(weights.values())):
             raise BadInput("dataset.sources: give some, and a weight to all of them or to none")
         self._set(made, weights if all(weights.values()) else None)

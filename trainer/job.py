@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recipes.errors import OK, BadInput
 from recipes.files import write_json
 from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe, validation_sets
-from recipes.targets import Policy, build, signature
+from recipes.targets import Policy, build, resolve, signature
 from trainer import checkpoint, fp8, kernels
 from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
@@ -26,7 +26,7 @@ from trainer.errors import TrainingFailed
 from trainer.hf_folder import known_vocab, write_folder
 from trainer.loop import train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
-from trainer.models import flops_per_token, parameter_count, vocab_rows
+from trainer.models import fills_itself, flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizers
 from trainer.parallel import World, compute_dtype, dump_flight_record, join, plain, spread
 from trainer.profiling import Profiler
@@ -79,16 +79,17 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     """Build everything, and go to where the checkpoint that the recipe means left off; ``held`` gives back at the end."""
     recipe, policy = options.loaded.recipe, options.loaded.policy
     train_set = build_dataset(recipe.dataset, recipe, policy, options.data)
+    check_length(sample_length(train_set), recipe)
     order = order_of(train_set, recipe.seed)
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
-    bare = build_model(recipe, policy)
+    bare = build_model(recipe, policy, empty=True)
     fit_for_training(bare, recipe, world)
     held.enter_context(kernels.preferring(kernels.wanted(recipe.sdpa_method, world.device), world.device))
     if recipe.packed_sequence.packed_sequence_size:
         keep_documents_apart(bare, recipe.distributed)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
-    model = spread(bare, recipe.distributed, world)
+    model = spread(bare, recipe.distributed, world, recipe.seed)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, plain(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
     job = Job(
@@ -114,10 +115,16 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     return job
 
 
-def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
-    """The model on the CPU, its weights a function of the seed."""
+def build_model(recipe: Recipe, policy: Policy, *, empty: bool = False) -> torch.nn.Module:
+    """The model on the CPU, its weights a function of the seed.
+
+    ``empty``: on the meta device, where it can make its weights later, and then
+    the same ones (:func:`trainer.models.fill`); that costs neither time nor memory.
+    """
     torch.manual_seed(recipe.seed)
-    model = build(recipe.model, policy)
+    later = empty and fills_itself(resolve(recipe.model["_target_"], policy))
+    with torch.device("meta") if later else nullcontext():
+        model = build(recipe.model, policy)
     if not isinstance(model, torch.nn.Module):
         raise BadInput(f"model._target_ {recipe.model['_target_']} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -151,6 +158,13 @@ def build_dataset(node: dict[str, Any], recipe: Recipe, policy: Policy, data: Pa
     if data is not None and takes is not None and "data_dir" in takes.parameters and "data_dir" not in node:
         extra["data_dir"] = str(data)
     return packed(build(node, policy, **extra), recipe.packed_sequence.packed_sequence_size)
+
+
+def check_length(length: int, recipe: Recipe) -> None:
+    """BadInput where the ranks that share a window cannot have equal parts of its ``length`` positions."""
+    share = recipe.distributed.tp_size * recipe.distributed.cp_size
+    if length % share:
+        raise BadInput(f"dataset: windows of {length} positions do not divide over {share} ranks (distributed.tp_size x cp_size)")
 
 
 def build_validation(options: Options, vocab: int | None, world: World) -> dict[str, ValidationBatches]:

@@ -12,6 +12,7 @@ from trainer.batches import Batch
 from trainer.collector import Collector
 from trainer.forward import forward_backward
 from trainer.keeping import collect, finish, save
+from trainer.parallel import noise_rank
 from trainer.readback import Readback
 from trainer.reporting import report, settle
 from trainer.training import Job, Pending
@@ -68,10 +69,10 @@ def take_step(job: Job, batch: Batch) -> Pending:
     job.step += 1
     job.taken += 1
     job.profiler.step(job.step)
-    seed_step(job.recipe.seed, job.step, job.world.rank)
+    seed_step(job.recipe.seed, job.step, noise_rank(job.recipe.distributed, job.world))
     job.model.train()
     loss = forward_backward(job, batch)
-    norm = optim.clip(job.model.parameters(), job.recipe.clip_grad_norm)
+    norm = optim.clip(job.model.parameters(), job.recipe.clip_grad_norm).to(loss.device)
     rate = job.schedule.rate(job.step)
     job.optimizers.set_rate(rate)
     job.optimizers.step(torch.isfinite(loss) & torch.isfinite(norm))

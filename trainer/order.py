@@ -102,7 +102,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several sources, interleaved: after any number of positions each has had its share, less than two samples off.
+    """Several sources, interleaved: at any position each has had its share, fewer samples off than there are sources.
 
     Sample i of source k is number ``offsets[k] + i``. An epoch is as many
     positions as all sources have samples: one with a share above its size is

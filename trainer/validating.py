@@ -48,6 +48,7 @@ def mean_loss(job: Job, batches: Iterable[Batch]) -> float | None:
     for batch in batches:
         if job.world.any(job.stop.asked()):
             return None
+        batch = batch.part_of(job.world)
         sums[0] += batch_loss(job, batch)
         sums[1] += (batch.labels != IGNORED).sum()
         job.watch.beat(f"validating after step {job.step}", steady=job.taken > 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import nn
 
 from recipes.errors import BadInput
 from trainer.attention import attend
+from trainer.models import fresh, head
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
@@ -103,6 +104,16 @@ class GPT2(nn.Module):
     """
 
     wrap_blocks = ("h",)
+    tp_plan: ClassVar = {
+        "wte": "vocabulary",
+        "wpe": "positions",
+        "h.*.attn": "enter",
+        "h.*.attn.c_attn": "fused",
+        "h.*.attn.c_proj": "row",
+        "h.*.mlp": "enter",
+        "h.*.mlp.c_fc": "column",
+        "h.*.mlp.c_proj": "row",
+    }
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -114,7 +125,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self._init_weights()
+        self.head = head
 
     def forward(
         self,
@@ -134,20 +145,16 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
             x = block(x, documents)
-        x = self.ln_f(x)
-        if linear_loss is not None:
-            return linear_loss.from_hidden(x, self.wte.weight, labels)
-        return F.linear(x, self.wte.weight)
+        x, rows = self.head(self.ln_f(x), self.wte.weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
+    def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() > 1:
-                residual = name.endswith("c_proj.weight")
-                parameter.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+        if tensor.dim() > 1:
+            residual = name.endswith("c_proj.weight")
+            tensor.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
         """nanoGPT's ``6N + 12 L d T``, N without the position table."""
@@ -189,7 +196,7 @@ def build_gpt2_model(
     attn_implementation: str = "sdpa",
     layer_norm_epsilon: float = 1e-5,
     activation: str = "gelu_new",
-) -> nn.Module:
+) -> GPT2:
     """A GPT-2 with fresh weights; the keywords are the guide's.
 
     ``n_ctx``, where given, is ``n_positions``. ``activation`` is ``gelu_new``
@@ -203,17 +210,16 @@ def build_gpt2_model(
         raise BadInput(f"model.activation {activation!r}: write one of {', '.join(ACTIVATIONS)}")
     if attn_implementation not in ATTENTION:
         raise BadInput(f"model.attn_implementation {attn_implementation!r}: write sdpa, which picks the fastest kernel")
-    return GPT2(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=n_positions if n_ctx is None else n_ctx,
-            n_embd=n_embd,
-            n_layer=n_layer,
-            n_head=n_head,
-            dropout=dropout,
-            layer_norm_epsilon=layer_norm_epsilon,
-            activation=activation,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-        )
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=n_positions if n_ctx is None else n_ctx,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        dropout=dropout,
+        layer_norm_epsilon=layer_norm_epsilon,
+        activation=activation,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
+    return fresh(lambda: GPT2(config))

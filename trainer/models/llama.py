@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import nn
 
 from recipes.errors import BadInput
 from trainer.attention import attend
+from trainer.models import fresh, head
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,16 @@ class Llama(nn.Module):
     """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary."""
 
     wrap_blocks = ("layers",)
+    tp_plan: ClassVar = {
+        "embed_tokens": "vocabulary",
+        "layers.*.self_attn": "enter",
+        "layers.*.self_attn.o_proj": "row",
+        "layers.*.self_attn.*_proj": "column",
+        "layers.*.mlp": "enter",
+        "layers.*.mlp.down_proj": "row",
+        "layers.*.mlp.*_proj": "column",
+        "lm_head": "column",
+    }
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -142,7 +153,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._init_weights()
+        self.head = head
 
     def forward(
         self,
@@ -164,19 +175,16 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, documents)
-        x = self.norm(x)
-        if linear_loss is not None:
-            return linear_loss.from_hidden(x, (self.embed_tokens if self.lm_head is None else self.lm_head).weight, labels)
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        x, rows = self.head(self.norm(x), (self.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
+    def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""
-        std = self.settings.initializer_range
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+        if tensor.dim() > 1:
+            std, residual = self.settings.initializer_range, name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensor.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+        else:
+            tensor.fill_(1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
         """``6N + 12 L d T``, N without an embedding that is only looked up."""
@@ -220,7 +228,7 @@ def build_llama_model(
     initializer_range: float = 0.02,
     bos_token_id: int = 50256,
     eos_token_id: int = 50256,
-) -> nn.Module:
+) -> Llama:
     """A Llama with fresh weights, its keywords named as in ``transformers.LlamaConfig``.
 
     ``num_key_value_heads`` None: as many as query heads. Raises BadInput where the sizes do not divide.
@@ -230,20 +238,19 @@ def build_llama_model(
         raise BadInput(f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}")
     if num_attention_heads % key_value_heads:
         raise BadInput(f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}")
-    return Llama(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=key_value_heads,
-            max_position_embeddings=max_position_embeddings,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            tie_word_embeddings=tie_word_embeddings,
-            initializer_range=initializer_range,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=max_position_embeddings,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
+    return fresh(lambda: Llama(config))
