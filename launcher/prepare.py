@@ -24,6 +24,7 @@ from recipes.check import refuse
 from recipes.errors import BadInput
 from recipes.loader import Loaded, load
 from recipes.rundir import RunDir
+from recipes.schema import file_sections
 from recipes.shipped import find_recipe
 from recipes.yamlfile import KeyPath
 
@@ -106,7 +107,7 @@ def check_files(loaded: Loaded) -> None:
     """The files that the recipe reads are there. Raises BadInput with all that are not."""
     recipe, missing = loaded.recipe, []
     patterns: dict[KeyPath, Any] = {("preprocess", "data_files"): recipe.preprocess.data_files if recipe.preprocess else None}
-    patterns |= {(name, "file_pattern"): (getattr(recipe, name) or {}).get("file_pattern") for name in ("dataset", "validation_dataset")}
+    patterns |= {(*path, "file_pattern"): node.get("file_pattern") for path, node in file_sections(recipe).items()}
     for key, given in patterns.items():
         for pattern in given if isinstance(given, list) else [given] if given else []:
             if next(glob.iglob(os.path.expanduser(pattern), recursive=True), None) is None:

@@ -40,6 +40,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
 OF_BATCH = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 """Of the batch script's own task; srun says others to each of its own, except in containers of its own."""
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where ``torch.compile`` keeps what it made; its default is a folder of the node, which the next node does not have."""
 FIRST_PORT, PORTS = 16384, 16000
 """Below what Linux gives out by itself (32768 and up), so that no passing connection has it."""
 MAX_PORTS = 20
@@ -154,9 +156,13 @@ def host_environment() -> dict[str, str]:
 
 
 def defaults(attempt: Attempt) -> dict[str, str]:
-    """What ranks are told unless somebody says otherwise: their part of the CPUs."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, attempt.given.cpus // attempt.stage.needs.tasks_per_node)))}
-    return threads if attempt.given.gpus else {**KEEP_MEMORY, **given(KEEP_MEMORY), **threads}
+    """What ranks are told unless somebody says otherwise: their part of the CPUs, and a folder for compiled code that all nodes see."""
+    found = {
+        "OMP_NUM_THREADS": str(max(1, attempt.given.cpus // attempt.stage.needs.tasks_per_node)),
+        COMPILE_CACHE: str(attempt.run.compile_cache),
+        **({} if attempt.given.gpus else KEEP_MEMORY),
+    }
+    return {**found, **given(found)}
 
 
 def fixed_environment(attempt: Attempt, path: Iterable[str]) -> dict[str, str]:

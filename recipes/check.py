@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import Unset, expand, has_placeholder
+from recipes.schema import is_named
 from recipes.targets import Policy, Signature, check_target, signature
 from recipes.yamlfile import KeyPath
 
@@ -19,7 +20,7 @@ HINTS: dict[KeyPath, str] = {
 }
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 TARGET_SECTIONS = ("model", "dataset", "validation_dataset", "optimizer", "loss_fn")
-DATASET = {"_target_": "trainer.data.NanogptDataset"}
+DATASET, MIXTURE = {"_target_": "trainer.data.NanogptDataset"}, {"_target_": "trainer.data.MixedDataset"}
 
 
 class Checker:
@@ -55,8 +56,8 @@ class Checker:
             if key not in fields:
                 self.problem((*path, key), f"unknown key; {HINTS.get((*path, key)) or did_you_mean(key, fields)}")
                 continue
-            if not path and key in TARGET_SECTIONS and isinstance(child, Mapping) and "_target_" not in child:
-                child = {**_default(fields[key]), **child}
+            if not path and key in TARGET_SECTIONS and isinstance(child, Mapping):
+                child = _with_target(fields[key], child)
             built[key] = self.value(hints[key], child, (*path, key))
         for name, field in fields.items():
             if name not in value and field.default is field.default_factory is dataclasses.MISSING:
@@ -67,6 +68,8 @@ class Checker:
         """``value`` as the type ``hint``, its placeholders expanded."""
         options = _options(hint)
         if len(path) == 1 and path[0] in TARGET_SECTIONS and isinstance(value, Mapping):
+            if path[0] == "validation_dataset" and is_named(value):
+                return {name: self.target(node, (*path, name)) for name, node in value.items()}
             return self.target(value, path)
         if has_placeholder(value):
             value = self._expanded(value, path, needed=not any(_base(option) in (str, Any) for option in options))
@@ -166,11 +169,15 @@ class Checker:
                     self.problem(path, f"{name} needs {key!r}")
 
 
-def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """What a section that only some keys are given for starts from."""
+def _with_target(field: dataclasses.Field[Any], section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section for which only some keys are given, and what they are added to."""
+    if "_target_" in section:
+        return section
+    if field.name == "validation_dataset" and is_named(section):
+        return {name: _with_target(field, node) for name, node in section.items()}
     if field.name.endswith("dataset"):
-        return DATASET
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else {}
+        return {**(MIXTURE if "sources" in section else DATASET), **section}
+    return {**(field.default_factory() if field.default_factory is not dataclasses.MISSING else {}), **section}
 
 
 def fits(value: Any, annotation: str) -> bool:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from recipes.errors import BadInput
+from recipes.schema import is_named
 from recipes.yamlfile import KeyPath
 
 NEMO = re.compile(r"nemo_?automodel[./]", re.IGNORECASE)
@@ -20,6 +21,7 @@ TARGETS = {
     "gpt2.py:build_gpt2_model": "trainer.models.gpt2.build_gpt2_model",
     "nanogpt_dataset.nanogptdataset": "trainer.data.NanogptDataset",
     "masked_ce.maskedcrossentropy": "trainer.loss.MaskedCrossEntropy",
+    "linear_ce.fusedlinearcrossentropy": "trainer.loss.LinearCrossEntropy",
     "nemoautomodelforcausallm.from_config": "transformers.AutoModelForCausalLM.from_config",
 }
 """By the end of the guide's name, in lower case: its spelling of the package varies."""
@@ -33,8 +35,7 @@ DROPPED: dict[KeyPath, str] = {
     ("dist_env", "backend"): "chosen by the device: nccl on GPU, gloo on CPU",
     ("dataloader", "collate_fn"): "windows all have the same length",
     ("dataloader", "drop_last"): "a step always has global_batch_size windows",
-    ("dataloader", "num_workers"): "one thread reads ahead; see dataloader.prefetch_factor",
-    ("dataloader", "persistent_workers"): "one thread reads ahead; see dataloader.prefetch_factor",
+    ("dataloader", "persistent_workers"): "the threads that read ahead stay",
     ("dataloader", "pin_memory"): "always on with a GPU",
     ("dataloader", "shuffle"): "dataset.shuffle_files shuffles all windows",
 }
@@ -62,6 +63,7 @@ class Translator:
         self._distributed()
         self._dataloader()
         self._rng()
+        self._named_validation()
         self._targets(self.tree, ())
         self._optimizer()
         for old, new in MOVED.items():
@@ -124,6 +126,8 @@ class Translator:
 
     def _distributed(self) -> None:
         section = self._section(("distributed",))
+        if isinstance(section.get("activation_checkpointing"), bool):
+            section["activation_checkpointing"] = "full" if section["activation_checkpointing"] else "none"
         name = section.get("_target_")
         if name is None:
             return
@@ -148,6 +152,18 @@ class Translator:
     def _rng(self) -> None:
         for key in ("_target_", "ranked"):
             self._drop(("rng", key), "randomness is a function of seed, step and rank")
+
+    def _named_validation(self) -> None:
+        """The guide's recipes have one section for each validation set: ``validation_dataset_NAME``."""
+        for key in [key for key in self.tree if str(key).startswith("validation_dataset_")]:
+            name = key.removeprefix("validation_dataset_")
+            known = self.tree.get("validation_dataset") or {}
+            named = known if not known or is_named(known) else {"default": known}
+            self.tree["validation_dataset"] = {**named, name: self.tree.pop(key)}
+            for path in [path for path in self.lines if path[:1] == (key,)]:
+                there = ("validation_dataset", name, *path[1:])
+                self.lines[there] = self.lines[path]
+            self.note((key,), f"read as validation_dataset.{name}")
 
     def _optimizer(self) -> None:
         section = self._section(("optimizer",))

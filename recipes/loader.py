@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.check import Checker, refuse
+from recipes.check import Checker, fits, refuse
 from recipes.compat import translate
 from recipes.errors import BadInput, did_you_mean
-from recipes.expand import expand_known, variables
+from recipes.expand import expand_known, has_placeholder, variables
 from recipes.files import fingerprint
 from recipes.overrides import apply_override, parse_overrides
-from recipes.schema import SAME_BYTES, TOKENIZERS, Preprocess, Recipe, is_own_tokenizer
-from recipes.targets import Policy, code_digest, signature, split_target
+from recipes.schema import SAME_BYTES, TOKENIZERS, Preprocess, Recipe, data_sections, file_sections, is_own_tokenizer
+from recipes.targets import OURS, Policy, code_digest, signature, split_target
 from recipes.yamlfile import KeyPath, dump, read_file
 
 EXECUTION = ("name", "resources", "container", "wandb", "tensorboard", "profile")
@@ -32,6 +32,7 @@ NO_SECRET = re.compile(r"(^|_)(bos|eos|eot|pad|unk|sep|cls|mask)_token$", re.IGN
 SECRET_ENDS = re.compile(r"(^|_)((api|access|private|wandb|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
 SWEPT = ("model", "dataset", "optimizer", "lr_scheduler", "parameter_groups", "loss_fn", "step_scheduler", "distributed", "clip_grad_norm", "compile", "seed")
 """Sections that may differ between the elements of a sweep, which share their data, their nodes and their export."""
+OUR_DATA = "trainer.data.NanogptDataset"
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -77,13 +78,18 @@ class Loaded:
 
 def places_of(section: Mapping[str, Any]) -> list[str]:
     """The absolute form of every path to data in a section."""
-    found = []
+    found = [place for child in section.values() if _names_shards(child) for place in places_of(child)]
     for key in ("data_files", "file_pattern", "dataset"):
         values = section.get(key)
         for value in values if isinstance(values, list) else [values]:
             if value and (key != "dataset" or os.path.exists(value)):  # else a name on the hub
                 found.append(os.path.abspath(os.path.expanduser(str(value))))
     return found
+
+
+def _names_shards(value: Any) -> bool:
+    """Whether a part of a section is data sets of ours: a mixture's sources, one of them, a named validation set."""
+    return isinstance(value, Mapping) and str(value.get("_target_", OUR_DATA)).startswith("trainer.data.")
 
 
 def data_name(section: Preprocess, places: Sequence[str]) -> str:
@@ -220,7 +226,7 @@ def _check_together(recipe: Recipe, checker: Checker) -> None:
     _check_name(recipe, checker)
     _check_model(recipe, checker)
     _check_data(recipe, checker)
-    _check_unsupported(recipe, checker)
+    _check_parallel(recipe, checker)
     _check_numbers(recipe, checker)
     steps = recipe.step_scheduler
     if steps.global_batch_size % steps.local_batch_size:
@@ -265,16 +271,41 @@ def _check_rates(recipe: Recipe, checker: Checker) -> None:
                 checker.problem(("parameter_groups", str(i), key), f"{value}: expected a number of at least 0")
 
 
-def _check_unsupported(recipe: Recipe, checker: Checker) -> None:
-    """Settings of the guide that only have one value here are refused before a node is asked for."""
-    ones = {"tp_size": recipe.distributed.tp_size, "cp_size": recipe.distributed.cp_size}
-    for key, value in ones.items():
-        if value != 1:
-            checker.problem(("distributed", key), f"{value}: this version trains with data parallelism alone; write 1")
-    if recipe.distributed.sequence_parallel:
-        checker.problem(("distributed", "sequence_parallel"), "needs tensor parallelism; write false")
-    if recipe.packed_sequence.packed_sequence_size:
-        checker.problem(("packed_sequence", "packed_sequence_size"), "this version cuts the stream into windows; write 0")
+def _check_parallel(recipe: Recipe, checker: Checker) -> None:
+    """What cannot be dealt out to so many ranks, and settings that would do nothing."""
+    section, tp = recipe.distributed, recipe.distributed.tp_size
+
+    def problem(key: str, text: str) -> None:
+        checker.problem(("distributed", key), text)
+
+    if section.sequence_parallel and tp == 1:
+        problem("sequence_parallel", "shares out what tensor parallelism leaves whole, and tp_size is 1; write false, or a tp_size")
+    if section.strategy != "fsdp2" and (section.dp_replicate_size or 1) > 1:
+        problem("dp_replicate_size", f"replicas of shards are for strategy fsdp2, not {section.strategy}")
+    if section.cpu_offload and section.strategy != "fsdp2":
+        problem("cpu_offload", f"is for strategy fsdp2, not {section.strategy}")
+    if section.strategy == "none" and section.cp_size > 1:
+        problem("cp_size", f"{section.cp_size}: strategy none adds up no gradients; write fsdp2 or ddp")
+    for key, value in _dealt_out(recipe, checker.policy).items():
+        if value % tp:
+            problem("tp_size", f"{tp} does not divide model.{key} {value}" + ("; multiples of 128 are fastest" if key == "vocab_size" else ""))
+    share, row = tp * section.cp_size, recipe.packed_sequence.packed_sequence_size
+    lengths = {f"{'.'.join(path)}.seq_len": node.get("seq_len") for path, node in data_sections(recipe).items()}
+    for name, length in ({"packed_sequence_size": row} if row else lengths).items():
+        if isinstance(length, int) and length % share:
+            key = "cp_size" if section.cp_size > 1 else "tp_size"
+            problem(key, f"the ranks that share a window have equal parts of it, and {share} (tp_size x cp_size) does not divide {name} {length}")
+
+
+def _dealt_out(recipe: Recipe, policy: Policy) -> dict[str, int]:
+    """Sizes of the model that tensor parallelism divides, by key, as far as they are known without building it."""
+    target = recipe.model["_target_"]
+    ours = target in OURS
+    found = signature(target, policy) if ours else None
+    defaults = {key: known.default for key, known in found.parameters.items() if isinstance(known.default, int)} if found else {}
+    keys = ("n_head", "num_attention_heads", "num_key_value_heads", *(("vocab_size", "intermediate_size") if ours else ()))
+    sizes = _numbers(recipe.model, defaults)
+    return {key: sizes[key] for key in keys if key in sizes and (ours or target.startswith("transformers."))}
 
 
 def _check_data(recipe: Recipe, checker: Checker) -> None:
@@ -291,22 +322,47 @@ def _check_data(recipe: Recipe, checker: Checker) -> None:
             checker.problem(("preprocess", "tokenizer"), f"{source.tokenizer!r}: {did_you_mean(source.tokenizer, TOKENIZERS)}")
         elif _numbers(recipe.model, {}).get("vocab_size", vocab) < vocab:
             checker.problem(("model", "vocab_size"), f"{source.tokenizer} has {vocab} tokens; write at least as many (multiples of 128 are fastest)")
-    for section in ("dataset", "validation_dataset"):
-        node = getattr(recipe, section)
-        _check_split(section, node or {}, recipe, checker)
-        if node and node["_target_"].endswith("NanogptDataset") and not node.get("file_pattern") and source is None:
-            checker.problem((section,), "no file_pattern, and no preprocess section that would make the shards")
+    for path, node in data_sections(recipe).items():
+        if node["_target_"].endswith("MixedDataset"):
+            _check_sources(path, node, checker)
+    for path, node in file_sections(recipe).items():
+        if node.get("_target_", OUR_DATA).startswith("trainer.data.") and not node.get("file_pattern"):
+            _check_split(path, node, recipe, checker)
 
 
-def _check_split(section: str, node: Mapping[str, Any], recipe: Recipe, checker: Checker) -> None:
-    """The manifest that the preprocess stage will write has these splits and no others."""
-    split = node.get("split", "train")
-    if recipe.preprocess is None or node.get("file_pattern") or not str(node.get("_target_")).endswith("NanogptDataset"):
+def _check_sources(path: KeyPath, node: Mapping[str, Any], checker: Checker) -> None:
+    """Names of a mixture's sources, their keys, and a weight for all or for none."""
+    sources = node.get("sources")
+    if not isinstance(sources, Mapping) or not sources or not all(isinstance(source, Mapping) for source in sources.values()):
+        checker.problem((*path, "sources"), "expected sections by name, each with file_pattern (or split) and weight")
         return
-    if split not in ("train", "val"):
-        checker.problem((section, "split"), f"{split!r}: {did_you_mean(str(split), ('train', 'val'))}")
-    if split == "val" and not recipe.preprocess.val_tokens:
-        checker.problem((section, "split"), "val: preprocess.val_tokens is 0, so there will be none; write val_tokens: 5M, say")
+    found = signature(OUR_DATA, checker.policy)
+    known = {**(found.parameters if found else {})}
+    for name, source in sources.items():
+        where = (*path, "sources", name)
+        for key, value in source.items():
+            if key in ("seq_len", "shuffle_files", "data_dir"):
+                checker.problem((*where, key), f"is the same for all sources: write it under {path[-1]}")
+            elif key != "weight" and key not in known:
+                checker.problem((*where, key), f"unknown key of a source; {did_you_mean(key, ['weight', *known])}")
+            elif key != "weight" and not has_placeholder(value) and not fits(value, known[key].annotation):
+                checker.problem((*where, key), f"expected {known[key].annotation}, found {value!r}")
+        weight = source.get("weight")
+        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf")):
+            checker.problem((*where, "weight"), f"{weight!r}: expected a number above 0")
+    if len({source.get("weight") is None for source in sources.values()}) > 1:
+        checker.problem((*path, "sources"), "a weight for all of them, or for none: then each counts by its size")
+
+
+def _check_split(path: KeyPath, node: Mapping[str, Any], recipe: Recipe, checker: Checker) -> None:
+    """Shards that nobody names are those that the preprocess stage will make: it has these splits and no others."""
+    split = node.get("split", "train")
+    if recipe.preprocess is None:
+        checker.problem(path, "no file_pattern, and no preprocess section that would make the shards")
+    elif split not in ("train", "val"):
+        checker.problem((*path, "split"), f"{split!r}: {did_you_mean(str(split), ('train', 'val'))}")
+    elif split == "val" and not recipe.preprocess.val_tokens:
+        checker.problem((*path, "split"), "val: preprocess.val_tokens is 0, so there will be none; write val_tokens: 5M, say")
 
 
 def _numbers(node: Any, known: dict[str, int]) -> dict[str, int]:
@@ -332,35 +388,48 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
         if sizes.get(heads, 0) > 0 and width in sizes and sizes[width] % sizes[heads]:
             checker.problem(("model", width), f"{sizes[width]} is not divisible by {heads} {sizes[heads]}")
     context = sizes.get("n_ctx") or sizes.get("n_positions") or sizes.get("max_position_embeddings")
-    for section in ("dataset", "validation_dataset"):
-        length = (getattr(recipe, section) or {}).get("seq_len")
+    for path, node in data_sections(recipe).items():
+        length = node.get("seq_len", 1024 if node["_target_"].startswith("trainer.data.") else None)
         if isinstance(length, int) and length < 1:
-            checker.problem((section, "seq_len"), f"{length}: expected a whole number of at least 1")
-        if context and isinstance(length, int) and length > context:
-            checker.problem((section, "seq_len"), f"{length} is beyond the model's context of {context} positions")
+            checker.problem((*path, "seq_len"), f"{length}: expected a whole number of at least 1")
+        row = recipe.packed_sequence.packed_sequence_size
+        if context and isinstance(length, int) and min(length, row or length) > context:
+            checker.problem((*path, "seq_len"), f"{length} is beyond the model's context of {context} positions")
 
 
 def check_batch(recipe: Recipe, ranks: int) -> str | None:
-    """What is wrong with the global batch on so many data-parallel ranks; None where it divides."""
-    steps = recipe.step_scheduler
-    share = ranks * steps.local_batch_size
+    """What is wrong with the global batch on so many ranks; None where it divides."""
+    steps, spread = recipe.step_scheduler, recipe.distributed
+    if ranks % (spread.tp_size * spread.cp_size):
+        return f"distributed.tp_size {spread.tp_size} x cp_size {spread.cp_size} does not divide {ranks} ranks"
+    share = ranks // (spread.tp_size * spread.cp_size) * steps.local_batch_size
     if steps.global_batch_size % share == 0:
         return None
     lower = steps.global_batch_size // share * share
     near = f"{lower} or {lower + share}" if lower else str(share)
     return (
-        f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over {ranks} ranks x local_batch_size "
+        f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over {_parts(recipe, ranks)} x local_batch_size "
         f"{steps.local_batch_size}; write {near}, or another local_batch_size"
     )
+
+
+def _parts(recipe: Recipe, ranks: int) -> str:
+    """The data-parallel ranks among ``ranks``, in words."""
+    share = recipe.distributed.tp_size * recipe.distributed.cp_size
+    return f"{ranks // share} {'data-parallel ' if share > 1 else ''}ranks"
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> str | None:
     """What is wrong with training on so many ranks; None where nothing is."""
     spread = recipe.distributed
-    if spread.dp_size not in (None, ranks):
-        return f"distributed.dp_size is {spread.dp_size}, but there are {ranks} ranks; write none to use what is there"
-    if ranks % (spread.dp_replicate_size or 1):
-        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {ranks} ranks"
-    if spread.strategy == "none" and ranks > 1:
-        return f"distributed.strategy none trains on one rank, but there are {ranks}; write fsdp2 or ddp"
-    return check_batch(recipe, ranks)
+    wrong = check_batch(recipe, ranks)
+    if ranks % (spread.tp_size * spread.cp_size):
+        return wrong
+    parts = ranks // (spread.tp_size * spread.cp_size)
+    if spread.dp_size not in (None, parts):
+        return f"distributed.dp_size is {spread.dp_size}, but there are {_parts(recipe, ranks)}; write none to use what is there"
+    if parts % (spread.dp_replicate_size or 1):
+        return f"distributed.dp_replicate_size {spread.dp_replicate_size} does not divide {_parts(recipe, ranks)}"
+    if spread.strategy == "none" and parts > 1:
+        return f"distributed.strategy none trains on one rank, but there are {_parts(recipe, ranks)}; write fsdp2 or ddp"
+    return wrong

@@ -8,6 +8,7 @@ their keys belong to the callable (see :mod:`recipes.targets`).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -150,11 +151,23 @@ class Distributed:
     dp_replicate_size: Positive | None = None
     """Replicas of the sharded model (HSDP); None: one."""
     tp_size: Positive = 1
+    """Ranks that share every matrix."""
     cp_size: Positive = 1
+    """Ranks that share the positions of every window."""
     sequence_parallel: bool = False
+    """With ``tp_size``: norms, dropout and the residual stream are shared out, too, by positions."""
     dtype: Literal["bfloat16", "float32", "float64"] | None = None
     """Type that the model computes in; None: bfloat16 on GPU, float32 on CPU. Master weights are at least float32."""
+    bf16_residual: bool = False
+    """Carry the residual stream in bfloat16 where the model computes in it, as FSDP2 always does; else it is float32."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that FSDP2 adds up gradients in, where the model computes in bfloat16."""
     reshard_after_forward: bool = True
+    """Free a block's weights after its forward, and gather them again for its backward; false: keep them."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Compute again in the backward instead of keeping: none, whole blocks, or all but matrix products and attention."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory (fsdp2)."""
     timeout_minutes: Positive = 10
     """After which a collective that does not come is an error."""
     hang_seconds: Positive | None = None
@@ -186,17 +199,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Packing of whole documents into a window."""
+    """Packing of whole documents, which do not see one another, into rows of one length."""
 
     packed_sequence_size: Natural = 0
+    """Tokens a row; 0: no packing, windows of ``dataset.seq_len`` are cut from the stream."""
 
 
 @dataclass(frozen=True)
 class DataLoader:
     """How batches get from disk to the device."""
 
+    num_workers: Natural = 1
+    """Threads that read ahead, each every so-many-th batch; 0: none does, and training waits for each batch."""
     prefetch_factor: Positive = 2
-    """Batches that the loader's thread keeps ready."""
+    """Batches that they keep ready, together."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +224,21 @@ class ClipGradNorm:
 
 @dataclass(frozen=True)
 class Compile:
-    """``torch.compile`` of every transformer block."""
+    """``torch.compile``, with static shapes."""
 
     enabled: bool = False
+    scope: Literal["auto", "blocks", "model"] = "auto"
+    """How much at once; auto: the whole model on one rank, else each transformer block."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Products of the blocks' linear layers in 8 bits: for large models on Hopper GPUs and later."""
+
+    enabled: bool = False
+    exclude: list[str] = field(default_factory=list)
+    """Patterns of the names of linear layers that stay as they are: ``*.c_proj``, ``h.0.*``."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +401,7 @@ class Recipe:
     dataset: dict[str, Any]
     name: str = "run"
     validation_dataset: dict[str, Any] | None = None
+    """One data set, or several by name; see :func:`validation_sets`."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "lr": 2e-4})
     lr_scheduler: LRScheduler | None = None
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
@@ -389,8 +417,39 @@ class Recipe:
     profile: Profile | None = None
     seed: Natural = 42
     compile: Compile = Compile()
+    fp8: Fp8 = Fp8()
+    sdpa_method: list[Literal["cudnn_attention", "flash_attention", "efficient_attention", "math"]] | None = None
+    """Kernels of attention in the order in which they are tried; None: the fastest of the device first."""
     preprocess: Preprocess | None = None
     resources: Resources = Resources()
     container: Container | None = None
     sweep: dict[str, list[Any]] | None = None
     export: Export | None = Export()
+
+
+def is_named(node: Mapping[str, Any]) -> bool:
+    """Whether a ``validation_dataset`` section is several data sets by name: then all of its values are sections."""
+    return len(node) > 0 and not {"_target_", "sources"} & node.keys() and all(isinstance(child, Mapping) for child in node.values())
+
+
+def validation_sets(node: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The data sets of a ``validation_dataset`` section by name, that of a single one "" ; the first decides which checkpoint is best."""
+    if not node:
+        return {}
+    return dict(node) if is_named(node) else {"": dict(node)}
+
+
+def data_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Every data set of a recipe by the keys that lead to it: training's and validation's."""
+    found = {("dataset",): recipe.dataset}
+    return found | {("validation_dataset", *([name] if name else [])): node for name, node in validation_sets(recipe.validation_dataset).items()}
+
+
+def file_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The same, with a mixture's sources instead of itself: where shards are named."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, node in data_sections(recipe).items():
+        sources = node.get("sources")
+        named = sources.items() if isinstance(sources, Mapping) else ()
+        found |= {path: node} if sources is None else {(*path, "sources", name): source for name, source in named if isinstance(source, Mapping)}
+    return found

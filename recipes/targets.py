@@ -33,7 +33,9 @@ OURS = (
     "trainer.models.llama.build_llama_model",
     "trainer.models.pretrained.load_pretrained_model",
     "trainer.data.NanogptDataset",
+    "trainer.data.MixedDataset",
     "trainer.loss.MaskedCrossEntropy",
+    "trainer.loss.LinearCrossEntropy",
 )
 """What our own packages offer as targets."""
 KNOWN = {

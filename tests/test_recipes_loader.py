@@ -62,6 +62,20 @@ def problems(folder: Path, text: str, *overrides: str, **options) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "words"),
+    [
+        ("trainer.models.gpt2.build_gpt2_model\n  n_head: 12", 8, "8 does not divide model.n_head 12"),
+        ("trainer.models.gpt2.build_gpt2_model", 2, "2 does not divide model.vocab_size 50257"),
+        ("trainer.models.llama.build_llama_model\n  num_key_value_heads: 2", 4, "4 does not divide model.num_key_value_heads 2"),
+        ("transformers.AutoModelForCausalLM.from_config\n  config: {_target_: transformers.LlamaConfig, num_attention_heads: 6}", 4, "num_attention_heads 6"),
+    ],
+)
+def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anything_starts(folder, model, size, words):
+    text = f"model:\n  _target_: {model}\ndataset:\n  file_pattern: d.bin\n  seq_len: 32\ndistributed:\n  tp_size: {size}\n"
+    assert words in problems(folder, text)
+
+
 def test_defaults_make_a_short_recipe_whole(folder):
     recipe = load(write(folder, MINIMAL)).recipe
     assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 2e-4}  # as in the guide
@@ -84,8 +98,13 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("optimizer:\n  _target_: torch.optim.AdamW\n  lr: fast\n", 10, "expected float"),
         ("step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n", 9, "do not divide"),
         ("step_scheduler:\n  grad_acc_steps: 4\n", 9, "write global_batch_size"),
-        ("distributed:\n  tp_size: 2\n", 9, "data parallelism alone"),
-        ("packed_sequence:\n  packed_sequence_size: 1024\n", 9, "write 0"),
+        ("distributed:\n  tp_size: 5\n", 9, "5 (tp_size x cp_size) does not divide dataset.seq_len 32"),
+        ("distributed:\n  cp_size: 3\n", 9, "3 (tp_size x cp_size) does not divide dataset.seq_len"),
+        ("distributed:\n  sequence_parallel: true\n", 9, "tp_size is 1; write false"),
+        ("distributed:\n  strategy: ddp\n  dp_replicate_size: 2\n", 10, "are for strategy fsdp2, not ddp"),
+        ("distributed:\n  strategy: none\n  cp_size: 2\n", 10, "adds up no gradients"),
+        ("distributed:\n  strategy: ddp\n  cpu_offload: true\n", 10, "is for strategy fsdp2, not ddp"),
+        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "0 or more"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
         ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
@@ -329,6 +348,11 @@ class TestTargets:
     def test_our_own_targets_can_be_read(self):
         for name in OURS:
             assert check_target(name, Policy()) is None and signature(name, Policy()) is not None, name
+
+
+def test_the_guide_says_activation_checkpointing_with_true_and_false(folder):
+    for said, meant in (("true", "full"), ("false", "none"), ("selective", "selective")):
+        assert load(write(folder, MINIMAL + f"distributed:\n  activation_checkpointing: {said}\n")).recipe.distributed.activation_checkpointing == meant
 
 
 def test_the_guides_spellings_are_translated(folder):

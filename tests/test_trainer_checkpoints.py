@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sysconfig
 import tempfile
 import time
@@ -265,6 +266,45 @@ def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run,
     assert "its model differs (n_layer: 2 there, 1 in the recipe)" in capsys.readouterr().err
 
 
+def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: Path) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 2}, checkpoint={"max_recent_checkpoints": 1})
+    assert run.here("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
+    assert checkpoint.by_validation(run.checkpoints) == []
+    assert run.here("--optimizer.lr", "30") == OK  # from here on it gets worse
+    assert min(run.column("val_loss")) == run.column("val_loss")[0]
+    assert (run.checkpoints / "best").read_text() == "step-00000002\n" and steps_of(run) == [2, 6]
+    assert checkpoint.alone(run.checkpoints, best=True).step == 2, "and it is whole as it was"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of four megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is_room(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
+    run.checkpoints.symlink_to(small_disk)
+    assert run.here("--step_scheduler.max_steps", "2") == OK
+    whole = checkpoint.alone(small_disk).step
+    ballast = small_disk / "ballast"
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(room - 16384))
+    assert run.here() == FAILED
+    said, error = capsys.readouterr()
+    assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
+    assert "No space left on device" in said and "the one before, of step 2, is there; training goes on" in said
+    assert "the checkpoint after step 8 could not be written" in error and "Traceback" not in said + error
+    assert whole == checkpoint.alone(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
+    ballast.unlink()
+    assert run.here() == OK and steps_of(run) == [6, 8]
+
+
 def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     assert run.here("--step_scheduler.max_steps", "2") == OK
@@ -329,14 +369,22 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, "killed, it holds nothing any more"
 
 
-def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}}
+def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_spread(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "model": {"vocab_size": 104}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
     assert straight.here() == OK
-    for ranks, last, strategy in ((4, 4, "fsdp2"), (2, 8, "fsdp2"), (1, 12, "none"), (2, 16, "ddp"), (4, 20, "hsdp")):
-        how = ["fsdp2", "--distributed.dp_replicate_size", "2"] if strategy == "hsdp" else [strategy]
-        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), "--distributed.strategy", *how)
-        assert last == 4 or f"going on after step {last - 4}" in said
+    ways: dict[int, tuple[int, dict[str, Any]]] = {
+        4: (4, {"dp_replicate_size": 2}),
+        7: (2, {"tp_size": 2, "sequence_parallel": "true"}),
+        10: (1, {"strategy": "none"}),
+        13: (2, {"strategy": "ddp"}),
+        16: (2, {"cp_size": 2}),
+        20: (4, {"tp_size": 2}),
+    }
+    for last, (ranks, keys) in ways.items():
+        how = [word for key, value in keys.items() for word in (f"--distributed.{key}", str(value))]
+        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *how)
+        assert last == 4 or f"going on after step {max(step for step in ways if step < last)}" in said
     for name in ("loss", "grad_norm", "val_loss"):
         mine = {line["step"]: line[name] for line in resharded.lines() if name in line}
         for step, value in {line["step"]: line[name] for line in straight.lines() if name in line}.items():
@@ -345,15 +393,15 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again(tmp_path: Path) -> Non
 
 def poison(step: int) -> None:
     """Make the gradient of one step infinite, on this rank alone."""
-    from trainer import loop
+    from trainer import forward
 
-    real = loop.batch_loss
+    real = forward.batch_loss
 
-    def poisoned(job: loop.Job, batch: Any) -> torch.Tensor:
+    def poisoned(job: forward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
 
-    loop.batch_loss = poisoned
+    forward.batch_loss = poisoned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

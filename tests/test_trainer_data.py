@@ -15,9 +15,12 @@ from preprocess.shards import write_shard
 from recipes.errors import BadInput
 from recipes.files import write_json
 from trainer.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
-from trainer.data import NanogptDataset, Order, Prefetcher, TokenStream, gather, permute, sample_length, share_of_step
+from trainer.data import NanogptDataset, gather, sample_length
 from trainer.loss import IGNORED
+from trainer.order import Order, permute, share_of_step
 from trainer.parallel import World
+from trainer.prefetch import Prefetcher, Turns
+from trainer.stream import TokenStream
 
 UINT16 = np.dtype("<u2")
 
@@ -81,15 +84,15 @@ def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(ranks: int, local:
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), seq_len=st.integers(1, 33), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_windows_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
+def test_what_is_read_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
     whole = np.arange(sum(lengths)).astype(UINT16)
-    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]), seq_len)
-    assert len(stream) == (len(whole) - 1) // seq_len
-    if len(stream) == 0:
+    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]))
+    assert len(stream) == len(whole)
+    if len(stream) <= seq_len:
         return
-    windows = np.array(data.draw(st.lists(st.integers(0, len(stream) - 1), min_size=1, max_size=9)))
-    expected = np.stack([whole[i * seq_len : i * seq_len + seq_len + 1] for i in windows])
-    assert np.array_equal(stream.read(windows), expected)
+    starts = np.array(data.draw(st.lists(st.integers(0, len(stream) - seq_len - 1), min_size=1, max_size=9)))
+    expected = np.stack([whole[i : i + seq_len + 1] for i in starts])
+    assert np.array_equal(stream.read(starts, seq_len + 1), expected)
 
 
 def test_no_target_of_an_epoch_is_lost_or_seen_twice(tmp_path: Path) -> None:
@@ -137,9 +140,7 @@ def test_data_that_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing matches"):
         NanogptDataset(file_pattern=str(tmp_path / "none*.bin"))
     with pytest.raises(BadInput, match="8 tokens, too few for one window of seq_len 8"):
-        NanogptDataset(file_pattern=str(path), seq_len=8)
-    with pytest.raises(BadInput, match="align_to_bos"):
-        NanogptDataset(file_pattern=str(path), seq_len=4, align_to_bos=True)
+        NanogptDataset(file_pattern=str(path), seq_len=8).order(0)
     with pytest.raises(BadInput, match="no --data DIR"):
         NanogptDataset(seq_len=4)
     (tmp_path / "dangling.bin").symlink_to("nowhere")
@@ -212,3 +213,113 @@ def test_closing_ends_a_thread_that_is_ahead() -> None:
     time.sleep(0.01)
     ahead.close()
     assert not ahead._thread.is_alive()
+
+
+# --- any number of ranks, readers and shards --------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=100),
+    ranks=st.integers(1, 64),
+    workers=st.integers(0, 4),
+    seq_len=st.integers(1, 40),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_an_epoch_is_every_window_once_whatever_the_shards_ranks_and_workers(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], ranks: int, workers: int, seq_len: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    stream = np.arange(sum(lengths))  # shards shorter than one sample, too
+    for k, part in enumerate(np.split(stream, np.cumsum(lengths)[:-1])):
+        shard(folder / f"{k:03d}.bin", part)
+    dataset = NanogptDataset(file_pattern=str(folder / "*.bin"), seq_len=seq_len, shuffle_files=True)
+    size = (len(stream) - 1) // seq_len
+    if size == 0:
+        with pytest.raises(BadInput, match="too few for one window"):
+            dataset.order(seed)
+        return
+    order = dataset.order(seed)
+    steps = -(-size // ranks)
+    seen = np.empty((steps, ranks, seq_len), dtype=np.int64)
+    for rank in range(ranks):
+        batches = StepBatches(dataset, order, ranks, None, world(rank, ranks))
+        batches.start(0, steps, depth=3, workers=workers)
+        for step in range(steps):
+            batch = batches.next()
+            assert batch is not None and torch.equal(batch.labels, batch.inputs + 1)
+            seen[step, rank] = batch.labels[0].numpy()
+        batches.close()
+    epoch = seen.reshape(-1, seq_len)[:size]
+    assert sorted(epoch.ravel().tolist()) == list(range(1, size * seq_len + 1)), "every target once, none lost between windows"
+
+
+def test_workers_take_turns_and_an_error_comes_out_at_its_place() -> None:
+    def make(item: int) -> int:
+        if item == 5:
+            raise BadInput("no such token")
+        return item
+
+    for workers in range(4):
+        turns = Turns(make, range(8), workers, 2)
+        assert [turns.next() for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(BadInput, match="no such token"):
+            turns.next()
+        turns.close()
+
+
+def damaged(folder: Path, name: str, data: bytes) -> str:
+    path = folder / name
+    path.write_bytes(data)
+    with pytest.raises(BadInput) as caught:
+        NanogptDataset(file_pattern=str(path), seq_len=4)
+    return str(caught.value)
+
+
+def test_files_that_are_no_whole_shards_are_refused_by_name_with_what_is_wrong(tmp_path: Path) -> None:
+    whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
+    header = np.frombuffer(whole[:1024], dtype="<i4").copy()
+    assert "empty.bin: 0 bytes are too few" in damaged(tmp_path, "empty.bin", b"")
+    assert "short.bin: truncated: 1062 bytes on disk, 1064 expected for 20 tokens" in damaged(tmp_path, "short.bin", whole[:-2])
+    assert "long.bin: longer than its header says" in damaged(tmp_path, "long.bin", whole + b"\0\0")
+    assert "foreign.bin: not a token shard: begins with" in damaged(tmp_path, "foreign.bin", b"PAR1" * 500)
+    header[1] = 2
+    assert "new.bin: a token shard of version 2; this reads version 1" in damaged(tmp_path, "new.bin", header.tobytes() + whole[1024:])
+    header[1:3] = 1, 0
+    assert "killed.bin: its header counts 0 tokens" in damaged(tmp_path, "killed.bin", header.tobytes() + whole[1024:])
+
+
+def test_the_layouts_of_the_guide_of_llm_c_and_of_nanogpt_are_read(tmp_path: Path) -> None:
+    tokens = np.arange(100, 120)
+    for magic, item, dtype in ((278895051, 2, "<u2"), (278895051, 4, "<u4"), (20240520, 0, "<u2"), (20240520, 2, "<u2")):
+        ints = np.zeros(256, dtype="<i4")
+        ints[:4] = magic, 1, len(tokens), item
+        path = tmp_path / "x.bin"
+        path.write_bytes(ints.tobytes() + tokens.astype(dtype).tobytes())
+        (rows,) = NanogptDataset(file_pattern=[str(path)], seq_len=4).batch(np.array([2]))
+        assert rows.tolist() == [[108, 109, 110, 111, 112]]
+    tokens.astype("<u2").tofile(tmp_path / "train.bin")
+    (rows,) = NanogptDataset(file_pattern=str(tmp_path / "train.bin"), seq_len=4, format="raw").batch(np.array([0]))
+    assert rows.tolist() == [[100, 101, 102, 103, 104]]
+
+
+def test_bare_tokens_are_read_when_told_so_and_nothing_else_is_taken_for_them(tmp_path: Path) -> None:
+    def raw(data: bytes) -> str:
+        (tmp_path / "x.bin").write_bytes(data)
+        with pytest.raises(BadInput) as caught:
+            NanogptDataset(file_pattern=str(tmp_path / "x.bin"), seq_len=4, format="raw")
+        return str(caught.value)
+
+    assert "x.bin: 0 bytes are no tokens" in raw(b"")
+    assert "7 bytes are no whole number of uint16" in raw(b"1234567")
+    whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
+    assert "has the header of a token shard; write dataset.format bin" in raw(whole)
+    with pytest.raises(BadInput, match="did you mean 'raw'"):
+        NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="row")
+
+
+def test_a_manifest_can_be_named_by_its_path(tmp_path: Path) -> None:
+    shard(tmp_path / "x.bin", np.arange(20))
+    entry = {"file": "x.bin", "tokens": 20, "sha256": "00"}
+    write_json(tmp_path / "manifest.json", {"version": 1, "splits": {"train": [], "val": [entry]}, "tokenizer": {}})
+    assert len(NanogptDataset(file_pattern=str(tmp_path / "manifest.json"), split="val", seq_len=5)) == 3

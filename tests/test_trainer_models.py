@@ -215,3 +215,17 @@ def test_masked_cross_entropy_is_a_sum_over_the_labels_that_count() -> None:
     half = logits.bfloat16()
     assert torch.equal(MaskedCrossEntropy()(half, labels), MaskedCrossEntropy()(half.float(), labels))
     assert MaskedCrossEntropy(fp32_upcast=False)(half, labels).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("build", "sizes"), [(build_gpt2_model, GPT2_SIZES), (build_llama_model, LLAMA_SIZES)], ids=["gpt2", "llama"])
+def test_documents_in_a_window_are_as_if_each_ran_alone(build: Any, sizes: dict[str, Any]) -> None:
+    model = randomized(build(**sizes))
+    lengths = ((5, 1, 10), (16,), (9, 7))
+    ids = torch.randint(97, (3, 16))
+    documents = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).int()
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    packed = model(ids, positions, documents)
+    alone = [torch.cat([model(part) for part in row.split(list(cut), -1)], 1) for row, cut in zip(ids.split(1), lengths, strict=True)]
+    assert relative(packed, torch.cat(alone)) < TIGHT
+    assert relative(packed, model(ids)) > 1e-3
+    assert torch.equal(model(ids), model(ids, torch.arange(16).expand(3, 16)))

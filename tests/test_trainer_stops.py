@@ -48,17 +48,17 @@ def blocking(folder: Path, name: str, **sections: Any) -> Run:
 
 def slow_validation() -> None:
     """A validation that takes long enough to be interrupted."""
-    from trainer import loop
+    from trainer import validating
 
-    real = loop.batch_loss
+    real = validating.batch_loss
 
-    def slow(job: loop.Job, batch: Any) -> torch.Tensor:
+    def slow(job: validating.Job, batch: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
             print("validating", flush=True)
             time.sleep(0.2)
         return real(job, batch)
 
-    loop.batch_loss = slow
+    validating.batch_loss = slow
 
 
 @pytest.mark.slow
@@ -72,8 +72,12 @@ def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(t
     codes, said = stopped.wait(20)
     assert codes == [GO_ON_LATER] * 2, said
     assert stopped.column("val_loss") == [] and checkpoint.alone(stopped.checkpoints).step == 3
+    assert checkpoint.by_validation(stopped.checkpoints) == []
     stopped.train(2)
     same_bits(straight, stopped)
+    third, sixth = stopped.column("val_loss")
+    order = [3, 6] if third < sixth else [6, 3]
+    assert [checkpoint.step_of(folder) for folder in checkpoint.by_validation(stopped.checkpoints)] == order, "made up for, it counts"
 
 
 @pytest.mark.slow

@@ -1,22 +1,26 @@
-"""From windows on disk to inputs and labels on the device."""
+"""From samples on disk to inputs and labels on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from recipes.errors import BadInput
-from trainer.data import Indices, Order, Prefetcher, gather, sample_length, share_of_step
+from trainer.context_parallel import own
+from trainer.data import gather, sample_length
 from trainer.errors import LocalBadInput
 from trainer.loss import IGNORED
+from trainer.order import Indices, Sequenced, share_of_step
 from trainer.parallel import World
+from trainer.prefetch import Turns
 
 HostBatch = tuple[torch.Tensor, ...]
-"""``(windows (M, L + 1),)``, or ``(inputs (M, L), labels (M, L))``, in the type they have on disk."""
+"""``(windows (M, L + 1),)``, or ``(inputs (M, L), labels (M, L))``, and marks ``(M, L)`` where documents begin if there
+are several in a row; in the type they have on disk."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,41 @@ class Batch:
 
     inputs: torch.Tensor
     labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    """Of the inputs, int64; None: 0 to L - 1."""
+    documents: torch.Tensor | None = None
+    """The number of the document that each input lies in, int32; None: one."""
+
+    @property
+    def more(self) -> dict[str, torch.Tensor]:
+        """What a model's forward is given besides the inputs; nothing where it would be the usual."""
+        given = {"position_ids": self.position_ids, "documents": self.documents}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size``."""
-        return [Batch(*pair) for pair in zip(self.inputs.split(size), self.labels.split(size), strict=True)]
+        count = -(-len(self.inputs) // size)
+        columns = [[None] * count if tensor is None else tensor.split(size) for tensor in self._tensors]
+        return [Batch(*row) for row in zip(*columns, strict=True)]
+
+    def part_of(self, world: World) -> Batch:
+        """The positions that this rank computes, and the labels whose loss it computes, of a batch that its peers share."""
+        batch = self
+        if world.cp_size > 1:
+            positions = torch.arange(self.inputs.shape[1], device=self.inputs.device).expand_as(self.inputs)
+            whole = (self.inputs, self.labels, positions if self.position_ids is None else self.position_ids, self.documents)
+            batch = Batch(*(None if x is None else own(x, 1, world.cp_rank, world.cp_size) for x in whole))  # type: ignore[arg-type]
+        return replace(batch, labels=batch.labels.chunk(world.tp_size, 1)[world.tp_rank]) if world.tp_size > 1 else batch
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return (self.inputs, self.labels, self.position_ids, self.documents)
 
 
-def on_host(dataset: Any, windows: Indices, vocab: int | None, pin: bool) -> HostBatch:
-    """Read ``windows``; a token id beyond the vocabulary is BadInput here, not an illegal address on the GPU."""
-    arrays = gather(dataset, windows)
-    if vocab is not None and (largest := int(arrays[0].max())) >= vocab:
+def on_host(dataset: Any, samples: Indices, vocab: int | None, pin: bool) -> HostBatch:
+    """Read ``samples``; a token id beyond the vocabulary is BadInput here, not an illegal address on the GPU."""
+    arrays = gather(dataset, samples)
+    if vocab is not None and (largest := max(int(array.max()) for array in arrays[:2])) >= vocab:
         raise LocalBadInput(f"the data holds the token id {largest}, but model.vocab_size is {vocab}: the tokenizer has more")
     tensors = tuple(torch.from_numpy(array) for array in arrays)
     return tuple(tensor.pin_memory() for tensor in tensors) if pin else tensors
@@ -42,75 +71,92 @@ def on_host(dataset: Any, windows: Indices, vocab: int | None, pin: bool) -> Hos
 
 def on_device(host: HostBatch, device: torch.device) -> Batch:
     """Copy first, widen to int64 there: a quarter of the bytes go over the bus."""
-    tensors = [tensor.to(device, non_blocking=True).to(torch.int64) for tensor in host]
+    tensors = [tensor.to(device, non_blocking=True) for tensor in host]
     if len(tensors) == 1:
-        return Batch(tensors[0][:, :-1], tensors[0][:, 1:])
-    return Batch(tensors[0], tensors[1])
+        tokens = tensors[0].to(torch.int64)
+        return Batch(tokens[:, :-1], tokens[:, 1:])
+    inputs, labels = (tensor.to(torch.int64) for tensor in tensors[:2])
+    return Batch(inputs, labels, *(places(tensors[2]) if len(tensors) == 3 else ()))
+
+
+def places(marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From marks ``(M, L)``, 1 where a document begins: each position in its document, int64, and which that is, int32."""
+    indices = torch.arange(marks.shape[1], device=marks.device)
+    begins = torch.where(marks == 1, indices, 0).cummax(dim=1).values
+    return indices - begins, marks.cumsum(dim=1, dtype=torch.int32)
 
 
 class StepBatches:
-    """This rank's part of every step's global batch, read ahead by one thread."""
+    """This rank's part of every step's global batch, read ahead by threads."""
 
-    def __init__(self, dataset: Any, order: Order, global_batch: int, vocab: int | None, world: World):
+    def __init__(self, dataset: Any, order: Sequenced, global_batch: int, vocab: int | None, world: World):
         self.dataset = dataset
         self.order = order
         self.global_batch = global_batch
         self.step_tokens = global_batch * sample_length(dataset)
         self._vocab = vocab
         self._world = world
-        self._ahead: Prefetcher[HostBatch] | None = None
+        self._ahead: Turns[HostBatch] | None = None
 
-    def start(self, first: int, last: int, depth: int) -> None:
+    def start(self, first: int, last: int, depth: int, workers: int = 1) -> None:
         """Begin to read the steps ``first`` to ``last - 1``, counted from 0, ``depth`` of them ahead."""
-        self._ahead = Prefetcher(self._read, range(first, last), depth)
+        self._ahead = Turns(self._read, range(first, last), workers, depth)
 
     def _read(self, step: int) -> HostBatch:
-        positions = share_of_step(step, self.global_batch, self._world.rank, self._world.size)
+        positions = share_of_step(step, self.global_batch, self._world.dp_rank, self._world.dp_size)
         pin = self._world.device.type == "cuda"
         return on_host(self.dataset, self.order.windows(positions), self._vocab, pin)
 
     def next(self, given_up: Callable[[], bool] = lambda: False) -> Batch | None:
-        """The next step's part, ``global_batch / ranks`` windows; None where ``given_up`` says so while it is waited for."""
+        """The next step's part, ``global_batch / ranks`` samples; None where ``given_up`` says so while it is waited for."""
         if self._ahead is None:
             raise RuntimeError("start() comes before next()")
         host = self._ahead.next(given_up)
         return None if host is None else on_device(host, self._world.device)
 
+    def epoch(self, step: int) -> float:
+        """How many epochs ``step`` steps are."""
+        return step * self.global_batch / self.order.size
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source was seen in ``step`` steps, where there are several."""
+        return self.order.epochs(step * self.global_batch)
+
     def close(self) -> None:
-        """End the reading thread."""
+        """End the reading threads."""
         if self._ahead is not None:
             self._ahead.close()
 
 
 class ValidationBatches:
-    """The same windows every time: the first of the split, dealt out to the ranks.
+    """The same samples every time: the first of the split's order, dealt out to the ranks.
 
     Where the split is too short, padding that counts for nothing gives all
     ranks as many micro-batches: sharded models wait for one another in each.
     """
 
-    def __init__(self, dataset: Any, order: Order, micro_batch: int, most: int, vocab: int | None, world: World):
+    def __init__(self, dataset: Any, order: Sequenced, micro_batch: int, most: int, vocab: int | None, world: World):
         if len(dataset) == 0:
             raise BadInput("validation_dataset: not one window in it")
         self.dataset = dataset
         self._vocab = vocab
         self._world = world
         self._micro_batch = micro_batch
-        share = micro_batch * world.size
+        share = micro_batch * world.dp_size
         used = min(most, len(dataset))
         self.rounds = -(-used // share)
-        self._windows = order.windows(np.arange(used, dtype=np.int64))
+        self._samples = order.windows(np.arange(used, dtype=np.int64))
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches."""
         for k in range(self.rounds):
-            yield self._batch((k * self._world.size + self._world.rank) * self._micro_batch)
+            yield self._batch((k * self._world.dp_size + self._world.dp_rank) * self._micro_batch)
 
     def _batch(self, start: int) -> Batch:
-        windows = self._windows[start : start + self._micro_batch]
-        missing = self._micro_batch - len(windows)
-        filled = np.concatenate([windows, np.full(missing, self._windows[0])])
+        samples = self._samples[start : start + self._micro_batch]
+        missing = self._micro_batch - len(samples)
+        filled = np.concatenate([samples, np.full(missing, self._samples[0])])
         batch = on_device(on_host(self.dataset, filled, self._vocab, pin=False), self._world.device)
         labels = batch.labels.clone()
-        labels[len(windows) :] = IGNORED
-        return Batch(batch.inputs, labels)
+        labels[len(samples) :] = IGNORED
+        return replace(batch, labels=labels)

@@ -1,7 +1,8 @@
 """Checkpoints that exist whole or not at all: their layout, and how they are found, verified and loaded.
 
 ``step-N/`` holds torch.distributed.checkpoint's files, ``meta.json``,
-``recipe.yaml``, and ``manifest.json`` with the size and sha256 of each. It is
+``recipe.yaml``, and ``manifest.json`` with the size and sha256 of each; and
+``validation.json``, where the validation came after it. It is
 written as ``step-N.tmp/`` (:mod:`trainer.saving`); ``latest`` and ``best`` name
 one. Loading checks every byte first: torch itself notices a truncated file, but
 loads one with flipped bytes without a word.
@@ -40,6 +41,8 @@ from trainer.parallel import World
 META = "meta.json"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
+VALIDATED = "validation.json"
+"""The validation loss of a checkpoint that was validated after it was saved; not in the manifest, which was made before."""
 LATEST = "latest"
 BEST = "best"
 RESTORED = "restored.json"
@@ -95,10 +98,15 @@ def listed(root: Path) -> list[Path]:
 
 
 def by_validation(root: Path) -> list[Path]:
-    """Those of :func:`listed` that were validated when they were saved, the best first."""
-    losses = {folder: read_object(folder / META).get("val_loss") for folder in listed(root)}
+    """Those of :func:`listed` that were validated when they were saved, or after a stop that came between, the best first."""
+    losses = {folder: _val_loss(folder) for folder in listed(root)}
     known = {folder: loss for folder, loss in losses.items() if isinstance(loss, (int, float)) and math.isfinite(loss)}
     return sorted(known, key=lambda folder: known[folder])
+
+
+def _val_loss(folder: Path) -> Any:
+    loss = read_object(folder / META).get("val_loss")
+    return read_object(folder / VALIDATED).get("val_loss") if loss is None else loss
 
 
 def discard(folder: Path) -> None:

@@ -1,137 +1,47 @@
-"""Which tokens each step sees, as a function: nothing to save, nothing to restore.
+"""Token shards as samples: windows of one length, whole documents in packed rows, or a mixture of sources.
 
-The shards, one after another, are one stream of tokens. Window i is its tokens
-[i·L, i·L + L) as inputs and [i·L + 1, i·L + L] as labels, so every target is
-seen once an epoch. Global position g = step·B + j of a run is sample
-``g mod N`` of epoch ``g div N``, and a seeded permutation of the epoch says
-which window that is. Files, ranks and readers only decide who reads it.
+Window i of a stream of tokens is its tokens [i·L, i·L + L) as inputs and
+[i·L + 1, i·L + L] as labels, so every target is seen once an epoch. In which
+order they are seen is :mod:`trainer.order`'s; files, ranks and readers only
+decide who reads a sample.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from preprocess.shards import open_tokens, read_manifest
 from recipes.errors import BadInput, did_you_mean
 from recipes.files import fingerprint
-
-ROUNDS = 8
-"""Of the Feistel network; four already give a pseudorandom permutation (Luby and Rackoff 1988)."""
-
-WAIT_SECONDS = 0.2
-"""Between two questions whether a batch that does not come is still wanted."""
-Indices = npt.NDArray[np.int64]
-Tokens = npt.NDArray[Any]
-T = TypeVar("T")
-
-
-def permute(indices: Indices, size: int, seed: int, epoch: int) -> Indices:
-    """Where a permutation of ``range(size)``, chosen by seed and epoch, takes each of ``indices``.
-
-    A Feistel network permutes the next power of two; what lands outside is sent
-    through again until it is inside (cycle walking), less than twice on average.
-    """
-    bits = max(2, (size - 1).bit_length())
-    keys = np.frombuffer(hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
-    found = _feistel(indices.astype(np.uint64), bits, keys)
-    while (outside := np.flatnonzero(found >= size)).size:
-        found[outside] = _feistel(found[outside], bits, keys)
-    return found.astype(np.int64)
-
-
-def _feistel(x: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """One pass over ``bits`` bits; halves of unequal width swap widths each round, so the rounds must be even."""
-    width, other = bits - bits // 2, bits // 2
-    left, right = x >> np.uint64(width), x & np.uint64((1 << width) - 1)
-    for key in keys:
-        left, right = right, left ^ (_mix(right, key) & np.uint64((1 << other) - 1))
-        width, other = other, width
-    return left << np.uint64(width) | right
-
-
-def _mix(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """A keyed 64-bit hash: the finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
-    x = x + key  # arrays wrap around silently, which is what is meant
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of ``size`` windows over all epochs."""
-
-    size: int
-    seed: int
-    shuffle: bool
-
-    def windows(self, positions: Indices) -> Indices:
-        """The windows at global positions (0 is the first that the run sees)."""
-        epochs, indices = np.divmod(positions, self.size)
-        if not self.shuffle:
-            return indices
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = permute(indices[here], self.size, self.seed, int(epoch))
-        return indices
-
-
-def share_of_step(step: int, batch: int, rank: int, ranks: int) -> Indices:
-    """Global positions that ``rank`` takes of step ``step`` (from 0): its contiguous part of [step·B, (step + 1)·B)."""
-    mine = batch // ranks
-    return np.arange(mine, dtype=np.int64) + (step * batch + rank * mine)
-
-
-class TokenStream:
-    """Shards as one long stream of tokens, cut into windows of ``seq_len`` inputs and one label more."""
-
-    def __init__(self, shards: Sequence[Tokens], seq_len: int):
-        self.shards = list(shards)
-        self.seq_len = seq_len
-        self.ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
-        self.dtype = max((shard.dtype for shard in shards), key=lambda dtype: dtype.itemsize)
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return max(0, int(self.ends[-1]) - 1) // self.seq_len
-
-    def read(self, windows: Indices) -> Tokens:
-        """``(M, L + 1)`` tokens: inputs are all but the last column, labels all but the first."""
-        rows = np.empty((len(windows), self.seq_len + 1), dtype=self.dtype)
-        starts = windows * self.seq_len
-        shards = np.searchsorted(self.ends, starts, side="right")
-        offsets = starts - np.where(shards > 0, self.ends[shards - 1], 0)
-        for row, shard, offset in zip(rows, shards.tolist(), offsets.tolist(), strict=True):
-            self._copy(row, shard, offset)
-        return rows
-
-    def _copy(self, row: Tokens, shard: int, offset: int) -> None:
-        done = 0
-        while done < len(row):  # more than once only where a window crosses into the next shard
-            part = self.shards[shard][offset : offset + len(row) - done]
-            row[done : done + len(part)] = part
-            done, shard, offset = done + len(part), shard + 1, 0
+from trainer.order import Indices, Mixture, Order, Sequenced, whole_shares
+from trainer.packing import Rows, cut, pack
+from trainer.stream import (
+    FORMATS,
+    Tokens,
+    TokenStream,
+    aligned_starts,
+    document_starts,
+    first_token,
+    matching,
+    of_manifest,
+)
 
 
 class NanogptDataset:
-    """Token shards in the ``.bin`` layout (see :mod:`preprocess.shards`) as windows of ``seq_len``.
+    """Token shards (see :mod:`trainer.stream`) as windows of ``seq_len``.
 
-    ``file_pattern`` is a glob or a list of globs; None: ``split`` of the manifest
-    in ``data_dir``, the folder that the run's preprocess stage filled.
-    ``shuffle_files`` shuffles all windows. ``bos_token``, ``drop_last`` and
-    ``infinite`` are the guide's and change nothing: a step always has its full
-    batch, and epochs follow one another until the last step. Raises BadInput
-    for shards that are missing or damaged, or too short for one window.
+    ``file_pattern`` is a glob, a list of globs, or the path of a manifest; None:
+    ``split`` of the manifest in ``data_dir``, the folder that the run's
+    preprocess stage filled. ``format`` raw: files of bare uint16.
+    ``shuffle_files`` shuffles all windows. ``align_to_bos`` lets every window
+    begin with a document, where our index says that one begins, or at
+    ``bos_token``; the tokens between a window's end and the next document are
+    left out. ``drop_last`` and ``infinite`` are the guide's and change nothing:
+    a step always has its full batch, and epochs follow one another until the
+    last step. Raises BadInput for shards that are missing or damaged.
     """
 
     def __init__(
@@ -146,69 +56,189 @@ class NanogptDataset:
         infinite: bool = False,
         split: str = "train",
         data_dir: str | None = None,
+        format: str = "bin",
     ):
-        if align_to_bos:
-            raise BadInput("dataset.align_to_bos: this version cuts the stream into windows; write false")
+        if format not in FORMATS:
+            raise BadInput(f"dataset.format {format!r}: {did_you_mean(format, FORMATS)}")
         self.seq_len = seq_len
         self.shuffle = shuffle_files
-        listed = _matching(file_pattern) if file_pattern else _of_manifest(data_dir, split)
-        self.shards = [{**shard, "tokens": len(tokens)} for shard, tokens in listed]
-        self.stream = TokenStream([tokens for _, tokens in listed], seq_len)
-        if len(self.stream) == 0:
-            raise BadInput(f"the {split} split has {self.stream.ends[-1]:,} tokens, too few for one window of seq_len {seq_len}")
+        self.bos = bos_token
+        self.aligned = align_to_bos
+        self.shards = matching(file_pattern, format, split) if file_pattern else of_manifest(_folder(data_dir), split)
+        self.stream = TokenStream([shard.tokens for shard in self.shards])
+        self.starts = aligned_starts(self._documents(), len(self.stream), seq_len) if align_to_bos else None
 
     def __len__(self) -> int:
         """Number of windows."""
-        return len(self.stream)
+        return (len(self.stream) - 1) // self.seq_len if self.starts is None else len(self.starts)
 
     def batch(self, windows: Indices) -> tuple[Tokens, ...]:
         """``((M, L + 1) tokens,)`` of the windows; the trainer makes inputs and labels of them on the device."""
-        return (self.stream.read(windows),)
+        starts = windows * self.seq_len if self.starts is None else self.starts[windows]
+        return (self.stream.read(starts, self.seq_len + 1),)
+
+    def packed(self, size: int) -> PackedDataset:
+        """The same documents, whole, in rows of ``size`` tokens."""
+        return PackedDataset(self, size)
+
+    def order(self, seed: int) -> Order:
+        """The order of the windows. Raises BadInput where there is not one."""
+        if len(self) == 0:
+            more = f" and {len(self.shards) - 1} more" * (len(self.shards) > 1)
+            raise BadInput(f"{self.shards[0].path}{more}: {len(self.stream):,} tokens, too few for one window of seq_len {self.seq_len}")
+        return Order(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
         """What another data set would differ in."""
-        return {"shards": fingerprint(self.shards), "tokens": int(self.stream.ends[-1]), "seq_len": self.seq_len}
+        listed = [{**shard.identity, "tokens": len(shard.tokens)} for shard in self.shards]
+        own = {"shards": fingerprint(listed), "tokens": len(self.stream), "seq_len": self.seq_len}
+        return {**own, "align_to_bos": True, "bos_token": self.bos} if self.aligned else own
+
+    def described(self) -> str:
+        """How many samples there are, and what is not in them."""
+        left_out = f" ({1 - len(self) * self.seq_len / len(self.stream):.1%} of the tokens lie between them)" if self.aligned else ""
+        return f"{len(self):,} windows{left_out}"
+
+    def _documents(self) -> Indices:
+        starts = document_starts(self.shards, self.bos)
+        if len(starts) == 0:
+            raise BadInput(f"dataset.bos_token {self.bos}: not one in the {len(self.stream):,} tokens of {self.shards[0].path.name} and what follows")
+        return starts
 
 
-Listed = list[tuple[dict[str, Any], Tokens]]
-
-
-def _matching(pattern: str | list[str]) -> Listed:
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    listed: Listed = []
-    for one in patterns:
-        paths = sorted(Path(name) for name in glob.glob(one, recursive=True))
-        if not paths:
-            raise BadInput(f"dataset.file_pattern: nothing matches {one!r} (seen from {Path.cwd()})")
-        listed += [_matched_shard(path) for path in paths]
-    return listed
-
-
-def _matched_shard(path: Path) -> tuple[dict[str, Any], Tokens]:
-    tokens = open_tokens(path)  # which says what is wrong, also with a link to nowhere
-    return {"file": path.name, "bytes": path.stat().st_size}, tokens
-
-
-def _of_manifest(data_dir: str | None, split: str) -> Listed:
+def _folder(data_dir: str | None) -> Path:
     if data_dir is None:
         raise BadInput("dataset.file_pattern is missing, and no --data DIR says where the run's shards are")
-    folder = Path(data_dir)
-    splits = read_manifest(folder)["splits"]
-    if not splits.get(split):
-        filled = [name for name, shards in splits.items() if shards]
-        raise BadInput(f"{folder}: the manifest has no split {split!r}; {did_you_mean(split, filled)}")
-    return [_listed_shard(folder, entry) for entry in splits[split]]
+    return Path(data_dir)
 
 
-def _listed_shard(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Tokens]:
-    tokens = open_tokens(folder / entry["file"])
-    if len(tokens) != entry["tokens"]:
-        raise BadInput(f"{folder / entry['file']}: {len(tokens)} tokens, but the manifest counts {entry['tokens']}; preprocess again")
-    return {"file": Path(entry["file"]).name, "sha256": entry["sha256"]}, tokens
+class PackedDataset:
+    """The documents of a data set, each whole, several in a row of ``size`` tokens.
+
+    A document of more than ``size`` tokens, or than the data set's ``seq_len``,
+    is cut into pieces of that many, each with positions from 0. Every token is
+    an input once an epoch. The last token of a document has the next one's
+    beginning-of-sequence token as its label, as in a window, and no label where
+    documents begin with no such token. Padding has none.
+    """
+
+    def __init__(self, dataset: NanogptDataset, size: int):
+        self.seq_len = size
+        self.shuffle = dataset.shuffle
+        self._dataset = dataset
+        starts = dataset._documents()
+        if starts[0] > 0:  # the first shard begins within a document
+            starts = np.concatenate([[0], starts])
+        bos = first_token(dataset.stream, starts[1:]) if dataset.bos is None else dataset.bos
+        self.documents = len(starts)
+        pieces = cut(starts, len(dataset.stream), min(size, dataset.seq_len), every_label=bos is not None)
+        self.pieces = len(pieces.lengths)
+        self.rows = Rows(dataset.stream, pieces, pack(pieces.lengths, size), size)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def batch(self, rows: Indices) -> tuple[Tokens, ...]:
+        """Inputs, labels and marks where a piece begins, each ``(M, size)``; see :meth:`trainer.packing.Rows.read`."""
+        return self.rows.read(rows)
+
+    def order(self, seed: int) -> Order:
+        """The order of the rows."""
+        return Order(len(self), seed, self.shuffle)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What another data set would differ in."""
+        return {**self._dataset.fingerprint(), "packed_sequence_size": self.seq_len}
+
+    def described(self) -> str:
+        """How full the rows are, and how many documents did not fit."""
+        filled = len(self._dataset.stream) / (len(self) * self.seq_len)
+        split = self.rows.split
+        return f"{self.documents:,} documents in {len(self):,} rows of {self.seq_len:,}, {filled:.1%} filled, {split:,} of them cut"
+
+
+class MixedDataset:
+    """Several sources of tokens, each with its share of the samples.
+
+    ``sources`` maps names to the keys of a :class:`NanogptDataset` and a
+    ``weight``; without any weight a source has a share by its size. Which
+    sample of which source comes when is a function of the position in the run.
+    """
+
+    def __init__(self, *, sources: dict[str, Any], seq_len: int = 1024, shuffle_files: bool = False, data_dir: str | None = None):
+        same = {"seq_len": seq_len, "shuffle_files": shuffle_files, "data_dir": data_dir}
+        made = {name: _source(name, keys, same) for name, keys in sorted(sources.items())}  # in whatever order they are written
+        weights = {name: sources[name].get("weight") for name in made}
+        if not made or (None in weights.values() and any(weights.values())):
+            raise BadInput("dataset.sources: give some, and a weight to all of them or to none")
+        self._set(made, weights if all(weights.values()) else None)
+
+    def _set(self, sources: Mapping[str, Any], weights: Mapping[str, Any] | None) -> None:
+        self.sources = dict(sources)
+        self.weights = weights
+        first = next(iter(self.sources.values()))
+        self.seq_len, self.shuffle = first.seq_len, first.shuffle
+        self.ends = np.cumsum([len(source) for source in self.sources.values()], dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Samples of all sources."""
+        return int(self.ends[-1])
+
+    def packed(self, size: int) -> MixedDataset:
+        """The same sources, each packed; weights then count rows."""
+        mixed = MixedDataset.__new__(MixedDataset)
+        mixed._set({name: source.packed(size) for name, source in self.sources.items()}, self.weights)
+        return mixed
+
+    def batch(self, samples: Indices) -> tuple[Tokens, ...]:
+        """As the sources' own, of samples numbered through all of them."""
+        which = np.searchsorted(self.ends, samples, side="right")
+        whole: list[Tokens] = []
+        for k, source in enumerate(self.sources.values()):
+            here = np.flatnonzero(which == k)
+            if len(here):
+                whole = _placed(whole, source.batch(samples[here] - (self.ends[k - 1] if k else 0)), here, len(samples))
+        return tuple(whole)
+
+    def order(self, seed: int) -> Mixture:
+        """Which sample of which source comes when."""
+        sizes = {name: len(source) for name, source in self.sources.items()}
+        shares = whole_shares(self.weights or sizes)
+        return Mixture(tuple(self.sources), tuple(source.order(seed) for source in self.sources.values()), shares)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What another mixture would differ in, each source's under its name."""
+        own = {f"sources.{name}.{key}": value for name, source in self.sources.items() for key, value in source.fingerprint().items()}
+        return {**own, "weights": dict(zip(self.sources, self.order(0).shares, strict=True))}
+
+    def described(self) -> str:
+        """Each source's share and samples."""
+        shares = self.order(0).shares
+        return "; ".join(f"{name} {share / sum(shares):.1%}: {source.described()}" for (name, source), share in zip(self.sources.items(), shares, strict=True))
+
+
+def _source(name: str, keys: Mapping[str, Any], same: Mapping[str, Any]) -> NanogptDataset:
+    try:
+        return NanogptDataset(**{key: value for key, value in keys.items() if key != "weight"}, **same)
+    except BadInput as error:
+        raise BadInput(f"dataset.sources.{name}: {error}") from None
+
+
+def _placed(whole: list[Tokens], arrays: tuple[Tokens, ...], here: Indices, count: int) -> list[Tokens]:
+    """``arrays`` of one source at the rows ``here`` of the whole batch, which is as wide as the widest type so far."""
+    if not whole:
+        whole = [np.empty((count, *array.shape[1:]), array.dtype) for array in arrays]
+    for i, array in enumerate(arrays):
+        if array.dtype.itemsize > whole[i].dtype.itemsize:
+            whole[i] = whole[i].astype(array.dtype)
+        whole[i][here] = array
+    return whole
 
 
 def gather(dataset: Any, indices: Indices) -> tuple[Tokens, ...]:
-    """The samples at ``indices`` as host arrays: ``((M, L + 1),)``, or inputs and labels, each ``(M, L)``.
+    """The samples at ``indices`` as host arrays: ``((M, L + 1),)``, or inputs and labels, each ``(M, L)``, and marks
+    where a document begins, if there are several in a sample.
 
     A data set of the user's own has ``__len__`` and ``__getitem__``, which gives
     ``{"input_ids": (L,), "labels": (L,)}``, labels already shifted, -100 where none counts.
@@ -225,52 +255,23 @@ def sample_length(dataset: Any) -> int:
     return int(length) if length else len(dataset[0]["input_ids"])
 
 
-def data_fingerprint(dataset: Any, order: Order, batch: int) -> dict[str, Any]:
+def order_of(dataset: Any, seed: int) -> Sequenced:
+    """The order of a data set's samples; one of the user's own is shuffled where it has an attribute ``shuffle`` that is true."""
+    if hasattr(dataset, "order"):
+        return dataset.order(seed)
+    return Order(len(dataset), seed, bool(getattr(dataset, "shuffle", False)))
+
+
+def packed(dataset: Any, size: int) -> Any:
+    """``dataset`` with its documents packed into rows of ``size``; 0: as it is. Raises BadInput where it has no documents."""
+    if not size:
+        return dataset
+    if not hasattr(dataset, "packed"):
+        raise BadInput(f"packed_sequence.packed_sequence_size: {type(dataset).__name__} has no documents to pack (a method packed(size)); write 0")
+    return dataset.packed(size)
+
+
+def data_fingerprint(dataset: Any, seed: int, batch: int) -> dict[str, Any]:
     """What must be equal for a checkpoint's step to mean the same place in the data."""
     own = dataset.fingerprint() if hasattr(dataset, "fingerprint") else {"samples": len(dataset)}
-    return {**own, "shuffle": order.shuffle, "seed": order.seed, "global_batch_size": batch}
-
-
-class Prefetcher(Generic[T]):
-    """Calls ``make(item)`` for each item in a thread, ``depth`` results ahead; an error comes out where it is used."""
-
-    def __init__(self, make: Callable[[int], T], items: range, depth: int):
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make, items), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _work(self, make: Callable[[int], T], items: range) -> None:
-        try:
-            for item in items:
-                if not self._put((make(item), None)):
-                    return
-        except BaseException as error:  # handed over to the loop, which raises it
-            self._put((None, error))
-
-    def _put(self, value: tuple[T | None, BaseException | None]) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def next(self, given_up: Callable[[], bool] = lambda: False) -> T | None:
-        """The next result; raises what ``make`` raised. None where ``given_up`` says so while it is waited for."""
-        while True:
-            try:
-                value, error = self._queue.get(timeout=WAIT_SECONDS)
-                break
-            except queue.Empty:
-                if given_up():
-                    return None
-        if error is not None:
-            raise error
-        return value
-
-    def close(self) -> None:
-        """End the thread; one that is stuck in a read is left behind, for the process ends without it."""
-        self._closed.set()
-        self._thread.join(timeout=1.0)
+    return {**own, "shuffle": bool(getattr(dataset, "shuffle", False)), "seed": seed, "global_batch_size": batch}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,26 @@ import torch
 from recipes.errors import OK, BadInput
 from recipes.files import write_json
 from recipes.loader import Loaded, check_ranks
-from recipes.schema import Recipe
-from recipes.targets import Policy, build, signature
-from trainer import checkpoint
+from recipes.schema import Recipe, validation_sets
+from recipes.targets import Policy, build, resolve, signature
+from trainer import checkpoint, fp8, kernels
 from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
-from trainer.data import Order, data_fingerprint, sample_length
+from trainer.compiling import compile_loss, compile_model, scope_of
+from trainer.data import data_fingerprint, order_of, packed, sample_length
+from trainer.documents import keep_documents_apart
 from trainer.errors import TrainingFailed
 from trainer.hf_folder import known_vocab, write_folder
-from trainer.loop import Job, train
+from trainer.loop import train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
-from trainer.models import flops_per_token, parameter_count, vocab_rows
+from trainer.models import fills_itself, flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizers
-from trainer.parallel import World, compile_blocks, dump_flight_record, join, plain, spread
+from trainer.parallel import World, compute_dtype, dump_flight_record, join, plain, spread
 from trainer.profiling import Profiler
 from trainer.ranks import from_environment
 from trainer.saving import Saver
 from trainer.stop import StopFlag
+from trainer.training import Job
 from trainer.watch import Watch, limits
 
 
@@ -75,14 +78,18 @@ waits, holding Python's lock, for a thread that may want it (2 of 55 runs of two
 def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: ExitStack) -> Job:
     """Build everything, and go to where the checkpoint that the recipe means left off; ``held`` gives back at the end."""
     recipe, policy = options.loaded.recipe, options.loaded.policy
-    train_set = build_dataset(recipe.dataset, policy, options.data)
-    order = Order(len(train_set), recipe.seed, bool(getattr(train_set, "shuffle", False)))
+    train_set = build_dataset(recipe.dataset, recipe, policy, options.data)
+    check_length(sample_length(train_set), recipe)
+    order = order_of(train_set, recipe.seed)
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
-    bare = build_model(recipe, policy)
-    fit_for_training(bare, recipe)
+    bare = build_model(recipe, policy, empty=True)
+    fit_for_training(bare, recipe, world)
+    held.enter_context(kernels.preferring(kernels.wanted(recipe.sdpa_method, world.device), world.device))
+    if recipe.packed_sequence.packed_sequence_size:
+        keep_documents_apart(bare, recipe.distributed)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
-    model = spread(bare, recipe.distributed, world)
+    model = spread(bare, recipe.distributed, world, recipe.seed)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, plain(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
     job = Job(
@@ -94,7 +101,7 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
         schedule=Schedule(recipe.lr_scheduler, optimizers.rate, last_step, batches.step_tokens),
         batches=batches,
         validation=build_validation(options, vocab, world),
-        identity=checkpoint.Identity(model_identity(options.loaded), data_fingerprint(train_set, order, batches.global_batch)),
+        identity=checkpoint.Identity(model_identity(options.loaded), data_fingerprint(train_set, recipe.seed, batches.global_batch)),
         saver=open_saver(options, model, vocab, world, held),
         metrics=open_metrics(options, world, last_step, flops) if world.main else None,
         stop=stop,
@@ -103,26 +110,35 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
         last_step=last_step,
     )
     resume(job, options)
-    batches.start(job.step, last_step, recipe.dataloader.prefetch_factor)
+    batches.start(job.step, last_step, recipe.dataloader.prefetch_factor, recipe.dataloader.num_workers)
     introduce(job)
     return job
 
 
-def build_model(recipe: Recipe, policy: Policy) -> torch.nn.Module:
-    """The model on the CPU, its weights a function of the seed."""
+def build_model(recipe: Recipe, policy: Policy, *, empty: bool = False) -> torch.nn.Module:
+    """The model on the CPU, its weights a function of the seed.
+
+    ``empty``: on the meta device, where it can make its weights later, and then
+    the same ones (:func:`trainer.models.fill`); that costs neither time nor memory.
+    """
     torch.manual_seed(recipe.seed)
-    model = build(recipe.model, policy)
+    later = empty and fills_itself(resolve(recipe.model["_target_"], policy))
+    with torch.device("meta") if later else nullcontext():
+        model = build(recipe.model, policy)
     if not isinstance(model, torch.nn.Module):
         raise BadInput(f"model._target_ {recipe.model['_target_']} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
-def fit_for_training(model: torch.nn.Module, recipe: Recipe) -> None:
-    """What an export does without: blocks compiled where asked, and no cache for generation, which only costs memory."""
+def fit_for_training(model: torch.nn.Module, recipe: Recipe, world: World) -> None:
+    """What an export does without: the fast paths that the recipe asks for, and no cache for generation, which only costs memory."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    compile_blocks(model, recipe.compile)
+    fp8.use(model, recipe.fp8, world.device, recipe.distributed.tp_size)
+    if recipe.distributed.bf16_residual and compute_dtype(recipe.distributed, world.device) is torch.bfloat16:
+        kernels.carry_in(model, torch.bfloat16)
+    compile_model(model, recipe.compile, scope_of(recipe.compile, recipe.distributed, world.size))
 
 
 def model_identity(loaded: Loaded) -> dict[str, Any]:
@@ -131,41 +147,47 @@ def model_identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def build_loss(recipe: Recipe, policy: Policy) -> Any:
-    """The loss; compiled with the blocks, so that float32 logits of the whole vocabulary never lie in memory."""
-    loss_fn = build(recipe.loss_fn, policy)
-    return torch.compile(loss_fn, mode=recipe.compile.mode, dynamic=False) if recipe.compile.enabled else loss_fn
+    """The loss, compiled where the model is."""
+    return compile_loss(build(recipe.loss_fn, policy), recipe.compile)
 
 
-def build_dataset(node: dict[str, Any], policy: Policy, data: Path | None) -> Any:
-    """The data set of a section; one that takes ``data_dir`` learns where the run's shards are."""
+def build_dataset(node: dict[str, Any], recipe: Recipe, policy: Policy, data: Path | None) -> Any:
+    """The data set of a section, packed where the recipe says so; one that takes ``data_dir`` learns where the run's shards are."""
     takes = signature(node["_target_"], policy)
     extra: dict[str, Any] = {}
     if data is not None and takes is not None and "data_dir" in takes.parameters and "data_dir" not in node:
         extra["data_dir"] = str(data)
-    return build(node, policy, **extra)
+    return packed(build(node, policy, **extra), recipe.packed_sequence.packed_sequence_size)
 
 
-def build_validation(options: Options, vocab: int | None, world: World) -> ValidationBatches | None:
-    """The validation windows; None without a section."""
-    recipe = options.loaded.recipe
-    if recipe.validation_dataset is None:
-        return None
-    dataset = build_dataset(recipe.validation_dataset, options.loaded.policy, options.data)
-    order = Order(len(dataset), recipe.seed, bool(getattr(dataset, "shuffle", False)))
+def check_length(length: int, recipe: Recipe) -> None:
+    """BadInput where the ranks that share a window cannot have equal parts of its ``length`` positions."""
+    share = recipe.distributed.tp_size * recipe.distributed.cp_size
+    if length % share:
+        raise BadInput(f"dataset: windows of {length} positions do not divide over {share} ranks (distributed.tp_size x cp_size)")
+
+
+def build_validation(options: Options, vocab: int | None, world: World) -> dict[str, ValidationBatches]:
+    """The validation samples of each set, the same ones every time; of a single set under the name ""."""
+    recipe, policy = options.loaded.recipe, options.loaded.policy
     steps = recipe.step_scheduler
     most = steps.val_batches * steps.global_batch_size
-    return ValidationBatches(dataset, order, steps.local_batch_size, most, vocab, world)
+    found = {}
+    for name, node in validation_sets(recipe.validation_dataset).items():
+        dataset = build_dataset(node, recipe, policy, options.data)
+        found[name] = ValidationBatches(dataset, order_of(dataset, recipe.seed), steps.local_batch_size, most, vocab, world)
+    return found
 
 
-def steps_of(recipe: Recipe, windows: int) -> int:
-    """The last step: as the recipe says, or the whole steps in its epochs. Raises BadInput where that is none."""
+def steps_of(recipe: Recipe, samples: int) -> int:
+    """The last step: as the recipe says, or the whole steps in its epochs of ``samples`` each. Raises BadInput where that is none."""
     section = recipe.step_scheduler
     if section.max_steps is not None:
         return section.max_steps
-    steps = section.num_epochs * windows // section.global_batch_size
+    steps = section.num_epochs * samples // section.global_batch_size
     if steps == 0:
         raise BadInput(
-            f"the data has {windows} windows in {section.num_epochs} epochs, fewer than one step takes "
+            f"the data has {samples} samples in {section.num_epochs} epochs, fewer than one step takes "
             f"(step_scheduler.global_batch_size {section.global_batch_size}); write max_steps, or a smaller batch"
         )
     return steps
@@ -218,15 +240,32 @@ def introduce(job: Job) -> None:
     """Say what is about to happen."""
     if not job.world.main:
         return
-    recipe, windows = job.recipe, job.batches.order.size
+    recipe, dataset = job.recipe, job.batches.dataset
     begin = f"going on after step {job.step}" if job.step else "beginning"
-    epochs = job.last_step * job.batches.global_batch / windows
+    samples = dataset.described() if hasattr(dataset, "described") else f"{len(dataset):,} samples"
+    seen = ", ".join(f"{epoch:.2f} of {name}" for name, epoch in job.batches.epochs(job.last_step).items())
+    epochs = f"{job.batches.epoch(job.last_step):.2f} epochs" + (f": {seen}" if seen else "")
     print(
         f"{recipe.name}: {parameter_count(plain(job.model)):,} parameters, {job.world.size} x {job.world.device.type}, "
-        f"{recipe.distributed.strategy}; {windows:,} windows, {job.last_step:,} steps of {job.batches.step_tokens:,} tokens "
-        f"({epochs:.2f} epochs); {begin}",
+        f"{recipe.distributed.strategy}; {samples}, {job.last_step:,} steps of {job.batches.step_tokens:,} tokens "
+        f"({epochs}); {begin}",
         flush=True,
     )
+    for line in paths(job):
+        print(line, flush=True)
+
+
+def paths(job: Job) -> list[str]:
+    """Which fast paths the run takes, and a warning where one that is wanted cannot be had."""
+    recipe, device = job.recipe, job.world.device
+    dtype = compute_dtype(recipe.distributed, device)
+    order = kernels.wanted(recipe.sdpa_method, device)
+    attention = kernels.taken(plain(job.model), order, job.batches.step_tokens // job.batches.global_batch, dtype, device)
+    said = [str(dtype).removeprefix("torch.")]
+    said += [f"compiled by {scope_of(recipe.compile, recipe.distributed, job.world.size)}"] if recipe.compile.enabled else ["not compiled"]
+    said += [f"attention by {attention.backend}"] if attention else []
+    said += ["8-bit products"] if recipe.fp8.enabled else []
+    return ["computes in " + ", ".join(said), *([f"warning: {attention.warning}"] if attention and attention.warning else [])]
 
 
 def result(job: Job, options: Options) -> dict[str, Any]:

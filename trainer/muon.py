@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 STATE = "momentum_buffer"
 
@@ -52,8 +53,8 @@ def _part_of(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of ``whole``, laid out as ``parameter`` is."""
     if not isinstance(parameter, DTensor):
         return whole
-    mesh = parameter.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, parameter.placements).to_local()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return whole[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
 
 
 def _whole(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

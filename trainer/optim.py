@@ -10,7 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from recipes.errors import BadInput, did_you_mean
 from recipes.schema import ClipGradNorm, LRScheduler, ParameterGroup
@@ -122,7 +125,7 @@ class Optimizers:
         for part in self.parts:
             if can_skip(part):
                 part.grad_scale = None  # type: ignore[attr-defined]
-                part.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                part.found_inf = (~finite).float().to(part.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
                 part.step()
                 del part.grad_scale, part.found_inf  # type: ignore[attr-defined]
             elif finite.item():
@@ -229,9 +232,37 @@ def parameter_groups(
 
 
 def clip(parameters: Iterable[nn.Parameter], section: ClipGradNorm | None) -> torch.Tensor:
-    """The 2-norm of the whole gradient, all shards together; the gradient is scaled down to ``max_norm`` where given."""
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+    """The 2-norm of the whole gradient, all shards together; the gradient is scaled down to ``max_norm`` where given.
+
+    As ``torch.nn.utils.clip_grad_norm_``, which refuses gradients that are
+    sharded in several ways (pytorch#180346): here only local parts are touched,
+    and those of one way are summed over the ranks that share them.
+    """
+    found: dict[Any, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found.setdefault(_shared_by(parameter.grad), []).append(_local(parameter.grad))
+    squares = [_summed(torch.stack(torch._foreach_norm(parts)).double().square().sum(), where) for where, parts in found.items()]
+    norm = torch.stack(squares).sum().sqrt()
     if section is not None:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, section.max_norm, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        scale = (section.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parts in found.values():
+            torch._foreach_mul_(parts, scale.to(parts[0].dtype))
+    return norm
+
+
+def _shared_by(gradient: torch.Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
+    """The mesh, and its dimensions over whose ranks ``gradient`` is dealt out; None: it is whole on each."""
+    if not isinstance(gradient, DTensor):
+        return None
+    return gradient.device_mesh, tuple(i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
+
+
+def _summed(square: torch.Tensor, where: tuple[DeviceMesh, tuple[int, ...]] | None) -> torch.Tensor:
+    for dim in where[1] if where else ():
+        dist.all_reduce(square, group=where[0].get_group(dim))  # type: ignore[index]
+    return square
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

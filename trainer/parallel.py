@@ -15,30 +15,65 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from recipes.schema import Compile, Distributed
+from recipes.schema import Distributed
+from trainer.activations import checkpoint_activations
+from trainer.context_parallel import spread_positions
 from trainer.errors import LocalBadInput, TrainingFailed
-from trainer.models import blocks, parameter_count
+from trainer.models import blocks, fill, parameter_count
 from trainer.ranks import Ranks, prefer_loopback
+from trainer.tensor_parallel import Ranks as Sharers
+from trainer.tensor_parallel import share_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank, its device, and the process group of all ranks."""
+    """This rank, its device, and the process group of all ranks.
+
+    Ranks are numbered with tensor parallelism innermost, then context
+    parallelism, then data parallelism: neighbours talk most.
+    """
 
     rank: int
     size: int
     device: torch.device
     timeout: timedelta
+    tp_size: int = 1
+    cp_size: int = 1
 
     @property
     def main(self) -> bool:
         """Whether this rank speaks for all."""
         return self.rank == 0
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts a global batch is dealt out."""
+        return self.size // (self.tp_size * self.cp_size)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of these parts is this rank's; TP and CP peers have the same."""
+        return self.rank // (self.tp_size * self.cp_size)
+
+    @property
+    def cp_rank(self) -> int:
+        """Which part of the positions is this rank's."""
+        return self.rank // self.tp_size % self.cp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """Which part of the heads, and of whatever else is split, is this rank's."""
+        return self.rank % self.tp_size
+
+    @property
+    def averaged(self) -> int:
+        """Over how many ranks FSDP2 and DDP average gradients: all that have the same weights."""
+        return self.size // self.tp_size
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place, on whatever device ``value`` is."""
@@ -69,15 +104,16 @@ class World:
 
 
 def join(section: Distributed, ranks: Ranks) -> World:
-    """The world of this process, its process group made.
+    """The world of this process, its process group made unless there is one.
 
     It is never taken down: that can wait for peers that are gone, or for ever
     (see ``trainer.job.KEPT``). The process ends through ``trainer.errors.leave``.
     """
     device = _device(ranks)
     timeout = timedelta(minutes=section.timeout_minutes)
-    _init_group(ranks, device, timeout)
-    return World(ranks.rank, ranks.size, device, timeout)
+    if not dist.is_initialized():
+        _init_group(ranks, device, timeout)
+    return World(ranks.rank, ranks.size, device, timeout, section.tp_size, section.cp_size)
 
 
 def _device(ranks: Ranks) -> torch.device:
@@ -119,60 +155,88 @@ def compute_dtype(section: Distributed, device: torch.device) -> torch.dtype:
     return DTYPES[section.dtype]
 
 
-def compile_blocks(model: nn.Module, section: Compile) -> None:
-    """``torch.compile`` each block where it stands, so that parameter names stay as they are."""
-    if section.enabled:
-        for block in blocks(model):
-            block.compile(mode=section.mode, dynamic=False)
-
-
-def spread(model: nn.Module, section: Distributed, world: World) -> nn.Module:
+def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> nn.Module:
     """The model on its device, float32 master weights (float64 where asked), spread as the recipe says.
 
-    All ranks come with the same weights. Raises TrainingFailed where sharding
-    changed the number of parameters: then it untied weights that were tied.
+    All ranks come with the same weights, or without any (on the meta device):
+    then each makes those of its own part. Raises BadInput where the model cannot
+    be spread so, TrainingFailed where sharding changed the number of parameters:
+    then it untied weights that were tied.
     """
     dtype = compute_dtype(section, world.device)
-    model.to(device=world.device, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    model.to(dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     before = parameter_count(model)
-    spread_out = STRATEGIES[section.strategy](model, section, world, dtype)
-    if parameter_count(spread_out) != before:
-        raise TrainingFailed(f"sharding made {parameter_count(spread_out):,} parameters of {before:,}: it untied tied weights")
-    return spread_out
+    mesh = _mesh(section, world)
+    if world.cp_size > 1:
+        spread_positions(model, _group_of(world, _cp_rows(world)))
+    if world.tp_size > 1:
+        share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
+    checkpoint_activations(model, section.activation_checkpointing)
+    if is_sharded(section):
+        _fsdp2(model, section, mesh, dtype)
+    _settle(model, section, world, seed)
+    after = parameter_count(model)
+    if after != before:
+        raise TrainingFailed(f"sharding made {after:,} parameters of {before:,}: it untied tied weights")
+    return _ddp(model, world) if section.strategy == "ddp" and not is_sharded(section) else model
 
 
-def _fsdp2(model: nn.Module, section: Distributed, world: World, dtype: torch.dtype) -> nn.Module:
+def is_sharded(section: Distributed) -> bool:
+    """Whether FSDP2 has the model: so it is with tensor parallelism, whose parameters are DTensors that only FSDP2 knows."""
+    return section.strategy == "fsdp2" or section.tp_size > 1
+
+
+def _settle(model: nn.Module, section: Distributed, world: World, seed: int) -> None:
+    """Put the weights where they are used; those that do not exist yet are made."""
+    device = torch.device("cpu") if section.cpu_offload else world.device
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+        torch.manual_seed(seed)
+        fill(model)
+    elif not is_sharded(section):  # FSDP2 has done it, block by block
+        model.to(device)
+
+
+def _fsdp2(model: nn.Module, section: Distributed, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     half = dtype is torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    mesh = _mesh(section.dp_replicate_size or 1, world)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=DTYPES[section.reduce_dtype]) if half else MixedPrecisionPolicy()
+    names = mesh.mesh_dim_names or ()
+    options: dict[str, Any] = {"mesh": mesh[tuple(name for name in names if name != "tp")] if "tp" in names else mesh, "mp_policy": policy}
+    if section.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=section.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+        fully_shard(block, reshard_after_forward=section.reshard_after_forward, **options)
+    fully_shard(model, **options)
 
 
-def _ddp(model: nn.Module, section: Distributed, world: World, dtype: torch.dtype) -> nn.Module:
+def _ddp(model: nn.Module, world: World) -> nn.Module:
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def _alone(model: nn.Module, section: Distributed, world: World, dtype: torch.dtype) -> nn.Module:
-    return model
+def _mesh(section: Distributed, world: World) -> DeviceMesh:
+    """Replicas of shards of parts, a dimension for each that there is more than one of; shards always.
 
-
-STRATEGIES = {"fsdp2": _fsdp2, "ddp": _ddp, "none": _alone}
-
-
-def _mesh(replicas: int, world: World) -> DeviceMesh:
-    """All ranks in one dimension, or replicas of shards; groups of our own, for a mesh's have the default timeout."""
-    if replicas == 1:
+    Context-parallel ranks are shards like data-parallel ones: they have the same
+    weights, and their gradients are added. DDP with tensor parallelism is
+    replicas that are not sharded. The groups are our own, for a mesh's have the
+    default timeout.
+    """
+    same = world.dp_size * world.cp_size
+    replicas = section.dp_replicate_size or (1 if section.strategy == "fsdp2" else same)
+    sizes = {"dp_replicate": replicas, "dp_shard": same // replicas, "tp": world.tp_size}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    if len(kept) == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-    grid = torch.arange(world.size).view(replicas, -1)
-    across = _group_of(world, grid.t())
-    within = _group_of(world, grid)
-    return DeviceMesh.from_group(
-        [across, within], world.device.type, mesh=grid, mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    grid = torch.arange(world.size).view(*kept.values())
+    groups = [_group_of(world, grid.movedim(i, -1).flatten(0, -2)) for i in range(grid.dim())]
+    return DeviceMesh.from_group(groups, world.device.type, mesh=grid, mesh_dim_names=tuple(kept))
+
+
+def _cp_rows(world: World) -> torch.Tensor:
+    """The ranks that have the positions of one window, a row for each such group."""
+    grid = torch.arange(world.size).view(world.dp_size, world.cp_size, world.tp_size)
+    return grid.movedim(1, -1).flatten(0, 1)
 
 
 def _group_of(world: World, rows: torch.Tensor) -> dist.ProcessGroup:
@@ -185,6 +249,11 @@ def _group_of(world: World, rows: torch.Tensor) -> dist.ProcessGroup:
 def plain(model: nn.Module) -> nn.Module:
     """The model itself, out of DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def noise_rank(section: Distributed, world: World) -> int:
+    """Ranks of one number draw the same dropout: what tensor-parallel ranks compute all alike must stay alike."""
+    return world.rank if section.sequence_parallel else world.rank // world.tp_size
 
 
 @contextmanager
@@ -202,6 +271,6 @@ def micro_step(model: nn.Module, last: bool) -> Iterator[None]:
 
 def autocast(section: Distributed, world: World) -> AbstractContextManager[Any]:
     """bfloat16 compute for DDP and a single rank; FSDP2 has its own policy."""
-    if compute_dtype(section, world.device) is torch.bfloat16 and section.strategy != "fsdp2":
+    if compute_dtype(section, world.device) is torch.bfloat16 and not is_sharded(section):
         return torch.autocast(world.device.type, dtype=torch.bfloat16)
     return nullcontext()

@@ -42,6 +42,7 @@ from trainer.checkpoint import (
     MODEL,
     RECIPE,
     SAFETENSORS,
+    VALIDATED,
     Optimizers,
     Whole,
     by_validation,
@@ -160,6 +161,16 @@ class Saver:
             beat()
         return self.ended()
 
+    def validated(self, step: int, loss: float) -> None:
+        """The validation after ``step``, of which the checkpoint was already there: a stop had come between the two."""
+        if not self._world.main or step != self.saved:
+            return
+        try:
+            write_json(folder_of(self.root, step) / VALIDATED, {"val_loss": loss})
+            self._name_best()
+        except OSError as error:
+            print(f"warning: {self.root}: the validation loss of step {step} could not be noted ({error}); it is not taken for the best", flush=True)
+
     def close(self) -> None:
         """Give the folder back. What is still being written is not waited for: other ranks may be gone."""
         self._lock.release()
@@ -225,11 +236,14 @@ class Saver:
         os.rename(temp, final)
         fsync_folder(self.root)
         write_text(self.root / LATEST, final.name + "\n")
+        self._name_best()
+        for folder in superfluous(self.root, self._section):
+            discard(folder)
+
+    def _name_best(self) -> None:
         best = by_validation(self.root)
         if best and self._section.keep_best:
             write_text(self.root / BEST, best[0].name + "\n")
-        for folder in superfluous(self.root, self._section):
-            discard(folder)
 
 
 def owned(state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:

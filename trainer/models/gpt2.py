@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from recipes.errors import BadInput
+from trainer.attention import attend
+from trainer.models import fresh, head
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
@@ -49,16 +51,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_dim = config.n_embd // config.n_head
         self.dropout = config.dropout
+        self.attend = attend
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0  # the function itself knows no eval mode
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = self.attend(q, k, v, documents=documents, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -87,9 +90,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
-        x = x + self.drop(self.attn(self.ln_1(x)))
+        x = x + self.drop(self.attn(self.ln_1(x), documents))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -101,6 +104,16 @@ class GPT2(nn.Module):
     """
 
     wrap_blocks = ("h",)
+    tp_plan: ClassVar = {
+        "wte": "vocabulary",
+        "wpe": "positions",
+        "h.*.attn": "enter",
+        "h.*.attn.c_attn": "fused",
+        "h.*.attn.c_proj": "row",
+        "h.*.mlp": "enter",
+        "h.*.mlp.c_fc": "column",
+        "h.*.mlp.c_proj": "row",
+    }
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -112,25 +125,36 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self._init_weights()
+        self.head = head
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``; T is at most ``n_positions``."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
+    ) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``.
+
+        ``position_ids (B, T)`` int64, all below ``n_positions``; None: 0 to T - 1.
+        ``documents (B, T)`` int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)
+            x = block(x, documents)
+        x, rows = self.head(self.ln_f(x), self.wte.weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
+    def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() > 1:
-                residual = name.endswith("c_proj.weight")
-                parameter.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+        if tensor.dim() > 1:
+            residual = name.endswith("c_proj.weight")
+            tensor.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+        else:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
         """nanoGPT's ``6N + 12 L d T``, N without the position table."""
@@ -172,7 +196,7 @@ def build_gpt2_model(
     attn_implementation: str = "sdpa",
     layer_norm_epsilon: float = 1e-5,
     activation: str = "gelu_new",
-) -> nn.Module:
+) -> GPT2:
     """A GPT-2 with fresh weights; the keywords are the guide's.
 
     ``n_ctx``, where given, is ``n_positions``. ``activation`` is ``gelu_new``
@@ -186,17 +210,16 @@ def build_gpt2_model(
         raise BadInput(f"model.activation {activation!r}: write one of {', '.join(ACTIVATIONS)}")
     if attn_implementation not in ATTENTION:
         raise BadInput(f"model.attn_implementation {attn_implementation!r}: write sdpa, which picks the fastest kernel")
-    return GPT2(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=n_positions if n_ctx is None else n_ctx,
-            n_embd=n_embd,
-            n_layer=n_layer,
-            n_head=n_head,
-            dropout=dropout,
-            layer_norm_epsilon=layer_norm_epsilon,
-            activation=activation,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-        )
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=n_positions if n_ctx is None else n_ctx,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        dropout=dropout,
+        layer_norm_epsilon=layer_norm_epsilon,
+        activation=activation,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
+    return fresh(lambda: GPT2(config))

@@ -12,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from recipes.errors import BadInput
+from trainer.attention import attend
+from trainer.models import fresh, head
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_angles(length: int, width: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Angles ``(T, D)`` in float32, each frequency twice, as transformers computes them."""
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
-    angles = torch.arange(length, device=device).float()[:, None] * frequencies
+def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Tensor:
+    """Of ``positions (..., T)`` the angles ``(..., T, D)`` in float32, each frequency twice, as transformers computes them."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions.float()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)
 
 
@@ -80,19 +82,19 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.attend = attend
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = self.attend(q, k, v, documents=documents)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -120,9 +122,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -130,6 +132,16 @@ class Llama(nn.Module):
     """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary."""
 
     wrap_blocks = ("layers",)
+    tp_plan: ClassVar = {
+        "embed_tokens": "vocabulary",
+        "layers.*.self_attn": "enter",
+        "layers.*.self_attn.o_proj": "row",
+        "layers.*.self_attn.*_proj": "column",
+        "layers.*.mlp": "enter",
+        "layers.*.mlp.down_proj": "row",
+        "layers.*.mlp.*_proj": "column",
+        "lm_head": "column",
+    }
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -141,26 +153,38 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._init_weights()
+        self.head = head
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
+    ) -> torch.Tensor:
+        """``(B, T)`` int64 to logits ``(B, T, V)``.
+
+        ``position_ids (B, T)`` int64; None: 0 to T - 1. ``documents (B, T)``
+        int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        """
         x = self.embed_tokens(input_ids)
-        angles = rotary_angles(input_ids.shape[1], self.settings.head_dim, self.settings.rope_theta, x.device)
+        positions = torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
+        angles = rotary_angles(positions, self.settings.head_dim, self.settings.rope_theta)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin)
-        x = self.norm(x)
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+            x = layer(x, cos, sin, documents)
+        x, rows = self.head(self.norm(x), (self.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
+    def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""
-        std = self.settings.initializer_range
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+        if tensor.dim() > 1:
+            std, residual = self.settings.initializer_range, name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensor.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+        else:
+            tensor.fill_(1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
         """``6N + 12 L d T``, N without an embedding that is only looked up."""
@@ -204,7 +228,7 @@ def build_llama_model(
     initializer_range: float = 0.02,
     bos_token_id: int = 50256,
     eos_token_id: int = 50256,
-) -> nn.Module:
+) -> Llama:
     """A Llama with fresh weights, its keywords named as in ``transformers.LlamaConfig``.
 
     ``num_key_value_heads`` None: as many as query heads. Raises BadInput where the sizes do not divide.
@@ -214,20 +238,19 @@ def build_llama_model(
         raise BadInput(f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}")
     if num_attention_heads % key_value_heads:
         raise BadInput(f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}")
-    return Llama(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=key_value_heads,
-            max_position_embeddings=max_position_embeddings,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            tie_word_embeddings=tie_word_embeddings,
-            initializer_range=initializer_range,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=max_position_embeddings,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
+    return fresh(lambda: Llama(config))

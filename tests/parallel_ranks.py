@@ -1,0 +1,86 @@
+"""A group of ranks that does many things in turn, in one start: parities of training runs, collectives, sharded models.
+
+Each rank is a process of its own with one process group for all that it does.
+What a thing found in each rank is written down, and read by the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer_runs import FORKS, Run, environment
+
+
+@dataclass(frozen=True)
+class Task:
+    """``do(*args)``, a function of a module, in every rank of a group."""
+
+    name: str
+    do: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+
+
+def in_ranks(size: int, folder: Path, tasks: list[Task], timeout: float = 500.0) -> dict[str, list[Any]]:
+    """What each task returned, by rank; an exception's text where it raised one."""
+    folder.mkdir(parents=True)
+    shared = environment(size)
+    processes = [
+        FORKS.Process(target=_be_a_rank, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder, tasks), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    said = "".join((folder / f"rank{rank}.log").read_text() for rank in range(size))
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * size, said[-5000:]
+    found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(size)]
+    return {task.name: [rank[task.name] for rank in found] for task in tasks}
+
+
+def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
+    log = os.open(folder / f"rank{env['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.environ.update(env)
+    import torch
+
+    from recipes.schema import Distributed
+    from trainer.errors import leave
+    from trainer.parallel import join
+    from trainer.ranks import from_environment
+
+    torch.set_num_threads(1)
+    join(Distributed(timeout_minutes=8), from_environment(os.environ))
+    found: dict[str, Any] = {}
+    for task in tasks:
+        print(f"--- {task.name}", flush=True)
+        try:
+            found[task.name] = task.do(*task.args)
+        except Exception as error:
+            traceback.print_exc()
+            found[task.name] = f"{type(error).__name__}: {error}"
+    (folder / f"rank{env['RANK']}.pickle").write_bytes(pickle.dumps(found))
+    sys.stdout.flush()
+    leave(0)
+
+
+def train(run: Run, *overrides: str) -> int:
+    """Train on the ranks of this group; the exit code."""
+    from trainer.cli import parse
+    from trainer.errors import guarded
+    from trainer.job import run as train_here
+    from trainer.stop import StopFlag
+
+    stop = StopFlag()
+    return guarded(lambda: train_here(parse("trainer", "", [*run.arguments("trainer")[4:], *overrides]), stop))

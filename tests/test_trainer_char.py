@@ -1,0 +1,98 @@
+"""recipes/char.yaml against a training loop that is written out by hand: the same losses, step for step."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from test_trainer_runs import TIGHT, on_cpu
+from trainer_runs import Run
+
+from preprocess.shards import HEADER_BYTES, write_shard
+from preprocess.tokenizer import load_tokenizer
+from recipes.errors import OK
+from recipes.loader import load
+from recipes.shipped import find_recipe
+from trainer.models.gpt2 import build_gpt2_model
+from trainer.order import permute
+
+__all__ = ["on_cpu"]  # an autouse fixture
+STEPS = 50
+BLOCK, BATCH, SEED = 64, 12, 1337
+
+
+def real_text(path: Path) -> int:
+    """A character-level ``.bin`` of Python's own sources, as the recipe makes it; the number of its tokens."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    tokenizer = load_tokenizer(f"char:{stdlib}/pydoc_data/topics.py")
+    text = "".join((stdlib / name).read_text() for name in ("argparse.py", "ast.py", "typing.py"))
+    tokens = np.asarray(tokenizer.encode(text)).astype("<u2")
+    write_shard(path, [tokens], np.dtype("<u2"))
+    assert tokenizer.n_vocab <= 128
+    return len(tokens)
+
+
+def by_hand(path: Path, tokens: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step: nanoGPT's loop with AdamW and its learning rates, in float64, and nothing else."""
+    data = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+    windows = (tokens - 1) // BLOCK
+    order = permute(np.arange(windows), windows, SEED, 0)
+    torch.manual_seed(SEED)
+    model = build_gpt2_model(vocab_size=128, n_positions=BLOCK, n_embd=128, n_layer=4, n_head=4, activation="gelu").double()
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    found = []
+    for iteration in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = nanogpt_rate(iteration)
+        places = order[iteration * BATCH : (iteration + 1) * BATCH] * BLOCK
+        x = torch.stack([torch.from_numpy(data[i : i + BLOCK].astype(np.int64)) for i in places])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + BLOCK].astype(np.int64)) for i in places])
+        loss = F.cross_entropy(model(x).view(-1, 128), y.view(-1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+def nanogpt_rate(iteration: int) -> float:
+    """As its train.py states it, with 100 iterations of warmup and 2000 of decay."""
+    if iteration < 100:
+        return 1e-3 * (iteration + 1) / 101
+    ratio = (iteration - 100) / (2000 - 100)
+    return 1e-4 + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1e-3 - 1e-4)
+
+
+@pytest.mark.slow
+def test_the_first_steps_equal_a_plain_loop(tmp_path: Path) -> None:
+    tokens = real_text(tmp_path / "text.bin")
+    assert tokens > STEPS * BATCH * BLOCK, "one epoch is enough"
+    recipe = find_recipe("char")
+    run = Run(tmp_path / "run", yaml.safe_load(recipe.read_text()))
+    shutil.copy(recipe, run.folder / "recipe.yaml")
+    wishes = {"distributed.dtype": "float64", "dataset.file_pattern": str(tmp_path / "text.bin"), "validation_dataset": "null"}
+    words = [word for key, value in wishes.items() for word in (f"--{key}", value)]
+    assert run.here("--step_scheduler.max_steps", str(STEPS), *words) == OK
+    expected = by_hand(tmp_path / "text.bin", tokens)
+    assert np.allclose(run.column("loss"), [loss for loss, _ in expected], rtol=TIGHT, atol=0)
+    assert np.allclose(run.column("grad_norm"), [norm for _, norm in expected], rtol=TIGHT, atol=0)
+    assert run.column("loss")[-1] < 3.2 < run.column("loss")[0], "it learns"
+
+
+def test_the_recipe_has_nanogpts_learning_rates() -> None:
+    from trainer.optim import Schedule
+
+    recipe = load(find_recipe("char")).recipe
+    schedule = Schedule(recipe.lr_scheduler, recipe.optimizer["lr"], recipe.step_scheduler.max_steps or 0)
+    assert np.allclose([schedule.rate(step + 1) for step in range(2000)], [nanogpt_rate(step) for step in range(2000)], rtol=1e-13, atol=0)

@@ -1,0 +1,413 @@
+"""The same run, whatever the parallelism: losses and gradient norms in float64, initial weights to the last bit.
+
+All cases of two ranks, and all of four, happen in one start of these ranks each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_ranks import Task, in_ranks, train
+from test_trainer_runs import TIGHT, masked, on_cpu
+from trainer_runs import Run, environment, recipe
+
+from recipes.errors import BAD_INPUT, OK
+from recipes.schema import Distributed
+from trainer.attention import attend
+from trainer.context_parallel import attend_over_ranks, own, pieces
+from trainer.models.gpt2 import build_gpt2_model
+from trainer.models.llama import build_llama_model
+from trainer.parallel import join, spread
+from trainer.ranks import from_environment
+from trainer.tensor_parallel import heads_together
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
+
+__all__ = ["on_cpu"]  # an autouse fixture
+GPT2: dict[str, Any] = {"vocab_size": 104, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}
+LLAMA: dict[str, Any] = {
+    "vocab_size": 104,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+}
+FAMILIES = {"gpt2": ("trainer.models.gpt2.build_gpt2_model", GPT2), "llama": ("trainer.models.llama.build_llama_model", LLAMA)}
+BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "gpt2": lambda: build_gpt2_model(**GPT2),
+    "llama": lambda: build_llama_model(**LLAMA, tie_word_embeddings=True),
+}
+TWO: dict[str, dict[str, Any]] = {
+    "ddp2": {"strategy": "ddp"},
+    "fsdp2-selective-offload": {"activation_checkpointing": "selective", "cpu_offload": True},
+    "tp2": {"tp_size": 2, "strategy": "none"},
+    "tp2-sequence-full": {"tp_size": 2, "sequence_parallel": True, "activation_checkpointing": "full"},
+    "cp2": {"cp_size": 2, "reshard_after_forward": False},
+}
+FOUR: dict[str, dict[str, Any]] = {
+    "ddp4": {"strategy": "ddp"},
+    "fsdp4": {},
+    "hsdp2x2": {"dp_replicate_size": 2},
+    "fsdp2xtp2": {"tp_size": 2},
+    "fsdp2xcp2": {"cp_size": 2},
+    "ddp2xtp2": {"strategy": "ddp", "tp_size": 2},
+    "ddp2xcp2": {"strategy": "ddp", "cp_size": 2},
+    "cp2xtp2-sequence": {"cp_size": 2, "tp_size": 2, "sequence_parallel": True},
+}
+MUON = {"optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}}
+
+
+def case(folder: Path, name: str, family: str, distributed: dict[str, Any], **sections: Any) -> Run:
+    """A run over windows of which a different part counts in each, in two micro-batches where one rank has them all."""
+    target, sizes = FAMILIES[family]
+    share = distributed.get("tp_size", 1) * distributed.get("cp_size", 1)
+    parts = {"one": 1, "two": 2, "four": 4}[name.split("-")[0]] // share
+    steps = {"global_batch_size": 8, "local_batch_size": max(1, 4 // parts), "val_every_steps": 10, "val_batches": 1}
+    run = masked(folder, f"{family}-{name}", distributed=distributed, step_scheduler=steps, **sections)
+    tree = {**run.tree, "model": {"_target_": target, **sizes, "bos_token_id": 0, "eos_token_id": 0}}
+    return Run(run.folder, tree)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+def runs_of(folder: Path, size: str, cases: dict[str, dict[str, Any]]) -> dict[str, Run]:
+    return {f"{family} {name}": case(folder, f"{size}-{name}", family, keys) for family in FAMILIES for name, keys in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, list[Any]]:
+    runs = runs_of(folder, "two", TWO)
+    tasks = [Task(name, train, (run,)) for name, run in runs.items()]
+    tasks += [Task(f"initial {family}", initial, (family, {"tp_size": 2})) for family in BUILDERS]
+    return in_ranks(2, folder / "ranks2", [*tasks, *hugging_face(folder)])
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> dict[str, list[Any]]:
+    tasks = [Task("memory", peak_memory)]
+    tasks += [Task(name, train, (run,)) for name, run in runs_of(folder, "four", FOUR).items()]
+    tasks.append(Task("muon", train, (case(folder, "four-muon", "gpt2", {"tp_size": 2}, **MUON),)))
+    tasks.append(Task("poisoned", poisoned, (case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}),)))
+    tasks += [Task(f"initial {family} {name}", initial, (family, FOUR[name])) for family in BUILDERS for name in INITIAL]
+    tasks += [Task(f"attention {shape}", attention, shape) for shape in ATTENTION]
+    tasks.append(Task("heads", fused_rows))
+    return in_ranks(4, folder / "ranks4", tasks)
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Callable[..., Run]:
+    """A run on one rank, made once."""
+    made: dict[str, Run] = {}
+
+    def run(name: str, family: str, how: Callable[[Run], int] = Run.here, **sections: Any) -> Run:
+        if f"{family} {name}" not in made:
+            made[f"{family} {name}"] = found = case(folder, f"one-{name}", family, {"strategy": "none"}, **sections)
+            assert how(found) == OK
+        return made[f"{family} {name}"]
+
+    return run
+
+
+def same(mine: Run, theirs: Run, tolerance: float = TIGHT) -> None:
+    for name, count in (("loss", 20), ("grad_norm", 20), ("val_loss", 2)):
+        a, b = np.array(mine.column(name)), np.array(theirs.column(name))
+        assert len(a) == count
+        assert np.abs(a / b - 1).max() < tolerance, name
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("name", list(TWO))
+def test_two_ranks_are_as_one(folder: Path, one: Any, two: dict[str, list[Any]], family: str, name: str) -> None:
+    assert two[f"{family} {name}"] == [OK, OK]
+    same(case(folder, f"two-{name}", family, TWO[name]), one("plain", family))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("name", list(FOUR))
+def test_four_ranks_are_as_one(folder: Path, one: Any, four: dict[str, list[Any]], family: str, name: str) -> None:
+    assert four[f"{family} {name}"] == [OK] * 4
+    same(case(folder, f"four-{name}", family, FOUR[name]), one("plain", family))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_accumulation_is_as_one_batch(folder: Path, one: Any, family: str) -> None:
+    whole = case(folder, "one-whole", family, {"strategy": "none"})
+    assert whole.here("--step_scheduler.local_batch_size", "8") == OK
+    same(whole, one("plain", family))
+
+
+def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
+    assert four["muon"] == [OK] * 4
+    same(case(folder, "four-muon", "gpt2", {"tp_size": 2}, **MUON), one("muon", "gpt2", **MUON))
+
+
+# --- steps that are skipped -----------------------------------------------------------------------------
+
+
+def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
+    """Train, but the gradient of step 3 is infinite, on one rank alone."""
+    from trainer import forward
+
+    real = forward.batch_loss
+
+    def spoilt(job: forward.Job, batch: Any) -> torch.Tensor:
+        loss = real(job, batch)
+        return loss * float("inf") if job.step == 3 and torch.is_grad_enabled() and job.world.rank == rank else loss
+
+    forward.batch_loss = spoilt
+    try:
+        return how(run)
+    finally:
+        forward.batch_loss = real
+
+
+def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
+    assert four["poisoned"] == [OK] * 4
+    alone = one("poisoned", "gpt2", how=lambda run: poisoned(run, Run.here, rank=0))
+    mine = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True})
+    for name in ("loss", "grad_norm"):
+        a, b = (np.array([np.nan if value is None else value for value in run.column(name)]) for run in (mine, alone))
+        assert np.isnan(a[2]) and np.isnan(b[2]) and not np.isnan(np.delete(a, 2)).any()
+        assert np.abs(np.delete(a, 2) / np.delete(b, 2) - 1).max() < TIGHT
+
+
+# --- initial weights ------------------------------------------------------------------------------------
+
+
+INITIAL = ("fsdp4", "hsdp2x2", "fsdp2xtp2", "ddp4")
+
+
+def digests(named: Any) -> dict[str, str]:
+    return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in named}
+
+
+def initial(family: str, keys: dict[str, Any]) -> dict[str, str]:
+    """Digests of the weights of a model that was made sharded."""
+    section = Distributed(dtype="float32", **keys)
+    world = join(section, from_environment(os.environ))
+    with torch.device("meta"):
+        model = BUILDERS[family]()
+    sharded = spread(model, section, world, seed=7)
+    bare = sharded.module if hasattr(sharded, "module") else sharded
+    named = [(name, p.detach()) for name, p in bare.named_parameters()]
+    return digests((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in named)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_initial_weights_are_those_of_a_plain_build_bitwise(two: dict[str, list[Any]], four: dict[str, list[Any]], family: str) -> None:
+    torch.manual_seed(7)
+    named = [(name, p.detach()) for name, p in BUILDERS[family]().named_parameters()]
+    plain = digests(named)
+    assert all(p.std() > 0 for _, p in named if p.dim() > 1)
+    assert two[f"initial {family}"] == [plain] * 2
+    for name in INITIAL:
+        assert four[f"initial {family} {name}"] == [plain] * 4, name
+
+
+def memory(field: str) -> float:
+    """``VmRSS`` or ``VmHWM`` of this process, in MB."""
+    return int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
+
+
+def peak_memory() -> tuple[float, float]:
+    """``(size of a model, what a rank needs to make its part)`` in MB."""
+    section = Distributed(dtype="float32", tp_size=2)
+    world = join(section, from_environment(os.environ))
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    with torch.device("meta"):
+        model = build_gpt2_model(vocab_size=8192, n_positions=256, n_embd=512, n_layer=15, n_head=8)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
+    spread(model, section, world, seed=7)
+    return size, memory("VmHWM") - before
+
+
+def test_no_rank_ever_holds_the_whole_model(four: dict[str, list[Any]]) -> None:
+    for size, peak in four["memory"]:
+        assert size > 200
+        assert size / 4 < peak < size / 2
+
+
+# --- attention over ranks -------------------------------------------------------------------------------
+
+ATTENTION = [(heads, keys, length, packed) for heads, keys in ((4, 4), (4, 2), (8, 1), (3, 3), (6, 2)) for length in (16, 12) for packed in (False, True)]
+"""Heads that divide by 4 and heads that do not, fewer key-value heads, lengths with and without mirrored pieces."""
+
+
+def attention(heads: int, keys: int, length: int, packed: bool) -> float:
+    """The largest difference of outputs and gradients between four ranks and one."""
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(heads * length)
+    q, k, v = (torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads, keys, keys))
+    weight = torch.randn(2, heads, length, 8, dtype=torch.float64)
+    documents = torch.sort(torch.randint(3, (2, length), dtype=torch.int32)).values if packed else None
+    expected = attend(q, k, v, documents=documents)
+    (expected * weight).sum().backward()
+    mine = [own(x.detach(), 2, rank, ranks).requires_grad_() for x in (q, k, v)]
+    mine_of = None if documents is None else own(documents, 1, rank, ranks)
+    found = attend_over_ranks(*mine, documents=mine_of, group=group)
+    (found * own(weight, 2, rank, ranks)).sum().backward()
+    pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(mine, (q, k, v), strict=True))]
+    return max((a - own(b, 2, rank, ranks)).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_attention_over_ranks_is_attention(four: dict[str, list[Any]], shape: Any) -> None:
+    assert max(four[f"attention {shape}"]) < TIGHT
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(16, 4), (12, 4), (8, 4), (6, 2), (1024, 8), (9, 3), (5, 1)])
+def test_pieces_cover_every_position_once_and_mirrored_ones_are_equal_work(length: int, ranks: int) -> None:
+    found = [[position for piece in mine for position in range(length)[piece]] for mine in pieces(length, ranks)]
+    assert sorted(position for mine in found for position in mine) == list(range(length))
+    assert {len(mine) for mine in found} == {length // ranks}
+    if length % (2 * ranks) == 0:
+        assert len({sum(mine) for mine in found}) == 1
+
+
+def fused_rows() -> bool:
+    """Whether this rank gets its heads of each of three stacked matrices, and the gradient its way back."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole = torch.arange(3 * 8 * 5, dtype=torch.float64).view(24, 5)
+    mine = whole.chunk(ranks)[rank].clone().requires_grad_()
+    found = heads_together(mine, 3, dist.group.WORLD)
+    weight = torch.cat([part.chunk(ranks)[rank] for part in whole.chunk(3)])
+    (found * weight).sum().backward()
+    return torch.equal(found, weight) and torch.equal(mine.grad, mine.detach())
+
+
+def test_a_fused_projection_is_dealt_out_by_heads(four: dict[str, list[Any]]) -> None:
+    assert four["heads"] == [True] * 4
+
+
+# --- transformers' models, and one's own ------------------------------------------------------------------
+
+HF_SIZES: dict[str, Any] = {"vocab_size": 104, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+HF: dict[str, dict[str, Any]] = {
+    "llama": {"_target_": "transformers.LlamaConfig", **HF_SIZES, "num_key_value_heads": 2},
+    "qwen2": {"_target_": "transformers.Qwen2Config", **HF_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {"_target_": "transformers.GPT2Config", **GPT2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+}
+HF_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tp2": ("llama", {"tp_size": 2}),
+    "qwen2 tp2": ("qwen2", {"tp_size": 2}),
+    "qwen2 cp2": ("qwen2", {"cp_size": 2}),
+    "gpt2 cp2": ("gpt2", {"cp_size": 2}),
+    "gpt2 fsdp2": ("gpt2", {}),
+    "gpt2 tp2": ("gpt2", {"tp_size": 2}),
+    "own fsdp2": ("own", {}),
+    "own cp2": ("own", {"cp_size": 2}),
+}
+OWN = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab, 8), nn.Linear(8, vocab, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+"""
+
+
+def hf_case(folder: Path, name: str, kind: str, distributed: dict[str, Any]) -> Run:
+    config = {**HF.get(kind, {}), "bos_token_id": 0, "eos_token_id": 0}
+    tree = recipe(folder, distributed=distributed, step_scheduler={"max_steps": 4, "local_batch_size": 4, "val_batches": 1}, validation_dataset=None)
+    tree["model"] = {"_target_": "transformers.AutoModelForCausalLM.from_config", "config": config}
+    if kind == "own":
+        tree["model"] = {"_target_": "own.py:Own", "vocab": 104}
+    run = Run(folder / f"hf-{name.replace(' ', '-')}", {**tree, "checkpoint": {"enabled": False}, "export": None})
+    (run.folder / "own.py").write_text(OWN)
+    return run
+
+
+def hugging_face(folder: Path) -> list[Task]:
+    return [Task(f"hf {name}", train, (hf_case(folder, name, kind, keys),)) for name, (kind, keys) in HF_CASES.items()]
+
+
+@pytest.mark.parametrize("name", [name for name in HF_CASES if name not in ("gpt2 tp2", "own cp2")])
+def test_models_of_others_are_spread_too(folder: Path, two: dict[str, list[Any]], name: str) -> None:
+    kind, keys = HF_CASES[name]
+    assert two[f"hf {name}"] == [OK, OK]
+    alone = hf_case(folder, f"{kind} alone", kind, {"strategy": "none"})
+    if not alone.lines():
+        assert alone.here() == OK
+    mine, theirs = (np.array([run.column("loss"), run.column("grad_norm")]) for run in (hf_case(folder, name, kind, keys), alone))
+    assert mine.shape == (2, 4)
+    exact = kind in ("gpt2", "own")  # the norms of the others round float64 to float32
+    assert np.abs(mine / theirs - 1).max() < (TIGHT if exact else 1e-6)
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that can go over ranks")])
+def test_models_that_cannot_be_spread_so_are_refused(folder: Path, two: dict[str, list[Any]], name: str, words: str) -> None:
+    assert two[f"hf {name}"] == [BAD_INPUT, BAD_INPUT]
+    assert words in (folder / "ranks2" / "rank0.log").read_text()
+
+
+# --- without the launcher ---------------------------------------------------------------------------------
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    '''As where these are not installed.'''
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"launcher", "containers", "submitit", "datasets", "tiktoken", "rich", "shtab", "transformers", "pyarrow"}:
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def as_a_task_of_srun(rank: int, size: int) -> None:
+    """In a rank before anything else: what srun says instead of what torchrun does, and nothing installed but the trainer's own."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name)
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS=str(size), SLURM_LOCALID=str(rank))
+    exec(BLOCKER, {})
+
+
+def started(folder: Path, name: str) -> Run:
+    return Run(folder / name, recipe(folder, step_scheduler={"max_steps": 3, "val_batches": 1}, distributed={"cp_size": 2}))
+
+
+def test_it_trains_as_tasks_of_srun_without_the_launchers_packages(tmp_path: Path) -> None:
+    run = started(tmp_path, "srun")
+    run.start(2, prepare={rank: partial(as_a_task_of_srun, rank, 2) for rank in range(2)})
+    assert run.wait()[0] == [OK, OK]
+    assert len(run.column("loss")) == 3
+
+
+def test_it_trains_under_torchrun_without_the_launchers_packages(tmp_path: Path) -> None:
+    run, direct = started(tmp_path, "torchrun"), started(tmp_path, "direct")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER)
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", environment(2)["MASTER_PORT"], "-m", "trainer"]
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *torchrun, *run.arguments("trainer")[4:]], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == OK, done.stderr[-3000:]
+    direct.train(2)
+    assert run.column("loss") == direct.column("loss")

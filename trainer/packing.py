@@ -1,0 +1,146 @@
+"""Whole documents in rows of one length, as an arithmetic of the documents' lengths alone.
+
+Rows are filled by best fit, longest first (Johnson 1973; for language models
+Ding et al. 2024): each piece goes where it leaves the least room, so few tokens
+of padding are needed. The rows of a data set are always the same; in which
+order they are seen is :mod:`trainer.order`'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.order import Indices
+from trainer.stream import Tokens, TokenStream
+
+NO_LABEL = -100
+"""As :data:`trainer.loss.IGNORED`."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is packed: whole documents, and parts of those that are too long."""
+
+    starts: Indices
+    """In the stream."""
+    lengths: Indices
+    labelled: npt.NDArray[np.bool_]
+    """Whether the last token has a label."""
+    split: int
+    """Documents that are more than one piece."""
+
+
+def cut(starts: Indices, tokens: int, longest: int, *, every_label: bool) -> Pieces:
+    """The documents that begin at ``starts`` of a stream of ``tokens``, in pieces of at most ``longest``.
+
+    ``every_label``: the first token of the next document is the label of the last one's last token.
+    """
+    lengths = np.diff(starts, append=tokens)
+    counts = -(-lengths // longest)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    nth = np.arange(len(first)) - first
+    begin = np.repeat(starts, counts) + nth * longest
+    length = np.minimum(np.repeat(starts + lengths, counts) - begin, longest)
+    labelled = np.full(len(begin), True) if every_label else nth + 1 < np.repeat(counts, counts)
+    labelled[begin + length >= tokens] = False  # nothing follows
+    return Pieces(begin, length, labelled, int(np.count_nonzero(counts > 1)))
+
+
+def pack(lengths: Indices, size: int) -> Indices:
+    """The row of each piece, rows of ``size`` tokens numbered by their first piece.
+
+    All pieces of one length at once: the row with the least room that is enough
+    takes as many as fit into it, for what is left of it is the least room again.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    groups = np.split(by_length, np.flatnonzero(np.diff(lengths[by_length])) + 1)
+    rooms: list[deque[Indices]] = [deque() for _ in range(size + 1)]
+    there = 0  # bit r: rows with room for r tokens
+    rows = np.empty(len(lengths), dtype=np.int64)
+    opened = 0
+    for pieces in groups:
+        length = int(lengths[pieces[0]])
+        while len(pieces):
+            fitting = there >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                free = rooms[room].popleft()
+                there ^= 0 if rooms[room] else 1 << room
+            else:
+                room = size
+                free = np.arange(opened, opened - (-len(pieces) // (size // length)))
+                opened += len(free)
+            each = room // length
+            taken = -(-len(pieces) // each)
+            if taken < len(free):
+                rooms[room].appendleft(free[taken:])
+                there |= 1 << room
+                free = free[:taken]
+            placed = pieces[: each * len(free)]
+            rows[placed] = np.repeat(free, each)[: len(placed)]
+            for left, which in ((room - each * length, free[: len(placed) // each]), (room - len(placed) % each * length, free[len(placed) // each :])):
+                if left and len(which):
+                    rooms[left].append(which)
+                    there |= 1 << left
+            pieces = pieces[len(placed) :]
+    _, first, numbered = np.unique(rows, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[numbered]
+
+
+class Rows:
+    """Packed rows, read from the stream."""
+
+    def __init__(self, stream: TokenStream, pieces: Pieces, rows: Indices, size: int):
+        order = np.argsort(rows, kind="stable")
+        self._stream = stream
+        self._starts = pieces.starts[order]
+        self._lengths = pieces.lengths[order].astype(np.int32)
+        self._labelled = pieces.labelled[order]
+        self._offsets = np.searchsorted(rows[order], np.arange(int(rows.max()) + 2))
+        self.size = size
+        self.split = pieces.split
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._offsets) - 1
+
+    def read(self, rows: Indices) -> tuple[Tokens, Tokens, Tokens]:
+        """Inputs in the type they have on disk, labels int32 and marks uint8, each ``(M, size)``.
+
+        A mark is 1 where a piece begins and at every token of padding, so that
+        each of those is a piece of its own.
+        """
+        counts = self._offsets[rows + 1] - self._offsets[rows]
+        which = np.repeat(self._offsets[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        lengths = self._lengths[which].astype(np.int64)
+        used = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+        ends = np.cumsum(lengths) + np.repeat(np.cumsum(self.size - used) - (self.size - used), counts)
+        inputs, labels, marks = self._blank(len(rows), used)
+        self._fill(inputs.reshape(-1), labels.reshape(-1), self._starts[which], (ends - lengths).tolist(), lengths.tolist())
+        marks.reshape(-1)[ends - lengths] = 1
+        labels.reshape(-1)[(ends - 1)[~self._labelled[which]]] = NO_LABEL
+        return inputs, labels, marks
+
+    def _blank(self, count: int, used: Indices) -> tuple[Tokens, Tokens, Tokens]:
+        padding = np.arange(self.size) >= used[:, None]
+        inputs = np.zeros((count, self.size), dtype=self._stream.dtype)
+        return inputs, np.where(padding, np.int32(NO_LABEL), np.int32(0)), padding.astype(np.uint8)
+
+    def _fill(self, inputs: Tokens, labels: Tokens, starts: Indices, places: list[int], lengths: list[int]) -> None:
+        """Copy each piece to its place, and as labels the same, one token further."""
+        for part, offset, place, length in zip(*self._stream.located(starts), places, lengths, strict=True):
+            found = self._stream.parts[part][offset : offset + length + 1]
+            if len(found) <= length:  # it goes on in the next part, or is the end of the stream
+                found = self._beyond(part, offset, length)
+            inputs[place : place + length] = found[:length]
+            labels[place : place + length] = found[1:]
+
+    def _beyond(self, part: int, offset: int, length: int) -> Tokens:
+        whole = np.zeros(length + 1, dtype=self._stream.dtype)
+        begin = offset + (int(self._stream.ends[part - 1]) if part else 0)
+        self._stream.copy(whole[: min(length + 1, len(self._stream) - begin)], part, offset)
+        return whole
