@@ -69,6 +69,9 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     finally:
         daemon.terminate()
         daemon.wait(30)
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith(str(folder))]
+        for path in reversed(mounted):  # namespaces and layers that the daemon leaves behind
+            subprocess.run(["umount", "-l", path])
         if before is None:
             del os.environ["DOCKER_HOST"]
         else:
