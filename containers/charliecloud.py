@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from containers.image import CannotLaunch, Image, Launch, root_of
+from containers.image import CannotLaunch, Image, Launch, root_of, settings_of
 from containers.reference import for_charliecloud
 
 KINDS = ("registry", "folder", "sqsh")
@@ -25,6 +25,8 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
         raise CannotLaunch("charliecloud cannot mount anything read-only; leave :ro out (container.mounts), or choose another runtime")
     source = str(root_of(image.of.file)) if image.of.kind == "folder" else for_charliecloud(image.of)
     argv = ["ch-run", f"--set-env=PATH={PATH}"]
+    own = settings_of(image.of.file) if image.of.kind == "folder" else {}
+    argv += [f"--set-env={name}={value}" for name, value in own.items()]
     if image.of.kind == "registry" or (image.of.kind == "folder" and (root_of(image.of.file) / "ch" / "environment").is_file()):
         argv.append("--set-env")  # of the image itself
     argv += [f"--set-env={name}=${CARRIED}{name}" for name in sorted(image.env)]

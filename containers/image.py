@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,15 @@ class Launch:
 
 class CannotLaunch(ValueError):
     """An image that a runtime cannot start; the message says which can."""
+
+
+def settings_of(folder: Path) -> dict[str, str]:
+    """The variables that an OCI bundle sets (``process.env`` of its config.json); none of a plain root file system."""
+    try:
+        listed = json.loads((folder / "config.json").read_bytes())["process"]["env"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(entry.split("=", 1) for entry in listed if "=" in str(entry))
 
 
 def root_of(folder: Path) -> Path:

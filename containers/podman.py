@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 from containers.docker import LIMITS, common, handed, prepare, tag_of
-from containers.image import CannotLaunch, Image, Launch, root_of
+from containers.image import CannotLaunch, Image, Launch, root_of, settings_of
 
 KINDS = ("registry", "archive", "folder")
 
@@ -22,7 +22,10 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     argv += ["--device", "nvidia.com/gpu=all"] if image.gpus else []
     argv += list(image.options)
     if image.of.kind == "folder":
-        argv += ["--passwd=false"]  # its /etc belongs to whoever unpacked it
+        for name, value in settings_of(image.of.file).items():
+            argv += ["--env", f"{name}={value}"] if name not in {*image.env, *image.passed} else []
+        # It belongs to whoever unpacked it: what has to be made anew in it is made in memory.
+        argv += ["--passwd=false", "--tmpfs", "/tmp:rw,mode=1777"]
         return Launch((*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command), handed(image), stdin=True)
     return Launch((*argv, tag_of(image.of), *command), handed(image), prepare=prepare("podman", image.of), stdin=True)
 

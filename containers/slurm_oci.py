@@ -7,13 +7,17 @@ beside the image's: the same root file system, our mounts and our variables (run
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from containers.environment import with_env
 from containers.image import CannotLaunch, Image, Launch, root_of
 
 KINDS = ("folder",)
+NODES_VARIABLE = "AMLAUNCH_NODES"
+"""The nodes of the job, in the order of their ranks."""
 
 
 def launch(image: Image, command: Sequence[str]) -> Launch:
@@ -22,11 +26,31 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     if folder is None or not (folder / "config.json").is_file():
         raise CannotLaunch(f"Slurm's own containers are OCI bundles (a folder with config.json and rootfs), which {image.of.name} is not")
     config = json.loads((folder / "config.json").read_text())
-    return Launch(tuple(command), dict(image.env), (f"--container={BUNDLE}", *image.options), bundle=bundle(config, folder, image))
+    argv = ("sh", "-c", RANK, "sh", *with_env(image.env, command))
+    return Launch(argv, {}, (f"--container={BUNDLE}", *image.options), bundle=bundle(config, folder, image))
 
 
 BUNDLE = "{bundle}"
 """Where the folder of the attempt's own bundle comes in."""
+
+
+RANK = '''\
+if [ -z "${SLURM_PROCID-}" ]; then
+  case ${SLURM_STEP_TASKS_PER_NODE-1} in
+    1 | "1(x"*) ;;
+    *) echo "error: this Slurm does not tell a task in its containers which one it is; start one task a node (resources.train.tasks_per_node: 1), or take another runtime" >&2; exit 2 ;;
+  esac
+  read -r host </proc/sys/kernel/hostname
+  rank=0
+  for node in $AMLAUNCH_NODES; do
+    if [ "$node" = "$host" ] || [ "$node" = "${host%%.*}" ]; then break; fi
+    rank=$((rank + 1))
+  done
+  export SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 SLURMD_NODENAME=$node
+fi
+exec "$@"'''
+"""Slurm 22.05 gives a container the variables of the step, not those of the task: with one task a node, the node's place in the
+list is the rank."""
 
 
 def bundle(config: Mapping[str, Any], folder: Path, image: Image) -> dict[str, Any]:
@@ -35,7 +59,25 @@ def bundle(config: Mapping[str, Any], folder: Path, image: Image) -> dict[str, A
     before = [entry for entry in process.get("env", ()) if entry.partition("=")[0] not in image.env]
     process["env"] = [*before, *(f"{name}={value}" for name, value in sorted(image.env.items()))]
     process["cwd"] = image.workdir or process.get("cwd", "/")
-    return {**config, "process": process, "root": {"readonly": True, **config.get("root", {}), "path": str(root_of(folder))}, "mounts": [*config.get("mounts", ()), *_mounts(image)]}
+    # Slurm has the root in the bundle itself, and nowhere else: an empty folder, over which the image is mounted.
+    root = {"destination": "/", "type": "none", "source": str(root_of(folder)), "options": ["rbind", "ro"]}
+    memory = {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}
+    # The node's shared memory, in which ranks exchange data; the namespace of the rest of IPC may be the container's own.
+    shared = {"destination": "/dev/shm", "type": "none", "source": "/dev/shm", "options": ["rbind", "rw", "nosuid", "nodev"]}
+    given = [mount for mount in config.get("mounts", ()) if mount.get("destination") != "/dev/shm"]
+    mounts = [root, *given, shared, memory, *_mounts(image)]
+    rest = {key: value for key, value in config.items() if key not in ("hostname", "domainname")}  # the node's own
+    return {**rest, "process": process, "root": {"path": "rootfs", "readonly": False}, "linux": _linux(config.get("linux", {})), "mounts": mounts}
+
+
+def _linux(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The node's own name; a bundle for one user is for whoever starts it."""
+    kept = [space for space in config.get("namespaces", ()) if space.get("type") != "uts"]
+    maps = {}
+    for key, mine in (("uidMappings", os.getuid()), ("gidMappings", os.getgid())):
+        given = config.get(key, [])
+        maps[key] = [{**given[0], "hostID": mine}] if len(given) == 1 and given[0].get("size") == 1 else given
+    return {**config, "namespaces": kept, **{key: value for key, value in maps.items() if value}}
 
 
 def _mounts(image: Image) -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
         workdir=section.workdir,
         entrypoint=section.entrypoint,
         options=list(available.profile.options),
+        passed=sorted({name for name, _ in PLACEHOLDER.findall(loaded.text())}),
         facts={"cuda": folder.facts(named.name).cuda, "architecture": (stored and stored.architecture) or None},
     )
 
@@ -301,15 +302,15 @@ def image_of(run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], pass
 
 def run_paths(run: RunDir, plan: Plan, stage: Stage) -> list[Path]:
     """What every stage of a run reads and writes: its directory, the shards, checkpoints elsewhere, the folder it was typed in."""
-    words = [word for element in stage.elements for word in element.arguments]
-    named = [Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--checkpoints", "--data", "--out", "--element")]
-    folders = [run.root, *([Path(plan.data)] if plan.data else []), *([Path(plan.shared)] if plan.shared else []), *named]
+    folders = [run.root, *([Path(plan.data)] if plan.data else []), *([Path(plan.shared)] if plan.shared else []), *named_folders(stage)]
     folders += [Path(plan.cwd)] if _may_mount(Path(plan.cwd)) else []
-    found: list[Path] = []
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True) if folder in named and not folder.suffix else None
-        found += [folder, folder.resolve()]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(path for folder in folders for path in (folder, folder.resolve())))
+
+
+def named_folders(stage: Stage) -> list[Path]:
+    """The folders that the arguments of a stage name: what is mounted must be there."""
+    words = [word for element in stage.elements for word in element.arguments]
+    return [Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--checkpoints", "--data", "--out")]
 
 
 def _may_mount(folder: Path) -> bool:
@@ -328,11 +329,10 @@ def _without_repeats(mounts: Sequence[Mount]) -> Iterator[Mount]:
             yield mount
 
 
-def passed_names(run: RunDir, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
+def passed_names(container: Container, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
     """Variables of the host that enter a container, beside those that are set inside: see :mod:`containers.environment`."""
-    placeholders = {name for name, _ in PLACEHOLDER.findall(run.recipe.read_text())} if run.recipe.exists() else set()
     per_task = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
-    mine = {name for name in (*placeholders, *secrets) if name in os.environ}
+    mine = {name for name in (*container.passed, *secrets) if name in os.environ}
     return sorted({*of_libraries(os.environ), *per_task, *mine} - {"PATH", "HOME"})
 
 

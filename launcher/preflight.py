@@ -11,16 +11,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.cluster import Cluster, Profile
+from containers import BadReference, Reference, parse
+from containers.failures import CREDENTIALS
+from launcher.cluster import STAGES, Cluster, Profile
 from launcher.plan import Plan
 from launcher.problems import Problems
 from recipes.errors import BadInput
 from recipes.loader import Loaded
 from recipes.rundir import RunDir
 from recipes.schema import TOKENIZERS
+from recipes.yamlfile import KeyPath
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
 """Of which no other node sees anything, unless they are exported."""
@@ -217,17 +221,81 @@ def file_system(path: Path) -> str:
 def check_needs(loaded: Loaded) -> None:
     """What jobs would miss only once they run: an image that is a file, W&B's key. Raises BadInput with all of it."""
     problems = Problems()
-    container = loaded.recipe.container
-    image = container.image if container else None
-    if image and (image.startswith(("/", "./", "../", "~")) or image.endswith((".sqsh", ".sif"))) and not Path(image).expanduser().exists():
-        problems.add([f"{loaded.lines.get(('container', 'image'), loaded.path)}: container.image: there is no file {image}"])
-    wandb = loaded.recipe.wandb
-    mode = (wandb or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
-    if wandb is not None and mode == "online" and not has_wandb_key():
+    problems.add(_image_problems(loaded))
+    if loaded.recipe.wandb is not None and _is_online(loaded) and not has_wandb_key():
         where = loaded.lines.get(("wandb",), loaded.path)
         more = "--wandb.mode offline keeps it on disk, --wandb null turns it off"
         problems.add([f"{where}: wandb is on, and there is no key: export WANDB_API_KEY=…, or run `wandb login` once; {more}"])
     problems.refuse()
+
+
+def _image_problems(loaded: Loaded) -> Iterator[str]:
+    """Images that are files, and are not there."""
+    section = loaded.recipe.container
+    given: dict[KeyPath, str | None] = {("image",): section.image, **{("stages", stage): getattr(section.stages, stage) for stage in STAGES}} if section else {}
+    for key, image in given.items():
+        if not image or image == "none":
+            continue
+        where = f"{loaded.lines.get(('container', *key), loaded.path)}: container.{'.'.join(key)}"
+        try:
+            path = parse(image).path
+        except BadReference as error:
+            yield f"{where}: {error}"
+            continue
+        if path is not None and not path.exists():
+            yield f"{where}: there is no {'folder' if parse(image).kind == 'folder' else 'file'} {image}"
+
+
+def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> list[str]:
+    """What containers need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
+
+    ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
+    """
+    section = loaded.recipe.container
+    inside = {stage.name: stage.container for stage in plan.stages if stage.container}
+    if section is None or not inside:
+        return []
+    problems, notes = Problems(), []
+    problems.add(_image_problems(loaded) if profile is None else ())
+    for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
+        if os.path.exists(source):
+            continue
+        if profile is None or is_shared(Path(source), profile):
+            problems.add([f"{loaded.lines.get(('container', 'mounts'), loaded.path)}: container.mounts: there is no {source}"])
+        else:
+            notes.append(f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once")
+    if loaded.recipe.wandb is not None and not os.environ.get("WANDB_API_KEY") and "train" in inside and _is_online(loaded):
+        problems.add([f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"])
+    problems.refuse()
+    for container in inside.values():
+        notes += _credential_notes(parse(container.image), container.runtime)
+    return list(dict.fromkeys(notes))
+
+
+def _credential_notes(image: Reference, runtime: str) -> list[str]:
+    """NVIDIA's own images are for everybody; those of an organisation are not. No secret is read, only whether there is one."""
+    if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
+        return []
+    if has_credentials(image.registry):
+        return []
+    return [f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {CREDENTIALS.get(runtime, CREDENTIALS['docker'])}"]
+
+
+def has_credentials(registry: str) -> bool:
+    """Whether one of the runtimes' own files names a registry."""
+    home = Path.home()
+    enroot = Path(os.environ.get("ENROOT_CONFIG_PATH") or home / ".config" / "enroot", ".credentials")
+    docker = Path(os.environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
+    podman = Path(os.environ.get("REGISTRY_AUTH_FILE") or f"/run/user/{os.getuid()}/containers/auth.json")
+    for path in (enroot, docker, podman, home / ".config" / "containers" / "auth.json", home / ".apptainer" / "docker-config.json"):
+        with suppress(OSError):
+            if registry in path.read_text(errors="replace"):
+                return True
+    return False
+
+
+def _is_online(loaded: Loaded) -> bool:
+    return ((loaded.recipe.wandb or {}).get("mode") or os.environ.get("WANDB_MODE", "online")) == "online"
 
 
 def has_wandb_key() -> bool:

@@ -17,9 +17,18 @@ from pathlib import Path
 import containers
 from containers import Image, Launch, none
 from containers.environment import of_runtime
-from containers.slurm_oci import BUNDLE
+from containers.slurm_oci import BUNDLE, NODES_VARIABLE
+from launcher import slurm
 from launcher.attempt import Attempt
-from launcher.container import INSIDE_PYTHON, host_python, image_of, node_check, passed_names, runtime_here
+from launcher.container import (
+    INSIDE_PYTHON,
+    host_python,
+    image_of,
+    named_folders,
+    node_check,
+    passed_names,
+    runtime_here,
+)
 from launcher.slurm import RENDEZVOUS
 from recipes.expand import expand, variables
 from recipes.files import read_object, write_private
@@ -28,6 +37,8 @@ from recipes.rundir import RunDir
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
+OF_BATCH = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+"""Of the batch script's own task; srun says others to each of its own, except in containers of its own."""
 FIRST_PORT, PORTS = 16384, 16000
 """Below what Linux gives out by itself (32768 and up), so that no passing connection has it."""
 MAX_PORTS = 20
@@ -99,22 +110,27 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         return Start(none.launch(Image(env={**wanted, **fixed}), command), {**host_environment(), **wanted, **fixed}, "none")
     fixed = {**fixed_environment(attempt, [wanted.pop("PYTHONPATH", "")]), **meeting}
     lives = {STDIN_VARIABLE: "1"} if runtime in containers.DAEMONS else {}
-    env = {"HOME": f"/tmp/amlaunch-{os.getuid()}", **wanted, **fixed, **lives}
-    passed = passed_names(attempt.run, secret_names(attempt.run), on_slurm=on_slurm)
+    nodes = {NODES_VARIABLE: " ".join(slurm.ordered_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))} if runtime == "slurm" else {}
+    env = {"HOME": f"/tmp/amlaunch-{os.getuid()}", **wanted, **fixed, **lives, **nodes}
+    passed = passed_names(container, secret_names(attempt.run), on_slurm=on_slurm)
     image = image_of(attempt.run, attempt.plan, attempt.stage, env, passed, on_slurm=on_slurm)
     command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
     found = containers.launch(runtime, image, command)
     if found.bundle is not None:
-        found = with_bundle(found, attempt.folder.root / "bundle")
+        found = replace(found, srun=tuple(flag.replace(BUNDLE, str(attempt.folder.root / "bundle")) for flag in found.srun))
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
-    return Start(found, {**of_runtime(host_environment()), **handed_on, **found.env}, runtime, image)
+    mine = {name: value for name, value in {**of_runtime(host_environment()), **handed_on}.items() if name not in OF_BATCH}
+    return Start(found, {**mine, **found.env}, runtime, image)
 
 
-def with_bundle(launch: Launch, folder: Path) -> Launch:
-    """Write the bundle's description, which may hold what only the user is to read."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    write_private(folder / "config.json", dict(launch.bundle or {}))
-    return replace(launch, srun=tuple(flag.replace(BUNDLE, str(folder)) for flag in launch.srun))
+def make_room(attempt: Attempt, start: Start) -> None:
+    """What must lie on disk before a container starts: the folders that are mounted, and the bundle, whose description may hold secrets."""
+    for folder in named_folders(attempt.stage) if start.image else ():
+        folder.mkdir(parents=True, exist_ok=True)
+    if start.launch.bundle is not None:
+        folder = attempt.folder.root / "bundle"
+        (folder / "rootfs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(folder / "config.json", start.launch.bundle)
 
 
 def secret_names(run: RunDir) -> list[str]:
@@ -150,7 +166,9 @@ def check_command(attempt: Attempt, start: Start, python: str | None = None) -> 
 
 def check_here(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
     """Look at this machine before the ranks start; nothing where they have no container. Raises OSError, Unset and CannotLaunch."""
-    argv = check_command(attempt, how_to_start(attempt, {}, {}, on_slurm=False))
+    start = how_to_start(attempt, {}, {}, on_slurm=False)
+    make_room(attempt, start)
+    argv = check_command(attempt, start)
     if not argv:
         return []
     output = files.enter_context(open(attempt.log(None), "ab"))

@@ -362,6 +362,11 @@ def host_names(text: str) -> set[str]:
     return found
 
 
+def ordered_hosts(text: str) -> list[str]:
+    """A list of nodes as single names, in Slurm's own order (``scontrol show hostnames``). Raises SlurmError."""
+    return call("scontrol", "show", "hostnames", text).split() if text else []
+
+
 def step_options() -> frozenset[str]:
     """The long names of all options that this site's srun knows, those of plugins included. Raises SlurmError."""
     return frozenset(re.findall(r"--([a-z][a-z-]+)", call("srun", "--help")))

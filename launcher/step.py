@@ -10,18 +10,21 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from launcher.attempt import Attempt
+from launcher.attempt import Assignment, Attempt
 from launcher.cluster import Profile
-from launcher.plan import Needs
-from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, meeting_place
+from launcher.plan import Needs, Plan, Stage
+from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, make_room, meeting_place
 from launcher.slurm import expand_ranges
 from launcher.state import FAILED
 from recipes.errors import BAD_INPUT, GO_ON_LATER
 from recipes.expand import expand, variables
+from recipes.files import Lock
+from recipes.rundir import RunDir
 
 SAID = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<what>.+)")
 """srun's line for tasks that did not exit with 0."""
@@ -38,16 +41,24 @@ class Step:
         """The one srun that stands for all ranks; it writes a log for each. Raises OSError, Unset and CannotLaunch."""
         needs = attempt.stage.needs
         meeting = {**meeting_place(needs.nodes, self.profile.interface, os.environ), "MASTER_PORT": str(port)}
-        start = how_to_start(attempt, self._site(), meeting, on_slurm=True)
+        command, start = self.command(attempt, meeting)
+        make_room(attempt, start)
         # srun creates a rank's log when it starts it; ours must be there for what comes before.
         output = files.enter_context(open(attempt.log(None), "ab"))
-        command = [*srun(needs, attempt.log(0), self.profile.srun, attempt.plan.cwd, start), *start.launch.argv]
         stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
-        return [Srun(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
+        begin = DeafSrun if start.runtime == "slurm" else Srun
+        return [begin(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
+
+    def command(self, attempt: Attempt, meeting: Mapping[str, str]) -> tuple[list[str], Start]:
+        """The step's argv, and what is started in it. Nothing is written. Raises OSError, Unset and CannotLaunch."""
+        start = how_to_start(attempt, self._site(), meeting, on_slurm=True)
+        log = attempt.folder.log(attempt.number, 0)
+        return [*srun(attempt.stage.needs, log, self.profile.srun, attempt.plan.cwd, start), *start.launch.argv], start
 
     def check(self, attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
         """A look at every node before containers start there, as a step of its own; nothing where there are none."""
         start = how_to_start(attempt, self._site(), {}, on_slurm=True)
+        make_room(attempt, start)
         argv = check_command(attempt, start, self.profile.python)
         if not argv:
             return []
@@ -85,6 +96,15 @@ class Srun(Rank):
 
 
 
+class DeafSrun(Srun):
+    """srun of tasks in Slurm's own containers: its OCI runtime dies of a SIGUSR1, and the task is not told. The stop file tells it."""
+
+    def send_signal(self, sig: int) -> None:
+        """Only what ends them at once."""
+        if sig not in (signal.SIGTERM, signal.SIGUSR1):
+            super().send_signal(sig)
+
+
 def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: Start) -> list[str]:
     """srun's part of the command: every rank of the element, each with a log of its own beside ``log``.
 
@@ -117,3 +137,12 @@ def _last_words(log: Path) -> dict[str, Any]:
     """Where srun itself failed (no such node, no such shell): its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return {"reason": f"the step failed: {lines[-1]}"} if lines else {}
+
+
+def preview(run: RunDir, plan: Plan, stage: Stage, profile: Profile) -> list[str]:
+    """The argv of the step that starts the first element of a stage, as a job would have it; values of variables are not in it."""
+    needs = stage.needs
+    given = Assignment(needs.cpus, tuple(map(str, range(needs.gpus_per_node))))
+    attempt = Attempt(run, plan, stage, stage.elements[0], given, Lock(run.root / "lock"), 1)
+    names = ("MASTER_ADDR", "MASTER_PORT", *(("GLOO_SOCKET_IFNAME",) if needs.nodes == 1 or profile.interface else ()), *(("NCCL_SOCKET_IFNAME",) if needs.nodes > 1 and profile.interface else ()))
+    return Step(profile).command(attempt, dict.fromkeys(names, ""))[0]

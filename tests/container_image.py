@@ -19,7 +19,7 @@ CACHE = Path("/var/cache/amlaunch-tests")
 TORCH = ("torch", "numpy", "safetensors", "tiktoken")
 """With what they need, as it is installed where the tests run: their compiled parts fit Debian's own Python of the same version."""
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
-WITHOUT = ("torch/test", "torch/include", "torch/share", "torch/testing/_internal", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
+WITHOUT = ("torch/test/", "torch/include", "torch/share", "torch/testing/_internal", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE": "image", "BOTH": "image"}
 """What the image itself sets."""
 MOUNT_POINTS = ("work", "data", "readonly")
@@ -45,13 +45,13 @@ def bundle() -> Path:
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            for old in CACHE.glob("image-*"):
-                shutil.rmtree(old)
             aside = CACHE / "aside"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(mode=0o755)
             _make(aside)
             aside.rename(folder)
+            for old in set(CACHE.glob("image-*")) - {folder}:
+                shutil.rmtree(old)
     return folder
 
 
@@ -97,6 +97,8 @@ def _make(folder: Path) -> None:
     for name in ("dev", "usr/lib/python3/dist-packages", *MOUNT_POINTS):
         (rootfs / name).mkdir(parents=True, exist_ok=True)
     (rootfs / "etc/mtab").symlink_to("../proc/self/mounts")  # podman would put it there, in a folder that is root's
+    for name in ("etc/hosts", "etc/resolv.conf", "run/.containerenv"):  # and mount these
+        (rootfs / name).touch()
     _copy_packages(rootfs / "usr/local/lib/python3.11/dist-packages")
     (rootfs / "ch").mkdir()
     (rootfs / "ch" / "environment").write_text("".join(f"{name}={value}\n" for name, value in ENV.items()))
@@ -127,7 +129,7 @@ def _copy_packages(target: Path) -> None:
 
 def _config() -> dict[str, object]:
     """The least that runc and Slurm want of a bundle; see runtime-spec, config.md."""
-    default = json.loads(subprocess.run(["sh", "-c", "cd $(mktemp -d) && runc spec && cat config.json"], capture_output=True, text=True, check=True).stdout)
+    default = json.loads(subprocess.run(["sh", "-c", "cd $(mktemp -d) && runc spec --rootless && cat config.json"], capture_output=True, text=True, check=True).stdout)
     default["process"].update({"terminal": False, "env": [f"{name}={value}" for name, value in ENV.items()], "args": ["/bin/true"]})
     default["root"] = {"path": "rootfs", "readonly": True}
     return dict(default)

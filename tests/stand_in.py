@@ -3,7 +3,7 @@
 Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang|once|steps|port|say|eat] [--rank R]: what rank R does (all: -1).
 ``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and goes on where it was told to stop;
 ``port`` says that its port is taken, the first time; ``say`` prints --words and fails where --on says (a host; any);
-``eat`` takes memory until somebody minds.
+``eat`` takes memory until somebody minds. --print NAME says what a variable is, --touch PATH whether a file can be made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("--element")
     parser.add_argument("--do", default="ok")
     parser.add_argument("--rank", type=int, default=-1)
-    parser.add_argument("--print", dest="variable")
+    parser.add_argument("--print", dest="variables", action="append", default=[])
+    parser.add_argument("--touch", type=Path)
     parser.add_argument("--words", default="")
     parser.add_argument("--on", default="")
     options = parser.parse_args()
@@ -40,8 +41,14 @@ def main() -> int:
         signal.signal(number, lambda number, _: asked.append(number))
     size = os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"]
     print(f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
-    if options.variable:
-        print(f"{options.variable}={os.environ[options.variable]}", flush=True)
+    for name in options.variables:
+        print(f"{name}={os.environ.get(name)}", flush=True)
+    if options.touch:
+        try:
+            options.touch.touch()
+            print(f"wrote {options.touch}", flush=True)
+        except OSError as error:
+            print(f"could not write: {error}", flush=True)
     (folder.root / f"pid{rank}").write_text(str(os.getpid()))
     if rank == 0:
         Heartbeat(folder.progress).beat(unit="step", done=3, total=9, rate=1234.5, eta_s=6.0, loss=2.5)

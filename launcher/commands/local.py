@@ -15,6 +15,7 @@ from launcher.create import write_run
 from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
+from launcher.preflight import check_containers
 from launcher.prepare import check_here, check_inside, default_recipe, notes, prepare
 from launcher.report import LiveReport, PlainReport, make_report
 from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
@@ -34,13 +35,13 @@ def run(options: argparse.Namespace) -> int:
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     _check_input(run_dir, plan, stages)
     check_here(loaded, stages)
-    inside = check_inside(loaded, plan, run_dir, stages)
+    remarks = [*check_containers(loaded, plan, None), *check_inside(loaded, plan, run_dir, stages)]
     _check_jobs(run_dir, plan)
     with driving(run_dir):
         report = make_report(options.json)
         if not options.recipe:
             report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
-        for note in [*notes(loaded, plan, machine), *inside]:
+        for note in [*notes(loaded, plan, machine), *remarks]:
             report.say(f"note: {note}")
         busy = any(state.state == RUNNING for state in read_run(run_dir, plan))
         write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import describe, sbatch, slurm
+from launcher import describe, sbatch, slurm, step
 from launcher.cluster import Cluster, find_cluster
 from launcher.create import write_run
 from launcher.fit import Asked, check_site, check_stages, memory_notes
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_disk, check_needs, check_python
+from launcher.preflight import check_containers, check_disk, check_needs, check_python
 from launcher.prepare import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
 from launcher.problems import Problems
 from launcher.slurm import SlurmError
@@ -100,6 +100,8 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         made.append((loaded, plan))
         with problems.collected():
             check_stages(loaded, cluster, _chosen(plan, options), asked)
+        with problems.collected():
+            notes += check_containers(loaded, plan, cluster.profile)
         with problems.collected():
             notes += check_inside(loaded, plan, _run_dir(runs, plan), _chosen(plan, options))
         notes += check_disk(loaded, plan, runs, cluster.profile)
@@ -205,12 +207,23 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
     found = _drafts(run_dir, plan, cluster, stages, known_states(run_dir, plan))
     jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in found}
     if options.json:
-        rows = [{"stage": d.array.stage.name, "elements": list(d.array.elements), "path": str(d.array.folder / "script.sh"), "options": dependency(d, jobs), "script": d.text} for d in found]
+        rows = [
+            {
+                "stage": d.array.stage.name,
+                "elements": list(d.array.elements),
+                "path": str(d.array.folder / "script.sh"),
+                "options": dependency(d, jobs),
+                "script": d.text,
+                "step": step.preview(run_dir, plan, d.array.stage, cluster.profile),
+            }
+            for d in found
+        ]
         print(describe.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
         return OK
     for draft in found:
         print(f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}")
         print(draft.text)
+        print(f"# the step of its first element:\n# {shlex.join(step.preview(run_dir, plan, draft.array.stage, cluster.profile))}")
     if not found:
         print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")
     return OK

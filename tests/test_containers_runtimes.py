@@ -1,0 +1,234 @@
+"""What each runtime is told, option by option, against its own documentation; and what is kept out of sight.
+
+pyxis, enroot and apptainer are not packaged by Debian: of them this is all that the tests see. The others also run
+(test_containers_local.py, test_containers_slurm.py). The documents are named at each test, as of 2026-11.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+import containers
+from containers import CannotLaunch, Image, Mount, parse
+from containers.environment import OF_THE_RUNTIME, of_libraries, of_runtime
+from containers.failures import FAILURES, failure_of
+from containers.node import check, verdict_of
+
+ROOT = Path(__file__).resolve().parent.parent
+NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
+SQSH = parse("/images/pytorch.sqsh")
+MOUNTS = (Mount("/runs/a", "/runs/a"), Mount("/lustre/text", "/text", read_only=True))
+ENV = {"NCCL_DEBUG": "INFO", "MY_TOKEN": "hunter2", "HOME": "/tmp/home", "MASTER_ADDR": "gpu1"}
+COMMAND = ["python3", "-u", "-c", "…", "recipe.yaml"]
+
+
+def image(reference=NGC, **more) -> Image:
+    settings = {"mounts": MOUNTS, "env": ENV, "passed": ("SLURM_PROCID", "CUDA_VISIBLE_DEVICES"), "workdir": "/work", "gpus": True, "on_slurm": True}
+    return Image(reference, **{**settings, **more})
+
+
+@pytest.mark.parametrize("runtime", [name for name in containers.RUNTIMES if name not in ("slurm", "none")])
+def test_a_value_that_may_be_secret_stands_in_no_argv(runtime):
+    """Everybody on a node can read an argv (ps), and a dry run shows it."""
+    fitting = next(one for one in (NGC, SQSH, parse("/images/a.sif")) if one.kind in containers.KINDS[runtime])
+    mounts = MOUNTS[:1] if runtime == "charliecloud" else MOUNTS
+    found = containers.launch(runtime, image(fitting, mounts=mounts), COMMAND)
+    words = " ".join([*found.argv, *found.srun, *(word for command in found.prepare for word in command)])
+    assert "hunter2" not in words and "MY_TOKEN" in words + " ".join(found.env)
+    assert "hunter2" in found.env.values()
+    assert "HOME" not in found.env, "the runtime's own home stays what it is"
+
+
+def test_pyxis():
+    """https://github.com/NVIDIA/pyxis: args.c, the table of options (container-image … container-env) and parse_mount_option."""
+    found = containers.launch("pyxis", image(), COMMAND)
+    assert found.srun == (
+        "--container-image=nvcr.io#nvidia/pytorch:25.08-py3",  # [USER@][REGISTRY#]IMAGE[:TAG]|PATH
+        "--container-mounts=/runs/a:/runs/a,/lustre/text:/text:ro",  # SRC:DST[:FLAGS][,SRC:DST...]
+        "--no-container-mount-home",
+        "--no-container-remap-root",
+        "--container-writable",
+        "--container-workdir=/work",
+        "--no-container-entrypoint",
+        "--container-env=MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
+    )
+    # srun resolves a command with a path on the host (pyxis#104); HOME is the runtime's own, so it is set inside
+    assert found.argv == ("sh", "-c", 'exec "$@"', "sh", "env", "HOME=/tmp/home", *COMMAND)
+    assert found.env == {"MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO"} and not found.prepare
+
+
+def test_pyxis_takes_a_file_by_its_whole_path_and_runs_an_entrypoint_that_is_asked_for():
+    found = containers.launch("pyxis", image(SQSH, entrypoint=True, mounts=(), options=("--container-remap-root",)), COMMAND)
+    assert "--container-image=/images/pytorch.sqsh" in found.srun and "--container-entrypoint" in found.srun
+    assert not any(flag.startswith("--container-mounts") for flag in found.srun) and found.srun[-1] == "--container-remap-root"
+
+
+def test_enroot():
+    """https://github.com/NVIDIA/enroot: doc/cmd/{import,create,start,list}.md, doc/image-format.md (fstab), src/runtime.sh (--rc takes a pipe)."""
+    found = containers.launch("enroot", image(), COMMAND)
+    bash, flag, script, name, *words = found.argv
+    assert (bash, flag, name) == ("bash", "-c", "bash")
+    assert script == (
+        "exec enroot start --rw --rc <(echo 'exec \"$@\"') "
+        '${CUDA_VISIBLE_DEVICES+--env CUDA_VISIBLE_DEVICES} ${SLURM_PROCID+--env SLURM_PROCID} "$@"'
+    )
+    container = words.index(next(word for word in words if word.startswith("amlaunch-nvcr-io-nvidia-pytorch-25-08-py3-")))
+    assert words[:container] == [
+        "--mount", "/runs/a:/runs/a:none:x-create=auto,rbind,rw:0:0", "--mount", "/lustre/text:/text:none:x-create=auto,rbind,ro:0:0",
+        "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG",
+    ]  # fmt: skip
+    assert words[container + 1 :] == ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", "/work", "env", "HOME=/tmp/home", *COMMAND]
+    ((*_, unpacked, uri),) = found.prepare
+    assert (unpacked, uri) == (words[container], "docker://nvcr.io#nvidia/pytorch:25.08-py3")
+    assert "enroot import --output" in found.prepare[0][2] and "enroot create --force --name" in found.prepare[0][2]
+
+
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_apptainer(program):
+    """https://apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu (--nv), environment_and_metadata (APPTAINERENV_, --no-eval)."""
+    found = containers.launch(program, image(), COMMAND)
+    assert found.argv == (
+        program, "exec", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
+        "docker://nvcr.io/nvidia/pytorch:25.08-py3", "env", "HOME=/tmp/home", *COMMAND,
+    )  # fmt: skip
+    prefix = program.upper()
+    assert found.env == {f"{prefix}ENV_NCCL_DEBUG": "INFO", f"{prefix}ENV_MY_TOKEN": "hunter2", f"{prefix}ENV_MASTER_ADDR": "gpu1", f"{prefix}_NO_EVAL": "1"}
+    assert found.prepare == ((program, "exec", "docker://nvcr.io/nvidia/pytorch:25.08-py3", "true"),)
+    assert containers.launch(program, image(parse("/images/a.sif"), gpus=False), COMMAND).prepare == ()
+    assert "--nv" not in containers.launch(program, image(gpus=False), COMMAND).argv
+    assert containers.launch(program, image(entrypoint=True), COMMAND).argv[1] == "run"
+
+
+def test_docker():
+    """https://docs.docker.com/reference/cli/docker/container/run; limits and --ipc as NVIDIA's framework guide recommends."""
+    found = containers.launch("docker", image(on_slurm=False), COMMAND)
+    argv = list(found.argv)
+    groups = [word for group in sorted(set(os.getgroups()) - {os.getgid()}) for word in ("--group-add", str(group))]
+    assert argv == [
+        "docker", "run", "--rm", "--interactive", "--network=host", "--ipc=host",
+        "--mount", "type=bind,source=/runs/a,target=/runs/a", "--mount", "type=bind,source=/lustre/text,target=/text,readonly",
+        "--env", "CUDA_VISIBLE_DEVICES", "--env", "HOME=/tmp/home", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG", "--env", "SLURM_PROCID",
+        "--workdir", "/work", "--entrypoint", "", "--init", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864",
+        "--user", f"{os.getuid()}:{os.getgid()}", *groups, "--gpus", "all", "nvcr.io/nvidia/pytorch:25.08-py3", *COMMAND,
+    ]  # fmt: skip
+    assert found.stdin, "it lives as long as its input"
+
+
+def test_docker_in_a_job_uses_the_gpus_of_the_job():
+    """Its daemon sees all of the node's; SLURM_STEP_GPUS has their numbers there (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
+    argv = containers.launch("docker", image(), COMMAND).argv
+    assert argv[:4] == ("sh", "-c", 'CUDA_VISIBLE_DEVICES=${SLURM_STEP_GPUS:-${CUDA_VISIBLE_DEVICES-}} exec "$@"', "sh") and argv[4] == "docker"
+    assert containers.launch("docker", image(gpus=False), COMMAND).argv[0] == "docker"
+
+
+def test_podman(monkeypatch):
+    """podman-run(1); NVIDIA's devices by CDI, as the container toolkit documents it for podman."""
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    argv = containers.launch("podman", image(), COMMAND).argv
+    start = argv.index("--entrypoint")
+    assert argv[:2] == ("podman", "run") and argv[start:] == (
+        "--entrypoint", "", "--userns=keep-id", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
+        "nvcr.io/nvidia/pytorch:25.08-py3", *COMMAND,
+    )  # fmt: skip
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert "--userns=keep-id" not in containers.launch("podman", image(), COMMAND).argv
+
+
+def test_charliecloud():
+    """ch-run(1) 0.31: --set-env, --unset-env, --bind, --cd."""
+    found = containers.launch("charliecloud", image(SQSH, mounts=MOUNTS[:1]), COMMAND)
+    assert found.argv == (
+        "ch-run", "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
+        "--set-env=MASTER_ADDR=$AMLAUNCH_OF_RECIPE_MASTER_ADDR", "--set-env=MY_TOKEN=$AMLAUNCH_OF_RECIPE_MY_TOKEN", "--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG",
+        "--unset-env=AMLAUNCH_OF_RECIPE_*", "--bind=/runs/a:/runs/a", "--cd=/work", "/images/pytorch.sqsh", "--", *COMMAND,
+    )  # fmt: skip
+    with pytest.raises(CannotLaunch, match="read-only"):
+        containers.launch("charliecloud", image(SQSH), COMMAND)
+
+
+@pytest.mark.parametrize(
+    "text, runtimes",
+    [
+        ("nvcr.io/nvidia/pytorch:25.08-py3", ["pyxis", "enroot", "apptainer", "singularity", "podman", "docker", "charliecloud"]),
+        ("/a.sqsh", ["pyxis", "enroot", "apptainer", "singularity", "charliecloud"]),
+        ("/a.sif", ["apptainer", "singularity"]),
+        ("/a.tar", ["apptainer", "singularity", "podman", "docker"]),
+        ("/bundle", ["apptainer", "singularity", "podman", "charliecloud", "slurm"]),
+    ],
+)
+def test_which_runtime_starts_what(text, runtimes):
+    reference = parse(text)
+    assert containers.able(reference) == runtimes
+    assert containers.choose(reference, ["docker", "pyxis", "apptainer"]) == next((name for name in runtimes if name in ("pyxis", "apptainer", "docker")), None)
+    for name in set(containers.KINDS) - set(runtimes):
+        with pytest.raises(CannotLaunch):
+            containers.launch(name, image(reference, mounts=()), COMMAND)
+
+
+def test_of_the_host_only_what_libraries_read_enters():
+    host = {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "CONDA_PREFIX": "/z", "WANDB_API_KEY": "k", "PATH": "/bin", "HOME": "/home/me"}
+    assert of_libraries(host) == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": "k"}
+    stale = {"APPTAINERENV_X": "1", "PYXIS_CONTAINER_IMAGE": "old", "SLURM_EXPORT_ENV": "NONE", "ENROOT_CONFIG_PATH": "/c"}
+    assert of_runtime({**host, **stale}) == {"PATH": "/bin", "HOME": "/home/me", "ENROOT_CONFIG_PATH": "/c"}
+    assert not any(name.startswith(("PMI", "PYTHON", "LD_")) for name in OF_THE_RUNTIME)
+
+
+@pytest.mark.parametrize(
+    "line, kind, again",
+    [
+        ("slurmstepd: error: pyxis: failed to import docker image: curl: (22) The requested URL returned error: 401", "no credentials for the registry", False),
+        ("slurmstepd: error: pyxis:     [ERROR] No such file or directory: /images/x.sqsh", "no such image", False),
+        ("slurmstepd: error: pyxis:     [ERROR] Command not found: nvidia-container-cli, see https://github.com/NVIDIA/libnvidia-container", "no GPUs in the container", False),
+        ("slurmstepd: error: pyxis:     mksquashfs: write failed: No space left on device", "no space for the image", True),
+        ("docker: Error response from daemon: manifest for nvcr.io/x:1 not found: manifest unknown", "no such image", False),
+        ("docker: Error response from daemon: could not select device driver \"\" with capabilities: [[gpu]].", "no GPUs in the container", False),
+        ("Error: initializing source docker://r/x:1: pinging container registry r: dial tcp: lookup r: no such host", "registry out of reach", True),
+        ("Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=all", "no GPUs in the container", False),
+        ("FATAL:   Unable to handle docker://nvcr.io/x uri: unauthorized: authentication required", "no credentials for the registry", False),
+        ("FATAL:   could not open image /images/a.sif: failed to retrieve path", "no such image", False),
+        ("FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist", "mount", False),
+        ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0, please update your driver", "driver too old", False),
+        ("exec /usr/bin/python3: exec format error", "wrong architecture", False),
+        ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount", False),
+        ("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", "no daemon", True),
+        ("Error: cannot find newuidmap: exec: \"newuidmap\": executable file not found in $PATH", "no user namespaces", False),
+    ],
+)  # fmt: skip
+def test_why_a_container_did_not_start(line, kind, again):
+    found = failure_of(f"something else\n{line}\n")
+    assert found is not None and found[0].kind == kind and found[0].again == again and found[1] == line
+
+
+@pytest.mark.parametrize("line", ["OSError: No space left on device", "requests: 404 Client Error: Not Found", "error: r.yaml:3: no such image", "rank 0: 401"])
+def test_what_the_trainer_says_is_not_the_runtimes(line):
+    assert failure_of(line) is None
+
+
+def test_every_kind_of_failure_has_advice():
+    assert all(len(failure.advice) > 20 for failure in FAILURES) and len({failure.kind for failure in FAILURES}) == len(FAILURES)
+
+
+def test_a_node_is_looked_at_before_anything_starts(tmp_path):
+    (tmp_path / "a.sqsh").touch()
+    spec = {"runtime": "podman", "image": "x", "path": str(tmp_path / "b.sqsh"), "mounts": [str(tmp_path), str(tmp_path / "no")], "prepare": [], "architecture": "s390x"}
+    found = dict(check(spec))
+    assert f"there is no {tmp_path / 'b.sqsh'} here" in found["no such image"] and f"there is no {tmp_path / 'no'} to mount" in found["mount"]
+    assert "the image is for s390x" in found["wrong architecture"]
+    assert not [kind for kind, _ in check({**spec, "path": str(tmp_path / "a.sqsh"), "mounts": [], "architecture": None}) if kind != "no runtime"]
+
+
+def test_the_drivers_word_is_found_among_what_all_nodes_wrote():
+    said = 'gpu2: bringing x here\ncontainer: {"kind": "mount", "host": "gpu1", "again": false, "elsewhere": false, "reason": "gpu1: mount: …"}\nsrun: error: gpu1: task 0: Exited with exit code 1'
+    assert verdict_of(said)["host"] == "gpu1" and verdict_of("nothing") is None
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 13)])
+def test_what_runs_inside_is_python_of_every_version(version):
+    """The image's Python may be another than the launcher's: no syntax newer than 3.10."""
+    for package in ("recipes", "trainer", "preprocess", "containers"):
+        for path in (ROOT / package).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=version)

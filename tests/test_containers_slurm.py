@@ -1,0 +1,149 @@
+"""Stages really inside containers, on a cluster: with every runtime that Debian's Slurm nodes can have."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import container_image
+import pytest
+from slurm_cluster import REPOSITORY, Cluster
+from slurm_runs import CPU, PROFILE, Place, attempts, element, states
+from test_e2e import TINY, write_text
+
+from launcher.plan import Container, Element, Needs, Plan, Stage
+from launcher.snapshot import PACKAGES
+from recipes.files import read_json_lines, write_json
+from recipes.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+RUNTIMES = ("podman", "charliecloud", "slurm")
+TWO = Needs(2, 0, 1, 1, "1G", 5)
+CLUSTERS = """\
+lab:
+  signal_seconds: 60
+  time: 5
+  stages:
+    preprocess: {mem: 1G}
+    train: {mem: 3G}
+"""
+
+
+@pytest.fixture(scope="module")
+def image() -> Path:
+    obstacle = container_image.obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    return container_image.bundle()
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Cluster, image: Path) -> Place:
+    """A folder with a small recipe and its text."""
+    place = Place(cluster, "tiny")
+    place.env["TEXT"] = str(place.folder / "text")
+    write_text(place.folder / "text")
+    place.write("tiny.yaml", TINY)
+    place.write("clusters.yaml", CLUSTERS)
+    return place
+
+
+def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> RunDir:
+    """A run of one stand-in stage in a container, planned but not submitted; its code is a copy, as in a snapshot."""
+    run = RunDir(place.folder / "runs" / "test-1")
+    one = Element("0", "stand_in", [*words, "--element", str(run.element("train", "0").root)])
+    stage = Stage("train", [one], [], needs, "cpu", container)
+    plan = Plan("test-1", [stage], None, str(place.folder), {"BOTH": "recipe", "SPACES": "a b; $HOME 'c'"}, {"name": "slurm", "profile": dict(PROFILE)})
+    write_json(run.plan, plan.to_json())
+    run.code.mkdir()
+    for package in (*PACKAGES, "stand_in.py"):
+        source = REPOSITORY / "tests" / package if package.endswith(".py") else REPOSITORY / package
+        shutil.copytree(source, run.code / package) if source.is_dir() else shutil.copy(source, run.code / package)
+    subprocess.run(["chown", "-R", "lab:lab", str(place.folder / "runs")], check=True)
+    return run
+
+
+def submitted(place: Place) -> str:
+    place.amlaunch("retry", "test-1")
+    return place.queued()[0]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_train_step_on_two_nodes(tiny: Place, image: Path, runtime: str) -> None:
+    words = ["--name", runtime, "--container.image", str(image), "--container.runtime", runtime, "--container.stages", "{preprocess: none, verify: none}"]
+    words += ["--resources.train.nodes", "2", "--resources.train.tasks_per_node", "1", "--step_scheduler.max_steps", "2", "--export", "null"]
+    words += ["--validation_dataset", "null", "--step_scheduler.val_every_steps", "null", "--distributed.strategy", "ddp"]
+    tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    found = tiny.wait(runtime, 180)
+    assert states(found)["train"] == ["done"] and element(found, "train")["nodes"] == "cpu[1-2]"
+    (folder,) = (tiny.folder / "runs").glob(f"{runtime}-*")
+    run = RunDir(folder)
+    log = run.element("train", "0").log(1, 0).read_text()
+    assert "2 x cpu, ddp" in log, log
+    losses = [line["loss"] for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
+    assert len(losses) == 2
+    versions = [line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "start"]
+    assert len(versions) == 1
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: Path, runtime: str) -> None:
+    place = Place(cluster, runtime)
+    (place.folder / "data").mkdir()
+    shutil.chown(place.folder / "data", "lab", "lab")
+    read_only = runtime != "charliecloud"
+    container = Container(str(f"file://{image}"), runtime, [(str(place.folder / "data"), "/data", read_only)])
+    words = ["--do", "steps", "--print", "BOTH", "--print", "FROM_IMAGE", "--print", "SPACES", "--print", "VIRTUAL_ENV", "--touch", "/data/mine"]
+    run = stand_in(place, container, TWO, *words)
+    job = submitted(place)
+    place.wait_until("test-1", lambda found: element(found, "train")["progress"].get("done", 0) > 3 or found["state"] == "failed")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    found = place.wait("test-1", 90)
+    folder = run.element("train", "0")
+    log = folder.log(1, 0).read_text()
+    assert "rank 0 of 2 on cpu1" in log and "rank 1 of 2 on cpu2" in folder.log(1, 1).read_text()
+    assert "BOTH=recipe\n" in log and "FROM_IMAGE=image\n" in log and "SPACES=a b; $HOME 'c'\n" in log and "VIRTUAL_ENV=None\n" in log
+    assert ("could not write: [Errno 30]" in log) == read_only and (place.folder / "data" / "mine").exists() != read_only
+    assert states(found)["train"] == ["done"] and len(attempts(run, "train")) == 2
+    ends = [line for line in read_json_lines(folder.attempts) if line["event"] == "end"]
+    assert ends[0]["outcome"] == "stopped" and "time limit" in ends[0]["reason"]
+    steps = [line.split() for line in (folder.root / "steps0").read_text().splitlines()]
+    assert steps == [[str(n)] for n in range(1, 25)], "each step once: it went on where it stopped"
+    assert (folder.root / "saved1").stat().st_uid == (place.folder / "data").stat().st_uid, "what it writes is lab's"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_exit_code_comes_back(cluster: Cluster, image: Path, runtime: str) -> None:
+    place = Place(cluster, runtime)
+    run = stand_in(place, Container(f"file://{image}", runtime), CPU, "--do", "bad")
+    submitted(place)
+    found = place.wait("test-1", 60, code=2)
+    assert "model.n_layer: expected int" in element(found, "train")["reason"] and len(attempts(run, "train")) == 1
+
+
+@pytest.mark.parametrize(
+    "container, words",
+    [
+        (Container("/no/such.sqsh", "charliecloud"), ["no such image", "there is no /no/such.sqsh here"]),
+        (Container("localhost:1/none:1", "podman"), ["registry out of reach", "amlaunch image import"]),
+        (Container("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), ["no runtime", "apptainer is not installed"]),
+    ],
+)
+def test_what_is_missing_is_said_in_the_first_seconds(cluster: Cluster, container: Container, words: list[str]) -> None:
+    place = Place(cluster, "missing")
+    run = stand_in(place, container, CPU, "--do", "ok")
+    submitted(place)
+    found = place.wait("test-1", 90, code=1)
+    reason = element(found, "train")["reason"]
+    assert all(word in reason for word in words) and "cpu" in reason, reason
+    assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
+
+
+def test_a_mount_that_a_node_does_not_have(cluster: Cluster, image: Path) -> None:
+    place = Place(cluster, "mount")
+    stand_in(place, Container(f"file://{image}", "podman", [("/no/such/folder", "/data", False)]), CPU, "--do", "ok")
+    submitted(place)
+    reason = element(place.wait("test-1", 60, code=1), "train")["reason"]
+    assert "there is no /no/such/folder to mount" in reason, reason
