@@ -38,6 +38,8 @@ INSIDE = ("torch", "numpy", "safetensors", "pyyaml", "tiktoken", "pyarrow", "dat
 MIN_SHM = 1 << 30
 """Docker's own 64 MB are too little for data loaders and NCCL (https://docs.nvidia.com/deeplearning/frameworks/user-guide)."""
 CHECK_MINUTES = 15
+CHECK_MEMORY = "4G"
+"""Of the job, where the profile does not say: torch alone takes more than many sites give to a CPU."""
 PULL_SECONDS = 3600
 
 
@@ -89,7 +91,7 @@ def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
     if (gpus or 0) > partition.gpus:
         raise BadInput(f"--gpus {gpus}: a node of partition {partition.name} has {partition.gpus}")
     yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check")
-    for name, value in (("partition", partition.name), ("account", stage.account), ("qos", stage.qos)):
+    for name, value in (("partition", partition.name), ("mem", stage.mem or CHECK_MEMORY), ("account", stage.account), ("qos", stage.qos)):
         if value:
             yield f"--{name}={value}"
     if gpus:
