@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def refuse(spec: Mapping[str, Any], failure: Failure, words: str) -> int:
     """One line of JSON for the driver."""
-    reason = f"{host()}: {failure.kind}: {words}; {advice(failure, spec['runtime'])}" if words else f"{host()}: {failure.kind}; {advice(failure, spec['runtime'])}"
+    reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'])}"
     verdict = {"kind": failure.kind, "host": host(), "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
     print(f"{MARK}{json.dumps(verdict)}", file=sys.stderr, flush=True)
     return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pwd
 import signal
 import socket
 import struct
@@ -120,7 +121,16 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         found = replace(found, srun=tuple(flag.replace(BUNDLE, str(attempt.folder.root / "bundle")) for flag in found.srun))
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
     mine = {name: value for name, value in {**of_runtime(host_environment()), **handed_on}.items() if name not in OF_BATCH}
-    return Start(found, {**mine, **found.env}, runtime, image)
+    return Start(found, {**who(), **mine, **found.env}, runtime, image)
+
+
+def who() -> dict[str, str]:
+    """The user's name, where the environment does not say it: ch-run ends without, and so does what looks for a cache of one's own inside."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = str(os.getuid())
+    return {"USER": name, "LOGNAME": name}
 
 
 def make_room(attempt: Attempt, start: Start) -> None:

@@ -1,0 +1,163 @@
+"""Ranks really inside containers on this machine: podman and docker as root, charliecloud; what becomes of them when somebody is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import container_image
+import pytest
+
+from launcher.plan import Container, Element, Needs, Plan, Stage
+from launcher.snapshot import PACKAGES
+from recipes.files import read_json_lines, write_json
+from recipes.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {
+    # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control groups
+    "podman": ["--runtime", "runc", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--ulimit", "memlock=65536:65536"],
+    "docker": ["--ulimit", "memlock=65536:65536"],
+    "charliecloud": [],
+}
+DRIVER = """
+import sys
+from launcher.attempt import Assignment
+from launcher.driver import run_element
+print(run_element(sys.argv[1], "train", "0", Assignment(1, ())))
+"""
+
+
+@pytest.fixture(scope="module")
+def image() -> Path:
+    obstacle = container_image.obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    return container_image.bundle()
+
+
+@pytest.fixture(scope="module")
+def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A daemon of our own with the image, without torch: its name there."""
+    if not shutil.which("dockerd"):
+        pytest.skip("no dockerd")
+    folder = tmp_path_factory.mktemp("docker")
+    host = f"unix://{folder}/socket"
+    # no bridge and no rules for packets: the machine's network stays as it is
+    command = ["dockerd", "--host", host, "--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "pid", "--bridge=none", "--iptables=false", "--ip6tables=false"]
+    with open(folder / "log", "w") as log:
+        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    before = os.environ.get("DOCKER_HOST")
+    os.environ["DOCKER_HOST"] = host
+    try:
+        deadline = time.monotonic() + 30
+        while subprocess.run(["docker", "version"], capture_output=True).returncode:
+            assert daemon.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        tar = subprocess.Popen(["tar", "-C", image / "rootfs", "--exclude=./usr/local/lib/python3.11/dist-packages/*", "-c", "."], stdout=subprocess.PIPE)
+        changes = [word for name, value in container_image.ENV.items() for word in ("--change", f"ENV {name}={value}")]
+        subprocess.run(["docker", "import", *changes, "--change", 'ENTRYPOINT ["/bin/false"]', "-", "amlaunch-test:1"], stdin=tar.stdout, check=True, capture_output=True)
+        yield "docker.io/library/amlaunch-test:1"
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        if before is None:
+            del os.environ["DOCKER_HOST"]
+        else:
+            os.environ["DOCKER_HOST"] = before
+
+
+@pytest.fixture(params=["podman", "docker", "charliecloud"])
+def container(request: pytest.FixtureRequest, image: Path) -> Container:
+    runtime = request.param
+    name = request.getfixturevalue("docker") if runtime == "docker" else f"file://{image}"
+    return Container(name, runtime, options=OPTIONS[runtime])
+
+
+def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) -> RunDir:
+    """A run of one stand-in stage, planned."""
+    run = RunDir(folder / "run")
+    one = Element("0", "stand_in", [*words, "--element", str(run.element("train", "0").root)])
+    stage = Stage("train", [one], [], Needs(1, 0, tasks, 1), None, container)
+    plan = Plan("run", [stage], None, str(folder), {"BOTH": "recipe", "QUOTED": "a 'b' \"c\" $HOME"})
+    write_json(run.plan, plan.to_json())
+    run.code.mkdir()
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, run.code / package)
+    shutil.copy(ROOT / "tests" / "stand_in.py", run.code)
+    return run
+
+
+def drive(run: RunDir) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-P", "-c", DRIVER, run.root], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def until(test, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not test():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def last(run: RunDir) -> dict:
+    return read_json_lines(run.element("train", "0").attempts)[-1]
+
+
+def test_a_rank_in_a_container(tmp_path, container):
+    run = make_run(tmp_path, container, "--print", "BOTH", "--print", "FROM_IMAGE", "--print", "QUOTED", "--print", "PYTHONPATH", "--print", "VIRTUAL_ENV", tasks=2)
+    out, _ = drive(run).communicate(timeout=60)
+    log = run.element("train", "0").log(1, 1).read_text()
+    assert out.strip() == "done", (last(run), log)
+    assert f"rank 1 of 2 on {os.uname().nodename} in {tmp_path}" in log
+    for line in ("BOTH=recipe", "FROM_IMAGE=image", "QUOTED=a 'b' \"c\" $HOME", f"PYTHONPATH={run.code}", "VIRTUAL_ENV=None"):
+        assert f"{line}\n" in log, log
+
+
+def test_told_to_stop_it_saves_and_leaves(tmp_path, container):
+    run = make_run(tmp_path, container, "--do", "steps")
+    driver = drive(run)
+    until((run.element("train", "0").root / "steps0").exists)
+    driver.send_signal(signal.SIGTERM)
+    out, _ = driver.communicate(timeout=30)
+    assert out.strip() == "stopped" and last(run)["exit_codes"] == [75], last(run)
+
+
+def test_a_rank_whose_driver_was_killed_does_not_live_on(tmp_path, container):
+    run = make_run(tmp_path, container, "--do", "steps")
+    driver = drive(run)
+    steps = run.element("train", "0").root / "steps0"
+    until((run.element("train", "0").root / "steps0").exists)
+    driver.kill()
+    driver.wait()
+    time.sleep(2)
+    before = steps.read_text()
+    time.sleep(1.5)
+    assert steps.read_text() == before and len(before.split()) < 20
+
+
+def test_bad_input_comes_back_as_such(tmp_path, container):
+    run = make_run(tmp_path, container, "--do", "bad")
+    out, _ = drive(run).communicate(timeout=60)
+    assert out.strip() == "failed" and last(run)["exit_codes"] == [2] and last(run)["retry"] is False
+    assert "model.n_layer: expected int" in last(run)["reason"]
+
+
+def test_a_missing_image_of_docker(tmp_path, docker):
+    run = make_run(tmp_path, Container("localhost:1/none:1", "docker"), "--do", "ok")
+    drive(run).communicate(timeout=60)
+    assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(run)
+
+
+def test_an_entrypoint_runs_only_where_it_is_asked_for(tmp_path, docker):
+    """The image's own is /bin/false."""
+    run = make_run(tmp_path, Container(docker, "docker", entrypoint=True, options=OPTIONS["docker"]), "--do", "ok")
+    out, _ = drive(run).communicate(timeout=60)
+    assert out.strip() == "failed" and last(run)["exit_codes"] == [1]
