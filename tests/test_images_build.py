@@ -93,7 +93,7 @@ def test_the_dockerfile_is_printed(capsys):
 def _pythons() -> list[str]:
     """Every Python from 3.10 to 3.13 that is here, by version."""
     found: dict[str, str] = {}
-    places = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)), *map(str, Path("/root/.pyenv/versions").glob("3.1[0-3].*/bin/python3"))]
+    places = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)), *map(str, (Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3"))]
     for place in filter(None, places):
         ask = subprocess.run([place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
         if ask.returncode == 0 and ask.stdout.strip() in ("3.10", "3.11", "3.12", "3.13"):
