@@ -29,6 +29,7 @@ from launcher.diagnose import BAD, OK, WARN, Finding
 from launcher.images import ToolFailed
 from launcher.machine import this_machine
 from launcher.packages import PYTHONS, canonical, too_old
+from launcher.site import choose_partition
 from recipes.errors import BadInput
 
 PROBE = Path(containers.__file__).with_name("probe.py")
@@ -37,6 +38,8 @@ INSIDE = ("torch", "numpy", "safetensors", "pyyaml", "tiktoken", "pyarrow", "dat
 MIN_SHM = 1 << 30
 """Docker's own 64 MB are too little for data loaders and NCCL (https://docs.nvidia.com/deeplearning/frameworks/user-guide)."""
 CHECK_MINUTES = 15
+CHECK_MEMORY = "4G"
+"""Of the job, where the profile does not say: torch alone takes more than many sites give to a CPU."""
 PULL_SECONDS = 3600
 
 
@@ -82,10 +85,13 @@ def plan_start(image: containers.Reference, runtime: str, mounts: Sequence[Mount
 
 
 def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
-    """A job of one task, where the profile sends training."""
+    """A job of one task, where the profile sends training. Raises BadInput and SlurmError."""
     stage = cluster.profile.stage("train")
+    partition = choose_partition(slurm.partitions(), cluster, "train", gpus or 0)
+    if (gpus or 0) > partition.gpus:
+        raise BadInput(f"--gpus {gpus}: a node of partition {partition.name} has {partition.gpus}")
     yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check")
-    for name, value in (("partition", stage.partition), ("account", stage.account), ("qos", stage.qos)):
+    for name, value in (("partition", partition.name), ("mem", stage.mem or CHECK_MEMORY), ("account", stage.account), ("qos", stage.qos)):
         if value:
             yield f"--{name}={value}"
     if gpus:

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import container_image
 import pytest
 from image_helpers import PYTHON, need, python_layer, unsquashed, write_docker_archive, write_layout
 
@@ -92,7 +93,7 @@ def test_the_dockerfile_is_printed(capsys):
 def _pythons() -> list[str]:
     """Every Python from 3.10 to 3.13 that is here, by version."""
     found: dict[str, str] = {}
-    places = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)), *map(str, Path("/root/.pyenv/versions").glob("3.1[0-3].*/bin/python3"))]
+    places = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)), *map(str, (Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3"))]
     for place in filter(None, places):
         ask = subprocess.run([place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
         if ask.returncode == 0 and ask.stdout.strip() in ("3.10", "3.11", "3.12", "3.13"):
@@ -165,6 +166,21 @@ def test_check_starts_an_image_and_writes_down_what_it_saw(storage, capsys, monk
     assert main(["image", "list", "--images", "images", "--json"]) == 0
     [listed] = json.loads(capsys.readouterr().out)["images"]
     assert listed["checked"] == f"checked {seen['date']}"
+
+
+@pytest.mark.slow
+def test_check_of_an_image_with_torch_is_content(tmp_path, capsys, monkeypatch):
+    """The tests' own, as a folder; a mount that is written to, and one that is not there inside."""
+    need("ch-run")
+    if container_image.obstacle():
+        need(str(container_image.obstacle()))
+    monkeypatch.setenv("USER", "root")
+    monkeypatch.chdir(tmp_path)
+    image = str(container_image.bundle())
+    assert main(["image", "check", image, "--runtime", "charliecloud", "--mount", f"{tmp_path}:/data", "--json"]) == 0, capsys.readouterr()
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["torch"]["version"] and seen["packages"]["tiktoken"] and "pyyaml" not in seen["packages"]
+    assert [(mount["path"], mount["writable"]) for mount in seen["mounts"]] == [("/data", True)] and seen["verdict"] == WARN, "a torch for the CPU is no error"
 
 
 @pytest.mark.parametrize(

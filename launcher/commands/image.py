@@ -101,12 +101,14 @@ def meter_for(json: bool, say: Say) -> Callable[[str, int], Any]:
 
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()]
+    shown = BarColumn(24) if total else SpinnerColumn()
+    columns = [TextColumn("{task.description}"), shown, TextColumn("{task.fields[size]}"), TimeElapsedColumn()]
+    started = time.monotonic()
     with Progress(*columns, console=describe.console(), transient=True) as progress:
-        task = progress.add_task(title, total=total or None)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(title, total=total or None, size="")
+        yield lambda done: progress.update(task, completed=done, size=_how_far(done, total, time.monotonic() - started))
 
 
 @contextmanager
@@ -119,10 +121,16 @@ def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - spoke >= PLAIN_SECONDS:
             spoke = now
-            part = f"{describe.size(done)} of {describe.size(total)}" if total else describe.size(done)
-            say(f"  {title}: {part}, {describe.duration(now - started)}")
+            say(f"  {title}: {_how_far(done, total, now - started)}, {describe.duration(now - started)}".replace(": ,", ":"))
 
     yield show
+
+
+def _how_far(done: int, total: int, seconds: float) -> str:
+    """``481.42 MB of 903.71 MB, 48.10 MB/s``; empty where nothing can be measured."""
+    if not done:
+        return ""
+    return f"{describe.size(done)}{f' of {describe.size(total)}' if total else ''}, {describe.size(done / max(seconds, 0.1))}/s"
 
 
 # --- build ----------------------------------------------------------------------------------------------
