@@ -16,7 +16,7 @@ from test_trainer_data import UINT16, world
 from preprocess.shards import write_shard
 from recipes.errors import BadInput
 from recipes.schema import Distributed
-from trainer.attention import attend
+from trainer.attention import attend, attend_by_blocks
 from trainer.batches import Batch, StepBatches, on_device, on_host, places
 from trainer.data import NanogptDataset, PackedDataset, data_fingerprint
 from trainer.documents import keep_documents_apart
@@ -198,6 +198,20 @@ def test_attention_by_documents_is_attention_of_each_alone() -> None:
     whole = attend(q, k, v, documents=documents)
     parts = [attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 4), (4, 6), (6, 9))]
     assert torch.allclose(whole, torch.cat(parts, dim=2), rtol=0, atol=1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_again() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, heads, 256, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    compiled = torch.compile(attend_by_blocks, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            documents = torch.randint(0, 2, (2, 256)).cumsum(1).to(torch.int32)
+            expected = attend(q, k, v, documents=documents)
+            assert torch.allclose(compiled(q, k, v, documents), expected, rtol=0, atol=1e-13)
 
 
 # --- windows that begin with a document ------------------------------------------------------------------
