@@ -62,7 +62,10 @@ def fresh(make: Callable[[], ModelT]) -> ModelT:
     with torch.device("meta"):
         model = make()
     if device.type != "meta":
-        model.to_empty(device=device)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
         fill(model)
     return model
 
