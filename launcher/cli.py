@@ -17,7 +17,7 @@ Any key of a recipe can be changed on the command line: --model.n_layer 6, --opt
 with everything saved (the same command goes on from there), 130 ended by Ctrl-C.
 """
 GUIDE_SECTIONS = ("rng", "dist_env")
-CHANGE_RECIPES = ("local", "submit", "show", "resume", "retry", "export")
+CHANGE_RECIPES = ("local", "submit", "show", "resume", "retry", "export", "bench", "plan-memory")
 """Commands that take overrides of a recipe (retry, to say that it does not)."""
 
 
@@ -55,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_clean(commands)
     _add_doctor(commands)
+    _add_bench(commands)
+    _add_plan_memory(commands)
     _add_recipes(commands)
     _add_completion(commands)
     return parser
@@ -199,6 +201,43 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    what = _command(commands, "bench", "measure this machine: train, data, preprocess").add_subparsers(dest="what", required=True, metavar="train|data|preprocess")
+    for name, text in (
+        ("train", "steps of a recipe's training: tokens/s, MFU, memory, and where the time goes"),
+        ("data", "reading a recipe's batches, without training"),
+    ):
+        parser = _command(what, name, text)
+        parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch (nanogpt)")
+        parser.add_argument("--gpus", type=int, metavar="N", help="ranks on the GPUs of this machine; 0 is the CPU (default: one, where there is one)")
+        parser.add_argument("--data", metavar="DIR", help="folder of shards (default: what dataset.file_pattern says, else tokens are made up)")
+        parser.add_argument("--steps", type=int, metavar="N", help="steps that are measured (20)")
+        parser.add_argument("--warmup", type=int, metavar="N", help="steps before those (5)")
+        if name == "train":
+            parser.add_argument("--profiled", type=int, metavar="N", help="steps under torch's profiler after those (3); 0: none")
+            parser.add_argument("--keep", metavar="DIR", help="keep the trace and the metrics here")
+        parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+        parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+        parser.usage = f"amlaunch bench {name} [RECIPE] [options] [--section.key VALUE ...]"
+    parser = _command(what, "preprocess", "text to verified shards, as a whole process")
+    parser.add_argument("recipe", nargs="?", help="whose preprocess section is meant (default: Python sources of this machine)")
+    parser.add_argument("--max-tokens", default="20M", metavar="N", help="how much (20M)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="as amlaunch preprocess takes it")
+    parser.add_argument("--engine", choices=["auto", "tiktoken", "gigatoken"])
+    parser.add_argument("--num-workers", type=int, metavar="N", help="processes (one a CPU)")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+
+
+def _add_plan_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "plan-memory", "predict what a recipe's training needs of each GPU's memory, and whether it fits, without a GPU")
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with amlaunch")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks in all (default: as the recipe says)")
+    parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each GPU, such as 80GB or 141GB (80GB)")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.usage = "amlaunch plan-memory RECIPE [options] [--section.key VALUE ...]"
+
+
 def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "completion", "print a completion script for the shell")
     parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
@@ -310,5 +349,5 @@ def run(argv: Sequence[str]) -> int:
         return 0
     options.overrides = [*overrides, *sweep_overrides(getattr(options, "sweep", []))]
     options.argv = ["amlaunch", *argv]
-    module = importlib.import_module(f"launcher.commands.{options.command}")
+    module = importlib.import_module(f"launcher.commands.{options.command.replace('-', '_')}")
     return int(module.run(options))

@@ -18,6 +18,8 @@ from recipes.process import PARENT_VARIABLE, python_command
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where ``torch.compile`` keeps what it made; its default is a folder of the node, which the next node does not have."""
 FIRST_PORT, PORTS = 16384, 16000
 """Below what Linux gives out by itself (32768 and up), so that no passing connection has it."""
 MAX_PORTS = 20
@@ -65,6 +67,7 @@ def environment(attempt: Attempt) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, attempt.given.cpus // attempt.stage.needs.tasks_per_node))),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONSAFEPATH": "1",
+        COMPILE_CACHE: os.environ.get(COMPILE_CACHE, str(attempt.run.compile_cache)),
     }
     return env if attempt.given.gpus else {**KEEP_MEMORY, **given(KEEP_MEMORY), **env, "AMLAUNCH_DEVICE": "cpu"}
 

@@ -21,6 +21,7 @@ TARGETS = {
     "gpt2.py:build_gpt2_model": "trainer.models.gpt2.build_gpt2_model",
     "nanogpt_dataset.nanogptdataset": "trainer.data.NanogptDataset",
     "masked_ce.maskedcrossentropy": "trainer.loss.MaskedCrossEntropy",
+    "linear_ce.fusedlinearcrossentropy": "trainer.loss.LinearCrossEntropy",
     "nemoautomodelforcausallm.from_config": "transformers.AutoModelForCausalLM.from_config",
 }
 """By the end of the guide's name, in lower case: its spelling of the package varies."""

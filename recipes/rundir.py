@@ -115,6 +115,11 @@ class RunDir:
         return self.root / "environment.json"
 
     @property
+    def compile_cache(self) -> Path:
+        """What ``torch.compile`` made, for the next start and the other elements; torch's own files, safe for many writers."""
+        return self.root / "compile-cache"
+
+    @property
     def data(self) -> Path:
         """Link to the shards that this run reads."""
         return self.root / "data"

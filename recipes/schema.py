@@ -158,6 +158,8 @@ class Distributed:
     """With ``tp_size``: norms, dropout and the residual stream are shared out, too, by positions."""
     dtype: Literal["bfloat16", "float32", "float64"] | None = None
     """Type that the model computes in; None: bfloat16 on GPU, float32 on CPU. Master weights are at least float32."""
+    bf16_residual: bool = False
+    """Carry the residual stream in bfloat16 where the model computes in it, as FSDP2 always does; else it is float32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that FSDP2 adds up gradients in, where the model computes in bfloat16."""
     reshard_after_forward: bool = True
@@ -222,10 +224,21 @@ class ClipGradNorm:
 
 @dataclass(frozen=True)
 class Compile:
-    """``torch.compile`` of every transformer block."""
+    """``torch.compile``, with static shapes."""
 
     enabled: bool = False
+    scope: Literal["auto", "blocks", "model"] = "auto"
+    """How much at once; auto: the whole model on one rank, else each transformer block."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Products of the blocks' linear layers in 8 bits: for large models on Hopper GPUs and later."""
+
+    enabled: bool = False
+    exclude: list[str] = field(default_factory=list)
+    """Patterns of the names of linear layers that stay as they are: ``*.c_proj``, ``h.0.*``."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +390,9 @@ class Recipe:
     profile: Profile | None = None
     seed: Natural = 42
     compile: Compile = Compile()
+    fp8: Fp8 = Fp8()
+    sdpa_method: list[Literal["cudnn_attention", "flash_attention", "efficient_attention", "math"]] | None = None
+    """Kernels of attention in the order in which they are tried; None: the fastest of the device first."""
     preprocess: Preprocess | None = None
     resources: Resources = Resources()
     container: Container | None = None

@@ -35,6 +35,7 @@ OURS = (
     "trainer.data.NanogptDataset",
     "trainer.data.MixedDataset",
     "trainer.loss.MaskedCrossEntropy",
+    "trainer.loss.LinearCrossEntropy",
 )
 """What our own packages offer as targets."""
 KNOWN = {

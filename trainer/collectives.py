@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Named so from torch 2.13 on, which warns of the older names."""
 
 
 def _summed(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -23,13 +26,13 @@ def _summed(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 def _stacked(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    GATHER(out, x.contiguous(), group=group)
     return out.unflatten(0, (group.size(), x.shape[0]))
 
 
 def _scattered(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous().flatten(0, 1), group=group)
+    REDUCE_SCATTER(out, x.contiguous().flatten(0, 1), group=group)
     return out
 
 

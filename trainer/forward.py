@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from trainer.batches import Batch
-from trainer.loss import IGNORED
-from trainer.models import logits_of
-from trainer.parallel import autocast, micro_step
+from trainer.loss import IGNORED, loss_of
+from trainer.parallel import autocast, micro_step, plain
 from trainer.training import Job
 
 
@@ -35,4 +34,4 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
 def batch_loss(job: Job, batch: Batch) -> torch.Tensor:
     """Sum of the losses of a micro-batch's labels."""
     with autocast(job.recipe.distributed, job.world):
-        return job.loss_fn(logits_of(job.model(batch.inputs, **batch.more)), batch.labels)
+        return loss_of(job.model, plain(job.model), job.loss_fn, batch.inputs, batch.labels, **batch.more)

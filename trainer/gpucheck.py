@@ -107,9 +107,9 @@ def software(device: torch.device) -> dict[str, Any]:
     return {"cuda": cuda, "torch": torch.__version__, "cuda_version": torch.version.cuda, "nccl": nccl}
 
 
-def gemm(world: World, sizes: Sizes) -> float:
-    """TFLOP/s of a square product in bfloat16; of random numbers, for zeros draw less power and so run faster."""
-    left, right = (torch.randn(sizes.side, sizes.side, device=world.device, dtype=torch.bfloat16) for _ in range(2))
+def gemm(world: World, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> float:
+    """TFLOP/s of a square product, in bfloat16 unless said otherwise; of random numbers, for zeros draw less power and so run faster."""
+    left, right = (torch.randn(sizes.side, sizes.side, device=world.device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     seconds = median_seconds(world, sizes, lambda: torch.mm(left, right, out=product))
     return 2 * sizes.side**3 / seconds / 1e12

@@ -16,9 +16,10 @@ from recipes.files import write_json
 from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe, validation_sets
 from recipes.targets import Policy, build, resolve, signature
-from trainer import checkpoint
+from trainer import checkpoint, fp8, kernels
 from trainer.batches import StepBatches, ValidationBatches
 from trainer.cli import Options
+from trainer.compiling import compile_loss, compile_model, scope_of
 from trainer.data import data_fingerprint, order_of, packed, sample_length
 from trainer.documents import keep_documents_apart
 from trainer.errors import TrainingFailed
@@ -27,7 +28,7 @@ from trainer.loop import train
 from trainer.metrics import Metrics, open_tensorboard, open_wandb, peak_flops, summary
 from trainer.models import fills_itself, flops_per_token, parameter_count, vocab_rows
 from trainer.optim import Schedule, build_optimizers
-from trainer.parallel import World, compile_blocks, dump_flight_record, join, plain, spread
+from trainer.parallel import World, compute_dtype, dump_flight_record, join, plain, spread
 from trainer.profiling import Profiler
 from trainer.ranks import from_environment
 from trainer.saving import Saver
@@ -83,7 +84,8 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
     bare = build_model(recipe, policy, empty=True)
-    fit_for_training(bare, recipe)
+    fit_for_training(bare, recipe, world)
+    held.enter_context(kernels.preferring(kernels.wanted(recipe.sdpa_method, world.device), world.device))
     if recipe.packed_sequence.packed_sequence_size:
         keep_documents_apart(bare, recipe.distributed)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
@@ -128,12 +130,15 @@ def build_model(recipe: Recipe, policy: Policy, *, empty: bool = False) -> torch
     return model
 
 
-def fit_for_training(model: torch.nn.Module, recipe: Recipe) -> None:
-    """What an export does without: blocks compiled where asked, and no cache for generation, which only costs memory."""
+def fit_for_training(model: torch.nn.Module, recipe: Recipe, world: World) -> None:
+    """What an export does without: the fast paths that the recipe asks for, and no cache for generation, which only costs memory."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    compile_blocks(model, recipe.compile)
+    fp8.use(model, recipe.fp8, world.device, recipe.distributed.tp_size)
+    if recipe.distributed.bf16_residual and compute_dtype(recipe.distributed, world.device) is torch.bfloat16:
+        kernels.carry_in(model, torch.bfloat16)
+    compile_model(model, recipe.compile, scope_of(recipe.compile, recipe.distributed, world.size))
 
 
 def model_identity(loaded: Loaded) -> dict[str, Any]:
@@ -142,9 +147,8 @@ def model_identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def build_loss(recipe: Recipe, policy: Policy) -> Any:
-    """The loss; compiled with the blocks, so that float32 logits of the whole vocabulary never lie in memory."""
-    loss_fn = build(recipe.loss_fn, policy)
-    return torch.compile(loss_fn, mode=recipe.compile.mode, dynamic=False) if recipe.compile.enabled else loss_fn
+    """The loss, compiled where the model is."""
+    return compile_loss(build(recipe.loss_fn, policy), recipe.compile)
 
 
 def build_dataset(node: dict[str, Any], recipe: Recipe, policy: Policy, data: Path | None) -> Any:
@@ -247,6 +251,21 @@ def introduce(job: Job) -> None:
         f"({epochs}); {begin}",
         flush=True,
     )
+    for line in paths(job):
+        print(line, flush=True)
+
+
+def paths(job: Job) -> list[str]:
+    """Which fast paths the run takes, and a warning where one that is wanted cannot be had."""
+    recipe, device = job.recipe, job.world.device
+    dtype = compute_dtype(recipe.distributed, device)
+    order = kernels.wanted(recipe.sdpa_method, device)
+    attention = kernels.taken(plain(job.model), order, job.batches.step_tokens // job.batches.global_batch, dtype, device)
+    said = [str(dtype).removeprefix("torch.")]
+    said += [f"compiled by {scope_of(recipe.compile, recipe.distributed, job.world.size)}"] if recipe.compile.enabled else ["not compiled"]
+    said += [f"attention by {attention.backend}"] if attention else []
+    said += ["8-bit products"] if recipe.fp8.enabled else []
+    return ["computes in " + ", ".join(said), *([f"warning: {attention.warning}"] if attention and attention.warning else [])]
 
 
 def result(job: Job, options: Options) -> dict[str, Any]:

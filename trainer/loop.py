@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from recipes.errors import GO_ON_LATER
 from trainer import optim
 from trainer.batches import Batch
+from trainer.collector import Collector
 from trainer.forward import forward_backward
 from trainer.keeping import collect, finish, save
 from trainer.parallel import noise_rank
@@ -24,8 +24,15 @@ def train(job: Job) -> int:
 
     Raises TrainingFailed after ``max_skipped_steps`` steps in a row whose loss or gradient is not a number.
     """
-    gc.collect()
-    gc.freeze()  # what exists now stays: later collections, in the middle of a step, need not look at it
+    collector = Collector()
+    collector.hold()
+    try:
+        return _train(job, collector)
+    finally:
+        collector.release()
+
+
+def _train(job: Job, collector: Collector) -> int:
     if not validate_if_missed(job):
         return leave(job)
     while job.step < job.last_step:
@@ -44,6 +51,7 @@ def train(job: Job) -> int:
         if save_now:
             save(job)
         collect(job)
+        collector.step(job.taken)
     return finish(job)
 
 

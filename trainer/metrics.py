@@ -23,6 +23,8 @@ from recipes.errors import BadInput
 from recipes.files import append_json_line, read_json_lines, read_object, write_text
 from recipes.rundir import ElementDir, Heartbeat
 from recipes.schema import TensorBoard
+from trainer.compiling import compiled
+from trainer.startup import seconds_since_start
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -134,6 +136,8 @@ class Metrics:
     """How long the newest save took, of this start or the one before: the driver goes by it near the time limit."""
     saved: int = 0
     """The step that a restart would go on from."""
+    startup: dict[str, Any] = field(default_factory=dict)
+    """From the start of this process to the end of its first step: ``seconds``, of which ``compile_seconds``; cache hits and misses."""
     newest: dict[str, Any] = field(default_factory=dict)
     """What the last heartbeat said, or would have, had it been due."""
 
@@ -159,7 +163,7 @@ class Metrics:
         self.skipped += line.skipped
         rate = line.step_tokens / line.step_time_s
         mfu = rate * self.flops_per_token / (self.ranks * self.peak) if self.peak else None
-        fields = {
+        fields: dict[str, Any] = {
             "step": line.step,
             "epoch": round(line.epoch, 6),
             **{f"epoch/{name}": round(epoch, 6) for name, epoch in line.epochs.items()},
@@ -179,8 +183,13 @@ class Metrics:
             "spike": not line.skipped and self.spikes.is_one(line.loss),
             "time": round(time.time(), 3),
         }
+        if not self.startup:
+            self.startup = started()
+            fields["startup"] = self.startup
         append_json_line(self.element.metrics, fields)
         print(console_line(fields, self.last_step), flush=True)
+        if "startup" in fields:
+            print(startup_line(self.startup), flush=True)
         if line.skipped:
             print(f"warning: step {line.step} changed nothing: the loss is {line.loss}, the gradient norm {line.grad_norm}", flush=True)
         if fields["spike"]:
@@ -224,7 +233,7 @@ class Metrics:
             self.wandb.log(dict(fields))
         if self.tensorboard is not None:
             for name, value in fields.items():
-                if name not in ("step", "time") and value is not None:
+                if name not in ("step", "time", "startup") and value is not None:
                     self.tensorboard.add_scalar(name, float(value), step)
 
     def close(self) -> None:
@@ -235,6 +244,26 @@ class Metrics:
             self.heartbeat.beat(**self.newest, val_loss=self.val_loss, last=True)
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def started() -> dict[str, Any]:
+    """How long it took to get here, where the first step of a start has just ended."""
+    made = compiled()
+    return {
+        "seconds": round(seconds_since_start(), 3),
+        "compile_seconds": round(made.seconds, 3),
+        "compile_cache_hits": made.hits,
+        "compile_cache_misses": made.misses,
+    }
+
+
+def startup_line(startup: Mapping[str, Any]) -> str:
+    """The same, for people."""
+    text = f"the first step was done {startup['seconds']:.1f} s after the start of the process"
+    graphs = startup["compile_cache_hits"] + startup["compile_cache_misses"]
+    if graphs:
+        text += f", of which torch.compile took {startup['compile_seconds']:.1f} s ({startup['compile_cache_hits']} of {graphs} graphs were in its cache)"
+    return text
 
 
 def number(value: float) -> float | None:
@@ -289,6 +318,9 @@ def summary(path: Path) -> dict[str, Any]:
         found["loss_first"], found["loss_last"] = steps[0]["loss"], steps[-1]["loss"]
         found["tokens_per_s"] = statistics.median(line["tokens_per_s"] for line in steps)
         found["skipped_steps"] = steps[-1].get("skipped_steps", 0)
+        starts = [line["startup"] for line in steps if "startup" in line]
+        if starts:
+            found["startup"] = starts[-1]
     if validations:
         found["val_loss_first"], found["val_loss"] = validations[0], validations[-1]
     return found

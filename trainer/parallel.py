@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from recipes.schema import Compile, Distributed
+from recipes.schema import Distributed
 from trainer.activations import checkpoint_activations
 from trainer.context_parallel import spread_positions
 from trainer.errors import LocalBadInput, TrainingFailed
@@ -155,13 +155,6 @@ def compute_dtype(section: Distributed, device: torch.device) -> torch.dtype:
     return DTYPES[section.dtype]
 
 
-def compile_blocks(model: nn.Module, section: Compile) -> None:
-    """``torch.compile`` each block where it stands, so that parameter names stay as they are."""
-    if section.enabled:
-        for block in blocks(model):
-            block.compile(mode=section.mode, dynamic=False)
-
-
 def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> nn.Module:
     """The model on its device, float32 master weights (float64 where asked), spread as the recipe says.
 
@@ -173,13 +166,13 @@ def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> n
     dtype = compute_dtype(section, world.device)
     model.to(dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     before = parameter_count(model)
-    mesh = _mesh(section, world)
     if world.cp_size > 1:
         spread_positions(model, _group_of(world, _cp_rows(world)))
-    if world.tp_size > 1:
-        share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
     checkpoint_activations(model, section.activation_checkpointing)
     if is_sharded(section):
+        mesh = _mesh(section, world)
+        if world.tp_size > 1:
+            share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
         _fsdp2(model, section, mesh, dtype)
     _settle(model, section, world, seed)
     after = parameter_count(model)

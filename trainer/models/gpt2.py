@@ -128,18 +128,27 @@ class GPT2(nn.Module):
         self.head = head
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, documents: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
     ) -> torch.Tensor:
         """``(B, T)`` int64 to logits ``(B, T, V)``.
 
         ``position_ids (B, T)`` int64, all below ``n_positions``; None: 0 to T - 1.
         ``documents (B, T)`` int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
             x = block(x, documents)
-        return F.linear(*self.head(self.ln_f(x), self.wte.weight))
+        x, weight = self.head(self.ln_f(x), self.wte.weight)
+        if linear_loss is not None:
+            return linear_loss.from_hidden(x, weight, labels)
+        return F.linear(x, weight)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""

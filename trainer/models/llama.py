@@ -156,12 +156,18 @@ class Llama(nn.Module):
         self.head = head
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, documents: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: Any = None,
     ) -> torch.Tensor:
         """``(B, T)`` int64 to logits ``(B, T, V)``.
 
         ``position_ids (B, T)`` int64; None: 0 to T - 1. ``documents (B, T)``
         int32, between which no attention goes; None: one.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
         """
         x = self.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
@@ -170,7 +176,10 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, documents)
         rows = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(*self.head(self.norm(x), rows.weight))
+        x, weight = self.head(self.norm(x), rows.weight)
+        if linear_loss is not None:
+            return linear_loss.from_hidden(x, weight, labels)
+        return F.linear(x, weight)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""

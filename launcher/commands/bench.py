@@ -1,0 +1,105 @@
+"""``amlaunch bench``: how fast this machine trains, reads and preprocesses, measured by what does that work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.errors import OK, BadInput
+from recipes.process import python_command
+
+PASSED = ("steps", "warmup", "profiled")
+TEXT_MEGABYTES = 30
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and return the exit code."""
+    if options.what == "preprocess":
+        return preprocess(options)
+    for package in ("torch", "numpy", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it")
+    words = [options.what, *([options.recipe] if options.recipe else []), *words_of(options), *options.overrides]
+    return subprocess.run([*python_command("trainer.bench"), *words], env=environment(options.gpus)).returncode
+
+
+def words_of(options: argparse.Namespace) -> list[str]:
+    """The options that ``python -m trainer.bench`` has too, as it takes them."""
+    words = [f"--{name}={getattr(options, name)}" for name in PASSED if getattr(options, name, None) is not None]
+    words += [f"--{name}={Path(getattr(options, name)).absolute()}" for name in ("data", "keep") if getattr(options, name, None)]
+    words += [f"--ranks={options.gpus}"] if options.what == "train" and (options.gpus or 0) > 1 else []
+    words += [f"--allow-target={name}" for name in options.allow_target]
+    return [*words, "--json"] if options.json else words
+
+
+def environment(gpus: int | None) -> dict[str, str]:
+    """``--gpus 0`` is the CPU."""
+    return {**os.environ, "PYTHONSAFEPATH": "1", **({"AMLAUNCH_DEVICE": "cpu"} if gpus == 0 else {})}
+
+
+def preprocess(options: argparse.Namespace) -> int:
+    """The whole process from text to verified shards: of a recipe, or of text that this machine has."""
+    with tempfile.TemporaryDirectory(prefix="amlaunch-bench-") as folder:
+        words = ["--output-dir", f"{folder}/shards", "--max-tokens", options.max_tokens, "--json"]
+        if options.recipe:
+            words.insert(0, options.recipe)
+        else:
+            text = Path(folder) / "text.jsonl"
+            write_text(text, TEXT_MEGABYTES * 10**6)
+            words += ["--data-files", str(text)]
+        for name in ("tokenizer", "engine", "num_workers"):
+            if getattr(options, name) is not None:
+                words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        began = time.perf_counter()
+        done = subprocess.run([*python_command("preprocess"), *words], stdout=subprocess.PIPE, env=environment(None))
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            return done.returncode
+        made = json.loads(done.stdout)
+    report = {
+        "seconds": round(seconds, 3),
+        "tokens": made["tokens"],
+        "documents": made["documents"],
+        "text_bytes": made["text_bytes"],
+        "tokens_per_s": made["tokens"] / seconds,
+        "mb_per_s": made["text_bytes"] / seconds / 1e6,
+        "tokenizer": made["tokenizer"]["name"],
+        "source": options.recipe or "text of this machine",
+    }
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: {report['tokens']:,} tokens of {report['documents']:,} documents "
+              f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, from the start of the process to verified shards")
+    return OK
+
+
+def write_text(path: Path, size: int) -> None:
+    """Documents of Python's own sources, as JSON lines, ``size`` bytes of text or a little more."""
+    written = 0
+    with open(path, "w", encoding="utf-8") as out:
+        while written < size:
+            for text in sources():
+                out.write(json.dumps({"text": text}) + "\n")
+                written += len(text)
+                if written >= size:
+                    return
+            if not written:
+                raise BadInput(f"{sysconfig.get_path('stdlib')} has no Python sources to measure with; name a recipe")
+
+
+def sources() -> Iterator[str]:
+    """The texts of the standard library's modules."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        try:
+            yield path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue

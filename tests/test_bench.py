@@ -1,0 +1,291 @@
+"""Benchmarks and fast paths: what is measured, where the time of a trace went, 8-bit products, what compiling cost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from recipes.errors import BAD_INPUT, OK, BadInput
+from recipes.schema import Compile, Distributed, Fp8
+from tests.trainer_runs import VOCAB, Run, recipe
+from trainer import fp8, kernels, roofline
+from trainer.bench import main
+from trainer.collector import Collector
+from trainer.compiling import scope_of
+from trainer.models.gpt2 import build_gpt2_model
+from trainer.roofline import Row, advice, busy, least_seconds, length, part_of, rows, self_times
+from trainer.startup import seconds_since_start
+
+CPU = torch.device("cpu")
+
+
+def event(name: str, begin: float, seconds: float, cat: str = "kernel", tid: int = 7, correlation: int | None = None) -> dict[str, Any]:
+    args = {} if correlation is None else {"correlation": correlation}
+    return {"ph": "X", "name": name, "ts": begin * 1e6, "dur": seconds * 1e6, "cat": cat, "pid": 1, "tid": tid, "args": args}
+
+
+def test_kernels_are_counted_under_what_they_compute() -> None:
+    for name, part in {
+        "nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTN": "matrix products",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": "attention",
+        "void pytorch_flash::flash_fwd_kernel<...>": "attention",
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
+        "triton_per_fused_add_native_layer_norm_3": "elementwise",
+        "triton_red_fused__log_softmax_nll_loss_forward_2": "loss",
+        "aten::addmm": "matrix products",
+    }.items():
+        assert part_of(name) == part, name
+
+
+def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts() -> None:
+    trace = [
+        event("amlaunch.loss", 0.0, 1.0, "user_annotation"),
+        event("Optimizer.step#AdamW.step", 2.0, 1.0, "user_annotation"),
+        event("cudaLaunchKernel", 0.5, 0.01, "cuda_runtime", correlation=1),
+        event("cudaLaunchKernel", 1.5, 0.01, "cuda_runtime", correlation=2),
+        event("cudaLaunchKernel", 2.5, 0.01, "cuda_runtime", correlation=3),
+        event("nvjet_gemm", 10.0, 2.0, correlation=1),  # the head's product, launched in the loss
+        event("nvjet_gemm", 12.0, 3.0, correlation=2),
+        event("vectorized_elementwise_kernel", 15.0, 1.0, correlation=3),
+        event("ncclDevKernel_AllReduce", 14.0, 4.0, tid=8),  # 14 to 16 beside other kernels, 16 to 18 alone
+        event("pytorch_flash::flash_fwd_kernel", 18.5, 0.5),
+    ]
+    found = busy(trace, 2)
+    assert found.device and found.backends == ("flash_attention",)
+    assert found.parts == pytest.approx({"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25})
+    parts = {row.part: row for row in rows(found, 5.0, 0.25, {"matrix products": 0.75})}
+    assert parts["gaps"].seconds == pytest.approx(5.0 - 0.25 - 4.25) and parts["matrix products"].least == 0.75
+    assert sum(row.share for row in parts.values()) == pytest.approx(1.0)
+
+
+def test_time_on_a_cpu_is_what_operators_spend_themselves_on_the_thread_that_trains() -> None:
+    trace = [
+        event("aten::linear", 0.0, 4.0, "cpu_op"),
+        event("aten::addmm", 1.0, 3.0, "cpu_op"),
+        event("aten::gelu", 5.0, 2.0, "cpu_op"),
+        event("c10d::allreduce_", 0.0, 9.0, "cpu_op", tid=8),
+        event("amlaunch.loss", 8.0, 2.0, "user_annotation"),
+        event("aten::mm", 8.5, 1.0, "cpu_op"),
+    ]
+    found = busy(trace, 1)
+    assert not found.device
+    assert found.parts == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
+    assert found.wall == pytest.approx(10.0)
+    parts = {row.part: row.seconds for row in rows(found, 5.5, 0.5, {})}  # the profiler made it twice as slow
+    assert parts["matrix products"] == pytest.approx(2.0) and parts["gaps"] == pytest.approx(1.5)
+
+
+def test_spans_and_self_times() -> None:
+    assert length([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
+    nested = self_times([event("a", 0, 10), event("b", 1, 4), event("c", 2, 1), event("d", 6, 2)])
+    assert {one["name"]: own / 1e6 for one, own in nested} == pytest.approx({"a": 4, "b": 3, "c": 1, "d": 2})
+
+
+def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
+    least = least_seconds(tokens=10, block_flops=6.0, attention_flops=2.0, head_flops=4.0, parameters=100, flops=20.0, bandwidth=700.0)
+    assert least == pytest.approx({"matrix products": 3.0, "attention": 1.0, "loss": 2.0, "optimizer": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({"waiting for data": 0.2}, "waits for data"),
+        ({"gaps": 0.3}, "stands still for 30%"),
+        ({"communication": 0.2}, "communication that nothing hides"),
+        ({"elementwise": 0.4}, "compile.enabled true"),
+        ({"optimizer": 0.2}, "global_batch_size"),
+        ({"matrix products": 0.9}, "nothing stands out: matrix products reach 50%"),
+    ],
+)
+def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
+    found = [Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS]
+    assert said in advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True)
+
+
+# --- 8-bit products -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_products_in_eight_bits_are_near_and_exact_where_the_numbers_fit(half: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 128)
+    narrow = nn.Linear(64, 128)
+    narrow.load_state_dict(plain.state_dict())
+    narrow.__class__ = fp8.Float8Linear
+    x = torch.randn(2, 16, 64, requires_grad=True)
+    found = []
+    for layer in (narrow, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype is expected.dtype
+        assert 1e-3 < ((ours - expected).norm() / expected.norm()).item() < 0.1  # neither wrong nor silently something else
+    exact = [torch.randint(-1, 2, shape).float() for shape in ((16, 32), (48, 32))]  # -1, 0, 1 have no rounding, and sums fit
+    product = fp8.product(*(fp8.scaled(matrix, fp8.NARROW) for matrix in exact), dtype=torch.float32)
+    torch.testing.assert_close(product, exact[0] @ exact[1].t(), rtol=1e-6, atol=1e-5)
+
+
+def test_eight_bits_are_refused_where_there_are_none() -> None:
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    assert fp8.use(model, Fp8(), CPU) == 0
+    with pytest.raises(BadInput, match="this is the CPU; write false"):
+        fp8.use(model, Fp8(enabled=True), CPU)
+    with pytest.raises(BadInput, match="tp_size: 1"):
+        fp8.use(model, Fp8(enabled=True), CPU, ranks_of_a_layer=2)
+
+
+def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "refuse", lambda *_: None)  # as if there were a GPU: which layers are chosen is the same
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    names = set(model.state_dict())
+    assert fp8.use(model, Fp8(enabled=True, exclude=["*.c_proj"]), CPU) == 4
+    assert {name for name, module in model.named_modules() if type(module) is fp8.Float8Linear} == {f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")}
+    assert set(model.state_dict()) == names
+    with pytest.raises(BadInput, match="fits no linear layer"):
+        fp8.use(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
+    with pytest.raises(BadInput, match="multiples of 16"):
+        fp8.use(build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU)
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_is_compiled_where_nothing_has_to_go_on_between_its_blocks() -> None:
+    assert scope_of(Compile(), Distributed(strategy="ddp"), 1) == "model"
+    assert scope_of(Compile(), Distributed(strategy="ddp"), 8) == "blocks"
+    assert scope_of(Compile(), Distributed(strategy="fsdp2"), 1) == "blocks"
+    assert scope_of(Compile(scope="model"), Distributed(strategy="ddp"), 8) == "model"
+
+
+def test_the_backend_of_attention_is_known_and_the_cpu_chooses_itself() -> None:
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    found = kernels.taken(model, kernels.wanted(None, CPU), 16, torch.float32, CPU)
+    assert found is not None and found.backend in kernels.BACKENDS and found.warning is None
+    assert kernels.wanted(["math"], CPU) == ("math",)
+    assert kernels.taken(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
+
+
+def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    seen = []
+    model.h[1].register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    for asked in (False, True):
+        if asked:
+            kernels.carry_in(model, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(1, 4, dtype=torch.int64))
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_garbage_waits_until_training_is_over() -> None:
+    collector = Collector()
+    collector.hold()
+    try:
+        assert not gc.isenabled() and gc.get_freeze_count() > 0
+        collector.step(1000)
+    finally:
+        collector.release()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_start_of_a_process_is_when_the_kernel_made_it() -> None:
+    code = "import time; began = time.time(); from trainer.startup import seconds_since_start as s; print(s(), time.time() - began)"
+    since, ours = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert ours <= since < ours + 30.0
+    assert seconds_since_start() > since - 30.0
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def bench_recipe(folder: Path) -> str:
+    run = Run(folder / "run", recipe(folder, loss_fn={"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB}))
+    return str(run.folder / "recipe.yaml")
+
+
+@pytest.mark.slow
+def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
+    """In a process of its own, on two ranks: all that a user sees."""
+    words = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [sys.executable, *words, "-m", "trainer.bench", "train", bench_recipe(tmp_path), "--steps", "4", "--warmup", "2", "--profiled", "2", "--ranks", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "AMLAUNCH_DEVICE": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert done.returncode == OK, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] == 4 and found["ranks"] == 2 and not found["synthetic_data"]
+    assert found["tokens_per_s"] == pytest.approx(128 / found["step_time_s"]["median"])
+    assert sum(row["share"] for row in found["roofline"]) == pytest.approx(1.0, abs=0.05)
+    assert {row["part"]: row["seconds"] > 0 for row in found["roofline"]}["loss"]
+    assert found["attention"]["used"] and found["advice"] and found["mfu"] is None
+    assert found["startup_s"] > 0 and found["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> None:
+    code = f"from trainer.bench import main; raise SystemExit(main(['data', {bench_recipe(tmp_path)!r}, '--json', '--steps', '3', '--warmup', '1'] + %s))"
+    root = str(Path(__file__).parent.parent)
+    for more, made_up in (([], False), (["--dataset.file_pattern=null", "--preprocess={data_files: x, tokenizer: byte}", "--model.vocab_size=257", "--loss_fn.vocab_size=null"], True)):
+        done = subprocess.run([sys.executable, "-c", code % more], capture_output=True, text=True, cwd=root)
+        assert done.returncode == OK, done.stderr
+        found = json.loads(done.stdout)
+        assert found["synthetic_data"] is made_up and found["tokens_per_s"] > 0 and found["seq_len"] == 16
+
+
+def test_a_recipe_that_cannot_be_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nanogtp"]) == BAD_INPUT
+    assert "did you mean 'nanogpt'?" in capsys.readouterr().err
+
+
+def compile_into(folder: str) -> None:
+    """What the driver has each rank do, with a folder of the run."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+@pytest.mark.slow
+def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """bfloat16, compiled, residual stream in bfloat16, loss from hidden states: within 1 % of float64 over 12 steps."""
+    cached = {0: partial(compile_into, str(tmp_path / "cache"))}
+    steps = {"max_steps": 12, "val_every_steps": None}
+    loss = {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB, "chunk_tokens": 20}
+    rates = {"lr_warmup_steps": 4, "lr_decay_steps": 12}
+    exact = Run(tmp_path / "exact", recipe(tmp_path, step_scheduler=steps, lr_scheduler=rates, distributed={"strategy": "none"}))
+    fast = Run(
+        tmp_path / "fast",
+        recipe(tmp_path, step_scheduler=steps, lr_scheduler=rates, distributed={"strategy": "none", "dtype": "bfloat16", "bf16_residual": True}, compile={"enabled": True}, loss_fn=loss),
+    )
+    assert exact.here("--export", "null") == OK
+    starts = []
+    for last in ("6", "12"):
+        fast.start(1, "--export", "null", "--step_scheduler.max_steps", last, prepare=cached)
+        codes, said = fast.wait(600.0)
+        assert codes == [OK] and "compiled by model" in said, said
+        starts.append(fast.result()["startup"])
+    first, second = starts
+    assert first["compile_cache_misses"] > 0 and first["compile_cache_hits"] == 0
+    assert second["compile_cache_misses"] == 0 and second["compile_cache_hits"] == first["compile_cache_misses"]
+    assert second["compile_seconds"] < first["compile_seconds"]
+    assert np.abs(np.array(fast.column("loss")) / exact.column("loss") - 1).max() < 1e-2
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_survives_parts_that_fail(tmp_path: Path) -> None:
+    out = tmp_path / "all.json"
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,fp8-124M,checkpoints", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    found = json.loads(out.read_text())
+    assert done.returncode == 1 and found["124M"]["state"] == found["checkpoints"]["state"] == "done", done.stderr
+    assert "8-bit products are for GPUs" in found["fp8-124M"]["state"]
+    assert all(line in done.stdout for line in ("124M", "advice:", "went on after step 3", "FAILED"))

@@ -1,0 +1,418 @@
+"""``python -m trainer.bench train|data [RECIPE]``: how fast the trainer is here, by the trainer itself.
+
+``train`` runs the recipe's own loop, data path and optimizer, without
+checkpoints and validation: a warm-up, steps that are measured, and some more
+under torch's profiler. ``data`` reads the batches that training would read, and
+does nothing with them. Works without a GPU, alone or under torchrun; ``--ranks``
+starts the ranks itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import FAILED, OK, BadInput
+from recipes.files import read_json_lines
+from recipes.loader import Loaded, load
+from recipes.process import PARENT_VARIABLE, die_with_parent, python_command
+from recipes.rundir import ElementDir
+from recipes.shipped import find_recipe
+from recipes.version import VERSION
+from trainer.errors import guarded, leave, say
+from trainer.ranks import from_environment
+from trainer.stop import StopFlag
+
+WITHOUT = ("--checkpoint.enabled=false", "--validation_dataset=null", "--export=null", "--wandb=null", "--tensorboard=null")
+"""Overrides: what a measurement leaves out."""
+SYNTHETIC_TOKENS = 1 << 24
+"""The most that is made where the recipe's data is not there: more than any cache holds, and soon written."""
+CONVENTION = "6N + 12LTd operations a token (nanoGPT's), against the maker's dense bfloat16 peak"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and return the exit code."""
+    die_with_parent()
+    given, overrides = parser().parse_known_args(arguments)
+    return guarded(lambda: data(given, overrides) if given.what == "data" else train(given, overrides, arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know is an override of the recipe."""
+    made = argparse.ArgumentParser(prog="amlaunch bench", description="Measure the trainer on this machine.", allow_abbrev=False)
+    what = made.add_subparsers(dest="what", required=True)
+    for name, text in (("train", "steps of training"), ("data", "reading what training reads")):
+        one = what.add_parser(name, help=text, allow_abbrev=False, epilog="Any key of the recipe: --section.key value")
+        one.add_argument("recipe", nargs="?", default="nanogpt", help="a YAML file, or the name of a recipe that comes with amlaunch (nanogpt)")
+        one.add_argument("--data", type=Path, metavar="DIR", help="shards and manifest (default: as the recipe says, or made up)")
+        one.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps that are measured (20)")
+        one.add_argument("--warmup", type=_positive, default=5, metavar="N", help="steps before that (5)")
+        one.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let a _target_ reach NAME")
+        one.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+        if name == "train":
+            one.add_argument("--ranks", type=_positive, metavar="N", help="ranks on this machine (1)")
+            one.add_argument("--profiled", type=int, default=3, metavar="N", help="steps under the profiler after those (3); 0: none")
+            one.add_argument("--keep", type=Path, metavar="DIR", help="keep trace and metrics here")
+    return made
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A recipe as it is measured."""
+
+    loaded: Loaded
+    folder: Path
+    synthetic: bool
+    """Whether its shards are made up."""
+
+
+@contextlib.contextmanager
+def prepared(given: argparse.Namespace, overrides: Sequence[str], more: Sequence[str] = ()) -> Iterator[Bench]:
+    """The recipe as it is measured, in a folder that is removed at the end unless it is to be kept."""
+    kept = getattr(given, "keep", None)
+    folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="amlaunch-bench-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        path = find_recipe(given.recipe)
+        words = [*overrides, *WITHOUT, *more]
+        loaded = load(path, words, allow=given.allow_target, job_start=True)
+        pattern = None if has_data(loaded, given.data) else synthetic_shards(loaded, folder)
+        if pattern:
+            loaded = load(path, [*words, f"--dataset.file_pattern={pattern}"], allow=given.allow_target, job_start=True)
+        yield Bench(loaded, folder, pattern is not None)
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_data(loaded: Loaded, data: Path | None) -> bool:
+    """Whether what the recipe reads is there; a data set of the user's own knows that itself."""
+    node = loaded.recipe.dataset
+    return data is not None or node.get("file_pattern") is not None or not node["_target_"].startswith("trainer.data.")
+
+
+def synthetic_shards(loaded: Loaded, folder: Path) -> str:
+    """Two shards of made-up tokens, frequent and rare ones as in text (Zipf's law); the glob that matches them."""
+    import numpy as np
+
+    from preprocess.shards import write_shard
+
+    recipe = loaded.recipe
+    vocab = int(recipe.loss_fn.get("vocab_size") or recipe.model.get("vocab_size") or 50257)
+    length = int(recipe.dataset.get("seq_len", 1024))
+    steps = recipe.step_scheduler.max_steps or 1
+    count = min(SYNTHETIC_TOKENS, recipe.step_scheduler.global_batch_size * length * steps) + 2 * length + 2
+    rng, dtype = np.random.default_rng(0), np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
+    for name in ("a", "b"):
+        tokens = np.minimum(vocab ** rng.random(count // 2 + 1, dtype=np.float64), vocab).astype(dtype) - dtype.type(1)
+        write_shard(folder / f"{name}.bin", [tokens], dtype)
+    return str(folder / "[ab].bin")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train(given: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    """``bench train``, on this rank, or as the one who starts the ranks."""
+    if given.ranks and given.ranks > 1 and "RANK" not in os.environ:
+        return start_ranks(given, list(arguments))
+    begin = given.warmup + given.steps + 1
+    more = [f"--step_scheduler.max_steps={given.warmup + given.steps + max(0, given.profiled)}", "--profile=null"]
+    if given.profiled > 0:
+        more = [more[0], f"--profile={{start_step: {begin}, steps: {given.profiled}}}"]
+    with prepared(given, overrides, more) as bench:
+        with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
+            if bench.synthetic:
+                print("the recipe's data is not here: tokens are made up, which changes no speed", flush=True)
+            report = measured(bench, given)
+        if report is not None:
+            print(json.dumps(report, indent=2) if given.json else text_of(report), flush=True)
+    return OK
+
+
+def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, and say what came out; None on ranks other than the first."""
+    from trainer import job as jobs
+    from trainer.cli import Options
+    from trainer.gpucheck import ON_CPU, ON_GPU, copy, gemm
+    from trainer.parallel import compute_dtype
+
+    ranks = from_environment(os.environ)
+    element = ElementDir(bench.folder / f"rank{ranks.rank}")
+    element.root.mkdir(exist_ok=True)
+    element.metrics.unlink(missing_ok=True)
+    options = Options(bench.loaded, element, checkpoints=bench.folder / "none", data=given.data, run_id="bench")
+    stop = StopFlag()
+    stop.install()
+    code = jobs.run(options, stop)
+    if code != OK:
+        raise BadInput("stopped before the measurement was over")
+    job = jobs.KEPT[-1]
+    sizes = ON_GPU if job.world.device.type == "cuda" else ON_CPU
+    rates = {
+        "gemm_flops": gemm(job.world, sizes, compute_dtype(job.recipe.distributed, job.world.device)) * 1e12,
+        "copy_bytes": copy(job.world, sizes, sizes.copy_bytes) * 1e9,
+    }
+    return report_of(bench, given, job, rates, element) if job.world.main else None
+
+
+def report_of(bench: Bench, given: argparse.Namespace, job: Any, rates: dict[str, float], element: ElementDir) -> dict[str, Any]:
+    """Everything that was measured, as plain data."""
+    import torch
+
+    from trainer.compiling import compiled, scope_of
+    from trainer.kernels import wanted
+    from trainer.metrics import peak_flops
+    from trainer.models import flops_per_token, parameter_count
+    from trainer.parallel import compute_dtype, plain
+
+    recipe, world, model = job.recipe, job.world, plain(job.model)
+    lines = [line for line in read_json_lines(element.metrics) if line["step"] > given.warmup]
+    steady, profiled = lines[: given.steps], lines[given.steps :]
+    times = [line["step_time_s"] for line in steady]
+    median = statistics.median(times)
+    length = job.batches.step_tokens // job.batches.global_batch
+    operations = flops_per_token(model, length)
+    rate = job.batches.step_tokens / median
+    peak = peak_flops(world.device)
+    made = compiled()
+    return {
+        "recipe": recipe.name,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads a rank)",
+        "host": platform.node(),
+        "ranks": world.size,
+        "strategy": recipe.distributed.strategy,
+        "parameters": parameter_count(model),
+        "dtype": str(compute_dtype(recipe.distributed, world.device)).removeprefix("torch."),
+        "seq_len": length,
+        "global_batch_size": job.batches.global_batch,
+        "local_batch_size": recipe.step_scheduler.local_batch_size,
+        "synthetic_data": bench.synthetic,
+        "steps": len(steady),
+        "tokens_per_s": rate,
+        "tokens_per_s_per_gpu": rate / world.size,
+        "step_time_s": {"median": median, "min": min(times), "max": max(times), "stdev": statistics.pstdev(times)},
+        "data_time_share": sum(line["data_time_s"] for line in steady) / sum(times),
+        "flops_per_token": operations,
+        "mfu": rate * operations / world.size / peak if peak else None,
+        "mfu_convention": CONVENTION,
+        "peak_flops": peak,
+        "measured_gemm_flops": rates["gemm_flops"],
+        "measured_copy_bytes_per_s": rates["copy_bytes"],
+        "of_measured_gemm": rate * operations / world.size / rates["gemm_flops"],
+        "peak_memory_gib": max(line["peak_memory_gib"] for line in steady),
+        "loss": {"first": lines[0]["loss"], "last": lines[-1]["loss"]},
+        "startup_s": job.metrics.startup["seconds"],
+        "compile": {**asdict(recipe.compile), "scope": scope_of(recipe.compile, recipe.distributed, world.size), **asdict(made)},
+        "fp8": recipe.fp8.enabled,
+        "bf16_residual": recipe.distributed.bf16_residual,
+        "loss_fn": recipe.loss_fn["_target_"],
+        "attention": {"wanted": wanted(recipe.sdpa_method, world.device)[0] if world.device.type == "cuda" else None, "used": []},
+        "versions": versions(),
+        **(roofline_of(element, job, given, rates, median, len(profiled)) if profiled else {}),
+    }
+
+
+def roofline_of(element: ElementDir, job: Any, given: argparse.Namespace, rates: dict[str, float], median: float, steps: int) -> dict[str, Any]:
+    """Where the time went, and what to change first."""
+    from trainer import kernels, roofline
+    from trainer.models import flops_per_token, vocab_rows
+    from trainer.parallel import plain
+
+    model, recipe, world = plain(job.model), job.recipe, job.world
+    trace = next(iter(sorted((element.root / "profile").glob("*.rank0.json.gz"))))
+    found = roofline.busy(roofline.read(trace), steps)
+    length = job.batches.step_tokens // job.batches.global_batch
+    matrices = flops_per_token(model, 0)
+    head = 6.0 * (vocab_rows(model) or 0) * (kernels.setting_of(model, "hidden_size", "n_embd") or 0)
+    least = roofline.least_seconds(
+        tokens=job.batches.step_tokens // world.size,
+        block_flops=matrices - head,
+        attention_flops=(flops_per_token(model, length) - matrices) / 2,  # causal: half of what the convention counts
+        head_flops=head,
+        parameters=sum(_local(parameter) for parameter in model.parameters()),
+        flops=rates["gemm_flops"],
+        bandwidth=rates["copy_bytes"],
+    )
+    lines = read_json_lines(element.metrics)[given.warmup : given.warmup + given.steps]
+    waited = statistics.median(line["data_time_s"] for line in lines)
+    parts = roofline.rows(found, median, waited, least)
+    steps_of = recipe.step_scheduler
+    told = roofline.advice(
+        parts,
+        compiled=recipe.compile.enabled,
+        device=found.device,
+        backends=found.backends,
+        micro_batch=steps_of.local_batch_size,
+        accumulates=steps_of.local_batch_size * world.dp_size < steps_of.global_batch_size,
+    )
+    wanted = kernels.wanted(recipe.sdpa_method, world.device)[0] if found.device else None
+    return {
+        "attention": {"wanted": wanted, "used": list(found.backends)},
+        "roofline": [asdict(row) for row in parts],
+        "advice": told,
+    }
+
+
+def _local(parameter: Any) -> int:
+    """Numbers of a parameter that lie on this rank."""
+    return int(parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel())
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that decides speed."""
+    import torch
+
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    try:
+        import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        compiler = str(triton.__version__)
+    except ImportError:
+        compiler = None
+    found = {"amlaunch": VERSION, "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {**found, "cudnn": cudnn and str(cudnn), "nccl": nccl, "triton": compiler}
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """The report, for people."""
+    from trainer.roofline import Row, table
+
+    step, compiled = report["step_time_s"], report["compile"]
+    mfu = f"{report['mfu']:.1%} ({report['mfu_convention']})" if report["mfu"] is not None else f"not known for a {report['device'].partition(' ')[0]}"
+    used = ", ".join(report["attention"]["used"]) or "not seen (--profiled 3 looks)"
+    wanted = report["attention"]["wanted"]
+    warning = f"; warning: {wanted} was wanted" if wanted and report["attention"]["used"] and wanted not in report["attention"]["used"] else ""
+    graphs = compiled["hits"] + compiled["misses"]
+    lines = [
+        ("recipe", f"{report['recipe']}: {report['parameters']:,} parameters, {report['ranks']} x {report['device']}, {report['strategy']}, {report['dtype']}"),
+        ("batch", f"{report['global_batch_size']} windows of {report['seq_len']} tokens a step, {report['local_batch_size']} at once"),
+        ("tokens/s", f"{report['tokens_per_s']:,.0f} ({report['tokens_per_s_per_gpu']:,.0f} a rank)"),
+        ("step", f"{step['median'] * 1e3:.1f} ms (median of {report['steps']}; {step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f}, deviation {step['stdev'] * 1e3:.1f})"),
+        ("MFU", mfu),
+        ("of a large product", f"{report['of_measured_gemm']:.1%} of {report['measured_gemm_flops'] / 1e12:.4g} TFLOP/s, measured here; copies {report['measured_copy_bytes_per_s'] / 1e9:.4g} GB/s"),
+        ("peak memory", f"{report['peak_memory_gib']:.2f} GiB"),
+        ("start", f"{report['startup_s']:.1f} s to the first step, of which compiling {compiled['seconds']:.1f} s ({compiled['hits']} of {graphs} graphs from the cache)"),
+        ("attention", used + warning),
+        ("versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value)),
+    ]
+    text = "\n".join(f"{name:<19}{value}" for name, value in lines)
+    if "roofline" in report:
+        text += "\n\n" + table([Row(**row) for row in report["roofline"]]) + f"\n\nadvice: {report['advice']}"
+    return text
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def start_ranks(given: argparse.Namespace, arguments: list[str]) -> int:
+    """``--ranks N``: this program once a rank, here; the first one speaks. One that fails ends all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(given.ranks), "LOCAL_WORLD_SIZE": str(given.ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), PARENT_VARIABLE: str(os.getpid())}
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.ranks)))
+    command = [*python_command("trainer.bench"), *arguments]
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=None if rank == 0 else sys.stderr)
+        for rank in range(given.ranks)
+    ]
+    try:
+        while any([rank.poll() is None for rank in ranks]) and not any(rank.poll() for rank in ranks):  # noqa: C419 all are asked
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        codes = [rank.wait() for rank in ranks]
+    failed = [(number, code) for number, code in enumerate(codes) if code > 0] or [(number, code) for number, code in enumerate(codes) if code]
+    if failed:
+        say(f"error: rank {failed[0][0]} ended with {failed[0][1]}; nothing was measured")
+        return failed[0][1] if failed[0][1] > 0 else FAILED
+    return OK
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def data(given: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """``bench data``: the batches of training, read ahead and copied to the device as training does, and nothing else."""
+    steps = given.warmup + given.steps
+    with prepared(given, overrides, [f"--step_scheduler.max_steps={steps}"]) as bench:
+        with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
+            if bench.synthetic:
+                print("the recipe's data is not here: tokens are made up, which changes no speed", flush=True)
+            report = data_report(bench, given, steps)
+        if given.json:
+            print(json.dumps(report, indent=2))
+        else:
+            print(f"{report['tokens_per_s']:,.0f} tokens/s from {report['windows']:,} windows of {report['seq_len']} tokens on {report['device']}: "
+                  f"{report['step_time_s'] * 1e3:.2f} ms a step of {report['global_batch_size']} windows (median of {given.steps})")
+    return OK
+
+
+def data_report(bench: Bench, given: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """Read ``steps`` batches; the first ones do not count."""
+    import torch
+
+    from trainer.batches import StepBatches
+    from trainer.data import order_of
+    from trainer.job import build_dataset
+    from trainer.parallel import join
+
+    recipe = bench.loaded.recipe
+    world = join(recipe.distributed, from_environment(os.environ))
+    dataset = build_dataset(recipe.dataset, recipe, bench.loaded.policy, given.data)
+    order = order_of(dataset, recipe.seed)
+    batches = StepBatches(dataset, order, recipe.step_scheduler.global_batch_size, None, world)
+    batches.start(0, steps, recipe.dataloader.prefetch_factor, recipe.dataloader.num_workers)
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        batches.next()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    batches.close()
+    median = statistics.median(times[given.warmup :])
+    return {
+        "recipe": recipe.name,
+        "device": world.device.type,
+        "windows": order.size,
+        "seq_len": batches.step_tokens // batches.global_batch,
+        "global_batch_size": batches.global_batch,
+        "synthetic_data": bench.synthetic,
+        "steps": given.steps,
+        "step_time_s": median,
+        "tokens_per_s": batches.step_tokens / median,
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
