@@ -32,6 +32,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "llama in bfloat16, fsdp2 on two ranks": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "bfloat16"}}),
     "llama, fsdp2 on two ranks, kept gathered": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "reshard_after_forward": False}}),
     "gpt2, ddp on two ranks, one micro-batch": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}, "step_scheduler": {"local_batch_size": 4}}),
+    "llama, blocks computed again": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "full"}}),
     "gpt2, ddp on two ranks, accumulated": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}}),
 }  # fmt: skip
 
