@@ -145,10 +145,8 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
             x = block(x, documents)
-        x, weight = self.head(self.ln_f(x), self.wte.weight)
-        if linear_loss is not None:
-            return linear_loss.from_hidden(x, weight, labels)
-        return F.linear(x, weight)
+        x, rows = self.head(self.ln_f(x), self.wte.weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""

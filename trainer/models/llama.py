@@ -175,11 +175,8 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, documents)
-        rows = self.embed_tokens if self.lm_head is None else self.lm_head
-        x, weight = self.head(self.norm(x), rows.weight)
-        if linear_loss is not None:
-            return linear_loss.from_hidden(x, weight, labels)
-        return F.linear(x, weight)
+        x, rows = self.head(self.norm(x), (self.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
         """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""
