@@ -71,7 +71,7 @@ def _timed(words: list[str], cwd: Path) -> float:
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "there are none yet"),
         (["clean", "", "--yes"], "the name of the run is empty"),
-        (["frobnicate"], "no command 'frobnicate'; known here: cancel"),
+        (["frobnicate"], "no command 'frobnicate'; known here: bench"),
         (["statu"], "no command 'statu'; did you mean 'status'?"),
         (["--runs", "x", "status"], "unknown option --runs; the command comes first"),
         (["submit", "quickstart", "-cluster", "lab"], "unknown option -cluster; did you mean '--cluster'?"),

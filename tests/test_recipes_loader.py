@@ -13,7 +13,7 @@ import pytest
 
 from recipes.errors import BadInput
 from recipes.loader import check_batch, load
-from recipes.schema import parse_count, parse_memory, parse_minutes
+from recipes.schema import parse_count, parse_memory, parse_minutes, validation_sets
 from recipes.shipped import find_recipe, shipped, summary
 from recipes.targets import OPTIMIZER_KEYS, OPTIMIZERS, OURS, Policy, _tree, build, check_target, resolve, signature
 
@@ -463,3 +463,39 @@ def test_reading_a_recipe_imports_nothing_heavy(root):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     assert ast.literal_eval(found.stdout.replace("set()", "{}")) == {}
+
+
+# --- several validation sets ------------------------------------------------------------------------------
+
+
+def test_validation_sets_by_name_are_data_sets_each(folder):
+    text = MINIMAL + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n  code: {file_pattern: c.bin, seq_len: 32, splt: val}\n"
+    message = problems(folder, text)
+    assert "r.yaml:10: validation_dataset.code.splt: unknown key" in message and "did you mean 'split'" in message
+    loaded = load(write(folder, text.replace("splt", "split")))
+    sets = validation_sets(loaded.recipe.validation_dataset)
+    assert list(sets) == ["web", "code"] and {node["_target_"] for node in sets.values()} == {"trainer.data.NanogptDataset"}
+    assert [Path(place).name for place in loaded.places("validation_dataset")] == ["w.bin", "c.bin"]
+    assert "validation_dataset.web.seq_len: 65 is beyond" in problems(folder, text.replace("splt", "split"), "--validation_dataset.web.seq_len", "65")
+
+
+def test_a_single_validation_set_and_a_mixture_are_one(folder):
+    single = load(write(folder, MINIMAL + "validation_dataset: {file_pattern: w.bin, seq_len: 32}\n")).recipe.validation_dataset
+    assert list(validation_sets(single)) == [""]
+    mixed = load(write(folder, MINIMAL + "validation_dataset: {seq_len: 32, sources: {a: {file_pattern: w.bin}}}\n")).recipe.validation_dataset
+    assert list(validation_sets(mixed)) == [""] and validation_sets(mixed)[""]["_target_"] == "trainer.data.MixedDataset"
+    assert validation_sets(None) == {}
+
+
+def test_the_guides_validation_sections_are_read_by_their_names(folder):
+    text = MINIMAL + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\nvalidation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
+    message = problems(folder, text)
+    assert "r.yaml:13: validation_dataset.code.seq_len: 99 is beyond" in message
+    loaded = load(write(folder, text.replace("99", "32")))
+    assert list(validation_sets(loaded.recipe.validation_dataset)) == ["default", "code"]
+    assert any("validation_dataset_code: read as validation_dataset.code" in note for note in loaded.notes)
+
+
+def test_the_guides_loader_workers_are_ours(folder):
+    recipe = load(write(folder, MINIMAL + "dataloader:\n  _target_: torchdata.stateful_dataloader.StatefulDataLoader\n  num_workers: 3\n")).recipe
+    assert recipe.dataloader.num_workers == 3

@@ -184,6 +184,17 @@ def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", ["tp_size", "cp_size"])
+def test_ranks_that_share_packed_rows_keep_documents_apart(tmp_path: Path, shared: str) -> None:
+    steps = {**STEPS, "max_steps": 4, "val_every_steps": 4}
+    alone, both = (mixed_run(tmp_path, name, 2 * SEQ_LEN, step_scheduler=steps, model={"vocab_size": VOCAB + 1}) for name in ("alone", "both"))
+    assert alone.here() == OK
+    both.train(2, f"--distributed.{shared}", "2")
+    for name in ("loss", "grad_norm", "val_loss/web"):
+        assert np.allclose(both.column(name), alone.column(name), rtol=TIGHT, atol=0), name
+
+
+@pytest.mark.slow
 def test_an_epoch_of_packed_rows_ends_the_run(tmp_path: Path) -> None:
     write_tokens(tmp_path / "val.bin", 700)
     write_documents(tmp_path / "web.bin", 80, 1)

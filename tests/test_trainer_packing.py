@@ -16,7 +16,7 @@ from test_trainer_data import UINT16, world
 from preprocess.shards import write_shard
 from recipes.errors import BadInput
 from recipes.schema import Distributed
-from trainer.attention import attend
+from trainer.attention import attend, attend_by_blocks
 from trainer.batches import Batch, StepBatches, on_device, on_host, places
 from trainer.data import NanogptDataset, PackedDataset, data_fingerprint
 from trainer.documents import keep_documents_apart
@@ -24,7 +24,7 @@ from trainer.loss import IGNORED, MaskedCrossEntropy
 from trainer.models import logits_of
 from trainer.models.gpt2 import build_gpt2_model
 from trainer.models.llama import build_llama_model
-from trainer.packing import cut, pack
+from trainer.packing import BEGINS, UNLABELLED, cut, pack
 from trainer.stream import aligned_starts
 
 BOS = 7
@@ -80,10 +80,10 @@ def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(tmp_path_
     documents = [np.concatenate([[0], np.arange(1, length) + 50 * k]).astype(UINT16) for k, length in enumerate(lengths)]
     dataset = packed_set(tmp_path_factory.mktemp("packed"), documents, size, shards, seq_len=seq_len, bos_token=0, shuffle_files=True)
     inputs, labels, marks = dataset.batch(dataset.order(3).windows(np.arange(len(dataset)) + epoch * len(dataset)))
-    counted = labels != IGNORED
+    counted = marks & UNLABELLED == 0
     stream = np.concatenate(documents)
     assert sorted(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True)) == sorted(zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True))
-    positions, _ = places(torch.from_numpy(marks))
+    positions, _ = places(torch.from_numpy(marks & BEGINS))
     assert int(positions.max()) < min(size, seq_len) and np.all((inputs == 0) | (positions.numpy() >= 0))
     padding = len(dataset) * size - len(stream)
     assert np.count_nonzero(~counted) == padding + 1  # nothing follows the last token
@@ -93,10 +93,11 @@ def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(tmp_path_
 def test_without_a_beginning_token_the_last_token_of_a_document_has_no_label(tmp_path: Path) -> None:
     documents = [np.array([1, 2, 3]), np.array([4, 5]), np.array([6])]
     dataset = packed_set(tmp_path, [document.astype(UINT16) for document in documents], 8)
-    inputs, labels, marks = dataset.batch(np.arange(1))
+    inputs, _, marks = dataset.batch(np.arange(1))
     assert inputs.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0]]
-    assert labels.tolist() == [[2, 3, IGNORED, 5, IGNORED, IGNORED, IGNORED, IGNORED]]
-    assert marks.tolist() == [[1, 0, 0, 1, 0, 1, 1, 1]]
+    assert (marks & BEGINS).tolist() == [[1, 0, 0, 1, 0, 1, 1, 1]]
+    batch = on_device(on_host(dataset, np.arange(1), 97, pin=False), torch.device("cpu"))
+    assert batch.labels.tolist() == [[2, 3, IGNORED, 5, IGNORED, IGNORED, IGNORED, IGNORED]]
     assert "3 documents in 1 rows of 8, 75.0% filled, 0 of them cut" in dataset.described()
 
 
@@ -199,6 +200,20 @@ def test_attention_by_documents_is_attention_of_each_alone() -> None:
     assert torch.allclose(whole, torch.cat(parts, dim=2), rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_again() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, heads, 256, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    compiled = torch.compile(attend_by_blocks, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            documents = torch.randint(0, 2, (2, 256)).cumsum(1).to(torch.int32)
+            expected = attend(q, k, v, documents=documents)
+            assert torch.allclose(compiled(q, k, v, documents), expected, rtol=0, atol=1e-13)
+
+
 # --- windows that begin with a document ------------------------------------------------------------------
 
 
@@ -244,9 +259,9 @@ def test_documents_that_cannot_be_found_are_refused_by_name(tmp_path: Path) -> N
 def test_a_shard_that_begins_within_a_document_loses_nothing(tmp_path: Path) -> None:
     np.array([11, 12, BOS, 13, 14, 15, BOS, 16], dtype="<u2").tofile(tmp_path / "train.bin")
     dataset = NanogptDataset(file_pattern=str(tmp_path / "train.bin"), seq_len=4, bos_token=BOS, format="raw").packed(8)
-    inputs, labels, _ = dataset.batch(np.arange(1))
+    inputs, _, marks = dataset.batch(np.arange(1))
     assert sorted(inputs[0].tolist()) == [BOS, BOS, 11, 12, 13, 14, 15, 16]
-    assert dataset.documents == 3 and np.count_nonzero(labels == IGNORED) == 1
+    assert dataset.documents == 3 and np.count_nonzero(marks & UNLABELLED) == 1
 
 
 def test_packing_belongs_to_what_a_checkpoint_remembers(tmp_path: Path) -> None:

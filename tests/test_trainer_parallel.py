@@ -68,6 +68,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "ddp2xcp2": {"strategy": "ddp", "cp_size": 2},
     "cp2xtp2-sequence": {"cp_size": 2, "tp_size": 2, "sequence_parallel": True},
 }
+LINEAR = {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 8}
 MUON = {"optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}}
 
 
@@ -95,6 +96,7 @@ def runs_of(folder: Path, size: str, cases: dict[str, dict[str, Any]]) -> dict[s
 def two(folder: Path) -> dict[str, list[Any]]:
     runs = runs_of(folder, "two", TWO)
     tasks = [Task(name, train, (run,)) for name, run in runs.items()]
+    tasks.append(Task("linear", train, (case(folder, "two-linear", "gpt2", {"tp_size": 2}, loss_fn=LINEAR),)))
     tasks += [Task(f"initial {family}", initial, (family, {"tp_size": 2})) for family in BUILDERS]
     return in_ranks(2, folder / "ranks2", [*tasks, *hugging_face(folder)])
 
@@ -151,6 +153,11 @@ def test_accumulation_is_as_one_batch(folder: Path, one: Any, family: str) -> No
     whole = case(folder, "one-whole", family, {"strategy": "none"})
     assert whole.here("--step_scheduler.local_batch_size", "8") == OK
     same(whole, one("plain", family))
+
+
+def test_a_loss_of_hidden_states_has_the_whole_head_under_tensor_parallelism(folder: Path, one: Any, two: dict[str, list[Any]]) -> None:
+    assert two["linear"] == [OK] * 2
+    same(case(folder, "two-linear", "gpt2", {"tp_size": 2}, loss_fn=LINEAR), one("plain", "gpt2"))
 
 
 def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:

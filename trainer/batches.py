@@ -15,12 +15,13 @@ from trainer.data import gather, sample_length
 from trainer.errors import LocalBadInput
 from trainer.loss import IGNORED
 from trainer.order import Indices, Sequenced, share_of_step
+from trainer.packing import BEGINS, UNLABELLED
 from trainer.parallel import World
 from trainer.prefetch import Turns
 
 HostBatch = tuple[torch.Tensor, ...]
-"""``(windows (M, L + 1),)``, or ``(inputs (M, L), labels (M, L))``, and marks ``(M, L)`` where documents begin if there
-are several in a row; in the type they have on disk."""
+"""``(windows (M, L + 1),)``, or ``(inputs (M, L), labels (M, L))``, and marks ``(M, L)`` (see :mod:`trainer.packing`) if there
+are several documents in a row; in the type they have on disk."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,17 @@ def on_device(host: HostBatch, device: torch.device) -> Batch:
         tokens = tensors[0].to(torch.int64)
         return Batch(tokens[:, :-1], tokens[:, 1:])
     inputs, labels = (tensor.to(torch.int64) for tensor in tensors[:2])
-    return Batch(inputs, labels, *(places(tensors[2]) if len(tensors) == 3 else ()))
+    if len(tensors) == 2:
+        return Batch(inputs, labels)
+    marks = tensors[2]
+    return Batch(inputs, labels.masked_fill(marks & UNLABELLED != 0, IGNORED), *places(marks & BEGINS))
 
 
-def places(marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From marks ``(M, L)``, 1 where a document begins: each position in its document, int64, and which that is, int32."""
-    indices = torch.arange(marks.shape[1], device=marks.device)
-    begins = torch.where(marks == 1, indices, 0).cummax(dim=1).values
-    return indices - begins, marks.cumsum(dim=1, dtype=torch.int32)
+def places(begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From ``begins (M, L)``, 1 where a document begins: each position in its document, int64, and which that is, int32."""
+    indices = torch.arange(begins.shape[1], device=begins.device)
+    first = torch.where(begins == 1, indices, 0).cummax(dim=1).values
+    return indices - first, begins.cumsum(dim=1, dtype=torch.int32)
 
 
 class StepBatches:

@@ -140,7 +140,7 @@ class PackedDataset:
         return len(self.rows)
 
     def batch(self, rows: Indices) -> tuple[Tokens, ...]:
-        """Inputs, labels and marks where a piece begins, each ``(M, size)``; see :meth:`trainer.packing.Rows.read`."""
+        """Inputs, labels and marks, each ``(M, size)``; see :meth:`trainer.packing.Rows.read`."""
         return self.rows.read(rows)
 
     def order(self, seed: int) -> Order:
@@ -237,8 +237,8 @@ def _placed(whole: list[Tokens], arrays: tuple[Tokens, ...], here: Indices, coun
 
 
 def gather(dataset: Any, indices: Indices) -> tuple[Tokens, ...]:
-    """The samples at ``indices`` as host arrays: ``((M, L + 1),)``, or inputs and labels, each ``(M, L)``, and marks
-    where a document begins, if there are several in a sample.
+    """The samples at ``indices`` as host arrays: ``((M, L + 1),)``, or inputs and labels, each ``(M, L)``, and marks,
+    if there are several documents in a sample (see :mod:`trainer.packing`).
 
     A data set of the user's own has ``__len__`` and ``__getitem__``, which gives
     ``{"input_ids": (L,), "labels": (L,)}``, labels already shifted, -100 where none counts.

@@ -190,13 +190,12 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
     cpu = torch.device("cpu")
     world = World(0, ranks, cpu, timedelta(minutes=1), section.tp_size, section.cp_size)
     before = live.now
-    with default_type(torch.float64 if compute_dtype(section, cpu) is torch.float64 else torch.float32), parameters_replaced():
+    with default_type(torch.float64 if compute_dtype(section, cpu) is torch.float64 else torch.float32):
         bare = jobs.build_model(recipe, policy)
     jobs.fit_for_training(bare, dataclasses.replace(recipe, compile=dataclasses.replace(recipe.compile, enabled=False), fp8=type(recipe.fp8)()), world)
     if recipe.compile.enabled and section.tp_size == 1:
         as_compiled(bare)
-    with parameters_replaced():
-        model, buckets = spread_out(bare, recipe, world)
+    model, buckets = spread_out(bare, recipe, world)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, model)
     parameters = live.now - before - (buckets.size if buckets else 0)
     length = recipe.dataset.get("seq_len") or sample_length(jobs.build_dataset(recipe.dataset, recipe, policy, None))
@@ -250,31 +249,6 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextlib.contextmanager
-def parameters_replaced() -> Iterator[None]:
-    """Have modules take new parameters where they would change them in place, which those without contents do not bear.
-
-    They are built where they stay, in their own type, so that ``to`` has nothing to do.
-    """
-    before = nn.Module.to, nn.Module.to_empty
-
-    def to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-        made: dict[int, nn.Parameter] = {}
-        for part in module.modules():
-            for name, old in part._parameters.items():
-                if old is not None:
-                    part._parameters[name] = made.setdefault(id(old), nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device=device), old.requires_grad))
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-        return module
-
-    nn.Module.to, nn.Module.to_empty = lambda module, *_, **__: module, to_empty  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.to, nn.Module.to_empty = before  # type: ignore[method-assign]
-
-
 def spread_out(bare: nn.Module, recipe: Recipe, world: Any) -> tuple[nn.Module, Buckets | None]:
     """The model as :func:`trainer.parallel.spread` has it; DDP, whose reducer is not Python, by :class:`Buckets`."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -283,8 +257,12 @@ def spread_out(bare: nn.Module, recipe: Recipe, world: Any) -> tuple[nn.Module, 
 
     section = recipe.distributed
     ddp = section.strategy == "ddp"
-    with unset_fake_temporarily():  # a mesh of ranks is made of real tensors
-        model = spread(bare, dataclasses.replace(section, strategy="none") if ddp else section, world, recipe.seed)
+    bare.to = lambda *_, **__: bare  # type: ignore[method-assign] # it is where it should be, in its type
+    try:
+        with unset_fake_temporarily():  # a mesh of ranks is made of real tensors
+            model = spread(bare, dataclasses.replace(section, strategy="none") if ddp else section, world, recipe.seed)
+    finally:
+        del bare.to
     return model, Buckets(model) if ddp else None
 
 

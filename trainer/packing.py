@@ -17,8 +17,8 @@ import numpy.typing as npt
 from trainer.order import Indices
 from trainer.stream import Tokens, TokenStream
 
-NO_LABEL = -100
-"""As :data:`trainer.loss.IGNORED`."""
+BEGINS, UNLABELLED = 1, 2
+"""Bits of a token's mark: a piece begins here; its label does not count."""
 
 
 @dataclass(frozen=True)
@@ -109,35 +109,41 @@ class Rows:
         return len(self._offsets) - 1
 
     def read(self, rows: Indices) -> tuple[Tokens, Tokens, Tokens]:
-        """Inputs in the type they have on disk, labels int32 and marks uint8, each ``(M, size)``.
+        """Inputs and labels in the type they have on disk, and marks, uint8, each ``(M, size)``.
 
-        A mark is 1 where a piece begins and at every token of padding, so that
-        each of those is a piece of its own.
+        A mark has BEGINS where a piece begins, and at every token of padding, so
+        that each of those is a piece of its own; and UNLABELLED where no label counts.
         """
         counts = self._offsets[rows + 1] - self._offsets[rows]
-        which = np.repeat(self._offsets[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        firsts = np.cumsum(counts) - counts
+        which = np.repeat(self._offsets[rows] - firsts, counts) + np.arange(counts.sum())
         lengths = self._lengths[which].astype(np.int64)
-        used = np.add.reduceat(lengths, np.cumsum(counts) - counts)
-        ends = np.cumsum(lengths) + np.repeat(np.cumsum(self.size - used) - (self.size - used), counts)
-        inputs, labels, marks = self._blank(len(rows), used)
-        self._fill(inputs.reshape(-1), labels.reshape(-1), self._starts[which], (ends - lengths).tolist(), lengths.tolist())
-        marks.reshape(-1)[ends - lengths] = 1
-        labels.reshape(-1)[(ends - 1)[~self._labelled[which]]] = NO_LABEL
-        return inputs, labels, marks
+        used = np.add.reduceat(lengths, firsts)
+        padding = self.size - used
+        ends = np.cumsum(lengths) + np.repeat(np.cumsum(padding) - padding, counts)
+        inputs = np.zeros(len(rows) * self.size + 1, dtype=self._stream.dtype)  # the last one is nobody's input
+        after = self._fill(inputs, self._starts[which], (ends - lengths).tolist(), ends.tolist())
+        labels = inputs[1:].copy()
+        labels[ends - 1] = after
+        marks = np.where(np.arange(self.size) >= used[:, None], BEGINS | UNLABELLED, 0).astype(np.uint8).reshape(-1)
+        marks[ends - lengths] |= BEGINS
+        marks[ends - 1] |= np.where(self._labelled[which], 0, UNLABELLED).astype(np.uint8)
+        return tuple(array.reshape(-1, self.size) for array in (inputs[:-1], labels, marks))  # type: ignore[return-value]
 
-    def _blank(self, count: int, used: Indices) -> tuple[Tokens, Tokens, Tokens]:
-        padding = np.arange(self.size) >= used[:, None]
-        inputs = np.zeros((count, self.size), dtype=self._stream.dtype)
-        return inputs, np.where(padding, np.int32(NO_LABEL), np.int32(0)), padding.astype(np.uint8)
-
-    def _fill(self, inputs: Tokens, labels: Tokens, starts: Indices, places: list[int], lengths: list[int]) -> None:
-        """Copy each piece to its place, and as labels the same, one token further."""
-        for part, offset, place, length in zip(*self._stream.located(starts), places, lengths, strict=True):
-            found = self._stream.parts[part][offset : offset + length + 1]
-            if len(found) <= length:  # it goes on in the next part, or is the end of the stream
-                found = self._beyond(part, offset, length)
-            inputs[place : place + length] = found[:length]
-            labels[place : place + length] = found[1:]
+    def _fill(self, inputs: Tokens, starts: Indices, begins: list[int], ends: list[int]) -> list[int]:
+        """Copy each piece to its place in ``inputs``, and give back the token that follows each (0 at the end of the stream)."""
+        after = []
+        for part, offset, begin, end in zip(*self._stream.located(starts), begins, ends, strict=True):
+            tokens = self._stream.parts[part]
+            last = offset + end - begin
+            if last < len(tokens):
+                inputs[begin:end] = tokens[offset:last]
+                after.append(tokens.item(last))
+            else:  # it goes on in the next part, or is the end of the stream
+                found = self._beyond(part, offset, end - begin)
+                inputs[begin:end] = found[:-1]
+                after.append(found.item(-1))
+        return after
 
     def _beyond(self, part: int, offset: int, length: int) -> Tokens:
         whole = np.zeros(length + 1, dtype=self._stream.dtype)

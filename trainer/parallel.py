@@ -166,13 +166,13 @@ def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> n
     dtype = compute_dtype(section, world.device)
     model.to(dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     before = parameter_count(model)
-    mesh = _mesh(section, world)
     if world.cp_size > 1:
         spread_positions(model, _group_of(world, _cp_rows(world)))
-    if world.tp_size > 1:
-        share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
     checkpoint_activations(model, section.activation_checkpointing)
     if is_sharded(section):
+        mesh = _mesh(section, world)
+        if world.tp_size > 1:
+            share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
         _fsdp2(model, section, mesh, dtype)
     _settle(model, section, world, seed)
     after = parameter_count(model)

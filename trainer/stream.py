@@ -98,7 +98,7 @@ class TokenStream:
     """Arrays of tokens, one after another, read at any place."""
 
     def __init__(self, parts: Sequence[Tokens]):
-        self.parts = list(parts)
+        self.parts = [np.asarray(part) for part in parts]  # slices of a memmap are objects of its own class, which are slow to make
         self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self.dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
 

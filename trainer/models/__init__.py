@@ -62,7 +62,10 @@ def fresh(make: Callable[[], ModelT]) -> ModelT:
     with torch.device("meta"):
         model = make()
     if device.type != "meta":
-        model.to_empty(device=device)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
         fill(model)
     return model
 
@@ -75,7 +78,7 @@ def fill(model: nn.Module) -> None:
     same generator: so they do not depend on how the model is spread.
     """
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, device="cpu")
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         model.init_parameter(name, whole)  # type: ignore[operator]
         if isinstance(parameter, DTensor):
             local = parameter.to_local()

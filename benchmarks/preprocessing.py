@@ -4,7 +4,7 @@ Text is gathered from this machine (Python sources and documentation, manual pag
 of a few kilobytes, and written as Parquet and as JSON lines. Rounds are interleaved; what is compared is compared
 within a round.
 
-Usage: python benchmarks/preprocess.py [MEGABYTES] [ROUNDS]
+Usage: python benchmarks/preprocessing.py [MEGABYTES] [ROUNDS]
 """
 
 from __future__ import annotations
