@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preprocess.failure import Failure
+from preprocess.failure import Failure, what_the_disk_says
 from preprocess.progress import Progress, StopRequested, stop_on_signals
 from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
 from recipes.files import write_json
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return PIPE_CLOSED
     except (Failure, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {what_the_disk_says(error) if isinstance(error, OSError) else error}", file=sys.stderr, flush=True)
         return FAILED
 
 

@@ -10,6 +10,7 @@ the end is a function of the source and the options alone.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from preprocess.engine import choose, open_engine
 from preprocess.part import Beat, Context, make_part, whole_part
 from preprocess.parts import PART_VERSION, OutputDir, Part
-from preprocess.pieces import owners, val_shares
+from preprocess.pieces import SMALLEST, owners, val_shares
 from preprocess.progress import Progress
 from preprocess.shards import MAX_TOKENS, index_path
 from preprocess.sources import Source, open_source
@@ -48,6 +49,15 @@ def check_options(options: Preprocess) -> None:
         raise BadInput(f"preprocess.val_tokens: {val:,} of max_tokens {total:,} leave nothing to train on")
 
 
+def check_folder(out: Path) -> None:
+    """Raise BadInput where no file can be made in ``out``, before any work: a folder that is not there yet may still be made."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"preprocess.output_dir: {out}: {there} is a file, and a folder is wanted")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"preprocess.output_dir: {out}: no right to write in {there}")
+
+
 def prepare(options: Preprocess, out: Path, say: Callable[[str], None], policy: Policy | None = None) -> Context:
     """Open source, tokenizer and engine, and all that the parts of ``out`` have in common.
 
@@ -55,6 +65,7 @@ def prepare(options: Preprocess, out: Path, say: Callable[[str], None], policy: 
     :func:`preprocess.tokenizer.load_tokenizer` do.
     """
     check_options(options)
+    check_folder(out)
     source = open_source(options, policy)
     tokenizer = load_tokenizer(options.tokenizer)
     engine = choose(options.engine, tokenizer)
@@ -122,11 +133,32 @@ class Board:
             return True
         return left > 0 and self._estimate(part) < MARGIN * (self.budget or 0)
 
+    def expected(self, parts: Sequence[int]) -> int | None:
+        """Tokens of the budget that will come from ``parts``, by what is known so far.
+
+        None without a budget. Before any part is complete: their share by size of the whole budget.
+        """
+        if self.budget is None:
+            return None
+        rate = self._rate()
+        if not rate:
+            return round(self.budget * sum(self.sizes[part] + 1 for part in parts) / sum(size + 1 for size in self.sizes))
+        own, before, found = set(parts), 0.0, 0.0
+        for part in range(len(self.sizes)):
+            tokens = min(self.tokens.get(part, rate * self.sizes[part]), self.budget - before)
+            found += tokens if part in own else 0
+            before += tokens
+        return round(found)
+
     def _estimate(self, part: int) -> float:
         """Tokens before ``part``: counted, or as the parts that are complete have them by byte."""
-        size = sum(self.sizes[other] + 1 for other in self.complete)
-        rate = sum(self.tokens[other] for other in self.complete) / size if size else 0.0
+        rate = self._rate()
         return sum(self.tokens.get(other, rate * self.sizes[other]) for other in range(part))
+
+    def _rate(self) -> float:
+        """Tokens a byte of the parts that are complete; 0 before there are any."""
+        size = sum(self.sizes[other] + 1 for other in self.complete)
+        return sum(self.tokens[other] for other in self.complete) / size if size else 0.0
 
 
 class Element:
@@ -200,7 +232,8 @@ class Element:
         now = self.totals()
         sizes = self.board.sizes
         done, all_ = (sum(sizes[part] + 1 for part in parts) for parts in (self.made, self.mine))
-        total = self.board.budget if self.board.budget is not None and len(self.mine) == len(sizes) else None
+        expected = self.board.expected(self.mine)
+        total = None if expected is None else max(expected, now.tokens)
         speed = (now.text_bytes - self.before.text_bytes) / max(self.progress.seconds(), 1e-9) / 1e6
         self.progress.update(
             now.tokens, total, done / all_ if self.board.budget is None else None,
@@ -257,15 +290,16 @@ def run_element(
     check_origin(context.out, index, context.origin)
     element = Element(context, options, index, progress)
     workers = workers if workers is not None else options.num_workers or cpus()
-    if workers > len(element.mine):
-        progress.say(f"element {index}: {len(element.mine)} of {workers} workers have something to do; preprocess.parts: {workers * options.elements} keeps all busy")
+    if workers > len(element.mine) and sum(context.source.sizes) > workers * SMALLEST:
+        wanted = workers * options.elements
+        progress.say(f"element {index}: {len(element.mine)} of {workers} workers have something to do; more files, or preprocess.parts: {wanted}, keep all busy")
     element.run(workers)
     parts = [element.made[part] for part in sorted(element.made)]
     record = {"element": index, "elements": options.elements, "parts": sorted(element.made)}
     if read_object(context.out.element(index)) != record:
         write_json(context.out.element(index), record)
     progress.finish(
-        element.totals().tokens, None, f"element {index}: {summary(parts)}", documents=element.totals().documents
+        element.totals().tokens, element.totals().tokens, f"element {index}: {summary(parts)}", documents=element.totals().documents
     )
     return parts
 

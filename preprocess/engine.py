@@ -42,6 +42,7 @@ class Engine:
         self.compared = 0
         """Documents that both engines tokenised."""
         self._until = 0
+        self._dtype = tokenizer.dtype  # made anew at each look
 
     def begin_shard(self) -> None:
         """Compare the next document in any case."""
@@ -49,26 +50,24 @@ class Engine:
 
     def encode_document(self, text: str) -> Tokens:
         """The document's tokens. Raises Differs where the fast engine is found out."""
-        ids = self._ids(text)
+        ids = self.tokenizer.ids(text) if self.fast is None else self._fast_ids(self.fast, text)
         if not self.bos:
-            return ids.astype(self.tokenizer.dtype, copy=False)
-        tokens = np.empty(len(ids) + 1, dtype=self.tokenizer.dtype)
+            return ids.astype(self._dtype, copy=False)
+        tokens = np.empty(len(ids) + 1, dtype=self._dtype)
         tokens[0] = self.tokenizer.bos
         tokens[1:] = ids
         return tokens
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
-        if self.fast is None:
-            return self.tokenizer.encode(text)
+    def _fast_ids(self, fast: Callable[[str], Any], text: str) -> npt.NDArray[Any]:
         try:
-            found: npt.NDArray[Any] = self.fast(text)
+            found: npt.NDArray[Any] = fast(text)
         except (TypeError, UnicodeEncodeError):  # lone surrogates
-            found = self.fast(repaired(text))
+            found = fast(repaired(text))
         self._until -= 1
         if self._until < 0:
             self._until = EVERY
             self.compared += 1
-            if not np.array_equal(found, self.tokenizer.encode(text)):
+            if not np.array_equal(found, self.tokenizer.ids(text)):
                 self.fast = None
                 raise Differs
         return found

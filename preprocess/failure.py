@@ -8,3 +8,9 @@ class Failure(Exception):
 
     Unlike :class:`recipes.errors.BadInput`, worth a retry: exit code 1, without a traceback.
     """
+
+
+def what_the_disk_says(error: OSError) -> str:
+    """An error of the system in words, with its file."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

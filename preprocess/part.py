@@ -129,43 +129,54 @@ def measure(text: str) -> tuple[int, bool]:
         return len(text.encode("utf-8", "surrogatepass")), True
 
 
-def next_shard(documents: Documents, cursor: Cursor, limits: Limits) -> Iterator[tuple[Document, Cursor]]:
-    """The documents of the shard that begins at ``cursor``, each with the cursor behind it.
+def next_shard(documents: Documents, cursor: Cursor, limits: Limits) -> Iterator[Document]:
+    """The documents of the shard that begins at ``cursor``.
 
     The shard ends before the document that would make it too large (one that is
     too large alone has a shard to itself), where its split is complete, or
     with the budget, which cuts the last document. That does not move the ends
     before it: a shorter budget gives the beginning of what a longer one gives.
     """
-    split = limits.split(cursor)
+    left = limits.left(cursor)
+    wanted = min(limits.shard, limits.val - cursor.val) if limits.split(cursor) == "val" else limits.shard
     size = 0
-    while size < limits.shard and (document := documents.peek()) is not None:
-        if size and size + len(document.tokens) > limits.shard:
+    while size < wanted and size != left and (document := documents.peek()) is not None:
+        behind = size + len(document.tokens)
+        if size and behind > limits.shard:
             return
         documents.advance()
-        document = document._replace(tokens=document.tokens[: limits.left(cursor)])
-        size += len(document.tokens)
-        cursor = cursor.after(split, len(document.tokens), document.records, document.skipped)
-        yield document, cursor
-        if limits.left(cursor) == 0 or limits.split(cursor) != split:
-            return
+        if left is not None and behind > left:
+            document, behind = document._replace(tokens=document.tokens[: left - size]), left
+        size = behind
+        yield document
 
 
 class Written:
-    """What is counted while a shard is written."""
+    """What is counted while the shard that begins at ``start`` is written."""
 
-    def __init__(self, cursor: Cursor):
-        self.cursor = cursor
+    def __init__(self, start: Cursor, split: str):
+        self.start = start
+        self.split = split
+        self.last: Document | None = None
+        self.tokens = 0
         self.text_bytes = 0
         self.repaired = 0
         self.errors: list[str] = []
 
-    def add(self, document: Document, cursor: Cursor) -> None:
+    def add(self, document: Document) -> None:
         """One more document."""
-        self.cursor = cursor
+        self.last = document
+        self.tokens += len(document.tokens)
         self.text_bytes += document.text_bytes
         self.repaired += document.repaired
         self.errors += document.errors
+
+    @property
+    def cursor(self) -> Cursor:
+        """Behind the last document."""
+        if self.last is None:
+            return self.start
+        return self.start.after(self.split, self.tokens, self.last.records, self.last.skipped)
 
 
 @dataclass(frozen=True)
@@ -250,11 +261,11 @@ class Job:
         if self.documents.peek() is None:
             return None
         path.with_suffix(".json").unlink(missing_ok=True)  # it may speak of files that are about to change
-        written = Written(cursor)
+        written = Written(cursor, split)
 
         def counted() -> Iterator[Tokens]:
-            for document, after in next_shard(self.documents, cursor, self.limits):
-                written.add(document, after)
+            for document in next_shard(self.documents, cursor, self.limits):
+                written.add(document)
                 self._report(written)
                 yield document.tokens
 

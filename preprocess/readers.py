@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import IO, Any
 
 from preprocess.pieces import Slice, kind
@@ -18,8 +20,12 @@ from recipes.schema import Preprocess
 PYTHON = "python"
 """As an encoding: what a Python source file says of itself (PEP 263)."""
 BLOCK_BYTES = 1 << 20
-"""Of JSON lines that are parsed at once, and of text columns that are decoded at once, about."""
+"""Of text columns that are decoded at once, about."""
+LINES_BYTES = 1 << 17
+"""Of JSON lines that are read at once: they stay in the cache of a core, and leave room in it for the vocabulary."""
 DAMAGED = "damaged file"
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20
+"""glibc's name for a block that is mapped on its own, and from how many bytes on."""
 
 
 class Undecodable(ValueError):
@@ -102,10 +108,8 @@ def read_json_lines(piece: Slice, column: str) -> Iterator[Record]:
     place = piece.file.place
     try:
         with piece.file.open() as raw, decompressed(raw, piece.file.name) as handle:
-            for offset, block in line_blocks(handle, piece):
-                strings = column_of_lines(block, column)
-                # where something is odd: line by line, to say which and what
-                yield from records_of_lines(piece, offset, block, column) if strings is None else strings
+            for offset, lines in line_blocks(handle, piece):
+                yield from records_of_lines(piece, offset, lines, column)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield Bad(DAMAGED, f"{place}: damaged or truncated gzip ({error})")
     except OSError as error:
@@ -124,15 +128,15 @@ def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
     return raw
 
 
-def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, about a megabyte at a time, with where in the file they begin; only lines that begin in the slice."""
+def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, list[bytearray]]]:
+    """Whole lines, some at a time, with where in the file they begin; only lines that begin in the slice."""
     begin, end = (piece.begin, piece.end) if piece.count > 1 else (0, None)
     if begin:
         handle.seek(begin - 1)
         begin += len(handle.readline()) - 1  # a line that began before is the slice before's
     kept = bytearray()
     while end is None or begin < end:
-        data = handle.read(BLOCK_BYTES)
+        data = handle.read(LINES_BYTES)
         searched = len(kept)
         kept += data
         if end is not None and begin + len(kept) >= end:
@@ -142,41 +146,46 @@ def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, bytes]]:
         if not data:
             cut = len(kept)
         if cut:
-            yield begin, bytes(kept[:cut])
-            begin += cut
+            lines = kept[:cut].split(b"\n")
             del kept[:cut]
+            yield begin, lines
+            begin += cut
         if not data:
             return
 
 
-def column_of_lines(block: bytes, column: str) -> list[str] | None:
-    """One column of JSON lines, parsed by pyarrow; None unless each line is an object with text in that column."""
-    import pyarrow as arrow
-    from pyarrow import json as arrow_json
+def records_of_lines(piece: Slice, offset: int, lines: list[bytearray], column: str) -> Iterator[Record]:
+    """The records of lines, the first of which begins at ``offset``; blank lines are none. ``lines`` is used up."""
+    loads = fast_json()
+    lines.reverse()
+    while lines:
+        line = lines.pop()
+        begin, offset = offset, offset + len(line) + 1
+        try:
+            text = loads(line)[column]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            text = None
+        if type(text) is str:
+            del line  # while a text of 50 MB is tokenised, it is there once
+            yield text
+        elif line and not line.isspace():  # looked at again, to say what is odd
+            yield record_of_line(piece, begin, line, column)
 
-    reading = arrow_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
-    schema = arrow.schema([(column, arrow.string())])
-    parsing = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+
+def fast_json() -> Callable[[bytearray], Any]:
+    """orjson's parser where it is installed (the extra ``fast``), else the standard library's.
+
+    orjson takes less for JSON than the standard library does, and gives the same for what it takes; where it
+    refuses, :func:`record_of_line` has the last word. So the records do not depend on it.
+    """
     try:
-        table = arrow_json.read_json(arrow.BufferReader(block), reading, parsing)
-        if table.num_rows != block.count(b"\n") + (not block.endswith(b"\n")) or table[column].null_count:
-            return None
-        return table[column].to_pylist()
-    except (arrow.ArrowException, UnicodeDecodeError):
-        return None
+        import orjson
+    except ImportError:
+        return json.loads
+    return orjson.loads
 
 
-def records_of_lines(piece: Slice, offset: int, block: bytes, column: str) -> Iterator[Record]:
-    """The records of a block of lines, each looked at alone; blank lines are none."""
-    lines = io.BytesIO(block)
-    at = 0
-    for line in lines:
-        if not line.isspace():
-            yield record_of_line(piece, offset + at, line, column)
-        at += len(line)
-
-
-def record_of_line(piece: Slice, offset: int, line: bytes, column: str) -> Record:
+def record_of_line(piece: Slice, offset: int, line: bytes | bytearray, column: str) -> Record:
     """The record of one line."""
     try:
         row = json.loads(line)
@@ -213,12 +222,34 @@ def no_column(where: str, column: str, known: Iterable[str]) -> str:
 
 
 def import_pyarrow(place: str) -> Any:
-    """pyarrow. Raises BadInput where it is missing."""
+    """pyarrow, told to give memory back when it is done with it. Raises BadInput where it is missing."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    return_large_blocks()
     try:
         import pyarrow
     except ImportError:
         raise BadInput(f'{place}: reading it needs pyarrow: pip install "amlaunch[preprocess]"') from None
     return pyarrow
+
+
+def return_large_blocks() -> None:
+    """Have the system's allocator map what is large (pages of many megabytes) on its own, and unmap it when it is freed.
+
+    Left alone, glibc keeps more and more of it: up to 32 MB a block, and its heap grows around them. pyarrow's own pool
+    (mimalloc) keeps as much, or takes a third more time to read.
+    """
+    import ctypes
+
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def native(handle: IO[bytes]) -> Any:
+    """A file as pyarrow reads it best: one on this machine without Python in between, nor a copy of what is read."""
+    import pyarrow as arrow
+
+    name = getattr(handle, "name", None)
+    return arrow.OSFile(os.fsencode(name)) if isinstance(name, str) else arrow.PythonFile(handle, mode="r")
 
 
 def read_parquet(piece: Slice, column: str, rows: int) -> Iterator[Record]:
@@ -227,7 +258,7 @@ def read_parquet(piece: Slice, column: str, rows: int) -> Iterator[Record]:
     from pyarrow import parquet
 
     try:
-        with piece.file.open() as handle, parquet.ParquetFile(handle, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
+        with piece.file.open() as opened, native(opened) as handle, parquet.ParquetFile(handle, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
             check_column(piece, file.schema_arrow, column)
             for group in row_groups(file.metadata, piece):
                 yield from read_row_group(file, group, column, rows, piece)
@@ -266,8 +297,10 @@ def read_row_group(file: Any, group: int, column: str, rows: int, piece: Slice) 
     average = metadata.column(names.index(column)).total_uncompressed_size // max(1, metadata.num_rows)
     few = max(1, min(rows, BLOCK_BYTES // max(1, average)))
     for batch in file.iter_batches(few, row_groups=[group], columns=[column], use_threads=False):
-        yield from text_records(batch.column(0), f"{piece.file.place}: row", row)
+        records = text_records(batch.column(0), f"{piece.file.place}: row", row)
         row += len(batch)
+        del batch  # the texts are there once, now
+        yield from records
 
 
 def text_records(values: Any, where: str, row: int) -> list[Record]:

@@ -44,6 +44,8 @@ MAGIC_SIZED = 278895051
 VERSION = 1
 MAX_TOKENS = 2**31 - 1
 """The count is an int32."""
+WRITE_TOKENS = 1 << 17
+"""That wait until they are written, about."""
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
@@ -82,15 +84,21 @@ def write_shard(path: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -
     that is (the entry that vouches for them). Raises BadInput past 2**31 - 1 tokens.
     """
     ends = array("Q")
-    size = 0
+    size = written = 0
+    waiting: list[memoryview] = []
     with whole_file(path, durable_name=False) as handle:
         handle.write(bytes(HEADER_BYTES))
         for tokens in documents:
             size += len(tokens)
             if size > MAX_TOKENS:
                 raise BadInput(f"{path}: a shard holds at most {MAX_TOKENS:,} tokens, and a document goes past that")
-            handle.write(tokens.astype(dtype, copy=False).data)
+            waiting.append(tokens.astype(dtype, copy=False).data)
             ends.append(size)
+            if size - written >= WRITE_TOKENS:  # a call of the system a document costs more than the copy
+                handle.write(b"".join(waiting))
+                waiting.clear()
+                written = size
+        handle.write(b"".join(waiting))
         header = ShardHeader(size, dtype.itemsize, len(ends))
         handle.seek(0)
         handle.write(header_bytes(header))

@@ -63,7 +63,7 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> Tokens:
         """The tokens of ``text``; what looks like a special token in it is text. Lone surrogates become U+FFFD."""
-        return self._ids(text).astype(self.dtype, copy=False)
+        return self.ids(text).astype(self.dtype, copy=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary are left out.
@@ -78,7 +78,8 @@ class Tokenizer(ABC):
         return {name: getattr(self, name) for name in names}
 
     @abstractmethod
-    def _ids(self, text: str) -> npt.NDArray[Any]: ...
+    def ids(self, text: str) -> npt.NDArray[Any]:
+        """The tokens as :meth:`encode` gives them, in whatever integers the library behind has them."""
 
     @abstractmethod
     def _text(self, ids: list[int]) -> str: ...
@@ -95,7 +96,7 @@ class TiktokenTokenizer(Tokenizer):
     def _text(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
+    def ids(self, text: str) -> npt.NDArray[Any]:
         if len(text) > LONG_TEXT:
             return np.concatenate([self._few(piece).astype(self.dtype) for piece in pieces(text)])
         return self._few(text)
@@ -134,11 +135,11 @@ def pieces(text: str) -> Iterator[str]:
 class ByteTokenizer(Tokenizer):
     """The bytes of UTF-8 are the tokens, and one more begins a document."""
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
+    def ids(self, text: str) -> npt.NDArray[Any]:
         try:
             return np.frombuffer(text.encode(), dtype=np.uint8)
         except UnicodeEncodeError:
-            return self._ids(repaired(text))
+            return self.ids(repaired(text))
 
     def _text(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -150,7 +151,7 @@ class CharacterTokenizer(Tokenizer):
 
     characters: str = field(repr=False, compare=False)
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
+    def ids(self, text: str) -> npt.NDArray[Any]:
         known = np.array([ord(character) for character in self.characters], dtype=np.uint32)
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         places = np.minimum(np.searchsorted(known, points), len(known) - 1)
@@ -166,11 +167,11 @@ class JsonTokenizer(Tokenizer):
 
     inner: Any = field(repr=False, compare=False)
 
-    def _ids(self, text: str) -> npt.NDArray[Any]:
+    def ids(self, text: str) -> npt.NDArray[Any]:
         try:
             return np.array(self.inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         except (UnicodeEncodeError, TypeError):
-            return self._ids(repaired(text))
+            return self.ids(repaired(text))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.inner.decode(ids, skip_special_tokens=False))
@@ -257,8 +258,8 @@ def vocabulary_fingerprint(parts: Mapping[str, Any]) -> str:
     """Sixteen hex digits over the merge ranks, the pattern and the special tokens."""
     digest = hashlib.sha256(parts["pat_str"].encode())
     digest.update(json.dumps(parts["special_tokens"], sort_keys=True).encode())
-    for token, rank in sorted(parts["mergeable_ranks"].items(), key=lambda item: item[1]):
-        digest.update(b"%d:%d:%b" % (rank, len(token), token))
+    ranks = sorted(parts["mergeable_ranks"].items(), key=lambda item: item[1])
+    digest.update(b"".join(b"%d:%d:%b" % (rank, len(token), token) for token, rank in ranks))
     return digest.hexdigest()[:16]
 
 
@@ -275,8 +276,8 @@ def packaged_gpt2() -> dict[str, Any] | None:
 
     ids = json.loads(raw)
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-    letters = byte_letters()
-    ranks = {bytes(letters[letter] for letter in word): rank for word, rank in ids.items()}
+    letters = str.maketrans(byte_letters())
+    ranks = {word.translate(letters).encode("latin-1"): rank for word, rank in ids.items()}
     return {"name": "gpt2", "pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": special}
 
 

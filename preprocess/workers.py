@@ -13,7 +13,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from preprocess.failure import Failure
+from preprocess.failure import Failure, what_the_disk_says
 from preprocess.progress import StopRequested, stop_on_signals
 from recipes.errors import GO_ON_LATER, BadInput
 from recipes.process import PARENT_VARIABLE, die_with_parent
@@ -163,12 +163,6 @@ def _serve_tasks(wire: connection.Connection, start: Callable[[], Work]) -> None
 
         traceback.print_exc()
         wire.send(("failed", Failure(f"{type(error).__name__}: {error}")))
-
-
-def what_the_disk_says(error: OSError) -> str:
-    """An error of the system in words, with its file."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 def _speaker(wire: connection.Connection) -> Callable[[str, Any], None]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import pty
 import random
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -13,11 +17,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from preprocess.shards import open_tokens
+from preprocess.tokenizer import load_tokenizer
 from tests.preprocess_helpers import corpus, everything
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +77,7 @@ def start(words: list[str], processes: list[subprocess.Popen[str]]) -> subproces
 
 def finished(words: list[str], processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
     process = start(words, processes)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -110,7 +117,7 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
         result = json.loads((stage / index / "result.json").read_text())
         assert result["tokens"] <= 200_000 and list(result["outputs"]) == [str(out / f"element-0000{index}.json")]
         beat = json.loads((stage / index / "progress.json").read_text())
-        assert (beat["unit"], beat["done"]) == ("token", result["tokens"])
+        assert (beat["unit"], beat["done"], beat["total"]) == ("token", result["tokens"], result["tokens"])
     code, said, err = finished(["verify", *base, str(stage / "v"), *small], processes)
     assert (code, err) == (0, "")
     told = json.loads((stage / "v" / "result.json").read_text())
@@ -191,6 +198,45 @@ def test_signals_end_it_within_seconds_with_75_and_the_bytes_are_the_same(
 
 
 @pytest.mark.slow
+def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the workers too; pressed again while it leaves, it changes nothing."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TERM": "xterm", "COLUMNS": "200"}
+        os.execv(sys.executable, [sys.executable, "-m", "preprocess", str(recipe), "--num-workers", "2", "--output-dir", str(tmp_path)])
+    seen, workers, deadline = b"", [], time.monotonic() + 60
+    while b"s left" not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.05)[0]:
+            seen += os.read(terminal, 65536)
+    workers = children(pid)
+    os.write(terminal, b"\x03\x03")
+    with contextlib.suppress(OSError):  # Linux' word for the end of a terminal
+        while part := os.read(terminal, 65536):
+            seen += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen.decode())
+    assert "━" in text and re.search(r"[\d,]+ tokens, documents [\d,]+, workers 2, [\d,]+ tokens/s, [\d.]+ MB/s, [\d,]+ s left", text)
+    assert "stopped (SIGINT)" in text and "Traceback" not in text
+    assert len(workers) == 2 and gone(workers) and not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, processes: list) -> None:
+    corpus(tmp_path / "corpus")
+    (tmp_path / "parts.py").write_text(PARTS)
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path / "corpus").replace("96", "5").replace("20000", "100") + "\n")
+    files = ["--data-files", f"{tmp_path}/corpus/**/*.txt", "--val-tokens", "100", "--shard-tokens", "40K", "--parts", "5"]
+    for words, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
+        code, said, err = finished([*words, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
+        assert (code, err) == (0, "") and "next: amlaunch data peek" in said
+    same = [{name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name} for out in ("section", "options")]
+    assert same[0] == same[1]
+    assert json.loads((tmp_path / "both" / "manifest.json").read_text())["tokens"] == 1000
+
+
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     recipe: Path, tmp_path: Path, processes: list
 ) -> None:
@@ -202,7 +248,7 @@ def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     os.kill(worker, signal.SIGSTOP)
     second = start(words, processes)
     assert second.stdout is not None
-    assert "another process works on it" in second.stdout.readline()
+    assert any("another process works on it" in line for line in second.stdout), "it ended without a word"
     os.kill(worker, signal.SIGCONT)
     _, err = second.communicate(timeout=60)
     assert (second.returncode, err, first.wait(timeout=60)) == (0, "", 0)
@@ -229,26 +275,80 @@ def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
+    """The most memory, in MB, that a worker of a run ever had: what the kernel noted, so none is missed between two looks."""
+    process = start([*words, "--num-workers", "1"], processes)
+    found = 0
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                found = max(found, next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")))
+        time.sleep(0.02)
+    assert process.returncode == 0, process.communicate()
+    return found * 1024 / 1e6
+
+
+def words_of(seed: int, size: int) -> str:
+    """So many characters of random long words, each one token of GPT-2: they compress as text does, and are tokenised fast."""
+    tokens = load_tokenizer("gpt2").parts["mergeable_ranks"]
+    long = sorted(token.decode() for token in tokens if len(token) > 7 and token[:1] == b" " and token[1:].isalpha() and token.isascii())
+    return "".join(random.Random(seed).choices(long, k=size // 8))[:size]
+
+
 @pytest.mark.slow
-def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list) -> None:
-    """More text in a row group and a shard does not make it grow: 8 and then 48 MB, in pages of a megabyte."""
-    text = " ".join(corpus(tmp_path / "corpus", documents=30, words=1000))[:40_000]
-    peaks = []
-    for rows in (200, 1200):
+@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+    """More text in a row group and a shard does not make it grow: 8 and then 24 MB, in pages of a megabyte; nor as JSON lines."""
+    pytest.importorskip(engine)
+    text = words_of(0, 40_000)
+    peaks = {}
+    for rows in (200, 600):
         folder = tmp_path / str(rows)
         folder.mkdir()
-        pq.write_table(pa.table({"id": range(rows), "text": [f"{i} {text}" for i in range(rows)]}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
-        words = ["--data-files", f"{folder}/*", "--num-workers", "1", "--parts", "1", "--engine", "tiktoken", "--output-dir", f"{folder}/out"]
-        process = start(words, processes)
-        peak = 0
-        while process.poll() is None:
-            for child in psutil.Process(process.pid).children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    peak = max(peak, child.memory_info().rss)
-            time.sleep(0.05)
-        assert process.returncode == 0
-        peaks.append(peak / 1e6)
-    assert peaks[1] < 200 and peaks[1] < peaks[0] + 30, peaks
+        texts = [f"{i} {text}" for i in range(rows)]
+        pq.write_table(pa.table({"id": range(rows), "text": texts}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
+        (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        for name in ("a.parquet", "a.jsonl"):
+            peaks[rows, name] = peak(["--data-files", f"{folder}/{name}", "--parts", "1", "--engine", engine, "--output-dir", f"{folder}/out-{name}"], processes)
+    assert max(peaks.values()) < most
+    assert all(peaks[600, name] < peaks[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+    """What pyarrow makes of rows of 40 KB by itself: a dictionary of 1,024 rows, then a plain page."""
+    pytest.importorskip(engine)
+    text = words_of(1, 12_000_000)
+    texts = [text[i * 7000 : i * 7000 + 40_000] for i in range(1500)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
+    sizes = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    assert sizes.has_dictionary_page and sizes.total_uncompressed_size > 59e6
+    assert peak(["--data-files", f"{tmp_path}/a.parquet", "--parts", "1", "--engine", engine, "--output-dir", f"{tmp_path}/out"], processes) < most
+
+
+@pytest.mark.slow
+def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: Path, processes: list) -> None:
+    """From start to verified shards, in each format; the tokens are those of the whole text."""
+    encode, (unit, million) = load_tokenizer("gpt2").encode, (words_of(2, 49_998) + "é", "-" * 1_000_000)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    huge = unit * 1000
+    assert len(huge.encode()) == 50_000_000
+    (source / "a.txt").write_text(huge)
+    with open(source / "b.jsonl", "w") as handle:
+        for text in ("before", huge, million, "behind"):
+            handle.write(json.dumps({"text": text}) + "\n")
+    pq.write_table(pa.table({"text": ["before", huge, million, "behind"]}), source / "c.parquet")
+    words = ["--data-files", f"{source}/*", "--parts", "3", "--num-workers", "2", "--engine", "tiktoken", "--output-dir", str(out)]
+    assert finished(words, processes)[0] == 0
+    tiled = np.concatenate([[50256], np.tile(encode(unit), 1000)])
+    assert np.array_equal(encode(unit * 3), np.tile(encode(unit), 3)), "else a token would cross a seam"
+    around = np.concatenate([[50256, *encode("before")], tiled, [50256, *encode(million)], [50256, *encode("behind")]])
+    files = {"a.txt": tiled, "b.jsonl": around, "c.parquet": around}
+    expected = [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    assert np.array_equal(np.concatenate([open_tokens(path) for path in sorted(out.glob("train-*.bin"))]), np.concatenate(expected))
 
 
 # --- as people type it --------------------------------------------------------------------------------
@@ -269,6 +369,9 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["preprocess", "--data-files", "x", "--num-workers", "0"], "--num-workers: preprocess.num_workers: expected a whole number of at least 1"),
         (["preprocess", "--data-files", "x", "--engine", "fast"], "invalid choice: 'fast'"),
         (["preprocess", "quikstart"], "did you mean 'quickstart'"),
+        (["preprocess", "--data-files", f"{ROOT}/README.md", "--output-dir", f"{ROOT}/LICENSE"], "LICENSE is a file, and a folder is wanted"),
+        (["preprocess", "--data-files", "/dev/null/*"], "no file matches"),
+        (["preprocess", "--data-files", "x", "--max-length", "9"], "unknown option --max-length; did you mean '--max-tokens'?"),
         (["data", "inspect", "nowhere"], "nowhere/manifest.json: no such file"),
         (["data", "look", "nowhere"], "no command 'data look'"),
     ],

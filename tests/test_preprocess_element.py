@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,8 @@ from hypothesis import strategies as st
 
 from preprocess.element import result, run_element
 from preprocess.engine import Engine
-from preprocess.part import Documents, Limits, next_shard
-from preprocess.parts import START, OutputDir
+from preprocess.part import Documents, Limits, Written, next_shard
+from preprocess.parts import START, Cursor, OutputDir
 from preprocess.progress import Progress, StopRequested
 from preprocess.records import Bad, Record, Skipped
 from preprocess.shards import read_header, read_manifest
@@ -64,7 +65,7 @@ def stream(out: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2)]
+    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2), pytest.param(40, 1, 32, marks=pytest.mark.slow), (40, 40, 0)]
 )
 def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
     tmp_path: Path, texts: list[str], parts: int, elements: int, workers: int
@@ -86,6 +87,26 @@ def shards(out: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in everything(out).items() if not name.startswith(("origin", "element"))}
 
 
+@pytest.mark.slow
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=12), st.integers(1, 3), st.sampled_from(["auto", "tiktoken"]), st.booleans())
+def test_any_text_of_unicode_goes_through_whole_in_either_format(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], elements: int, engine: str, ascii_: bool
+) -> None:
+    """From JSON lines and from Parquet: tiktoken's tokens document by document, each index entry behind it, the text back."""
+    folder = tmp_path_factory.mktemp("unicode")
+    texts = ["first", *texts, "last", "one more"]  # three parts have something each
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=ascii_) for text in texts), newline="")
+    pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=1)
+    expected = [text for text in texts if text]
+    for name in ("a.jsonl", "a.parquet"):
+        options = Preprocess(data_files=f"{folder}/{name}", parts=3, elements=elements, engine=engine, shard_tokens=40)
+        make(options, folder / name.replace(".", "-"))
+        found = documents(folder / name.replace(".", "-"))
+        assert list(map(tuple, found)) == [encoded(text) for text in expected]
+        assert [TOKENIZER.decode(document[1:]) for document in found] == expected
+
+
 class Listed:
     """A source of given records."""
 
@@ -100,6 +121,16 @@ class Listed:
 
     def documents(self) -> Documents:
         return Documents(self.records, Engine(TOKENIZER), skip_bad=True)
+
+
+def next_pieces(stream: Documents, cursor: Cursor, limits: Limits) -> tuple[list[list[int]], Cursor]:
+    """The documents of the shard at a cursor, and the cursor behind them."""
+    written = Written(cursor, limits.split(cursor))
+    pieces = []
+    for document in next_shard(stream, cursor, limits):
+        written.add(document)
+        pieces.append(document.tokens.tolist())
+    return pieces, written.cursor
 
 
 record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")), st.just(Bad("not text", "row 7")))
@@ -119,17 +150,17 @@ def test_shards_cut_a_stream_of_any_documents(records: list[Record], shard: int,
     cursor, splits, joined = START, [], []
     while limits.left(cursor) != 0:
         running.enter(cursor)
-        pieces = [(document.tokens.tolist(), after) for document, after in next_shard(running, cursor, limits)]
+        pieces, behind = next_pieces(running, cursor, limits)
         fresh = Listed(records).documents()
         fresh.enter(cursor)
-        assert [(document.tokens.tolist(), after) for document, after in next_shard(fresh, cursor, limits)] == pieces
+        assert next_pieces(fresh, cursor, limits) == (pieces, behind)
         if not pieces:
             break
-        if limits.left(pieces[-1][1]) != 0:
-            assert sum(len(tokens) for tokens, _ in pieces) <= shard or len(pieces) == 1
+        if limits.left(behind) != 0:
+            assert sum(len(tokens) for tokens in pieces) <= shard or len(pieces) == 1
         splits.append(limits.split(cursor))
-        joined += [tokens for tokens, _ in pieces]
-        cursor = pieces[-1][1]
+        joined += pieces
+        cursor = behind
     expected = [token for text in records if isinstance(text, str) and text for token in encoded(text)]
     assert list(chain.from_iterable(joined)) == expected[:total]
     assert splits == sorted(splits, reverse=True), "val first, then train"
@@ -175,6 +206,32 @@ def test_the_budget_is_the_first_tokens_of_the_source_whoever_makes_them_in_any_
     before = shards(tmp_path / "out")
     make(options, tmp_path / "out")
     assert verify(options, tmp_path / "out", QUIET) == whole and shards(tmp_path / "out") == before
+
+
+class Heard(Progress):
+    """Notes each (done, total)."""
+
+    def __init__(self) -> None:
+        super().__init__(say=lambda text: None)
+        self.steps: list[tuple[int, int | None]] = []
+
+    def update(self, done: int, total: int | None, fraction: float | None = None, **more: Any) -> None:
+        """Also what comes too fast to be shown."""
+        self.steps.append((done, total))
+        super().update(done, total, fraction, **more)
+
+
+@pytest.mark.parametrize(("budget", "elements"), [(1500, 1), (1500, 3), (10**7, 2)])
+def test_each_element_says_how_much_of_the_budget_is_its_own(tmp_path: Path, texts: list[str], budget: int, elements: int) -> None:
+    options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20)
+    made = []
+    for index in range(elements):
+        heard = Heard()
+        made.append(sum(part.cursor.tokens for part in run_element(options, index, tmp_path / "out", heard, 0)))
+        assert heard.steps and all(total is not None and done <= total <= max(budget, done) for done, total in heard.steps)
+        last = heard.steps[-1][1]
+        assert last is not None and made[-1] <= last <= 1.6 * made[-1], "once parts are counted: what there is"
+    assert budget <= sum(made) or budget == 10**7
 
 
 def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
@@ -242,6 +299,17 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 300)
     with pytest.raises(BadInput, match=says):
         make(recipe(tmp_path, **change), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("place", "says"), [("file", "file is a file, and a folder is wanted"), ("file/below", "file is a file"), ("locked/new", "no right to write in .*locked")])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, says: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:  # for whom nothing is locked
+        monkeypatch.setattr("os.access", lambda path, mode: bool(Path(path).stat().st_mode & 0o200))
+    with pytest.raises(BadInput, match=f"preprocess.output_dir: .*{says}"):
+        make(recipe(tmp_path), tmp_path / place)
+    assert not list((tmp_path / "locked").iterdir())
 
 
 def test_what_a_killed_element_began_beyond_the_budget_goes(tmp_path: Path, texts: list[str]) -> None:
@@ -424,7 +492,7 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     assert any("goes on after 2 whole parts" in line for line in wrote)
     assert everything(out) == everything(tmp_path / "undisturbed")
     beat = json.loads(folder.progress.read_text())
-    assert beat["unit"] == "token" and beat["done"] > 0 and beat["total"] is None
+    assert beat["unit"] == "token" and beat["done"] == beat["total"] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess import shards
 from preprocess.data import Shards
-from preprocess.element import Board
+from preprocess.element import Board, run_element
 from preprocess.part import histogram
+from preprocess.progress import Progress
 from preprocess.shards import ShardHeader, open_tokens, read_ends, read_header, read_manifest, token_dtype, write_shard
+from preprocess.tokenizer import load_tokenizer
+from preprocess.verify import verify
 from recipes.errors import BadInput
+from recipes.schema import Preprocess
 
 
 def put(path: Path, ints: list[int], body: bytes) -> Path:
@@ -41,6 +50,82 @@ def test_large_vocabularies_take_four_bytes_and_nemo_s_magic(tmp_path: Path) -> 
     assert struct.unpack("<5i", raw[:20]) == (278895051, 1, 2, 4, 1)
     assert raw[1024:] == struct.pack("<2I", 100257, 70000)
     assert open_tokens(path).dtype == np.uint32
+
+
+# --- other people's loaders, by what is known of how each reads ------------------------------------------
+
+
+def as_llm_c_reads(path: Path) -> np.ndarray[Any, Any]:
+    """Its C loader: magic and version, and the file's size by the count alone; the rest of the header is never looked at."""
+    with open(path, "rb") as handle:
+        header = struct.unpack("<256i", handle.read(1024))
+        assert header[:2] == (20240520, 1)
+        assert os.fstat(handle.fileno()).st_size == 256 * 4 + header[2] * 2
+        tokens = np.frombuffer(handle.read(), dtype=np.uint16)  # its Python twin reads the rest of the file
+    assert len(tokens) == header[2]
+    return tokens
+
+
+def as_modded_nanogpt_reads(path: Path) -> np.ndarray[Any, Any]:
+    """torch maps the header; the tokens are read into memory allocated by the count. Documents are where BOS stands."""
+    header = torch.from_file(str(path), False, 256, dtype=torch.int32)
+    assert int(header[0]) == 20240520 and int(header[1]) == 1
+    tokens = torch.empty(int(header[2]), dtype=torch.uint16)
+    with open(path, "rb", buffering=0) as handle:
+        handle.seek(256 * 4)
+        assert handle.readinto(memoryview(tokens.numpy()).cast("B")) == 2 * int(header[2])
+        assert handle.read() == b""
+    return tokens.numpy()
+
+
+def as_the_guide_s_loader_reads(path: Path) -> np.ndarray[Any, Any]:
+    """A map of the file behind the header; the old magic means two bytes, the new one says how many."""
+    header = np.memmap(path, dtype=np.int32, mode="r", shape=(256,))
+    assert header[1] == 1 and header[0] in (278895051, 20240520)
+    size = int(header[3]) if header[0] == 278895051 else 2
+    dtype = {2: np.uint16, 4: np.uint32}[size]
+    assert path.stat().st_size == 1024 + int(header[2]) * size
+    return np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(int(header[2]),))
+
+
+def made(folder: Path, **more: Any) -> list[int]:
+    """Shards of three documents, one with a literal special token, through the whole pipeline; returns the tokens of train."""
+    (folder / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("held out", "naïve <|endoftext|> text", "東京")))
+    options = Preprocess(data_files=f"{folder}/x.jsonl", val_tokens=1, parts=1, **more)
+    run_element(options, 0, folder / "out", Progress(say=lambda text: None), 0)
+    verify(options, folder / "out", Progress(say=lambda text: None))
+    tokenizer = load_tokenizer(more.get("tokenizer", "gpt2"))
+    return [token for text in ("naïve <|endoftext|> text", "東京") for token in (tokenizer.bos, *tokenizer.encode(text).tolist())]
+
+
+@pytest.mark.parametrize("read", [as_llm_c_reads, as_modded_nanogpt_reads, as_the_guide_s_loader_reads])
+def test_two_byte_shards_are_read_by_all_three_loaders(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    expected = made(tmp_path)
+    (path,) = (tmp_path / "out").glob("train-*.bin")
+    found = read(path)
+    assert found.tolist() == expected
+    assert np.flatnonzero(found == 50256).tolist() == [0, *read_ends(path)[:-1].tolist()], "documents, for those who look for BOS"
+
+
+def test_four_byte_shards_are_read_by_the_guide_s_and_refused_by_the_others(tmp_path: Path) -> None:
+    """llm.c's format has two bytes a token; a magic of its own keeps its readers from reading nonsense."""
+    path = tmp_path / "x.bin"
+    write_shard(path, [np.array([100257, 70000])], token_dtype(100277))
+    assert as_the_guide_s_loader_reads(path).tolist() == [100257, 70000]
+    for read in (as_llm_c_reads, as_modded_nanogpt_reads):
+        with pytest.raises(AssertionError):
+            read(path)
+
+
+def test_raw_files_are_read_as_nanogpt_reads_them(tmp_path: Path) -> None:
+    """A map of the whole file as uint16, windows at random offsets, labels one further."""
+    expected = made(tmp_path, format="raw")
+    data = np.memmap(tmp_path / "out" / "train.bin", dtype=np.uint16, mode="r")
+    assert data.tolist() == expected
+    for at in range(len(data) - 4):
+        x, y = (torch.from_numpy(data[begin : begin + 4].astype(np.int64)) for begin in (at, at + 1))
+        assert x[1:].tolist() == y[:-1].tolist() == expected[at + 1 : at + 4]
+    assert np.memmap(tmp_path / "out" / "val.bin", dtype=np.uint16, mode="r")[0] == 50256
 
 
 @pytest.mark.parametrize(("n_vocab", "size"), [(2**16 - 1, 2), (2**16, 2), (2**16 + 1, 4)])
@@ -181,6 +266,23 @@ def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget
         left = budget - sum(counts[:part])
         assert board.left(part) == left
         assert board.needed(part) <= (left > 0) and (board.needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0)
+
+
+@given(st.lists(st.integers(10**7, 2**34), min_size=1, max_size=30), st.integers(1, 2**38), st.integers(1, 4), st.integers(0, 2**30))
+def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: int, elements: int, known: int) -> None:
+    """Before anything is known, with some parts counted (any of them), and with all."""
+    source = SimpleNamespace(sizes=[4 * count for count in counts])
+    board = Board(SimpleNamespace(source=source), budget)
+    shares = [range(element, len(counts), elements) for element in range(elements)]
+    assert abs(sum(board.expected(share) or 0 for share in shares) - budget) <= elements, "shares by size"
+    for part in [part for part in range(len(counts)) if known >> part & 1]:
+        board.tokens[part] = counts[part]
+        board.complete.add(part)
+    if board.complete:
+        expected = [board.expected(share) or 0 for share in shares]
+        ends = [min(budget, end) for end in itertools.accumulate(counts, initial=0)]  # the counts are a fourth of the bytes
+        own = [sum(ends[part + 1] - ends[part] for part in share) for share in shares]
+        assert all(abs(a - b) <= 1e-6 * budget + 40 for a, b in zip(expected, own, strict=True))
 
 
 def test_a_histogram_of_lengths_is_exact_at_powers_of_two(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from preprocess.local import fixed_part, glob_regex, open_files
 from preprocess.pieces import Slice, cut, owners, partition, val_shares
-from preprocess.readers import read
+from preprocess.readers import fast_json, read
 from preprocess.records import Bad, Record, Skipped
 from preprocess.sources import Source, open_source
 from recipes.errors import BadInput
@@ -418,3 +418,37 @@ def test_what_is_said_where_the_hub_cannot_be_reached() -> None:
 def test_json_is_read_as_lines_not_as_one_value(tmp_path: Path) -> None:
     write(tmp_path, {"a.jsonl": "\n".join(json.dumps({"text": f"l{i}\u2028x"}, ensure_ascii=False) for i in range(3))})
     assert all_records(Preprocess(data_files=f"{tmp_path}/*")) == [f"l{i}\u2028x" for i in range(3)]
+
+
+json_like = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["text", "a", "\ud800"]), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(
+        st.builds(lambda value, ascii_: json.dumps(value, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"), json_like, st.booleans()),
+        st.lists(st.sampled_from([b'{"text":', b'"a', b'"', b"}", b"{", b",", b"\\ud800", b"\\udc00", b"\xed\xa0\x80", b"\xff", b"\t", b"\r", b"\x00", b"NaN", b" ", b"\xef\xbb\xbf", b"1e999"]), max_size=9).map(b"".join),
+    )
+)
+def test_json_lines_give_the_same_with_and_without_orjson(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
+    """What orjson takes, the standard library takes, and gives the same; what it refuses, the standard library decides."""
+    orjson = pytest.importorskip("orjson", reason="the extra fast is not installed")
+    folder = tmp_path_factory.mktemp("json")
+    (folder / "a.jsonl").write_bytes(b'{"text": "first"}\n' + line + b"\n")
+    piece = Slice(open_files(Preprocess(data_files=f"{folder}/*")).files[0])
+    found = list(read(piece, Preprocess()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preprocess.readers.fast_json", lambda: json.loads)
+        assert list(read(piece, Preprocess())) == found
+    assert found[0] == "first" and len(found) == 1 + bool(line.strip()) and fast_json() is orjson.loads
+
+
+def test_two_objects_on_a_line_are_damage_not_two_documents(tmp_path: Path) -> None:
+    """Also where an empty line makes the numbers agree."""
+    write(tmp_path, {"a.jsonl": '{"text": "a"}{"text": "b"}\n\n{"text": "c"}\n'})
+    bad, good = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
+    assert isinstance(bad, Bad) and "a.jsonl:1: not valid JSON" in bad.message and good == "c"

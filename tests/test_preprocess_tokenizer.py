@@ -118,6 +118,7 @@ def test_a_download_that_hangs_is_given_up() -> None:
         within(5, lambda: {}["x"])
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 @example("<|endoftext|> is text")
 @example("a\ud800b")
@@ -166,6 +167,7 @@ def test_a_million_repetitions_are_tokenised_in_linear_time(unit: str) -> None:
 # --- bytes, characters, tokenizer.json ----------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 @example("\x00a\ud800")
 def test_bytes_and_characters_come_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
