@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from preprocess.shards import HEADER_BYTES, write_shard
 from recipes.shipped import find_recipe
 from trainer.cli import parse
+from trainer.collector import Collector
 from trainer.errors import leave
 from trainer.job import build_model, prepare
-from trainer.loop import train
+from trainer.loop import take_steps
 from trainer.parallel import join
 from trainer.ranks import Ranks
 from trainer.stop import StopFlag
@@ -80,12 +81,15 @@ def our_loop(shard: Path, last: int, held: contextlib.ExitStack) -> Callable[[in
     silent = held.enter_context(open(os.devnull, "w"))
     with contextlib.redirect_stdout(silent):
         watch = held.enter_context(Watch(0, 600.0, 600.0))
+        collector = Collector()
+        held.callback(collector.release)
+        collector.hold()  # once a run, and so not a step's cost
         job = prepare(options, StopFlag(), join(options.loaded.recipe.distributed, Ranks()), watch, held)
 
     def run(steps: int) -> None:
         job.last_step = job.step + steps
         with contextlib.redirect_stdout(silent):
-            train(job)
+            take_steps(job, collector)
 
     return run
 

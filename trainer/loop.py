@@ -27,12 +27,13 @@ def train(job: Job) -> int:
     collector = Collector()
     collector.hold()
     try:
-        return _train(job, collector)
+        return take_steps(job, collector)
     finally:
         collector.release()
 
 
-def _train(job: Job, collector: Collector) -> int:
+def take_steps(job: Job, collector: Collector) -> int:
+    """:func:`train`, while ``collector`` holds the garbage collector."""
     if not validate_if_missed(job):
         return leave(job)
     while job.step < job.last_step:
