@@ -14,10 +14,10 @@ demo: install
 
 # Four processes: the tests on clusters wait for Slurm most of the time, the others compute.
 test: install lint
-	$(BIN)/python -m pytest tests -n 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: install
-	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

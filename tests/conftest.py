@@ -15,21 +15,8 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: the tests of a file stay together; those on a cluster wait most of the time, and so begin first."""
-    items.sort(key=lambda item: not _on_cluster(item))
-    for number, item in enumerate(items):
-        item.add_marker(pytest.mark.xdist_group(_group(item, number)))
-
-
-def _on_cluster(item: pytest.Item) -> bool:
-    return "cluster" in getattr(item, "fixturenames", ())
-
-
-def _group(item: pytest.Item, number: int) -> str:
-    """The longest file on a cluster is dealt out to two; each process of pytest has a cluster to itself."""
-    if not _on_cluster(item):
-        return item.path.name
-    return f"cluster {number % 2}" if item.path.name == "test_slurm_survive.py" else "cluster 2"
+    """For pytest-xdist, which keeps the tests of a file together: those on a cluster wait most of the time, and so begin first."""
+    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture

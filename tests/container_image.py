@@ -19,7 +19,7 @@ CACHE = Path("/var/cache/amlaunch-tests")
 TORCH = ("torch", "numpy", "safetensors", "tiktoken")
 """With what they need, as it is installed where the tests run: their compiled parts fit Debian's own Python of the same version."""
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
-WITHOUT = ("torch/test/", "torch/include", "torch/share", "torch/testing/_internal", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
+WITHOUT = ("torch/test/", "torch/include", "torch/share", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE": "image", "BOTH": "image"}
 """What the image itself sets."""
 MOUNT_POINTS = ("work", "data", "readonly")
