@@ -149,7 +149,7 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(tiny: Place, w
     found = tiny.amlaunch("submit", "tiny.yaml", "--name", "wrong", *cluster, *words, check=False)
     assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
     assert not tiny.queued() and set((tiny.folder / "runs").glob("*")) == runs
-    assert {path.name for path in tiny.folder.iterdir()} - there <= {"wrong.yaml"}
+    assert {path.name for path in tiny.folder.iterdir()} - there <= {"wrong.yaml", "cache"}
 
 
 def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> None:
