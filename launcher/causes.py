@@ -54,7 +54,7 @@ CAUSES = (
     Cause("out of memory", r"oom[-_ ]kill|Out Of Memory|exceeded (job|step) memory limit|Exceeded .{0,40}memory limit|DefaultCPUAllocator: can't allocate|\bMemoryError\b", False, False,
           "out of memory; give resources more mem: amlaunch resume RUN --resources.{stage}.mem 64G, say"),
     Cause("no environment", r"slurm_script: line \d+: .*: (No such file or directory|Permission denied|cannot execute)|exec: .*: (not found|cannot execute)|ModuleNotFoundError: No module named", False, False,
-          "Python or a package of it is not on the node; python and setup in the profile say which environment jobs have"),
+          "Python or a package of it is not there; python and setup in the profile say which environment jobs have, amlaunch image check IMAGE what an image has"),
     Cause("broken GPU", r"uncorrectable ECC|ECC error|\bXid\b|GPU has fallen off the bus|unspecified launch failure|CUDA error: (unknown|hardware|an illegal instruction)|no CUDA-capable device", True, True,
           "the GPU or its driver failed"),
     Cause("network", r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL (error|WARN.*failed)|Watchdog caught collective operation timeout|Connection (closed|reset) by peer|Connection refused|Socket closed|recvValue failed|Broken pipe|No route to host|Network is unreachable", True, True,

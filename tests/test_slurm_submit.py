@@ -393,7 +393,7 @@ def test_an_environment_that_nodes_do_not_have(place: Place) -> None:
     place.amlaunch("retry", "test-1")
     place.wait("test-1", code=1)
     shown = place.amlaunch("status", "test-1").stdout
-    assert "/nowhere/python3: No such file or directory" in shown and "Python or a package of it is not on the node" in shown
+    assert "/nowhere/python3: No such file or directory" in shown and "Python or a package of it is not there" in shown
     assert "/nowhere/python3" in place.amlaunch("logs", "test-1").stdout
 
 
