@@ -81,7 +81,7 @@ def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cl
     place.write("limit.yaml", recipe)
     # Slurm looks every half minute, and warns at the first look at which not half a minute more is left than was asked for
     place.write("clusters.yaml", "lab: {signal_seconds: 55, mem: 3G, time: 2}\n")
-    place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", SLOW="0")
+    place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", "--resources.train.time", "10", SLOW="0")
     place.amlaunch("submit", "limit.yaml", "--cluster", "lab", SLOW="0.8")
     place.wait("limit", 420)
     place.amlaunch("wait", "limit", "--runs", "reference/runs", timeout=200)
