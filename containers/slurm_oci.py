@@ -16,6 +16,8 @@ from containers.environment import with_env
 from containers.image import CannotLaunch, Image, Launch, root_of
 
 KINDS = ("folder",)
+NAMES_OF_HOSTS = ("/etc/hosts", "/etc/resolv.conf")
+"""How the node finds other nodes: an image knows none of them, and other runtimes bring these files along unasked."""
 NODES_VARIABLE = "AMLAUNCH_NODES"
 """The nodes of the job, in the order of their ranks."""
 
@@ -65,7 +67,7 @@ def bundle(config: Mapping[str, Any], folder: Path, image: Image) -> dict[str, A
     # The node's shared memory, in which ranks exchange data; the namespace of the rest of IPC may be the container's own.
     shared = {"destination": "/dev/shm", "type": "none", "source": "/dev/shm", "options": ["rbind", "rw", "nosuid", "nodev"]}
     given = [mount for mount in config.get("mounts", ()) if mount.get("destination") != "/dev/shm"]
-    mounts = [root, *given, shared, memory, *_mounts(image)]
+    mounts = [root, *given, shared, memory, *_names(root_of(folder)), *_mounts(image)]
     rest = {key: value for key, value in config.items() if key not in ("hostname", "domainname")}  # the node's own
     return {**rest, "process": process, "root": {"path": "rootfs", "readonly": False}, "linux": _linux(config.get("linux", {})), "mounts": mounts}
 
@@ -78,6 +80,12 @@ def _linux(config: Mapping[str, Any]) -> dict[str, Any]:
         given = config.get(key, [])
         maps[key] = [{**given[0], "hostID": mine}] if len(given) == 1 and given[0].get("size") == 1 else given
     return {**config, "namespaces": kept, **{key: value for key, value in maps.items() if value}}
+
+
+def _names(root: Path) -> list[dict[str, Any]]:
+    """Mounts of :data:`NAMES_OF_HOSTS`, over files that are there: the image is not to be written."""
+    there = [name for name in NAMES_OF_HOSTS if os.path.exists(name) and (root / name[1:]).is_file()]
+    return [{"destination": name, "type": "none", "source": name, "options": ["rbind", "ro"]} for name in there]
 
 
 def _mounts(image: Image) -> list[dict[str, Any]]:
