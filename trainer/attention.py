@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BLOCKWISE = (torch.bfloat16, torch.float16, torch.float32)
 """Types that flex_attention's GPU kernels compute in."""
@@ -46,6 +45,8 @@ def attend_by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document
     The mask's shapes depend on T alone, so that other documents compile nothing
     again. Only forward on a CPU, and only compiled is it fast.
     """
+    # Loads torch's compiler: a second that most runs need not wait.
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & (documents[batch, query] == documents[batch, key])

@@ -75,7 +75,11 @@ class LinearCrossEntropy:
         self._of_chunk: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient
 
     def compile(self) -> None:
-        """Fuse what is done with a chunk's logits; their matrix products stay the library's."""
+        """Fuse what is done with a chunk's logits; their matrix products stay the library's.
+
+        As part of a model's graph the whole would be traced chunk by chunk, so it is kept out of that.
+        """
+        self.from_hidden = torch.compiler.disable(self.from_hidden)  # type: ignore[method-assign]
         self._of_chunk = torch.compile(loss_and_gradient, dynamic=False)
         self._from_logits = torch.compile(self._from_logits, dynamic=False)  # type: ignore[assignment]
 
@@ -83,7 +87,6 @@ class LinearCrossEntropy:
         """As :class:`MaskedCrossEntropy`, for a model that gives logits."""
         return self._from_logits(logits, labels)
 
-    @torch.compiler.disable  # what it calls is compiled on its own: as part of a model's graph it would be traced chunk by chunk
     def from_hidden(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """``hidden (B, T, C)``, ``weight (V, C)``, ``labels (B, T)`` int64, to a scalar in float32 or better."""
         device = hidden.device.type
