@@ -287,7 +287,7 @@ def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -
     one.resume_at(0)
     for step in (1, 2):
         one.step(line(step))
-    one.validation(2, 3.5, 0.1)
+    one.validation(2, {"": 3.5}, 0.1)
     one.step(line(3, loss=math.nan))
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 4, "lo')  # a kill tears the last line
