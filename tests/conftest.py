@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
 
+with suppress(ImportError):
+    import setuptools  # noqa: F401  # torch's compiler takes its distutils, which must come before Python's own in a process
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
 for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
     os.environ.pop(name, None)

@@ -283,9 +283,9 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
 @pytest.mark.slow
 def test_the_gpu_suite_survives_parts_that_fail(tmp_path: Path) -> None:
     out = tmp_path / "all.json"
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,fp8-124M,checkpoints", "--out", str(out)]
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,fp8-124M", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     found = json.loads(out.read_text())
-    assert done.returncode == 1 and found["124M"]["state"] == found["checkpoints"]["state"] == "done", done.stderr
+    assert done.returncode == 1 and found["124M"]["state"] == "done", done.stderr
     assert "8-bit products are for GPUs" in found["fp8-124M"]["state"]
-    assert all(line in done.stdout for line in ("124M", "advice:", "went on after step 3", "FAILED"))
+    assert all(line in done.stdout for line in ("124M", "advice:", "FAILED"))

@@ -63,7 +63,7 @@ def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
 def amlaunch(folder: Path, *words: str, patch: str = "") -> subprocess.CompletedProcess:
     process = start(folder, *words, patch=patch)
     try:
-        out, err = process.communicate(timeout=25)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return subprocess.CompletedProcess(words, process.returncode, out, err)
