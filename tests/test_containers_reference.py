@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from containers import reference
 from containers.reference import BadReference, Reference, parse
 
-BASE = Path("/work/base")
+BASE = Path("/here/base")
 SHA = "sha256:" + "0123456789abcdef" * 4
 NGC = Reference("registry", "nvcr.io", "nvidia/pytorch", "25.08-py3")
 
@@ -59,12 +59,12 @@ def test_a_user_of_a_registry_is_kept_for_the_runtime_that_looks_up_the_password
     "text, kind, path",
     [
         ("/images/a.sqsh", "sqsh", "/images/a.sqsh"),
-        ("images/a.squashfs", "sqsh", "/work/base/images/a.squashfs"),
-        ("./a.sif", "sif", "/work/base/a.sif"),
-        ("../a.tar.gz", "archive", "/work/a.tar.gz"),
-        ("docker-archive:a.tar", "archive", "/work/base/a.tar"),
+        ("images/a.squashfs", "sqsh", "/here/base/images/a.squashfs"),
+        ("./a.sif", "sif", "/here/base/a.sif"),
+        ("../a.tar.gz", "archive", "/here/a.tar.gz"),
+        ("docker-archive:a.tar", "archive", "/here/base/a.tar"),
         ("oci-archive:///images/a.tar", "archive", "/images/a.tar"),
-        ("./bundle", "folder", "/work/base/bundle"),
+        ("./bundle", "folder", "/here/base/bundle"),
         ("file:///images/with space", "folder", "/images/with space"),
         ("/images/Upper:1", "folder", "/images/Upper:1"),
     ],
@@ -100,8 +100,8 @@ def test_each_runtime_has_its_own_spelling(text, pyxis, enroot, apptainer, docke
 
 
 def test_archives_have_their_transport():
-    assert reference.for_podman(parse("a.tar", BASE)) == "docker-archive:/work/base/a.tar"
-    assert reference.for_apptainer(parse("oci-archive:a.tar", BASE)) == "oci-archive:/work/base/a.tar"
+    assert reference.for_podman(parse("a.tar", BASE)) == "docker-archive:/here/base/a.tar"
+    assert reference.for_apptainer(parse("oci-archive:a.tar", BASE)) == "oci-archive:/here/base/a.tar"
 
 
 @pytest.mark.parametrize(

@@ -381,5 +381,5 @@ def test_commands_of_tools_that_are_not_here(tmp_path):
         "ENROOT_CACHE_PATH": str(tmp_path / "layers"),
         "ENROOT_TEMP_PATH": str(tmp_path / "tmp"),
     }
-    assert store.apptainer_build("apptainer", "oci:/work/layout:image", target) == ["apptainer", "build", "--force", str(target), "oci:/work/layout:image"]
+    assert store.apptainer_build("apptainer", "oci:/there/layout:image", target) == ["apptainer", "build", "--force", str(target), "oci:/there/layout:image"]
     assert store.pull("docker", "a.io/b:1", "arm64") == ["docker", "pull", "--platform", "linux/arm64", "a.io/b:1"]

@@ -178,7 +178,7 @@ def test_both_ways_to_squashfs_give_the_same_files(tmp_path):
     """A tar into mksquashfs, and for older ones unpacked files."""
     need("mksquashfs", "unsquashfs")
     stack = [layer([("etc", None), ("etc/low", b"1"), ("bin/tool", b"#!/bin/sh\n"), ("bin/same", "=bin/tool")]), layer([("etc/.wh.low", b""), ("etc/high", b"2"), ("link", "->etc/high")])]
-    image = Layered("sha256:0", {"config": {"WorkingDir": "/work/here"}}, [lambda data=data: io.BytesIO(data) for data in stack], 0)
+    image = Layered("sha256:0", {"config": {"WorkingDir": "/app/here"}}, [lambda data=data: io.BytesIO(data) for data in stack], 0)
     out = io.BytesIO()
     merge(image, out, layers.runtime_files(image.settings), lambda _: None)
     direct, rootfs = tmp_path / "direct.sqsh", tmp_path / "rootfs"
