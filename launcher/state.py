@@ -182,7 +182,8 @@ def _on_slurm(stage: str, name: str, title: str, found: Trace, submission: Submi
         return _as_ended(common, word) if word and not word.get("again") else _on_another_cluster(common, found, submission)
     info = queue.job(job)
     final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
-    if info is not None and info.active and not (final and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
+    sure = final and word and word.get("outcome") != CANCELLED  # one that was ended from outside cannot know whether Slurm requeues it
+    if info is not None and info.active and not (sure and word and (not info.waiting or word.get("time", 0.0) > queue.time)):
         return _active(common, found, info, queue.time)
     if word is not None and (final or (info is None and queue.jobs is not None)):
         return _as_ended(common, word)

@@ -454,6 +454,15 @@ class TestStates:
         assert self.state(run, plan, answers(tmp_path, waits, asked=time.time() - 60)).state == RUNNING
         assert self.state(run, plan, answers(tmp_path, waits)).state == QUEUED, "that attempt was ended without a word, and the job waits again"
 
+    def test_a_job_that_was_ended_from_outside_is_what_slurm_says_while_slurm_has_it(self, tmp_path: Path) -> None:
+        """Preempted without a grace time: the driver cannot know that Slurm requeues it, and the next attempt needs some seconds to say so."""
+        run, plan = self.run(tmp_path)
+        self.attempt(run, end={"outcome": "cancelled", "reason": "ended from outside"})
+        for word, state in (("COMPLETING", RUNNING), ("PENDING", QUEUED), ("RUNNING", RUNNING), ("CANCELLED", CANCELLED)):
+            assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", word)})).state == state, word
+        assert self.state(run, plan, answers(tmp_path, {})).state == CANCELLED
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state == QUEUED
+
     def test_a_requeued_job_that_came_to_nothing_is_not_what_it_was_before(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
