@@ -13,8 +13,9 @@ from recipes.errors import OK
 from recipes.loader import load
 from recipes.shipped import find_recipe
 from tests.trainer_runs import Run, recipe
-from trainer import memory
-from trainer.memory import DOES_NOT_FIT, parse_bytes, predict
+from trainer import plan_memory
+from trainer.memory import predict
+from trainer.plan_memory import DOES_NOT_FIT, parse_bytes
 
 GPT2 = {
     "_target_": "trainer.models.gpt2.build_gpt2_model", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0,
@@ -89,15 +90,15 @@ def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> N
 def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, GPT2, CASES["gpt2"][2])
     words = [str(run.folder / "recipe.yaml"), "--gpus=1", "--on-cpu", "--step_scheduler.local_batch_size=8"]
-    assert memory.main([*words, "--gpu-memory=1GB"]) == OK
+    assert plan_memory.main([*words, "--gpu-memory=1GB"]) == OK
     told = capsys.readouterr().out
     assert "it fits" in told and "largest step_scheduler.local_batch_size that fits: 8" in told
-    assert memory.main([*words, "--gpu-memory=6MB", "--json"]) == DOES_NOT_FIT
+    assert plan_memory.main([*words, "--gpu-memory=6MB", "--json"]) == DOES_NOT_FIT
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and found["largest_local_batch_size"] in (2, 4)
     assert [way["fits"] for way in found["ways"]][-1]
     last = found["ways"][-1]["override"]
-    assert memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
+    assert plan_memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
 
 
 def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up() -> None:

@@ -1,4 +1,4 @@
-"""``python -m trainer.memory RECIPE``: what training needs of each GPU's memory, without a GPU and in seconds.
+"""What training needs of each GPU's memory, predicted without a GPU and in seconds.
 
 The recipe's own step is taken: its model, wrapped for its ranks, its loss,
 backward pass and optimizer. But the tensors have no contents (torch's
@@ -8,120 +8,36 @@ lives at each moment is counted, storage by storage.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
-import os
-import re
-import sys
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from recipes.errors import OK, BadInput
-from recipes.loader import Loaded, check_ranks, load
-from recipes.process import die_with_parent
+from recipes.errors import BadInput
+from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe
-from recipes.shipped import find_recipe
-from trainer.errors import guarded, leave
+from recipes.targets import Policy
+from trainer.live import Live, size_of
 from trainer.loss import LinearCrossEntropy
 
-DOES_NOT_FIT = 3
-"""The exit code where the prediction is above the memory there is."""
+if TYPE_CHECKING:
+    from trainer.optim import Optimizers
+    from trainer.parallel import World
+
 SET_ASIDE = 1.5e9
 """Bytes for CUDA's context and libraries: a round figure, not a measurement; NCCL's buffers are as much again."""
 LOOSE = 0.04
 """Of what is in use, the part that CUDA's allocator cannot give out: a round figure, not a measurement."""
 MICRO_STEPS = 2
 """More micro-batches than that need no more memory."""
-GIB = 2.0**30
-
-
-def flops_of(func: Any, args: Sequence[Any], found: Any) -> int:
-    """Of one call, by torch's own formulas; attention, of whose kernels those know the GPU's only, as if it were not causal."""
-    name = func._overloadpacket
-    if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
-    if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
-    return int(flop_registry[name](*args, out_val=found)) if name in flop_registry else 0
-
-
-# --- counting -------------------------------------------------------------------------------------
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that were made under it and still live, and floating-point operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.flops = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        here = [arg.to_local() if hasattr(arg, "to_local") else arg for arg in args]
-        self.flops += flops_of(func, here, found)
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self._note(leaf)
-        return found
-
-    def _note(self, tensor: torch.Tensor) -> None:
-        if is_traceable_wrapper_subclass(tensor):  # a DTensor is what it is made of
-            for name in tensor.__tensor_flatten__()[0]:
-                inner = getattr(tensor, name)
-                if isinstance(inner, torch.Tensor):
-                    self._note(inner)
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = 0
-            self._set(storage._cdata, storage.nbytes())
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _set(self, key: int, size: int) -> None:
-        self.now += size - self._sizes[key]
-        self._sizes[key] = size
-        self.peak = max(self.peak, self.now)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-    @contextlib.contextmanager
-    def watching_sizes(self) -> Iterator[Live]:
-        """Count under this mode; FSDP2 frees what it gathered by giving its storage the size 0, which no operator sees."""
-        plain: Callable[..., Any] = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            found = plain(storage, size)
-            if storage._cdata in self._sizes:
-                self._set(storage._cdata, size)
-            return found
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        try:
-            with self:
-                yield self
-        finally:
-            torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
-
-
-# --- predicting -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -174,57 +90,33 @@ def fake_ranks(ranks: int) -> Iterator[None]:
 
 
 def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
-    from trainer import job as jobs
     from trainer.batches import Batch
     from trainer.data import sample_length
+    from trainer.job import build_dataset
     from trainer.loop import take_step
-    from trainer.optim import Schedule, build_optimizers
-    from trainer.parallel import World, compute_dtype
-    from trainer.profiling import Profiler
+    from trainer.optim import build_optimizers
+    from trainer.parallel import World
 
-    recipe, policy = loaded.recipe, loaded.policy
-    section = recipe.distributed
-    if section.dtype is None and cuda:
-        section = dataclasses.replace(section, dtype="bfloat16")
-    recipe = dataclasses.replace(recipe, distributed=section)
-    cpu = torch.device("cpu")
-    world = World(0, ranks, cpu, timedelta(minutes=1), section.tp_size, section.cp_size)
+    recipe, policy = _in_the_type_of(loaded.recipe, cuda), loaded.policy
+    section, steps = recipe.distributed, recipe.step_scheduler
+    world = World(0, ranks, torch.device("cpu"), timedelta(minutes=1), section.tp_size, section.cp_size)
     before = live.now
-    with default_type(torch.float64 if compute_dtype(section, cpu) is torch.float64 else torch.float32):
-        bare = jobs.build_model(recipe, policy)
-    jobs.fit_for_training(bare, dataclasses.replace(recipe, compile=dataclasses.replace(recipe.compile, enabled=False), fp8=type(recipe.fp8)()), world)
-    if recipe.compile.enabled and section.tp_size == 1:
-        as_compiled(bare)
-    model, buckets = spread_out(bare, recipe, world)
+    model, buckets = _build(recipe, policy, world)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, model)
     parameters = live.now - before - (buckets.size if buckets else 0)
-    length = recipe.dataset.get("seq_len") or sample_length(jobs.build_dataset(recipe.dataset, recipe, policy, None))
-    local, mine = recipe.step_scheduler.local_batch_size, recipe.step_scheduler.global_batch_size // world.dp_size
+    length = int(recipe.dataset.get("seq_len") or sample_length(build_dataset(recipe.dataset, recipe, policy, None)))
+    local, mine = steps.local_batch_size, steps.global_batch_size // world.dp_size
     micro_steps = min(MICRO_STEPS, mine // local)
-    loss_fn = jobs.build_loss(dataclasses.replace(recipe, compile=type(recipe.compile)()), policy)
-    if recipe.compile.enabled and isinstance(loss_fn, LinearCrossEntropy):
-        loss_fn._of_chunk = lambda logits, labels, vocab, ignored, wanted: (logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits))
-    small = dataclasses.replace(recipe, step_scheduler=dataclasses.replace(recipe.step_scheduler, global_batch_size=local * micro_steps * world.dp_size))
-    job: Any = SimpleNamespace(
-        recipe=small,
-        world=world,
-        model=model,
-        loss_fn=loss_fn,
-        optimizers=optimizers,
-        schedule=Schedule(None, optimizers.rate, 1),
-        watch=SimpleNamespace(beat=lambda *_, **__: None, at=lambda *_, **__: None),
-        profiler=Profiler(None, loaded.path, 0, cpu),
-        step=0,
-        taken=0,
-    )
+    small = dataclasses.replace(recipe, step_scheduler=dataclasses.replace(steps, global_batch_size=local * micro_steps * world.dp_size))
+    job = _job(small, loaded, world, model, optimizers)
     for counts in (False, True):  # the first step makes the optimizer's state, and traces the blocks, which wants no hooks
-        tokens = torch.zeros(local * micro_steps, int(length), dtype=torch.int64)
+        tokens = torch.zeros(local * micro_steps, length, dtype=torch.int64)
         live.peak, live.flops = live.now, 0
         if buckets and counts:
             buckets.begin(micro_steps)
         take_step(job, Batch(tokens, tokens.clone()))
-    state = sum(_bytes(value) for part in optimizers.parts for held in part.state.values() for value in held.values() if isinstance(value, torch.Tensor))
-    gradients = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    state = sum(size_of(value) for part in optimizers.parts for held in part.state.values() for value in held.values() if isinstance(value, torch.Tensor))
+    gradients = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return Need(
         ranks=ranks,
         local_batch_size=local,
@@ -234,7 +126,52 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
         activations=live.peak - before - parameters - gradients - state,
         peak=live.peak - before,
         flops=float(live.flops) * ranks * (mine / (local * micro_steps)),
-        tokens=recipe.step_scheduler.global_batch_size * int(length),
+        tokens=steps.global_batch_size * length,
+    )
+
+
+def _in_the_type_of(recipe: Recipe, cuda: bool) -> Recipe:
+    """The recipe with the type that its device computes in where it does not say."""
+    if recipe.distributed.dtype is not None or not cuda:
+        return recipe
+    return dataclasses.replace(recipe, distributed=dataclasses.replace(recipe.distributed, dtype="bfloat16"))
+
+
+def _build(recipe: Recipe, policy: Policy, world: World) -> tuple[nn.Module, Buckets | None]:
+    """The model as the trainer would have it on this rank."""
+    from trainer.job import build_model, fit_for_training
+    from trainer.parallel import compute_dtype
+
+    double = compute_dtype(recipe.distributed, world.device) is torch.float64
+    with default_type(torch.float64 if double else torch.float32):
+        bare = build_model(recipe, policy)
+    plain = dataclasses.replace(recipe, compile=dataclasses.replace(recipe.compile, enabled=False), fp8=type(recipe.fp8)())
+    fit_for_training(bare, plain, world)
+    if recipe.compile.enabled and recipe.distributed.tp_size == 1:
+        as_compiled(bare)
+    return spread_out(bare, recipe, world)
+
+
+def _job(recipe: Recipe, loaded: Loaded, world: World, model: nn.Module, optimizers: Optimizers) -> Any:
+    """What :func:`trainer.loop.take_step` needs of a job, without watch, profile and metrics."""
+    from trainer.job import build_loss
+    from trainer.optim import Schedule
+    from trainer.profiling import Profiler
+
+    loss_fn = build_loss(dataclasses.replace(recipe, compile=type(recipe.compile)()), loaded.policy)
+    if recipe.compile.enabled and isinstance(loss_fn, LinearCrossEntropy):  # fused, it keeps nothing in float32
+        loss_fn._of_chunk = lambda logits, labels, vocab, ignored, wanted: (logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits))
+    return SimpleNamespace(
+        recipe=recipe,
+        world=world,
+        model=model,
+        loss_fn=loss_fn,
+        optimizers=optimizers,
+        schedule=Schedule(None, optimizers.rate, 1),
+        watch=SimpleNamespace(beat=lambda *_, **__: None, at=lambda *_, **__: None),
+        profiler=Profiler(None, loaded.path, 0, world.device),
+        step=0,
+        taken=0,
     )
 
 
@@ -249,7 +186,7 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def spread_out(bare: nn.Module, recipe: Recipe, world: Any) -> tuple[nn.Module, Buckets | None]:
+def spread_out(bare: nn.Module, recipe: Recipe, world: World) -> tuple[nn.Module, Buckets | None]:
     """The model as :func:`trainer.parallel.spread` has it; DDP, whose reducer is not Python, by :class:`Buckets`."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -271,7 +208,7 @@ class Buckets:
 
     def __init__(self, model: nn.Module):
         self._views = {parameter: torch.zeros_like(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        self.size = sum(_bytes(view) for view in self._views.values())
+        self.size = sum(size_of(view) for view in self._views.values())
         self._left: dict[Any, int] = {}
 
     def begin(self, micro_steps: int) -> None:
@@ -317,163 +254,3 @@ def as_compiled(model: nn.Module) -> None:
         if type(block) not in made:
             made[type(block)] = traced(block)
         block.forward = partial(compiled, block, made[type(block)])
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.numel() * local.element_size()
-
-
-# --- advising -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Way:
-    """A change of the recipe, and what it would need then."""
-
-    override: str
-    gib: float
-    fits: bool
-
-
-def ways(reload: Callable[[Sequence[str]], Loaded], need: Need, limit: float, cuda: bool) -> list[Way]:
-    """Changes that need less, each on its own; the least intrusive first, until one fits."""
-    recipe = reload([]).recipe
-    found = []
-    for override, ranks in changes(recipe, need):
-        try:
-            other = predict(reload([override] if override.startswith("--") else []), ranks, cuda=cuda)
-        except BadInput:
-            continue
-        found.append(Way(override, other.total(cuda) / GIB, other.total(cuda) <= limit))
-        if found[-1].fits:
-            break
-    return found
-
-
-def changes(recipe: Recipe, need: Need) -> Iterator[tuple[str, int]]:
-    """``(override, ranks)`` of what might help, the least intrusive first."""
-    if recipe.loss_fn["_target_"] == "trainer.loss.MaskedCrossEntropy":
-        yield "--loss_fn._target_=trainer.loss.LinearCrossEntropy", need.ranks
-    size = recipe.step_scheduler.local_batch_size
-    while size > 1:
-        size = next(divisor for divisor in range(size // 2, 0, -1) if recipe.step_scheduler.local_batch_size % divisor == 0)
-        yield f"--step_scheduler.local_batch_size={size}", need.ranks
-    if recipe.distributed.strategy == "fsdp2" and not recipe.distributed.reshard_after_forward and need.ranks > 1:
-        yield "--distributed.reshard_after_forward=true", need.ranks
-    if recipe.distributed.activation_checkpointing == "none":
-        yield "--distributed.activation_checkpointing=selective", need.ranks
-    if recipe.distributed.activation_checkpointing != "full":
-        yield "--distributed.activation_checkpointing=full", need.ranks
-    if recipe.distributed.strategy != "fsdp2" and need.ranks > 1:
-        yield "--distributed.strategy=fsdp2", need.ranks
-    if recipe.distributed.strategy == "fsdp2":
-        for factor in (2, 4, 8, 16):
-            yield f"{need.ranks * factor} GPUs", need.ranks * factor
-
-
-def largest_micro_batch(reload: Callable[[Sequence[str]], Loaded], need: Need, limit: float, cuda: bool) -> int | None:
-    """The most windows at once that fit, of those that divide a rank's share: memory grows by the same for each window."""
-    recipe = reload([]).recipe
-    share = recipe.step_scheduler.global_batch_size // _dp_size(recipe, need.ranks)
-    divisors = [size for size in range(1, share + 1) if share % size == 0]
-    other = max((size for size in divisors if size < need.local_batch_size), default=None)
-    if other is None:
-        other = next((size for size in divisors if size > need.local_batch_size), None)
-    if other is None:
-        return need.local_batch_size if need.total(cuda) <= limit else None
-    second = predict(reload([f"--step_scheduler.local_batch_size={other}"]), need.ranks, cuda=cuda)
-    each = (need.total(cuda) - second.total(cuda)) / (need.local_batch_size - other)
-    return max((size for size in divisors if need.total(cuda) + each * (size - need.local_batch_size) <= limit), default=None)
-
-
-def _dp_size(recipe: Recipe, ranks: int) -> int:
-    return ranks // (recipe.distributed.tp_size * recipe.distributed.cp_size)
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def parse_bytes(text: str) -> float:
-    """``80GB`` (decimal) or ``80GiB`` as bytes. Raises argparse's error for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.I)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: a size such as 80GB or 79GiB was expected")
-    return float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Predict, print, and return the exit code: 0 it fits, 3 it does not."""
-    die_with_parent()
-    parser = argparse.ArgumentParser(prog="amlaunch plan-memory", description="Predict a recipe's memory.", allow_abbrev=False)
-    parser.add_argument("recipe")
-    parser.add_argument("--gpus", type=int, help="ranks in all (default: as the recipe says)")
-    parser.add_argument("--gpu-memory", type=parse_bytes, default=80e9, help="of each GPU (80GB)")
-    parser.add_argument("--on-cpu", action="store_true", help="as on CPUs: no CUDA, float32 where the recipe does not say")
-    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME")
-    parser.add_argument("--json", action="store_true")
-    given, overrides = parser.parse_known_args(arguments)
-    return guarded(lambda: run(given, overrides))
-
-
-def run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Predict as ``given``, and print."""
-    path = find_recipe(given.recipe)
-
-    def reload(more: Sequence[str]) -> Loaded:
-        return load(path, [*overrides, *more], allow=given.allow_target, job_start=True)
-
-    loaded = reload([])
-    ranks = given.gpus or ranks_of(loaded.recipe)
-    cuda = not given.on_cpu
-    told = sys.stderr
-    print(f"{loaded.recipe.name}: taking a step on rank 0 of {ranks}, without contents …", file=told, flush=True)
-    need = predict(loaded, ranks, cuda=cuda)
-    fits = need.total(cuda) <= given.gpu_memory
-    print("looking for the largest micro-batch …", file=told, flush=True)
-    largest = largest_micro_batch(reload, need, given.gpu_memory, cuda)
-    found = []
-    if not fits:
-        print("looking for what would make it fit …", file=told, flush=True)
-        found = ways(reload, need, given.gpu_memory, cuda)
-    report = {
-        "recipe": loaded.recipe.name,
-        **asdict(need),
-        "total": need.total(cuda),
-        "gpu_memory": given.gpu_memory,
-        "fits": fits,
-        "largest_local_batch_size": largest,
-        "ways": [asdict(way) for way in found],
-    }
-    print(json.dumps(report, indent=2) if given.json else text_of(report, cuda), flush=True)
-    return OK if fits else DOES_NOT_FIT
-
-
-def ranks_of(recipe: Recipe) -> int:
-    """Ranks of the train stage where nothing else is said."""
-    train = recipe.resources.train
-    return (train.nodes or 1) * (train.tasks_per_node or train.gpus_per_node or 1)
-
-
-def text_of(report: dict[str, Any], cuda: bool) -> str:
-    """The prediction, for people."""
-    lines = [f"{report['recipe']} on {report['ranks']} GPUs, {report['local_batch_size']} windows at once; GiB on each GPU"]
-    names = ("parameters", "gradients", "optimizer", "activations")
-    lines += [f"  {name + (' and all else in a step' if name == 'activations' else ''):<36}{report[name] / GIB:>8.2f}" for name in names]
-    lines.append(f"  {'peak':<36}{report['peak'] / GIB:>8.2f}")
-    if cuda:
-        lines.append(f"  {'with CUDA, NCCL and the allocator':<36}{report['total'] / GIB:>8.2f}   (round figures are assumed for these)")
-    lines.append(f"  {'there is':<36}{report['gpu_memory'] / GIB:>8.2f}")
-    lines.append(f"a step of {report['tokens']:,} tokens: {report['flops'] / 1e12:,.1f} TFLOP in matrix products and attention, over all GPUs")
-    largest = report["largest_local_batch_size"]
-    lines.append(f"largest step_scheduler.local_batch_size that fits: {largest}" if largest else "no step_scheduler.local_batch_size fits")
-    if report["fits"]:
-        return "\n".join([*lines, "it fits"])
-    lines.append("it does not fit")
-    lines += [f"  {way['override']}: {way['gib']:.2f} GiB, which {'fits' if way['fits'] else 'is still too much'}" for way in report["ways"]]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("AMLAUNCH_DEVICE", "cpu")
-    leave(main(sys.argv[1:]))

@@ -19,4 +19,4 @@ def run(options: argparse.Namespace) -> int:
     words += [f"--gpus={options.gpus}"] if options.gpus is not None else []
     words += [f"--allow-target={name}" for name in options.allow_target]
     words += ["--json"] if options.json else []
-    return subprocess.run([*python_command("trainer.memory"), *words, *options.overrides], env=environment(0)).returncode
+    return subprocess.run([*python_command("trainer.plan_memory"), *words, *options.overrides], env=environment(0)).returncode

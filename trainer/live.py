@@ -1,0 +1,88 @@
+"""What a computation of tensors without contents would hold and do: bytes that live at each moment, and operations."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes of what this rank holds of a tensor."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()
+
+
+def flops_of(func: Any, args: Sequence[Any], found: Any) -> int:
+    """Of one call, by torch's own formulas; attention, of whose kernels those know the GPU's only, as if it were not causal."""
+    name = func._overloadpacket
+    if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    return int(flop_registry[name](*args, out_val=found)) if name in flop_registry else 0
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that were made under it and still live, and floating-point operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.flops = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        here = [arg.to_local() if hasattr(arg, "to_local") else arg for arg in args]
+        self.flops += flops_of(func, here, found)
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf)
+        return found
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor is what it is made of
+            for name in tensor.__tensor_flatten__()[0]:
+                inner = getattr(tensor, name)
+                if isinstance(inner, torch.Tensor):
+                    self._note(inner)
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = 0
+            self._set(storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _set(self, key: int, size: int) -> None:
+        self.now += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    @contextlib.contextmanager
+    def watching_sizes(self) -> Iterator[Live]:
+        """Count under this mode; FSDP2 frees what it gathered by giving its storage the size 0, which no operator sees."""
+        plain: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            found = plain(storage, size)
+            if storage._cdata in self._sizes:
+                self._set(storage._cdata, size)
+            return found
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        try:
+            with self:
+                yield self
+        finally:
+            torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
