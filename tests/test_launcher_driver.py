@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ import pytest
 from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
-from launcher.plan import Element, Needs, Plan, Stage
+from launcher.plan import Container, Element, Needs, Plan, Stage
 from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from recipes.rundir import RunDir
@@ -322,6 +323,17 @@ def test_a_secret_of_the_containers_environment_reaches_the_ranks_and_no_file(tm
     monkeypatch.delenv("SECRET_X")
     assert drive(run).communicate()[0].strip() == FAILED
     assert "SECRET_X is not set" in read_json_lines(run.element("train", "0").attempts)[-1]["reason"]
+
+
+def test_an_image_that_is_left_to_a_node_without_a_runtime_is_not_done_without(tmp_path, monkeypatch):
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    image = Container("nvcr.io/nvidia/pytorch:25.08-py3", "auto")
+    write_json(run.plan, replace(plan, stages=[replace(plan.stages[0], container=image)]).to_json())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert drive(run).communicate()[0].strip() == FAILED
+    state = only_state(run, plan)
+    assert "has nothing that starts it (" in state.reason and "container.runtime: none" in state.reason and not state.retry
+    assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
 
 def test_gpus_are_given_out_once(tmp_path):

@@ -64,6 +64,9 @@ def test_what_a_recipe_needs():
     assert [want.name for want in wanted(quickstart(), ["train"])] == ["pyyaml", "torch", "numpy", "safetensors"]
     fineweb = load(shipped()["llama-350m"])
     assert {"datasets", "pyarrow"} <= {want.name for want in wanted(fineweb, ["preprocess"])}
+    for tokenizer, needed in (("byte", set()), ("char:/some/letters.txt", set()), ("./mine", {"tokenizers"}), ("mine/tokenizer.json", {"tokenizers"})):
+        found = {want.name for want in wanted(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
+        assert found & {"tiktoken", "tokenizers"} == needed, tokenizer
     assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [Want("tiktoken", "stage export", True, ("export",))]
 
 
