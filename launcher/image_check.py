@@ -26,7 +26,7 @@ from containers.probe import MARK
 from launcher import describe, slurm
 from launcher.cluster import Cluster
 from launcher.diagnose import BAD, OK, WARN, Finding
-from launcher.images import ToolFailed
+from launcher.image_tools import ToolFailed
 from launcher.machine import this_machine
 from launcher.packages import PYTHONS, canonical, too_old
 from launcher.site import choose_partition

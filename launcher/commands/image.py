@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -15,18 +16,10 @@ import containers
 from containers.reference import BadReference, parse
 from containers.store import ImageFolder, read_json, short
 from launcher import describe
+from launcher.image_build import build_image, write_context
 from launcher.image_folder import image_folder
-from launcher.images import (
-    Request,
-    ToolFailed,
-    build_image,
-    builder,
-    import_image,
-    site_format,
-    this_architecture,
-    with_path,
-    write_context,
-)
+from launcher.image_import import Request, import_image
+from launcher.image_tools import ToolFailed, builder, site_format, this_architecture
 from recipes.errors import FAILED, OK, BadInput
 from recipes.files import write_json
 from recipes.version import VERSION
@@ -80,7 +73,7 @@ def make(request: Request, options: argparse.Namespace, say: Say) -> int:
         say(f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it")
         raise
     if options.json:
-        print(describe.to_json({**with_path(image), "made": made}))
+        print(describe.to_json({**dataclasses.asdict(image), "made": made}))
         return OK
     took = f" in {describe.duration(time.monotonic() - started)}" if made else ""
     say(f"{'made' if made else 'already there:'} {image.path} ({describe.size(image.size)}, {image.digest[:19]}){took}")
@@ -171,7 +164,7 @@ def run_list(options: argparse.Namespace) -> int:
     folder, _ = folder_of(options)
     rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
     if options.json:
-        found = [{**with_path(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
+        found = [{**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
         print(describe.to_json({"folder": str(folder.root), "images": found}))
         return OK
     if not rows:

@@ -7,7 +7,6 @@ whole. Whoever comes second waits for the first, and finds the image done.
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import hashlib
 import json
@@ -21,34 +20,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from containers import credentials, layers, store
 from containers.layers import Layered, NotAnImage
 from containers.reference import BadReference, parse
 from containers.store import ImageFolder, StoredImage
 from launcher import describe
+from launcher.image_tools import (
+    Say,
+    ToolFailed,
+    content_of,
+    ended,
+    need_program,
+    reads_tar,
+    registry_tool,
+    sif_program,
+    there,
+    version_of,
+)
 from recipes.errors import BadInput
-from recipes.files import Lock, fsync_folder, write_json
+from recipes.files import Lock, fsync_folder, sha256_file, write_json
 
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
-"""The kernel's names, and those of images."""
-REGISTRY_TOOLS = ("skopeo", "podman", "docker", "buildah", "enroot", "apptainer", "singularity")
-"""What can fetch from a registry, the one that resumes best first."""
-BUILDERS = ("buildah", "podman", "docker")
-ENGINES = ("podman", "docker", "buildah")
 SPARE = 1.15
 """The converted image, over its compressed layers: zstd makes it about as large."""
 UNPACKED = 3.0
 """The unpacked files, over the compressed layers, where they have to be unpacked."""
 LAST_WORDS = 6
-LAST_LINES = 40
-"""Of a build's output, what is looked through for the reason of its failure."""
-Say = Callable[[str], None]
-
-
-class ToolFailed(Exception):
-    """A tool did not do its work; the message has its last words and what to do."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +82,6 @@ class Source:
         return self.place if self.kind in ("registry", "engine") else ""
 
 
-# --- what the site has ------------------------------------------------------------------------------------
-
-
-def this_architecture() -> str:
-    """This machine's, in the names of images."""
-    return ARCHITECTURES.get(platform.machine(), platform.machine())
-
-
-def site_format(runtime: str = "") -> str:
-    """What the site's runtime starts: .sif for apptainer, where it is the only one there; else .sqsh."""
-    sif = runtime in ("apptainer", "singularity")
-    only = not shutil.which("enroot") and not shutil.which("srun") and (shutil.which("apptainer") or shutil.which("singularity"))
-    return "sif" if sif or (not runtime and only) else "sqsh"
-
-
 # --- what is asked for ----------------------------------------------------------------------------------
 
 
@@ -112,7 +95,7 @@ def look(request: Request) -> Source:
             return _on_disk(Path(text.removeprefix(prefix)), kind)
     for prefix, tool in (("containers-storage:", "podman"), ("podman://", "podman"), ("docker-daemon:", "docker"), ("dockerd://", "docker")):
         if text.startswith(prefix):
-            return Source("engine", text.removeprefix(prefix), _there(request.tool or tool))
+            return Source("engine", text.removeprefix(prefix), there(request.tool or tool))
     path = Path(text).expanduser()
     if path.suffix in (".sqsh", ".sif"):
         raise BadInput(f"{text} is an image that runtimes start as it is: name it in the recipe, container.image: {path.absolute()}")
@@ -124,7 +107,7 @@ def look(request: Request) -> Source:
         raise BadInput(str(error)) from None
     if reference.path is not None:
         return _on_disk(reference.path, "archive")
-    return Source("registry", reference.name, _there(request.tool) if request.tool else _registry_tool())
+    return Source("registry", reference.name, there(request.tool) if request.tool else registry_tool())
 
 
 def _on_disk(path: Path, kind: str) -> Source:
@@ -136,31 +119,6 @@ def _on_disk(path: Path, kind: str) -> Source:
     if kind == "archive" and not path.is_file():
         raise BadInput(f"{path} is a folder; a tar was expected, or oci:{path} for an OCI image layout")
     return Source(kind, str(path))
-
-
-def _there(tool: str) -> str:
-    if not shutil.which(tool):
-        raise BadInput(f"{tool} is not in the search path here")
-    return tool
-
-
-def _registry_tool() -> str:
-    found = next((tool for tool in REGISTRY_TOOLS if shutil.which(tool) and _works(tool)), None)
-    if found is None:
-        raise BadInput(
-            f"nothing here can fetch an image: none of {', '.join(REGISTRY_TOOLS)} is in the search path. "
-            "Import one that was saved elsewhere: docker save IMAGE -o image.tar, then amlaunch image import image.tar"
-        )
-    return found
-
-
-def _works(tool: str) -> bool:
-    """docker's command is often there without a daemon that one may ask."""
-    if tool != "docker":
-        return True
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, timeout=20).returncode == 0
-    return False
 
 
 # --- the way from a source to a file --------------------------------------------------------------------
@@ -211,25 +169,24 @@ class _Import:
         self.folder = self.request.folder
         work = ImageFolder(self.request.work) if self.request.work else self.folder
         self.work = work.work(self.name, os.getuid())
-        self.tools: dict[str, str] = {}
 
     def run(self) -> tuple[StoredImage, bool]:
         """Everything, or nothing where it is there already."""
         if self.source.kind == "registry" and self.source.tool in ("enroot", "apptainer", "singularity"):
             return self._by_one_tool()
         digest, size = self._registry_digest() if self.source.tool == "skopeo" and self.source.kind == "registry" else ("", 0)
-        there = self._there(digest)
-        if there:
-            return there, False
+        found = self._there(digest)
+        if found:
+            return found, False
         self.work.mkdir(parents=True, exist_ok=True)
         if size:
             self._check_space(size, downloaded=_size_of(self.work / "layout"))
         with self._fetched(size) as image:
             digest = digest or image.digest
-            there = self._there(digest)
-            if there:
+            found = self._there(digest)
+            if found:
                 self._clean()
-                return there, False
+                return found, False
             self._check_architecture(image)
             self._check_space(image.size, downloaded=image.size)
             made = self._convert(image, digest)
@@ -319,12 +276,12 @@ class _Import:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),), env={**os.environ, **(env or {})}
             )
-            with _ended(process):
+            with ended(process):
                 while process.poll() is None:
                     meter(done() if done else 0)
                     time.sleep(0.2)
             if process.returncode:
-                raise self._failure(command, _content(output))
+                raise self._failure(command, content_of(output))
 
     def _failure(self, command: Sequence[str], said: str) -> ToolFailed:
         lines = [line for line in credentials.without_secrets(said).splitlines() if line.strip()]
@@ -344,7 +301,7 @@ class _Import:
         return self._keep(half, digest, image.architecture or self.request.architecture, image.settings)
 
     def _make_squashfs(self, image: Layered, target: Path) -> None:
-        _need("mksquashfs", "squashfs-tools")
+        need_program("mksquashfs", "squashfs-tools")
         if reads_tar():
             self._pour(image, store.mksquashfs("-", target, tar=True), "converting")
             return
@@ -369,13 +326,13 @@ class _Import:
                 meter(read)
 
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),))
-            with _ended(process):
+            with ended(process):
                 assert process.stdin
                 with suppress(BrokenPipeError), process.stdin as pipe:  # else it has ended by itself, and says why
                     layers.merge(image, pipe, layers.runtime_files(image.settings), count)
                 process.wait()
             if process.returncode:
-                raise self._failure(command, _content(output))
+                raise self._failure(command, content_of(output))
 
     def _make_sif(self, image: Layered, target: Path) -> None:
         program = sif_program()
@@ -394,9 +351,9 @@ class _Import:
     def _by_one_tool(self) -> tuple[StoredImage, bool]:
         """enroot and apptainer fetch and convert in one go; the digest is that of the file they make."""
         tool = self.source.tool
-        there = next((one for one in self.folder.images() if one.reference == self.source.place and one.format == self.request.format and one.whole), None)
-        if there:
-            return there, False
+        found = next((one for one in self.folder.images() if one.reference == self.source.place and one.format == self.request.format and one.whole), None)
+        if found:
+            return found, False
         self.work.mkdir(parents=True, exist_ok=True)
         half = self.work / f"image.{self.request.format}"
         half.unlink(missing_ok=True)
@@ -412,7 +369,7 @@ class _Import:
             command = store.apptainer_build(tool, f"docker://{self.source.place}", half)
             env = {"APPTAINER_TMPDIR": str(self.work), "APPTAINER_CACHEDIR": str(self.work / "cache"), "SINGULARITY_TMPDIR": str(self.work)}
         self._carry_out(command, f"{tool} fetches and converts", 0, lambda: _size_of(self.work), env)
-        made = self._keep(half, f"sha256:{_sha256(half)}", self.request.architecture, {})
+        made = self._keep(half, f"sha256:{sha256_file(half)}", self.request.architecture, {})
         self._clean()
         return made, True
 
@@ -450,66 +407,6 @@ class _Import:
         return made
 
 
-# --- building -------------------------------------------------------------------------------------------
-
-
-def builder(tool: str | None) -> str:
-    """What builds an image here. Raises BadInput."""
-    if tool and tool not in BUILDERS:
-        raise BadInput(f"--tool {tool}: an image is built by {', '.join(BUILDERS)}")
-    found = _there(tool) if tool else next((one for one in BUILDERS if shutil.which(one) and _works(one)), None)
-    if found is None:
-        raise BadInput(f"nothing here can build an image: none of {', '.join(BUILDERS)} is in the search path")
-    return found
-
-
-def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
-    """What a build sees: the Dockerfile, our packages, and the wheels to install from. Raises BadInput."""
-    from launcher.snapshot import take_snapshot
-
-    take_snapshot(folder / "amlaunch", None)
-    (folder / "amlaunch" / ".digest").unlink()
-    (folder / "wheels").mkdir()
-    (folder / "wheels" / ".keep").touch()  # a folder without files is not copied by all tools
-    found = sorted(wheels.glob("*.whl")) if wheels else []
-    if wheels and not found:
-        raise BadInput(f"--wheels {wheels}: there are no .whl files; pip download -d {wheels} tiktoken ... brings them, on a machine with a network")
-    for wheel in found:
-        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
-    shutil.copyfile(dockerfile, folder / "Dockerfile")
-
-
-def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:
-    """Build, showing the tool's own lines as they come. Raises ToolFailed."""
-    command = store.build(tool, context, tag, arguments)
-    lines: list[str] = []
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    with _ended(process):
-        assert process.stdout
-        for line in process.stdout:
-            lines = [*lines[-LAST_LINES:], credentials.without_secrets(line.rstrip())]
-            say(f"  {lines[-1]}")
-        process.wait()
-    if process.returncode:
-        meaning = credentials.explain(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
-        chroot = "; without user namespaces (inside a container, say) BUILDAH_ISOLATION=chroot helps" if tool != "docker" else ""
-        raise ToolFailed(f"{tool} build failed with exit code {process.returncode}, its last lines are above{f': {meaning}' if meaning else chroot}")
-
-
-@contextmanager
-def _ended(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Whatever happens, the tool is not left behind."""
-    try:
-        yield
-    except BaseException:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        process.kill()
-        process.wait()
-        raise
-
-
 def _manifest(raw: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
@@ -518,41 +415,6 @@ def _manifest(raw: bytes, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ToolFailed(f"{place}: the registry's answer is not a manifest")
     return value
-
-
-def reads_tar() -> bool:
-    """Whether mksquashfs takes a tar on its stdin (4.5 and newer)."""
-    found = version_of("mksquashfs")
-    numbers = [int(part) if part.isdigit() else 0 for part in found.split(".")[:2]] if found else []
-    return numbers >= [4, 5]
-
-
-def version_of(tool: str) -> str:
-    """A tool's version, as it tells; empty where it is not there or does not say."""
-    option = "-version" if tool == "mksquashfs" else "--version"
-    with suppress(OSError, subprocess.TimeoutExpired):
-        found = subprocess.run([tool, option], capture_output=True, text=True, timeout=20)
-        words = (found.stdout or found.stderr).split()
-        return next((word.strip(",") for word in words if word[:1].isdigit()), "")
-    return ""
-
-
-def sif_program() -> str:
-    """apptainer, under either of its names. Raises BadInput."""
-    found = next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
-    if found is None:
-        raise BadInput("a .sif image is made by apptainer, which is not in the search path here; --format sqsh makes the other kind")
-    return found
-
-
-def _need(program: str, package: str) -> None:
-    if not shutil.which(program):
-        raise BadInput(f"{program} is not in the search path here; it comes with {package}")
-
-
-def _content(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")
 
 
 def _size_of(path: Path) -> int:
@@ -575,19 +437,8 @@ def _same_disk(one: Path, other: Path) -> bool:
     return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
 
 
-def _sha256(path: Path) -> str:
-    from recipes.files import sha256_file
-
-    return sha256_file(path)
-
-
 def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def with_path(image: StoredImage) -> dict[str, Any]:
-    """For ``--json``: everything."""
-    return dataclasses.asdict(image)

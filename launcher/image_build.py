@@ -1,0 +1,49 @@
+"""Build an image with what the site has: ``containers/Dockerfile`` over a base, with our packages in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from containers import credentials, store
+from launcher.image_tools import Say, ToolFailed, ended
+from recipes.errors import BadInput
+
+LAST_LINES = 40
+"""Of a build's output, what is looked through for the reason of its failure."""
+
+
+def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
+    """What a build sees: the Dockerfile, our packages, and the wheels to install from. Raises BadInput."""
+    from launcher.snapshot import take_snapshot
+
+    take_snapshot(folder / "amlaunch", None)
+    (folder / "amlaunch" / ".digest").unlink()
+    (folder / "wheels").mkdir()
+    (folder / "wheels" / ".keep").touch()  # a folder without files is not copied by all tools
+    found = sorted(wheels.glob("*.whl")) if wheels else []
+    if wheels and not found:
+        raise BadInput(f"--wheels {wheels}: there are no .whl files; pip download -d {wheels} tiktoken ... brings them, on a machine with a network")
+    for wheel in found:
+        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
+    shutil.copyfile(dockerfile, folder / "Dockerfile")
+
+
+def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:
+    """Build, showing the tool's own lines as they come. Raises ToolFailed."""
+    command = store.build(tool, context, tag, arguments)
+    lines: list[str] = []
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with ended(process):
+        assert process.stdout
+        for line in process.stdout:
+            lines = [*lines[-LAST_LINES:], credentials.without_secrets(line.rstrip())]
+            say(f"  {lines[-1]}")
+        process.wait()
+    if process.returncode:
+        meaning = credentials.explain(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
+        chroot = "; without user namespaces (inside a container, say) BUILDAH_ISOLATION=chroot helps" if tool != "docker" else ""
+        raise ToolFailed(f"{tool} build failed with exit code {process.returncode}, its last lines are above{f': {meaning}' if meaning else chroot}")
