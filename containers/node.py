@@ -27,8 +27,6 @@ from typing import Any
 from containers import PROGRAMS
 from containers.failures import FAILURES, UNKNOWN, Failure, advice, failure_of
 
-MARK = "container: "
-"""How the line begins that the driver looks for: the mark, then JSON."""
 SPACE_BYTES = 2 * 10**9
 """Of temporary room, below which a new image is not even begun."""
 SILENT_SECONDS = 60.0
@@ -38,7 +36,7 @@ KINDS = {failure.kind: failure for failure in FAILURES}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: containers can start here; 1 otherwise, with the reason in the last line."""
+    """0: containers can start here; 1 otherwise, with the reason in the last line, and in a file for the driver."""
     spec = json.loads(arguments[0])
     for kind, words in check(spec):
         return refuse(spec, KINDS[kind], words)
@@ -51,20 +49,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def refuse(spec: Mapping[str, Any], failure: Failure, words: str) -> int:
-    """One line of JSON for the driver."""
+    """A line for people, and a file for the driver: srun and the tasks of other nodes write into the midst of lines."""
     reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'])}"
+    print(reason, file=sys.stderr, flush=True)
     verdict = {"kind": failure.kind, "host": host(), "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
-    print(f"{MARK}{json.dumps(verdict)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a node that does not see the folder: the driver says that it was not looked at
+        half = Path(spec["verdicts"], f".{host()}.tmp")
+        half.write_text(json.dumps(verdict))
+        half.replace(half.with_name(f"{host()}.json"))
     return 1
 
 
-def verdict_of(said: str) -> dict[str, Any] | None:
-    """The verdict of the first node that refused, from what all of them wrote; None where none did."""
-    for line in said.splitlines():
-        _, mark, rest = line.partition(MARK)
-        if mark and rest.startswith("{"):
-            with suppress(ValueError):
-                return dict(json.loads(rest))
+def verdict_of(folder: Path) -> dict[str, Any] | None:
+    """The verdict of a node that refused, of those that left one in ``folder``; None where none did."""
+    for file in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError):
+            return dict(json.loads(file.read_text()))
     return None
 
 

@@ -336,9 +336,10 @@ def passed_names(container: Container, secrets: Iterable[str], *, on_slurm: bool
     return sorted({*of_libraries(os.environ), *per_task, *mine} - {"PATH", "HOME"})
 
 
-def node_check(container: Container, runtime: str, image: Image, launch: containers.Launch) -> dict[str, Any]:
-    """What ``python -m containers.node`` is given: nothing secret."""
+def node_check(container: Container, runtime: str, image: Image, launch: containers.Launch, verdicts: Path) -> dict[str, Any]:
+    """What ``python -m containers.node`` is given: nothing secret. ``verdicts``: the folder for the reasons of nodes that refuse."""
     return {
+        "verdicts": str(verdicts),
         "runtime": runtime,
         "image": image.of.short,
         "path": str(image.of.path) if image.of.path else None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -200,16 +201,18 @@ def not_ready(attempt: Attempt, stopping: Stopping, check: Check) -> dict[str, A
 
     To bring an image to a node may take minutes; "stop soon" ends that.
     """
-    before = _size(attempt.folder.log(attempt.number, None))
+    verdicts = attempt.folder.verdicts
+    shutil.rmtree(verdicts, ignore_errors=True)
     with ExitStack() as files:
+        if attempt.stage.container is not None:
+            verdicts.mkdir()
         looking = check(attempt, files)
         codes, _ = wait_for(looking, stopping)
     if stopping.since is not None and looking:
         return {"outcome": STOPPED, "reason": stopping.reason(), "again": stopping.signal is not None}
     if not any(codes):
         return None
-    said = tail_of(attempt.log(None))[-max(0, _size(attempt.log(None)) - before) :]
-    verdict = verdict_of(said) or {"reason": f"a node could not be looked at before the containers start (exit code {codes[0]})", "again": True}
+    verdict = verdict_of(verdicts) or {"reason": f"a node could not be looked at before the containers start (exit code {codes[0]})", "again": True}
     return {"outcome": FAILED, "retry": True, "rank": 0, "exit_codes": codes, **verdict}
 
 

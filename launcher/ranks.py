@@ -182,7 +182,7 @@ def check_command(attempt: Attempt, start: Start, python: str | None = None) -> 
     container = attempt.stage.container
     if container is None or start.image is None:
         return []
-    spec = node_check(container, start.runtime, start.image, start.launch)
+    spec = node_check(container, start.runtime, start.image, start.launch, attempt.folder.verdicts)
     return [*python_command("containers.node", host_python(python), any_version=python is not None), json.dumps(spec)]
 
 

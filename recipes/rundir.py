@@ -36,6 +36,11 @@ class ElementDir:
         return self.root / "progress.json"
 
     @property
+    def verdicts(self) -> Path:
+        """A file of each node on which the newest attempt's containers could not start."""
+        return self.root / "verdicts"
+
+    @property
     def metrics(self) -> Path:
         """One JSON line a training step."""
         return self.root / "metrics.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,10 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist, which keeps the tests of a file together: those on a cluster wait most of the time, and so begin first."""
-    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+    """For pytest-xdist, which keeps the tests of a file together: files on a cluster, which mostly wait, begin first, and then those with most slow tests."""
+    clusters = Counter(item.path for item in items if "cluster" in getattr(item, "fixturenames", ()))
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-clusters[item.path], -slow[item.path]))
 
 
 @pytest.fixture

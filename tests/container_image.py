@@ -30,7 +30,7 @@ def obstacle() -> str | None:
     """What keeps the image from being made on this machine."""
     if os.geteuid():
         return "making a root file system needs root"
-    missing = [name for name in ("debootstrap", "tar") if not shutil.which(name)]
+    missing = [name for name in ("mmdebstrap", "tar") if not shutil.which(name)]
     if missing:
         return f"not installed: {', '.join(missing)}"
     if sys.version_info[:2] != (3, 11):
@@ -88,7 +88,7 @@ def _installed(name: str) -> bool:
 
 def _make(folder: Path) -> None:
     rootfs = folder / "rootfs"
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN)}", "bookworm", str(rootfs), *_mirror()]
+    command = ["mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(DEBIAN)}", "bookworm", str(rootfs), *_mirror()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -124,7 +124,10 @@ def _copy_packages(target: Path) -> None:
                 continue
             copy = target / file
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
+            try:
+                os.link(source, copy)  # hundreds of megabytes; nobody writes to the image
+            except OSError:  # another disk
+                shutil.copy2(source, copy)
 
 
 def _config() -> dict[str, object]:

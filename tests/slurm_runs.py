@@ -67,7 +67,7 @@ class Place:
             if test(found):
                 return found
             assert time.monotonic() < deadline, json.dumps(found, indent=1)
-            time.sleep(0.3)
+            time.sleep(1.0)  # a status costs a third of a second of a processor, and many tests wait at once
 
     def stand_in(self, *stages: tuple[str, list[list[str]], Needs], name: str = "test-1", **profile: Any) -> RunDir:
         """A run of stand-in stages (tests/stand_in.py), each after the one before, planned but not submitted."""

@@ -7,6 +7,7 @@ pyxis, enroot and apptainer are not packaged by Debian: of them this is all that
 from __future__ import annotations
 
 import ast
+import json
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import containers
 from containers import CannotLaunch, Image, Mount, parse
 from containers.environment import OF_THE_RUNTIME, of_libraries, of_runtime
 from containers.failures import FAILURES, failure_of
-from containers.node import check, verdict_of
+from containers.node import check, main, verdict_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
@@ -221,9 +222,14 @@ def test_a_node_is_looked_at_before_anything_starts(tmp_path):
     assert not [kind for kind, _ in check({**spec, "path": str(tmp_path / "a.sqsh"), "mounts": [], "architecture": None}) if kind != "no runtime"]
 
 
-def test_the_drivers_word_is_found_among_what_all_nodes_wrote():
-    said = 'gpu2: bringing x here\ncontainer: {"kind": "mount", "host": "gpu1", "again": false, "elsewhere": false, "reason": "gpu1: mount: …"}\nsrun: error: gpu1: task 0: Exited with exit code 1'
-    assert verdict_of(said)["host"] == "gpu1" and verdict_of("nothing") is None
+def test_what_a_node_says_is_a_file_for_the_driver_and_a_line_for_people(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu1")
+    assert verdict_of(tmp_path) is None and verdict_of(tmp_path / "no") is None
+    spec = {"runtime": "podman", "image": "x", "path": str(tmp_path / "b.sqsh"), "mounts": [], "verdicts": str(tmp_path)}
+    assert main([json.dumps(spec)]) == 1
+    verdict = verdict_of(tmp_path)
+    assert verdict is not None and verdict["host"] == "gpu1" and verdict["reason"] in capsys.readouterr().err.splitlines()
+    assert main([json.dumps({**spec, "verdicts": "/nowhere"})]) == 1, "a node that does not see the folder says it all the same"
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 13)])

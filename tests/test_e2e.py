@@ -176,7 +176,7 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_kill_any_process_at_any_moment_then_the_same_command(undisturbed, tmp_path, text, seed):
     """Three kills in a row, of any process of the tree, launcher included; then the run is finished, bit for bit."""
     chance = random.Random(seed)
@@ -225,9 +225,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(undisturbed, tmp_path, text):
 
 def test_a_second_launcher_of_the_same_run_is_refused(tmp_path, text):
     place = Place(tmp_path / "here", text)
-    first = place.start()
-    wait_for_step(place, 1)
-    second = place.start()
+    words = ["tiny.yaml", "--export", "null", "--validation_dataset", "null", "--step_scheduler.max_steps", "2"]
+    first = place.start(*words)
+    deadline = time.monotonic() + 60
+    while not list((place.folder / "runs").glob("*/stages/preprocess/*/attempts.jsonl")):
+        assert time.monotonic() < deadline, "it did not begin"
+        time.sleep(0.02)
+    second = place.start(*words)
     output = second.communicate(timeout=30)[0]
     assert second.returncode == 2 and "being run by another amlaunch" in output
     assert first.communicate(timeout=120)[0] and first.returncode == 0

@@ -263,6 +263,7 @@ def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
     secret = "hunter2-do-not-tell"
     tiny.write("secret.yaml", TINY.replace("name: tiny", "name: secret") + "container: {env: {MY_TOKEN: '${SECRET_X}'}}\n")
     words = ["submit", "secret.yaml", "--cluster", "lab", "--step_scheduler.max_steps", "2", "--export", "null", "--validation_dataset", "null"]
+    words += ["--resources.train.tasks_per_node", "1"]
     env = {"SECRET_X": secret, "WANDB_API_KEY": secret, "HF_TOKEN": secret}
     assert secret not in (dry := tiny.amlaunch(*words, "--dry-run", **env)).stdout + dry.stderr
     made = tiny.amlaunch(*words, "--json", **env)
@@ -331,6 +332,7 @@ def test_scancel_by_hand_is_final_too(place: Place) -> None:
 
 def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
     words = ["--name", "more", "--step_scheduler.max_steps", "4", "--validation_dataset", "null", "--export.max_new_tokens", "0"]
+    words += ["--resources.train.tasks_per_node", "1"]
     tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
     tiny.wait("more", 120)
     refused = tiny.amlaunch("resume", "more", "--model.n_layer", "3", check=False)
@@ -426,7 +428,7 @@ class TestRendezvous:
 
     def test_over_an_interface_with_nothing_but_ipv6(self, tiny: Place) -> None:
         tiny.write("ipv6.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib0\n"))
-        words = ["--name", "ipv6", "--step_scheduler.max_steps", "2", "--validation_dataset", "null", "--export", "null"]
+        words = ["--name", "ipv6", "--resources.train.tasks_per_node", "1", "--resources.train.gpus_per_node", "1", "--step_scheduler.max_steps", "2", "--validation_dataset", "null", "--export", "null"]
         tiny.amlaunch("submit", "tiny.yaml", "--cluster", "ipv6.yaml", *ON_GPUS, "--resources.train.nodes", "2", *words)
         assert states(tiny.wait("ipv6", 120))["train"] == ["done"]
         tiny.write("none.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib7\n"))

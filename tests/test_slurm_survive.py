@@ -79,15 +79,16 @@ def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cl
         "step_scheduler: {max_steps: 60, global_batch_size: 4, ckpt_every_steps: 30}\nresources: {train: {tasks_per_node: 2}}\n"
     )
     place.write("limit.yaml", recipe)
-    # Slurm looks every half minute, and warns at the first look at which not half a minute more is left than was asked for
-    place.write("clusters.yaml", "lab: {signal_seconds: 55, mem: 3G, time: 2}\n")
+    # Slurm looks every half minute, and warns at the first look at which not half a minute more is left than was asked for:
+    # an attempt has a minute, of which it needs a part to begin
+    place.write("clusters.yaml", "lab: {signal_seconds: 30, mem: 3G, time: 2}\n")
     place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", "--resources.train.time", "10", SLOW="0")
     place.amlaunch("submit", "limit.yaml", "--cluster", "lab", SLOW="0.8")
-    place.wait("limit", 420)
+    place.wait("limit", 600)
     place.amlaunch("wait", "limit", "--runs", "reference/runs", timeout=200)
     (disturbed,), (plain,) = ([RunDir(path) for path in (place.folder / runs).glob("limit-*")] for runs in ("runs", "reference/runs"))
     begun = attempts(disturbed, "train")
-    assert len(begun) >= 3 and len(attempts(plain, "train")) == 1, "at least two requeues"
+    assert len(begun) >= 2 and len(attempts(plain, "train")) == 1, "at least one requeue"
     assert {start["job"] for start in begun} == {begun[0]["job"]} and [start["restarts"] for start in begun] == list(range(len(begun)))
     ends = [line for line in read_json_lines(disturbed.element("train", "0").attempts) if line["event"] == "end"]
     assert all(end["reason"].startswith("the time limit is near") for end in ends[:-1])

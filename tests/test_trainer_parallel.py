@@ -68,16 +68,20 @@ FOUR: dict[str, dict[str, Any]] = {
     "ddp2xcp2": {"strategy": "ddp", "cp_size": 2},
     "cp2xtp2-sequence": {"cp_size": 2, "tp_size": 2, "sequence_parallel": True},
 }
+OF_ONE_FAMILY = {"ddp2xtp2": "gpt2", "ddp2xcp2": "llama", "cp2xtp2-sequence": "llama"}
+"""Products of what is tried with both families each on its own."""
+FEW_STEPS = 6
+"""Where the question is not whether an error grows."""
 LINEAR = {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 8}
 MUON = {"optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}}
 
 
-def case(folder: Path, name: str, family: str, distributed: dict[str, Any], **sections: Any) -> Run:
+def case(folder: Path, name: str, family: str, distributed: dict[str, Any], max_steps: int = 20, **sections: Any) -> Run:
     """A run over windows of which a different part counts in each, in two micro-batches where one rank has them all."""
     target, sizes = FAMILIES[family]
     share = distributed.get("tp_size", 1) * distributed.get("cp_size", 1)
     parts = {"one": 1, "two": 2, "four": 4}[name.split("-")[0]] // share
-    steps = {"global_batch_size": 8, "local_batch_size": max(1, 4 // parts), "val_every_steps": 10, "val_batches": 1}
+    steps = {"max_steps": max_steps, "global_batch_size": 8, "local_batch_size": max(1, 4 // parts), "val_every_steps": 10, "val_batches": 1}
     run = masked(folder, f"{family}-{name}", distributed=distributed, step_scheduler=steps, **sections)
     tree = {**run.tree, "model": {"_target_": target, **sizes, "bos_token_id": 0, "eos_token_id": 0}}
     return Run(run.folder, tree)
@@ -89,7 +93,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runs_of(folder: Path, size: str, cases: dict[str, dict[str, Any]]) -> dict[str, Run]:
-    return {f"{family} {name}": case(folder, f"{size}-{name}", family, keys) for family in FAMILIES for name, keys in cases.items()}
+    return {f"{family} {name}": case(folder, f"{size}-{name}", family, keys) for family in FAMILIES for name, keys in cases.items() if tried(family, name)}
+
+
+def tried(family: str, name: str) -> bool:
+    return OF_ONE_FAMILY.get(name, family) == family
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +113,8 @@ def two(folder: Path) -> dict[str, list[Any]]:
 def four(folder: Path) -> dict[str, list[Any]]:
     tasks = [Task("memory", peak_memory)]
     tasks += [Task(name, train, (run,)) for name, run in runs_of(folder, "four", FOUR).items()]
-    tasks.append(Task("muon", train, (case(folder, "four-muon", "gpt2", {"tp_size": 2}, **MUON),)))
-    tasks.append(Task("poisoned", poisoned, (case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}),)))
+    tasks.append(Task("muon", train, (case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON),)))
+    tasks.append(Task("poisoned", poisoned, (case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS),)))
     tasks += [Task(f"initial {family} {name}", initial, (family, FOUR[name])) for family in BUILDERS for name in INITIAL]
     tasks += [Task(f"attention {shape}", attention, shape) for shape in ATTENTION]
     tasks.append(Task("heads", fused_rows))
@@ -127,11 +135,11 @@ def one(folder: Path) -> Callable[..., Run]:
     return run
 
 
-def same(mine: Run, theirs: Run, tolerance: float = TIGHT) -> None:
-    for name, count in (("loss", 20), ("grad_norm", 20), ("val_loss", 2)):
+def same(mine: Run, theirs: Run, steps: int = 20) -> None:
+    for name, count in (("loss", steps), ("grad_norm", steps), ("val_loss", max(1, steps // 10))):
         a, b = np.array(mine.column(name)), np.array(theirs.column(name))
         assert len(a) == count
-        assert np.abs(a / b - 1).max() < tolerance, name
+        assert np.abs(a / b - 1).max() < TIGHT, name
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -141,8 +149,7 @@ def test_two_ranks_are_as_one(folder: Path, one: Any, two: dict[str, list[Any]],
     same(case(folder, f"two-{name}", family, TWO[name]), one("plain", family))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("name", list(FOUR))
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in FOUR if tried(family, name)])
 def test_four_ranks_are_as_one(folder: Path, one: Any, four: dict[str, list[Any]], family: str, name: str) -> None:
     assert four[f"{family} {name}"] == [OK] * 4
     same(case(folder, f"four-{name}", family, FOUR[name]), one("plain", family))
@@ -162,7 +169,7 @@ def test_a_loss_of_hidden_states_has_the_whole_head_under_tensor_parallelism(fol
 
 def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
     assert four["muon"] == [OK] * 4
-    same(case(folder, "four-muon", "gpt2", {"tp_size": 2}, **MUON), one("muon", "gpt2", **MUON))
+    same(case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON), one("muon", "gpt2", max_steps=FEW_STEPS, **MUON), FEW_STEPS)
 
 
 # --- steps that are skipped -----------------------------------------------------------------------------
@@ -187,8 +194,8 @@ def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
 
 def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
     assert four["poisoned"] == [OK] * 4
-    alone = one("poisoned", "gpt2", how=lambda run: poisoned(run, Run.here, rank=0))
-    mine = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True})
+    alone = one("poisoned", "gpt2", how=lambda run: poisoned(run, Run.here, rank=0), max_steps=FEW_STEPS)
+    mine = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS)
     for name in ("loss", "grad_norm"):
         a, b = (np.array([np.nan if value is None else value for value in run.column(name)]) for run in (mine, alone))
         assert np.isnan(a[2]) and np.isnan(b[2]) and not np.isnan(np.delete(a, 2)).any()
