@@ -23,6 +23,8 @@ BLOCK_BYTES = 1 << 20
 """Of text columns that are decoded at once, about."""
 LINES_BYTES = 1 << 17
 """Of JSON lines that are read at once: they stay in the cache of a core, and leave room in it for the vocabulary."""
+LONG_LINE = 1 << 22
+"""From so many bytes on, memory counts for more than a parser's speed: orjson copies what it parses."""
 DAMAGED = "damaged file"
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20
 """glibc's name for a block that is mapped on its own, and from how many bytes on."""
@@ -146,8 +148,10 @@ def line_blocks(handle: IO[bytes], piece: Slice) -> Iterator[tuple[int, list[byt
         if not data:
             cut = len(kept)
         if cut:
-            lines = kept[:cut].split(b"\n")
-            del kept[:cut]
+            rest = kept[cut:]
+            del kept[cut:]
+            lines = kept.split(b"\n")
+            kept = rest  # a line of 50 MB is there once, now
             yield begin, lines
             begin += cut
         if not data:
@@ -159,20 +163,36 @@ def records_of_lines(piece: Slice, offset: int, lines: list[bytearray], column: 
     loads = fast_json()
     lines.reverse()
     while lines:
-        line = lines.pop()
+        line: Any = lines.pop()
         begin, offset = offset, offset + len(line) + 1
+        long = len(line) > LONG_LINE
+        if long:
+            line = decoded(line)
         try:
-            text = loads(line)[column]
+            text = (json.loads if long else loads)(line)[column]
         except (ValueError, TypeError, LookupError, RecursionError):
             text = None
         if type(text) is str:
             del line  # while a text of 50 MB is tokenised, it is there once
             yield text
-        elif line and not line.isspace():  # looked at again, to say what is odd
+        elif not is_blank(line):  # looked at again, to say what is odd
             yield record_of_line(piece, begin, line, column)
 
 
-def fast_json() -> Callable[[bytearray], Any]:
+def decoded(line: bytearray) -> bytearray | str:
+    """The text of a long line as the standard library reads it, so that the bytes can go before it is parsed; as it is where it is none."""
+    try:
+        return line.decode(json.detect_encoding(line), "surrogatepass")
+    except UnicodeDecodeError:
+        return line
+
+
+def is_blank(line: bytearray | str) -> bool:
+    """Whether a line has nothing but ASCII's white space."""
+    return not line or (line.isspace() and (isinstance(line, bytearray) or line.isascii()))
+
+
+def fast_json() -> Callable[[bytearray | str], Any]:
     """orjson's parser where it is installed (the extra ``fast``), else the standard library's.
 
     orjson takes less for JSON than the standard library does, and gives the same for what it takes; where it
@@ -185,7 +205,7 @@ def fast_json() -> Callable[[bytearray], Any]:
     return orjson.loads
 
 
-def record_of_line(piece: Slice, offset: int, line: bytes | bytearray, column: str) -> Record:
+def record_of_line(piece: Slice, offset: int, line: bytes | bytearray | str, column: str) -> Record:
     """The record of one line."""
     try:
         row = json.loads(line)

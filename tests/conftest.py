@@ -19,10 +19,9 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist, which keeps the tests of a file together: files on a cluster, which mostly wait, begin first, and then those with most slow tests."""
+    """For pytest-xdist, which keeps the tests of a file together: files on a cluster take longest, and so begin first."""
     clusters = Counter(item.path for item in items if "cluster" in getattr(item, "fixturenames", ()))
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-clusters[item.path], -slow[item.path]))
+    items.sort(key=lambda item: -clusters[item.path])
 
 
 @pytest.fixture

@@ -59,15 +59,16 @@ class Place:
 
     def wait_until(self, run: str, test: Callable[[dict[str, Any]], Any], seconds: float = 60) -> dict[str, Any]:
         """Until ``test`` of the status is true; Slurm is asked anew each time."""
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while True:
             for path in (self.folder / "cache").rglob("s*-*.json"):
                 path.unlink(missing_ok=True)
             found = self.status(run)
             if test(found):
                 return found
-            assert time.monotonic() < deadline, json.dumps(found, indent=1)
-            time.sleep(1.0)  # a status costs a third of a second of a processor, and many tests wait at once
+            waited = time.monotonic() - began
+            assert waited < seconds, json.dumps(found, indent=1)
+            time.sleep(min(0.5 + waited / 20, 2.0))  # a status costs a quarter of a second of a processor, and several tests wait at once
 
     def stand_in(self, *stages: tuple[str, list[list[str]], Needs], name: str = "test-1", **profile: Any) -> RunDir:
         """A run of stand-in stages (tests/stand_in.py), each after the one before, planned but not submitted."""

@@ -77,7 +77,7 @@ class Place:
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
-        output = process.communicate(timeout=180)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         return output
 

@@ -269,9 +269,9 @@ class TestCancel:
         launcher = launch(run)
         try:
             pids(run, 1, "preprocess")
-            found = subprocess.run([*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+            found = subprocess.run([*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
             assert found.returncode == 0 and "asked to save and stop" in found.stdout, found.stderr
-            launcher.wait(timeout=15)
+            launcher.wait(timeout=60)
             assert [state.state for state in read_run(run, plan)] == [STOPPED, PENDING, PENDING] and run.stop.exists()
         finally:
             launcher.kill()

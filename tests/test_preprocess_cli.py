@@ -329,6 +329,14 @@ def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, e
 
 
 @pytest.mark.slow
+def test_a_line_of_fifty_megabytes_is_in_memory_once_at_a_time(tmp_path: Path, processes: list) -> None:
+    """Bytes, then text, then the parsed text; 209 MB when the line was copied to be split, or parsed from bytes."""
+    huge = (words_of(2, 49_998) + "é") * 1000
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", huge, "behind")))
+    assert peak(["--data-files", f"{tmp_path}/a.jsonl", "--parts", "1", "--engine", "tiktoken", "--output-dir", f"{tmp_path}/out"], processes) < 190
+
+
+@pytest.mark.slow
 def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: Path, processes: list) -> None:
     """From start to verified shards, in each format; the tokens are those of the whole text."""
     encode, (unit, million) = load_tokenizer("gpt2").encode, (words_of(2, 49_998) + "é", "-" * 1_000_000)
