@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,8 @@ from recipes.rundir import RunDir
 pytestmark = pytest.mark.slow
 
 RUNTIMES = ("podman", "charliecloud", "slurm")
+OF_THE_STEP = {"podman": "podman", "charliecloud": "ch-run", "slurm": "--container="}
+"""What the argv of a step in such a container has."""
 TWO = Needs(2, 0, 1, 1, "1G", 5)
 CLUSTERS = """\
 lab:
@@ -75,7 +78,10 @@ def test_a_train_step_on_two_nodes(tiny: Place, image: Path, runtime: str) -> No
     words = ["--name", runtime, "--container.image", str(image), "--container.runtime", runtime, "--container.stages", "{preprocess: none, verify: none}"]
     words += ["--resources.train.nodes", "2", "--resources.train.tasks_per_node", "1", "--step_scheduler.max_steps", "2", "--export", "null"]
     words += ["--validation_dataset", "null", "--step_scheduler.val_every_steps", "null", "--distributed.strategy", "ddp"]
+    dry = {row["stage"]: row for row in json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--dry-run", "--json").stdout)["scripts"]}
+    assert any(OF_THE_STEP[runtime] in word for word in dry["train"]["step"]) and not any(OF_THE_STEP[runtime] in word for word in dry["preprocess"]["step"])
     tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    assert all(Path(row["path"]).read_text() == row["script"] for row in dry.values()), "the dry run is what is submitted"
     found = tiny.wait(runtime, 180)
     assert states(found)["train"] == ["done"] and element(found, "train")["nodes"] == "cpu[1-2]"
     (folder,) = (tiny.folder / "runs").glob(f"{runtime}-*")
