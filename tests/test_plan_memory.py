@@ -87,6 +87,7 @@ def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> N
     assert need.peak == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, GPT2, CASES["gpt2"][2])
     words = [str(run.folder / "recipe.yaml"), "--gpus=1", "--on-cpu", "--step_scheduler.local_batch_size=8"]
@@ -111,6 +112,7 @@ def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up()
     assert need.flops / need.tokens == pytest.approx(6 * matrices + attention + backward, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
     words = ["--model.n_layer=6", "--model.n_embd=128", "--step_scheduler.local_batch_size=8", "--distributed.strategy=none", "--resources.train.tasks_per_node=1"]
     words += ["--loss_fn._target_=trainer.loss.LinearCrossEntropy", "--loss_fn.chunk_tokens=64", "--model.vocab_size=50304"]

@@ -43,6 +43,7 @@ def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(shares: li
 
 @given(shares=SHARES, data=st.data(), shuffle=st.booleans())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(shares: list[int], data: st.DataObject, shuffle: bool) -> None:
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares, 3, shuffle)
