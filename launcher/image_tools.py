@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
+from containers.node import ARCHITECTURES
 from recipes.errors import BadInput
 
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
-"""The kernel's names, and those of images."""
 REGISTRY_TOOLS = ("skopeo", "podman", "docker", "buildah", "enroot", "apptainer", "singularity")
 """What can fetch from a registry, the one that resumes best first."""
 BUILDERS = ("buildah", "podman", "docker")

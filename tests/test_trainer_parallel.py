@@ -33,7 +33,7 @@ from trainer.parallel import join, spread
 from trainer.ranks import from_environment
 from trainer.tensor_parallel import heads_together
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
+pytestmark = pytest.mark.slow
 
 __all__ = ["on_cpu"]  # an autouse fixture
 GPT2: dict[str, Any] = {"vocab_size": 104, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}
