@@ -1,22 +1,27 @@
 """What our training loop costs beside a minimal one written by hand around the same model.
 
-Usage: OMP_NUM_THREADS=1 python benchmarks/loop.py [ROUNDS] [STEPS]
+Usage: python benchmarks/loop.py [PROCESSES] [TURNS]
 
 The model and batch are those of recipes/char.yaml, the smallest that ship: the
-smaller a step, the more a loop's own cost counts. The loops take turns, STEPS
-steps each, and who begins changes every round; compared are the medians of the
-rounds' ratios, of the wall clock and of this process's own CPU time, which other
-work on the machine touches less. Ours does all that it does in a run: metrics
-and console line each step, heartbeat, stop flag, agreement of the ranks, skipping
-of steps that are no numbers, dropout's seed, a reading thread. The other reads
-its loss each step, and that is all.
+smaller a step, the more a loop's own cost counts. In a process the two take
+turns of STEPS steps, and who begins changes every turn; compared are the medians
+of the turns' ratios. Where in memory a model's weights happen to lie changes the
+speed of its kernels by more than a loop costs, so there are several processes,
+every other one of which builds the other model first, and what is said is the
+median of theirs and how far they lie apart: of the wall clock, and of the
+process's own CPU time, which other work on the machine touches less. Ours does
+all that it does in a run: metrics and console line each step, heartbeat, stop
+flag, agreement of the ranks, skipping of steps that are no numbers, dropout's
+seed, a reading thread. The other reads its loss each step, and that is all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,36 +45,51 @@ from trainer.stop import StopFlag
 from trainer.watch import Watch
 
 VOCAB, BLOCK, BATCH = 105, 64, 12
+STEPS = 10
 
 
 def main() -> None:
-    """Print the medians."""
-    rounds, steps = (int(word) for word in (*sys.argv[1:], *("9", "30")[len(sys.argv) - 1 :]))
+    """Print each process's ratios, and their medians."""
+    if sys.argv[1:2] == ["--one"]:
+        compare(ours_first=sys.argv[2] == "1", turns=int(sys.argv[3]))
+    processes, turns = (int(word) for word in (*sys.argv[1:], *("10", "20")[len(sys.argv) - 1 :]))
+    found = []
+    for number in range(processes):
+        words = [sys.executable, __file__, "--one", str(number % 2), str(turns)]
+        done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout))
+        print(f"process {number + 1}: a step by hand {found[-1]['ms']:.2f} ms; ours {found[-1]['wall']:+.1%} of the wall clock, {found[-1]['cpu']:+.1%} of CPU time", flush=True)
+    for key, word in (("wall", "the wall clock"), ("cpu", "CPU time")):
+        costs = [one[key] for one in found]
+        print(f"our loop costs {statistics.median(costs):+.1%} of {word}, median of {processes} processes of {turns} turns of {STEPS} steps (from {min(costs):+.1%} to {max(costs):+.1%})")
+
+
+def compare(ours_first: bool, turns: int) -> None:
+    """One process's ratios, as a line of JSON."""
     torch.set_num_threads(1)
     os.environ["AMLAUNCH_DEVICE"] = "cpu"
+    out = os.dup(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
         shard = Path(folder) / "train.bin"
         write_shard(shard, [np.random.default_rng(0).integers(0, VOCAB, 2_000_000).astype("<u2")], np.dtype("<u2"))
         os.chdir(folder)
-        ours, by_hand = our_loop(shard, (rounds + 1) * steps, held), minimal_loop(shard)
-        ratios: list[list[float]] = [[], []]
-        for number in range(rounds + 1):
-            order = (ours, by_hand) if number % 2 else (by_hand, ours)
-            spent = {loop: timed(loop, steps) for loop in order}
-            if number == 0:
-                continue  # caches fill, memory is touched
-            for found, mine, theirs in zip(ratios, spent[ours], spent[by_hand], strict=True):
-                found.append(mine / theirs)
-            print(f"round {number}: a step of ours {spent[ours][0] / steps * 1e3:.2f} ms, by hand {spent[by_hand][0] / steps * 1e3:.2f} ms", flush=True)
-        wall, own = (statistics.median(found) - 1 for found in ratios)
-        print(f"our loop costs {wall:+.1%} of the wall clock, {own:+.1%} of CPU time (medians of {rounds} rounds of {steps} steps)", flush=True)
+        make = {"ours": lambda: our_loop(shard, (turns + 1) * STEPS, held), "by hand": lambda: minimal_loop(shard)}
+        loops = {name: make[name]() for name in sorted(make, reverse=ours_first)}
+        ratios, steps = [], []
+        for turn in range(turns + 1):
+            spent = {name: timed(loops[name]) for name in sorted(loops, reverse=turn % 2 == 0)}
+            if turn:  # before, caches fill and memory is touched
+                ratios.append([mine / theirs for mine, theirs in zip(spent["ours"], spent["by hand"], strict=True)])
+                steps.append(spent["by hand"][0] / STEPS)
+        wall, cpu = (statistics.median(column) - 1 for column in zip(*ratios, strict=True))
+        os.write(out, json.dumps({"wall": wall, "cpu": cpu, "ms": statistics.median(steps) * 1e3}).encode())
         leave(0)  # as a run does: the process group is never taken down
 
 
-def timed(loop: Callable[[int], None], steps: int) -> tuple[float, float]:
-    """Wall clock and CPU time of so many steps."""
+def timed(loop: Callable[[int], None]) -> tuple[float, float]:
+    """Wall clock and CPU time of a turn."""
     wall, own = time.perf_counter(), time.process_time()
-    loop(steps)
+    loop(STEPS)
     return time.perf_counter() - wall, time.process_time() - own
 
 

@@ -244,6 +244,23 @@ def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> 
         assert found["synthetic_data"] is made_up and found["tokens_per_s"] > 0 and found["seq_len"] == 16
 
 
+@pytest.mark.slow
+def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> None:
+    """On text of this machine, and on that of a recipe."""
+    (tmp_path / "text.txt").write_text("abcdefgh" * 1000)
+    (tmp_path / "mine.yaml").write_text("preprocess: {data_files: text.txt, tokenizer: byte}\nmodel: {_target_: trainer.models.gpt2.build_gpt2_model}\ndataset: {}\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for words, tokens, tokenizer in ((["--max-tokens", "50K", "--num-workers", "2"], 50_000, "gpt2"), ([str(tmp_path / "mine.yaml"), "--max-tokens", "1K"], 1000, "byte")):
+        command = [sys.executable, "-m", "launcher", "bench", "preprocess", *words]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == OK, done.stderr
+        found = json.loads(done.stdout)
+        assert found["tokens"] == tokens and found["tokenizer"] == tokenizer
+        assert found["tokens_per_s"] == pytest.approx(tokens / found["seconds"], rel=1e-3)
+    assert "1,000 tokens of" in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine.yaml", "text.txt"], "nothing is left"
+
+
 def test_a_recipe_that_cannot_be_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "nanogtp"]) == BAD_INPUT
     assert "did you mean 'nanogpt'?" in capsys.readouterr().err

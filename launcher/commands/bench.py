@@ -15,9 +15,11 @@ from pathlib import Path
 
 from recipes.errors import OK, BadInput
 from recipes.process import python_command
+from recipes.schema import parse_count
 
 PASSED = ("steps", "warmup", "profiled")
-TEXT_MEGABYTES = 30
+BYTES_PER_TOKEN = 6
+"""At most, of code: what is asked for is then there with any tokenizer that is no worse than GPT-2's."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,7 +55,7 @@ def preprocess(options: argparse.Namespace) -> int:
             words.insert(0, options.recipe)
         else:
             text = Path(folder) / "text.jsonl"
-            write_text(text, TEXT_MEGABYTES * 10**6)
+            write_text(text, BYTES_PER_TOKEN * tokens_of(options.max_tokens))
             words += ["--data-files", str(text)]
         for name in ("tokenizer", "engine", "num_workers"):
             if getattr(options, name) is not None:
@@ -80,6 +82,14 @@ def preprocess(options: argparse.Namespace) -> int:
         print(f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: {report['tokens']:,} tokens of {report['documents']:,} documents "
               f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, from the start of the process to verified shards")
     return OK
+
+
+def tokens_of(text: str) -> int:
+    """What ``--max-tokens`` says. Raises BadInput."""
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise BadInput(f"--max-tokens {text!r}: write {error}") from None
 
 
 def write_text(path: Path, size: int) -> None:
