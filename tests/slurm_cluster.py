@@ -32,6 +32,7 @@ class Cluster:
         self._lock: IO[str] | None = None
         self._shared: Path | None = None
         self._repairs: dict[str, Callable[[], None]] = {}
+        self._helpers: list[subprocess.Popen[str]] = []
 
     @staticmethod
     def obstacle() -> str | None:
@@ -106,6 +107,12 @@ class Cluster:
             text=True,
         )
 
+    def helper(self, *argv: str | Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
+        """A command of lab's that answers lines on its standard input, until the end of the test."""
+        made = subprocess.Popen(self._as_lab(argv, env), cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._helpers.append(made)
+        return made
+
     def on(
         self, node: str, *argv: str | Path, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
@@ -175,7 +182,10 @@ class Cluster:
             time.sleep(0.2)
 
     def tidy(self) -> None:
-        """Repair what a test broke, and cancel every job."""
+        """Repair what a test broke, end its helpers, and cancel every job."""
+        while self._helpers:
+            helper = self._helpers.pop()
+            helper.communicate(timeout=30)
         for name in sorted(self._repairs, key=lambda name: not name.startswith("slurm")):  # a node needs the daemons
             self._repairs[name]()
         self.cancel_all()

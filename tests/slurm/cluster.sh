@@ -49,7 +49,10 @@ wait_for() { # wait_for SECONDS CMD...
 
 # --- processes: STATE/pid/NAME holds a process id and its start time, so that a reused id is never taken for ours
 
-born() { local stat; stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1; awk '{print $20}' <<<"${stat##*) }"; }
+born() { # of a process that nobody has reaped yet: nothing
+  local stat; stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  awk '$1 != "Z" {print $20}' <<<"${stat##*) }"
+}
 pid_of() { cut -d' ' -f1 "$STATE/pid/$1"; }
 
 alive() {
