@@ -104,6 +104,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
+@pytest.mark.slow
 def test_training_with_it_is_the_same(tmp_path: Path, strategy: str) -> None:
     sections: dict[str, Any] = {"distributed": {"strategy": strategy}, "step_scheduler": {"max_steps": 4, "val_every_steps": 2}}
     losses = []

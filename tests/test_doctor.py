@@ -155,6 +155,7 @@ def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
     assert {one["topic"] for one in found["findings"]} == {"machine", "folders", "slurm"}
 
 
+@pytest.mark.slow
 def test_what_needs_slurm_says_so(tmp_path):
     assert amlaunch("doctor", "--save", "x.yaml", cwd=tmp_path, PATH="").returncode == 2
     done = amlaunch("doctor", "--cluster", "slurm", cwd=tmp_path, PATH="")

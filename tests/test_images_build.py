@@ -102,6 +102,7 @@ def _pythons() -> list[str]:
 
 
 @pytest.mark.parametrize("python", _pythons())
+@pytest.mark.slow
 def test_the_probe_runs_on_any_python_and_says_what_is_so(tmp_path, python):
     """As source on the command line, alone: no file of ours is in the image."""
     closed = tmp_path / "closed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.__main__ import main
 from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
@@ -134,6 +136,7 @@ def test_stop_soon_by_signal_and_by_file(tmp_path):
     assert only_state(run, plan).attempts == 2
 
 
+@pytest.mark.slow
 def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_path):
     """Twice a step and a save before the time limit, by the newest heartbeat; never in the first half of the job."""
     folder = make_run(tmp_path, ("train", [[]], ONE))[0].element("train", "0")
@@ -147,6 +150,7 @@ def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_pa
     assert patient.ends - time.time() < 1.5
 
 
+@pytest.mark.slow
 def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], TWO_RANKS))
     driver = drive(run)
@@ -160,6 +164,7 @@ def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     assert state.state == DIED and "without a word" in state.reason
 
 
+@pytest.mark.slow
 def test_a_second_driver_leaves_a_running_element_alone(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
     first = drive(run)
@@ -187,6 +192,7 @@ def executor(run: RunDir, plan: Plan, cpus: int = 2, gpus: tuple[str, ...] = ())
     return Executor(run, plan, Machine(cpus, gpus), lambda states: None)
 
 
+@pytest.mark.slow
 def test_stages_run_in_turn_and_only_what_is_not_done(tmp_path):
     run, plan = make_run(tmp_path, ("preprocess", [[], []], ONE), ("train", [[]], TWO_RANKS))
     lock = Lock(run.lock)
@@ -249,6 +255,7 @@ def test_stop_is_heard_by_an_element_that_is_just_being_started(tmp_path):
     assert ended == [False] and only_state(run, plan).state == STOPPED
 
 
+@pytest.mark.slow
 def test_a_driver_that_never_starts_is_a_failure_with_a_reason(tmp_path):
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
     lock = Lock(run.lock)
@@ -284,6 +291,16 @@ def test_a_lock_is_seen_by_who_may_only_read_it():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that is done, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+        run, _ = make_run(tmp_path_factory.mktemp("finished"), ("train", [[]], ONE))
+        drive(run).wait()
+    return run
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("attempts.jsonl", b"3\n"), ("attempts.jsonl", b'{"event": "start"}\n'), ("attempts.jsonl", b"\xff\xfe\n"), ("done.json", b"[1]"),
@@ -291,14 +308,13 @@ def test_a_lock_is_seen_by_who_may_only_read_it():
      ("attempts.jsonl", b'{"event": "start", "attempt": 1, "time": 1.0, "gpus": "many", "host": 5}\n{"event": "end", "attempt": 1, "outcome": "strange", "reason": 5}\n'),
      ("progress.json", b'{"unit": 5, "done": "x", "total": "y", "loss": "z", "rate": "fast", "eta_s": "soon", "time": "never"}'), ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
 )  # fmt: skip
-def test_damaged_files_of_one_element_hide_nothing(tmp_path, name, content):
-    run, _ = make_run(tmp_path, ("train", [[]], ONE))
-    drive(run).wait()
+def test_damaged_files_of_one_element_hide_nothing(tmp_path, monkeypatch, capsys, finished, name, content):
+    run = RunDir(shutil.copytree(finished.root, tmp_path / "runs" / "test-1"))
     if name != "done.json":
         run.element("train", "0").done.unlink()
     (run.element("train", "0").root / name).write_bytes(content)
-    found = subprocess.run([sys.executable, "-m", "launcher", "status", "test-1"], cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 0 and "test-1" in found.stdout, found.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", "test-1"]) == 0 and "test-1" in capsys.readouterr().out
 
 
 def test_a_torn_line_does_not_take_the_next_one_with_it(tmp_path):
@@ -347,6 +363,7 @@ def test_gpus_are_given_out_once(tmp_path):
     assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, "an element may ask for more CPUs than there are"
 
 
+@pytest.mark.slow
 def test_two_elements_of_four_gpus_run_together_on_eight(tmp_path):
     words = ["--do", "linger", "--print", "CUDA_VISIBLE_DEVICES"]
     run, plan = make_run(tmp_path, ("train", [words, words], Needs(1, 4, 1, 1)))

@@ -566,6 +566,7 @@ class TestDrafts:
         found = drafts(run, plan, profile, states, plan.stages, 1000)
         assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == ("001-preprocess",), "verify is done, its input is not"
 
+    @pytest.mark.slow
     def test_after_a_failure_in_a_huge_array_its_end_is_waited_for_and_the_job_looks_itself(self, tmp_path: Path) -> None:
         """afterok never holds for it any more, and thousands of tasks are more than sbatch takes."""
         run = RunDir(tmp_path / "runs" / "r-1")

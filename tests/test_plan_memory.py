@@ -102,6 +102,7 @@ def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, caps
     assert plan_memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up() -> None:
     loaded = load(find_recipe("quickstart"), ["--model.vocab_size=50304"])
     need = predict(loaded, 2, cuda=False)

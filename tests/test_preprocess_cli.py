@@ -48,6 +48,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe over about 5 M tokens: about a second of work an element."""
     folder = tmp_path_factory.mktemp("recipe")
     corpus(folder / "corpus", documents=1000, words=2000)
+    return write_recipe(folder)
+
+
+def write_recipe(folder: Path) -> Path:
+    """The recipe alone."""
     (folder / "parts.py").write_text(PARTS)
     path = folder / "r.yaml"
     path.write_text(RECIPE.format(folder=folder / "corpus"))
@@ -87,10 +92,10 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.005)
 
 
-def test_wrong_input_is_one_line_and_exit_code_2(recipe: Path, tmp_path: Path, processes: list) -> None:
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, processes: list) -> None:
     words = [
         "element",
-        str(recipe),
+        str(write_recipe(tmp_path)),
         "--index",
         "0",
         "--out",

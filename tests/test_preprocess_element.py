@@ -67,6 +67,7 @@ def stream(out: Path) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2), pytest.param(40, 1, 32, marks=pytest.mark.slow), (40, 40, 0)]
 )
+@pytest.mark.slow
 def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
     tmp_path: Path, texts: list[str], parts: int, elements: int, workers: int
 ) -> None:

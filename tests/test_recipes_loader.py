@@ -337,6 +337,7 @@ class TestTargets:
         assert set(OPTIMIZERS) == real
         assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", Policy())
 
+    @pytest.mark.slow
     def test_a_setting_that_a_configuration_does_not_have(self):
         node = {"_target_": "transformers.LlamaConfig", "hidden_size": 64, "num_hidden_layers": 1}
         assert build(node, Policy()).hidden_size == 64

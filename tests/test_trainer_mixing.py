@@ -30,6 +30,7 @@ def mixture(sizes: list[int], shares: list[int], seed: int = 0, shuffle: bool = 
 
 @given(shares=SHARES, data=st.data(), count=st.integers(1, 3000))
 @settings(max_examples=80, deadline=None)
+@pytest.mark.slow
 def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(shares: list[int], data: st.DataObject, count: int) -> None:
     sizes = data.draw(st.lists(st.integers(1, 400), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares)
@@ -55,6 +56,7 @@ def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(shares:
 
 @given(ranks=st.integers(1, 64), steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=4), shares=SHARES)
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_ranks_and_resumes_do_not_matter(ranks: int, steps: list[int], shares: list[int]) -> None:
     mixed = mixture([97 + k for k in range(len(shares))], shares)
     for step in steps:

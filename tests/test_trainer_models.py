@@ -58,6 +58,7 @@ def losses_and_grads(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+@pytest.mark.slow
 def test_gpt2_equals_transformers(activation: str) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
