@@ -66,7 +66,7 @@ def containers_of(loaded: Loaded, available: Available, cwd: Path) -> dict[str, 
     problems.refuse()
     mounts: list[Mount] = []
     with problems.collected():
-        mounts = [*_mounts(available.profile.mounts, available.at, Path("/")), *_mounts(section.mounts, partial(_at, loaded), cwd)]
+        mounts = [*site_mounts(available), *_mounts(section.mounts, partial(_at, loaded), cwd)]
     found: dict[str, Container | None] = {}
     reads = list(read_paths(loaded, cwd))
     for stage in STAGES:
@@ -96,7 +96,7 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
     where = _at(loaded, *key)
     named = _parsed(text, where, cwd)
     folder = image_folder(site=available.images)
-    reference = _mapped(named, available)
+    reference = mapped(named, available)
     stored = folder.find(named.name) if reference is named and named.kind == "registry" else None
     if stored and stored.whole and _starts(parse(stored.path), section.runtime, available):
         reference = parse(stored.path)
@@ -106,7 +106,7 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
     return Container(
         image=spelled(reference),
         runtime=runtime,
-        mounts=[(mount.source, mount.target, mount.read_only) for mount in _last_wins(mounts)],
+        mounts=[(mount.source, mount.target, mount.read_only) for mount in last_wins(mounts)],
         workdir=section.workdir,
         entrypoint=section.entrypoint,
         options=list(available.profile.options),
@@ -139,8 +139,8 @@ def spelled(reference: Reference) -> str:
     return f"{reference.user}@{reference.registry}#{reference.repository}{reference.version}" if reference.user else reference.name
 
 
-def _mapped(reference: Reference, available: Available) -> Reference:
-    """The file that stands for an image here, as the profile says."""
+def mapped(reference: Reference, available: Available) -> Reference:
+    """The file that stands for an image here, as the profile says. Raises BadInput."""
     for name, file in available.profile.images.items():
         where = f"{available.lines.get(('container', 'images', name), available.source)}: container.images"
         if _parsed(name, where, Path("/")).name == reference.name:
@@ -229,7 +229,12 @@ def _mounts(given: Iterable[str | LongMount], where: Any, base: Path) -> list[Mo
     return found
 
 
-def _last_wins(mounts: Iterable[Mount]) -> list[Mount]:
+def site_mounts(available: Available) -> list[Mount]:
+    """Those of the profile. Raises BadInput."""
+    return _mounts(available.profile.mounts, available.at, Path("/"))
+
+
+def last_wins(mounts: Iterable[Mount]) -> list[Mount]:
     """One mount for each place inside, outer ones first."""
     return sorted({mount.target: mount for mount in mounts}.values(), key=lambda mount: (mount.target.count("/"), mount.target))
 
@@ -289,7 +294,7 @@ def image_of(run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], pass
     mounts = [*(Mount(str(path), str(path)) for path in run_paths(run, plan, stage)), *(Mount(*mount) for mount in container.mounts)]
     return Image(
         reference=parse(container.image),
-        mounts=tuple(_without_repeats(_last_wins(mounts))),
+        mounts=tuple(_without_repeats(last_wins(mounts))),
         env=dict(env),
         passed=tuple(sorted(set(passed) - set(env))),
         workdir=container.workdir or (plan.cwd if _may_mount(Path(plan.cwd)) else str(run.root)),

@@ -25,12 +25,13 @@ from containers.image import Image, Launch, Mount
 from containers.probe import MARK
 from launcher import describe, slurm
 from launcher.cluster import Cluster
+from launcher.container import Available
 from launcher.diagnose import BAD, OK, WARN, Finding
 from launcher.image_tools import ToolFailed
 from launcher.machine import this_machine
 from launcher.packages import PYTHONS, canonical, too_old
 from launcher.site import choose_partition
-from recipes.errors import BadInput
+from recipes.errors import BadInput, did_you_mean
 
 PROBE = Path(containers.__file__).with_name("probe.py")
 INSIDE = ("torch", "numpy", "safetensors", "pyyaml", "tiktoken", "pyarrow", "datasets", "transformers", "wandb", "tensorboard")
@@ -51,16 +52,23 @@ class Start:
     launch: Launch
     srun: tuple[str, ...] = ()
     """srun with its own options, where a node of a cluster is looked at."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell that run first on that node."""
 
 
-def choose_runtime(image: containers.Reference, given: str | None, cluster: Cluster | None) -> str:
+def site_of(cluster: Cluster) -> Available:
+    """What a profile says of containers."""
+    return Available((), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
+
+
+def choose_runtime(image: containers.Reference, given: str | None, cluster: Cluster) -> str:
     """The site's runtime for an image. Raises BadInput with those that could start it."""
     if given:
-        if given not in containers.RUNTIMES or given == "none":
-            raise BadInput(f"--runtime {given}: expected one of {', '.join(name for name in containers.RUNTIMES if name != 'none')}")
-        return given
-    on_slurm = cluster is not None and cluster.profile.executor == "slurm"
-    pyxis = ["pyxis"] if on_slurm and "container-image" in slurm.step_options() else []
+        return _known(given, f"--runtime {given}")
+    own = cluster.profile.container.runtime
+    if own not in (None, "auto", "none"):
+        return _known(own, f"{cluster.at(('container', 'runtime'))} {own}")
+    pyxis = ["pyxis"] if cluster.profile.executor == "slurm" and "container-image" in slurm.step_options() else []
     found = containers.choose(image, [*pyxis, *containers.installed()])
     if found is None:
         able = ", ".join(containers.able(image))
@@ -69,19 +77,26 @@ def choose_runtime(image: containers.Reference, given: str | None, cluster: Clus
     return found
 
 
-def plan_start(image: containers.Reference, runtime: str, mounts: Sequence[Mount], cluster: Cluster | None, gpus: int | None) -> Start:
-    """The command, as data. Raises BadInput."""
-    on_slurm = runtime in containers.OF_SRUN or (cluster is not None and cluster.profile.executor == "slurm")
-    if on_slurm and cluster is None:
+def _known(runtime: str, where: str) -> str:
+    known = [name for name in containers.RUNTIMES if name != "none"]
+    if runtime not in known:
+        raise BadInput(f"{where}: no such runtime; {did_you_mean(runtime, known)}")
+    return runtime
+
+
+def plan_start(image: containers.Reference, runtime: str, mounts: Sequence[Mount], cluster: Cluster, gpus: int | None) -> Start:
+    """The command, as data, with the mounts and options that the site's runs have, too. Raises BadInput."""
+    on_slurm = cluster.profile.executor == "slurm"
+    if runtime in containers.OF_SRUN and not on_slurm:
         raise BadInput(f"{runtime} starts images in jobs of Slurm alone: --cluster NAME says where")
     has_gpus = bool(gpus) or (not on_slurm and bool(this_machine().gpus))
-    wanted = Image(image, tuple(mounts), gpus=has_gpus, on_slurm=on_slurm)
+    wanted = Image(image, tuple(mounts), gpus=has_gpus, on_slurm=on_slurm, options=tuple(cluster.profile.container.options))
     command = ["python3", "-c", PROBE.read_text(), *(mount.target for mount in mounts)]
     try:
         launch = containers.launch(runtime, wanted, command)
     except (ValueError, containers.CannotLaunch) as error:
         raise BadInput(str(error)) from None
-    return Start(runtime, launch, tuple(_srun(cluster, launch, gpus)) if on_slurm and cluster else ())
+    return Start(runtime, launch, tuple(_srun(cluster, launch, gpus)) if on_slurm else (), () if launch.srun else tuple(cluster.profile.setup))
 
 
 def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
@@ -90,7 +105,7 @@ def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
     partition = choose_partition(slurm.partitions(), cluster, "train", gpus or 0)
     if (gpus or 0) > partition.gpus:
         raise BadInput(f"--gpus {gpus}: a node of partition {partition.name} has {partition.gpus}")
-    yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check")
+    yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check", *cluster.profile.srun)
     for name, value in (("partition", partition.name), ("mem", stage.mem or CHECK_MEMORY), ("account", stage.account), ("qos", stage.qos)):
         if value:
             yield f"--{name}={value}"
@@ -120,9 +135,9 @@ def _command(start: Start) -> list[str]:
     """On a node, what brings the image there and what starts it are one task."""
     if not start.srun:
         return list(start.launch.argv)
-    if not start.launch.prepare:
+    lines = [*start.setup, *(shlex.join(command) for command in start.launch.prepare)]
+    if not lines:
         return [*start.srun, *start.launch.argv]
-    lines = [shlex.join(command) for command in start.launch.prepare]
     return [*start.srun, "bash", "-c", "\n".join(["set -e", *lines, f"exec {shlex.join(start.launch.argv)}"])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import container_image
 import pytest
 
+from launcher.__main__ import main
 from launcher.plan import Container, Element, Needs, Plan, Stage
 from launcher.snapshot import PACKAGES
 from recipes.files import read_json_lines, write_json
@@ -151,6 +153,20 @@ def test_bad_input_comes_back_as_such(tmp_path, container):
     out, _ = drive(run).communicate(timeout=60)
     assert out.strip() == "failed" and last(run)["exit_codes"] == [2] and last(run)["retry"] is False
     assert "model.n_layer: expected int" in last(run)["reason"]
+
+
+def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, capsys, container):
+    """``amlaunch image check`` with the runtime, options and mounts of the profile called local; docker's image here has no torch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("USER", "root")
+    site = {"runtime": container.runtime, "options": OPTIONS[container.runtime], "mounts": [f"{tmp_path}:/data"], "images": {"site/image:1": container.image}}
+    known = container.runtime != "docker"  # a file can stand for an image, not another image
+    (tmp_path / "clusters.yaml").write_text(json.dumps({"local": {"executor": "local", "container": site if known else {**site, "images": {}}}}))
+    code = main(["image", "check", "site/image:1" if known else container.image, "--json"])
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["runtime"] == container.runtime and seen["executable"] == "/usr/bin/python3"
+    assert [(mount["path"], mount["writable"]) for mount in seen["mounts"]] == [("/data", True)]
+    assert (code, "error" in seen["torch"]) == ((0, False) if known else (1, True)), seen
 
 
 def test_a_missing_image_of_docker(tmp_path, docker):

@@ -191,7 +191,7 @@ def test_check_of_an_image_with_torch_is_content(tmp_path, capsys, monkeypatch):
         (["UPPER/case"], "lower case"),
         (["debian:12", "--mount", "relative:also"], "begins with a /"),
         (["debian:12", "--mount", "/nowhere:/data"], "there is no /nowhere on this machine"),
-        (["debian:12", "--runtime", "dcker"], "--runtime dcker: expected one of pyxis, enroot"),
+        (["debian:12", "--runtime", "dcker"], "--runtime dcker: no such runtime; did you mean 'docker'?"),
         (["debian:12", "--runtime", "pyxis"], "pyxis starts images in jobs of Slurm alone: --cluster NAME says where"),
         (["debian:12", "--has", ","], "--has: which packages?"),
         ([], "the following arguments are required: image"),

@@ -19,7 +19,10 @@ def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
     place = Place(cluster, "images", USER="lab")
     image = str(bundle())
-    seen = json.loads(place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--json").stdout)
+    profile = {"container": {"runtime": "charliecloud"}, "setup": [f"touch {place.folder}/set-up"], "srun": ["--comment=looked at"]}
+    place.write("clusters.yaml", json.dumps({"lab": profile}))
+    seen = json.loads(place.amlaunch("image", "check", image, "--cluster", "lab", "--json").stdout)
+    assert seen["runtime"] == "charliecloud" and (place.folder / "set-up").exists(), "as the site's profile has it"
     assert seen["host"].startswith("cpu") and seen["torch"]["version"] and seen["user"]["uid"] != 0 and seen["verdict"] == "warn"
     assert (place.folder / "images" / "checks").is_dir()
     gpu = place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "1", "--json")

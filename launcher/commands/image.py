@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import containers
 from containers.reference import BadReference, parse
@@ -23,9 +23,6 @@ from launcher.image_tools import ToolFailed, builder, site_format, this_architec
 from recipes.errors import FAILED, OK, BadInput
 from recipes.files import write_json
 from recipes.version import VERSION
-
-if TYPE_CHECKING:
-    from launcher.cluster import Cluster
 
 PLAIN_SECONDS = 5.0
 Say = Callable[[str], None]
@@ -42,14 +39,14 @@ def run(options: argparse.Namespace) -> int:
         return FAILED
 
 
-def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]:
-    """The folder of images, and the cluster that was named."""
-    cluster = None
+def folder_of(options: argparse.Namespace) -> ImageFolder:
+    """The folder of images, of the cluster that was named."""
+    site = None
     if options.cluster:
         from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
 
-        cluster = find_cluster(options.cluster)
-    return image_folder(options.images, cluster.profile.images if cluster else None), cluster
+        site = find_cluster(options.cluster).profile.images
+    return image_folder(options.images, site)
 
 
 # --- import ---------------------------------------------------------------------------------------------
@@ -57,7 +54,7 @@ def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, Cluster | None]
 
 def run_import(options: argparse.Namespace) -> int:
     """Fetch and convert; what is there already is only shown."""
-    folder, _ = folder_of(options)
+    folder = folder_of(options)
     say = say_for(options)
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
     request = Request(options.image, folder, options.format or site_format(), options.arch or this_architecture(), options.tool, work, options.insecure)
@@ -139,7 +136,7 @@ def run_build(options: argparse.Namespace) -> int:
     if options.print_only:
         print(dockerfile.read_text(), end="")
         return OK
-    folder, _ = folder_of(options)
+    folder = folder_of(options)
     tool, say = builder(options.tool), say_for(options)
     arguments = {"VERSION": VERSION, **({"BASE": options.base} if options.base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
@@ -161,7 +158,7 @@ def run_build(options: argparse.Namespace) -> int:
 
 def run_list(options: argparse.Namespace) -> int:
     """A row for each image."""
-    folder, _ = folder_of(options)
+    folder = folder_of(options)
     rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
     if options.json:
         found = [{**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
@@ -187,14 +184,17 @@ def run_list(options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
     from launcher import image_check  # with what doctor needs
+    from launcher.cluster import find_cluster
     from launcher.commands.doctor import Report
+    from launcher.container import last_wins, mapped, site_mounts
     from launcher.diagnose import BAD, worst
 
-    folder, cluster = folder_of(options)
+    cluster = find_cluster(options.cluster or "local")
+    site, folder = image_check.site_of(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
     try:
         reference = parse(stored.path if stored else options.image)
-        mounts = [containers.parse_mount(text, Path.cwd()) for text in options.mount]
+        mounts = [*site_mounts(site), *(containers.parse_mount(text, Path.cwd()) for text in options.mount)]
     except (BadReference, containers.BadMount) as error:
         raise BadInput(str(error)) from None
     name, place = reference.name, folder.check(stored.path if stored else options.image)
@@ -202,14 +202,15 @@ def run_check(options: argparse.Namespace) -> int:
         write_json(place, image_check.said(name, options.has, read_json(place)))
         print(f"written down in {place}")
         return OK
+    reference = mapped(reference, site)
     if reference.path is not None and not reference.path.exists():
         raise BadInput(f"there is no file {reference.path}")
     for mount in mounts:
-        if not Path(mount.source).exists() and not cluster:
-            raise BadInput(f"--mount {mount.short}: there is no {mount.source} on this machine")
+        if not Path(mount.source).exists() and cluster.profile.executor == "local":
+            raise BadInput(f"mount {mount.short}: there is no {mount.source} on this machine")
     say = say_for(options)
     runtime = image_check.choose_runtime(reference, options.runtime, cluster)
-    start = image_check.plan_start(reference, runtime, mounts, cluster, options.gpus)
+    start = image_check.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
     seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, meter_for(options.json, say)))
     found = list(image_check.findings(options.image, seen, bool(options.gpus)))
     write_json(place, seen)
