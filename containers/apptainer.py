@@ -6,10 +6,11 @@ https://apptainer.org/docs/user/main: cli/apptainer_exec, environment_and_metada
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from containers.environment import in_sight, with_env
-from containers.image import CannotLaunch, Image, Launch, root_of
+from containers.image import CannotLaunch, Image, Launch, check_mounts, own_settings, root_of
 from containers.reference import Reference, for_apptainer
 
 KINDS = ("registry", "sif", "sqsh", "archive", "folder")
@@ -19,12 +20,16 @@ def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> 
     """A process of the user's own: signals and exit codes are the command's. Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"{program} cannot start {image.of.name}")
+    check_mounts(image, ":,", program)
     argv = [program, "run" if image.entrypoint else "exec", "--no-home", "--writable-tmpfs", *(["--nv"] if image.gpus else [])]
     for mount in image.mounts:
         argv += ["--bind", f"{mount.source}:{mount.target}:{'ro' if mount.read_only else 'rw'}"]
     argv += ["--pwd", image.workdir] if image.workdir else []
     argv += [*image.options, _spelled(image.of)]
     prefix = program.upper()
+    # Of a plain file system it knows no variables that the image's makers set.
+    own = {name: value for name, value in own_settings(image.of).items() if name not in image.passed}
+    image = replace(image, env={**own, **image.env})
     # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
     env = {f"{prefix}ENV_{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
     # Values stand as they are: a $(…) in one is not for a shell.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from containers.image import CannotLaunch, Image, Launch, root_of, settings_of
+from containers.image import CannotLaunch, Image, Launch, check_mounts, own_settings, root_of
 from containers.reference import for_charliecloud
 
 KINDS = ("registry", "folder", "sqsh")
@@ -21,12 +21,12 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"charliecloud starts folders, .sqsh files and images of ch-image, not {image.of.name}")
+    check_mounts(image, ":", "charliecloud")
     if any(mount.read_only for mount in image.mounts):
         raise CannotLaunch("charliecloud cannot mount anything read-only; leave :ro out (container.mounts), or choose another runtime")
     source = str(root_of(image.of.file)) if image.of.kind == "folder" else for_charliecloud(image.of)
     argv = ["ch-run", f"--set-env=PATH={PATH}"]
-    own = settings_of(image.of.file) if image.of.kind == "folder" else {}
-    argv += [f"--set-env={name}={value}" for name, value in own.items()]
+    argv += [f"--set-env={name}={value}" for name, value in own_settings(image.of).items()]
     if image.of.kind == "registry" or (image.of.kind == "folder" and (root_of(image.of.file) / "ch" / "environment").is_file()):
         argv.append("--set-env")  # of the image itself
     argv += [f"--set-env={name}=${CARRIED}{name}" for name in sorted(image.env)]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from containers.environment import in_sight, with_env
-from containers.image import CannotLaunch, Image, Launch
+from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import Reference, for_enroot
 
 KINDS = ("registry", "sqsh")
@@ -22,10 +22,21 @@ WHOLE = "/.amlaunch-whole"
 """In a container that was unpacked to its end."""
 
 
+def of_hook(image: Image) -> dict[str, str]:
+    """What enroot's hook for NVIDIA's devices reads (conf/hooks/98-nvidia.sh), of the environment before the image's own.
+
+    Left alone it goes by the image: one that asks for GPUs (NGC's do) does not start on a node without NVIDIA's tools, and one that
+    says nothing sees no GPU. A recipe's own words win.
+    """
+    found = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"} if image.gpus else {"NVIDIA_VISIBLE_DEVICES": "void"}
+    return {name: image.env.get(name, value) for name, value in found.items()}
+
+
 def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"enroot starts images of a registry and .sqsh files, not {image.of.name}")
+    check_mounts(image, ": \t", "enroot")
     argv = []
     # fstab's fields with colons between: bind, and make the place in the image where it is missing (doc/image-format.md)
     for mount in image.mounts:
@@ -38,19 +49,29 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     script = f'exec enroot start --rw {"" if image.entrypoint else f"--rc {PLAIN} "}{passed}"$@"'
     command = with_env(image.env, command)
     inner = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", image.workdir, *command] if image.workdir else list(command)
-    return Launch(("bash", "-c", script, "bash", *argv, *image.options, name_of(image.of), *inner), handed, prepare=_prepare(image.of))
+    return Launch(("bash", "-c", script, "bash", *argv, *image.options, name_of(image.of), *inner), {**handed, **of_hook(image)}, prepare=_prepare(image.of))
 
 
 def name_of(reference: Reference) -> str:
-    """The container's name: what it is called, and a digest of all of it, so that two images never share one."""
-    digest = hashlib.sha256(reference.name.encode()).hexdigest()[:12]
+    """The container's name: what it is called, and a digest of all of it, so that two images never share one, nor a file that was made anew."""
+    digest = hashlib.sha256(state_of(reference).encode()).hexdigest()[:12]
     return f"amlaunch-{re.sub(r'[^a-z0-9]+', '-', reference.name.lower()).strip('-')[-60:].strip('-')}-{digest}"
 
 
+def state_of(reference: Reference) -> str:
+    """An image's name, and of a file its size and time, too."""
+    try:
+        found = reference.file.stat() if reference.path is not None else None
+    except OSError:
+        found = None
+    return reference.name if found is None else f"{reference.name}\0{found.st_size}\0{found.st_mtime_ns}"
+
+
 def _prepare(reference: Reference) -> tuple[tuple[str, ...], ...]:
-    """Import and unpack where the node has not done so to the end."""
+    """Import and unpack where the node has not done so to the end; one at a time, for the place may be a home that all nodes share."""
     script = (
-        f'set -eu; enroot list | grep -qxF "$1" && enroot start --rc {PLAIN} "$1" test -e {WHOLE} && exit 0; image=$2; '
+        'set -eu; place=${ENROOT_DATA_PATH:-${XDG_DATA_HOME:-$HOME/.local/share}/enroot}; mkdir -p "$place"; exec 9>"$place/$1.lock"; flock 9; '
+        f'enroot list | grep -qxF "$1" && enroot start --rc {PLAIN} "$1" test -e {WHOLE} && exit 0; image=$2; '
         'case $2 in docker://*) image=$(mktemp -u "${ENROOT_TEMP_PATH:-${TMPDIR:-/tmp}}/amlaunch-XXXXXXXX.sqsh"); '
         'trap \'rm -f "$image"\' EXIT; enroot import --output "$image" "$2" ;; esac; '
         f'enroot create --force --name "$1" "$image"; enroot start --rw --rc {PLAIN} "$1" touch {WHOLE}'

@@ -45,12 +45,13 @@ CREDENTIALS = {
 FAILURES = (
     Failure("no space for the image", r"no space left on device|disk quota exceeded|not enough space|write error: .*space", True, True,
             "its cache or temporary folder is full; ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH, APPTAINER_CACHEDIR and APPTAINER_TMPDIR, or TMPDIR name another one; amlaunch image import converts once, to a file that all nodes share"),
-    Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[234]\b", True, False,
+    Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[0234]\b|"
+            r"operation timed out|ssl connection timeout|curl: \((5|6|7|16|18|28|35|52|55|56|92)\)|(status|error|code|http)\S*:? 5\d\d\b", True, False,
             "nodes often have no way out: amlaunch image import makes a file that they share (images in the profile names it)"),
     Failure("no credentials for the registry", r"\b401\b|unauthorized|authentication required|pull access denied|access to the resource is denied|\b403\b|forbidden|no basic auth", False, False,
             "give credentials: {credentials}"),
     Failure("no such image", r"manifest unknown|manifest for .* not found|name unknown|\b404\b|no such image|image not known|unable to find image|not find .*image|can't stat|could not open image|not a valid image|"
-            r"invalid image format|failed to import|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file|initializing source", False, False,
+            r"invalid image format|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file", False, False,
             "check the name (container.image), and its tag; amlaunch image check IMAGE starts it alone"),
     Failure("driver too old", r"unsatisfied condition: cuda|requirement error|driver version is insufficient|forward compatibility was attempted|driver/library version mismatch", False, True,
             "the node's NVIDIA driver is older than the image's CUDA wants; an image with an older CUDA, or entrypoint: true with NVIDIA's compatibility libraries, starts there"),
@@ -67,6 +68,8 @@ FAILURES = (
             "the node does not let users have containers of this runtime (user namespaces, /etc/subuid); another runtime may"),
     Failure("no daemon", r"cannot connect to the docker daemon|permission denied while trying to connect|is the docker daemon running|podman socket", True, True,
             "docker does not run on that node, or is not for you; another runtime may be"),
+    Failure("the image did not come", r"failed to import|initializing source|could not process json", True, False,
+            "the registry, or what lies between, gave something else than the image; amlaunch image import makes a file that all nodes share"),
     Failure("no runtime", r"executable file not found|command not found|execve.*no such file|no such file or directory", False, True,
             "the program is not on that node; container.runtime, or the profile's container.runtime, names another one"),
 )  # fmt: skip

@@ -35,7 +35,7 @@ def parse_mount(text: str, base: Path) -> Mount:
     parts = text.split(":")
     mode = parts.pop() if len(parts) > 1 and parts[-1] in ("ro", "rw") else "rw"
     if len(parts) > 2 or not parts[0]:
-        raise BadMount(f"{text!r}: expected /host/path:/inside, with :ro after it where it is not to be written; a path with a colon is written as {{source: …, target: …}}")
+        raise BadMount(f"{text!r}: expected /host/path:/inside, with :ro after it where it is not to be written; a path with a colon is written as {{source: …, target: …}}, which docker and podman take")
     return make_mount(parts[0], parts[1] if len(parts) == 2 else None, mode == "ro", base)
 
 
@@ -101,6 +101,15 @@ class CannotLaunch(ValueError):
     """An image that a runtime cannot start; the message says which can."""
 
 
+def check_mounts(image: Image, signs: str, runtime: str) -> None:
+    """Raise CannotLaunch where the path of a mount has a sign that ``runtime`` reads otherwise; ``signs`` in one string."""
+    for mount in image.mounts:
+        found = next((sign for path in (mount.source, mount.target) for sign in path if sign in signs), None)
+        if found is not None:
+            what = {":": "a colon", " ": "a space", ",": "a comma"}.get(found, repr(found))
+            raise CannotLaunch(f"{runtime} cannot mount {mount.source} at {mount.target}: {what} in a path means something else to it")
+
+
 def settings_of(folder: Path) -> dict[str, str]:
     """The variables that an OCI bundle sets (``process.env`` of its config.json); none of a plain root file system."""
     try:
@@ -108,6 +117,17 @@ def settings_of(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return dict(entry.split("=", 1) for entry in listed if "=" in str(entry))
+
+
+def own_settings(reference: Reference) -> dict[str, str]:
+    """The variables that an image sets, where they lie beside it: in an OCI bundle, or in the record of a .sqsh that was imported."""
+    if reference.kind == "folder":
+        return settings_of(reference.file)
+    try:
+        listed = json.loads(reference.file.with_suffix(".json").read_bytes())["settings"]["Env"] if reference.kind == "sqsh" else []
+        return dict(entry.split("=", 1) for entry in listed if "=" in entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def root_of(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import posixpath
+import re
 import shlex
 import shutil
 import subprocess
@@ -61,6 +62,10 @@ class Layered:
         return found if isinstance(found, Mapping) else {}
 
 
+SAVED = re.compile(r"(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(/.*|\.json|\.tar)?)$")
+"""Names at the top of an OCI layout, and of what docker save writes."""
+
+
 # --- where the layers are -------------------------------------------------------------------------------
 
 
@@ -84,6 +89,8 @@ def open_archive(path: Path, architecture: str) -> Iterator[Layered]:
     """
     with ExitStack() as stack:
         if magic_of(path) is not None:
+            if _looks_saved(path):
+                raise NotAnImage(f"{path} is a compressed archive of docker save, or of an OCI layout, which is read as it is: gunzip --keep it, and import that")
             yield _root_file_system(path)
             return
         try:
@@ -105,6 +112,16 @@ def open_archive(path: Path, architecture: str) -> Iterator[Layered]:
             yield _oci(str(path), read, architecture)
         else:
             yield _root_file_system(path)
+
+
+def _looks_saved(path: Path) -> bool:
+    """Whether a compressed tar begins as an image that was saved does, not as a root file system."""
+    try:
+        with open(path, "rb") as handle, decompressed(handle) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+            names = [posixpath.normpath(member.name) for member, _ in zip(tar, range(8), strict=False)]
+    except (tarfile.TarError, EOFError, OSError):
+        return False  # torn: said where it is read
+    return any(SAVED.match(name) for name in names)
 
 
 def _reading(path: Path) -> IO[bytes]:

@@ -32,6 +32,8 @@ SPACE_BYTES = 2 * 10**9
 SILENT_SECONDS = 60.0
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 """The kernel's words, and those of images."""
+BRINGS_OLDER_DRIVERS_ALONG = ("pyxis", "enroot", "docker")
+"""Their libnvidia-container uses the image's compatibility libraries by itself, and says "unsatisfied condition" where that is not enough."""
 KINDS = {failure.kind: failure for failure in FAILURES}
 
 
@@ -96,7 +98,7 @@ def check(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _driver(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """``cuda``: the newest CUDA that the image's libraries are of, where it is known."""
     wanted = re.match(r"(\d+)\.(\d+)", str(spec.get("cuda") or ""))
-    if not wanted or not spec.get("gpus") or spec.get("entrypoint"):
+    if not wanted or not spec.get("gpus") or spec.get("entrypoint") or spec["runtime"] in BRINGS_OLDER_DRIVERS_ALONG:
         return
     try:
         said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout

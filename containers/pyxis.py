@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from containers.enroot import of_hook
 from containers.environment import in_sight, with_env
-from containers.image import CannotLaunch, Image, Launch
+from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import for_pyxis
 
 KINDS = ("registry", "sqsh")
@@ -21,6 +22,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     """srun's flags; the command itself is searched inside. Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"pyxis starts images of a registry and .sqsh files, not {image.of.name}")
+    check_mounts(image, ":, \t", "pyxis")
     flags = [f"--container-image={for_pyxis(image.of)}", *_mounts(image), "--no-container-mount-home", "--no-container-remap-root"]
     flags += ["--container-writable"]  # programs write to /tmp and caches; unnamed, it is thrown away
     flags += [f"--container-workdir={image.workdir}"] if image.workdir else []
@@ -28,7 +30,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     handed = {name: value for name, value in image.env.items() if name not in in_sight(image.env)}
     flags += [f"--container-env={','.join(sorted(handed))}"] if handed else []
     # srun looks for a command with a path on the host (pyxis#104); a shell inside finds it in the image.
-    return Launch(("sh", "-c", 'exec "$@"', "sh", *with_env(image.env, command)), handed, (*flags, *image.options))
+    return Launch(("sh", "-c", 'exec "$@"', "sh", *with_env(image.env, command)), {**handed, **of_hook(image)}, (*flags, *image.options))
 
 
 def _mounts(image: Image) -> list[str]:

@@ -74,8 +74,8 @@ class StageProfiles:
 class ContainerProfile:
     """What a site says of containers."""
 
-    runtime: str | None = None
-    """What ``runtime: auto`` in a recipe stands for here. None: pyxis where srun has it, else what is installed."""
+    runtime: str = "auto"
+    """What ``runtime: auto`` in a recipe stands for here; ``none``: no container. ``auto``: pyxis where srun has it, else what is installed."""
     images: dict[str, str] = field(default_factory=dict)
     """Files that stand for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
     mounts: list[str | Mount] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from recipes.yamlfile import KeyPath
 if TYPE_CHECKING:  # only a run in an image needs it
     from launcher.packages import Inside
 
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 INSIDE_PYTHON = "python3"
 """Of the image's search path."""
 
@@ -61,9 +63,12 @@ def containers_of(loaded: Loaded, available: Available, cwd: Path) -> dict[str, 
     problems = Problems()
     known = (*containers.RUNTIMES, "auto")
     for where, name in ((_at(loaded, "runtime"), section.runtime), (available.at("runtime"), available.profile.runtime)):
-        if name is not None and name not in known:
+        if name not in known:
             problems.add([f"{where}: {name!r} is not known; {did_you_mean(name, known)}"])
     problems.refuse()
+    problems.add(f"{_at(loaded, 'env', name)}: no program reads a variable of that name; letters, digits and _ make one" for name in section.env if not NAME.fullmatch(name))
+    if section.workdir is not None and not section.workdir.startswith("/"):
+        problems.add([f"{_at(loaded, 'workdir')}: {section.workdir!r}: the path inside the container begins with a /"])
     mounts: list[Mount] = []
     with problems.collected():
         mounts = [*site_mounts(available), *_mounts(section.mounts, partial(_at, loaded), cwd)]
@@ -117,7 +122,7 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
 
 def _starts(reference: Reference, asked: str, available: Available) -> bool:
     """Whether what starts containers here can start such a file."""
-    chosen = asked if asked != "auto" else available.profile.runtime or "auto"
+    chosen = asked if asked != "auto" else available.profile.runtime
     return reference.kind in containers.KINDS.get(chosen, ()) if chosen != "auto" else containers.choose(reference, available.runtimes) is not None
 
 
@@ -153,11 +158,13 @@ def mapped(reference: Reference, available: Available) -> Reference:
 
 def _runtime(reference: Reference, asked: str, available: Available, where: str) -> str | None:
     """What starts an image here; ``auto``: the node's; None: nothing does, and nobody insisted."""
-    chosen = asked if asked != "auto" else available.profile.runtime or "auto"
+    chosen = asked if asked != "auto" else available.profile.runtime
     kind = containers.WORDS[reference.kind]
     if chosen not in ("auto", "none"):
         if reference.kind not in containers.KINDS[chosen]:
-            raise BadInput(f"{where}: {chosen} cannot start {kind}; {' or '.join(containers.able(reference))} can, and amlaunch image import converts")
+            converts = reference.kind in ("registry", "archive") and {"sqsh", "sif"} & set(containers.KINDS[chosen])
+            more = ", and amlaunch image import makes a file that it starts" if converts else ""
+            raise BadInput(f"{where}: {chosen} cannot start {kind}; {' or '.join(containers.able(reference))} can{more}")
         if chosen not in available.runtimes and not available.asks_node:
             raise BadInput(f"{where}: {chosen} is not here ({', '.join(available.runtimes) or 'no runtime is'}); container.runtime: none runs without a container")
         return chosen
@@ -207,7 +214,7 @@ def notes_of(loaded: Loaded, found: Mapping[str, Container | None], where: str) 
         if text is None or section.runtime == "none":
             continue
         if container is None:
-            notes.append(f"container.image {text}: {where} has nothing that starts containers; the stages run without one, in the environment that started them")
+            notes.append(f"container.image {text}: {where} has nothing that starts containers, or its profile says none; the stages run without one, in the environment that started them")
         elif container.runtime == "auto":
             notes.append(f"container.image {text}: nothing on {where} says how nodes start containers; each asks what it has (container.runtime in the profile says it)")
         else:
@@ -296,13 +303,18 @@ def image_of(run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], pass
         reference=parse(container.image),
         mounts=tuple(_without_repeats(last_wins(mounts))),
         env=dict(env),
-        passed=tuple(sorted(set(passed) - set(env))),
+        passed=tuple(sorted(name for name in set(passed) - set(env) if name in container.passed or _is_seen(os.environ.get(name, ""), mounts))),
         workdir=container.workdir or (plan.cwd if _may_mount(Path(plan.cwd)) else str(run.root)),
         entrypoint=container.entrypoint,
         gpus=bool(stage.needs.gpus_per_node),
         on_slurm=on_slurm,
         options=tuple(container.options),
     )
+
+
+def _is_seen(value: str, mounts: Sequence[Mount]) -> bool:
+    """Not where a variable of the host names a path that is not mounted: what libraries look for by themselves is nearer."""
+    return not value.startswith("/") or any(Path(value).is_relative_to(mount.target) for mount in mounts)
 
 
 def run_paths(run: RunDir, plan: Plan, stage: Stage) -> list[Path]:
@@ -320,8 +332,8 @@ def named_folders(stage: Stage) -> list[Path]:
 
 def _may_mount(folder: Path) -> bool:
     """A user's home, and what is above it, is not mounted unless they say so."""
-    home = Path.home()
-    return folder != Path("/") and not home.is_relative_to(folder)
+    homes = (Path.home(), Path.home().resolve())
+    return folder != Path("/") and not any(home.is_relative_to(place) for home in homes for place in (folder, folder.resolve()))
 
 
 def _without_repeats(mounts: Sequence[Mount]) -> Iterator[Mount]:

@@ -12,8 +12,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ from containers.environment import of_runtime
 from containers.facts import DRIVERS, of_check
 from containers.image import Image, Launch, Mount
 from containers.probe import MARK
+from containers.slurm_oci import BUNDLE
 from launcher import describe, slurm
 from launcher.cluster import Cluster
 from launcher.container import Available
@@ -30,8 +31,10 @@ from launcher.diagnose import BAD, OK, WARN, Finding
 from launcher.image_tools import ToolFailed
 from launcher.machine import this_machine
 from launcher.packages import PYTHONS, canonical, too_old
+from launcher.ranks import who
 from launcher.site import choose_partition
 from recipes.errors import BadInput, did_you_mean
+from recipes.files import write_private
 
 PROBE = Path(containers.__file__).with_name("probe.py")
 INSIDE = ("torch", "numpy", "safetensors", "pyyaml", "tiktoken", "pyarrow", "datasets", "transformers", "wandb", "tensorboard")
@@ -66,7 +69,7 @@ def choose_runtime(image: containers.Reference, given: str | None, cluster: Clus
     if given:
         return _known(given, f"--runtime {given}")
     own = cluster.profile.container.runtime
-    if own not in (None, "auto", "none"):
+    if own not in ("auto", "none"):
         return _known(own, f"{cluster.at(('container', 'runtime'))} {own}")
     pyxis = ["pyxis"] if cluster.profile.executor == "slurm" and "container-image" in slurm.step_options() else []
     found = containers.choose(image, [*pyxis, *containers.installed()])
@@ -105,7 +108,7 @@ def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
     partition = choose_partition(slurm.partitions(), cluster, "train", gpus or 0)
     if (gpus or 0) > partition.gpus:
         raise BadInput(f"--gpus {gpus}: a node of partition {partition.name} has {partition.gpus}")
-    yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check", *cluster.profile.srun)
+    yield from ("srun", "--nodes=1", "--ntasks=1", f"--time={CHECK_MINUTES}", "--job-name=amlaunch-image-check", "--mpi=none", *cluster.profile.srun)
     for name, value in (("partition", partition.name), ("mem", stage.mem or CHECK_MEMORY), ("account", stage.account), ("qos", stage.qos)):
         if value:
             yield f"--{name}={value}"
@@ -115,9 +118,28 @@ def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
     yield from launch.srun
 
 
-def carry_out(start: Start, reference: str, meter: Any) -> dict[str, Any]:
-    """Start the image, and what the probe said. Raises ToolFailed with the last words where it said nothing."""
-    env = {**of_runtime(os.environ), **start.launch.env}
+def carry_out(start: Start, reference: str, folder: Path, meter: Any) -> dict[str, Any]:
+    """Start the image, and what the probe said. Raises ToolFailed with the last words where it said nothing.
+
+    ``folder``: where nodes see, too, what is written for this start.
+    """
+    with ExitStack() as held:
+        if start.launch.bundle is not None:
+            start = replace(start, srun=tuple(_bundle(start.launch.bundle, folder, held, start.srun)))
+        return _carry_out(start, reference, meter)
+
+
+def _bundle(bundle: Mapping[str, Any], folder: Path, held: ExitStack, srun: Sequence[str]) -> Iterator[str]:
+    """srun's flags with the folder of a bundle that is there until ``held`` ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = held.enter_context(tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder))
+    Path(made, "rootfs").mkdir()
+    write_private(Path(made, "config.json"), bundle)
+    yield from (flag.replace(BUNDLE, made) for flag in srun)
+
+
+def _carry_out(start: Start, reference: str, meter: Any) -> dict[str, Any]:
+    env = {**who(), **of_runtime(os.environ), **start.launch.env}
     if not start.srun:
         for command in start.launch.prepare:
             code, _, said = _run(command, env, PULL_SECONDS, f"{start.runtime} brings the image", meter)
@@ -153,7 +175,8 @@ def _run(command: Sequence[str], env: Mapping[str, str], seconds: float, title: 
             while process.poll() is None:
                 show(0)
                 if time.monotonic() > ends:
-                    raise ToolFailed(f"{title}: no end after {describe.duration(seconds)}")
+                    waits = "; srun may still wait for a node (squeue --me says why)" if command[0] == "srun" else ""
+                    raise ToolFailed(f"{title}: no end after {describe.duration(seconds)}{waits}")
                 time.sleep(0.1)
         finally:
             _end(process)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from containers import BadReference, Reference, parse
+from containers import BadReference, CannotLaunch, Image, Mount, Reference, launch, parse
 from containers.failures import CREDENTIALS
 from launcher.cluster import STAGES, Cluster, Profile
 from launcher.plan import Plan
@@ -266,10 +266,30 @@ def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> lis
             notes.append(f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once")
     if loaded.recipe.wandb is not None and not os.environ.get("WANDB_API_KEY") and "train" in inside and _is_online(loaded):
         problems.add([f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"])
+    problems.add(_launch_problems(loaded, plan))
     problems.refuse()
     for container in inside.values():
         notes += _credential_notes(parse(container.image), container.runtime)
     return list(dict.fromkeys(notes))
+
+
+def _launch_problems(loaded: Loaded, plan: Plan) -> Iterator[str]:
+    """What a runtime cannot do of what is asked of it, with the stages that ask."""
+    found: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        container = stage.container
+        if container is None or container.runtime == "auto":
+            continue
+        mounts = tuple(Mount(*mount) for mount in [*container.mounts, *((path, path, False) for path in (plan.cwd, plan.data) if path)])
+        image = Image(parse(container.image), mounts, workdir=container.workdir or plan.cwd, entrypoint=container.entrypoint, gpus=bool(stage.needs.gpus_per_node), options=tuple(container.options))
+        try:
+            launch(container.runtime, image, [])
+        except CannotLaunch as error:
+            found.setdefault(str(error), []).append(stage.name)
+        except (OSError, ValueError) as error:  # a bundle whose config.json is no JSON
+            found.setdefault(f"{container.image}: {error}", []).append(stage.name)
+    for problem, stages in found.items():
+        yield f"{loaded.lines.get(('container', 'image'), loaded.path)}: container of {' and '.join(stages)}: {problem}"
 
 
 def _credential_notes(image: Reference, runtime: str) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
 SQSH = parse("/images/pytorch.sqsh")
 MOUNTS = (Mount("/runs/a", "/runs/a"), Mount("/lustre/text", "/text", read_only=True))
 ENV = {"NCCL_DEBUG": "INFO", "MY_TOKEN": "hunter2", "HOME": "/tmp/home", "MASTER_ADDR": "gpu1"}
+HOOK = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 COMMAND = ["python3", "-u", "-c", "…", "recipe.yaml"]
 
 
@@ -59,7 +62,15 @@ def test_pyxis():
     )
     # srun resolves a command with a path on the host (pyxis#104); HOME is the runtime's own, so it is set inside
     assert found.argv == ("sh", "-c", 'exec "$@"', "sh", "env", "HOME=/tmp/home", *COMMAND)
-    assert found.env == {"MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO"} and not found.prepare
+    assert found.env == {"MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", **HOOK} and not found.prepare
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
+def test_enroots_hook_is_told_whether_there_are_gpus(runtime):
+    """https://github.com/NVIDIA/enroot, conf/hooks/98-nvidia.sh: an image of NGC's asks for GPUs on a node without any, and others for none."""
+    assert containers.launch(runtime, image(gpus=False), COMMAND).env["NVIDIA_VISIBLE_DEVICES"] == "void"
+    own = image(env={**ENV, "NVIDIA_DRIVER_CAPABILITIES": "all"})
+    assert containers.launch(runtime, own, COMMAND).env["NVIDIA_DRIVER_CAPABILITIES"] == "all", "a recipe's own words win"
 
 
 def test_pyxis_takes_a_file_by_its_whole_path_and_runs_an_entrypoint_that_is_asked_for():
@@ -129,14 +140,25 @@ def test_docker_in_a_job_uses_the_gpus_of_the_job():
 def test_podman(monkeypatch):
     """podman-run(1); NVIDIA's devices by CDI, as the container toolkit documents it for podman."""
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    argv = containers.launch("podman", image(), COMMAND).argv
+    argv = containers.launch("podman", image(on_slurm=False), COMMAND).argv
     start = argv.index("--entrypoint")
     assert argv[:2] == ("podman", "run") and argv[start:] == (
-        "--entrypoint", "", "--userns=keep-id", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
+        "--entrypoint", "", "--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
         "nvcr.io/nvidia/pytorch:25.08-py3", *COMMAND,
     )  # fmt: skip
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert "--userns=keep-id" not in containers.launch("podman", image(), COMMAND).argv
+
+
+@pytest.mark.parametrize(("step", "devices", "visible"), [("2,5", "nvidia.com/gpu=2 nvidia.com/gpu=5", "0,1"), ("", "nvidia.com/gpu=all", "7")])
+def test_podman_in_a_job_has_the_gpus_of_the_job_alone(tmp_path, step, devices, visible):
+    """An ordinary user's podman leaves the job's control group (nvidia-container-toolkit#585); the devices of SLURM_STEP_GPUS are the container's 0, 1, ..."""
+    found = containers.launch("podman", image(), COMMAND)
+    (tmp_path / "podman").write_text('#!/bin/sh\nfor word in "$@"; do case $word in nvidia*) printf "%s " "$word";; esac; done; echo "$CUDA_VISIBLE_DEVICES" "$1"\n')
+    (tmp_path / "podman").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "7", **({"SLURM_STEP_GPUS": step} if step else {})}
+    said = subprocess.run(found.argv, env=env, capture_output=True, text=True, check=True).stdout
+    assert said == f"{devices} {visible} run\n"
 
 
 def test_charliecloud():
@@ -149,6 +171,39 @@ def test_charliecloud():
     )  # fmt: skip
     with pytest.raises(CannotLaunch, match="read-only"):
         containers.launch("charliecloud", image(SQSH), COMMAND)
+
+
+def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
+    """They lie in the record beside it; neither runtime finds any in a plain file system. What the recipe or the task says wins."""
+    settings = {"Env": ["PATH=/opt/bin:/bin", "FROM_IMAGE=image", "NCCL_DEBUG=WARN", "CUDA_VISIBLE_DEVICES=9"]}
+    (tmp_path / "a.json").write_text(json.dumps({"settings": settings}))
+    of_file = image(parse(str(tmp_path / "a.sqsh")), mounts=MOUNTS[:1])
+    found = containers.launch("apptainer", of_file, COMMAND)
+    assert found.env["APPTAINERENV_FROM_IMAGE"] == "image" and found.env["APPTAINERENV_NCCL_DEBUG"] == "INFO" and "PATH=/opt/bin:/bin" in found.argv
+    assert "APPTAINERENV_CUDA_VISIBLE_DEVICES" not in found.env
+    argv = containers.launch("charliecloud", of_file, COMMAND).argv
+    assert argv.index("--set-env=PATH=/opt/bin:/bin") > 1 and argv.index("--set-env=NCCL_DEBUG=WARN") < argv.index("--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "path", "sign"),
+    [("pyxis", "/a:b", "a colon"), ("pyxis", "/a b", "a space"), ("enroot", "/a b", "a space"), ("apptainer", "/a:b", "a colon"), ("charliecloud", "/a:b", "a colon"), ("docker", "/a:b c", ""), ("podman", "/a:b c", "")],
+)
+def test_a_path_that_a_runtime_would_split_is_refused(runtime, path, sign):
+    of_path = image(mounts=(Mount(path, "/data"),))
+    if not sign:
+        assert f"type=bind,source={path},target=/data" in containers.launch(runtime, of_path, COMMAND).argv
+        return
+    with pytest.raises(CannotLaunch, match=f"cannot mount {path} at /data: {sign}"):
+        containers.launch(runtime, of_path, COMMAND)
+
+
+def test_a_file_that_was_made_anew_is_another_container_of_enroots(tmp_path):
+    file = tmp_path / "a.sqsh"
+    file.write_bytes(b"1")
+    before = containers.launch("enroot", image(parse(str(file))), COMMAND).prepare
+    file.write_bytes(b"22")
+    assert containers.launch("enroot", image(parse(str(file))), COMMAND).prepare != before
 
 
 @pytest.mark.parametrize(
@@ -193,6 +248,11 @@ def test_of_the_host_only_what_libraries_read_enters():
         ("FATAL:   could not open image /images/a.sif: failed to retrieve path", "no such image", False),
         ("FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist", "mount", False),
         ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0, please update your driver", "driver too old", False),
+        ("slurmstepd: error: pyxis: failed to import docker image: curl: (28) Operation timed out after 300000 milliseconds", "registry out of reach", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: curl: (56) OpenSSL SSL_read: unexpected eof while reading", "registry out of reach", True),
+        ("slurmstepd: error: pyxis:     [ERROR] URL https://nvcr.io/v2/ returned error code: 500 Internal Server Error", "registry out of reach", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] Could not process JSON input", "the image did not come", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] URL https://nvcr.io/v2/ returned error code: 404 Not Found", "no such image", False),
         ("exec /usr/bin/python3: exec format error", "wrong architecture", False),
         ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount", False),
         ("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", "no daemon", True),
@@ -220,6 +280,25 @@ def test_a_node_is_looked_at_before_anything_starts(tmp_path):
     assert f"there is no {tmp_path / 'b.sqsh'} here" in found["no such image"] and f"there is no {tmp_path / 'no'} to mount" in found["mount"]
     assert "the image is for s390x" in found["wrong architecture"]
     assert not [kind for kind, _ in check({**spec, "path": str(tmp_path / "a.sqsh"), "mounts": [], "architecture": None}) if kind != "no runtime"]
+
+
+@pytest.mark.parametrize(("runtime", "refused"), [("apptainer", True), ("pyxis", False), ("docker", False)])
+def test_a_driver_that_is_too_old(tmp_path, monkeypatch, runtime, refused):
+    """Not where NVIDIA's container library uses the image's own compatibility libraries."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '| Driver Version: 535.183.01   CUDA Version: 12.2 |'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    spec = {"runtime": runtime, "image": "x", "path": None, "mounts": [], "prepare": [], "cuda": "13.0", "gpus": True}
+    assert ("driver too old" in dict(check(spec))) is refused
+    assert "driver too old" not in dict(check({**spec, "cuda": "12.9"})), "minor versions are compatible"
+
+
+def test_a_node_without_room_is_not_asked_to_bring_an_image(monkeypatch):
+    spec = {"runtime": "podman", "image": "x", "path": None, "mounts": [], "prepare": [["true"]]}
+    room = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room._replace(free=10**9))
+    assert "has 1.0 GB free" in dict(check(spec))["no space for the image"]
+    assert "no space for the image" not in dict(check({**spec, "prepare": []}))
 
 
 def test_what_a_node_says_is_a_file_for_the_driver_and_a_line_for_people(tmp_path, capsys, monkeypatch):

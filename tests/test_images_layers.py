@@ -128,6 +128,10 @@ def test_archives_are_told_apart(tmp_path):
             with tarfile.open(fileobj=out) as tar:
                 assert tar.extractfile("etc/name").read() == b"high", path  # type: ignore[union-attr]
     assert layers.is_docker_archive(docker) and not layers.is_docker_archive(archive)
+    for saved in (archive, docker):  # of a compressed one a root file system was made, which held the layers as files
+        packed.write_bytes(gzip.compress(saved.read_bytes()))
+        with pytest.raises(layers.NotAnImage, match="gunzip --keep it"), layers.open_archive(packed, "amd64"):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ import pytest
 from image_helpers import layer, need, write_layout
 
 from launcher.__main__ import main
+from launcher.container import image_of
+from launcher.plan import Container, Needs, Plan, Stage
+from recipes.rundir import RunDir
 
 NGC = "nvcr.io/nvidia/pytorch:25.08-py3"
 
@@ -61,3 +64,46 @@ def test_an_imported_file_stands_for_its_image(tmp_path, capsys):
     assert image_of_train("--container.runtime", "podman") == NGC, "which starts no such file"
     image.write_bytes(b"torn")
     assert image_of_train() == NGC
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--container.mounts", "[/tmp:/data:ro]"], "container of preprocess and verify and train and export: charliecloud cannot mount anything read-only"),
+        (["--container.mounts", "[{source: '{here}/a:b', target: /data}]"], "/a:b at /data: a colon in a path means something else to it"),
+        (["--container.env", "{A B: x}"], "container.env.A B: no program reads a variable of that name"),
+        (["--container.workdir", "here"], "container.workdir: 'here': the path inside the container begins with a /"),
+        (["--container.image", "./a.sif"], "charliecloud cannot start .sif files; apptainer or singularity can\n"),
+    ],
+)
+def test_what_a_runtime_cannot_do_is_told_before_anything_starts(tmp_path, capsys, words, message):
+    need("ch-run")
+    for name in ("image", "a:b"):
+        (tmp_path / name).mkdir()
+    words = [word.replace("{here}", str(tmp_path)) for word in words]
+    assert main(["local", "quickstart", "--container.image", "./image", "--container.runtime", "charliecloud", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_profile_can_say_that_there_are_no_containers(tmp_path, capsys):
+    need("podman")
+    (tmp_path / "clusters.yaml").write_text("local: {executor: local, container: {runtime: none}}\n")
+    assert main(["show", "quickstart", "--container.image", NGC, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert all(stage["container"] is None for stage in shown["plan"]["stages"])
+
+
+def test_home_is_not_mounted_by_another_name_nor_a_path_of_the_host_told_that_is_not_inside(tmp_path, monkeypatch):
+    """A home behind a link, and a variable of the shell that names a file."""
+    (tmp_path / "real" / "work").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    stage = Stage("train", [], [], Needs(1, 0, 1, 1), None, Container(f"file://{tmp_path}", "podman", [(str(tmp_path / "real" / "work"), "/data", False)], passed=["HF_TOKEN_PATH"]))
+    for cwd, mounted in ((tmp_path / "real", False), (tmp_path / "home", False), (tmp_path / "real" / "work", True)):
+        plan = Plan("run", [stage], None, str(cwd))
+        image = image_of(RunDir(tmp_path / "run"), plan, stage, {}, [], on_slurm=False)
+        assert (str(cwd) in [mount.target for mount in image.mounts]) is mounted, cwd
+    host = {"SSL_CERT_FILE": "/etc/pki/tls/cert.pem", "HF_HOME": "/data/hf", "HF_TOKEN_PATH": "/nowhere", "http_proxy": "http://proxy:1"}
+    for name, value in host.items():
+        monkeypatch.setenv(name, value)
+    assert image_of(RunDir(tmp_path / "run"), plan, stage, {}, host, on_slurm=False).passed == ("HF_HOME", "HF_TOKEN_PATH", "http_proxy")

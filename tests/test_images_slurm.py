@@ -25,6 +25,8 @@ def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
     assert seen["runtime"] == "charliecloud" and (place.folder / "set-up").exists(), "as the site's profile has it"
     assert seen["host"].startswith("cpu") and seen["torch"]["version"] and seen["user"]["uid"] != 0 and seen["verdict"] == "warn"
     assert (place.folder / "images" / "checks").is_dir()
+    oci = json.loads(place.amlaunch("image", "check", image, "--cluster", "lab", "--runtime", "slurm", "--json").stdout)
+    assert oci["runtime"] == "slurm" and oci["torch"]["version"] and not list((place.folder / "images" / "checks").glob(".bundle-*"))
     gpu = place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "1", "--json")
     assert json.loads(gpu.stdout)["host"].startswith("gpu")
     many = place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "99", check=False)

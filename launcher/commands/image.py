@@ -39,14 +39,14 @@ def run(options: argparse.Namespace) -> int:
         return FAILED
 
 
-def folder_of(options: argparse.Namespace) -> ImageFolder:
-    """The folder of images, of the cluster that was named."""
-    site = None
-    if options.cluster:
-        from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
+def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
+    """The folder of images, and the format that the site's runtime starts, of the cluster that was named."""
+    if not options.cluster:
+        return image_folder(options.images, None), site_format()
+    from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
 
-        site = find_cluster(options.cluster).profile.images
-    return image_folder(options.images, site)
+    profile = find_cluster(options.cluster).profile
+    return image_folder(options.images, profile.images), site_format(profile.container.runtime.replace("auto", ""))
 
 
 # --- import ---------------------------------------------------------------------------------------------
@@ -54,10 +54,10 @@ def folder_of(options: argparse.Namespace) -> ImageFolder:
 
 def run_import(options: argparse.Namespace) -> int:
     """Fetch and convert; what is there already is only shown."""
-    folder = folder_of(options)
+    folder, usual = folder_of(options)
     say = say_for(options)
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    request = Request(options.image, folder, options.format or site_format(), options.arch or this_architecture(), options.tool, work, options.insecure)
+    request = Request(options.image, folder, options.format or usual, options.arch or this_architecture(), options.tool, work, options.insecure)
     return make(request, options, say)
 
 
@@ -136,7 +136,7 @@ def run_build(options: argparse.Namespace) -> int:
     if options.print_only:
         print(dockerfile.read_text(), end="")
         return OK
-    folder = folder_of(options)
+    folder, usual = folder_of(options)
     tool, say = builder(options.tool), say_for(options)
     arguments = {"VERSION": VERSION, **({"BASE": options.base} if options.base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
@@ -150,7 +150,7 @@ def run_build(options: argparse.Namespace) -> int:
     source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
     origin = f"build on {options.base}" if options.base else "build"
-    return make(Request(source, folder, options.format or site_format(), this_architecture(), tool, work, origin=origin), options, say)
+    return make(Request(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin), options, say)
 
 
 # --- list -----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def run_build(options: argparse.Namespace) -> int:
 
 def run_list(options: argparse.Namespace) -> int:
     """A row for each image."""
-    folder = folder_of(options)
+    folder, _ = folder_of(options)
     rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
     if options.json:
         found = [{**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
@@ -189,6 +189,8 @@ def run_check(options: argparse.Namespace) -> int:
     from launcher.container import last_wins, mapped, site_mounts
     from launcher.diagnose import BAD, worst
 
+    if (options.gpus or 0) < 0:
+        raise BadInput(f"--gpus {options.gpus}: write a number from 0 on")
     cluster = find_cluster(options.cluster or "local")
     site, folder = image_check.site_of(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
@@ -211,7 +213,7 @@ def run_check(options: argparse.Namespace) -> int:
     say = say_for(options)
     runtime = image_check.choose_runtime(reference, options.runtime, cluster)
     start = image_check.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
-    seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, meter_for(options.json, say)))
+    seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, place.parent, meter_for(options.json, say)))
     found = list(image_check.findings(options.image, seen, bool(options.gpus)))
     write_json(place, seen)
     verdict = worst(found)
