@@ -7,23 +7,32 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import gpu_suite
 from recipes.errors import BAD_INPUT, OK, BadInput
-from recipes.schema import Compile, Distributed, Fp8
+from recipes.loader import load
+from recipes.schema import Compile, Distributed, Fp8, Recipe
 from tests.trainer_runs import VOCAB, Run, recipe
 from trainer import fp8, kernels, roofline
 from trainer.bench import main
 from trainer.collector import Collector
 from trainer.compiling import scope_of
+from trainer.job import check_graphs, paths
+from trainer.kernels import BACKENDS
 from trainer.models.gpt2 import build_gpt2_model
+from trainer.models.llama import build_llama_model
+from trainer.parallel import World
 from trainer.roofline import Row, advice, busy, least_seconds, length, part_of, rows, self_times
 from trainer.startup import seconds_since_start
 
@@ -112,7 +121,8 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
 )
 def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
     found = [Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS]
-    assert said in advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True)
+    told = advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True)
+    assert said in told and "reduce-overhead" not in told
 
 
 # --- 8-bit products -------------------------------------------------------------------------------
@@ -179,6 +189,56 @@ def test_the_backend_of_attention_is_known_and_the_cpu_chooses_itself() -> None:
     assert kernels.taken(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
 
 
+def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **call: asked.append(call) or BACKENDS["math"].value)
+    llama = build_llama_model(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2, dropout=0.1)
+    for model in (llama, gpt2):
+        kernels.taken(model, ("math",), 8, torch.float32, CPU)
+    kernels.taken(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
+    assert [(call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in asked] == [(4, 2, True, 0.0), (2, 2, False, 0.1), (2, 2, False, 0.1)]
+    assert [(call["is_causal"], call["attn_mask"] is None) for call in asked] == [(True, True), (True, True), (False, False)]
+
+
+def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
+    order, gpu = ("flash_attention", "efficient_attention"), torch.device("cuda")
+    assert kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True, compiled=True) == kernels.Taken("flex_attention", None)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **_: BACKENDS["efficient_attention"].value)
+    with FakeTensorMode():  # as if there were a GPU
+        found = kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True)
+    assert found is not None and found.backend == "efficient_attention"
+    assert "compile.enabled true leaves that out" in str(found.warning)
+
+
+def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(kernels, "taken", lambda *_, **more: asked.append(more))
+    run = Run(tmp_path / "run", recipe(tmp_path))
+    for words in ([], ["--packed_sequence.packed_sequence_size=16", "--compile.enabled=true"]):
+        found = load(run.folder / "recipe.yaml", words).recipe
+        job = SimpleNamespace(recipe=found, world=World(0, 1, CPU, timedelta(minutes=1)), model=nn.Linear(1, 1), batches=SimpleNamespace(step_tokens=64, global_batch=4))
+        paths(job)
+    assert asked == [{"packed": False, "compiled": False}, {"packed": True, "compiled": True}]
+
+
+def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path: Path) -> None:
+    """Of each rank: 8 windows on two ranks are 4, or twice 2."""
+    gpu = World(0, 2, torch.device("cuda"), timedelta(minutes=1))
+    run = Run(tmp_path / "run", recipe(tmp_path, step_scheduler={"global_batch_size": 8}))
+
+    def made(mode: str, local: int) -> Recipe:
+        return load(run.folder / "recipe.yaml", ["--compile.enabled=true", f"--compile.mode={mode}", f"--step_scheduler.local_batch_size={local}"]).recipe
+
+    for mode in ("reduce-overhead", "max-autotune"):
+        with pytest.raises(BadInput, match="local_batch_size 4"):
+            check_graphs(made(mode, 2), gpu)
+        check_graphs(made(mode, 4), gpu)
+        check_graphs(made(mode, 2), World(0, 2, CPU, timedelta(minutes=1)))
+    check_graphs(made("max-autotune-no-cudagraphs", 2), gpu)
+
+
 def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     seen = []
@@ -219,13 +279,17 @@ def bench_recipe(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
-    """In a process of its own, on two ranks: all that a user sees."""
+    """In a process of its own, on two ranks: all that a user sees; a trace of an earlier measurement changes nothing."""
+    kept = tmp_path / "kept"
+    (kept / "rank0/profile").mkdir(parents=True)
+    (kept / "rank0/profile/to-step-00000001.rank0.json.gz").write_bytes(b"no trace")
     words = ["-P"] if sys.version_info >= (3, 11) else []
-    command = [sys.executable, *words, "-m", "trainer.bench", "train", bench_recipe(tmp_path), "--steps", "4", "--warmup", "2", "--profiled", "2", "--ranks", "2", "--json"]
+    command = [sys.executable, *words, "-m", "trainer.bench", "train", bench_recipe(tmp_path), "--steps", "4", "--warmup", "2", "--profiled", "2", "--ranks", "2", "--keep", str(kept), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "AMLAUNCH_DEVICE": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)})
     assert done.returncode == OK, done.stderr
     found = json.loads(done.stdout)
     assert found["steps"] == 4 and found["ranks"] == 2 and not found["synthetic_data"]
+    assert (kept / "rank0/profile/to-step-00000009.rank0.json.gz").exists(), "a step between those measured and the two profiled"
     assert found["tokens_per_s"] == pytest.approx(128 / found["step_time_s"]["median"])
     assert sum(row["share"] for row in found["roofline"]) == pytest.approx(1.0, abs=0.05)
     assert {row["part"]: row["seconds"] > 0 for row in found["roofline"]}["loss"]
@@ -301,11 +365,34 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
 
 
 @pytest.mark.slow
-def test_the_gpu_suite_survives_parts_that_fail(tmp_path: Path) -> None:
+def test_the_gpu_suite_does_on_a_cpu_what_a_cpu_can_do(tmp_path: Path) -> None:
     out = tmp_path / "all.json"
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,fp8-124M", "--out", str(out)]
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,loss-torch,fp8-124M,doctor", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    found = json.loads(out.read_text())
-    assert done.returncode == 1 and found["124M"]["state"] == "done", done.stderr
-    assert "8-bit products are for GPUs" in found["fp8-124M"]["state"]
-    assert all(line in done.stdout for line in ("124M", "advice:", "FAILED"))
+    states = {name: part["state"] for name, part in json.loads(out.read_text()).items()}
+    assert states.pop("doctor").startswith(("done", "skipped")), "what it finds bad here is no failure"
+    assert states == {"124M": "done", "loss-torch": "done", "fp8-124M": "skipped: 8-bit products are for GPUs"}, done.stderr
+    assert done.returncode == 0 and "advice:" in done.stdout
+
+
+def test_the_gpu_suite_survives_parts_that_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [gpu_suite.Part("wrong", gpu_suite.bench, ("llama-of-nobody",)), gpu_suite.Part("right", lambda *_: {"note": "went on"})]
+    monkeypatch.setattr(gpu_suite, "parts", lambda: made)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry"])
+    assert gpu_suite.main() == 1
+    said = capsys.readouterr().out
+    assert "FAILED: " in said and "llama-of-nobody" in said and "went on" in said
+
+
+def test_the_gpu_suite_runs_under_python_3_10_which_knows_no_p(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(sys, "version_info", (3, 10))
+    monkeypatch.setattr(gpu_suite.subprocess, "run", lambda words, **_: ran.append(words) or subprocess.CompletedProcess(words, 0, "{}", ""))
+    gpu_suite.bench(gpu_suite.Part("any", gpu_suite.bench, ("nanogpt",)), gpu_suite.Suite(True, tmp_path, float("inf")))
+    assert ran and "-P" not in ran[0]
+
+
+def test_the_gpu_suite_begins_with_what_matters_most() -> None:
+    names = [part.name for part in gpu_suite.parts()]
+    assert names.index("hf-eager") < names.index("residual-curves") < names.index("350M") < names.index("350M-32") < names.index("micro-64")
+    assert names[-1] == "autotune"

@@ -189,8 +189,19 @@ def test_transformers_models_state_their_sizes() -> None:
 
     model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2_SIZES, bos_token_id=0, eos_token_id=0))
     assert (vocab_rows(model), context_of(model), len(blocks(model))) == (97, 16, 2)
-    ours = build_gpt2_model(**GPT2_SIZES)
-    assert flops_per_token(model, 16) - flops_per_token(ours, 16) == 6 * ours.wpe.weight.numel()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_of_transformers_counts_the_flops_of_ours(tied: bool) -> None:
+    """Tables that are only looked up cost none: untied embeddings, and positions."""
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    more = {"tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0}
+    for config, ours in (
+        (GPT2Config(**GPT2_SIZES, **more), build_gpt2_model(**GPT2_SIZES)),
+        (LlamaConfig(**LLAMA_SIZES, **more), build_llama_model(**LLAMA_SIZES, tie_word_embeddings=tied)),
+    ):
+        assert flops_per_token(AutoModelForCausalLM.from_config(config), 16) == flops_per_token(ours, 16)
 
 
 @pytest.mark.parametrize(

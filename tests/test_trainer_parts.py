@@ -26,6 +26,7 @@ from trainer.loop import seed_step
 from trainer.metrics import Metrics, Spikes, StepLine, open_wandb, peak_of_name, summary
 from trainer.models.gpt2 import build_gpt2_model
 from trainer.muon import ShardedMuon
+from trainer.parallel import _device
 from trainer.ranks import Ranks, from_environment
 from trainer.sample import draw, generate
 from trainer.saving import owned
@@ -203,6 +204,21 @@ def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
         from_environment({"RANK": "x"})
 
 
+@pytest.mark.parametrize(("local", "seen", "taken"), [(0, 1, 0), (7, 1, 0), (3, 4, 3), (4, 4, None), (0, 0, None)])
+def test_a_rank_takes_the_gpu_that_is_its_own(local: int, seen: int, taken: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one with its local rank, or the only one, as Slurm's --gpus-per-task 1 binds them."""
+    chosen: list[torch.device] = []
+    for name, patch in (("is_available", lambda: True), ("device_count", lambda: seen), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, patch)
+    monkeypatch.delenv("AMLAUNCH_DEVICE", raising=False)
+    if taken is None:
+        with pytest.raises(LocalBadInput, match=f"local rank {local}, but sees {seen} GPUs"):
+            _device(Ranks(local, 8, local))
+    else:
+        assert _device(Ranks(local, 8, local)) == torch.device("cuda", taken)
+        assert chosen == [torch.device("cuda", taken)]
+
+
 @pytest.mark.parametrize(
     ("error", "rank", "code", "said"),
     [
@@ -268,7 +284,8 @@ def test_peaks_are_the_dense_ones_and_the_longest_name_wins() -> None:
     assert peak_of_name("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of_name("NVIDIA H100 PCIe") == 756e12
     assert peak_of_name("NVIDIA H200") == 989e12
-    assert peak_of_name("NVIDIA L40S") == 362e12
+    assert peak_of_name("NVIDIA H200 NVL") == 835e12
+    assert [peak_of_name(f"NVIDIA {name}") for name in ("L4", "L40", "L40S")] == [121e12, 181e12, 362e12]
     assert peak_of_name("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_of_name("Radeon") is None
 

@@ -139,10 +139,10 @@ def train(given: argparse.Namespace, overrides: Sequence[str], arguments: Sequen
     """``bench train``, on this rank, or as the one who starts the ranks."""
     if given.ranks and given.ranks > 1 and "RANK" not in os.environ:
         return start_ranks(given, list(arguments))
-    begin = given.warmup + given.steps + 1
-    more = [f"--step_scheduler.max_steps={given.warmup + given.steps + max(0, given.profiled)}", "--profile=null"]
-    if given.profiled > 0:
-        more = [more[0], f"--profile={{start_step: {begin}, steps: {given.profiled}}}"]
+    last = given.warmup + given.steps
+    more = [f"--step_scheduler.max_steps={last}", "--profile=null"]
+    if given.profiled > 0:  # the step between does not count: a step's time ends when the next one has begun
+        more = [f"--step_scheduler.max_steps={last + 1 + given.profiled}", f"--profile={{start_step: {last + 2}, steps: {given.profiled}}}"]
     with prepared(given, overrides, more) as bench:
         with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
             if bench.synthetic:
@@ -191,7 +191,7 @@ def report_of(bench: Bench, given: argparse.Namespace, job: Any, rates: dict[str
 
     recipe, world, model = job.recipe, job.world, plain(job.model)
     lines = [line for line in read_json_lines(element.metrics) if line["step"] > given.warmup]
-    steady, profiled = lines[: given.steps], lines[given.steps :]
+    steady, profiled = lines[: given.steps], lines[given.steps + 1 :]
     times = [line["step_time_s"] for line in steady]
     median = statistics.median(times)
     length = job.batches.step_tokens // job.batches.global_batch
@@ -241,9 +241,10 @@ def roofline_of(element: ElementDir, job: Any, given: argparse.Namespace, rates:
     from trainer import kernels, roofline
     from trainer.models import flops_per_token, vocab_rows
     from trainer.parallel import plain
+    from trainer.profiling import trace_path
 
     model, recipe, world = plain(job.model), job.recipe, job.world
-    trace = next(iter(sorted((element.root / "profile").glob("*.rank0.json.gz"))))
+    trace = trace_path(element.root / "profile", job.step, world.rank)
     found = roofline.busy(roofline.read(trace), steps)
     length = job.batches.step_tokens // job.batches.global_batch
     matrices = flops_per_token(model, 0)

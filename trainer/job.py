@@ -80,6 +80,7 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     recipe, policy = options.loaded.recipe, options.loaded.policy
     train_set = build_dataset(recipe.dataset, recipe, policy, options.data)
     check_length(sample_length(train_set), recipe)
+    check_graphs(recipe, world)
     order = order_of(train_set, recipe.seed)
     last_step = steps_of(recipe, order.size)
     stop.file, stop.looks = options.element.stop, world.main
@@ -165,6 +166,17 @@ def check_length(length: int, recipe: Recipe) -> None:
     share = recipe.distributed.tp_size * recipe.distributed.cp_size
     if length % share:
         raise BadInput(f"dataset: windows of {length} positions do not divide over {share} ranks (distributed.tp_size x cp_size)")
+
+
+def check_graphs(recipe: Recipe, world: World) -> None:
+    """BadInput where CUDA graphs would overwrite the gradients that a step still adds to (pytorch/pytorch#169545)."""
+    steps, mode = recipe.step_scheduler, recipe.compile.mode
+    graphs = recipe.compile.enabled and world.device.type == "cuda" and mode in ("reduce-overhead", "max-autotune")
+    if graphs and steps.global_batch_size > steps.local_batch_size * world.dp_size:
+        raise BadInput(
+            f"compile.mode {mode}: its CUDA graphs cannot add up the gradients of several micro-batches; write default or "
+            f"max-autotune-no-cudagraphs, or step_scheduler.local_batch_size {steps.global_batch_size // world.dp_size}"
+        )
 
 
 def build_validation(options: Options, vocab: int | None, world: World) -> dict[str, ValidationBatches]:
@@ -260,7 +272,8 @@ def paths(job: Job) -> list[str]:
     recipe, device = job.recipe, job.world.device
     dtype = compute_dtype(recipe.distributed, device)
     order = kernels.wanted(recipe.sdpa_method, device)
-    attention = kernels.taken(plain(job.model), order, job.batches.step_tokens // job.batches.global_batch, dtype, device)
+    length, packs = job.batches.step_tokens // job.batches.global_batch, bool(recipe.packed_sequence.packed_sequence_size)
+    attention = kernels.taken(plain(job.model), order, length, dtype, device, packed=packs, compiled=recipe.compile.enabled)
     said = [str(dtype).removeprefix("torch.")]
     said += [f"compiled by {scope_of(recipe.compile, recipe.distributed, job.world.size)}"] if recipe.compile.enabled else ["not compiled"]
     said += [f"attention by {attention.backend}"] if attention else []

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainer.attention import BLOCKWISE
 from trainer.models import blocks, setting
 
 BACKENDS = {
@@ -49,17 +50,48 @@ class Taken:
     """Where it is not what was wanted first: what is in the way."""
 
 
-def taken(model: nn.Module, order: Sequence[str], length: int, dtype: torch.dtype, device: torch.device) -> Taken | None:
-    """Which backend torch chooses for windows of ``length`` tokens; None where the model's heads are not known."""
+def taken(
+    model: nn.Module,
+    order: Sequence[str],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    compiled: bool = False,
+) -> Taken | None:
+    """What computes attention over rows of ``length`` tokens; None where the model's heads are not known."""
     heads, width = setting_of(model, "num_attention_heads", "n_head"), setting_of(model, "hidden_size", "n_embd")
     if not heads or not width or not blocks(model):
         return None
-    query = torch.empty(1, heads, length, width // heads, dtype=dtype, device=device, requires_grad=True)
-    chosen = torch._fused_sdp_choice(query, query, query, is_causal=True)
+    size, dropout = setting_of(model, "head_dim") or width // heads, _dropout(model)
+    ours = any(hasattr(module, "attend") for module in model.modules())
+    if packed and compiled and ours and device.type == "cuda" and dtype in BLOCKWISE and size >= 16 and not dropout:
+        return Taken("flex_attention", None)  # see trainer.attention.attend
+    shared = setting_of(model, "num_key_value_heads") or heads
+    if packed and not ours:  # transformers repeats keys and values where there is a mask
+        shared = heads
+    query, key = (torch.empty(1, some, length, size, dtype=dtype, device=device, requires_grad=True) for some in (heads, shared))
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device) if packed else None
+    call: dict[str, Any] = {"query": query, "key": key, "value": key, "attn_mask": mask, "dropout_p": dropout, "is_causal": not packed, "enable_gqa": shared != heads}
+    chosen = torch._fused_sdp_choice(**call)
     name = next((known for known, backend in BACKENDS.items() if backend.value == chosen), f"backend {chosen}")
-    if device.type != "cuda" or name == order[0]:
+    if device.type != "cuda":
         return Taken(name, None)
-    return Taken(name, f"{order[0]} was wanted and cannot be had: {_reason(query, order[0])}")
+    if packed:
+        more = "; compile.enabled true leaves that out" if ours and not compiled else ""
+        return Taken(name, f"rows are packed: attention by {name} computes what lies between documents, too, and hides it by a mask{more}")
+    return Taken(name, None if name == order[0] else f"{order[0]} was wanted and cannot be had: {_reason(call, order[0])}")
+
+
+def _dropout(model: nn.Module) -> float:
+    """The share of its weights that attention drops in training."""
+    for place in (getattr(model, "settings", None), getattr(model, "config", None)):
+        for name in ("attention_dropout", "attn_pdrop", "dropout"):
+            value = getattr(place, name, None)
+            if isinstance(value, int | float):
+                return float(value)
+    return 0.0
 
 
 def setting_of(model: nn.Module, *names: str) -> int | None:
@@ -69,12 +101,12 @@ def setting_of(model: nn.Module, *names: str) -> int | None:
     return setting(model, *names) or next((value for value in found if isinstance(value, int)), None)
 
 
-def _reason(query: torch.Tensor, backend: str) -> str:
+def _reason(call: dict[str, Any], backend: str) -> str:
     """What torch says against ``backend``, which it tells as warnings only while it tries."""
     with warnings.catch_warnings(record=True) as said, sdpa_kernel([BACKENDS[backend]]):
         warnings.simplefilter("always")
         try:
-            F.scaled_dot_product_attention(query, query, query, is_causal=True)
+            F.scaled_dot_product_attention(**call)
         except RuntimeError as error:
             said_last = str(error).splitlines()[0]
         else:

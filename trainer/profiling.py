@@ -13,6 +13,11 @@ MAX_ENTRIES = 100_000
 """Allocations that a memory snapshot remembers."""
 
 
+def trace_path(folder: Path, step: int, rank: int) -> Path:
+    """Where the trace of the steps up to ``step`` is."""
+    return folder / f"to-step-{step:08d}.rank{rank}.json.gz"
+
+
 class Profiler:
     """Traces ``section.steps`` steps of this start of the run into ``folder``; does nothing without a section."""
 
@@ -53,11 +58,11 @@ class Profiler:
     def _write(self, step: int) -> None:
         self._tracer.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
-        stem = self._folder / f"to-step-{step - 1:08d}.rank{self._rank}"
-        self._tracer.export_chrome_trace(f"{stem}.json.gz")
+        trace = trace_path(self._folder, step - 1, self._rank)
+        self._tracer.export_chrome_trace(str(trace))
         self._tracer = None
         if self._wants_memory():
-            torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
+            torch.cuda.memory._dump_snapshot(str(trace.with_name(trace.name.replace(".json.gz", ".memory.pickle"))))
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
             print(f"a trace of the steps up to {step - 1} is in {self._folder} (https://ui.perfetto.dev shows it)", flush=True)

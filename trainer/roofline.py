@@ -200,7 +200,8 @@ def advice(found: Sequence[Row], *, compiled: bool, device: bool, backends: Sequ
         return "attention is computed by torch's slowest kernel (math): see sdpa_method, and the warning at the start"
     if share["gaps"] > 0.15 and device:
         larger = f"a larger step_scheduler.local_batch_size than {micro_batch}" if accumulates else "larger batches"
-        return f"the device stands still for {share['gaps']:.0%} of the step, for the kernels are too small: {larger}, compile.enabled, or compile.mode reduce-overhead"
+        fused = "" if compiled else ", or compile.enabled true"
+        return f"the device stands still for {share['gaps']:.0%} of the step, for the kernels are too small: {larger}{fused}"
     if share["communication"] > 0.1:
         return f"{share['communication']:.0%} of the step is communication that nothing hides: distributed.strategy ddp or reshard_after_forward false where memory allows, or a larger global batch"
     if not compiled and share["elementwise"] > 0.2:

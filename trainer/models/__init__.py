@@ -143,4 +143,17 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
     if own is not None:
         return float(own(seq_len))
     width = setting(model, "hidden_size", "n_embd") or 0
-    return 6.0 * parameter_count(model) + 12.0 * len(blocks(model)) * width * seq_len
+    return 6.0 * (parameter_count(model) - _only_looked_up(model)) + 12.0 * len(blocks(model)) * width * seq_len
+
+
+def _only_looked_up(model: nn.Module) -> int:
+    """Numbers in embeddings that are not the head's: of tokens where the two are not tied, and of positions.
+
+    Where the model does not say what its head is, a table may be that, and all count.
+    """
+    head_of = getattr(model, "get_output_embeddings", None)
+    last = head_of() if head_of is not None else None
+    if last is None:
+        return 0
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(table.numel() for key, table in tables.items() if key != id(last.weight))
