@@ -7,7 +7,7 @@ norms, activation functions, rotations.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,15 +19,49 @@ from trainer.models import blocks
 KEPT = ("mm", "addmm", "bmm", "_scaled_mm")
 """Operators of aten that ``selective`` keeps the outputs of, besides attention."""
 ATTENTION = "_scaled_dot_product"
+COMPUTED_AGAIN = "_computed_again"
+"""What classes of blocks have whose forward is computed again."""
 
 
 def checkpoint_activations(model: nn.Module, kind: str) -> None:
     """Have each block of ``model`` computed again in the backward, as ``kind`` says: none, full, selective."""
     if kind == "none":
         return
-    extra: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **extra)
+        if "forward" in vars(block):  # one of its own, which hides that of any class
+            block.forward = partial(checkpoint, block.forward, **_options(kind))
+        else:
+            base: Any = type(block)
+            block.__class__ = computed_again(base, kind)
+
+
+@cache
+def computed_again(base: type[nn.Module], kind: str) -> type[nn.Module]:
+    """A class of blocks like ``base``, whose forward is computed again in the backward.
+
+    One for all blocks of a model, and no ``checkpoint`` set as a block's ``forward``:
+    dynamo compiles code, which blocks of one class share, and skips frames of torch's own.
+    """
+    options = _options(kind)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(base.forward, self, *args, **options, **kwargs)
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), {**names, "forward": forward, COMPUTED_AGAIN: True})
+
+
+def keep_eager(model: nn.Module) -> None:
+    """Leave blocks that are computed again out of ``torch.compile``, where that was asked for."""
+    if any(part._compiled_call_impl is not None for part in (model, *blocks(model))):
+        for block in blocks(model):
+            if hasattr(type(block), COMPUTED_AGAIN):
+                block.forward = torch.compiler.disable(block.forward)
+
+
+def _options(kind: str) -> dict[str, Any]:
+    extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    return {"use_reentrant": False, **extra}
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

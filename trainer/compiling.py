@@ -21,8 +21,8 @@ def scope_of(section: Compile, distributed: Distributed, ranks: int) -> str:
     """``model`` or ``blocks``: the recipe's word, else the faster of the two that can work.
 
     A whole model fuses across its blocks and pays for the graph's entry once. But
-    its gradients all come at the end of the backward pass, so that nothing is left
-    to hide DDP's all-reduce behind, and FSDP2's hooks between the blocks would
+    its gradients all come at the end of the backward pass, so that nothing of it is
+    left to hide DDP's all-reduce behind, and FSDP2's hooks between the blocks would
     break the graph anyway: several ranks compile block by block.
     """
     if section.scope != "auto":
@@ -34,6 +34,12 @@ def compile_model(model: nn.Module, section: Compile, scope: str) -> None:
     """Compile ``model`` where it stands, so that parameter names stay as they are; shapes are static."""
     if not section.enabled:
         return
+    import torch._dynamo
+
+    # Else dynamo cuts what DDP holds into a graph for each 25 MB of gradients, a block too, so that reducing begins
+    # within a graph. By blocks it begins after each block anyway. A whole model stays whole, as the recipe asked for
+    # it: its gradients are then reduced after the backward pass, with nothing beside, once a step.
+    torch._dynamo.config.optimize_ddp = False
     for part in [model] if scope == "model" else blocks(model):
         part.compile(mode=section.mode, dynamic=False)
 

@@ -101,7 +101,8 @@ class LinearCrossEntropy:
                 rows.to(dtype), weight.to(dtype), labels, reduction="sum", ignore_index=self.ignore_index, options=options
             )
             return total.float() if dtype in HALF else total
-        settings = (dtype, self.chunk_tokens, self.vocab_size, self.ignore_index, self._of_chunk)
+        wanted = torch.is_grad_enabled()  # within forward it never is, and needs_input_grad does not look at it
+        settings = (dtype, self.chunk_tokens, self.vocab_size, self.ignore_index, self._of_chunk, wanted)
         return _Chunked.apply(rows, weight, labels, settings)
 
 
@@ -110,8 +111,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, settings: tuple[Any, ...]) -> torch.Tensor:
-        dtype, size, vocab, ignored, of_chunk = settings
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dtype, size, vocab, ignored, of_chunk, wanted = settings
+        wants_hidden, wants_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
         total = torch.zeros((), device=hidden.device, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         by_weight = None

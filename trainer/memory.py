@@ -200,7 +200,7 @@ def spread_out(bare: nn.Module, recipe: Recipe, world: World) -> tuple[nn.Module
             model = spread(bare, dataclasses.replace(section, strategy="none") if ddp else section, world, recipe.seed)
     finally:
         del bare.to
-    return model, Buckets(model) if ddp else None
+    return model, Buckets(model) if ddp and world.size > 1 else None
 
 
 class Buckets:

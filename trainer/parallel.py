@@ -122,11 +122,11 @@ def join(section: Distributed, ranks: Ranks) -> World:
 def _device(ranks: Ranks) -> torch.device:
     if os.environ.get("AMLAUNCH_DEVICE") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if ranks.local_rank >= torch.cuda.device_count():
-        raise LocalBadInput(
-            f"rank {ranks.rank} on {os.uname().nodename} is local rank {ranks.local_rank}, but sees {torch.cuda.device_count()} GPUs"
-        )
-    device = torch.device("cuda", ranks.local_rank)
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else ranks.local_rank  # Slurm's --gpus-per-task shows each rank its own GPU alone
+    if index >= count:
+        raise LocalBadInput(f"rank {ranks.rank} on {os.uname().nodename} is local rank {ranks.local_rank}, but sees {count} GPUs")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
@@ -181,7 +181,7 @@ def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> n
     after = parameter_count(model)
     if after != before:
         raise TrainingFailed(f"sharding made {after:,} parameters of {before:,}: it untied tied weights")
-    return _ddp(model, world) if section.strategy == "ddp" and not is_sharded(section) else model
+    return _ddp(model, world) if section.strategy == "ddp" and not is_sharded(section) and world.size > 1 else model
 
 
 def is_sharded(section: Distributed) -> bool:

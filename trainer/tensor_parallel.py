@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from recipes.errors import BadInput
+from trainer.activations import keep_eager
 from trainer.collectives import Group, exchange, gather, part, scatter, share, stack, total
 from trainer.models import setting
 
@@ -108,28 +109,44 @@ def deal_out(module: nn.Module, name: str, dim: int | None, ranks: Ranks, says: 
     module._parameters[name] = nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
-def read_locally(module: nn.Module, partial_gradients: bool = False, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-    """Have ``module`` read this rank's part of its own parameters, a plain tensor, through ``change``.
+Change = Callable[[torch.Tensor, Ranks], torch.Tensor]
+Forward = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def read_locally(
+    module: nn.Module, ranks: Ranks, partial_gradients: bool = False, change: Change | None = None, forward: Forward | None = None
+) -> None:
+    """Have ``module`` read this rank's part of its own parameters, a plain tensor, through ``change``; and have it this ``forward``.
 
     ``partial_gradients``: for whole parameters that each rank uses for its
     positions only, so that their gradients are to be added up.
     """
+    module.sharers = ranks  # type: ignore[assignment] # not part of the class: a process can have several meshes, one after the other
+    base: Any = type(module)
+    module.__class__ = reading_locally(base, tuple(module._parameters), partial_gradients, change, forward)
+
+
+@cache
+def reading_locally(
+    base: type[nn.Module], names: tuple[str, ...], partial_gradients: bool, change: Change | None, forward: Forward | None
+) -> type[nn.Module]:
+    """The class of such modules. One for all that are alike: dynamo would compile each block for classes of its own, and give up after eight."""
 
     def reader(name: str) -> property:
-        return property(lambda self: local_part(self._parameters[name], partial_gradients, change))
+        return property(lambda self: local_part(self._parameters[name], self.sharers, partial_gradients, change))
 
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: reader(name) for name in module._parameters} | {"__module__": kind.__module__})
+    more: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if forward is not None:
+        more["forward"] = forward
+    return type(base.__name__, (base,), {name: reader(name) for name in names} | more)
 
 
-def local_part(
-    parameter: torch.Tensor | None, partial_gradients: bool = False, change: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> Any:
+def local_part(parameter: torch.Tensor | None, ranks: Ranks, partial_gradients: bool = False, change: Change | None = None) -> Any:
     """This rank's part of a parameter in the forward; outside of it, where FSDP2 has it sharded over a second dimension, it is as it is."""
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
         return parameter
     local = parameter.to_local(grad_placements=[Partial()] if partial_gradients else None)
-    return local if change is None else change(local)
+    return local if change is None else change(local, ranks)
 
 
 # --- styles ---------------------------------------------------------------------------------------------
@@ -142,7 +159,7 @@ def _enter(module: nn.Module, name: str, ranks: Ranks) -> None:
 def _column(module: nn.Module, name: str, ranks: Ranks) -> None:
     for parameter in ("weight", "bias"):
         deal_out(module, parameter, 0, ranks, name)
-    read_locally(module)
+    read_locally(module, ranks)
 
 
 def _shared_column(module: nn.Module, name: str, ranks: Ranks) -> None:
@@ -153,7 +170,11 @@ def _shared_column(module: nn.Module, name: str, ranks: Ranks) -> None:
 def _fused(module: nn.Module, name: str, ranks: Ranks) -> None:
     for parameter in ("weight", "bias"):
         deal_out(module, parameter, 0, ranks, name)
-    read_locally(module, change=partial(heads_together, parts=3, group=ranks.group))
+    read_locally(module, ranks, change=_query_key_value)
+
+
+def _query_key_value(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    return heads_together(rows, 3, ranks.group)
 
 
 def heads_together(rows: torch.Tensor, parts: int, group: Group) -> torch.Tensor:
@@ -176,29 +197,27 @@ def heads_together(rows: torch.Tensor, parts: int, group: Group) -> torch.Tensor
 def _row(module: nn.Module, name: str, ranks: Ranks) -> None:
     deal_out(module, "weight", 1, ranks, name)
     deal_out(module, "bias", None, ranks, name)
+    read_locally(module, ranks, forward=_row_forward)
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        y = ranks.leave(F.linear(x, self.weight))
-        bias = local_part(self._parameters["bias"], ranks.sequence)
-        return y if bias is None else y + bias
 
-    read_locally(module)
-    type(module).forward = forward
+def _row_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.sharers.leave(F.linear(x, self.weight))
+    bias = local_part(self._parameters["bias"], self.sharers, self.sharers.sequence)
+    return y if bias is None else y + bias
 
 
 def _vocabulary(module: nn.Module, name: str, ranks: Ranks) -> None:
     deal_out(module, "weight", 0, ranks, name)
-    begin = module._parameters["weight"].to_local().shape[0] * ranks.mesh.get_local_rank()  # type: ignore[union-attr]
+    module.first_row = module._parameters["weight"].to_local().shape[0] * ranks.mesh.get_local_rank()  # type: ignore[union-attr]
+    read_locally(module, ranks, forward=_vocabulary_forward)
 
-    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        row = input_ids - begin
-        here = (row >= 0) & (row < weight.shape[0])
-        found = F.embedding(torch.where(here, row, 0), weight)
-        return ranks.leave(found * here.unsqueeze(-1))
 
-    read_locally(module)
-    type(module).forward = forward
+def _vocabulary_forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    weight = self.weight
+    row = input_ids - self.first_row
+    here = (row >= 0) & (row < weight.shape[0])
+    found = F.embedding(torch.where(here, row, 0), weight)
+    return self.sharers.leave(found * here.unsqueeze(-1))
 
 
 def _positions(module: nn.Module, name: str, ranks: Ranks) -> None:
@@ -208,25 +227,26 @@ def _positions(module: nn.Module, name: str, ranks: Ranks) -> None:
 
 
 def _head(module: nn.Module, name: str, ranks: Ranks) -> None:
-    _column(module, name, ranks)
+    for parameter in ("weight", "bias"):
+        deal_out(module, parameter, 0, ranks, name)
+    read_locally(module, ranks, forward=_head_forward)
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        return F.linear(*whole_head(x, self.weight, ranks=ranks), None if bias is None else _rows(bias, ranks))
 
-    type(module).forward = forward
+def _head_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = self.bias
+    return F.linear(*whole_head(x, self.weight, ranks=self.sharers), None if bias is None else _rows(bias, self.sharers))
 
 
 def _whole(module: nn.Module, name: str, ranks: Ranks) -> None:
     for parameter in module._parameters:
         deal_out(module, parameter, None, ranks, name)
-    read_locally(module, partial_gradients=ranks.sequence)
+    read_locally(module, ranks, partial_gradients=ranks.sequence)
 
 
 def _summed(module: nn.Module, name: str, ranks: Ranks) -> None:
     for parameter in module._parameters:
         deal_out(module, parameter, None, ranks, name)
-    read_locally(module, partial_gradients=True)
+    read_locally(module, ranks, partial_gradients=True)
 
 
 def whole_head(x: torch.Tensor, weight: torch.Tensor, *, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,6 +287,8 @@ def share_model(model: nn.Module, ranks: Ranks) -> None:
         if not all(isinstance(parameter, DTensor) for parameter in module._parameters.values() if parameter is not None):
             _whole(module, name, ranks)
     _tie(model, tied)
+    if ranks.mesh.device_type == "cpu":  # torch 2.13 takes states of the CPU's generator, which attention has, for meshes of DTensors
+        keep_eager(model)
     if hasattr(model, "head"):
         model.head = partial(whole_head, ranks=ranks)  # type: ignore[assignment]
     elif "head" not in plan.values():

@@ -1,0 +1,194 @@
+"""What ``torch.compile`` is given: few graphs, whole ones, whatever the model is spread by; and the same losses.
+
+Graphs are counted by a backend that makes no kernels. Cases of two ranks happen in one start of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.nn.functional as F
+from parallel_ranks import Task, in_ranks
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from recipes.schema import Compile, Distributed
+from trainer.activations import checkpoint_activations
+from trainer.compiling import compile_model
+from trainer.loss import LinearCrossEntropy, loss_and_gradient, loss_of
+from trainer.models.gpt2 import build_gpt2_model
+from trainer.models.llama import build_llama_model
+from trainer.parallel import World, join, micro_step, spread
+from trainer.ranks import Ranks, from_environment
+
+pytestmark = pytest.mark.slow  # tracing takes seconds
+
+LAYERS = 10
+"""More than dynamo's limit of recompiling one and the same code, which is 8."""
+STEPS = 2
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": LAYERS, "n_head": 2},
+    "llama": {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2},
+}
+BUILDERS: dict[str, Any] = {"gpt2": build_gpt2_model, "llama": build_llama_model}
+WIDE = {"vocab_size": 64, "n_positions": 16, "n_embd": 384, "n_layer": 3, "n_head": 2}
+"""42 MB in float64, 14 MB a block: DDP's buckets are of 1 MB, the first, and 25 MB."""
+CHECKPOINTING = ("none", "full", "selective")
+
+
+@contextmanager
+def counting() -> Iterator[CompileCounterWithBackend]:
+    """Counts the graphs that are compiled, from dynamo's defaults on; hitting its limit is an error rather than a silent end."""
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    real = torch.compile
+    torch._dynamo.reset()
+    torch.compile = lambda model, mode=None, **more: real(model, backend=counter, **more)  # type: ignore[assignment]
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True, fail_on_recompile_limit_hit=True):
+            yield counter
+    finally:
+        torch.compile = real
+        torch._dynamo.reset()
+
+
+def train(world: World, section: Distributed, scope: str | None, family: str = "gpt2", sizes: dict[str, Any] | None = None) -> list[float]:
+    """Losses of a few steps of two micro-batches each; compiled where there is a ``scope``."""
+    torch.manual_seed(0)
+    bare = BUILDERS[family](**(sizes or TINY[family]))
+    compile_model(bare, Compile(enabled=scope is not None), scope or "model")
+    model = spread(bare, section, world, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batch = torch.randint(0, 64, (2, 2, 17), generator=torch.Generator().manual_seed(1))
+    found = []
+    for _ in range(STEPS):
+        total = 0.0
+        for i, part in enumerate(batch):
+            with micro_step(model, last=i == 1):
+                logits = model(part[:, :-1])
+                labels = part[:, 1:].chunk(world.tp_size, 1)[world.tp_rank]  # as batches deal them out
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(total)
+    return found
+
+
+def graphs(*args: Any, **more: Any) -> tuple[int, list[float]]:
+    """How many graphs a compiled :func:`train` makes, and its losses."""
+    with counting() as counter:
+        losses = train(*args, **more)
+    return counter.frame_count, losses
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """One rank, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLAUNCH_DEVICE", "cpu")
+        torch.set_num_threads(1)
+        yield join(Distributed(), Ranks())
+        time.sleep(0.05)  # see trainer_runs
+        dist.destroy_process_group()
+
+
+# --- one graph for all blocks, and the losses of an uncompiled run ----------------------------------------
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_blocks_are_one_graph_with_the_same_losses_however_they_are_checkpointed(world: World, family: str, kind: Any) -> None:
+    """Red where ``checkpoint`` is a block's ``forward``, which dynamo skips, or where blocks have classes or code of their own."""
+    section = Distributed(dtype="float64", activation_checkpointing=kind)
+    plain = train(world, section, None, family)
+    count, losses = graphs(world, section, "blocks", family)
+    assert count == 1
+    assert losses == pytest.approx(plain, rel=1e-12) and plain[-1] < plain[0]
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_what_is_compiled_computes_again_what_an_uncompiled_block_does(world: World, kind: Any) -> None:
+    """Red where the compiled graph has lost the checkpointing: then it keeps what the backward needs."""
+    section = Distributed(strategy="none", dtype="float64", activation_checkpointing=kind)
+    with counting() as counter:
+        train(world, section, "blocks", sizes={**TINY["gpt2"], "n_layer": 2})
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert any("checkpoint" in target for target in targets) == (kind != "none")
+
+
+def test_a_checkpointed_block_computes_again_through_any_forward_and_has_a_class_with_its_likes(world: World) -> None:
+    """Red where a ``forward`` set on a block hides that of the class, or each block gets a class of its own."""
+    calls = []
+    model = build_gpt2_model(**TINY["gpt2"])
+    own = model.h[0].forward
+    model.h[0].forward = lambda *args: (calls.append(0), own(*args))[1]  # type: ignore[method-assign]
+    model.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint_activations(model, "full")
+    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    assert sorted(calls) == [0, 0, 1, 1]
+    assert len({type(block) for block in model.h[1:]}) == 1 and type(model.h[1]).__name__ == "Block"
+
+
+# --- two ranks --------------------------------------------------------------------------------------------
+
+TWO: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ddp, whole": ("model", "gpt2", {"strategy": "ddp"}),
+    "ddp, by blocks": ("blocks", "gpt2", {"strategy": "ddp"}),
+    "tp": ("blocks", "gpt2", {"tp_size": 2}),
+    "tp by positions": ("blocks", "llama", {"tp_size": 2, "sequence_parallel": True}),
+    "tp, full": ("blocks", "gpt2", {"tp_size": 2, "activation_checkpointing": "full"}),
+}
+
+
+def compared(scope: str, family: str, keys: dict[str, Any]) -> tuple[int, list[float], list[float]]:
+    """How many graphs there are, and the losses, compiled and not; DDP has a model of more than one of its buckets."""
+    section = Distributed(dtype="float64", **keys)
+    world = join(section, from_environment(os.environ))
+    sizes = WIDE if section.strategy == "ddp" else None
+    return *graphs(world, section, scope, family, sizes), train(world, section, None, family, sizes)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    tasks = [Task(name, compared, case) for name, case in TWO.items()]
+    return in_ranks(2, tmp_path_factory.mktemp("compile") / "ranks", tasks)
+
+
+@pytest.mark.parametrize("name", list(TWO))
+def test_two_ranks_compile_one_graph_with_the_same_losses(two: dict[str, list[Any]], name: str) -> None:
+    """Red where DDP's buckets cut the graph, or tensor parallelism gives each block a class: an error of dynamo's limit."""
+    assert not any(isinstance(found, str) for found in two[name]), two[name]
+    for count, losses, plain in two[name]:
+        assert count == (0 if name == "tp, full" else 1)  # which torch cannot do on a CPU: it stays as it is
+        assert losses == pytest.approx(plain, rel=1e-12)
+
+
+def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:
+    """Red where it is: reducing with nobody, for copies of all gradients."""
+    bare = build_gpt2_model(**TINY["gpt2"])
+    assert spread(bare, Distributed(strategy="ddp"), world, seed=0) is bare
+
+
+# --- the loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
+    """Red where validation asks for gradients because parameters, as such, want them."""
+    asked = []
+    loss_fn = LinearCrossEntropy(chunk_tokens=4)
+    monkeypatch.setattr(loss_fn, "_of_chunk", lambda *args: (asked.append(args[-1]), loss_and_gradient(*args))[1])
+    model: nn.Module = build_gpt2_model(**TINY["gpt2"])
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with torch.set_grad_enabled(trains):
+        loss_of(model, model, loss_fn, tokens, tokens)
+    assert asked == [trains] * 4
