@@ -35,6 +35,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "gpt2, ddp on two ranks, one micro-batch": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}, "step_scheduler": {"local_batch_size": 4}}),
     "llama, blocks computed again": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "full"}}),
     "gpt2, ddp on two ranks, accumulated": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}}),
+    "gpt2, packed, products kept": (1, GPT2, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "selective"}, "packed_sequence": {"packed_sequence_size": 64}}),
+    "llama, shared by two ranks": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "tp_size": 2}}),
 }  # fmt: skip
 
 
@@ -100,6 +102,17 @@ def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, caps
     assert [way["fits"] for way in found["ways"]][-1]
     last = found["ways"][-1]["override"]
     assert plan_memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
+
+
+@pytest.mark.slow
+def test_what_lies_on_the_host_is_not_the_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32"}})
+    path = run.folder / "recipe.yaml"
+    plain, offloaded = predict(load(path), 2), predict(load(path, ["--distributed.cpu_offload=true"]), 2)
+    assert offloaded.on_host == plain.parameters + plain.optimizer > 0 == plain.on_host
+    assert offloaded.total() < plain.total() - offloaded.on_host
+    assert plan_memory.main([str(path), "--gpus=2", "--distributed.cpu_offload=true"]) == OK
+    assert "in the memory of the host" in capsys.readouterr().out
 
 
 @pytest.mark.slow

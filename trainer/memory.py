@@ -56,10 +56,12 @@ class Need:
     """Of a step, matrix products and attention, over all ranks."""
     tokens: int
     """Of a step, over all ranks."""
+    on_host: int = 0
+    """Of the peak, what ``cpu_offload`` keeps off the GPU: weights and the optimizer's state. (Gradients are counted as if they stayed.)"""
 
     def total(self, cuda: bool = True) -> float:
-        """With what CUDA, NCCL and the allocator keep for themselves."""
-        return self.peak * (1 + LOOSE) + SET_ASIDE * (2 if self.ranks > 1 else 1) if cuda else self.peak
+        """Of a GPU, with what CUDA, NCCL and the allocator keep for themselves; of a process on a CPU."""
+        return (self.peak - self.on_host) * (1 + LOOSE) + SET_ASIDE * (2 if self.ranks > 1 else 1) if cuda else self.peak
 
 
 def predict(loaded: Loaded, ranks: int, *, cuda: bool = True) -> Need:
@@ -104,7 +106,8 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
     model, buckets = _build(recipe, policy, world)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, model)
     parameters = live.now - before - (buckets.size if buckets else 0)
-    length = int(recipe.dataset.get("seq_len") or sample_length(build_dataset(recipe.dataset, recipe, policy, None)))
+    packed = recipe.packed_sequence.packed_sequence_size
+    length = int(packed or recipe.dataset.get("seq_len") or sample_length(build_dataset(recipe.dataset, recipe, policy, None)))
     local, mine = steps.local_batch_size, steps.global_batch_size // world.dp_size
     micro_steps = min(MICRO_STEPS, mine // local)
     small = dataclasses.replace(recipe, step_scheduler=dataclasses.replace(steps, global_batch_size=local * micro_steps * world.dp_size))
@@ -114,7 +117,7 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
         live.peak, live.flops = live.now, 0
         if buckets and counts:
             buckets.begin(micro_steps)
-        take_step(job, Batch(tokens, tokens.clone()))
+        take_step(job, Batch(tokens, tokens.clone(), *((tokens.clone(), tokens.int()) if packed else ())))
     state = sum(size_of(value) for part in optimizers.parts for held in part.state.values() for value in held.values() if isinstance(value, torch.Tensor))
     gradients = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return Need(
@@ -127,6 +130,7 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
         peak=live.peak - before,
         flops=float(live.flops) * ranks * (mine / (local * micro_steps)),
         tokens=steps.global_batch_size * length,
+        on_host=parameters + state if section.cpu_offload else 0,
     )
 
 

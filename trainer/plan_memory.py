@@ -66,6 +66,8 @@ def changes(recipe: Recipe, need: Need) -> Iterator[tuple[str, int]]:
         yield "--distributed.activation_checkpointing=full", need.ranks
     if recipe.distributed.strategy != "fsdp2" and need.ranks > 1:
         yield "--distributed.strategy=fsdp2", need.ranks
+    if recipe.distributed.strategy == "fsdp2" and not recipe.distributed.cpu_offload:
+        yield "--distributed.cpu_offload=true", need.ranks
     if recipe.distributed.strategy == "fsdp2":
         for factor in (2, 4, 8, 16):
             yield f"{need.ranks * factor} GPUs", need.ranks * factor
@@ -160,6 +162,8 @@ def text_of(report: dict[str, Any], cuda: bool) -> str:
     names = ("parameters", "gradients", "optimizer", "activations")
     lines += [f"  {name + (' and all else in a step' if name == 'activations' else ''):<36}{report[name] / GIB:>8.2f}" for name in names]
     lines.append(f"  {'peak':<36}{report['peak'] / GIB:>8.2f}")
+    if report["on_host"] and cuda:
+        lines.append(f"  {'of which in the memory of the host':<36}{report['on_host'] / GIB:>8.2f}")
     if cuda:
         lines.append(f"  {'with CUDA, NCCL and the allocator':<36}{report['total'] / GIB:>8.2f}   (round figures are assumed for these)")
     lines.append(f"  {'there is':<36}{report['gpu_memory'] / GIB:>8.2f}")
