@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "llama, blocks computed again": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "full"}}),
     "gpt2, ddp on two ranks, accumulated": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}}),
     "gpt2, packed, products kept": (1, GPT2, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "selective"}, "packed_sequence": {"packed_sequence_size": 64}}),
-    "llama, shared by two ranks": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "tp_size": 2}}),
 }  # fmt: skip
 
 
@@ -80,12 +80,12 @@ def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> N
     ranks, model, sections = CASES[case]
     run = make(tmp_path, model, sections)
     need = predict(load(run.folder / "recipe.yaml"), ranks, cuda=False)
-    for number in range(3):  # on a busy machine gloo falls behind, and FSDP2 holds a buffer for longer: 12 % more was seen
+    measured = math.inf
+    for _ in range(3):  # on a busy machine gloo falls behind, and FSDP2 holds a buffer for longer: 12 % more was seen
         run.start(ranks, prepare={0: count_memory})
         codes, said = run.wait()
         assert codes == [OK] * ranks, said
-        found = json.loads((run.folder / "memory.json").read_text())
-        measured = found if number == 0 else min(found, measured)
+        measured = min(measured, json.loads((run.folder / "memory.json").read_text()))
         if abs(need.peak / measured - 1) < 0.1:
             break
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
