@@ -75,10 +75,18 @@ def open_layout(folder: Path, architecture: str) -> Iterator[Layered]:
     yield _oci(str(folder), lambda name: _reading(folder / name), architecture)
 
 
-def is_docker_archive(path: Path) -> bool:
-    """Whether a tar is docker's own kind, not an OCI layout's."""
-    with tarfile.open(path) as tar:
-        return any(posixpath.normpath(member.name) == "manifest.json" for member in tar)
+def archive_layout(path: Path) -> str:
+    """How a tar of an image is laid out: ``docker`` (docker save) or ``oci``; ``docker``, too, where it cannot be read.
+
+    What docker 25 and newer save is both, so where a tar is compressed its first names will do: nobody waits for all of it.
+    """
+    with suppress(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
+        if magic_of(path) is not None:
+            return "oci" if any(name.partition("/")[0] in ("blobs", "index.json", "oci-layout") for name in _first_names(path)) else "docker"
+        with tarfile.open(path, "r:") as tar:
+            names = {posixpath.normpath(member.name) for member in tar}
+            return "oci" if "oci-layout" in names and "manifest.json" not in names else "docker"
+    return "docker"
 
 
 @contextmanager
@@ -116,12 +124,15 @@ def open_archive(path: Path, architecture: str) -> Iterator[Layered]:
 
 def _looks_saved(path: Path) -> bool:
     """Whether a compressed tar begins as an image that was saved does, not as a root file system."""
-    try:
-        with open(path, "rb") as handle, decompressed(handle) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-            names = [posixpath.normpath(member.name) for member, _ in zip(tar, range(8), strict=False)]
-    except (tarfile.TarError, EOFError, OSError):
-        return False  # torn: said where it is read
-    return any(SAVED.match(name) for name in names)
+    with suppress(tarfile.TarError, EOFError, OSError):  # torn: said where it is read
+        return any(SAVED.match(name) for name in _first_names(path))
+    return False
+
+
+def _first_names(path: Path) -> list[str]:
+    """Some names at the beginning of a compressed tar, which is not read to its end."""
+    with open(path, "rb") as handle, decompressed(handle) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+        return [posixpath.normpath(member.name) for member, _ in zip(tar, range(8), strict=False)]
 
 
 def _reading(path: Path) -> IO[bytes]:

@@ -239,7 +239,7 @@ def _of_enroot(reference: Reference) -> str:
 def for_apptainer(reference: Reference) -> str:
     """``docker://…`` for a registry, ``docker-archive:``/``oci-archive:`` for a tar, else the path."""
     if reference.kind == "archive":
-        return f"{reference.layout or 'docker'}-archive:{reference.file}"
+        return _with_transport(reference)
     return str(reference.file) if reference.path else f"docker://{reference.name}"
 
 
@@ -250,7 +250,14 @@ def for_docker(reference: Reference) -> str:
 
 def for_podman(reference: Reference) -> str:
     """The plain name; an archive by its transport."""
-    return f"{reference.layout or 'docker'}-archive:{reference.file}" if reference.kind == "archive" else reference.name
+    return _with_transport(reference) if reference.kind == "archive" else reference.name
+
+
+def _with_transport(reference: Reference) -> str:
+    """``docker-archive:`` or ``oci-archive:``, as it was written, else as the file is: neither reads the other's."""
+    from containers.layers import archive_layout  # what reads archives takes a while to load
+
+    return f"{reference.layout or archive_layout(reference.file)}-archive:{reference.file}"
 
 
 def for_charliecloud(reference: Reference) -> str:

@@ -346,7 +346,7 @@ class _Import:
         if self.source.kind == "registry" and self.source.tool == "skopeo":
             return f"oci:{self.work / 'layout'}:image"
         path = Path(self.source.place) if self.source.kind == "archive" else self.work / "image.tar"
-        return f"{'docker' if layers.is_docker_archive(path) else 'oci'}-archive:{path}"
+        return f"{layers.archive_layout(path)}-archive:{path}"
 
     def _by_one_tool(self) -> tuple[StoredImage, bool]:
         """enroot and apptainer fetch and convert in one go; the digest is that of the file they make."""

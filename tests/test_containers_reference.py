@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_helpers import layer, need, write_docker_archive, write_layout
 
 from containers import reference
 from containers.reference import BadReference, Reference, parse
@@ -102,6 +106,44 @@ def test_each_runtime_has_its_own_spelling(text, pyxis, enroot, apptainer, docke
 def test_archives_have_their_transport():
     assert reference.for_podman(parse("a.tar", BASE)) == "docker-archive:/here/base/a.tar"
     assert reference.for_apptainer(parse("oci-archive:a.tar", BASE)) == "oci-archive:/here/base/a.tar"
+
+
+@pytest.fixture
+def archives(tmp_path) -> dict[str, Path]:
+    """Tars of both sorts, by what each is."""
+    stack = [layer([("etc/name", b"tiny")])]
+    layout = write_layout(tmp_path / "layout", stack)
+    found = {"docker": write_docker_archive(tmp_path / "docker.tar", stack), "oci": tmp_path / "oci.tar"}
+    subprocess.run(["tar", "-C", layout, "-cf", found["oci"], "."], check=True)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["docker", "oci"])
+def test_an_archive_is_looked_into_where_nothing_says_what_it_is(archives, layout):
+    """Against what reads it: skopeo has the transports of apptainer and podman, and refuses the wrong one."""
+    need("skopeo")
+    found = parse(str(archives[layout]))
+    spelled = reference.for_apptainer(found)
+    assert spelled == reference.for_podman(found) == f"{layout}-archive:{archives[layout]}"
+    subprocess.run(["skopeo", "inspect", spelled], check=True, capture_output=True)
+    packed = archives[layout].with_suffix(".tar.gz")
+    packed.write_bytes(gzip.compress(archives[layout].read_bytes()))
+    assert reference.for_apptainer(parse(str(packed))) == f"{layout}-archive:{packed}"
+
+
+def test_what_was_written_before_an_archive_wins_and_a_torn_one_is_dockers(archives, tmp_path):
+    assert reference.for_apptainer(parse(f"docker-archive:{archives['oci']}")) == f"docker-archive:{archives['oci']}"
+    torn = tmp_path / "torn.tar"
+    torn.write_bytes(archives["oci"].read_bytes()[:700])
+    assert reference.for_apptainer(parse(str(torn))) == f"docker-archive:{torn}"
+
+
+def test_a_tar_that_is_both_is_dockers(archives, tmp_path):
+    """As docker 25 and newer saves it: a layout with a manifest.json beside it."""
+    both = shutil.copy(archives["oci"], tmp_path / "both.tar")
+    (tmp_path / "manifest.json").write_text("[]")
+    subprocess.run(["tar", "-C", tmp_path, "-rf", both, "manifest.json"], check=True)
+    assert reference.for_apptainer(parse(str(both))) == f"docker-archive:{both}"
 
 
 @pytest.mark.parametrize(

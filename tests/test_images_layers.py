@@ -127,7 +127,7 @@ def test_archives_are_told_apart(tmp_path):
             out.seek(0)
             with tarfile.open(fileobj=out) as tar:
                 assert tar.extractfile("etc/name").read() == b"high", path  # type: ignore[union-attr]
-    assert layers.is_docker_archive(docker) and not layers.is_docker_archive(archive)
+    assert layers.archive_layout(docker) == "docker" and layers.archive_layout(archive) == "oci"
     for saved in (archive, docker):  # of a compressed one a root file system was made, which held the layers as files
         packed.write_bytes(gzip.compress(saved.read_bytes()))
         with pytest.raises(layers.NotAnImage, match="gunzip --keep it"), layers.open_archive(packed, "amd64"):
