@@ -82,6 +82,41 @@ def test_our_dockerfile_without_a_network(storage, capsys):
     assert "buildah build failed with exit code" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("nvcr.io#nvidia/pytorch:25.08-py3", "nvcr.io/nvidia/pytorch:25.08-py3"),
+        ("docker://nvcr.io/nvidia/pytorch:25.08-py3", "nvcr.io/nvidia/pytorch:25.08-py3"),
+        ("debian:12", "docker.io/library/debian:12"),
+        (f"nvcr.io/nvidia/pytorch@sha256:{'0' * 64}", f"nvcr.io/nvidia/pytorch@sha256:{'0' * 64}"),
+    ],
+)
+def test_a_base_is_spelled_as_in_a_recipe(storage, monkeypatch, base, name):
+    """A builder that keeps its arguments sees the name that a Dockerfile knows."""
+    tool = storage / "bin" / "buildah"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{storage}/words\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    assert main(["image", "build", "--base", base, "--no-import", "--tool", "buildah"]) == 0
+    assert f"BASE={name}" in (storage / "words").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nvcr.io/NVIDIA/pytorch:25.08-py3", "--base 'nvcr.io/NVIDIA/pytorch:25.08-py3': names of images are in lower case; did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?"),
+        ("https://nvcr.io/nvidia/pytorch:1", "did you mean 'nvcr.io/nvidia/pytorch:1'?"),
+        ("nvcr.io#", "the image itself is missing"),
+        ("base.tar", "--base base.tar: a file or a folder is no base; load it"),
+    ],
+)
+def test_a_base_that_is_no_image(storage, capsys, base, message):
+    assert main(["image", "build", "--base", base]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and not (storage / "graph").exists()
+
+
 def test_the_dockerfile_is_printed(capsys):
     assert main(["image", "build", "--print"]) == 0
     assert capsys.readouterr().out == Path(containers.__file__).with_name("Dockerfile").read_text()

@@ -136,9 +136,10 @@ def run_build(options: argparse.Namespace) -> int:
     if options.print_only:
         print(dockerfile.read_text(), end="")
         return OK
+    base = base_of(options.base) if options.base else ""
     folder, usual = folder_of(options)
     tool, say = builder(options.tool), say_for(options)
-    arguments = {"VERSION": VERSION, **({"BASE": options.base} if options.base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
+    arguments = {"VERSION": VERSION, **({"BASE": base} if base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
     with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:
         write_context(Path(context), dockerfile, Path(options.wheels).expanduser() if options.wheels else None)
@@ -149,8 +150,19 @@ def run_build(options: argparse.Namespace) -> int:
         return OK
     source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    origin = f"build on {options.base}" if options.base else "build"
+    origin = f"build on {base}" if base else "build"
     return make(Request(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin), options, say)
+
+
+def base_of(text: str) -> str:
+    """The image to build on as a Dockerfile names it, however it is spelled. Raises BadInput."""
+    try:
+        reference = parse(text)
+    except BadReference as error:
+        raise BadInput(f"--base {error}") from None
+    if reference.path is not None:
+        raise BadInput(f"--base {text}: a file or a folder is no base; load it (buildah pull, podman load, docker load) and give the name that it has there")
+    return reference.name
 
 
 # --- list -----------------------------------------------------------------------------------------------
