@@ -14,6 +14,8 @@ from containers.image import CannotLaunch, Image, Launch, check_mounts, own_sett
 from containers.reference import Reference, for_apptainer
 
 KINDS = ("registry", "sif", "sqsh", "archive", "folder")
+HAND_ON = 'prefix=$1 names=$2; shift 2; for name in $names; do eval "[ -z \\"\\${$name+x}\\" ] || export $prefix$name=\\"\\$$name\\""; done; exec "$@"'
+"""Variables that each task has of its own, under the names by which apptainer takes them inside; one that is not set stays so."""
 
 
 def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> Launch:
@@ -21,19 +23,21 @@ def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> 
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"{program} cannot start {image.of.name}")
     check_mounts(image, ":,", program)
-    argv = [program, "run" if image.entrypoint else "exec", "--no-home", "--writable-tmpfs", *(["--nv"] if image.gpus else [])]
+    prefix = f"{program.upper()}ENV_"
+    # --cleanenv: of the host's environment nothing enters but terminal, proxies and what has the prefix
+    argv = ["sh", "-c", HAND_ON, "sh", prefix, " ".join(image.passed), program, "run" if image.entrypoint else "exec"]
+    argv += ["--cleanenv", "--no-home", "--writable-tmpfs", *(["--nv"] if image.gpus else [])]
     for mount in image.mounts:
         argv += ["--bind", f"{mount.source}:{mount.target}:{'ro' if mount.read_only else 'rw'}"]
     argv += ["--pwd", image.workdir] if image.workdir else []
     argv += [*image.options, _spelled(image.of)]
-    prefix = program.upper()
     # Of a plain file system it knows no variables that the image's makers set.
     own = {name: value for name, value in own_settings(image.of).items() if name not in image.passed}
     image = replace(image, env={**own, **image.env})
     # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
-    env = {f"{prefix}ENV_{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
+    env = {f"{prefix}{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
     # Values stand as they are: a $(…) in one is not for a shell.
-    return Launch((*argv, *with_env(image.env, command)), {**env, f"{prefix}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
+    return Launch((*argv, *with_env(image.env, command)), {**env, f"{program.upper()}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
 
 
 def _spelled(reference: Reference) -> str:

@@ -14,7 +14,7 @@ from containers.reference import for_charliecloud
 KINDS = ("registry", "folder", "sqsh")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CARRIED = "AMLAUNCH_OF_RECIPE_"
-"""ch-run inherits the environment, and the image's own may come over it; ours comes last, from variables under other names."""
+"""The image's own variables may come over what ch-run inherits; ours come last, from variables under other names."""
 
 
 def launch(image: Image, command: Sequence[str]) -> Launch:
@@ -25,7 +25,9 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     if any(mount.read_only for mount in image.mounts):
         raise CannotLaunch("charliecloud cannot mount anything read-only; leave :ro out (container.mounts), or choose another runtime")
     source = str(root_of(image.of.file)) if image.of.kind == "folder" else for_charliecloud(image.of)
-    argv = ["ch-run", f"--set-env=PATH={PATH}"]
+    # ch-run hands on all that it inherits. A glob of fnmatch(3) with FNM_EXTMATCH: whatever has none of these names goes, first of all.
+    # The host's /tmp is that of the container; a TMPDIR would take its place, and hide what of /tmp is mounted.
+    argv = ["env", "-u", "TMPDIR", "ch-run", f"--unset-env=!({'|'.join([f'{CARRIED}*', *image.passed])})", f"--set-env=PATH={PATH}"]
     argv += [f"--set-env={name}={value}" for name, value in own_settings(image.of).items()]
     if image.of.kind == "registry" or (image.of.kind == "folder" and (root_of(image.of.file) / "ch" / "environment").is_file()):
         argv.append("--set-env")  # of the image itself

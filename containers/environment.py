@@ -20,15 +20,16 @@ RANK_VARIABLES = (
 LIBRARIES = (
     "NCCL_*", "UCX_*", "FI_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "TRITON_*", "OMP_*", "MKL_*", "KMP_*", "NVTE_*", "CUBLAS_*", "CUDA_LAUNCH_BLOCKING",
     "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "WANDB_*", "HF_*", "HUGGING_FACE_*", "HUGGINGFACE_*", "TRANSFORMERS_*", "TOKENIZERS_*", "TIKTOKEN_*", "DATA_GYM_*",
-    "MALLOC_*", "AMLAUNCH_*", "RAYON_*", "AWS_*", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "TZ", "USER", "LOGNAME",
+    "MALLOC_*", "AMLAUNCH_*", "RAYON_*", "AWS_*", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "TZ",
 )  # fmt: skip
 """Of the shell that submits: settings that libraries inside the image read."""
+OF_SRUN = ("PATH", "HOME", "USER", "LOGNAME", "SLURM_*", "SLURMD_*", "SBATCH_*", "PYXIS_*", "ENROOT_*", "NVIDIA_*", "MELLANOX_*", "CUDA_VISIBLE_DEVICES")
+"""What srun needs, and the plugins that start containers for it; all of this is seen inside, too."""
 OF_THE_RUNTIME = (
-    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "SLURM_*", "SLURMD_*", "SBATCH_*", "ENROOT_*", "PYXIS_*", "APPTAINER_*", "SINGULARITY_*",
-    "DOCKER_*", "CONTAINERS_*", "CONTAINER_HOST", "PODMAN_*", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "NVIDIA_*", "MELLANOX_*", "CUDA_VISIBLE_DEVICES",
-    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "LANG",
+    *OF_SRUN, "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "APPTAINER_*", "SINGULARITY_*", "DOCKER_*", "CONTAINERS_*",
+    "CONTAINER_HOST", "PODMAN_*", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
 )  # fmt: skip
-"""What the runtime's own program, and srun, may need to know."""
+"""What the runtime's own program may need to know, and keeps to itself."""
 STALE = ("SLURM_EXPORT_ENV", "PYXIS_CONTAINER_*", "APPTAINERENV_*", "SINGULARITYENV_*", "APPTAINER_BIND*", "SINGULARITY_BIND*")
 """Of a shell that was in a container, or chose one: it would join in."""
 
@@ -44,10 +45,10 @@ def of_libraries(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in matching(environ, LIBRARIES)}
 
 
-def of_runtime(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the runtime's own program: little, for what it inherits it may hand on."""
+def of_runtime(environ: Mapping[str, str], *, is_srun: bool = False) -> dict[str, str]:
+    """The environment of the runtime's own program: little, for what it inherits it may hand on. ``is_srun``: a plugin of it starts containers."""
     stale = set(matching(environ, STALE))
-    return {name: environ[name] for name in matching(environ, OF_THE_RUNTIME) if name not in stale}
+    return {name: environ[name] for name in matching(environ, OF_SRUN if is_srun else OF_THE_RUNTIME) if name not in stale}
 
 
 def in_sight(env: Mapping[str, str]) -> dict[str, str]:

@@ -350,7 +350,7 @@ def passed_names(container: Container, secrets: Iterable[str], *, on_slurm: bool
     """Variables of the host that enter a container, beside those that are set inside: see :mod:`containers.environment`."""
     per_task = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
     mine = {name for name in (*container.passed, *secrets) if name in os.environ}
-    return sorted({*of_libraries(os.environ), *per_task, *mine} - {"PATH", "HOME"})
+    return sorted(name for name in {*of_libraries(os.environ), *per_task, *mine} - {"PATH", "HOME"} if NAME.fullmatch(name))
 
 
 def node_check(container: Container, runtime: str, image: Image, launch: containers.Launch, verdicts: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def plan_start(image: containers.Reference, runtime: str, mounts: Sequence[Mount
     if runtime in containers.OF_SRUN and not on_slurm:
         raise BadInput(f"{runtime} starts images in jobs of Slurm alone: --cluster NAME says where")
     has_gpus = bool(gpus) or (not on_slurm and bool(this_machine().gpus))
-    wanted = Image(image, tuple(mounts), gpus=has_gpus, on_slurm=on_slurm, options=tuple(cluster.profile.container.options))
+    wanted = Image(image, tuple(mounts), passed=("CUDA_VISIBLE_DEVICES",), gpus=has_gpus, on_slurm=on_slurm, options=tuple(cluster.profile.container.options))
     command = ["python3", "-c", PROBE.read_text(), *(mount.target for mount in mounts)]
     try:
         launch = containers.launch(runtime, wanted, command)

@@ -56,7 +56,7 @@ def start_local(attempt: Attempt, files: ExitStack, port: int) -> list[subproces
     # Without an interface gloo looks up the host's own name, which many machines cannot resolve.
     meeting["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     start = how_to_start(attempt, {}, meeting, on_slurm=False)
-    mine = {"CUDA_VISIBLE_DEVICES": ",".join(attempt.given.gpus), PARENT_VARIABLE: str(os.getpid())}
+    mine = {"CUDA_VISIBLE_DEVICES": ",".join(attempt.given.gpus), **({} if start.image else {PARENT_VARIABLE: str(os.getpid())})}
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(tasks):
         log = attempt.log(rank)
@@ -118,27 +118,29 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         command = [*python_command(attempt.element.module), *attempt.element.arguments]
         return Start(none.launch(Image(env={**wanted, **fixed}), command), {**host_environment(), **wanted, **fixed}, "none")
     fixed = {**fixed_environment(attempt, [wanted.pop("PYTHONPATH", "")]), **meeting}
-    lives = {STDIN_VARIABLE: "1"} if runtime in containers.DAEMONS else {}
+    # Slurm ends what is left of a step. Here nobody does, and who starts a rank in a container is its parent with few runtimes.
+    stdin = runtime in containers.DAEMONS or not on_slurm
+    lives = {STDIN_VARIABLE: "1"} if stdin else {}
     nodes = {NODES_VARIABLE: " ".join(slurm.ordered_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))} if runtime == "slurm" else {}
-    env = {"HOME": f"/tmp/amlaunch-{os.getuid()}", **wanted, **fixed, **lives, **nodes}
+    env = {"HOME": f"/tmp/amlaunch-{os.getuid()}", **who(), **wanted, **fixed, **lives, **nodes}
     passed = passed_names(container, secret_names(attempt.run), on_slurm=on_slurm)
     image = image_of(attempt.run, attempt.plan, attempt.stage, env, passed, on_slurm=on_slurm)
     command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
-    found = containers.launch(runtime, image, command)
+    found = replace(containers.launch(runtime, image, command), stdin=stdin)
     if found.bundle is not None:
         found = replace(found, srun=tuple(flag.replace(BUNDLE, str(attempt.folder.root / "bundle")) for flag in found.srun))
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
-    mine = {name: value for name, value in {**of_runtime(host_environment()), **handed_on}.items() if name not in OF_BATCH}
+    mine = {name: value for name, value in {**of_runtime(host_environment(), is_srun=runtime in containers.OF_SRUN), **handed_on}.items() if name not in OF_BATCH}
     return Start(found, {**who(), **mine, **found.env}, runtime, image)
 
 
 def who() -> dict[str, str]:
-    """The user's name, where the environment does not say it: ch-run ends without, and so does what looks for a cache of one's own inside."""
+    """The user's name: ch-run ends without, and so does what looks for a cache of one's own inside, where no /etc/passwd has it."""
     try:
         name = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         name = str(os.getuid())
-    return {"USER": name, "LOGNAME": name}
+    return {"USER": name, "LOGNAME": name, **given(("USER", "LOGNAME"))}
 
 
 def make_room(attempt: Attempt, start: Start) -> None:

@@ -24,12 +24,25 @@ from recipes.rundir import RunDir
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
+HOST = {
+    "LANG": "de_DE.UTF-8", "LD_LIBRARY_PATH": "/opt/host/lib", "CONDA_PREFIX": "/opt/conda", "VIRTUAL_ENV": "/venv", "XDG_CACHE_HOME": "/cache/of/host",
+    "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus", "PMI_RANK": "3", "SLURM_PROCID": "7", "CH_RUN_STORAGE": "/no",
+}  # fmt: skip
+"""Of a shell in a job, with what speaks of files that are not in the image."""
 OPTIONS = {
     # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control groups
     "podman": ["--runtime", "runc", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--ulimit", "memlock=65536:65536"],
     "docker": ["--ulimit", "memlock=65536:65536"],
     "charliecloud": [],
 }
+STARTER = f"""\
+#!{sys.executable}
+import os, subprocess, sys
+inside = next(i for i, word in enumerate(sys.argv) if word.startswith("docker://")) + 1
+env = {{name.removeprefix("APPTAINERENV_"): value for name, value in os.environ.items() if name.startswith("APPTAINERENV_")}}
+sys.exit(subprocess.run(sys.argv[inside:], env={{**env, "PATH": os.environ["PATH"]}}).returncode)
+"""
+"""What of apptainer a test without containers can know: who is whose parent, and which environment enters."""
 DRIVER = """
 import sys
 from launcher.attempt import Assignment
@@ -89,6 +102,7 @@ def container(request: pytest.FixtureRequest, image: Path) -> Container:
 
 def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) -> RunDir:
     """A run of one stand-in stage, planned."""
+    folder.mkdir(exist_ok=True)
     run = RunDir(folder / "run")
     one = Element("0", "stand_in", [*words, "--element", str(run.element("train", "0").root)])
     stage = Stage("train", [one], [], Needs(1, 0, tasks, 1), None, container)
@@ -101,8 +115,8 @@ def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) ->
     return run
 
 
-def drive(run: RunDir) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-P", "-c", DRIVER, run.root], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def drive(run: RunDir, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-P", "-c", DRIVER, run.root], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
 
 
 def until(test, seconds: float = 30) -> None:
@@ -117,13 +131,16 @@ def last(run: RunDir) -> dict:
 
 
 def test_a_rank_in_a_container(tmp_path, container):
-    run = make_run(tmp_path, container, "--print", "BOTH", "--print", "FROM_IMAGE", "--print", "QUOTED", "--print", "PYTHONPATH", "--print", "VIRTUAL_ENV", tasks=2)
-    out, _ = drive(run).communicate(timeout=60)
+    inside = {"BOTH": "recipe", "FROM_IMAGE": "image", "QUOTED": "a 'b' \"c\" $HOME", "HF_TOKEN": "of the shell", "MASTER_ADDR": "127.0.0.1", "TMPDIR": "None", **dict.fromkeys(HOST, "None")}
+    (tmp_path / "tmp").mkdir()
+    work = tmp_path / "work"
+    run = make_run(work, container, *(word for name in (*inside, "PYTHONPATH") for word in ("--print", name)), tasks=2)
+    out, _ = drive(run, **HOST, TMPDIR=str(tmp_path / "tmp"), HF_TOKEN="of the shell", MASTER_ADDR="elsewhere").communicate(timeout=60)
     log = run.element("train", "0").log(1, 1).read_text()
     assert out.strip() == "done", (last(run), log)
-    assert f"rank 1 of 2 on {os.uname().nodename} in {tmp_path}" in log
-    for line in ("BOTH=recipe", "FROM_IMAGE=image", "QUOTED=a 'b' \"c\" $HOME", f"PYTHONPATH={run.code}", "VIRTUAL_ENV=None"):
-        assert f"{line}\n" in log, log
+    assert f"rank 1 of 2 on {os.uname().nodename} in {work}" in log
+    for name, value in {**inside, "PYTHONPATH": str(run.code)}.items():
+        assert f"{name}={value}\n" in log, log
 
 
 def test_told_to_stop_it_saves_and_leaves(tmp_path, container):
@@ -146,6 +163,21 @@ def test_a_rank_whose_driver_was_killed_does_not_live_on(tmp_path, container):
     before = steps.read_text()
     time.sleep(1.5)
     assert steps.read_text() == before and len(before.split()) < 20
+
+
+def test_a_runtime_that_stays_the_parent_of_what_it_starts(tmp_path):
+    """As apptainer's starter does: the rank is not the driver's own child, and ends all the same when the driver does."""
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(STARTER)
+    program.chmod(0o755)
+    run = make_run(tmp_path, Container("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), "--do", "steps")
+    driver = drive(run, PATH=f"{program.parent}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    until((run.element("train", "0").root / "steps0").exists)
+    pid = int((run.element("train", "0").root / "pid0").read_text())
+    driver.kill()
+    driver.wait()
+    until(lambda: not Path(f"/proc/{pid}").exists(), 10)
 
 
 def test_bad_input_comes_back_as_such(tmp_path, container):

@@ -101,10 +101,11 @@ def test_enroot():
 
 @pytest.mark.parametrize("program", ["apptainer", "singularity"])
 def test_apptainer(program):
-    """https://apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu (--nv), environment_and_metadata (APPTAINERENV_, --no-eval)."""
+    """https://apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu (--nv), environment_and_metadata (APPTAINERENV_, --cleanenv, --no-eval)."""
     found = containers.launch(program, image(), COMMAND)
-    assert found.argv == (
-        program, "exec", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
+    start = found.argv.index(program)
+    assert found.argv[start:] == (
+        program, "exec", "--cleanenv", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
         "docker://nvcr.io/nvidia/pytorch:25.08-py3", "env", "HOME=/tmp/home", *COMMAND,
     )  # fmt: skip
     prefix = program.upper()
@@ -112,7 +113,16 @@ def test_apptainer(program):
     assert found.prepare == ((program, "exec", "docker://nvcr.io/nvidia/pytorch:25.08-py3", "true"),)
     assert containers.launch(program, image(parse("/images/a.sif"), gpus=False), COMMAND).prepare == ()
     assert "--nv" not in containers.launch(program, image(gpus=False), COMMAND).argv
-    assert containers.launch(program, image(entrypoint=True), COMMAND).argv[1] == "run"
+    assert containers.launch(program, image(entrypoint=True), COMMAND).argv[start + 1] == "run"
+
+
+def test_apptainer_has_what_a_task_alone_knows_under_its_own_names(tmp_path):
+    """With --cleanenv it hands on what begins with APPTAINERENV_; a name without a value would hide every GPU."""
+    found = containers.launch("apptainer", image(), COMMAND)
+    (tmp_path / "apptainer").write_text("#!/bin/sh\nenv | grep ^APPTAINERENV_ | sort\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    said = subprocess.run(found.argv, env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_PROCID": "a 'b' \"c\" $(d)"}, capture_output=True, text=True, check=True).stdout
+    assert said == "APPTAINERENV_SLURM_PROCID=a 'b' \"c\" $(d)\n"
 
 
 def test_docker():
@@ -162,10 +172,10 @@ def test_podman_in_a_job_has_the_gpus_of_the_job_alone(tmp_path, step, devices, 
 
 
 def test_charliecloud():
-    """ch-run(1) 0.31: --set-env, --unset-env, --bind, --cd."""
+    """ch-run(1) 0.31: --set-env, --unset-env, --bind, --cd; $TMPDIR of the host is its /tmp."""
     found = containers.launch("charliecloud", image(SQSH, mounts=MOUNTS[:1]), COMMAND)
     assert found.argv == (
-        "ch-run", "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
+        "env", "-u", "TMPDIR", "ch-run", "--unset-env=!(AMLAUNCH_OF_RECIPE_*|SLURM_PROCID|CUDA_VISIBLE_DEVICES)", "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
         "--set-env=MASTER_ADDR=$AMLAUNCH_OF_RECIPE_MASTER_ADDR", "--set-env=MY_TOKEN=$AMLAUNCH_OF_RECIPE_MY_TOKEN", "--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG",
         "--unset-env=AMLAUNCH_OF_RECIPE_*", "--bind=/runs/a:/runs/a", "--cd=/work", "/images/pytorch.sqsh", "--", *COMMAND,
     )  # fmt: skip
@@ -230,6 +240,10 @@ def test_of_the_host_only_what_libraries_read_enters():
     assert of_libraries(host) == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": "k"}
     stale = {"APPTAINERENV_X": "1", "PYXIS_CONTAINER_IMAGE": "old", "SLURM_EXPORT_ENV": "NONE", "ENROOT_CONFIG_PATH": "/c"}
     assert of_runtime({**host, **stale}) == {"PATH": "/bin", "HOME": "/home/me", "ENROOT_CONFIG_PATH": "/c"}
+    own = {"TMPDIR": "/scratch/1", "XDG_RUNTIME_DIR": "/run/user/1", "DBUS_SESSION_BUS_ADDRESS": "unix:", "APPTAINER_CACHEDIR": "/a"}
+    assert of_runtime({**host, **own, "LANG": "de_DE"}) == {"PATH": "/bin", "HOME": "/home/me", **own}
+    # pyxis hands on all that srun has, and enroot behind it reads of that ENROOT_*, SLURM_*, HOME and NVIDIA's (pyxis_slurmstepd.c)
+    assert of_runtime({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {"PATH": "/bin", "HOME": "/home/me", "SLURM_JOB_ID": "1"}
     assert not any(name.startswith(("PMI", "PYTHON", "LD_")) for name in OF_THE_RUNTIME)
 
 

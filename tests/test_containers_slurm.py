@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 RUNTIMES = ("podman", "charliecloud", "slurm")
 OF_THE_STEP = {"podman": "podman", "charliecloud": "ch-run", "slurm": "--container"}
 """What the argv of a step in such a container has."""
+HOST = {"LD_LIBRARY_PATH": "/opt/host/lib", "CONDA_PREFIX": "/opt/conda", "VIRTUAL_ENV": "/venv", "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus", "PMI_RANK": "3", "PMIX_RANK": "3"}
+"""Of the shell that submits; so are XDG_CACHE_HOME, LANG, and a TMPDIR that is not in the image."""
 TWO = Needs(2, 0, 1, 1, "1G", 5)
 CLUSTERS = """\
 lab:
@@ -102,8 +104,9 @@ def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: 
     shutil.chown(place.folder / "data", "lab", "lab")
     read_only = runtime != "charliecloud"
     container = Container(str(f"file://{image}"), runtime, [(str(place.folder / "data"), "/data", read_only)])
-    words = ["--do", "steps", "--print", "BOTH", "--print", "FROM_IMAGE", "--print", "SPACES", "--print", "VIRTUAL_ENV", "--touch", "/data/mine"]
-    run = stand_in(place, container, TWO, *words)
+    inside = {"BOTH": "recipe", "FROM_IMAGE": "image", "SPACES": "a b; $HOME 'c'", **dict.fromkeys((*HOST, "TMPDIR", "XDG_CACHE_HOME", "LANG"), "None")}
+    run = stand_in(place, container, TWO, "--do", "steps", *(word for name in inside for word in ("--print", name)), "--touch", "/data/mine")
+    place.env |= {**HOST, "TMPDIR": cluster.run("mktemp", "-d", "-p", "/home/lab").stdout.strip()}
     job = submitted(place)
     place.wait_until("test-1", lambda found: element(found, "train")["progress"].get("done", 0) > 3 or found["state"] == "failed")
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
@@ -111,7 +114,7 @@ def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: 
     folder = run.element("train", "0")
     log = folder.log(1, 0).read_text()
     assert "rank 0 of 2 on cpu1" in log and "rank 1 of 2 on cpu2" in folder.log(1, 1).read_text()
-    assert "BOTH=recipe\n" in log and "FROM_IMAGE=image\n" in log and "SPACES=a b; $HOME 'c'\n" in log and "VIRTUAL_ENV=None\n" in log
+    assert [line for line in log.splitlines() if line.partition("=")[0] in inside] == [f"{name}={value}" for name, value in inside.items()]
     assert ("could not write: [Errno 30]" in log) == read_only and (place.folder / "data" / "mine").exists() != read_only
     assert states(found)["train"] == ["done"] and len(attempts(run, "train")) == 2
     ends = [line for line in read_json_lines(folder.attempts) if line["event"] == "end"]
