@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import gpu_suite
 from recipes.errors import BAD_INPUT, OK, BadInput
@@ -249,6 +251,36 @@ def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros(1, 4, dtype=torch.int64))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+class Attended(TorchFunctionMode):
+    """Notes the types of query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.types += [tensor.dtype for tensor in args[:3]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["autocast", "residual", "weights"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_computes_in_bfloat16_all_three_of_them(how: str, packed: bool) -> None:
+    """Red where rotary positions in float32 make query and key wide: twice the bytes, and flex_attention of older torch refuses a mixture."""
+    gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    llama = build_llama_model(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    for model in (gpt2, llama):
+        if how == "residual":
+            kernels.carry_in(model, torch.bfloat16)
+        if how == "weights":  # as FSDP2 gathers them
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how != "weights"), Attended() as attended:
+            model(tokens, **({"position_ids": tokens, "documents": tokens.int()} if packed else {}))
+        assert attended.types == [torch.bfloat16] * 6
 
 
 def test_garbage_waits_until_training_is_over() -> None:

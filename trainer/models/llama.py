@@ -70,9 +70,12 @@ def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Te
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (d, d + D/2) of ``x (B, H, T, D)`` by the angles of their position (Su et al. 2021)."""
+    """Turn the pairs (d, d + D/2) of ``x (B, H, T, D)`` by the angles of their position (Su et al. 2021).
+
+    The result has the type of ``x``: under autocast the angles are float32, and attention wants queries and keys as it has values.
+    """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
