@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SPOKEN = re.compile(
     r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
     r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
-    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |newuidmap|sh: )"
+    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |newuidmap|sh: |open \S*/docker-import-)"
 )
 """How a line begins that a container runtime writes, or Slurm of one."""
 
@@ -42,9 +42,20 @@ CREDENTIALS = {
 }
 """Where each runtime wants a registry's credentials; a site's other names go the same way."""
 
+SPACE = {
+    "pyxis": "the administrator's enroot.conf (ENROOT_CACHE_PATH, ENROOT_DATA_PATH, ENROOT_TEMP_PATH) and plugstack.conf (runtime_path) name others, for pyxis hands none of your own variables on to enroot",
+    "enroot": "ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH name others",
+    "apptainer": "APPTAINER_CACHEDIR and APPTAINER_TMPDIR name others, apptainer cache clean makes room",
+    "singularity": "SINGULARITY_CACHEDIR and SINGULARITY_TMPDIR name others, singularity cache clean makes room",
+    "docker": "docker image prune makes room",
+    "podman": "graphroot in ~/.config/containers/storage.conf and TMPDIR name others, podman image prune makes room",
+    "charliecloud": "CH_IMAGE_STORAGE names another, ch-image delete makes room",
+}
+"""Where each runtime's folders are named."""
+
 FAILURES = (
     Failure("no space for the image", r"no space left on device|disk quota exceeded|not enough space|write error: .*space", True, True,
-            "its cache or temporary folder is full; ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH, APPTAINER_CACHEDIR and APPTAINER_TMPDIR, or TMPDIR name another one; amlaunch image import converts once, to a file that all nodes share"),
+            "its cache or temporary folder is full; {space}; amlaunch image import converts once, to a file that all nodes share"),
     Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[0234]\b|"
             r"operation timed out|ssl connection timeout|curl: \((5|6|7|16|18|28|35|52|55|56|92)\)|(status|error|code|http)\S*:? 5\d\d\b", True, False,
             "nodes often have no way out: amlaunch image import makes a file that they share (images in the profile names it)"),
@@ -70,6 +81,8 @@ FAILURES = (
             "docker does not run on that node, or is not for you; another runtime may be"),
     Failure("the image did not come", r"failed to import|initializing source|could not process json", True, False,
             "the registry, or what lies between, gave something else than the image; amlaunch image import makes a file that all nodes share"),
+    Failure("an archive of the other kind", r"docker-import-\d+\S*: no such file", False, False,
+            "that docker loads what docker save wrote, and this is an OCI layout: skopeo copy oci-archive:FILE docker-archive:NEW makes one of it"),
     Failure("no runtime", r"executable file not found|command not found|execve.*no such file|no such file or directory", False, True,
             "the program is not on that node; container.runtime, or the profile's container.runtime, names another one"),
 )  # fmt: skip
@@ -89,4 +102,5 @@ def failure_of(text: str) -> tuple[Failure, str] | None:
 
 def advice(failure: Failure, runtime: str) -> str:
     """What to do, for a runtime."""
-    return failure.advice.replace("{credentials}", CREDENTIALS.get(runtime, "log in to it with the runtime's own command"))
+    words = {"credentials": CREDENTIALS.get(runtime, "log in to it with the runtime's own command"), "space": SPACE.get(runtime, "TMPDIR names another")}
+    return re.sub(r"\{(\w+)\}", lambda found: words[found[1]], failure.advice)

@@ -24,11 +24,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from containers import PROGRAMS
+from containers import PROGRAMS, room
+from containers.docker import tag_of
 from containers.failures import FAILURES, UNKNOWN, Failure, advice, failure_of
+from containers.reference import parse
 
-SPACE_BYTES = 2 * 10**9
-"""Of temporary room, below which a new image is not even begun."""
 SILENT_SECONDS = 60.0
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 """The kernel's words, and those of images."""
@@ -111,21 +111,19 @@ def _driver(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _space(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if not spec.get("prepare"):
+    """Where the image has to be brought here first: the folders that the runtime writes to. pyxis brings it at each start."""
+    if not spec.get("prepare") and spec["runtime"] != "pyxis":
         return
-    folder = next((os.environ[name] for name in ("ENROOT_TEMP_PATH", "APPTAINER_TMPDIR", "TMPDIR") if os.environ.get(name)), tempfile.gettempdir())
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
+    image = parse(spec["path"] or spec["image"])
+    if room.has(spec["runtime"], tag_of(image)):
         return
-    if free < SPACE_BYTES and not _is_there(spec):
-        yield "no space for the image", f"{folder} has {free / 1e9:.1f} GB free"
-
-
-def _is_there(spec: Mapping[str, Any]) -> bool:
-    """Whether the runtime has the image already, where that is quickly asked."""
-    asked = {"docker": ["docker", "image", "inspect"], "podman": ["podman", "image", "exists"]}.get(spec["runtime"])
-    return asked is not None and subprocess.run([*asked, spec["image"]], capture_output=True).returncode == 0
+    look = room.at_start(spec["runtime"], image, spec.get("bytes"), os.environ)
+    for lack in room.lacks(look.phases):
+        words = f"the disk of {lack.folders} has {lack.free / 1e9:.1f} GB free, and {lack.what} will take about {lack.size / 1e9:.1f} GB there"
+        if not look.doubt:
+            yield "no space for the image", words
+        else:
+            print(f"{host()}: {words}, {look.doubt}", flush=True)
 
 
 def prepare(spec: Mapping[str, Any]) -> str | None:

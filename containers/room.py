@@ -1,0 +1,311 @@
+"""How much room an image takes, and where each tool and runtime puts it, so that a lack of it is said before anything is fetched.
+
+Sizes are estimates, on the low side: what is refused would not have fitted. enroot's folders: its doc/configuration.md and
+what ``enroot import`` and ``enroot create`` do there; pyxis': its config.c; apptainer's: its user guide, "Build Environment";
+docker's and containers': what their own ``info`` says.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from containers.enroot import name_of
+from containers.facts import of_table
+from containers.reference import Reference
+
+UNPACKED = 2.5
+"""The files of an image, over its compressed layers: the like of Debian's and NGC's images."""
+SPARE = 1.15
+"""The converted image, over the same: zstd makes it about as large."""
+NGC_BYTES, OTHER_BYTES = 8 * 10**9, 8 * 10**8
+"""The compressed layers of an image whose size nobody said: of NGC's PyTorch images, which unpacked are 20 GB, and of another."""
+ENROOT_CONFIGS = ("/etc/enroot/enroot.conf", "/usr/local/etc/enroot/enroot.conf")
+PLUGSTACKS = ("/etc/slurm/plugstack.conf", "/etc/slurm/plugstack.conf.d/*", "/run/slurm/conf/plugstack.conf", "/run/slurm/conf/plugstack.conf.d/*")
+"""Where Slurm is told of pyxis."""
+TO_PYXIS = ("HOME", "PATH", "USER")
+"""Of the environment of a job, what enroot's folders can depend on where pyxis starts it; its ENROOT_CONFIG_PATH names none of them."""
+UNCOMPRESSED_DATA = 0x2
+"""In the flags of a squashfs image; enroot makes them so (-noD)."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What will be written into a folder."""
+
+    folder: Path
+    size: float
+    what: str
+    instead: str = ""
+    """How another folder is named."""
+
+
+@dataclass(frozen=True)
+class Lack:
+    """A file system that has not enough for what will be written there."""
+
+    needs: Sequence[Need]
+    free: int
+
+    @property
+    def size(self) -> float:
+        """Bytes that are needed."""
+        return sum(need.size for need in self.needs)
+
+    @property
+    def what(self) -> str:
+        """For people: what is needed, and in which folders beside the first."""
+        return " and ".join(dict.fromkeys(need.what for need in self.needs))
+
+    @property
+    def folders(self) -> str:
+        """Where."""
+        return " and ".join(dict.fromkeys(str(need.folder) for need in self.needs))
+
+
+Phase = Sequence[Need]
+"""What is there at one time."""
+
+
+def lacks(phases: Sequence[Phase]) -> Iterator[Lack]:
+    """Each file system once, with the phase that it has no room for."""
+    told = set()
+    for phase in phases:
+        disks: dict[int, list[Need]] = {}
+        for need in phase:
+            if need.size > 0:
+                disks.setdefault(os.stat(nearest(need.folder)).st_dev, []).append(need)
+        for disk, needs in disks.items():
+            found = Lack(needs, shutil.disk_usage(nearest(needs[0].folder)).free)
+            if found.size > found.free and disk not in told:
+                told.add(disk)
+                yield found
+
+
+def nearest(path: Path) -> Path:
+    """The path, or what of it is there."""
+    path = Path(os.path.abspath(path))
+    return next(one for one in (path, *path.parents) if os.path.exists(one))
+
+
+def used(folder: Path) -> int:
+    """Bytes of the files below a folder, as they are now."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # renamed meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+# --- engines --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where docker, podman or buildah has its images, and files while it works."""
+
+    root: Path
+    temporary: Path | None
+    """None: in the root."""
+    instead: str
+    more: str = ""
+
+
+def storage_of(program: str, environ: Mapping[str, str]) -> Storage | None:
+    """As the engine itself says; None where it does not, or is on another machine."""
+    temporary = Path(environ.get("TMPDIR") or "/var/tmp")
+    if program == "docker":
+        return _of_docker()
+    said = _said([program, "info", *(["--format", "json"] if program == "podman" else [])])
+    store = {str(key).lower(): value for key, value in (said.get("store") or {}).items()}
+    if not store.get("graphroot"):
+        return None
+    return Storage(Path(store["graphroot"]), Path(store.get("imagecopytmpdir") or temporary), "graphroot in storage.conf", "TMPDIR")
+
+
+def _of_docker() -> Storage | None:
+    said = _said(["docker", "info", "--format", "{{json .}}"])
+    host = _words(["docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"]).strip()
+    own = ["driver-type", "io.containerd.snapshotter.v1"] in (said.get("DriverStatus") or [])
+    root = "/var/lib/containerd" if own else str(said.get("DockerRootDir") or "")
+    # A daemon in a virtual machine (Docker Desktop) speaks of folders that are not here.
+    if not host.startswith("unix://") or not root or not os.path.isdir(root):
+        return None
+    return Storage(Path(root), None, "data-root in docker's daemon.json")
+
+
+def has(program: str, name: str) -> bool:
+    """Whether an engine has an image in its storage."""
+    asked = {
+        "docker": ["docker", "image", "inspect", name],
+        "podman": ["podman", "image", "exists", name],
+        "buildah": ["buildah", "inspect", "--type", "image", name],
+        "charliecloud": ["ch-image", "list", name],
+    }.get(program)
+    try:
+        return asked is not None and subprocess.run(asked, capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def of_pull(program: str, size: float, environ: Mapping[str, str]) -> list[Need]:
+    """What an engine needs to fetch an image of compressed layers of that size."""
+    found = storage_of(program, environ)
+    if found is None:
+        return []
+    kept = Need(found.root, UNPACKED * size, f"the unpacked image in {program}'s storage", found.instead)
+    return [kept, Need(found.temporary, size, "the download", found.more)] if found.temporary else [kept]
+
+
+def _words(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _said(command: Sequence[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(_words(command))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- enroot and pyxis -----------------------------------------------------------------------------------
+
+
+def enroot_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """enroot's ``CACHE``, ``DATA`` and ``TEMP`` as the environment, its enroot.conf (a shell's words), or its own defaults have them."""
+    found = {name: environ[name] for name in environ if name.startswith("ENROOT_")}
+    config = next((path for path in ENROOT_CONFIGS if os.path.isfile(path)), None)
+    for file in [*sorted(glob.glob(f"{config}.d/*.conf")), config] if config else []:
+        with suppress(OSError):
+            for name, value in re.findall(r"^[ \t]*(ENROOT_(?:CACHE|DATA|TEMP)_PATH)[ \t=]+(.*\S)", Path(file).read_text(errors="replace"), re.MULTILINE):
+                found.setdefault(name, _expanded(value, environ))
+    home = environ.get("HOME", "/")
+    default = {
+        "CACHE": f"{environ.get('XDG_CACHE_HOME') or home + '/.cache'}/enroot",
+        "DATA": f"{environ.get('XDG_DATA_HOME') or home + '/.local/share'}/enroot",
+        "TEMP": environ.get("TMPDIR") or "/tmp",
+    }
+    return {name: Path(found.get(f"ENROOT_{name}_PATH") or path) for name, path in default.items()}
+
+
+def _expanded(value: str, environ: Mapping[str, str]) -> str:
+    """What bash, which is enroot's own, makes of a value: ``/raid/user-$(id -u)``."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(["bash", "-c", f"echo {value}"], env=dict(environ), capture_output=True, text=True, timeout=20).stdout.strip()
+    return ""
+
+
+def pyxis_options() -> dict[str, str] | None:
+    """What Slurm's plugstack.conf gives to pyxis (``runtime_path=…``); None where no such line is seen here."""
+    for path in sorted(path for pattern in PLUGSTACKS for path in glob.glob(pattern)):
+        with suppress(OSError):
+            found = re.search(r"^[ \t]*(?:required|optional)[ \t]+\S*spank_pyxis\.so\b(.*)", Path(path).read_text(errors="replace"), re.MULTILINE)
+            if found:
+                return dict(word.split("=", 1) for word in found[1].split() if "=" in word)
+    return None
+
+
+def _is_on(options: Mapping[str, str], name: str) -> bool:
+    return options.get(name) in ("1", "true", "yes", "y")
+
+
+def _of_squashfs(path: Path) -> float:
+    """Bytes that a squashfs image comes to unpacked."""
+    try:
+        with open(path, "rb") as handle:
+            flags = int.from_bytes(handle.read(26)[24:], "little")
+        return path.stat().st_size * (1.0 if flags & UNCOMPRESSED_DATA else UNPACKED)
+    except OSError:
+        return 0.0
+
+
+def _of_import(folders: Mapping[str, Path], size: float, squashed: Path) -> list[Phase]:
+    """``enroot import`` into a file in ``squashed``, then ``enroot create``. What lies in the cache may be of this image."""
+    cache = Need(folders["CACHE"], max(0.0, size - used(folders["CACHE"])), "the download", "ENROOT_CACHE_PATH")
+    file = Need(squashed, size, "the image as one file", "")
+    unpacked = Need(folders["TEMP"], UNPACKED * size, "the unpacked layers", "ENROOT_TEMP_PATH")
+    return [[cache, file, unpacked], [cache, file, Need(folders["DATA"], UNPACKED * size, "the unpacked image", "ENROOT_DATA_PATH")]]
+
+
+# --- when a job starts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a runtime will write to start an image."""
+
+    phases: Sequence[Phase] = ()
+    doubt: str = ""
+    """Why it may need less after all: a lack is then said, and nothing refused."""
+
+
+def at_start(runtime: str, image: Reference, layers: int | None, environ: Mapping[str, str]) -> Look:
+    """What is written on a node that does not have the image. ``layers``: bytes of its compressed layers, where a registry said."""
+    if image.path is None:
+        size = float(layers or (NGC_BYTES if of_table(image.name).source else OTHER_BYTES))
+    else:
+        size = float(image.path.stat().st_size) if image.path.is_file() else 0.0
+    if runtime == "pyxis":
+        return _pyxis(image, size, environ)
+    if runtime == "enroot":
+        folders = enroot_folders(environ)
+        if os.path.isdir(folders["DATA"] / name_of(image)):
+            return Look()
+        return Look(_of_import(folders, size, folders["TEMP"]) if image.kind == "registry" else [[Need(folders["DATA"], _of_squashfs(image.file), "the unpacked image")]])
+    if runtime in ("apptainer", "singularity") and image.kind in ("registry", "archive"):
+        return _apptainer(runtime, size, environ)
+    if runtime in ("docker", "podman"):
+        return Look([of_pull(runtime, size / (UNPACKED if image.path else 1), environ)])  # an archive's layers may be unpacked already
+    if runtime == "charliecloud" and image.kind == "registry":
+        storage = environ.get("CH_IMAGE_STORAGE") or f"/var/tmp/{environ.get('USER', os.getuid())}.ch"
+        return Look([[Need(Path(storage), (1 + UNPACKED) * size, "the download and the unpacked image")]])
+    return Look()
+
+
+def _pyxis(image: Reference, size: float, environ: Mapping[str, str]) -> Look:
+    """An unnamed container is unpacked anew at each start, also of a squashfs file. Of the job's own variables enroot sees few."""
+    folders = enroot_folders({name: value for name, value in environ.items() if name in TO_PYXIS})
+    seen = pyxis_options()
+    options = seen or {}
+    doubt = "" if seen is not None else "unless pyxis is set up otherwise (its line in Slurm's plugstack.conf is not seen here)"
+    if image.kind != "registry":
+        phases: list[Phase] = [[Need(folders["DATA"], _of_squashfs(image.file), "the unpacked image")]]
+    elif options.get("importer"):
+        phases, doubt = _of_import(folders, size, folders["TEMP"]), f"unless {options['importer']}, which the site imports with, needs less"
+    else:
+        phases = _of_import(folders, size, Path(options.get("runtime_path") or "/run/pyxis"))
+        if _is_on(options, "use_enroot_load"):  # straight from the cache to where it is unpacked
+            phases = [[need for need in phases[1] if need.folder in (folders["CACHE"], folders["DATA"])]]
+    if _is_on(options, "use_squashfuse"):  # mounted, not unpacked
+        phases = [] if image.kind != "registry" else phases[:1]
+    return Look(phases, doubt)
+
+
+def _apptainer(program: str, size: float, environ: Mapping[str, str]) -> Look:
+    """Layers and the converted image in the cache, unpacked files in the temporary folder."""
+    prefix = program.upper()
+    cache = Path(environ.get(f"{prefix}_CACHEDIR") or f"{environ.get('HOME', '/')}/.{program}", "cache")
+    temporary = environ.get(f"{prefix}_TMPDIR") or environ.get("TMPDIR") or "/tmp"
+    with suppress(OSError):
+        kept = any((cache / "oci-tmp").iterdir())
+        return Look(_of_apptainer(cache, temporary, size), "unless the image is in its cache" if kept else "")
+    return Look(_of_apptainer(cache, temporary, size))
+
+
+def _of_apptainer(cache: Path, temporary: str, size: float) -> list[Phase]:
+    blobs = max(0.0, size - used(cache / "blob"))
+    return [[Need(cache, blobs + size, "the download and the converted image", "APPTAINER_CACHEDIR"), Need(Path(temporary), UNPACKED * size, "the unpacked files", "APPTAINER_TMPDIR")]]
