@@ -206,9 +206,16 @@ def wait_for_step(place: Place, step: int, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(undisturbed, tmp_path, text):
+def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes_on(undisturbed, tmp_path, text):
     place = Place(tmp_path / "here", text)
     process = place.start()
+    deadline = time.monotonic() + 60
+    while not list(place.folder.rglob("attempts.jsonl")):
+        assert time.monotonic() < deadline, "it did not begin"
+        time.sleep(0.02)
+    second = place.start()
+    said = second.communicate(timeout=60)[0]
+    assert second.returncode == 2 and "being run by another amlaunch" in said, said
     wait_for_step(place, 7)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
@@ -220,20 +227,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(undisturbed, tmp_path, text):
     assert saved == len(place.losses()), "every step that was made is saved"
     place.run()
     place.same_as(undisturbed)
-
-
-def test_a_second_launcher_of_the_same_run_is_refused(tmp_path, text):
-    place = Place(tmp_path / "here", text)
-    words = ["tiny.yaml", "--export", "null", "--validation_dataset", "null", "--step_scheduler.max_steps", "2"]
-    first = place.start(*words)
-    deadline = time.monotonic() + 60
-    while not list(place.folder.rglob("attempts.jsonl")):
-        assert time.monotonic() < deadline, "it did not begin"
-        time.sleep(0.02)
-    second = place.start(*words)
-    output = second.communicate(timeout=30)[0]
-    assert second.returncode == 2 and "being run by another amlaunch" in output
-    assert first.communicate(timeout=120)[0] and first.returncode == 0
 
 
 def test_a_run_of_other_weights_shares_the_data(undisturbed):
