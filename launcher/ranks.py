@@ -128,7 +128,8 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
     command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
     found = replace(containers.launch(runtime, image, command), stdin=stdin)
     if found.bundle is not None:
-        found = replace(found, srun=tuple(flag.replace(BUNDLE, str(attempt.folder.root / "bundle")) for flag in found.srun))
+        folder = str(attempt.folder.root.resolve() / "bundle")  # runc takes no path with a link in it, and shared stages lie behind one
+        found = replace(found, srun=tuple(flag.replace(BUNDLE, folder) for flag in found.srun))
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
     mine = {name: value for name, value in {**of_runtime(host_environment(), is_srun=runtime in containers.OF_SRUN), **handed_on}.items() if name not in OF_BATCH}
     return Start(found, {**who(), **mine, **found.env}, runtime, image)

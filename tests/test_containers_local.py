@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import container_image
+import container_pipeline
 import pytest
 
 from launcher.__main__ import main
@@ -141,6 +142,23 @@ def test_a_rank_in_a_container(tmp_path, container):
     assert f"rank 1 of 2 on {os.uname().nodename} in {work}" in log
     for name, value in {**inside, "PYTHONPATH": str(run.code)}.items():
         assert f"{name}={value}\n" in log, log
+
+
+@pytest.mark.parametrize(("container", "outside"), [("podman", ["preprocess", "verify"]), ("docker", []), ("charliecloud", [])], indirect=["container"])
+def test_the_whole_pipeline(tmp_path, image, container, outside):
+    """``amlaunch local``; docker's image gets what it lacks of torch by a mount, and exports, too."""
+    for name, text in container_pipeline.FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "clusters.yaml").write_text(json.dumps({"local": {"executor": "local", "container": {"runtime": container.runtime, "options": container.options}}}))
+    own = "/usr/local/lib/python3.11/dist-packages"
+    is_docker = container.runtime == "docker"
+    section = {"image": container.image.removeprefix("file://"), "stages": dict.fromkeys(outside, "none"), "mounts": [f"{image}/rootfs{own}:{own}:ro"] if is_docker else []}
+    words = ["local", "inside.yaml", *(word for key, value in section.items() for word in (f"--container.{key}", json.dumps(value))), *([] if is_docker else ["--export", "null"])]
+    done = subprocess.run([sys.executable, "-m", "launcher", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").glob("inside-*")
+    assert container_pipeline.made_in(run) == ("host" if outside else "image", "image")
+    assert (run / "export" / "0" / "model.safetensors").exists() == is_docker
 
 
 def test_told_to_stop_it_saves_and_leaves(tmp_path, container):

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import container_image
+import container_pipeline
 import pytest
 from slurm_cluster import REPOSITORY, Cluster
 from slurm_runs import CPU, PROFILE, Place, attempts, element, states
-from test_e2e import TINY, write_text
 
 from launcher.plan import Container, Element, Needs, Plan, Stage
 from launcher.snapshot import PACKAGES
@@ -44,17 +44,6 @@ def image() -> Path:
     return container_image.bundle()
 
 
-@pytest.fixture(scope="module")
-def tiny(cluster: Cluster, image: Path) -> Place:
-    """A folder with a small recipe and its text."""
-    place = Place(cluster, "tiny")
-    place.env["TEXT"] = str(place.folder / "text")
-    write_text(place.folder / "text")
-    place.write("tiny.yaml", TINY)
-    place.write("clusters.yaml", CLUSTERS)
-    return place
-
-
 def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> RunDir:
     """A run of one stand-in stage in a container, planned but not submitted; its code is a copy, as in a snapshot."""
     run = RunDir(place.folder / "runs" / "test-1")
@@ -75,26 +64,26 @@ def submitted(place: Place) -> str:
     return place.queued()[0]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_train_step_on_two_nodes(tiny: Place, image: Path, runtime: str) -> None:
-    words = ["--name", runtime, "--container.image", str(image), "--container.runtime", runtime, "--container.stages", "{preprocess: none, verify: none}"]
-    words += ["--resources.train.nodes", "2", "--resources.train.tasks_per_node", "1", "--step_scheduler.max_steps", "2", "--export", "null"]
-    words += ["--validation_dataset", "null", "--step_scheduler.val_every_steps", "null", "--distributed.strategy", "ddp"]
-    dry = {row["stage"]: row for row in json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--dry-run", "--json").stdout)["scripts"]}
+@pytest.mark.parametrize(("runtime", "outside"), [("podman", []), ("charliecloud", ["preprocess"]), ("slurm", ["verify"])])
+def test_the_whole_pipeline(cluster: Cluster, image: Path, runtime: str, outside: list[str]) -> None:
+    """Text and shards on one node, a model on two; ``container: none`` for a stage is the environment that submits."""
+    place = Place(cluster, "inside")
+    for name, text in {**container_pipeline.FILES, "clusters.yaml": CLUSTERS}.items():
+        place.write(name, text)
+    words = ["submit", "inside.yaml", "--cluster", "lab", "--container.image", str(image), "--container.runtime", runtime, "--resources.train.nodes", "2"]
+    words += ["--resources.train.tasks_per_node", "1", "--export", "null", "--container.stages", json.dumps(dict.fromkeys(outside, "none"))]
+    dry = {row["stage"]: row for row in json.loads(place.amlaunch(*words, "--dry-run", "--json").stdout)["scripts"]}
     in_it = {stage: OF_THE_STEP[runtime] in [word.partition("=")[0] for word in row["step"]] for stage, row in dry.items()}
-    assert in_it["train"] and not in_it.get("preprocess"), "those of another run with the same text are done"
-    tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    assert in_it == {stage: stage not in outside for stage in ("preprocess", "verify", "train")}
+    place.amlaunch(*words)
     assert all(Path(row["path"]).read_text() == row["script"] for row in dry.values()), "the dry run is what is submitted"
-    found = tiny.wait(runtime, 180)
-    assert states(found)["train"] == ["done"] and element(found, "train")["nodes"] == "cpu[1-2]"
-    (folder,) = (tiny.folder / "runs").glob(f"{runtime}-*")
+    found = place.wait("inside", 180)
+    assert states(found) == {"preprocess": ["done"], "verify": ["done"], "train": ["done"]} and element(found, "train")["nodes"] == "cpu[1-2]"
+    (folder,) = (place.folder / "runs").glob("inside-*")
+    assert container_pipeline.made_in(folder) == ("host" if "preprocess" in outside else "image", "image")
     run = RunDir(folder)
-    log = run.element("train", "0").log(1, 0).read_text()
-    assert "2 x cpu, ddp" in log, log
-    losses = [line["loss"] for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
-    assert len(losses) == 2
-    versions = [line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "start"]
-    assert len(versions) == 1
+    assert "2 x cpu, ddp" in run.element("train", "0").log(1, 0).read_text()
+    assert len([line for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]) == 2 and len(attempts(run, "train")) == 1
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
