@@ -21,7 +21,7 @@ from launcher.plan import Container, Plan, Stage
 from launcher.problems import Problems
 from recipes.errors import BadInput, did_you_mean
 from recipes.expand import PLACEHOLDER, has_placeholder
-from recipes.loader import Loaded
+from recipes.loader import Loaded, is_secret_variable
 from recipes.rundir import RunDir
 from recipes.schema import Container as Section
 from recipes.schema import Mount as LongMount
@@ -303,8 +303,8 @@ def image_of(run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], pass
         reference=parse(container.image),
         mounts=tuple(_without_repeats(last_wins(mounts))),
         env=dict(env),
-        passed=tuple(sorted(name for name in set(passed) - set(env) if name in container.passed or _is_seen(os.environ.get(name, ""), mounts))),
-        workdir=container.workdir or (plan.cwd if _may_mount(Path(plan.cwd)) else str(run.root)),
+        passed=tuple(sorted(name for name in set(passed) - set(env) if name in container.passed or is_seen(name, os.environ.get(name, ""), mounts))),
+        workdir=container.workdir or (plan.cwd if may_mount(Path(plan.cwd)) else str(run.root)),
         entrypoint=container.entrypoint,
         gpus=bool(stage.needs.gpus_per_node),
         on_slurm=on_slurm,
@@ -312,15 +312,16 @@ def image_of(run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], pass
     )
 
 
-def _is_seen(value: str, mounts: Sequence[Mount]) -> bool:
-    """Not where a variable of the host names a path that is not mounted: what libraries look for by themselves is nearer."""
-    return not value.startswith("/") or any(Path(value).is_relative_to(mount.target) for mount in mounts)
+def is_seen(name: str, value: str, mounts: Sequence[Mount]) -> bool:
+    """Whether a variable of the host means the same inside: not where its value is a path that is not mounted; what libraries find by themselves is nearer."""
+    is_word = not value.startswith("/") or (is_secret_variable(name) and not name.endswith(("_PATH", "_FILE", "_DIR")))  # a key may begin with a /
+    return is_word or any(Path(value).is_relative_to(mount.target) for mount in mounts)
 
 
 def run_paths(run: RunDir, plan: Plan, stage: Stage) -> list[Path]:
     """What every stage of a run reads and writes: its directory, the shards, checkpoints elsewhere, the folder it was typed in."""
     folders = [run.root, *([Path(plan.data)] if plan.data else []), *([Path(plan.shared)] if plan.shared else []), *named_folders(stage)]
-    folders += [Path(plan.cwd)] if _may_mount(Path(plan.cwd)) else []
+    folders += [Path(plan.cwd)] if may_mount(Path(plan.cwd)) else []
     return list(dict.fromkeys(path for folder in folders for path in (folder, folder.resolve())))
 
 
@@ -330,7 +331,7 @@ def named_folders(stage: Stage) -> list[Path]:
     return [Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--checkpoints", "--data", "--out")]
 
 
-def _may_mount(folder: Path) -> bool:
+def may_mount(folder: Path) -> bool:
     """A user's home, and what is above it, is not mounted unless they say so."""
     homes = (Path.home(), Path.home().resolve())
     return folder != Path("/") and not any(home.is_relative_to(place) for home in homes for place in (folder, folder.resolve()))

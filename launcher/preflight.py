@@ -1,4 +1,4 @@
-"""What can be known before anything is submitted, without Slurm: the disk has room, what the jobs need is there. With it: launcher.fit."""
+"""What can be known before anything is submitted, without Slurm: the disk has room, what the jobs need is there. With it: launcher.fit, launcher.container_checks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from containers import BadReference, CannotLaunch, Image, Mount, Reference, launch, parse
-from containers.failures import CREDENTIALS
+from containers import BadReference, parse
 from launcher.cluster import STAGES, Cluster, Profile
 from launcher.plan import Plan
 from launcher.problems import Problems
@@ -221,15 +219,15 @@ def file_system(path: Path) -> str:
 def check_needs(loaded: Loaded) -> None:
     """What jobs would miss only once they run: an image that is a file, W&B's key. Raises BadInput with all of it."""
     problems = Problems()
-    problems.add(_image_problems(loaded))
-    if loaded.recipe.wandb is not None and _is_online(loaded) and not has_wandb_key():
+    problems.add(image_problems(loaded))
+    if loaded.recipe.wandb is not None and is_online(loaded) and not has_wandb_key() and not brings(loaded, "WANDB_API_KEY"):
         where = loaded.lines.get(("wandb",), loaded.path)
         more = "--wandb.mode offline keeps it on disk, --wandb null turns it off"
         problems.add([f"{where}: wandb is on, and there is no key: export WANDB_API_KEY=…, or run `wandb login` once; {more}"])
     problems.refuse()
 
 
-def _image_problems(loaded: Loaded) -> Iterator[str]:
+def image_problems(loaded: Loaded) -> Iterator[str]:
     """Images that are files, and are not there."""
     section = loaded.recipe.container
     given: dict[KeyPath, str | None] = {("image",): section.image, **{("stages", stage): getattr(section.stages, stage) for stage in STAGES}} if section else {}
@@ -246,76 +244,14 @@ def _image_problems(loaded: Loaded) -> Iterator[str]:
             yield f"{where}: there is no {'folder' if parse(image).kind == 'folder' else 'file'} {image}"
 
 
-def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> list[str]:
-    """What containers need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
-
-    ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
-    """
-    section = loaded.recipe.container
-    inside = {stage.name: stage.container for stage in plan.stages if stage.container}
-    if section is None or not inside:
-        return []
-    problems, notes = Problems(), []
-    problems.add(_image_problems(loaded) if profile is None else ())
-    for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
-        if os.path.exists(source):
-            continue
-        if profile is None or is_shared(Path(source), profile):
-            problems.add([f"{loaded.lines.get(('container', 'mounts'), loaded.path)}: container.mounts: there is no {source}"])
-        else:
-            notes.append(f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once")
-    if loaded.recipe.wandb is not None and not os.environ.get("WANDB_API_KEY") and "train" in inside and _is_online(loaded):
-        problems.add([f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"])
-    problems.add(_launch_problems(loaded, plan))
-    problems.refuse()
-    for container in inside.values():
-        notes += _credential_notes(parse(container.image), container.runtime)
-    return list(dict.fromkeys(notes))
-
-
-def _launch_problems(loaded: Loaded, plan: Plan) -> Iterator[str]:
-    """What a runtime cannot do of what is asked of it, with the stages that ask."""
-    found: dict[str, list[str]] = {}
-    for stage in plan.stages:
-        container = stage.container
-        if container is None or container.runtime == "auto":
-            continue
-        mounts = tuple(Mount(*mount) for mount in [*container.mounts, *((path, path, False) for path in (plan.cwd, plan.data) if path)])
-        image = Image(parse(container.image), mounts, workdir=container.workdir or plan.cwd, entrypoint=container.entrypoint, gpus=bool(stage.needs.gpus_per_node), options=tuple(container.options))
-        try:
-            launch(container.runtime, image, [])
-        except CannotLaunch as error:
-            found.setdefault(str(error), []).append(stage.name)
-        except (OSError, ValueError) as error:  # a bundle whose config.json is no JSON
-            found.setdefault(f"{container.image}: {error}", []).append(stage.name)
-    for problem, stages in found.items():
-        yield f"{loaded.lines.get(('container', 'image'), loaded.path)}: container of {' and '.join(stages)}: {problem}"
-
-
-def _credential_notes(image: Reference, runtime: str) -> list[str]:
-    """NVIDIA's own images are for everybody; those of an organisation are not. No secret is read, only whether there is one."""
-    if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
-        return []
-    if has_credentials(image.registry):
-        return []
-    return [f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {CREDENTIALS.get(runtime, CREDENTIALS['docker'])}"]
-
-
-def has_credentials(registry: str) -> bool:
-    """Whether one of the runtimes' own files names a registry."""
-    home = Path.home()
-    enroot = Path(os.environ.get("ENROOT_CONFIG_PATH") or home / ".config" / "enroot", ".credentials")
-    docker = Path(os.environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
-    podman = Path(os.environ.get("REGISTRY_AUTH_FILE") or f"/run/user/{os.getuid()}/containers/auth.json")
-    for path in (enroot, docker, podman, home / ".config" / "containers" / "auth.json", home / ".apptainer" / "docker-config.json"):
-        with suppress(OSError):
-            if registry in path.read_text(errors="replace"):
-                return True
-    return False
-
-
-def _is_online(loaded: Loaded) -> bool:
+def is_online(loaded: Loaded) -> bool:
+    """Whether W&B is to be reached while the run is on its way."""
     return ((loaded.recipe.wandb or {}).get("mode") or os.environ.get("WANDB_MODE", "online")) == "online"
+
+
+def brings(loaded: Loaded, *names: str) -> bool:
+    """Whether the recipe itself sets one of these variables."""
+    return loaded.recipe.container is not None and any(name in loaded.recipe.container.env for name in names)
 
 
 def has_wandb_key() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -140,9 +141,24 @@ def test_what_is_missing_is_said_in_the_first_seconds(cluster: Cluster, containe
     assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
 
-def test_a_mount_that_a_node_does_not_have(cluster: Cluster, image: Path) -> None:
-    place = Place(cluster, "mount")
-    stand_in(place, Container(f"file://{image}", "podman", [("/no/such/folder", "/data", False)]), CPU, "--do", "ok")
-    submitted(place)
-    reason = element(place.wait("test-1", 60, code=1), "train")["reason"]
+def test_what_a_first_run_lacks(cluster: Cluster) -> None:
+    """Credentials and a mount, told at submit; the mount's node says it in the first seconds. The credentials are nobody's business."""
+    place = Place(cluster, "lacks")
+    for name, text in {**container_pipeline.FILES, "clusters.yaml": CLUSTERS}.items():
+        place.write(name, text)
+    words = ["submit", "inside.yaml", "--cluster", "lab", "--stage", "preprocess", "--container.image", "nvcr.io/org/private:1", "--container.runtime", "podman"]
+    words += ["--container.mounts", "[/no/such/folder:/data]"]
+    told = [place.amlaunch(*words, "--dry-run")]
+    assert "no credentials for nvcr.io are found here" in told[0].stderr and "podman login --username '$oauthtoken' nvcr.io" in told[0].stderr, told[0].stderr
+    assert "/no/such/folder is not on this machine" in told[0].stderr
+    secret = base64.b64encode(b"$oauthtoken:hunter2-do-not-tell").decode()
+    place.env["REGISTRY_AUTH_FILE"] = str(place.write("auth.json", json.dumps({"auths": {"nvcr.io": {"auth": secret}}})))
+    told.append(place.amlaunch(*words))
+    assert "no credentials" not in told[1].stderr
+    reason = element(place.wait("inside", 60, code=1), "preprocess")["reason"]
     assert "there is no /no/such/folder to mount" in reason, reason
+    told.append(place.amlaunch("logs", "inside"))
+    files = [path for path in place.folder.rglob("*") if path.is_file() and path.name != "auth.json"]
+    assert any(path.name == "script.sh" for path in files)
+    text = "".join([*(one.stdout + one.stderr for one in told), *(path.read_text(errors="replace") for path in files)])
+    assert secret not in text and "hunter2" not in text

@@ -11,11 +11,11 @@ from types import FrameType
 
 from launcher import describe
 from launcher.commands.status import advice
+from launcher.container_checks import check_containers
 from launcher.create import write_run
 from launcher.local import Executor
 from launcher.machine import Machine
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_containers
 from launcher.prepare import check_here, check_inside, default_recipe, notes, prepare
 from launcher.report import LiveReport, PlainReport, make_report
 from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage

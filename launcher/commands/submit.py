@@ -11,10 +11,11 @@ from pathlib import Path
 
 from launcher import describe, sbatch, slurm, step
 from launcher.cluster import Cluster, find_cluster
+from launcher.container_checks import check_containers
 from launcher.create import write_run
 from launcher.fit import Asked, check_site, check_stages, memory_notes
 from launcher.plan import Plan, Stage
-from launcher.preflight import check_containers, check_disk, check_needs, check_python
+from launcher.preflight import check_disk, check_needs, check_python
 from launcher.prepare import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
 from launcher.problems import Problems
 from launcher.slurm import SlurmError

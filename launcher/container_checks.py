@@ -1,0 +1,131 @@
+"""What a first run in a container would lack, before it costs an allocation: mounts, credentials, what lies in a home that is not mounted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from containers import CannotLaunch, Image, Mount, Reference, launch, parse
+from containers.environment import of_libraries
+from containers.failures import CREDENTIALS
+from launcher.cluster import Profile
+from launcher.container import is_seen, may_mount
+from launcher.plan import Container, Plan, Stage
+from launcher.preflight import brings, image_problems, is_online, is_shared
+from launcher.problems import Problems
+from recipes.loader import Loaded
+
+CERTIFICATES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
+"""Paths of the host whose like an image has itself."""
+
+
+def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> list[str]:
+    """What containers need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
+
+    ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
+    """
+    inside = {stage.name: stage.container for stage in plan.stages if stage.container}
+    if loaded.recipe.container is None or not inside:
+        return []
+    problems, notes = Problems(), []
+    problems.add(image_problems(loaded) if profile is None else ())
+    for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
+        if os.path.exists(source):
+            continue
+        if profile is None or is_shared(Path(source), profile):
+            problems.add([f"{loaded.lines.get(('container', 'mounts'), loaded.path)}: container.mounts (or those of the profile): there is no {source}"])
+        else:
+            notes.append(f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once")
+    if "train" in inside and loaded.recipe.wandb is not None and is_online(loaded) and not _has_key_inside(loaded):
+        problems.add([f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"])
+    problems.add(_launch_problems(loaded, plan))
+    problems.refuse()
+    for stage in plan.stages:
+        if stage.container:
+            notes += [*_credential_notes(parse(stage.container.image), stage.container.runtime, here=profile is None), *_home_notes(loaded, plan, stage, stage.container)]
+    return list(dict.fromkeys(notes))
+
+
+def _has_key_inside(loaded: Loaded) -> bool:
+    """Whether W&B finds its key in a container: the shell's own, or where the recipe says."""
+    return bool(os.environ.get("WANDB_API_KEY")) or brings(loaded, "WANDB_API_KEY", "WANDB_MODE", "NETRC", "HOME")
+
+
+def _launch_problems(loaded: Loaded, plan: Plan) -> Iterator[str]:
+    """What a runtime cannot do of what is asked of it, with the stages that ask."""
+    found: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        container = stage.container
+        if container is None or container.runtime == "auto":
+            continue
+        mounts = tuple(Mount(*mount) for mount in [*container.mounts, *((path, path, False) for path in (plan.cwd, plan.data) if path)])
+        image = Image(parse(container.image), mounts, workdir=container.workdir or plan.cwd, entrypoint=container.entrypoint, gpus=bool(stage.needs.gpus_per_node), options=tuple(container.options))
+        try:
+            launch(container.runtime, image, [])
+        except CannotLaunch as error:
+            found.setdefault(str(error), []).append(stage.name)
+        except (OSError, ValueError) as error:  # a bundle whose config.json is no JSON
+            found.setdefault(f"{container.image}: {error}", []).append(stage.name)
+    for problem, stages in found.items():
+        yield f"{loaded.lines.get(('container', 'image'), loaded.path)}: container of {' and '.join(stages)}: {problem}"
+
+
+def _credential_notes(image: Reference, runtime: str, *, here: bool) -> Iterator[str]:
+    """NVIDIA's own images are for everybody; those of an organisation are not. No secret is read, only whether there is one."""
+    if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
+        return
+    if not any(_names(file, image.registry) for file in credential_files(runtime, here=here)):
+        yield f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {CREDENTIALS.get(runtime, CREDENTIALS['docker'])}"
+
+
+def credential_files(runtime: str, *, here: bool) -> list[Path]:
+    """Where a runtime looks for credentials; ``here``: on this machine, not on nodes, which see its home and not its ``/run``."""
+    home = Path.home()
+    enroot = Path(os.environ.get("ENROOT_CONFIG_PATH") or Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config", "enroot"), ".credentials")
+    docker = Path(os.environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
+    session = [Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}", "containers", "auth.json")] if here else []
+    podman = [Path(os.environ["REGISTRY_AUTH_FILE"])] if os.environ.get("REGISTRY_AUTH_FILE") else [*session, home / ".config" / "containers" / "auth.json", docker]
+    known = {
+        "pyxis": [enroot],
+        "enroot": [enroot],
+        "apptainer": [home / ".apptainer" / "docker-config.json", docker],
+        "singularity": [home / ".singularity" / "docker-config.json", docker],
+        "docker": [docker],
+        "podman": podman,
+        "charliecloud": [],  # it keeps them in a form of its own
+    }
+    return known.get(runtime, [file for files in known.values() for file in files])
+
+
+def _names(file: Path, registry: str) -> bool:
+    """Whether a file of credentials has an entry of a registry."""
+    with suppress(OSError):
+        return registry in file.read_text(errors="replace")
+    return False
+
+
+def _home_notes(loaded: Loaded, plan: Plan, stage: Stage, container: Container) -> Iterator[str]:
+    """Folders of Hugging Face's, W&B's and others' libraries that a container would not see."""
+    mounts = [Mount(*mount) for mount in container.mounts] + [Mount(path, path) for path in (plan.cwd, plan.data, plan.shared) if path and may_mount(Path(path))]
+    given = {name: value for name, value in of_libraries(os.environ).items() if name not in (*CERTIFICATES, *container.passed) and not brings(loaded, name)}
+    hidden = {name: value for name, value in given.items() if not is_seen(name, value, mounts)}
+    if hidden:
+        named = ", ".join(f"{name}={value}" for name, value in hidden.items())
+        yield f"{named}: containers do not see such a path, so it is not set there; container.mounts shows it to them"
+    folder = Path(os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/huggingface")
+    if asks_hub(loaded, plan, stage) and folder.exists() and not is_seen("HF_HOME", str(folder), mounts):
+        token = "" if os.environ.get("HF_TOKEN") or brings(loaded, "HF_TOKEN") or not (folder / "token").exists() else "export HF_TOKEN=… for what is not public; "
+        yield f"stage {stage.name} asks the Hugging Face hub, and its container does not see {folder}: {token}what is downloaded lasts where HF_HOME names a folder that container.mounts shows"
+
+
+def asks_hub(loaded: Loaded, plan: Plan, stage: Stage) -> bool:
+    """Whether a stage reads what is on the Hugging Face hub, and not in a folder."""
+    if stage.name == "preprocess":
+        name = loaded.recipe.preprocess.dataset if loaded.recipe.preprocess else None
+    elif stage.name in ("train", "export"):
+        name = loaded.recipe.model.get("pretrained_model_name_or_path")
+    else:
+        name = None
+    return isinstance(name, str) and not Path(plan.cwd, os.path.expanduser(name)).exists()
