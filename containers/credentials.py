@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import netrc
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 REFUSED = ("401", "403", "unauthorized", "authentication required", "access denied", "requested access to the resource is denied", "denied:")
 MISSING = ("manifest unknown", "manifest_unknown", "404", "name unknown", "not found", "no such image")
@@ -29,9 +35,8 @@ def where(tool: str, registry: str, environ: Mapping[str, str]) -> str:
     user = NGC_USER if registry == "nvcr.io" else "USER"
     key = "an API key of ngc.nvidia.com" if registry == "nvcr.io" else "the password or a token"
     if tool == "enroot":
-        file = f"{environ.get('ENROOT_CONFIG_PATH') or environ.get('XDG_CONFIG_HOME', home + '/.config') + '/enroot'}/.credentials"
         more = ", and once more for machine authn.nvidia.com" if registry == "nvcr.io" else ""
-        return f"{file} (mode 600) needs the line: machine {registry} login {user} password KEY{more}; KEY is {key}"
+        return f"{enroot_file(environ)} (mode 600) needs the line: machine {registry} login {user} password KEY{more}; KEY is {key}"
     if tool in ("apptainer", "singularity"):
         return f"{tool} registry login --username '{user}' docker://{registry} asks for {key}, and keeps it in {home}/.{tool}/docker-config.json"
     if tool == "docker":
@@ -40,6 +45,51 @@ def where(tool: str, registry: str, environ: Mapping[str, str]) -> str:
     lasting = f"{home}/.docker/config.json"
     file = environ.get("REGISTRY_AUTH_FILE") or (f"{run}/containers/auth.json, until you log out; --authfile {lasting} keeps it" if run else lasting)
     return f"{tool} login {registry} --username '{user}' asks for {key}, and keeps it in {file}"
+
+
+def login(name: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """User and password for ``nvcr.io/nvidia/pytorch`` in the files that the tools themselves keep; None where none has any.
+
+    They are for the registry alone. A password that a program keeps (credsStore, credHelpers) is not asked for.
+    """
+    parts = name.split("/")
+    wanted = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]  # the nearest first (containers-auth.json(5))
+    for file in _docker_files(environ):
+        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+            entries = {_key(key): entry for key, entry in json.loads(file.read_bytes())["auths"].items() if entry.get("auth")}
+            found = next((entries[key] for key in wanted if key in entries), None)
+            if found:
+                user, _, password = base64.b64decode(found["auth"]).decode().partition(":")
+                return user, password
+    with suppress(OSError, netrc.NetrcParseError, KeyError):
+        name, _, word = netrc.netrc(enroot_file(environ)).hosts[parts[0].partition(":")[0]]
+        if word and not set("$`") & set(word):  # else enroot's shell makes a password of it
+            return name, word
+    return None
+
+
+def enroot_file(environ: Mapping[str, str]) -> Path:
+    """enroot's own, in netrc's form."""
+    home = environ.get("HOME", "~")
+    return Path(environ.get("ENROOT_CONFIG_PATH") or f"{environ.get('XDG_CONFIG_HOME') or home + '/.config'}/enroot", ".credentials")
+
+
+def _docker_files(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Files in the form of docker's config.json."""
+    home = Path(environ.get("HOME", "~"))
+    if environ.get("REGISTRY_AUTH_FILE"):
+        yield Path(environ["REGISTRY_AUTH_FILE"])
+    yield Path(environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}", "containers" if environ.get("XDG_RUNTIME_DIR") else "", "auth.json")
+    yield home / ".config" / "containers" / "auth.json"
+    yield Path(environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
+    yield home / ".apptainer" / "docker-config.json"
+    yield home / ".singularity" / "docker-config.json"
+
+
+def _key(text: str) -> str:
+    """``docker.io`` of ``https://index.docker.io/v1/``, ``nvcr.io`` of ``nvcr.io``; containers' own may name a repository, too."""
+    bare = re.sub(r"^https?://|/v[12]/?$|/$", "", text)
+    return re.sub(r"^(index|registry-1)\.docker\.io", "docker.io", bare)
 
 
 def explain(tool: str, reference: str, said: str, environ: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +63,19 @@ class Lack:
 
     @property
     def what(self) -> str:
-        """For people: what is needed, and in which folders beside the first."""
-        return " and ".join(dict.fromkeys(need.what for need in self.needs))
+        """For people: what will be written."""
+        return _listed(need.what for need in self.needs)
 
     @property
     def folders(self) -> str:
         """Where."""
-        return " and ".join(dict.fromkeys(str(need.folder) for need in self.needs))
+        return _listed(str(need.folder) for need in self.needs)
+
+
+def _listed(given: Iterable[str]) -> str:
+    """``a, b and c``, each once."""
+    *before, last = dict.fromkeys(given)
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 Phase = Sequence[Need]
@@ -97,6 +103,11 @@ def nearest(path: Path) -> Path:
     return next(one for one in (path, *path.parents) if os.path.exists(one))
 
 
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether both will lie on one file system."""
+    return os.stat(nearest(one)).st_dev == os.stat(nearest(other)).st_dev
+
+
 def used(folder: Path) -> int:
     """Bytes of the files below a folder, as they are now."""
     total = 0
@@ -112,13 +123,26 @@ def used(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where docker, podman or buildah has its images, and files while it works."""
+    """Where docker, podman or buildah has its images, and its files while it works."""
 
+    program: str
     root: Path
-    temporary: Path | None
-    """None: in the root."""
-    instead: str
-    more: str = ""
+    temporary: Path
+    instead: Sequence[str]
+    """How the two are named."""
+    download: float = 1.0
+    """Of the compressed layers, what lies in the temporary folder while they are fetched."""
+    copy: float = 1.0
+    """The same while an image is saved as an archive."""
+
+    def to_pull(self, size: float) -> list[Need]:
+        """For an image whose compressed layers are of that size: what stays, and what is gone again afterwards."""
+        kept = Need(self.root, UNPACKED * size, f"the unpacked image in {self.program}'s storage", self.instead[0])
+        return [kept, Need(self.temporary, self.download * size, "the download", self.instead[1])]
+
+    def to_save(self, size: float) -> list[Need]:
+        """While it is saved."""
+        return [Need(self.temporary, self.copy * size, f"{self.program}'s copy of it while it is saved", self.instead[1])]
 
 
 def storage_of(program: str, environ: Mapping[str, str]) -> Storage | None:
@@ -130,7 +154,7 @@ def storage_of(program: str, environ: Mapping[str, str]) -> Storage | None:
     store = {str(key).lower(): value for key, value in (said.get("store") or {}).items()}
     if not store.get("graphroot"):
         return None
-    return Storage(Path(store["graphroot"]), Path(store.get("imagecopytmpdir") or temporary), "graphroot in storage.conf", "TMPDIR")
+    return Storage(program, Path(store["graphroot"]), Path(store.get("imagecopytmpdir") or temporary), ("graphroot in storage.conf", "TMPDIR"))
 
 
 def _of_docker() -> Storage | None:
@@ -141,7 +165,8 @@ def _of_docker() -> Storage | None:
     # A daemon in a virtual machine (Docker Desktop) speaks of folders that are not here.
     if not host.startswith("unix://") or not root or not os.path.isdir(root):
         return None
-    return Storage(Path(root), None, "data-root in docker's daemon.json")
+    where = "data-root in docker's daemon.json"
+    return Storage("docker", Path(root), Path(root), (where, where), 0.0, 0.0 if own else UNPACKED)
 
 
 def has(program: str, name: str) -> bool:
@@ -156,15 +181,6 @@ def has(program: str, name: str) -> bool:
         return asked is not None and subprocess.run(asked, capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
-
-
-def of_pull(program: str, size: float, environ: Mapping[str, str]) -> list[Need]:
-    """What an engine needs to fetch an image of compressed layers of that size."""
-    found = storage_of(program, environ)
-    if found is None:
-        return []
-    kept = Need(found.root, UNPACKED * size, f"the unpacked image in {program}'s storage", found.instead)
-    return [kept, Need(found.temporary, size, "the download", found.more)] if found.temporary else [kept]
 
 
 def _words(command: Sequence[str]) -> str:
@@ -269,10 +285,11 @@ def at_start(runtime: str, image: Reference, layers: int | None, environ: Mappin
     if runtime in ("apptainer", "singularity") and image.kind in ("registry", "archive"):
         return _apptainer(runtime, size, environ)
     if runtime in ("docker", "podman"):
-        return Look([of_pull(runtime, size / (UNPACKED if image.path else 1), environ)])  # an archive's layers may be unpacked already
+        storage = storage_of(runtime, environ)
+        return Look([storage.to_pull(size / (UNPACKED if image.path else 1))] if storage else [])  # an archive's layers may be unpacked already
     if runtime == "charliecloud" and image.kind == "registry":
-        storage = environ.get("CH_IMAGE_STORAGE") or f"/var/tmp/{environ.get('USER', os.getuid())}.ch"
-        return Look([[Need(Path(storage), (1 + UNPACKED) * size, "the download and the unpacked image")]])
+        images = environ.get("CH_IMAGE_STORAGE") or f"/var/tmp/{environ.get('USER', os.getuid())}.ch"
+        return Look([[Need(Path(images), (1 + UNPACKED) * size, "the download and the unpacked image")]])
     return Look()
 
 

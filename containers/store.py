@@ -200,18 +200,20 @@ def enroot_import(reference: str, target: Path, architecture: str) -> list[str]:
     return ["enroot", "import", "--arch", machine, "--output", str(target), for_enroot(parse(reference))]
 
 
-def enroot_settings(work: Path) -> dict[str, str]:
-    """enroot's compression, and places with room for it (enroot doc/configuration.md)."""
+def enroot_settings(work: Path, *, insecure: bool = False) -> dict[str, str]:
+    """enroot's compression, and places with room for it (enroot doc/configuration.md, conf/enroot.conf)."""
+    plain = {"ENROOT_ALLOW_HTTP": "yes"} if insecure else {}
     return {
         "ENROOT_SQUASH_OPTIONS": f"-comp zstd -Xcompression-level {ZSTD_LEVEL} -b {BLOCK} -noappend",
         "ENROOT_CACHE_PATH": str(work / "layers"),
         "ENROOT_TEMP_PATH": str(work / "tmp"),
+        **plain,
     }
 
 
-def apptainer_build(program: str, source: str, target: Path) -> list[str]:
+def apptainer_build(program: str, source: str, target: Path, *, insecure: bool = False) -> list[str]:
     """A SIF image of an OCI layout (``oci:DIR:image``), an archive or a registry (apptainer build --help)."""
-    return [program, "build", "--force", str(target), source]
+    return [program, "build", "--force", *(["--no-https"] if insecure else []), str(target), source]
 
 
 def mksquashfs(source: str, target: Path, *, tar: bool) -> list[str]:

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from containers import credentials, layers, store
+from containers import credentials, layers, registry, store
 from containers.layers import Layered, NotAnImage
 from containers.reference import BadReference, parse
+from containers.room import Phase, lacks, same_disk, used
 from containers.store import ImageFolder, StoredImage
-from launcher import describe
+from launcher.image_room import ONE_TOOL, Room, said
 from launcher.image_tools import (
     Say,
     ToolFailed,
@@ -42,10 +43,6 @@ from launcher.image_tools import (
 from recipes.errors import BadInput
 from recipes.files import Lock, fsync_folder, sha256_file, write_json
 
-SPARE = 1.15
-"""The converted image, over its compressed layers: zstd makes it about as large."""
-UNPACKED = 3.0
-"""The unpacked files, over the compressed layers, where they have to be unpacked."""
 LAST_WORDS = 6
 
 
@@ -172,15 +169,19 @@ class _Import:
 
     def run(self) -> tuple[StoredImage, bool]:
         """Everything, or nothing where it is there already."""
-        if self.source.kind == "registry" and self.source.tool in ("enroot", "apptainer", "singularity"):
-            return self._by_one_tool()
-        digest, size = self._registry_digest() if self.source.tool == "skopeo" and self.source.kind == "registry" else ("", 0)
+        one_tool = self.source.kind == "registry" and self.source.tool in ONE_TOOL
+        makes = "sqsh" if self.source.tool == "enroot" else "sif"
+        if one_tool and self.request.format != makes:
+            raise BadInput(f"{self.source.tool} makes .{makes} images; --format {makes}, or another --tool")
+        digest, size = self._in_registry()
         found = self._there(digest)
         if found:
             return found, False
         self.work.mkdir(parents=True, exist_ok=True)
         if size:
-            self._check_space(size, downloaded=_size_of(self.work / "layout"))
+            self._check_room(self.room.to_fetch(self.source.tool, self.source.place, size, self._done(), os.environ))
+        if one_tool:
+            return self._by_one_tool(digest)
         with self._fetched(size) as image:
             digest = digest or image.digest
             found = self._there(digest)
@@ -188,7 +189,7 @@ class _Import:
                 self._clean()
                 return found, False
             self._check_architecture(image)
-            self._check_space(image.size, downloaded=image.size)
+            self._check_room([self.room.to_convert(image.size)])
             made = self._convert(image, digest)
         self._clean()
         return made, True
@@ -205,26 +206,43 @@ class _Import:
         if image.architecture and image.architecture != wanted:
             raise BadInput(f"{self.request.source} is made for {image.architecture}, not for {wanted}; --arch {image.architecture} says that this is meant")
 
-    def _check_space(self, size: int, downloaded: int) -> None:
+    @property
+    def room(self) -> Room:
+        """Where its files go."""
+        unpacks = self.request.format != "sqsh" or not reads_tar() or self.source.tool == "enroot"
+        return Room(self.folder.root, self.request.work, unpacks)
+
+    def _check_room(self, phases: Sequence[Phase]) -> None:
         """Raises BadInput with how much is needed where."""
-        unpacked = 0.0 if self.request.format == "sqsh" and reads_tar() else UNPACKED * size
-        needs: dict[Path, tuple[str, float]] = {self.folder.root: ("the image", SPARE * size)}
-        fetch = max(0.0, size - downloaded) + unpacked
-        words = " and ".join([*(["the download"] if size > downloaded else []), *(["the unpacked files"] if unpacked else [])])
-        if _same_disk(self.work, self.folder.root):
-            needs = {self.folder.root: (" and ".join(filter(None, ["the image", words])), SPARE * size + fetch)}
-        else:
-            needs[self.work] = (words, fetch)
-        for folder, (what, needed) in needs.items():
-            free = shutil.disk_usage(_nearest(folder)).free
-            if needed > free:
-                other = "--images" if folder == self.folder.root else "--tmp"
-                raise BadInput(f"{folder}: {what} will need about {describe.size(needed)} there, {describe.size(free)} are free; {other} DIR names another folder")
+        lack = said(lacks(phases))
+        if lack:
+            raise BadInput(lack)
+
+    def _done(self) -> int:
+        """Bytes of the layers that an earlier try left."""
+        return sum(_size_of(self.work / name) for name in ("layout", "layers", "cache"))
 
     # --- fetching
 
-    def _registry_digest(self) -> tuple[str, int]:
-        """Digest of the manifest for our architecture, and the bytes of its layers. Raises ToolFailed."""
+    def _in_registry(self) -> tuple[str, int]:
+        """Digest of the manifest for our architecture, and the bytes of its layers, before anything is fetched.
+
+        Empty and 0 where nobody says: that is no reason to refuse, for the tool may know more than we do. Raises ToolFailed.
+        """
+        if self.source.kind != "registry":
+            return "", 0
+        if self.source.tool == "skopeo":
+            return self._asked_by_skopeo()
+        try:
+            found = registry.look(parse(self.source.place), self.request.architecture, os.environ, insecure=self.request.insecure)
+        except registry.Unanswered as error:
+            then = "is not looked for" if self.source.tool in ONE_TOOL else "is looked for once it is here"
+            self.say(f"how large {self.source.place} is, is not known ({error}); room for it {then}")
+            return "", 0
+        return found.digest, found.size
+
+    def _asked_by_skopeo(self) -> tuple[str, int]:
+        """By the tool itself, which knows its own credentials, certificates and mirrors. Raises ToolFailed."""
         reference = f"docker://{self.source.place}"
         raw = self._ask(store.skopeo_inspect(reference, insecure=self.request.insecure))
         manifest = _manifest(raw, self.source.place)
@@ -348,28 +366,23 @@ class _Import:
         path = Path(self.source.place) if self.source.kind == "archive" else self.work / "image.tar"
         return f"{layers.archive_layout(path)}-archive:{path}"
 
-    def _by_one_tool(self) -> tuple[StoredImage, bool]:
-        """enroot and apptainer fetch and convert in one go; the digest is that of the file they make."""
+    def _by_one_tool(self, digest: str) -> tuple[StoredImage, bool]:
+        """enroot and apptainer fetch and convert in one go; the digest is that of the file they make where the registry said none."""
         tool = self.source.tool
         found = next((one for one in self.folder.images() if one.reference == self.source.place and one.format == self.request.format and one.whole), None)
-        if found:
+        if found and not digest:
             return found, False
-        self.work.mkdir(parents=True, exist_ok=True)
         half = self.work / f"image.{self.request.format}"
         half.unlink(missing_ok=True)
         if tool == "enroot":
-            if self.request.format != "sqsh":
-                raise BadInput("enroot makes .sqsh images; --format sqsh, or another --tool")
             for folder in ("layers", "tmp"):
                 (self.work / folder).mkdir(exist_ok=True)
-            command, env = store.enroot_import(self.source.place, half, self.request.architecture), store.enroot_settings(self.work)
+            command, env = store.enroot_import(self.source.place, half, self.request.architecture), store.enroot_settings(self.work, insecure=self.request.insecure)
         else:
-            if self.request.format != "sif":
-                raise BadInput(f"{tool} makes .sif images; --format sif, or another --tool")
-            command = store.apptainer_build(tool, f"docker://{self.source.place}", half)
+            command = store.apptainer_build(tool, f"docker://{self.source.place}", half, insecure=self.request.insecure)
             env = {"APPTAINER_TMPDIR": str(self.work), "APPTAINER_CACHEDIR": str(self.work / "cache"), "SINGULARITY_TMPDIR": str(self.work)}
         self._carry_out(command, f"{tool} fetches and converts", 0, lambda: _size_of(self.work), env)
-        made = self._keep(half, f"sha256:{sha256_file(half)}", self.request.architecture, {})
+        made = self._keep(half, digest or f"sha256:{sha256_file(half)}", self.request.architecture, {})
         self._clean()
         return made, True
 
@@ -380,7 +393,7 @@ class _Import:
         with open(half, "rb") as handle:
             os.fsync(handle.fileno())
         self.folder.record(final).unlink(missing_ok=True)
-        if _same_disk(half, self.folder.root):
+        if same_disk(half, self.folder.root):
             os.replace(half, final)
         else:
             beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -418,23 +431,8 @@ def _manifest(raw: bytes, place: str) -> dict[str, Any]:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes below a path, as they are now."""
-    if path.is_file():
-        return path.stat().st_size
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with suppress(OSError):  # renamed meanwhile
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
-
-
-def _nearest(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.exists())
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+    """Bytes at or below a path, as they are now."""
+    return path.stat().st_size if path.is_file() else used(path)
 
 
 def _user() -> str:

@@ -9,8 +9,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
+import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,3 +135,59 @@ def _libraries(program: str) -> dict[str, Path]:
     """The shared libraries of a program, under the names that it asks for."""
     found = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
     return {name: Path(name).resolve() for name in re.findall(r"(/\S+) \(0x", found)}
+
+
+class Registry:
+    """docker-registry on loopback, its log to count in."""
+
+    def __init__(self, folder: Path, password: str | None = None):
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        auth = ""
+        if password:
+            (folder / "htpasswd").write_text(f"me:{password}\n")
+            auth = f"auth: {{htpasswd: {{realm: tests, path: {folder / 'htpasswd'}}}}}\n"
+        config = folder / "registry.yml"
+        config.write_text(
+            f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
+            f"http: {{addr: '127.0.0.1:{self.port}'}}\n{auth}"
+        )
+        self.log = folder / "registry.log"
+        self.process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def push(self, layout: Path, name: str, *credentials_: str) -> str:
+        place = f"127.0.0.1:{self.port}/{name}"
+        more = ["--dest-creds", credentials_[0]] if credentials_ else []
+        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *more, f"oci:{layout}", f"docker://{place}"], check=True, capture_output=True)
+        return place
+
+    def fetched(self) -> int:
+        """How often a layer of more than a megabyte was read."""
+        lines = [line for line in self.log.read_text().splitlines() if "http.request.method=GET" in line and "/blobs/" in line]
+        return sum(int(size) > 1 << 20 for line in lines for size in re.findall(r"http\.response\.written=(\d+)", line))
+
+    def digest(self, name: str, tag: str) -> str:
+        """Of a manifest, as the registry says."""
+        wanted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/{name}/manifests/{tag}", headers={"Accept": wanted})
+        with urllib.request.urlopen(request) as answer:
+            return answer.headers["Docker-Content-Digest"]
+
+    def put_index(self, name: str, tag: str, of: str, architecture: str) -> None:
+        """An index that says of one image for which architecture it is."""
+        kind = "application/vnd.oci.image.index.v1+json"
+        place = f"http://127.0.0.1:{self.port}/v2/{name}/manifests"
+        with urllib.request.urlopen(urllib.request.Request(f"{place}/{of}", headers={"Accept": "application/vnd.oci.image.manifest.v1+json"})) as answer:
+            raw, of_kind = answer.read(), answer.headers["Content-Type"]
+        entry = {"mediaType": of_kind, "digest": f"sha256:{hashlib.sha256(raw).hexdigest()}", "size": len(raw), "platform": {"architecture": architecture, "os": "linux"}}
+        body = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": [entry]}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{place}/{tag}", data=body, headers={"Content-Type": kind}, method="PUT")).close()

@@ -9,16 +9,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from image_helpers import layer, need, unsquashed, write_docker_archive, write_layout
+from image_helpers import Registry, layer, need, unsquashed, write_docker_archive, write_layout
 
 from containers import credentials, store
 from launcher.__main__ import main
@@ -157,22 +157,30 @@ def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, c
     assert not list((tmp_path / "images").glob("*.sqsh"))
 
 
-def test_room_is_looked_for_first(tmp_path, capsys):
-    need("mksquashfs", "mount")
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    need("mount")
     if os.geteuid():
         pytest.skip("needs root for a small file system") if os.environ.get("CI") != "true" else pytest.fail("needs root")
-    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_room_is_looked_for_first(tmp_path, capsys):
+    need("mksquashfs")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
+    with small_disk(tmp_path / "small", 2) as small:
         assert main(["image", "import", f"oci:{layout}", "--images", str(small)]) == 2
         error = capsys.readouterr().err
         assert re.search(rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder", error), error
-        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 1, "the half-made file has no room there"
-        assert "no space left" in capsys.readouterr().err
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 2, "the half-made file has no room there"
+        assert f"{small}: the image will need about" in (error := capsys.readouterr().err) and "--tmp DIR names another folder" in error
+        assert main(["image", "import", f"oci:{layout}", "--images", str(small), "--tmp", "tmp"]) == 2, "nor has the finished one"
+        assert f"{small}: the image will need about" in (error := capsys.readouterr().err) and "--images DIR names another folder" in error
 
 
 @pytest.mark.parametrize(
@@ -227,52 +235,6 @@ def test_the_folder_of_images(tmp_path, monkeypatch, capsys):
 # --- a registry ---------------------------------------------------------------------------------------------
 
 
-class Registry:
-    """docker-registry on loopback, its log to count in."""
-
-    def __init__(self, folder: Path, password: str | None = None):
-        self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        auth = ""
-        if password:
-            (folder / "htpasswd").write_text(f"me:{password}\n")
-            auth = f"auth: {{htpasswd: {{realm: tests, path: {folder / 'htpasswd'}}}}}\n"
-        config = folder / "registry.yml"
-        config.write_text(
-            f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
-            f"http: {{addr: '127.0.0.1:{self.port}'}}\n{auth}"
-        )
-        self.log = folder / "registry.log"
-        self.process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def push(self, layout: Path, name: str, *credentials_: str) -> str:
-        place = f"127.0.0.1:{self.port}/{name}"
-        more = ["--dest-creds", credentials_[0]] if credentials_ else []
-        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *more, f"oci:{layout}", f"docker://{place}"], check=True, capture_output=True)
-        return place
-
-    def fetched(self) -> int:
-        """How often a layer of more than a megabyte was read."""
-        lines = [line for line in self.log.read_text().splitlines() if "http.request.method=GET" in line and "/blobs/" in line]
-        return sum(int(size) > 1 << 20 for line in lines for size in re.findall(r"http\.response\.written=(\d+)", line))
-
-    def digest(self, name: str, tag: str) -> str:
-        """Of a manifest, as the registry says."""
-        wanted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/{name}/manifests/{tag}", headers={"Accept": wanted})
-        with urllib.request.urlopen(request) as answer:
-            return answer.headers["Docker-Content-Digest"]
-
-
 @pytest.fixture
 def registry(tmp_path) -> Iterator[Registry]:
     need("docker-registry", "skopeo", "mksquashfs")
@@ -316,18 +278,135 @@ def test_from_a_registry_every_layer_once(tmp_path, registry, capsys):
     assert "cannot be reached from here; on a machine that reaches it: skopeo copy" in capsys.readouterr().err
 
 
+def storage(folder: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For podman and buildah, in a place of the test's own."""
+    (folder / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{graph}"\n')
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
+
+
+@contextmanager
+def dockerd(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A daemon of the test's own, which leaves the machine's network as it is."""
+    need("dockerd", "docker")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # the paths of sockets are short
+    words = ["--data-root", data, "--exec-root", folder / "exec", "--pidfile", folder / "pid", "--storage-driver=vfs", "--bridge=none", "--iptables=false", "--ip6tables=false"]
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{folder}/socket")
+    with open(folder / "log", "w") as log:
+        daemon = subprocess.Popen(["dockerd", "--host", os.environ["DOCKER_HOST"], *words], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while subprocess.run(["docker", "version"], capture_output=True).returncode:
+            assert daemon.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["skopeo", "podman", "buildah", "docker"])
+def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatch, capsys, tool):
+    """In the tool's own storage, which is too small, and nothing is fetched into it; then with room."""
+    need(tool)
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("blob", noise(8))])]), "tiny:1")
+    images = ["--images", "images"]
+    with ExitStack() as held:
+        small = held.enter_context(small_disk(tmp_path / "small", 12))
+        if tool == "docker":
+            held.enter_context(dockerd(small, monkeypatch))
+        elif tool == "skopeo":
+            images = ["--images", str(small)]
+        else:
+            storage(tmp_path, small, monkeypatch)
+        assert main(["image", "import", place, "--insecure", *images, "--tool", tool]) == 2
+        error = capsys.readouterr().err
+        words = "the download and the image will need about 18" if tool == "skopeo" else rf"the unpacked image in {tool}'s storage will need about 2[01]"
+        assert re.search(rf"{small}: {words}\.\d+ MB there, 1\d\.\d+ MB are free; \S+.* names another folder", error), error
+        assert registry.fetched() == 0
+    with ExitStack() as held:
+        if tool == "docker":
+            held.enter_context(dockerd(tmp_path / "graph", monkeypatch))
+        elif tool != "skopeo":
+            storage(tmp_path, tmp_path / "graph", monkeypatch)
+        made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
+        assert made["made"] and made["digest"] == registry.digest("tiny", "1") and registry.fetched() == 1
+        assert result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)["made"] is False and registry.fetched() == 1
+
+
+ONE_TOOL = {"enroot": "sqsh", "apptainer": "sif"}
+"""What is not installed where the tests run, and what each makes; a stand-in keeps its arguments and makes a file."""
+STAND_IN = '''#!/bin/sh
+[ "$1" = --version ] && echo 1.2 && exit
+echo "$@" "$ENROOT_ALLOW_HTTP" >>{calls}
+for word in "$@"; do case $word in */image.*) echo image >"$word";; esac; done
+'''
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch) -> Path:
+    """What the stand-ins were asked for."""
+    found, programs = tmp_path / "calls", tmp_path / "bin"
+    programs.mkdir()
+    found.touch()
+    for tool in ONE_TOOL:
+        (programs / tool).write_text(STAND_IN.format(calls=found))
+        (programs / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return found
+
+
+@pytest.mark.parametrize("tool", ONE_TOOL)
+def test_room_is_looked_for_before_a_tool_that_does_all(tmp_path, registry, capsys, calls, tool):
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("blob", noise(4))])]), "tiny:1")
+    words = ["import", place, "--insecure", "--tool", tool, "--format", ONE_TOOL[tool]]
+    with small_disk(tmp_path / "small", 18) as small:
+        assert main(["image", *words, "--images", str(small)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(rf"{small}: the download, the image and the unpacked files will need about 19\.\d+ MB there, 18\.\d+ MB are free; --images DIR", error), error
+        assert main(["image", *words, "--images", "images", "--tmp", str(small)]) == 2 and "--tmp DIR" in capsys.readouterr().err
+    assert calls.read_text() == "" and registry.fetched() == 0
+    made = result(capsys, *words, "--images", "images")
+    assert made["made"] and made["digest"] == registry.digest("tiny", "1") and {"enroot": "import", "apptainer": "build --force --no-https"}[tool] in calls.read_text()
+    assert calls.read_text().rstrip().endswith("yes") is (tool == "enroot"), "plain HTTP is allowed in each tool's own way"
+    assert result(capsys, *words, "--images", "images")["made"] is False and len(calls.read_text().splitlines()) == 1
+    with small_disk(tmp_path / "less", 21) as small:
+        done = small / ".work" / f"tiny-1.{os.getuid()}" / {"enroot": "layers", "apptainer": "cache"}[tool]
+        done.mkdir(parents=True)
+        (done / "layer").write_bytes(bytes(4 << 20))
+        assert result(capsys, *words, "--images", "others", "--tmp", str(small))["made"], "what an earlier try fetched is not fetched again"
+    registry.push(write_layout(tmp_path / "newer", [layer([("etc/name", b"newer")])]), "tiny:1")
+    assert result(capsys, *words, "--images", "images")["made"], "the tag has moved"
+    assert main(["image", *words[:-1], {"sqsh": "sif", "sif": "sqsh"}[words[-1]]]) == 2 and f"{tool} makes .{words[-1]} images" in capsys.readouterr().err
+
+
+def test_a_registry_that_does_not_say_is_no_reason_to_refuse(tmp_path, registry, capsys, calls):
+    """The tool may know a way that amlaunch does not; that nobody looked for room is said."""
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1")
+    registry.process.terminate()
+    registry.process.wait()
+    assert main(["image", "import", place, "--insecure", "--tool", "enroot", "--images", "images"]) == 0
+    said = capsys.readouterr().out
+    assert f"how large {place} is, is not known (127.0.0.1:{registry.port} cannot be asked (" in said and "); room for it is not looked for" in said
+    assert calls.read_text()
+
+
+def test_an_image_for_another_architecture_is_not_fetched(tmp_path, registry, capsys, calls):
+    """An index names those that it has."""
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1")
+    registry.put_index("tiny", "all", "1", "s390x")
+    assert main(["image", "import", f"{place.rpartition(':')[0]}:all", "--insecure", "--tool", "enroot", "--images", "images"]) == 2
+    assert "has images for s390x, none for amd64" in capsys.readouterr().err and calls.read_text() == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["podman", "buildah"])
-def test_from_a_registry_by_other_tools(tmp_path, registry, capsys, tool):
+def test_from_a_registry_by_other_tools(tmp_path, registry, monkeypatch, capsys, tool):
     need(tool)
-    storage = tmp_path / "storage.conf"
-    storage.write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{tmp_path}/run"\ngraphroot = "{tmp_path}/graph"\n')
-    os.environ["CONTAINERS_STORAGE_CONF"] = str(storage)
-    try:
-        place = registry.push(write_layout(tmp_path / "oci", [layer([("etc/name", b"tiny")])], {"Env": ["A=1"]}), "tiny:1")
-        made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
-    finally:
-        del os.environ["CONTAINERS_STORAGE_CONF"]
+    storage(tmp_path, tmp_path / "graph", monkeypatch)
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("etc/name", b"tiny")])], {"Env": ["A=1"]}), "tiny:1")
+    made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
     assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"tiny" and made["settings"] == {"Env": ["A=1"]}
 
 

@@ -1,0 +1,56 @@
+"""The room that an import takes, by what fetches the image: what lies where while it is fetched, saved and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from containers import room
+from containers.room import SPARE, UNPACKED, Lack, Need, Phase
+from launcher import describe
+
+ONE_TOOL = ("enroot", "apptainer", "singularity")
+"""These fetch and convert in one go, and unpack the layers meanwhile."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """One import: where its files go, and how it converts."""
+
+    images: Path
+    """The folder of images."""
+    work: Path | None
+    """Where downloads and half-made files go, where that is another one."""
+    unpacks: bool
+    """Whether the converting tool wants the files on disk."""
+
+    def _need(self, size: float, what: str) -> Need:
+        return Need(self.work or self.images, size, what, "--tmp DIR" if self.work else "--images DIR")
+
+    def to_convert(self, size: float) -> Phase:
+        """What comes to layers of that size that are here."""
+        found = [self._need(SPARE * size, "the image")]
+        found += [self._need(UNPACKED * size, "the unpacked files")] if self.unpacks else []
+        if self.work and not room.same_disk(self.work, self.images):
+            found.append(Need(self.images, SPARE * size, "the image", "--images DIR"))
+        return found
+
+    def to_fetch(self, tool: str, name: str, size: float, done: int, environ: Mapping[str, str]) -> list[Phase]:
+        """Everything, from the registry to the image; ``done``: bytes of the layers that are here from an earlier try."""
+        if tool == "skopeo" or tool in ONE_TOOL:
+            return [[self._need(max(0.0, size - done), "the download"), *self.to_convert(size)]]
+        storage = room.storage_of(tool, environ)
+        pulled = [] if storage is None or room.has(tool, name) else storage.to_pull(size)
+        kept = pulled[:1]
+        archive = self._need(size * (UNPACKED if tool == "docker" else 1), "the archive that it is saved to")
+        saving = storage.to_save(size) if storage else []
+        return [pulled, [*kept, *saving, archive], [*kept, archive, *self.to_convert(size)]]
+
+
+def said(lacks: Iterator[Lack]) -> str:
+    """The first lack, for people; empty: there is room."""
+    for lack in lacks:
+        instead = " or ".join(dict.fromkeys(need.instead for need in lack.needs if need.instead))
+        return f"{lack.folders}: {lack.what} will need about {describe.size(int(lack.size))} there, {describe.size(lack.free)} are free; {instead} names another folder"
+    return ""
