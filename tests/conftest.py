@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,18 @@ for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist, which keeps the tests of a file together: files on a cluster take longest, and so begin first."""
+    """For pytest-xdist, which keeps the tests of a file together and gives files out in this order.
+
+    Files on a cluster mostly wait and take longest: they begin first, in turn with those that compute;
+    what has no slow tests fills in at the end.
+    """
     clusters = Counter(item.path for item in items if "cluster" in getattr(item, "fixturenames", ()))
-    items.sort(key=lambda item: -clusters[item.path])
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    waiting = sorted(clusters, key=lambda path: -clusters[path])
+    computing = sorted(slow.keys() - clusters.keys(), key=lambda path: -slow[path])
+    pairs = [path for pair in zip_longest(waiting, computing) for path in pair if path]
+    place = {path: i for i, path in enumerate(pairs)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture
