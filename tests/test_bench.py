@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -20,13 +21,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_suite
-from recipes.errors import BAD_INPUT, OK, BadInput
+from launcher.__main__ import main as amlaunch
+from recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from recipes.loader import load
 from recipes.schema import Compile, Distributed, Fp8, Recipe
 from tests.trainer_runs import VOCAB, Run, recipe
-from trainer import fp8, kernels, roofline
+from trainer import fp8, kernels, loop, roofline
 from trainer.bench import main
 from trainer.collector import Collector
 from trainer.compiling import scope_of
@@ -65,7 +68,10 @@ def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts()
     trace = [
         event("amlaunch.loss", 0.0, 1.0, "user_annotation"),
         event("Optimizer.step#AdamW.step", 2.0, 1.0, "user_annotation"),
+        event("cudaDeviceSynchronize", 0.1, 0.2, "cuda_runtime"),  # the profiler's own, like the last one
         event("cudaLaunchKernel", 0.5, 0.01, "cuda_runtime", correlation=1),
+        event("cudaStreamSynchronize", 0.7, 0.5, "cuda_runtime"),
+        event("cudaEventSynchronize", 1.3, 0.1, "cuda_runtime"),  # a number that was read late
         event("cudaLaunchKernel", 1.5, 0.01, "cuda_runtime", correlation=2),
         event("cudaLaunchKernel", 2.5, 0.01, "cuda_runtime", correlation=3),
         event("nvjet_gemm", 10.0, 2.0, correlation=1),  # the head's product, launched in the loss
@@ -73,9 +79,10 @@ def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts()
         event("vectorized_elementwise_kernel", 15.0, 1.0, correlation=3),
         event("ncclDevKernel_AllReduce", 14.0, 4.0, tid=8),  # 14 to 16 beside other kernels, 16 to 18 alone
         event("pytorch_flash::flash_fwd_kernel", 18.5, 0.5),
+        event("cudaDeviceSynchronize", 19.0, 0.5, "cuda_runtime"),
     ]
     found = busy(trace, 2)
-    assert found.device and found.backends == ("flash_attention",)
+    assert found.device and found.backends == ("flash_attention",) and found.waits == 0.5
     assert found.parts == pytest.approx({"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25})
     parts = {row.part: row for row in rows(found, 5.0, 0.25, {"matrix products": 0.75})}
     assert parts["gaps"].seconds == pytest.approx(5.0 - 0.25 - 4.25) and parts["matrix products"].least == 0.75
@@ -115,6 +122,7 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
     [
         ({"waiting for data": 0.2}, "waits for data"),
         ({"gaps": 0.3}, "stands still for 30%"),
+        ({"gaps": 0.3, "waits": 2.0}, "the host waits for the device 2 times a step"),
         ({"communication": 0.2}, "communication that nothing hides"),
         ({"elementwise": 0.4}, "compile.enabled true"),
         ({"optimizer": 0.2}, "global_batch_size"),
@@ -123,7 +131,7 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
 )
 def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
     found = [Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS]
-    told = advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True)
+    told = advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True, waits=shares.get("waits", 0.0))
     assert said in told and "reduce-overhead" not in told
 
 
@@ -283,6 +291,51 @@ def test_attention_computes_in_bfloat16_all_three_of_them(how: str, packed: bool
         assert attended.types == [torch.bfloat16] * 6
 
 
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+"""Operators that a GPU's host has to wait for: what they give is a number on the host, or has a shape that numbers decide."""
+
+
+class Reads(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().partition(".")[0] in READS
+        return func(*args, **(kwargs or {}))
+
+
+MUON = {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 3e-3}}
+STEPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp, loss from hidden states": (0, {"distributed": {"strategy": "ddp", "dtype": "bfloat16"}, "loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy"}}),
+    "fsdp2, packed": (0, {"packed_sequence": {"packed_sequence_size": 16}}),
+    "muon": (0, {"distributed": {"strategy": "none"}, "optimizer": MUON}),  # whole matrices: torch finds a part's place by reading the mesh, on the host
+    "an optimizer that is not fused": (1, {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}),
+}
+"""Reads a step, and the recipe."""
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_a_step_reads_nothing_back_and_collects_no_garbage(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the loop itself. Red where anything asks for a number: a GPU would run dry meanwhile. The last case shows that this is seen."""
+    monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
+    reads, sections = STEPS[name]
+    found: list[tuple[int, bool, bool]] = []
+    real = loop.take_step
+
+    def watched(*args: Any) -> Any:
+        with Reads() as seen:
+            pending = real(*args)
+        found.append((seen.count, gc.isenabled(), gc.get_freeze_count() > 0))
+        return pending
+
+    monkeypatch.setattr(loop, "take_step", watched)
+    shorter = {"step_scheduler": {"max_steps": 3, "val_every_steps": None}, "model": {"dropout": 0.1}, "checkpoint": {"enabled": False}, "export": None}
+    assert Run(tmp_path / "run", recipe(tmp_path, **shorter, **sections)).here() == OK
+    assert found == [(reads, False, True)] * 3
+    assert gc.isenabled()
+
+
 def test_garbage_waits_until_training_is_over() -> None:
     collector = Collector()
     collector.hold()
@@ -304,6 +357,29 @@ def test_the_start_of_a_process_is_when_the_kernel_made_it() -> None:
 # --- whole runs -----------------------------------------------------------------------------------
 
 
+IMAGE = """
+import sys
+
+class Missing:
+    '''As where these are not installed.'''
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"submitit", "datasets", "shtab", "pyarrow", "psutil"}:
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Missing())
+"""
+"""The image of NGC: torch, numpy, safetensors, tiktoken, transformers, pyyaml and rich are there."""
+
+
+def in_the_image(folder: Path) -> dict[str, str]:
+    """The environment of a process that finds no more than that, and keeps its temporary files in ``folder``."""
+    for name in ("site", "tmp"):
+        (folder / name).mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(IMAGE)
+    path = os.pathsep.join([str(folder / "site"), str(Path(__file__).parent.parent)])
+    return {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "AMLAUNCH_DEVICE": "cpu"}
+
+
 def bench_recipe(folder: Path) -> str:
     run = Run(folder / "run", recipe(folder, loss_fn={"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB}))
     return str(run.folder / "recipe.yaml")
@@ -311,15 +387,16 @@ def bench_recipe(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
-    """In a process of its own, on two ranks: all that a user sees; a trace of an earlier measurement changes nothing."""
+    """In processes of their own, without the launcher's packages: all that a user sees; a trace of an earlier measurement changes nothing."""
     kept = tmp_path / "kept"
     (kept / "rank0/profile").mkdir(parents=True)
     (kept / "rank0/profile/to-step-00000001.rank0.json.gz").write_bytes(b"no trace")
     words = ["-P"] if sys.version_info >= (3, 11) else []
     command = [sys.executable, *words, "-m", "trainer.bench", "train", bench_recipe(tmp_path), "--steps", "4", "--warmup", "2", "--profiled", "2", "--ranks", "2", "--keep", str(kept), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "AMLAUNCH_DEVICE": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)})
+    done = subprocess.run(command, capture_output=True, text=True, env=in_the_image(tmp_path))
     assert done.returncode == OK, done.stderr
     found = json.loads(done.stdout)
+    assert f"trace and metrics are in {kept}" in done.stderr and "step 9/9" in done.stderr
     assert found["steps"] == 4 and found["ranks"] == 2 and not found["synthetic_data"]
     assert (kept / "rank0/profile/to-step-00000009.rank0.json.gz").exists(), "a step between those measured and the two profiled"
     assert found["tokens_per_s"] == pytest.approx(128 / found["step_time_s"]["median"])
@@ -357,9 +434,57 @@ def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> N
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine.yaml", "text.txt"], "nothing is left"
 
 
-def test_a_recipe_that_cannot_be_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "nanogtp"]) == BAD_INPUT
-    assert "did you mean 'nanogpt'?" in capsys.readouterr().err
+@pytest.mark.slow
+def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes. Red where the launcher kills what it started, whose folder then stays."""
+    words = ["bench", "train", bench_recipe(tmp_path), "--gpus", "0", "--steps", "1000000", "--profiled", "0", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", *words], cwd=tmp_path, env=in_the_image(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None and any(line.startswith("step 2/") for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (INTERRUPTED, "") and said.endswith("interrupted: nothing was measured\n")
+    assert list((tmp_path / "tmp").glob("amlaunch-*")) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_value_is_not_taken_for_the_recipe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Red where the command leaves the recipe out, and the next word takes its place."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    assert amlaunch(["bench", "data", "--gpus", "0", "--model.n_embed", "3"]) == BAD_INPUT
+    assert "did you mean 'n_embd'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "nanogtp"], "did you mean 'nanogpt'?"),
+        (["train", "--steps", "0"], "argument --steps: '0' is no whole number above 0"),
+        (["train", "--profiled=-1"], "argument --profiled: '-1' is no whole number from 0 on"),
+        (["train", "nanogpt", "--ranks", "2", "--model.n_embed", "3"], "did you mean 'n_embd'?"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == BAD_INPUT
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--gpus", "-1"], "write a number from 0 on"),
+        (["train", "--gpus", "3"], "this machine has 2 GPUs"),
+        (["data", "--gpus", "2"], "one rank's reading is measured"),
+        (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess changes no key"),
+    ],
+)
+def test_the_command_refuses_what_it_would_not_heed(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert amlaunch(["bench", *words]) == BAD_INPUT
+    assert said in capsys.readouterr().err
 
 
 def compile_into(folder: str) -> None:

@@ -75,14 +75,16 @@ def only_state(run: RunDir, plan: Plan):
     return read_run(run, plan)[0]
 
 
-def test_done_is_a_marker_with_outputs(tmp_path):
-    run, plan = make_run(tmp_path, ("train", [[]], TWO_RANKS))
+def test_done_is_a_marker_with_outputs(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # which torch sets where it has compiled in this process
+    run, plan = make_run(tmp_path, ("train", [["--print", "TORCHINDUCTOR_CACHE_DIR"]], TWO_RANKS))
     assert only_state(run, plan).state == PENDING
     assert drive(run).communicate()[0].strip() == DONE
     state = only_state(run, plan)
     assert state.state == DONE and state.attempts == 1 and state.result["tokens"] == 7
     log = run.element("train", "0").log(1, 1).read_text()
     assert "rank 1 of 2" in log and f"in {tmp_path} threads 1" in log
+    assert f"TORCHINDUCTOR_CACHE_DIR={run.root}/compile-cache\n" in log, "kept with the run, where the next start finds it"
 
 
 def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):

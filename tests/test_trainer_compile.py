@@ -30,7 +30,7 @@ from preprocess.shards import write_shard
 from recipes.errors import OK
 from recipes.schema import Compile, Distributed
 from trainer.activations import checkpoint_activations
-from trainer.compiling import compile_model
+from trainer.compiling import CACHE_VARIABLE, compile_model
 from trainer.loss import LinearCrossEntropy, loss_and_gradient, loss_of
 from trainer.models.gpt2 import build_gpt2_model
 from trainer.models.llama import build_llama_model
@@ -217,6 +217,17 @@ def test_gradients_are_reduced_in_the_last_micro_batch_alone(two: dict[str, list
     """Red where each micro-batch reduces its own."""
     for one, three in two[f"reductions {strategy}"]:
         assert one == three > 0
+
+
+def test_a_cache_that_cannot_be_written_is_left_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red where torch is left with it, which ends the run with an error of its own."""
+    (tmp_path / "file").touch()
+    for folder, there in ((tmp_path / "new" / "cache", True), (tmp_path / "file" / "cache", False)):
+        monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+        compile_model(nn.Linear(1, 1), Compile(enabled=True), "model")
+        assert (os.environ.get(CACHE_VARIABLE) == str(folder)) is there  # torch may have set its own meanwhile
+        assert ("cannot be written (Not a directory)" in capsys.readouterr().out) is not there
+    assert list((tmp_path / "new" / "cache").iterdir()) == []
 
 
 def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:

@@ -4,7 +4,7 @@
 checkpoints and validation: a warm-up, steps that are measured, and some more
 under torch's profiler. ``data`` reads the batches that training would read, and
 does nothing with them. Works without a GPU, alone or under torchrun; ``--ranks``
-starts the ranks itself.
+starts the ranks itself. The result is on stdout, what training says on stderr.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from recipes.errors import FAILED, OK, BadInput
+from recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, BadInput
 from recipes.files import read_json_lines
 from recipes.loader import Loaded, load
 from recipes.process import PARENT_VARIABLE, die_with_parent, python_command
@@ -34,26 +34,56 @@ from recipes.rundir import ElementDir
 from recipes.shipped import find_recipe
 from recipes.version import VERSION
 from trainer.errors import guarded, leave, say
-from trainer.ranks import from_environment
+from trainer.ranks import from_environment, rank_of
 from trainer.stop import StopFlag
 
+FOLDER_VARIABLE = "AMLAUNCH_BENCH_FOLDER"
+"""For ranks that were started here: the folder of all, made-up shards included, that another process removes."""
 WITHOUT = ("--checkpoint.enabled=false", "--validation_dataset=null", "--export=null", "--wandb=null", "--tensorboard=null")
 """Overrides: what a measurement leaves out."""
 SYNTHETIC_TOKENS = 1 << 24
 """The most that is made where the recipe's data is not there: more than any cache holds, and soon written."""
 CONVENTION = "6N + 12LTd operations a token (nanoGPT's), against the maker's dense bfloat16 peak"
+PATIENCE = 50
+"""Tenths of a second that ranks have after one of them has failed."""
+CPU_SIDE, CPU_COPY, CPU_TRIES = 512, 64 << 20, 3
+"""What a CPU is held against: a product of so many rows, a copy of so many bytes; the best of a few, for others use it too."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and return the exit code."""
     die_with_parent()
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """:func:`main`, without its care for errors."""
     given, overrides = parser().parse_known_args(arguments)
-    return guarded(lambda: data(given, overrides) if given.what == "data" else train(given, overrides, arguments))
+    try:
+        if given.what == "train" and given.ranks and given.ranks > 1 and "RANK" not in os.environ:
+            return start_ranks(given, overrides, list(arguments))
+        return data(given, overrides) if given.what == "data" else train(given, overrides)
+    except (Stopped, KeyboardInterrupt):
+        if rank_of(os.environ) == 0:
+            say("interrupted: nothing was measured")
+        return INTERRUPTED
+
+
+class Stopped(Exception):
+    """A signal came before everything was measured."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """As everything else that a user got wrong."""
+        raise BadInput(f"{message}; {self.prog} --help says more")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; what it does not know is an override of the recipe."""
-    made = argparse.ArgumentParser(prog="amlaunch bench", description="Measure the trainer on this machine.", allow_abbrev=False)
+    made = Parser(prog="amlaunch bench", description="Measure the trainer on this machine.", allow_abbrev=False)
     what = made.add_subparsers(dest="what", required=True)
     for name, text in (("train", "steps of training"), ("data", "reading what training reads")):
         one = what.add_parser(name, help=text, allow_abbrev=False, epilog="Any key of the recipe: --section.key value")
@@ -65,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="the result as JSON on stdout")
         if name == "train":
             one.add_argument("--ranks", type=_positive, metavar="N", help="ranks on this machine (1)")
-            one.add_argument("--profiled", type=int, default=3, metavar="N", help="steps under the profiler after those (3); 0: none")
+            one.add_argument("--profiled", type=_whole, default=3, metavar="N", help="steps under the profiler after those (3); 0: none")
             one.add_argument("--keep", type=Path, metavar="DIR", help="keep trace and metrics here")
     return made
 
@@ -73,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
 
 
@@ -90,22 +126,38 @@ class Bench:
 
 
 @contextlib.contextmanager
-def prepared(given: argparse.Namespace, overrides: Sequence[str], more: Sequence[str] = ()) -> Iterator[Bench]:
-    """The recipe as it is measured, in a folder that is removed at the end unless it is to be kept."""
-    kept = getattr(given, "keep", None)
-    folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="amlaunch-bench-"))
+def folder_of(given: argparse.Namespace) -> Iterator[Path]:
+    """Where to measure; removed at the end unless it is to be kept, or another process's."""
+    named = os.environ.get(FOLDER_VARIABLE) or getattr(given, "keep", None)
+    folder = Path(named or tempfile.mkdtemp(prefix="amlaunch-bench-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        path = find_recipe(given.recipe)
-        words = [*overrides, *WITHOUT, *more]
-        loaded = load(path, words, allow=given.allow_target, job_start=True)
-        pattern = None if has_data(loaded, given.data) else synthetic_shards(loaded, folder)
-        if pattern:
-            loaded = load(path, [*words, f"--dataset.file_pattern={pattern}"], allow=given.allow_target, job_start=True)
-        yield Bench(loaded, folder, pattern is not None)
+        yield folder
     finally:
-        if not kept:
+        if not named:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepared(given: argparse.Namespace, overrides: Sequence[str], folder: Path) -> Bench:
+    """The recipe as it is measured; tokens are made up, once for all ranks, where its data is not there."""
+    path = find_recipe(given.recipe)
+    words = [*overrides, *WITHOUT, *scheduled(given)]
+    loaded = load(path, words, allow=given.allow_target, job_start=True)
+    if has_data(loaded, given.data):
+        return Bench(loaded, folder, synthetic=False)
+    if FOLDER_VARIABLE not in os.environ:
+        say("the recipe's data is not here: tokens are made up, which changes no speed")
+        write_synthetic(loaded, folder)
+    return Bench(load(path, [*words, f"--dataset.file_pattern={folder}/[ab].bin"], allow=given.allow_target, job_start=True), folder, synthetic=True)
+
+
+def scheduled(given: argparse.Namespace) -> list[str]:
+    """Overrides: how many steps there are, and which of them are profiled."""
+    last, profiled = given.warmup + given.steps, getattr(given, "profiled", 0)
+    if not profiled:
+        return [f"--step_scheduler.max_steps={last}", "--profile=null"]
+    # the step between does not count: a step's time ends when the next one has begun
+    return [f"--step_scheduler.max_steps={last + 1 + profiled}", f"--profile={{start_step: {last + 2}, steps: {profiled}}}"]
 
 
 def has_data(loaded: Loaded, data: Path | None) -> bool:
@@ -114,8 +166,8 @@ def has_data(loaded: Loaded, data: Path | None) -> bool:
     return data is not None or node.get("file_pattern") is not None or not node["_target_"].startswith("trainer.data.")
 
 
-def synthetic_shards(loaded: Loaded, folder: Path) -> str:
-    """Two shards of made-up tokens, frequent and rare ones as in text (Zipf's law); the glob that matches them."""
+def write_synthetic(loaded: Loaded, folder: Path) -> None:
+    """Two shards of made-up tokens, ``a.bin`` and ``b.bin``, frequent and rare ones as in text (Zipf's law)."""
     import numpy as np
 
     from preprocess.shards import write_shard
@@ -129,36 +181,28 @@ def synthetic_shards(loaded: Loaded, folder: Path) -> str:
     for name in ("a", "b"):
         tokens = np.minimum(vocab ** rng.random(count // 2 + 1, dtype=np.float64), vocab).astype(dtype) - dtype.type(1)
         write_shard(folder / f"{name}.bin", [tokens], dtype)
-    return str(folder / "[ab].bin")
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(given: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
-    """``bench train``, on this rank, or as the one who starts the ranks."""
-    if given.ranks and given.ranks > 1 and "RANK" not in os.environ:
-        return start_ranks(given, list(arguments))
-    last = given.warmup + given.steps
-    more = [f"--step_scheduler.max_steps={last}", "--profile=null"]
-    if given.profiled > 0:  # the step between does not count: a step's time ends when the next one has begun
-        more = [f"--step_scheduler.max_steps={last + 1 + given.profiled}", f"--profile={{start_step: {last + 2}, steps: {given.profiled}}}"]
-    with prepared(given, overrides, more) as bench:
-        with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
-            if bench.synthetic:
-                print("the recipe's data is not here: tokens are made up, which changes no speed", flush=True)
-            report = measured(bench, given)
-        if report is not None:
-            print(json.dumps(report, indent=2) if given.json else text_of(report), flush=True)
+def train(given: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """``bench train``, on this rank."""
+    with folder_of(given) as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            report = measured(prepared(given, overrides, folder), given)
+        if report is None:
+            return OK
+        if given.profiled:
+            say(f"trace and metrics are in {folder}" if given.keep else "the trace is removed again; --keep DIR keeps it")
+        print(json.dumps(report, indent=2) if given.json else text_of(report), flush=True)
     return OK
 
 
 def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
-    """Train, and say what came out; None on ranks other than the first."""
+    """Train, and say what came out; None on ranks other than the first. Raises Stopped."""
     from trainer import job as jobs
     from trainer.cli import Options
-    from trainer.gpucheck import ON_CPU, ON_GPU, copy, gemm
-    from trainer.parallel import compute_dtype
 
     ranks = from_environment(os.environ)
     element = ElementDir(bench.folder / f"rank{ranks.rank}")
@@ -167,16 +211,25 @@ def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
     options = Options(bench.loaded, element, checkpoints=bench.folder / "none", data=given.data, run_id="bench")
     stop = StopFlag()
     stop.install()
-    code = jobs.run(options, stop)
-    if code != OK:
-        raise BadInput("stopped before the measurement was over")
+    if jobs.run(options, stop) != OK:
+        raise Stopped
     job = jobs.KEPT[-1]
-    sizes = ON_GPU if job.world.device.type == "cuda" else ON_CPU
-    rates = {
-        "gemm_flops": gemm(job.world, sizes, compute_dtype(job.recipe.distributed, job.world.device)) * 1e12,
-        "copy_bytes": copy(job.world, sizes, sizes.copy_bytes) * 1e9,
-    }
+    rates = rates_of(job)
     return report_of(bench, given, job, rates, element) if job.world.main else None
+
+
+def rates_of(job: Any) -> dict[str, float]:
+    """What the device does at best, all ranks at it: a large product's operations and a copy's bytes a second."""
+    from trainer.gpucheck import ON_CPU, ON_GPU, copy, gemm
+    from trainer.parallel import compute_dtype
+
+    cuda, dtype = job.world.device.type == "cuda", compute_dtype(job.recipe.distributed, job.world.device)
+    sizes = ON_GPU if cuda else replace(ON_CPU, side=CPU_SIDE, copy_bytes=CPU_COPY)
+    tries = range(1 if cuda else CPU_TRIES)
+    return {
+        "gemm_flops": max(gemm(job.world, sizes, dtype) for _ in tries) * 1e12,
+        "copy_bytes": max(copy(job.world, sizes, sizes.copy_bytes) for _ in tries) * 1e9,
+    }
 
 
 def report_of(bench: Bench, given: argparse.Namespace, job: Any, rates: dict[str, float], element: ElementDir) -> dict[str, Any]:
@@ -267,12 +320,14 @@ def roofline_of(element: ElementDir, job: Any, given: argparse.Namespace, rates:
         compiled=recipe.compile.enabled,
         device=found.device,
         backends=found.backends,
+        waits=found.waits or 0.0,
         micro_batch=steps_of.local_batch_size,
         accumulates=steps_of.local_batch_size * world.dp_size < steps_of.global_batch_size,
     )
     wanted = kernels.wanted(recipe.sdpa_method, world.device)[0] if found.device else None
     return {
         "attention": {"wanted": wanted, "used": list(found.backends)},
+        "host_waits_per_step": found.waits,
         "roofline": [asdict(row) for row in parts],
         "advice": told,
     }
@@ -319,6 +374,7 @@ def text_of(report: dict[str, Any]) -> str:
         ("peak memory", f"{report['peak_memory_gib']:.2f} GiB"),
         ("start", f"{report['startup_s']:.1f} s to the first step, of which compiling {compiled['seconds']:.1f} s ({compiled['hits']} of {graphs} graphs from the cache)"),
         ("attention", used + warning),
+        *([("host waits", f"{waits:.1f} times a step for the device")] if (waits := report.get("host_waits_per_step")) is not None else []),
         ("versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value)),
     ]
     text = "\n".join(f"{name:<19}{value}" for name, value in lines)
@@ -330,21 +386,34 @@ def text_of(report: dict[str, Any]) -> str:
 # --- ranks ----------------------------------------------------------------------------------------
 
 
-def start_ranks(given: argparse.Namespace, arguments: list[str]) -> int:
+def start_ranks(given: argparse.Namespace, overrides: Sequence[str], arguments: list[str]) -> int:
     """``--ranks N``: this program once a rank, here; the first one speaks. One that fails ends all."""
+    with folder_of(given) as folder:
+        prepared(given, overrides, folder)  # what is wrong with the recipe is said once, and tokens are made up once
+        return wait_for(ranks_in(folder, given.ranks, arguments))
+
+
+def ranks_in(folder: Path, count: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
+    """The ranks, started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(given.ranks), "LOCAL_WORLD_SIZE": str(given.ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), PARENT_VARIABLE: str(os.getpid())}
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.ranks)))
+    shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {PARENT_VARIABLE: str(os.getpid()), FOLDER_VARIABLE: str(folder)}
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     command = [*python_command("trainer.bench"), *arguments]
-    ranks = [
+    return [
         subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=None if rank == 0 else sys.stderr)
-        for rank in range(given.ranks)
+        for rank in range(count)
     ]
+
+
+def wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code of all; none is left. Where one has failed, the others have a moment: the first of them says what all have seen."""
+    failing = 0
     try:
-        while any([rank.poll() is None for rank in ranks]) and not any(rank.poll() for rank in ranks):  # noqa: C419 all are asked
+        while any([rank.poll() is None for rank in ranks]) and failing < PATIENCE:  # noqa: C419 all are asked
+            failing += any(rank.poll() for rank in ranks)
             time.sleep(0.1)
     finally:
         for rank in ranks:
@@ -352,10 +421,12 @@ def start_ranks(given: argparse.Namespace, arguments: list[str]) -> int:
                 rank.kill()
         codes = [rank.wait() for rank in ranks]
     failed = [(number, code) for number, code in enumerate(codes) if code > 0] or [(number, code) for number, code in enumerate(codes) if code]
-    if failed:
-        say(f"error: rank {failed[0][0]} ended with {failed[0][1]}; nothing was measured")
-        return failed[0][1] if failed[0][1] > 0 else FAILED
-    return OK
+    if not failed:
+        return OK
+    number, code = failed[0]
+    if code not in (BAD_INPUT, INTERRUPTED):  # of which the rank has spoken
+        say(f"error: rank {number} ended with {code}; nothing was measured")
+    return code if code > 0 else FAILED
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -363,17 +434,14 @@ def start_ranks(given: argparse.Namespace, arguments: list[str]) -> int:
 
 def data(given: argparse.Namespace, overrides: Sequence[str]) -> int:
     """``bench data``: the batches of training, read ahead and copied to the device as training does, and nothing else."""
-    steps = given.warmup + given.steps
-    with prepared(given, overrides, [f"--step_scheduler.max_steps={steps}"]) as bench:
-        with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
-            if bench.synthetic:
-                print("the recipe's data is not here: tokens are made up, which changes no speed", flush=True)
-            report = data_report(bench, given, steps)
+    with folder_of(given) as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            report = data_report(prepared(given, overrides, folder), given, given.warmup + given.steps)
         if given.json:
-            print(json.dumps(report, indent=2))
+            print(json.dumps(report, indent=2), flush=True)
         else:
             print(f"{report['tokens_per_s']:,.0f} tokens/s from {report['windows']:,} windows of {report['seq_len']} tokens on {report['device']}: "
-                  f"{report['step_time_s'] * 1e3:.2f} ms a step of {report['global_batch_size']} windows (median of {given.steps})")
+                  f"{report['step_time_s'] * 1e3:.2f} ms a step of {report['global_batch_size']} windows (median of {given.steps})", flush=True)
     return OK
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from recipes.schema import Compile, Distributed
 from trainer.models import blocks
 
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 FORWARD = ("_compile.compile_inner", "entire_frame_compile")
 BACKWARD = ("backward._backward_impl", "entire_backward_compile")
 """What torch's own stop watch calls them: since 2.6, and before."""
@@ -36,12 +39,28 @@ def compile_model(model: nn.Module, section: Compile, scope: str) -> None:
         return
     import torch._dynamo
 
+    leave_a_cache_that_cannot_be_written()
+
     # Else dynamo cuts what DDP holds into a graph for each 25 MB of gradients, a block too, so that reducing begins
     # within a graph. By blocks it begins after each block anyway. A whole model stays whole, as the recipe asked for
     # it: its gradients are then reduced after the backward pass, with nothing beside, once a step.
     torch._dynamo.config.optimize_ddp = False
     for part in [model] if scope == "model" else blocks(model):
         part.compile(mode=section.mode, dynamic=False)
+
+
+def leave_a_cache_that_cannot_be_written() -> None:
+    """Without the cache a start compiles again; with one that cannot be written torch ends with an error."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder is None:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        del os.environ[CACHE_VARIABLE]
+        print(f"warning: {CACHE_VARIABLE} {folder} cannot be written ({error.strerror}); what is compiled is kept on this machine alone", flush=True)
 
 
 def compile_loss(loss_fn: Any, section: Compile) -> Any:

@@ -38,6 +38,9 @@ BACKENDS = (
     ("math", re.compile(r"_scaled_dot_product_attention_math", re.I)),
 )
 
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+"""Calls in which the host stands still until the device has done all that it was given; a late number's event is none of them."""
+
 Span = tuple[float, float]
 
 
@@ -52,6 +55,8 @@ class Busy:
     """Whether these are kernels of a GPU."""
     backends: tuple[str, ...]
     """Of attention, as the names of what ran say."""
+    waits: float | None = None
+    """How often a step the host waited for the device, between two kernels; None on a CPU."""
 
 
 def part_of(name: str) -> str:
@@ -72,7 +77,15 @@ def busy(events: Sequence[dict[str, Any]], steps: int) -> Busy:
     names = {str(event["name"]) for event in events}
     backends = tuple(backend for backend, rule in BACKENDS if any(rule.search(name) for name in names))
     parts, wall = _of_gpu(kernels, events) if kernels else _of_cpu(events)
-    return Busy({part: seconds / steps / 1e6 for part, seconds in parts.items()}, wall / steps / 1e6, bool(kernels), backends)
+    waits = host_waits(events) / steps if kernels else None
+    return Busy({part: seconds / steps / 1e6 for part, seconds in parts.items()}, wall / steps / 1e6, bool(kernels), backends, waits)
+
+
+def host_waits(events: Sequence[dict[str, Any]]) -> int:
+    """How often the host waited while it was still giving work to a GPU: the profiler's own waiting is before and after that."""
+    calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launches = [event["ts"] for event in calls if "Launch" in event["name"]]
+    return sum(event["name"] in WAITS and min(launches) < event["ts"] < max(launches) for event in calls) if launches else 0
 
 
 def _of_gpu(kernels: list[dict[str, Any]], events: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float]:
@@ -190,7 +203,9 @@ def least_seconds(
     }
 
 
-def advice(found: Sequence[Row], *, compiled: bool, device: bool, backends: Sequence[str], micro_batch: int, accumulates: bool) -> str:
+def advice(
+    found: Sequence[Row], *, compiled: bool, device: bool, backends: Sequence[str], micro_batch: int, accumulates: bool, waits: float = 0.0
+) -> str:
     """The one thing to change first."""
     share = {row.part: row.share for row in found}
     least = {row.part: row.least / row.seconds for row in found if row.least and row.seconds}
@@ -198,6 +213,11 @@ def advice(found: Sequence[Row], *, compiled: bool, device: bool, backends: Sequ
         return f"{share['waiting for data']:.0%} of the step waits for data: put the shards on a faster disk, or raise dataloader.prefetch_factor"
     if device and "math" in backends:
         return "attention is computed by torch's slowest kernel (math): see sdpa_method, and the warning at the start"
+    if share["gaps"] > 0.05 and waits >= 1.0:
+        return (
+            f"the host waits for the device {waits:.0f} times a step, which then stands still: something reads numbers back "
+            "(.item(), .cpu(), a mask as an index), in a model or loss of your own, or an optimizer that is not fused"
+        )
     if share["gaps"] > 0.15 and device:
         larger = f"a larger step_scheduler.local_batch_size than {micro_batch}" if accumulates else "larger batches"
         fused = "" if compiled else ", or compile.enabled true"

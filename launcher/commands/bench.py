@@ -7,14 +7,16 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.errors import OK, BadInput
-from recipes.process import python_command
+from launcher.machine import this_machine
+from recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
+from recipes.process import PARENT_VARIABLE, python_command
 from recipes.schema import parse_count
 
 PASSED = ("steps", "warmup", "profiled")
@@ -26,11 +28,39 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and return the exit code."""
     if options.what == "preprocess":
         return preprocess(options)
+    check_gpus(options)
     for package in ("torch", "numpy", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it")
-    words = [options.what, *([options.recipe] if options.recipe else []), *words_of(options), *options.overrides]
-    return subprocess.run([*python_command("trainer.bench"), *words], env=environment(options.gpus)).returncode
+    words = [options.what, options.recipe or "nanogpt", *words_of(options), *options.overrides]
+    return waited([*python_command("trainer.bench"), *words], environment(options.gpus))[0]
+
+
+def check_gpus(options: argparse.Namespace) -> None:
+    """BadInput where there are not as many GPUs as are asked for."""
+    asked, there = options.gpus or 0, len(this_machine().gpus)
+    if asked < 0:
+        raise BadInput(f"--gpus {asked}: write a number from 0 on")
+    if asked > there:
+        raise BadInput(f"--gpus {asked}: this machine has {there} GPUs" + ("; --gpus 0 measures on the CPU" if there == 0 else ""))
+    if asked > 1 and options.what == "data":
+        raise BadInput(f"--gpus {asked}: one rank's reading is measured; write 1, or 0 for the CPU")
+
+
+def waited(words: list[str], env: dict[str, str], stdout: int | None = None) -> tuple[int, bytes]:
+    """A command's exit code, and what it said where ``stdout`` is a pipe.
+
+    Ctrl-C reaches the command as well, which then ends by itself and leaves nothing behind; a third one does not wait for that.
+    """
+    child = subprocess.Popen(words, env={**env, PARENT_VARIABLE: str(os.getpid())}, stdout=stdout)
+    for _ in range(3):
+        try:
+            said, _ = child.communicate()
+            return child.returncode, said or b""
+        except KeyboardInterrupt:
+            continue
+    child.kill()
+    return INTERRUPTED, b""
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
@@ -49,6 +79,8 @@ def environment(gpus: int | None) -> dict[str, str]:
 
 def preprocess(options: argparse.Namespace) -> int:
     """The whole process from text to verified shards: of a recipe, or of text that this machine has."""
+    if options.overrides:
+        raise BadInput(f"{options.overrides[0].partition('=')[0]}: bench preprocess changes no key of a recipe; its own options are in amlaunch bench preprocess --help")
     with tempfile.TemporaryDirectory(prefix="amlaunch-bench-") as folder:
         words = ["--output-dir", f"{folder}/shards", "--max-tokens", options.max_tokens, "--json"]
         if options.recipe:
@@ -61,11 +93,13 @@ def preprocess(options: argparse.Namespace) -> int:
             if getattr(options, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         began = time.perf_counter()
-        done = subprocess.run([*python_command("preprocess"), *words], stdout=subprocess.PIPE, env=environment(None))
+        code, said = waited([*python_command("preprocess"), *words], environment(None), stdout=subprocess.PIPE)
         seconds = time.perf_counter() - began
-        if done.returncode:
-            return done.returncode
-        made = json.loads(done.stdout)
+        if code:
+            if code != BAD_INPUT:  # of which it has spoken
+                print("nothing was measured", file=sys.stderr)
+            return code
+        made = json.loads(said)
     report = {
         "seconds": round(seconds, 3),
         "tokens": made["tokens"],
