@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import container_image
 import container_pipeline
@@ -60,6 +61,11 @@ def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> R
     return run
 
 
+def ends(run: RunDir) -> list[dict[str, Any]]:
+    """How its attempts ended."""
+    return [line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "end"]
+
+
 def submitted(place: Place) -> str:
     place.amlaunch("retry", "test-1")
     return place.queued()[0]
@@ -107,8 +113,7 @@ def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: 
     assert [line for line in log.splitlines() if line.partition("=")[0] in inside] == [f"{name}={value}" for name, value in inside.items()]
     assert ("could not write: [Errno 30]" in log) == read_only and (place.folder / "data" / "mine").exists() != read_only
     assert states(found)["train"] == ["done"] and len(attempts(run, "train")) == 2
-    ends = [line for line in read_json_lines(folder.attempts) if line["event"] == "end"]
-    assert ends[0]["outcome"] == "stopped" and "time limit" in ends[0]["reason"]
+    assert ends(run)[0]["outcome"] == "stopped" and "time limit" in ends(run)[0]["reason"]
     steps = [line.split() for line in (folder.root / "steps0").read_text().splitlines()]
     assert steps == [[str(n)] for n in range(1, 25)], "each step once: it went on where it stopped"
     assert (folder.root / "saved1").stat().st_uid == (place.folder / "data").stat().st_uid, "what it writes is lab's"
@@ -135,9 +140,10 @@ def test_what_is_missing_is_said_in_the_first_seconds(cluster: Cluster, containe
     place = Place(cluster, "missing")
     run = stand_in(place, container, CPU, "--do", "ok")
     submitted(place)
-    found = place.wait("test-1", 90, code=1)
-    reason = element(found, "train")["reason"]
+    place.wait_until("test-1", lambda _: ends(run))  # a registry that is out of reach is tried again for longer than this takes
+    reason = ends(run)[0]["reason"]
     assert all(word in reason for word in words) and "cpu" in reason, reason
+    assert ends(run)[0]["again"] == ("registry out of reach" in words)
     assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
 
