@@ -149,7 +149,7 @@ def test_what_is_missing_is_said_in_the_first_seconds(cluster: Cluster, containe
 
 def test_what_a_first_run_lacks(cluster: Cluster) -> None:
     """Credentials and a mount, told at submit; the mount's node says it in the first seconds. The credentials are nobody's business."""
-    place = Place(cluster, "lacks")
+    place = Place(cluster, "lacks", https_proxy="http://127.0.0.1:9")  # nobody listens: no registry is reached, wherever this runs
     for name, text in {**container_pipeline.FILES, "clusters.yaml": CLUSTERS}.items():
         place.write(name, text)
     words = ["submit", "inside.yaml", "--cluster", "lab", "--stage", "preprocess", "--container.image", "nvcr.io/org/private:1", "--container.runtime", "podman"]
