@@ -88,9 +88,9 @@ def check(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for source in spec["mounts"]:
         if not os.path.exists(source):
             yield "mount", f"there is no {source} to mount"
-    wanted, mine = spec.get("architecture"), ARCHITECTURES.get(platform.machine(), platform.machine())
-    if wanted and wanted != mine:
-        yield "wrong architecture", f"the image is for {wanted}, the node is {mine}"
+    wanted, mine = spec.get("architectures") or [spec.get("architecture")], ARCHITECTURES.get(platform.machine(), platform.machine())
+    if wanted != [None] and mine not in wanted:
+        yield "wrong architecture", f"the image is for {' and '.join(wanted)}, the node is {mine}"
     yield from _driver(spec)
     yield from _space(spec)
 

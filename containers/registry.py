@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from containers import credentials
-from containers.layers import choose_digest
 from containers.reference import DOCKER_HUB, Reference
 
 HOST_OF_HUB = "registry-1.docker.io"
@@ -53,23 +52,44 @@ class Manifest:
     digest: str
     size: int
     """Bytes of all layers, as they are fetched: compressed."""
+    architectures: tuple[str, ...]
+    """All that the registry has it for; empty: it does not say."""
 
 
 def look(image: Reference, architecture: str, environ: Mapping[str, str], *, insecure: bool = False, seconds: float = SECONDS) -> Manifest:
-    """Ask an image's registry. ``insecure``: without certificates, or without TLS, where it has none.
+    """Ask an image's registry about it for an architecture, or, where it has none for that one, for the first that it has.
 
-    Raises Unanswered, and NotAnImage where there is none for that architecture.
+    ``insecure``: without certificates, or without TLS, where it has none. Raises Unanswered.
     """
     session = _Session(image, environ, insecure, seconds)
     raw = session.manifest(image.digest or image.tag)
     found, digest = _object(raw), f"sha256:{hashlib.sha256(raw).hexdigest()}"
-    if "manifests" in found:
-        digest = choose_digest(found, architecture, image.name)
-        found = _object(session.manifest(digest))
     try:
-        return Manifest(digest, sum(int(layer["size"]) for layer in found["layers"]))
-    except (KeyError, TypeError, ValueError):
-        raise Unanswered(f"{image.registry} answers with a manifest without sizes") from None
+        if "manifests" in found:
+            entries = {name: entry for entry in reversed(found["manifests"]) if (name := _architecture(entry.get("platform")))}
+            entry = entries.get(architecture) or found["manifests"][0]
+            digest, named = str(entry["digest"]), tuple(reversed(entries))
+            found = _object(session.manifest(digest))
+        else:
+            named = _of_config(session, str(found["config"]["digest"]))
+        return Manifest(digest, sum(int(layer["size"]) for layer in found["layers"]), named)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        raise Unanswered(f"{image.registry} answers with a manifest of a kind that is not known here") from None
+
+
+def _architecture(platform: Any) -> str:
+    """Empty for what is no image: indexes list attestations for an unknown one."""
+    name = str((platform or {}).get("architecture") or "")
+    return "" if name == "unknown" else name
+
+
+def _of_config(session: _Session, digest: str) -> tuple[str, ...]:
+    """A manifest alone does not say for which architecture it is; the configuration that it names does."""
+    try:
+        name = _architecture(_object(session.blob(digest)))
+    except Unanswered:
+        return ()
+    return (name,) if name else ()
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -88,7 +108,7 @@ class _Session:
     def __init__(self, image: Reference, environ: Mapping[str, str], insecure: bool, seconds: float):
         self.image, self.environ, self.insecure, self.seconds = image, environ, insecure, seconds
         host = HOST_OF_HUB if image.registry == DOCKER_HUB else image.registry
-        self.place = f"{host}/v2/{image.repository}/manifests"
+        self.place = f"{host}/v2/{image.repository}"
         self.schemes = ["https", "http"] if insecure else ["https"]
         self.permission = ""
         context = ssl.create_default_context()
@@ -98,16 +118,23 @@ class _Session:
 
     def manifest(self, version: str) -> bytes:
         """The manifest or index under a tag or a digest, byte for byte. Raises Unanswered."""
+        return self._ask(f"manifests/{version}")
+
+    def blob(self, digest: str) -> bytes:
+        """What a manifest names; the beginning of it, where it is long. Raises Unanswered."""
+        return self._ask(f"blobs/{digest}")
+
+    def _ask(self, what: str) -> bytes:
         try:
-            return self._get(f"{self.schemes[0]}://{self.place}/{version}", self.permission)
+            return self._get(f"{self.schemes[0]}://{self.place}/{what}", self.permission)
         except Unanswered as error:
             if error.status == 0 and len(self.schemes) > 1:
                 self.schemes = self.schemes[1:]
-                return self.manifest(version)
+                return self._ask(what)
             if error.status != 401 or self.permission:
                 raise
             self.permission = self._ask_permission(error)
-        return self._get(f"{self.schemes[0]}://{self.place}/{version}", self.permission)
+        return self._get(f"{self.schemes[0]}://{self.place}/{what}", self.permission)
 
     def _ask_permission(self, refusal: Unanswered) -> str:
         """A token of the service that the registry names, for the user whose credentials lie here, else for anybody."""

@@ -188,7 +188,7 @@ class _Import:
             if found:
                 self._clean()
                 return found, False
-            self._check_architecture(image)
+            self._check_architecture((image.architecture,) if image.architecture else ())
             self._check_room([self.room.to_convert(image.size)])
             made = self._convert(image, digest)
         self._clean()
@@ -201,10 +201,11 @@ class _Import:
     def _clean(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _check_architecture(self, image: Layered) -> None:
+    def _check_architecture(self, made: Sequence[str]) -> None:
+        """``made``: for which it is; empty: nobody says. Raises BadInput."""
         wanted = self.request.architecture
-        if image.architecture and image.architecture != wanted:
-            raise BadInput(f"{self.request.source} is made for {image.architecture}, not for {wanted}; --arch {image.architecture} says that this is meant")
+        if made and wanted not in made:
+            raise BadInput(f"{self.request.source} is made for {' and '.join(made)}, not for {wanted}; --arch {made[0]} says that this is meant")
 
     @property
     def room(self) -> Room:
@@ -239,6 +240,7 @@ class _Import:
             then = "is not looked for" if self.source.tool in ONE_TOOL else "is looked for once it is here"
             self.say(f"how large {self.source.place} is, is not known ({error}); room for it {then}")
             return "", 0
+        self._check_architecture(found.architectures)
         return found.digest, found.size
 
     def _asked_by_skopeo(self) -> tuple[str, int]:

@@ -137,29 +137,44 @@ def _libraries(program: str) -> dict[str, Path]:
     return {name: Path(name).resolve() for name in re.findall(r"(/\S+) \(0x", found)}
 
 
+def registry_config(folder: Path, place: str, password: str | None = None, *, tls: bool = False) -> Path:
+    """docker-registry's, with everything in a folder; ``tls``: the files key and certificate are there."""
+    auth = f"auth: {{htpasswd: {{realm: tests, path: {folder / 'htpasswd'}}}}}\n" if password else ""
+    (folder / "htpasswd").write_text(f"me:{password}\n")
+    encrypted = f", tls: {{certificate: {folder / 'certificate'}, key: {folder / 'key'}}}" if tls else ""
+    config = folder / "registry.yml"
+    config.write_text(
+        f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\nhttp: {{addr: '{place}'{encrypted}}}\n{auth}"
+    )
+    return config
+
+
 class Registry:
     """docker-registry on loopback, its log to count in."""
 
-    def __init__(self, folder: Path, password: str | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path, password: str | None = None, *, tls: bool = False):
+        """``password``: as htpasswd has it; ``tls``: with the files key and certificate that lie in the folder."""
+        self.folder, self.tls = folder, tls
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        auth = ""
-        if password:
-            (folder / "htpasswd").write_text(f"me:{password}\n")
-            auth = f"auth: {{htpasswd: {{realm: tests, path: {folder / 'htpasswd'}}}}}\n"
-        config = folder / "registry.yml"
-        config.write_text(
-            f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
-            f"http: {{addr: '127.0.0.1:{self.port}'}}\n{auth}"
-        )
+        self.name = f"127.0.0.1:{self.port}"
         self.log = folder / "registry.log"
-        self.process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
+        self.process = self._start(password)
+
+    def restart(self, password: str) -> None:
+        """The same, for those alone who know a password."""
+        self.process.terminate()
+        self.process.wait()
+        self.process = self._start(password)
+
+    def _start(self, password: str | None) -> subprocess.Popen[bytes]:
+        config = registry_config(self.folder, self.name, password, tls=self.tls)
+        process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
+                return process
             except OSError:
                 time.sleep(0.05)
         raise AssertionError(self.log.read_text())
@@ -185,9 +200,17 @@ class Registry:
     def put_index(self, name: str, tag: str, of: str, architecture: str) -> None:
         """An index that says of one image for which architecture it is."""
         kind = "application/vnd.oci.image.index.v1+json"
-        place = f"http://127.0.0.1:{self.port}/v2/{name}/manifests"
+        place = f"http{'s' * self.tls}://{self.name}/v2/{name}/manifests"
         with urllib.request.urlopen(urllib.request.Request(f"{place}/{of}", headers={"Accept": "application/vnd.oci.image.manifest.v1+json"})) as answer:
             raw, of_kind = answer.read(), answer.headers["Content-Type"]
         entry = {"mediaType": of_kind, "digest": f"sha256:{hashlib.sha256(raw).hexdigest()}", "size": len(raw), "platform": {"architecture": architecture, "os": "linux"}}
         body = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": [entry]}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{place}/{tag}", data=body, headers={"Content-Type": kind}, method="PUT")).close()
+
+
+def make_certificate(folder: Path) -> Path:
+    """A key, and a certificate for 127.0.0.1."""
+    need("openssl")
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(["openssl", "req", *words, "-keyout", folder / "key", "-out", folder / "certificate"], check=True, capture_output=True)
+    return folder / "certificate"

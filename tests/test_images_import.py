@@ -397,7 +397,7 @@ def test_an_image_for_another_architecture_is_not_fetched(tmp_path, registry, ca
     place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1")
     registry.put_index("tiny", "all", "1", "s390x")
     assert main(["image", "import", f"{place.rpartition(':')[0]}:all", "--insecure", "--tool", "enroot", "--images", "images"]) == 2
-    assert "has images for s390x, none for amd64" in capsys.readouterr().err and calls.read_text() == ""
+    assert "is made for s390x, not for amd64; --arch s390x says that this is meant" in capsys.readouterr().err and calls.read_text() == ""
 
 
 @pytest.mark.slow

@@ -6,18 +6,23 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from image_helpers import Registry, layer, need, write_layout
+from image_helpers import Registry, layer, make_certificate, need, write_layout
 
-from containers import credentials, parse
-from containers.layers import NotAnImage
+from containers import credentials, node, parse
 from containers.registry import Unanswered, look
+from launcher import image_registry
+from launcher.plan import Container, Needs, Plan, Stage
+from recipes.loader import load
 
+ROOT = Path(__file__).resolve().parent.parent
 PASSWORD, HASH = "correct horse", "$2b$04$QxIqyGEg9gvPkPfnIj7FQOAkoa70RIMTZnyqrln0Vsak2G8Lvxeo6"
 
 
@@ -51,7 +56,7 @@ def test_digest_and_size_as_the_registry_has_them(tmp_path, registry):
     [entry] = json.loads((layout / "index.json").read_text())["manifests"]
     manifest = json.loads((layout / "blobs" / "sha256" / entry["digest"][7:]).read_text())
     assert found.digest == entry["digest"] and found.size == sum(one["size"] for one in manifest["layers"]) > 3 << 20
-    assert look(parse(f"{image.registry}/team/tiny@{found.digest}"), "arm64", home, insecure=True) == found, "an image that is for one alone does not say so in its manifest"
+    assert found.architectures == ("amd64",) and look(parse(f"{image.registry}/team/tiny@{found.digest}"), "arm64", home, insecure=True) == found
     with pytest.raises(Unanswered, match="has no such image") as missing:
         look(parse(f"{image.registry}/team/tiny:2"), "amd64", home, insecure=True)
     assert missing.value.status == 404
@@ -103,7 +108,8 @@ def service() -> Iterator[tuple[str, type[TokenService]]]:
     sizes = {"amd64": [5, 6], "arm64": [7]}
     raw = {name: json.dumps({"layers": [{"size": size} for size in found]}).encode() for name, found in sizes.items()}
     digests = {name: f"sha256:{hashlib.sha256(one).hexdigest()}" for name, one in raw.items()}
-    TokenService.index = {"manifests": [{"digest": digest, "platform": {"architecture": name, "os": "linux"}} for name, digest in digests.items()]}
+    entries = [{"digest": digest, "platform": {"architecture": name, "os": "linux"}} for name, digest in digests.items()]
+    TokenService.index = {"manifests": [*entries, {"digest": "sha256:0", "platform": {"architecture": "unknown", "os": "unknown"}}]}
     TokenService.blobs = {digests[name]: one for name, one in raw.items()}
     TokenService.seen = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), TokenService)
@@ -121,8 +127,8 @@ def test_a_token_for_anybody_or_for_the_user_of_an_architectures_image(tmp_path,
     token = next(entry for entry in seen if entry[0].startswith("/token"))
     assert token == ("/token?account=x&service=tests%2C+and+more&scope=repository%3Ateam%2Ftiny%3Apull", "")
     assert ("Bearer anonymous" in [permission for _, permission in seen]) and [permission for path, permission in seen if path.startswith("/elsewhere")] == ["", ""]
-    with pytest.raises(NotAnImage, match=r"has images for amd64, arm64, none for ppc64le"):
-        look(image, "ppc64le", {"HOME": str(tmp_path)}, insecure=True)
+    other = look(image, "ppc64le", {"HOME": str(tmp_path)}, insecure=True)
+    assert other.architectures == ("amd64", "arm64") and other.size == 11, "it has none for that one, and says so"
     seen.clear()
     write_auths(tmp_path / "auth.json", **{place: f"me:{PASSWORD}"})
     look(image, "amd64", {"HOME": str(tmp_path), "REGISTRY_AUTH_FILE": str(tmp_path / "auth.json")}, insecure=True)
@@ -154,3 +160,72 @@ def test_credentials_lie_where_the_tools_keep_them(tmp_path):
     assert credentials.login("nvcr.io/team/b", session) == ("team", "2") and credentials.login("nvcr.io/other/b", session) == ("all", "1")
     containers_own.write_text('{"credsStore": "desktop", "auths": {"nvcr.io": {}}}')
     assert credentials.login("nvcr.io/team/b", session) == ("$oauthtoken", "key1"), "a password that a program keeps is not asked for"
+
+
+# --- when a run is submitted --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trusted(tmp_path, monkeypatch) -> Iterator[Registry]:
+    """A registry with a certificate, which this machine trusts."""
+    need("docker-registry", "skopeo")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    monkeypatch.setenv("SSL_CERT_FILE", str(make_certificate(folder)))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = Registry(folder, tls=True)
+    yield found
+    found.process.terminate()
+    found.process.wait()
+
+
+def planned(tmp_path: Path, runtime: str, *images: str, seconds: float = 5.0) -> image_registry.Seen:
+    """What is said of a plan with these images."""
+    (tmp_path / "r.yaml").write_text(f"container:\n  image: {images[0]}\n{(ROOT / 'recipes' / 'quickstart.yaml').read_text()}")
+    stages = [Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, Container(image, runtime, facts={"cuda": "13.0"})) for number, image in enumerate(images)]
+    return image_registry.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), seconds)
+
+
+def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, capsys):
+    layout = write_layout(tmp_path / "oci", [layer([("blob", os.urandom(3 << 20))])])
+    place = trusted.push(layout, "team/tiny:1")
+    [entry] = json.loads((layout / "index.json").read_text())["manifests"]
+    size = sum(one["size"] for one in json.loads((layout / "blobs" / "sha256" / entry["digest"][7:]).read_text())["layers"])
+    seen = planned(tmp_path, "pyxis", place, "/images/a.sqsh", place)
+    assert [stage.container.facts for stage in seen.plan.stages if stage.container] == [{"cuda": "13.0", "bytes": size, "architectures": ["amd64"]}, {"cuda": "13.0"}, {"cuda": "13.0", "bytes": size, "architectures": ["amd64"]}]
+    assert not seen.problems and not seen.notes
+    trusted.put_index("team/tiny", "other", "1", "s390x")
+    other = planned(tmp_path, "pyxis", place.replace("tiny:1", "tiny:other"))
+    assert other.notes == (f"{place.replace('tiny:1', 'tiny:other')} is made for s390x, this machine is amd64; nodes that are like it cannot start it",) and not other.problems
+    [stage] = other.plan.stages
+    assert stage.container
+    spec = {"runtime": "docker", "image": "x", "path": None, "mounts": [], "prepare": [], "architecture": None, **stage.container.facts}
+    assert dict(node.check(spec))["wrong architecture"] == "the image is for s390x, the node is amd64"
+
+
+def test_a_submit_refuses_an_image_that_its_registry_does_not_have(tmp_path, trusted):
+    place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1").replace("tiny:1", "tiny:2")
+    words = f"{trusted.name} has no such image (404 Not Found)"
+    assert planned(tmp_path, "enroot", place).problems == (f"{tmp_path / 'r.yaml'}:2: container.image: {words}: {place}; look at the spelling and the tag",)
+    local = planned(tmp_path, "podman", place)
+    assert not local.problems and local.notes == (f"{place}: {words}; a node that does not have it already cannot start it",), "it may have been built there"
+
+
+def test_a_submit_says_what_wants_credentials_and_minds_no_silent_registry(tmp_path, trusted):
+    place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
+    trusted.restart(HASH)
+    [note] = planned(tmp_path, "pyxis", place).notes
+    assert note.startswith(f"{place}: {trusted.name} wants credentials (401 Unauthorized); where it is not for everybody: ~/.config/enroot/.credentials")
+    write_auths(tmp_path / "home" / ".docker" / "config.json", **{trusted.name: f"me:{PASSWORD}"})
+    assert not planned(tmp_path, "pyxis", place).notes
+    trusted.process.terminate()
+    trusted.process.wait()
+    silent = planned(tmp_path, "pyxis", place)
+    assert not silent.notes and not silent.problems and silent.plan.stages[0].container.facts == {"cuda": "13.0"}  # type: ignore[union-attr]
+
+
+def test_a_submit_does_not_wait_for_a_registry_that_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        began = time.monotonic()
+        seen = planned(tmp_path, "pyxis", *(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:{tag}" for tag in range(5)), seconds=1.0)
+        assert time.monotonic() - began < 3 and not seen.notes and not seen.problems

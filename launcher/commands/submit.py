@@ -97,8 +97,9 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         loaded, name = load_recipe(options, runs, starting=True)
         with problems.collected():
             check_recipe(loaded)
-        plan = plan_on_cluster(options, loaded, name, cluster, runs)
+        plan, said = _asked(loaded, plan_on_cluster(options, loaded, name, cluster, runs), problems)
         made.append((loaded, plan))
+        notes += said
         with problems.collected():
             check_stages(loaded, cluster, _chosen(plan, options), asked)
         with problems.collected():
@@ -112,6 +113,17 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         notes += check_python(cluster)
     problems.refuse()
     return *made[0], notes
+
+
+def _asked(loaded: Loaded, plan: Plan, problems: Problems) -> tuple[Plan, Sequence[str]]:
+    """The plan with what registries say of its images, and remarks; what cannot be goes to ``problems``."""
+    if not any(stage.container for stage in plan.stages):
+        return plan, ()
+    from launcher.image_registry import ask  # what speaks HTTP takes a while to load
+
+    seen = ask(loaded, plan)
+    problems.add(seen.problems)
+    return seen.plan, seen.notes
 
 
 def _run_dir(runs: Path, plan: Plan) -> RunDir:
