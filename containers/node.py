@@ -119,11 +119,12 @@ def _space(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     look = room.at_start(spec["runtime"], image, spec.get("bytes"), os.environ)
     for lack in room.lacks(look.phases):
+        doubt = look.doubt or ("" if lack.certain else "unless its files compress less than most")
         words = f"the disk of {lack.folders} has {lack.free / 1e9:.1f} GB free, and {lack.what} will take about {lack.size / 1e9:.1f} GB there"
-        if not look.doubt:
+        if not doubt:
             yield "no space for the image", words
         else:
-            print(f"{host()}: {words}, {look.doubt}", flush=True)
+            print(f"{host()}: {words}, {doubt}", flush=True)
 
 
 def prepare(spec: Mapping[str, Any]) -> str | None:

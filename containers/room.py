@@ -1,6 +1,6 @@
 """How much room an image takes, and where each tool and runtime puts it, so that a lack of it is said before anything is fetched.
 
-Sizes are estimates, on the low side: what is refused would not have fitted. enroot's folders: its doc/configuration.md and
+Sizes are estimates; each need also says what it comes to at least, and only a lack of that is certain. enroot's folders: its doc/configuration.md and
 what ``enroot import`` and ``enroot create`` do there; pyxis': its config.c; apptainer's: its user guide, "Build Environment";
 docker's and containers': what their own ``info`` says.
 """
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from containers.reference import Reference
 
 UNPACKED = 2.5
 """The files of an image, over its compressed layers: the like of Debian's and NGC's images."""
+AT_LEAST, NGC_AT_LEAST = 1.0, 2.0
+"""The same at least: some images are full of weights, which compress to nothing, NGC's PyTorch images are not."""
 SPARE = 1.15
 """The converted image, over the same: zstd makes it about as large."""
 NGC_BYTES, OTHER_BYTES = 8 * 10**9, 8 * 10**8
@@ -47,6 +49,13 @@ class Need:
     what: str
     instead: str = ""
     """How another folder is named."""
+    least: float | None = None
+    """What it comes to at least, where ``size`` is a guess."""
+
+
+def unpacked(folder: Path, size: float, image: str, what: str, instead: str = "") -> Need:
+    """The files of an image whose compressed layers are of that size."""
+    return Need(folder, UNPACKED * size, what, instead, (NGC_AT_LEAST if of_table(image).source else AT_LEAST) * size)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,13 @@ class Lack:
 
     @property
     def size(self) -> float:
-        """Bytes that are needed."""
+        """Bytes that are needed, about."""
         return sum(need.size for need in self.needs)
+
+    @property
+    def certain(self) -> bool:
+        """Whether there is no room for the least of it."""
+        return sum(need.size if need.least is None else need.least for need in self.needs) > self.free
 
     @property
     def what(self) -> str:
@@ -82,19 +96,18 @@ Phase = Sequence[Need]
 """What is there at one time."""
 
 
-def lacks(phases: Sequence[Phase]) -> Iterator[Lack]:
-    """Each file system once, with the phase that it has no room for."""
-    told = set()
+def lacks(phases: Sequence[Phase]) -> list[Lack]:
+    """For each file system that has no room for a phase the first, the certain ones before others."""
+    found: dict[int, list[Lack]] = {}
     for phase in phases:
         disks: dict[int, list[Need]] = {}
         for need in phase:
             if need.size > 0:
                 disks.setdefault(os.stat(nearest(need.folder)).st_dev, []).append(need)
         for disk, needs in disks.items():
-            found = Lack(needs, shutil.disk_usage(nearest(needs[0].folder)).free)
-            if found.size > found.free and disk not in told:
-                told.add(disk)
-                yield found
+            found.setdefault(disk, []).append(Lack(needs, shutil.disk_usage(nearest(needs[0].folder)).free))
+    there = [[lack for lack in lacking if lack.size > lack.free] for lacking in found.values()]
+    return [min(lacking, key=lambda lack: not lack.certain) for lacking in there if lacking]
 
 
 def nearest(path: Path) -> Path:
@@ -135,14 +148,14 @@ class Storage:
     copy: float = 1.0
     """The same while an image is saved as an archive."""
 
-    def to_pull(self, size: float) -> list[Need]:
+    def to_pull(self, size: float, image: str) -> list[Need]:
         """For an image whose compressed layers are of that size: what stays, and what is gone again afterwards."""
-        kept = Need(self.root, UNPACKED * size, f"the unpacked image in {self.program}'s storage", self.instead[0])
+        kept = unpacked(self.root, size, image, f"the unpacked image in {self.program}'s storage", self.instead[0])
         return [kept, Need(self.temporary, self.download * size, "the download", self.instead[1])]
 
     def to_save(self, size: float) -> list[Need]:
         """While it is saved."""
-        return [Need(self.temporary, self.copy * size, f"{self.program}'s copy of it while it is saved", self.instead[1])]
+        return [Need(self.temporary, self.copy * size, f"{self.program}'s copy of it while it is saved", self.instead[1], min(self.copy, AT_LEAST) * size)]
 
 
 def storage_of(program: str, environ: Mapping[str, str]) -> Storage | None:
@@ -239,22 +252,24 @@ def _is_on(options: Mapping[str, str], name: str) -> bool:
     return options.get(name) in ("1", "true", "yes", "y")
 
 
-def _of_squashfs(path: Path) -> float:
-    """Bytes that a squashfs image comes to unpacked."""
+def _of_squashfs(path: Path, folder: Path) -> list[Phase]:
+    """``enroot create`` of a squashfs image."""
     try:
         with open(path, "rb") as handle:
             flags = int.from_bytes(handle.read(26)[24:], "little")
-        return path.stat().st_size * (1.0 if flags & UNCOMPRESSED_DATA else UNPACKED)
+        size = path.stat().st_size
     except OSError:
-        return 0.0
+        return []
+    ratio = 1.0 if flags & UNCOMPRESSED_DATA else UNPACKED
+    return [[Need(folder, size * ratio, "the unpacked image", "ENROOT_DATA_PATH", size)]]
 
 
-def _of_import(folders: Mapping[str, Path], size: float, squashed: Path) -> list[Phase]:
+def _of_import(folders: Mapping[str, Path], size: float, image: str, squashed: Path) -> list[Phase]:
     """``enroot import`` into a file in ``squashed``, then ``enroot create``. What lies in the cache may be of this image."""
     cache = Need(folders["CACHE"], max(0.0, size - used(folders["CACHE"])), "the download", "ENROOT_CACHE_PATH")
     file = Need(squashed, size, "the image as one file", "")
-    unpacked = Need(folders["TEMP"], UNPACKED * size, "the unpacked layers", "ENROOT_TEMP_PATH")
-    return [[cache, file, unpacked], [cache, file, Need(folders["DATA"], UNPACKED * size, "the unpacked image", "ENROOT_DATA_PATH")]]
+    layers = unpacked(folders["TEMP"], size, image, "the unpacked layers", "ENROOT_TEMP_PATH")
+    return [[cache, file, layers], [cache, file, unpacked(folders["DATA"], size, image, "the unpacked image", "ENROOT_DATA_PATH")]]
 
 
 # --- when a job starts ----------------------------------------------------------------------------------
@@ -281,15 +296,15 @@ def at_start(runtime: str, image: Reference, layers: int | None, environ: Mappin
         folders = enroot_folders(environ)
         if os.path.isdir(folders["DATA"] / name_of(image)):
             return Look()
-        return Look(_of_import(folders, size, folders["TEMP"]) if image.kind == "registry" else [[Need(folders["DATA"], _of_squashfs(image.file), "the unpacked image")]])
+        return Look(_of_import(folders, size, image.name, folders["TEMP"]) if image.path is None else _of_squashfs(image.path, folders["DATA"]))
     if runtime in ("apptainer", "singularity") and image.kind in ("registry", "archive"):
-        return _apptainer(runtime, size, environ)
+        return _apptainer(runtime, size, image.name, environ)
     if runtime in ("docker", "podman"):
         storage = storage_of(runtime, environ)
-        return Look([storage.to_pull(size / (UNPACKED if image.path else 1))] if storage else [])  # an archive's layers may be unpacked already
+        return Look([storage.to_pull(size / (UNPACKED if image.path else 1), image.name)] if storage else [])  # an archive's layers may be unpacked already
     if runtime == "charliecloud" and image.kind == "registry":
         images = environ.get("CH_IMAGE_STORAGE") or f"/var/tmp/{environ.get('USER', os.getuid())}.ch"
-        return Look([[Need(Path(images), (1 + UNPACKED) * size, "the download and the unpacked image")]])
+        return Look([[Need(Path(images), size, "the download"), unpacked(Path(images), size, image.name, "the unpacked image")]])
     return Look()
 
 
@@ -299,30 +314,25 @@ def _pyxis(image: Reference, size: float, environ: Mapping[str, str]) -> Look:
     seen = pyxis_options()
     options = seen or {}
     doubt = "" if seen is not None else "unless pyxis is set up otherwise (its line in Slurm's plugstack.conf is not seen here)"
-    if image.kind != "registry":
-        phases: list[Phase] = [[Need(folders["DATA"], _of_squashfs(image.file), "the unpacked image")]]
+    if image.path is not None:
+        phases = _of_squashfs(image.path, folders["DATA"])
     elif options.get("importer"):
-        phases, doubt = _of_import(folders, size, folders["TEMP"]), f"unless {options['importer']}, which the site imports with, needs less"
+        phases, doubt = _of_import(folders, size, image.name, folders["TEMP"]), f"unless {options['importer']}, which the site imports with, needs less"
     else:
-        phases = _of_import(folders, size, Path(options.get("runtime_path") or "/run/pyxis"))
+        phases = _of_import(folders, size, image.name, Path(options.get("runtime_path") or "/run/pyxis"))
         if _is_on(options, "use_enroot_load"):  # straight from the cache to where it is unpacked
             phases = [[need for need in phases[1] if need.folder in (folders["CACHE"], folders["DATA"])]]
     if _is_on(options, "use_squashfuse"):  # mounted, not unpacked
-        phases = [] if image.kind != "registry" else phases[:1]
+        phases = [] if image.path is not None else phases[:1]
     return Look(phases, doubt)
 
 
-def _apptainer(program: str, size: float, environ: Mapping[str, str]) -> Look:
+def _apptainer(program: str, size: float, image: str, environ: Mapping[str, str]) -> Look:
     """Layers and the converted image in the cache, unpacked files in the temporary folder."""
     prefix = program.upper()
     cache = Path(environ.get(f"{prefix}_CACHEDIR") or f"{environ.get('HOME', '/')}/.{program}", "cache")
     temporary = environ.get(f"{prefix}_TMPDIR") or environ.get("TMPDIR") or "/tmp"
-    with suppress(OSError):
-        kept = any((cache / "oci-tmp").iterdir())
-        return Look(_of_apptainer(cache, temporary, size), "unless the image is in its cache" if kept else "")
-    return Look(_of_apptainer(cache, temporary, size))
-
-
-def _of_apptainer(cache: Path, temporary: str, size: float) -> list[Phase]:
     blobs = max(0.0, size - used(cache / "blob"))
-    return [[Need(cache, blobs + size, "the download and the converted image", "APPTAINER_CACHEDIR"), Need(Path(temporary), UNPACKED * size, "the unpacked files", "APPTAINER_TMPDIR")]]
+    kept = Need(cache, blobs + size, "the download and the converted image", f"{prefix}_CACHEDIR")
+    files = unpacked(Path(temporary), size, image, "the unpacked files", f"{prefix}_TMPDIR")
+    return Look([[kept, files]], "unless the image is in its cache" if used(cache / "oci-tmp") else "")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from containers import room
-from containers.room import SPARE, UNPACKED, Lack, Need, Phase
+from containers.room import SPARE, Lack, Need, Phase
 from launcher import describe
 
 ONE_TOOL = ("enroot", "apptainer", "singularity")
@@ -24,33 +24,39 @@ class Room:
     """Where downloads and half-made files go, where that is another one."""
     unpacks: bool
     """Whether the converting tool wants the files on disk."""
+    image: str
+    """What it is called."""
 
     def _need(self, size: float, what: str) -> Need:
-        return Need(self.work or self.images, size, what, "--tmp DIR" if self.work else "--images DIR")
+        return Need(self.work or self.images, size, what, self._instead)
+
+    @property
+    def _instead(self) -> str:
+        return "--tmp DIR" if self.work else "--images DIR"
 
     def to_convert(self, size: float) -> Phase:
         """What comes to layers of that size that are here."""
         found = [self._need(SPARE * size, "the image")]
-        found += [self._need(UNPACKED * size, "the unpacked files")] if self.unpacks else []
+        found += [room.unpacked(self.work or self.images, size, self.image, "the unpacked files", self._instead)] if self.unpacks else []
         if self.work and not room.same_disk(self.work, self.images):
             found.append(Need(self.images, SPARE * size, "the image", "--images DIR"))
         return found
 
-    def to_fetch(self, tool: str, name: str, size: float, done: int, environ: Mapping[str, str]) -> list[Phase]:
+    def to_fetch(self, tool: str, size: float, done: int, environ: Mapping[str, str]) -> list[Phase]:
         """Everything, from the registry to the image; ``done``: bytes of the layers that are here from an earlier try."""
         if tool == "skopeo" or tool in ONE_TOOL:
             return [[self._need(max(0.0, size - done), "the download"), *self.to_convert(size)]]
         storage = room.storage_of(tool, environ)
-        pulled = [] if storage is None or room.has(tool, name) else storage.to_pull(size)
+        pulled = [] if storage is None or room.has(tool, self.image) else storage.to_pull(size, self.image)
         kept = pulled[:1]
-        archive = self._need(size * (UNPACKED if tool == "docker" else 1), "the archive that it is saved to")
+        archive = self._need(size, "the archive that it is saved to")
+        if tool == "docker":  # which does not compress it
+            archive = room.unpacked(archive.folder, size, self.image, archive.what, archive.instead)
         saving = storage.to_save(size) if storage else []
         return [pulled, [*kept, *saving, archive], [*kept, archive, *self.to_convert(size)]]
 
 
-def said(lacks: Iterator[Lack]) -> str:
-    """The first lack, for people; empty: there is room."""
-    for lack in lacks:
-        instead = " or ".join(dict.fromkeys(need.instead for need in lack.needs if need.instead))
-        return f"{lack.folders}: {lack.what} will need about {describe.size(int(lack.size))} there, {describe.size(lack.free)} are free; {instead} names another folder"
-    return ""
+def words(lack: Lack) -> str:
+    """For people: what is needed, where, and what to do."""
+    instead = " or ".join(dict.fromkeys(need.instead for need in lack.needs if need.instead))
+    return f"{lack.folders}: {lack.what} will need about {describe.size(int(lack.size))} there, {describe.size(lack.free)} are free; {instead} names another folder"
