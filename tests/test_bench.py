@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -437,11 +440,12 @@ def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
     """As a terminal sends it, to all processes. Red where the launcher kills what it started, whose folder then stays."""
-    words = ["bench", "train", bench_recipe(tmp_path), "--gpus", "0", "--steps", "1000000", "--profiled", "0", "--json"]
+    words = ["bench", "train", bench_recipe(tmp_path), "--gpus", "0", "--steps", "1000", "--profiled", "0", "--json", "--step_scheduler.global_batch_size", "1024"]  # steps that take seconds
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher", *words], cwd=tmp_path, env=in_the_image(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stderr is not None and any(line.startswith("step 2/") for line in process.stderr)
+    assert process.stderr is not None and any(line.startswith("step 1/") for line in process.stderr)
+    time.sleep(0.5)  # into the next step, which is not left before its end
     os.killpg(process.pid, signal.SIGINT)
     out, said = process.communicate(timeout=60)
     assert (process.returncode, out) == (INTERRUPTED, "") and said.endswith("interrupted: nothing was measured\n")
@@ -541,12 +545,67 @@ def test_the_gpu_suite_survives_parts_that_fail(monkeypatch: pytest.MonkeyPatch,
     assert "FAILED: " in said and "llama-of-nobody" in said and "went on" in said
 
 
-def test_the_gpu_suite_runs_under_python_3_10_which_knows_no_p(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ran: list[list[str]] = []
+def hanging(folder: Path) -> Any:
+    """A part that never ends, nor does what it has started, which holds its output open."""
+
+    def run(part: gpu_suite.Part, suite: gpu_suite.Suite) -> dict[str, Any]:
+        suite.process(["sh", "-c", f"sleep 600 & echo $! >> {folder}/pids; echo thinking; sleep 600"])
+        return {}
+
+    return run
+
+
+def suite_of(folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Part], *words: str) -> tuple[int, dict[str, str]]:
+    """The suite's exit code with these parts, and their states as they are written down; no process is left."""
+    monkeypatch.setattr(gpu_suite, "parts", lambda: made)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry", "--out", str(folder / "out.json"), *words])
+    code = gpu_suite.main()
+    for pid in map(int, (folder / "pids").read_text().split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # which nobody has buried yet
+    return code, {name: found["state"] for name, found in json.loads((folder / "out.json").read_text()).items()}
+
+
+def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red where only the first process is ended, whose output is then waited for, or where the whole has no end."""
+    began = time.monotonic()
+    made = [
+        gpu_suite.Part("late", hanging(tmp_path), limit=0.1),  # five times that in a dry run
+        gpu_suite.Part("right", lambda *_: {"note": "went on"}),
+        gpu_suite.Part("later", hanging(tmp_path)),
+        gpu_suite.Part("never", hanging(tmp_path)),
+    ]
+    code, states = suite_of(tmp_path, monkeypatch, made, "--minutes", "0.05")
+    assert time.monotonic() - began < 8 and code == 1
+    assert states["late"].startswith("FAILED: ended, for it took longer than 1 s; it said last: thinking") and states["right"] == "done"
+    assert states["later"].startswith("FAILED: ended") and states["never"] == "no time left"
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in states) and "went on" in shown
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
+    tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [gpu_suite.Part("first", lambda *_: {"note": "a figure"}), gpu_suite.Part("second", hanging(tmp_path)), gpu_suite.Part("third", hanging(tmp_path))]
+    monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 30.0)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), sent))
+    timer.start()
+    code, states = suite_of(tmp_path, monkeypatch, made)
+    assert code == 130 and states == {"first": "done", "second": "interrupted", "third": "not begun"}
+    assert "a figure" in capsys.readouterr().out
+
+
+def test_the_gpu_suite_leaves_what_nothing_else_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that hangs in this very process."""
+    (tmp_path / "pids").touch()
+    monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0.2)
+    code, states = suite_of(tmp_path, monkeypatch, [gpu_suite.Part("stuck", lambda *_: time.sleep(600) or {})], "--minutes", "0.018")
+    assert code == 130 and states == {"stuck": "interrupted"} and "stuck" in capsys.readouterr().out
+
+
+def test_the_gpu_suite_runs_under_python_3_10_which_knows_no_p(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10))
-    monkeypatch.setattr(gpu_suite.subprocess, "run", lambda words, **_: ran.append(words) or subprocess.CompletedProcess(words, 0, "{}", ""))
-    gpu_suite.bench(gpu_suite.Part("any", gpu_suite.bench, ("nanogpt",)), gpu_suite.Suite(True, tmp_path, float("inf")))
-    assert ran and "-P" not in ran[0]
+    assert "-P" not in gpu_suite.module("trainer.bench")
 
 
 def test_the_gpu_suite_begins_with_what_matters_most() -> None:
