@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from containers import credentials, store
-from launcher.image_tools import Say, ToolFailed, ended
+from containers import credentials, parse, registry, room, store
+from launcher.image_room import check
+from launcher.image_tools import Say, ToolFailed, ended, this_architecture
 from recipes.errors import BadInput
 
 LAST_LINES = 40
@@ -30,6 +32,25 @@ def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
     for wheel in found:
         shutil.copyfile(wheel, folder / "wheels" / wheel.name)
     shutil.copyfile(dockerfile, folder / "Dockerfile")
+
+
+def check_base(tool: str, base: str, say: Say) -> None:
+    """Whether there is room for a base that has to be fetched, where its registry says how large it is. Raises BadInput."""
+    storage = None if room.has(tool, base) else room.storage_of(tool, os.environ)
+    if storage is None:
+        return
+    try:
+        found = registry.look(parse(base), this_architecture(), os.environ)
+    except registry.Unanswered as error:
+        say(f"how large {base} is, is not known ({error}); room for it is not looked for")
+        return
+    check([storage.to_pull(found.size, base)], say)
+
+
+def base_in(dockerfile: Path) -> str:
+    """The base that a Dockerfile itself names; empty where it does so in another way than ours."""
+    found = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:

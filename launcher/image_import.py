@@ -25,9 +25,9 @@ from typing import Any
 from containers import credentials, layers, registry, store
 from containers.layers import Layered, NotAnImage
 from containers.reference import BadReference, parse
-from containers.room import Phase, lacks, same_disk, used
+from containers.room import same_disk, used
 from containers.store import ImageFolder, StoredImage
-from launcher.image_room import ONE_TOOL, Room, words
+from launcher.image_room import ONE_TOOL, Room, check
 from launcher.image_tools import (
     Say,
     ToolFailed,
@@ -179,7 +179,7 @@ class _Import:
             return found, False
         self.work.mkdir(parents=True, exist_ok=True)
         if size:
-            self._check_room(self.room.to_fetch(self.source.tool, size, self._done(), os.environ))
+            check(self.room.to_fetch(self.source.tool, size, self._done(), os.environ), self.say)
         if one_tool:
             return self._by_one_tool(digest)
         with self._fetched(size) as image:
@@ -189,7 +189,7 @@ class _Import:
                 self._clean()
                 return found, False
             self._check_architecture((image.architecture,) if image.architecture else ())
-            self._check_room([self.room.to_convert(image.size)])
+            check([self.room.to_convert(image.size)], self.say)
             made = self._convert(image, digest)
         self._clean()
         return made, True
@@ -212,13 +212,6 @@ class _Import:
         """Where its files go."""
         unpacks = self.request.format != "sqsh" or not reads_tar() or self.source.tool == "enroot"
         return Room(self.folder.root, self.request.work, unpacks, self.source.place)
-
-    def _check_room(self, phases: Sequence[Phase]) -> None:
-        """Raises BadInput with how much is needed where; what is only likely to lack is said."""
-        for lack in sorted(lacks(phases), key=lambda lack: not lack.certain):
-            if lack.certain:
-                raise BadInput(words(lack))
-            self.say(f"{words(lack)}. It is tried all the same, for some images compress less than most")
 
     def _done(self) -> int:
         """Bytes of the layers that an earlier try left."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from containers import room
 from containers.room import SPARE, Lack, Need, Phase
 from launcher import describe
+from launcher.image_tools import Say
+from recipes.errors import BadInput
 
 ONE_TOOL = ("enroot", "apptainer", "singularity")
 """These fetch and convert in one go, and unpack the layers meanwhile."""
@@ -54,6 +56,14 @@ class Room:
             archive = room.unpacked(archive.folder, size, self.image, archive.what, archive.instead)
         saving = storage.to_save(size) if storage else []
         return [pulled, [*kept, *saving, archive], [*kept, archive, *self.to_convert(size)]]
+
+
+def check(phases: Sequence[Phase], say: Say) -> None:
+    """Raises BadInput with how much is needed where; what is only likely to lack is said."""
+    for lack in sorted(room.lacks(phases), key=lambda lack: not lack.certain):
+        if lack.certain:
+            raise BadInput(words(lack))
+        say(f"{words(lack)}. It is tried all the same, for some images compress less than most")
 
 
 def words(lack: Lack) -> str:

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import container_image
 import pytest
-from image_helpers import PYTHON, need, python_layer, unsquashed, write_docker_archive, write_layout
+from image_helpers import (
+    PYTHON,
+    Registry,
+    layer,
+    make_certificate,
+    need,
+    python_layer,
+    unsquashed,
+    write_docker_archive,
+    write_layout,
+)
 
 import containers
 from launcher import image_check
@@ -100,6 +110,32 @@ def test_a_base_is_spelled_as_in_a_recipe(storage, monkeypatch, base, name):
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     assert main(["image", "build", "--base", base, "--no-import", "--tool", "buildah"]) == 0
     assert f"BASE={name}" in (storage / "words").read_text().splitlines()
+
+
+@pytest.mark.parametrize("named", ["--base", "Dockerfile"])
+def test_room_for_a_base_is_looked_for_before_it_is_fetched(storage, monkeypatch, capsys, named):
+    need("buildah", "docker-registry", "skopeo", "mount")
+    if os.geteuid():
+        need("root, for a small file system")
+    folder = storage / "registry"
+    folder.mkdir()
+    monkeypatch.setenv("SSL_CERT_FILE", str(make_certificate(folder)))
+    registry = Registry(folder, tls=True)
+    graph = storage / "graph"
+    graph.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(graph)], check=True)
+    try:
+        base = registry.push(write_layout(storage / "oci", [layer([("blob", os.urandom(8 << 20))])]), "base:1")
+        (storage / "Dockerfile").write_text(f"ARG BASE={base}\nFROM ${{BASE}}\n")
+        words = ["--base", base] if named == "--base" else ["--file", "Dockerfile"]
+        assert main(["image", "build", *words, "--tool", "buildah", "--no-import"]) == 2
+        error = capsys.readouterr().err
+        assert f"{graph}: the unpacked image in buildah's storage will need about 2" in error and "graphroot in storage.conf names another folder" in error, error
+        assert registry.fetched() == 0
+    finally:
+        registry.process.terminate()
+        registry.process.wait()
+        subprocess.run(["umount", "-l", str(graph)], check=True)
 
 
 @pytest.mark.parametrize(

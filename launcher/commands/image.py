@@ -16,7 +16,7 @@ import containers
 from containers.reference import BadReference, parse
 from containers.store import ImageFolder, read_json, short
 from launcher import describe
-from launcher.image_build import build_image, write_context
+from launcher.image_build import base_in, build_image, check_base, write_context
 from launcher.image_folder import image_folder
 from launcher.image_import import Request, import_image
 from launcher.image_tools import ToolFailed, builder, site_format, this_architecture
@@ -141,6 +141,9 @@ def run_build(options: argparse.Namespace) -> int:
     tool, say = builder(options.tool), say_for(options)
     arguments = {"VERSION": VERSION, **({"BASE": base} if base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
+    needed = base or base_in(dockerfile)
+    if needed:
+        check_base(tool, needed, say)
     with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:
         write_context(Path(context), dockerfile, Path(options.wheels).expanduser() if options.wheels else None)
         say(f"{tool} builds {tag}")
