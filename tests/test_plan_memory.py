@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._profiler import _EventType
 
 from recipes.errors import OK
 from recipes.loader import load
 from recipes.shipped import find_recipe
 from tests.trainer_runs import Run, recipe
 from trainer import plan_memory
+from trainer.cli import parse
 from trainer.memory import predict
 from trainer.plan_memory import DOES_NOT_FIT, parse_bytes
 
@@ -25,22 +30,42 @@ LLAMA = {
     "_target_": "trainer.models.llama.build_llama_model", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+
+
+def spread(strategy: str = "fsdp2", dtype: str = "float32", **more: Any) -> dict[str, Any]:
+    return {"distributed": {"strategy": strategy, "dtype": dtype, **more}}
+
+
+FROM_HIDDEN = {"loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 64}}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "gpt2": (1, GPT2, {"distributed": {"strategy": "none", "dtype": "float32"}}),
-    "gpt2 in bfloat16, loss from hidden states": (
-        1, GPT2, {"distributed": {"strategy": "none", "dtype": "bfloat16"}, "loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 64}},
-    ),
-    "llama, fsdp2 on one rank": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32"}}),
-    "llama in bfloat16, fsdp2 on two ranks": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "bfloat16"}}),
-    "llama, fsdp2 on two ranks, kept gathered": (2, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "reshard_after_forward": False}}),
-    "gpt2, ddp on two ranks, one micro-batch": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}, "step_scheduler": {"local_batch_size": 4}}),
-    "llama, blocks computed again": (1, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "full"}}),
-    "gpt2, ddp on two ranks, accumulated": (2, GPT2, {"distributed": {"strategy": "ddp", "dtype": "float32"}}),
-    "gpt2, packed, products kept": (1, GPT2, {"distributed": {"strategy": "fsdp2", "dtype": "float32", "activation_checkpointing": "selective"}, "packed_sequence": {"packed_sequence_size": 64}}),
-}  # fmt: skip
+    "gpt2": (1, GPT2, spread("none")),
+    "gpt2 in bfloat16, loss from hidden states": (1, GPT2, spread("none", "bfloat16") | FROM_HIDDEN),
+    "llama, fsdp2 on one rank": (1, LLAMA, spread()),
+    "llama, blocks computed again": (1, LLAMA, spread(activation_checkpointing="full")),
+    "gpt2, packed, products kept": (1, GPT2, spread(activation_checkpointing="selective") | {"packed_sequence": {"packed_sequence_size": 64}}),
+    "llama in bfloat16, fsdp2": (2, LLAMA, spread(dtype="bfloat16")),
+    "llama, fsdp2, kept gathered": (2, LLAMA, spread(reshard_after_forward=False)),
+    "gpt2, ddp, one micro-batch": (2, GPT2, spread("ddp") | {"step_scheduler": {"local_batch_size": 4}}),
+    "gpt2, ddp, accumulated": (2, GPT2, spread("ddp")),
+    "gpt2, tensor parallelism": (2, GPT2, spread(tp_size=2)),
+    "gpt2, tensor parallelism, not sharded": (2, GPT2, spread("ddp", tp_size=2)),
+    "gpt2, tensor parallelism by positions": (2, GPT2, spread(tp_size=2, sequence_parallel=True)),
+    "llama, tensor parallelism": (2, LLAMA, spread(tp_size=2)),
+    "llama, tensor parallelism by positions": (2, LLAMA, spread(tp_size=2, sequence_parallel=True)),
+    "gpt2, context parallelism": (2, GPT2, spread(cp_size=2)),
+    "llama, context parallelism": (2, LLAMA, spread(cp_size=2)),
+    "gpt2, fsdp2 and tensor parallelism": (4, GPT2, spread(tp_size=2)),
+    "llama, fsdp2 and tensor parallelism by positions": (4, LLAMA, spread(tp_size=2, sequence_parallel=True)),
+    "gpt2, fsdp2 and context parallelism": (4, GPT2, spread(cp_size=2)),
+    "llama, fsdp2 and context parallelism": (4, LLAMA, spread(cp_size=2)),
+}
+"""Ranks, model, sections."""
+WITHIN = 0.03
+"""Promised are 10 %; most are within 0.2 %. In bfloat16 the CPU's ``scatter_`` takes 3 % for itself, which a GPU's does not."""
 
 
 def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
     tree = recipe(folder, **sections)
     steps = {"max_steps": 3, "val_every_steps": None, **tree["step_scheduler"], **sections.get("step_scheduler", {})}
     tree |= {"model": model, "validation_dataset": None, "export": None, "checkpoint": {"enabled": False}}
@@ -49,48 +74,104 @@ def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
     return Run(folder / "run", tree)
 
 
-def count_memory() -> None:
-    """Have this rank write down the most that torch's allocator had given out at a time."""
+# --- what real runs take ------------------------------------------------------------------------------
+
+
+def count_memory(folders: Sequence[Path]) -> None:
+    """Have this rank train in each of ``folders``, in place of its own, and write down what torch's allocator gave out at most."""
     import trainer.job as jobs
 
     train = jobs.run
+    let_gloo_end()
 
-    def counted(*arguments: Any) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            code = train(*arguments)
-        Path("memory.json").write_text(json.dumps(most_at_a_time(profile)))
+    def counted(_: Any, stop: Any) -> int:
+        for folder in folders:
+            torch._dynamo.reset()
+            options = parse("trainer", "", [str(folder / "recipe.yaml"), f"--element={folder}"])
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                code = train(options, stop)
+            if dist.get_rank() == 0:
+                (folder / "memory.json").write_text(json.dumps(most_at_a_time(profile)))
         return code
 
     jobs.run = counted
 
 
+def let_gloo_end() -> None:
+    """Have every wait for a collective wait until gloo's thread has let go of its tensors, too.
+
+    It holds them until Python lets it have its lock, in a small run for several collectives more, and what it frees
+    last the profiler never hears of: 5 to 30 % more memory was seen, another figure each time. NCCL has no such thread.
+    """
+    wait = dist.Work.wait
+
+    def waited(work: Any, *timeout: Any) -> Any:
+        found = wait(work, *timeout)
+        time.sleep(0.001)
+        return found
+
+    dist.Work.wait = waited  # type: ignore[method-assign]
+
+
 def most_at_a_time(profile: Any) -> int:
-    """From what the allocator told the profiler: each event is so many bytes given out, or back."""
-    given = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    """From what the allocator told the profiler, all but gloo's own copies of what it sends: NCCL makes none."""
+    events = [(event, gloos) for event, gloos in nested(profile.profiler.kineto_results.experimental_event_tree()) if event.tag == _EventType.Allocation]
+    live: dict[int, int] = {}
     most = now = 0
-    for _, size in given:
-        now += size
-        most = max(most, now)
+    for event, gloos in sorted(events, key=lambda pair: pair[0].start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        now -= live.pop(address, 0)  # given back, or else given out again
+        if size > 0 and not gloos:
+            live[address] = size
+            now += size
+            most = max(most, now)
     return most
+
+
+def nested(events: Any, gloos: bool = False) -> Iterator[tuple[Any, bool]]:
+    """All events, and whether they lie in one of gloo's."""
+    left = [(event, gloos) for event in events]
+    while left:
+        event, gloos = left.pop()
+        gloos = gloos or event.name.startswith(("c10d::", "gloo:"))
+        yield event, gloos
+        left += [(child, gloos) for child in event.children]
+
+
+Measure = Callable[[str], tuple[Run, int]]
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
+    """The run of a case, and what it took; the cases with as many ranks happen in one start of them."""
+    folder = tmp_path_factory.mktemp("memory")
+    runs: dict[str, Run] = {}
+
+    def measured(case: str) -> tuple[Run, int]:
+        ranks = CASES[case][0]
+        if case not in runs:
+            mine = [name for name, (count, *_) in CASES.items() if count == ranks]
+            runs.update({name: make(folder / f"{ranks}-{i}", *CASES[name][1:]) for i, name in enumerate(mine)})
+            prepare = partial(count_memory, [runs[name].folder for name in mine])
+            runs[mine[0]].start(ranks, prepare=dict.fromkeys(range(ranks), prepare))
+            codes, said = runs[mine[0]].wait(300)
+            assert codes == [OK] * ranks, said
+        return runs[case], json.loads((runs[case].folder / "memory.json").read_text())
+
+    return measured
+
+
+# --- the prediction -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_the_prediction_is_what_a_real_run_takes(tmp_path: Path, case: str) -> None:
-    ranks, model, sections = CASES[case]
-    run = make(tmp_path, model, sections)
-    need = predict(load(run.folder / "recipe.yaml"), ranks, cuda=False)
-    measured = math.inf
-    for _ in range(3):  # on a busy machine gloo falls behind, and FSDP2 holds a buffer for longer: 12 % more was seen
-        run.start(ranks, prepare={0: count_memory})
-        codes, said = run.wait()
-        assert codes == [OK] * ranks, said
-        measured = min(measured, json.loads((run.folder / "memory.json").read_text()))
-        if abs(need.peak / measured - 1) < 0.1:
-            break
+def test_the_prediction_is_what_a_real_run_takes(measure: Measure, case: str) -> None:
+    run, measured = measure(case)
+    need = predict(load(run.folder / "recipe.yaml"), CASES[case][0], cuda=False)
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
-    print(case, need.peak, measured, need.peak / measured)
-    assert need.peak == pytest.approx(measured, rel=0.1)
+    print(f"{case}: {need.peak:,} predicted, {measured:,} measured, {need.peak / measured:.3f}")
+    assert need.peak == pytest.approx(measured, rel=WITHIN)
 
 
 @pytest.mark.slow

@@ -194,10 +194,10 @@ def spread_out(bare: nn.Module, recipe: Recipe, world: World) -> tuple[nn.Module
     """The model as :func:`trainer.parallel.spread` has it; DDP, whose reducer is not Python, by :class:`Buckets`."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from trainer.parallel import spread
+    from trainer.parallel import is_sharded, spread
 
     section = recipe.distributed
-    ddp = section.strategy == "ddp"
+    ddp = section.strategy == "ddp" and not is_sharded(section)  # tensor parallelism's replicas are FSDP2's
     bare.to = lambda *_, **__: bare  # type: ignore[method-assign] # it is where it should be, in its type
     try:
         with unset_fake_temporarily():  # a mesh of ranks is made of real tensors
