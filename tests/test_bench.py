@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,14 @@ from launcher.__main__ import main as amlaunch
 from recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from recipes.loader import load
 from recipes.schema import Compile, Distributed, Fp8, Recipe
-from tests.trainer_runs import VOCAB, Run, recipe
+from recipes.shipped import find_recipe
+from tests.trainer_runs import VOCAB, Run, recipe, write_tokens
 from trainer import fp8, kernels, loop, roofline
+from trainer.batches import StepBatches, on_device
 from trainer.bench import main
 from trainer.collector import Collector
 from trainer.compiling import scope_of
+from trainer.data import NanogptDataset
 from trainer.job import check_graphs, paths
 from trainer.kernels import BACKENDS
 from trainer.models.gpt2 import build_gpt2_model
@@ -214,6 +218,27 @@ def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypa
     assert [(call["is_causal"], call["attn_mask"] is None) for call in asked] == [(True, True), (True, True), (False, False)]
 
 
+def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what torch says against it."""
+
+    def refusing(**_: Any) -> None:
+        warnings.warn("the heads are too wide", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refusing)
+    model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
+    gpu = torch.device("cuda")
+    for capability, first in (((9, 0), "cudnn_attention"), ((8, 0), "flash_attention")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert kernels.wanted(None, gpu)[0] == first
+        for had in (first, "math"):
+            monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *, found=had, **_: BACKENDS[found].value)
+            with FakeTensorMode():  # as if there were a GPU
+                found = kernels.taken(model, kernels.wanted(None, gpu), 8, torch.bfloat16, gpu)
+            assert found is not None and found.backend == had
+            assert found.warning == (None if had == first else f"{first} was wanted and cannot be had: the heads are too wide")
+
+
 def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
     order, gpu = ("flash_attention", "efficient_attention"), torch.device("cuda")
@@ -250,6 +275,45 @@ def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path
         check_graphs(made(mode, 4), gpu)
         check_graphs(made(mode, 2), World(0, 2, CPU, timedelta(minutes=1)))
     check_graphs(made("max-autotune-no-cudagraphs", 2), gpu)
+
+
+@pytest.mark.parametrize(("name", "strategy", "gathered_again"), [("nanogpt", "ddp", True), ("llama-350m", "fsdp2", False), ("llama-1.3b", "fsdp2", True)])
+def test_the_recipes_that_come_with_it_take_the_fast_paths(name: str, strategy: str, gathered_again: bool) -> None:
+    """Red where a default is a slow one. ``gathered_again``: FSDP2's ``reshard_after_forward``, which DDP has nothing of."""
+    found = load(find_recipe(name)).recipe
+    assert (found.compile.enabled, found.compile.mode, found.compile.scope) == (True, "default", "auto")
+    assert (found.distributed.strategy, found.distributed.dtype, found.distributed.reshard_after_forward) == (strategy, "bfloat16", gathered_again)
+    assert found.loss_fn == {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": 50257}
+    assert found.model["vocab_size"] == 50304 and found.model["vocab_size"] % 128 == 0
+    assert found.optimizer["_target_"] == "torch.optim.AdamW" and "foreach" not in found.optimizer
+    assert found.sdpa_method is None and not found.fp8.enabled
+    assert found.step_scheduler.local_batch_size * found.dataset["seq_len"] >= 32768, "tokens at once"
+
+
+class Copies(TorchDispatchMode):
+    """Notes which copies do not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and "device" in (kwargs or {}):
+            self.found.append(kwargs.get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_gpu_is_given_is_pinned_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor)
+    write_tokens(tmp_path / "a.bin", 100)
+    dataset = NanogptDataset(file_pattern=str(tmp_path / "a.bin"), seq_len=8)
+    batches = StepBatches(dataset, dataset.order(0), 4, None, World(0, 1, torch.device("cuda"), timedelta(minutes=1)))
+    host = batches._read(0)
+    with Copies() as copies:
+        batch = on_device(host, torch.device("meta"))  # the one device besides the CPU that is everywhere
+    assert pinned == [(4, 9)] and copies.found == [True]
+    assert batch.inputs.shape == (4, 8) and batch.inputs.dtype is torch.int64
 
 
 def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
