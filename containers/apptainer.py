@@ -19,7 +19,7 @@ HAND_ON = 'prefix=$1 names=$2; shift 2; for name in $names; do eval "[ -z \\"\\$
 
 
 def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> Launch:
-    """A process of the user's own: signals and exit codes are the command's. Raises CannotLaunch."""
+    """A process of the user's own, which passes signals on; exit codes are the command's. Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"{program} cannot start {image.of.name}")
     check_mounts(image, ":,", program)
@@ -36,8 +36,8 @@ def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> 
     image = replace(image, env={**own, **image.env})
     # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
     env = {f"{prefix}{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
-    # Values stand as they are: a $(…) in one is not for a shell.
-    return Launch((*argv, *with_env(image.env, command)), {**env, f"{program.upper()}_NO_EVAL": "1"}, prepare=_prepare(image.of, program))
+    # Values stand as they are: a $(…) in one is not for a shell. Some Slurms signal all processes of a step, squashfuse_ll with them.
+    return Launch((*argv, *with_env(image.env, command)), {**env, f"{program.upper()}_NO_EVAL": "1"}, prepare=_prepare(image.of, program), deaf=image.on_slurm)
 
 
 def _spelled(reference: Reference) -> str:

@@ -38,4 +38,5 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     argv += [*image.options, source, "--", *command]
     carried = {f"{CARRIED}{name}": value for name, value in image.env.items()}
     fetch = ("sh", "-c", 'ch-image list "$1" >/dev/null 2>&1 || exec ch-image pull "$1"', "sh", source)
-    return Launch(tuple(argv), carried, prepare=(fetch,) if image.of.kind == "registry" else ())
+    # Of a .sqsh ch-run itself shows the files (FUSE), and a child of it is the command.
+    return Launch(tuple(argv), carried, prepare=(fetch,) if image.of.kind == "registry" else (), deaf=image.of.kind == "sqsh")

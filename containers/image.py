@@ -95,6 +95,8 @@ class Launch:
     """The ``config.json`` of an OCI bundle that is made for this start, where the runtime wants one."""
     stdin: bool = False
     """Whether the container lives only as long as the standard input that it was given: a daemon started it, not we."""
+    deaf: bool = False
+    """Whether a signal would not reach the command, but end what holds its files; the stop file alone tells it to save."""
 
 
 class CannotLaunch(ValueError):

@@ -29,7 +29,8 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
         raise CannotLaunch(f"Slurm's own containers are OCI bundles (a folder with config.json and rootfs), which {image.of.name} is not")
     config = json.loads((folder / "config.json").read_text())
     argv = ("sh", "-c", RANK, "sh", *with_env(image.env, command))
-    return Launch(argv, {}, (f"--container={BUNDLE}", *image.options), bundle=bundle(config, folder, image))
+    # The OCI runtime dies of a SIGUSR1, and the task is not told.
+    return Launch(argv, {}, (f"--container={BUNDLE}", *image.options), bundle=bundle(config, folder, image), deaf=True)
 
 
 BUNDLE = "{bundle}"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import containers
 from containers import CannotLaunch, Image, Launch, none, parse
@@ -63,6 +64,7 @@ def start_local(attempt: Attempt, files: ExitStack, port: int) -> list[subproces
         ranks.append(
             Rank(
                 start.launch.argv,
+                deaf=start.launch.deaf,
                 stdin=subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL,
                 stdout=files.enter_context(open(log, "ab")),
                 stderr=subprocess.STDOUT,
@@ -76,7 +78,18 @@ def start_local(attempt: Attempt, files: ExitStack, port: int) -> list[subproces
 
 
 class Rank(subprocess.Popen[bytes]):
-    """A rank, or the runtime's program that has it in a container: its exit code in Python's terms."""
+    """A rank, or the runtime's program that has it in a container: its exit code in Python's terms. ``deaf``: see :class:`containers.Launch`."""
+
+    def __init__(self, *words: Any, deaf: bool = False, **more: Any):
+        self.deaf = deaf
+        super().__init__(*words, **more)
+
+    def send_signal(self, sig: int) -> None:
+        """What asks to save and leave only where it is heard; what ends it in any case, with all that it has started."""
+        if sig == signal.SIGKILL and os.getpgid(self.pid) == self.pid:
+            os.killpg(self.pid, sig)
+        elif not (self.deaf and sig in (signal.SIGTERM, signal.SIGUSR1)):
+            super().send_signal(sig)
 
     def poll(self) -> int | None:
         """As ever, but what a signal ended inside a container is that signal's negative number, not 128 more."""

@@ -46,8 +46,7 @@ class Step:
         # srun creates a rank's log when it starts it; ours must be there for what comes before.
         output = files.enter_context(open(attempt.log(None), "ab"))
         stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
-        begin = DeafSrun if start.runtime == "slurm" else Srun
-        return [begin(command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
+        return [Srun(command, deaf=start.launch.deaf, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)]
 
     def command(self, attempt: Attempt, meeting: Mapping[str, str]) -> tuple[list[str], Start]:
         """The step's argv, and what is started in it. Nothing is written. Raises OSError, Unset and CannotLaunch."""
@@ -93,16 +92,6 @@ class Srun(Rank):
     def send_signal(self, sig: int) -> None:
         """SIGTERM, which would kill the tasks, becomes SIGUSR1, which they hear as "save and leave"."""
         super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
-
-
-
-class DeafSrun(Srun):
-    """srun of tasks in Slurm's own containers: its OCI runtime dies of a SIGUSR1, and the task is not told. The stop file tells it."""
-
-    def send_signal(self, sig: int) -> None:
-        """Only what ends them at once."""
-        if sig not in (signal.SIGTERM, signal.SIGUSR1):
-            super().send_signal(sig)
 
 
 def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: Start) -> list[str]:

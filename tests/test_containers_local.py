@@ -97,6 +97,8 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 @pytest.fixture(params=["podman", "docker", "charliecloud"])
 def container(request: pytest.FixtureRequest, image: Path) -> Container:
     runtime = request.param
+    if runtime == "charliecloud.sqsh":
+        return Container(str(container_pipeline.squashed(image, request.getfixturevalue("tmp_path") / "a.sqsh")), "charliecloud")
     name = request.getfixturevalue("docker") if runtime == "docker" else f"file://{image}"
     return Container(name, runtime, options=OPTIONS[runtime])
 
@@ -161,13 +163,14 @@ def test_the_whole_pipeline(tmp_path, image, container, outside):
     assert (run / "export" / "0" / "model.safetensors").exists() == is_docker
 
 
+@pytest.mark.parametrize("container", ["podman", "docker", "charliecloud", "charliecloud.sqsh"], indirect=True)
 def test_told_to_stop_it_saves_and_leaves(tmp_path, container):
-    run = make_run(tmp_path, container, "--do", "steps")
+    run = make_run(tmp_path, container, "--do", "steps", tasks=2)
     driver = drive(run)
     until((run.element("train", "0").root / "steps0").exists)
     driver.send_signal(signal.SIGTERM)
     out, _ = driver.communicate(timeout=30)
-    assert out.strip() == "stopped" and last(run)["exit_codes"] == [75], last(run)
+    assert out.strip() == "stopped" and last(run)["exit_codes"] == [75, 75], last(run)
 
 
 def test_a_rank_whose_driver_was_killed_does_not_live_on(tmp_path, container):

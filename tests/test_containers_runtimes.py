@@ -116,6 +116,14 @@ def test_apptainer(program):
     assert containers.launch(program, image(entrypoint=True), COMMAND).argv[start + 1] == "run"
 
 
+def test_who_is_told_to_save_by_the_stop_file_alone():
+    """A signal would end what shows an image's files, or the container: FUSE of ch-run and of apptainer (all processes of a step may get it), Slurm's own."""
+    sif, folder = parse("/a.sif"), parse("/a/")
+    deaf = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
+    for runtime, of, on_slurm in [*deaf, ("charliecloud", folder, True), ("apptainer", sif, False), ("pyxis", SQSH, True), ("enroot", SQSH, True), ("podman", folder, True), ("docker", NGC, True)]:
+        assert containers.launch(runtime, image(of, mounts=(), on_slurm=on_slurm), COMMAND).deaf == ((runtime, of, on_slurm) in deaf), runtime
+
+
 def test_apptainer_has_what_a_task_alone_knows_under_its_own_names(tmp_path):
     """With --cleanenv it hands on what begins with APPTAINERENV_; a name without a value would hide every GPU."""
     found = containers.launch("apptainer", image(), COMMAND)
