@@ -1,8 +1,8 @@
 """Whether bfloat16, and a residual stream in bfloat16, hurt the loss: one recipe trained in float32 and in both, from one seed.
 
-Usage: python benchmarks/loss_curves.py [STEPS] [SEEDS]
+Usage: python benchmarks/loss_curves.py [STEPS] [SEEDS] [--section.key VALUE ...]
 
-The recipe is char (real text, 0.8M parameters), on one rank. Printed are the
+The recipe is char (real text, 0.8M parameters), on one rank; keys change it. Printed are the
 losses on the validation set, the same batches for all, and how far each way of
 computing lies from float32; beside it, how far SEEDS seeds of float32 lie apart,
 which is what a difference has to be compared with.
@@ -27,12 +27,14 @@ WAYS = {
 
 def main() -> None:
     """Train all ways from the first seed, and float32 from the others; then print a table."""
-    steps, seeds = (int(word) for word in (*sys.argv[1:], *("200", "3")[len(sys.argv) - 1 :]))
+    numbers = [word for word in sys.argv[1:3] if word.isdigit()]
+    steps, seeds = (int(word) for word in (*numbers, *("200", "3")[len(numbers) :]))
+    keys = sys.argv[1 + len(numbers) :]
     runs = [(way, 1) for way in WAYS] + [("float32", seed) for seed in range(2, seeds + 1)]
     found: dict[tuple[str, int], dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (way, seed) in enumerate(runs):
-            found[way, seed] = train(Path(folder), f"curve-{number}", seed, steps, WAYS[way])
+            found[way, seed] = train(Path(folder), f"curve-{number}", seed, steps, [*WAYS[way], *keys])
             print(f"{way}, seed {seed}: " + ", ".join(f"{loss:.4f} after {step}" for step, loss in found[way, seed].items()), flush=True)
     report(found)
 

@@ -36,7 +36,7 @@ from recipes.shipped import find_recipe
 from tests.trainer_runs import VOCAB, Run, recipe, write_tokens
 from trainer import fp8, kernels, loop, roofline
 from trainer.batches import StepBatches, on_device
-from trainer.bench import main
+from trainer.bench import main, text_of
 from trainer.collector import Collector
 from trainer.compiling import scope_of
 from trainer.data import NanogptDataset
@@ -471,6 +471,13 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     assert {row["part"]: row["seconds"] > 0 for row in found["roofline"]}["loss"]
     assert found["attention"]["used"] and found["advice"] and found["mfu"] is None
     assert found["startup_s"] > 0 and found["versions"]["torch"] == torch.__version__
+    assert found["host_waits_per_step"] is None, "there is no device to wait for"
+    shown = text_of(found)
+    for words in ("2 x CPU", f"{found['tokens_per_s']:,.0f} (", "(median of 4; ", "not known for a CPU", f"{found['peak_memory_gib']:.2f} GiB", "s to the first step, of which compiling 0.0 s", f"torch {torch.__version__}", "matrix products", "advice: "):
+        assert words in shown, words
+    shown = text_of({**found, "mfu": 0.512, "attention": {"wanted": "cudnn_attention", "used": ["math"]}, "host_waits_per_step": 2.0})
+    for words in ("51.2% (6N + 12LTd operations a token", "math; warning: cudnn_attention was wanted", "2.0 times a step for the device"):
+        assert words in shown, words
 
 
 @pytest.mark.slow
