@@ -7,7 +7,7 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,14 +54,14 @@ def login(name: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
     """
     parts = name.split("/")
     wanted = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]  # the nearest first (containers-auth.json(5))
-    for file in _docker_files(environ):
+    for file in files("", environ):
         with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             entries = {_key(key): entry for key, entry in json.loads(file.read_bytes())["auths"].items() if entry.get("auth")}
             found = next((entries[key] for key in wanted if key in entries), None)
             if found:
                 user, _, password = base64.b64decode(found["auth"]).decode().partition(":")
                 return user, password
-    with suppress(OSError, netrc.NetrcParseError, KeyError):
+    with suppress(OSError, ValueError, netrc.NetrcParseError, KeyError):
         name, _, word = netrc.netrc(enroot_file(environ)).hosts[parts[0].partition(":")[0]]
         if word and not set("$`") & set(word):  # else enroot's shell makes a password of it
             return name, word
@@ -70,20 +70,29 @@ def login(name: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 def enroot_file(environ: Mapping[str, str]) -> Path:
     """enroot's own, in netrc's form."""
-    home = environ.get("HOME", "~")
-    return Path(environ.get("ENROOT_CONFIG_PATH") or f"{environ.get('XDG_CONFIG_HOME') or home + '/.config'}/enroot", ".credentials")
+    config = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME") or Path.home(), ".config")
+    return Path(environ.get("ENROOT_CONFIG_PATH") or f"{config}/enroot", ".credentials")
 
 
-def _docker_files(environ: Mapping[str, str]) -> Iterator[Path]:
-    """Files in the form of docker's config.json."""
-    home = Path(environ.get("HOME", "~"))
-    if environ.get("REGISTRY_AUTH_FILE"):
-        yield Path(environ["REGISTRY_AUTH_FILE"])
-    yield Path(environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}", "containers" if environ.get("XDG_RUNTIME_DIR") else "", "auth.json")
-    yield home / ".config" / "containers" / "auth.json"
-    yield Path(environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
-    yield home / ".apptainer" / "docker-config.json"
-    yield home / ".singularity" / "docker-config.json"
+def files(tool: str, environ: Mapping[str, str], *, here: bool = True) -> list[Path]:
+    """Where a tool looks for credentials, or, of a name that is not known, where any does.
+
+    ``here``: on this machine; nodes see its home, and not its ``/run``.
+    """
+    home, enroot = Path(environ.get("HOME") or Path.home()), enroot_file(environ)
+    docker = Path(environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
+    session = Path(environ["XDG_RUNTIME_DIR"], "containers") if environ.get("XDG_RUNTIME_DIR") else Path(f"/run/containers/{os.getuid()}")
+    podman = [*([session / "auth.json"] if here else []), home / ".config" / "containers" / "auth.json", docker]
+    known = {
+        "docker": [docker],
+        "podman": [Path(environ["REGISTRY_AUTH_FILE"])] if environ.get("REGISTRY_AUTH_FILE") else podman,
+        "apptainer": [home / ".apptainer" / "docker-config.json", docker],
+        "singularity": [home / ".singularity" / "docker-config.json", docker],
+        "charliecloud": [],  # it keeps them in a form of its own
+        "pyxis": [enroot],
+        "enroot": [enroot],
+    }
+    return known.get(tool, list(dict.fromkeys(file for found in known.values() for file in found)))
 
 
 def _key(text: str) -> str:

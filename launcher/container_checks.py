@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from containers import CannotLaunch, Image, Mount, Reference, launch, parse
+from containers import CannotLaunch, Image, Mount, Reference, credentials, launch, parse
 from containers.environment import of_libraries
 from containers.failures import CREDENTIALS
 from launcher.cluster import Profile
@@ -76,27 +76,8 @@ def _credential_notes(image: Reference, runtime: str, *, here: bool) -> Iterator
     """NVIDIA's own images are for everybody; those of an organisation are not. No secret is read, only whether there is one."""
     if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
         return
-    if not any(_names(file, image.registry) for file in credential_files(runtime, here=here)):
+    if not any(_names(file, image.registry) for file in credentials.files(runtime, os.environ, here=here)):
         yield f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {CREDENTIALS.get(runtime, CREDENTIALS['docker'])}"
-
-
-def credential_files(runtime: str, *, here: bool) -> list[Path]:
-    """Where a runtime looks for credentials; ``here``: on this machine, not on nodes, which see its home and not its ``/run``."""
-    home = Path.home()
-    enroot = Path(os.environ.get("ENROOT_CONFIG_PATH") or Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config", "enroot"), ".credentials")
-    docker = Path(os.environ.get("DOCKER_CONFIG") or home / ".docker", "config.json")
-    session = [Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}", "containers", "auth.json")] if here else []
-    podman = [Path(os.environ["REGISTRY_AUTH_FILE"])] if os.environ.get("REGISTRY_AUTH_FILE") else [*session, home / ".config" / "containers" / "auth.json", docker]
-    known = {
-        "pyxis": [enroot],
-        "enroot": [enroot],
-        "apptainer": [home / ".apptainer" / "docker-config.json", docker],
-        "singularity": [home / ".singularity" / "docker-config.json", docker],
-        "docker": [docker],
-        "podman": podman,
-        "charliecloud": [],  # it keeps them in a form of its own
-    }
-    return known.get(runtime, [file for files in known.values() for file in files])
 
 
 def _names(file: Path, registry: str) -> bool:
