@@ -57,6 +57,17 @@ def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)
 
 
+def test_torchs_own_adds_up_in_float32() -> None:
+    """Red where torch is asked for the sum, which in bfloat16 loses whole chunks of it."""
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch before 2.13")
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(1, 4096, 16).bfloat16(), torch.randn(500, 16).bfloat16(), torch.randint(0, 500, (1, 4096))
+    exact = F.cross_entropy((hidden.double() @ weight.double().t()).flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = LinearCrossEntropy(implementation="torch").from_hidden(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert loss.dtype is torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
 def test_in_half_precision_its_gradients_are_as_near_to_the_truth_as_plain_ones() -> None:
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(1, 512, 64), 0.3 * torch.randn(384, 64), torch.randint(0, 370, (1, 512))

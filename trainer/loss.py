@@ -97,10 +97,10 @@ class LinearCrossEntropy:
     def _of_rows(self, rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.implementation == "torch":
             options = torch.nn.LinearCrossEntropyOptions()
-            total = F.linear_cross_entropy(
-                rows.to(dtype), weight.to(dtype), labels, reduction="sum", ignore_index=self.ignore_index, options=options
+            losses = F.linear_cross_entropy(  # its sum would be in bfloat16, into which most of what is added does not go
+                rows.to(dtype), weight.to(dtype), labels, reduction="none", ignore_index=self.ignore_index, options=options
             )
-            return total.float() if dtype in HALF else total
+            return (losses.float() if dtype in HALF else losses).sum()
         wanted = torch.is_grad_enabled()  # within forward it never is, and needs_input_grad does not look at it
         settings = (dtype, self.chunk_tokens, self.vocab_size, self.ignore_index, self._of_chunk, wanted)
         return _Chunked.apply(rows, weight, labels, settings)
