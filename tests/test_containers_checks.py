@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import container_pipeline
 import pytest
 
+from containers.environment import of_libraries
 from launcher.cluster import Profile
 from launcher.container import Available, containers_of, is_seen
 from launcher.container_checks import check_containers
@@ -24,7 +26,7 @@ Check = Callable[..., list[str]]
 @pytest.fixture
 def check(tmp_path, monkeypatch) -> Check:
     """The remarks on a recipe with these words, in a folder and with a home of its own; ``roots`` of the cluster, None: this machine."""
-    for name in ("ENROOT_CONFIG_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE"):
+    for name in (*of_libraries(os.environ), "ENROOT_CONFIG_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     work = tmp_path / "work"
