@@ -74,7 +74,7 @@ class Suite:
         self.part_ends = min(self.deadline, time.monotonic() + part.limit * (5 if self.dry else 1))
 
     def process(self, words: Sequence[str], fine: Sequence[int] = (0,)) -> str:
-        """What a command says on stdout. Raises Failed, with what it said last, where its exit code is not ``fine``, or it is late."""
+        """What a command says on stdout. Raises Failed or OutOfTime, with what it said last, where its exit code is not ``fine``, or it is late."""
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compile"), **({"AMLAUNCH_DEVICE": "cpu"} if self.dry else {})}
         left = max(1.0, min(self.part_ends, self.deadline) - time.monotonic())
         # Files, for a pipe stays open, and would be waited for, while anything lives that a process has started.
@@ -83,7 +83,10 @@ class Suite:
             try:
                 code = child.wait(left)
             except subprocess.TimeoutExpired:
-                raise Failed(f"ended, for it took longer than {left:.0f} s; it said last: {last_line(contents(out) + contents(err))}") from None
+                said = f"it said last: {last_line(contents(out) + contents(err))}"
+                if self.part_ends >= self.deadline:
+                    raise OutOfTime(said) from None
+                raise Failed(f"ended, for it took longer than {left:.0f} s; {said}") from None
             finally:
                 end_all(child)
             said, errors = contents(out), contents(err)
@@ -121,6 +124,10 @@ def module(name: str, *words: str) -> list[str]:
 
 class Failed(Exception):
     """A part came to nothing; the message says why."""
+
+
+class OutOfTime(Exception):
+    """All time was over before a part was done; the message says how far it was."""
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -293,6 +300,8 @@ def carry_out(part: Part, suite: Suite) -> None:
         part.outcome = {**part.run(part, suite), "state": "done"}
     except Skipped as reason:
         part.outcome = {"state": f"skipped: {reason}"}
+    except OutOfTime as reason:
+        part.outcome = {"state": f"no time left; {reason}"}
     except Failed as reason:
         part.outcome = {"state": f"FAILED: {reason}"}
     except KeyboardInterrupt:

@@ -569,7 +569,7 @@ def compile_into(folder: str) -> None:
 
 @pytest.mark.slow
 def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    """bfloat16, compiled, residual stream in bfloat16, loss from hidden states: within 1 % of float64 over 12 steps."""
+    """bfloat16, compiled, residual stream in bfloat16, loss from hidden states, with real kernels: within the bounds of docs/performance.md over 12 steps."""
     cached = {0: partial(compile_into, str(tmp_path / "cache"))}
     steps = {"max_steps": 12, "val_every_steps": None}
     loss = {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB, "chunk_tokens": 20}
@@ -593,7 +593,9 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
     assert first["compile_cache_misses"] > 0 and first["compile_cache_hits"] == 0
     assert second["compile_cache_misses"] == 0 and second["compile_cache_hits"] == first["compile_cache_misses"]
     assert second["compile_seconds"] < first["compile_seconds"]
-    assert np.abs(np.array(fast.column("loss")) / exact.column("loss") - 1).max() < 1e-2
+    for column, bound in (("loss", 1e-3), ("grad_norm", 2e-2)):
+        error = np.abs(np.array(fast.column(column)) / exact.column(column) - 1).max()
+        assert error < bound, f"{column}: {error}"
 
 
 @pytest.mark.slow
@@ -648,7 +650,7 @@ def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(tmp_path: Path, m
     code, states = suite_of(tmp_path, monkeypatch, made, "--minutes", "0.05")
     assert time.monotonic() - began < 8 and code == 1
     assert states["late"].startswith("FAILED: ended, for it took longer than 1 s; it said last: thinking") and states["right"] == "done"
-    assert states["later"].startswith("FAILED: ended") and states["never"] == "no time left"
+    assert states["later"] == "no time left; it said last: thinking" and states["never"] == "no time left"
     shown = capsys.readouterr().out
     assert all(name in shown for name in states) and "went on" in shown
 
