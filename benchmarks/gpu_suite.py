@@ -274,7 +274,7 @@ def parts() -> list[Part]:
         Part("micro-64", bench, ("nanogpt", *quick), 90),
         Part("loss-logits", bench, ("nanogpt", *quick, "--loss_fn={_target_: trainer.loss.MaskedCrossEntropy, vocab_size: 50257}"), 90),
         Part("loss-torch", bench, ("nanogpt", *quick, TORCH_LOSS), 90),
-        Part("residual-bf16", bench, ("nanogpt", *quick, "--distributed.bf16_residual=true"), 90),
+        Part("residual-f32", bench, ("nanogpt", *quick, "--distributed.bf16_residual=false"), 90),
         Part("attention-flash", bench, ("nanogpt", *quick, "--sdpa_method=[flash_attention, efficient_attention, math]"), 90),
         Part("blocks", bench, ("nanogpt", *quick, "--compile.scope=blocks"), 90),
         Part("micro-32", bench, ("nanogpt", *quick, "--step_scheduler.local_batch_size=32"), 90),
