@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     clusters = Counter(item.path for item in items if "cluster" in getattr(item, "fixturenames", ()))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     waiting = sorted(clusters, key=lambda path: -clusters[path])
-    computing = sorted(slow.keys() - clusters.keys(), key=lambda path: -slow[path])
+    computing = sorted((path for path in slow if path not in clusters), key=lambda path: -slow[path])
     pairs = [path for pair in zip_longest(waiting, computing) for path in pair if path]
     place = {path: i for i, path in enumerate(pairs)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
