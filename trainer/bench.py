@@ -291,9 +291,11 @@ def report_of(bench: Bench, given: argparse.Namespace, job: Any, rates: dict[str
 
 def roofline_of(element: ElementDir, job: Any, given: argparse.Namespace, rates: dict[str, float], median: float, steps: int) -> dict[str, Any]:
     """Where the time went, and what to change first."""
+    import torch
+
     from trainer import kernels, roofline
     from trainer.models import flops_per_token, vocab_rows
-    from trainer.parallel import plain
+    from trainer.parallel import compute_dtype, is_sharded, plain
     from trainer.profiling import trace_path
 
     model, recipe, world = plain(job.model), job.recipe, job.world
@@ -314,12 +316,13 @@ def roofline_of(element: ElementDir, job: Any, given: argparse.Namespace, rates:
     lines = read_json_lines(element.metrics)[given.warmup : given.warmup + given.steps]
     waited = statistics.median(line["data_time_s"] for line in lines)
     parts = roofline.rows(found, median, waited, least)
-    steps_of = recipe.step_scheduler
+    steps_of, dtype = recipe.step_scheduler, compute_dtype(recipe.distributed, world.device)
     told = roofline.advice(
         parts,
         compiled=recipe.compile.enabled,
         device=found.device,
         backends=found.backends,
+        narrow=dtype is not torch.bfloat16 or recipe.distributed.bf16_residual or is_sharded(recipe.distributed),
         waits=found.waits or 0.0,
         micro_batch=steps_of.local_batch_size,
         accumulates=steps_of.local_batch_size * world.dp_size < steps_of.global_batch_size,

@@ -204,9 +204,17 @@ def least_seconds(
 
 
 def advice(
-    found: Sequence[Row], *, compiled: bool, device: bool, backends: Sequence[str], micro_batch: int, accumulates: bool, waits: float = 0.0
+    found: Sequence[Row],
+    *,
+    compiled: bool,
+    device: bool,
+    backends: Sequence[str],
+    micro_batch: int,
+    accumulates: bool,
+    narrow: bool = False,
+    waits: float = 0.0,
 ) -> str:
-    """The one thing to change first."""
+    """The one thing to change first. ``narrow``: the residual stream is in bfloat16 already, or nothing is."""
     share = {row.part: row.share for row in found}
     least = {row.part: row.least / row.seconds for row in found if row.least and row.seconds}
     if share["waiting for data"] > 0.05:
@@ -230,7 +238,7 @@ def advice(
         return f"{share['optimizer']:.0%} of the step is the optimizer: a larger step_scheduler.global_batch_size takes fewer steps for as many tokens"
     if share["loss"] > 0.3 and least.get("loss", 1.0) < 0.5:
         return f"{share['loss']:.0%} of the step is the loss, at {least['loss']:.0%} of what its products allow: try another loss_fn.chunk_tokens, or trainer.loss.MaskedCrossEntropy"
-    if share["elementwise"] > 0.25:
+    if share["elementwise"] > 0.25 and not narrow:
         return f"{share['elementwise']:.0%} of the step are elementwise kernels: distributed.bf16_residual true moves fewer bytes"
     good = least.get("matrix products")
     return "nothing stands out" + (f": matrix products reach {good:.0%} of the rate that was measured for large ones" if good else "")

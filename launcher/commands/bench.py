@@ -101,7 +101,7 @@ def preprocess(options: argparse.Namespace) -> int:
             return code
         made = json.loads(said)
     report = {
-        "seconds": round(seconds, 3),
+        "seconds": seconds,
         "tokens": made["tokens"],
         "documents": made["documents"],
         "text_bytes": made["text_bytes"],
