@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from containers.environment import in_sight, with_env
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, check_mounts, own_settings, root_of
 from containers.reference import Reference, for_apptainer
 
@@ -35,7 +35,7 @@ def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> 
     own = {name: value for name, value in own_settings(image.of).items() if name not in image.passed}
     image = replace(image, env={**own, **image.env})
     # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
-    env = {f"{prefix}{name}": value for name, value in image.env.items() if name not in in_sight(image.env)}
+    env = {f"{prefix}{name}": value for name, value in carried(image.env).items()}
     # Values stand as they are: a $(…) in one is not for a shell. Some Slurms signal all processes of a step, squashfuse_ll with them.
     return Launch((*argv, *with_env(image.env, command)), {**env, f"{program.upper()}_NO_EVAL": "1"}, prepare=_prepare(image.of, program), deaf=image.on_slurm)
 

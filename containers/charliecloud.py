@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from containers.environment import CARRIED
 from containers.image import CannotLaunch, Image, Launch, check_mounts, own_settings, root_of
 from containers.reference import for_charliecloud
 
 KINDS = ("registry", "folder", "sqsh")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CARRIED = "AMLAUNCH_OF_RECIPE_"
-"""The image's own variables may come over what ch-run inherits; ours come last, from variables under other names."""
 
 
 def launch(image: Image, command: Sequence[str]) -> Launch:
@@ -28,15 +27,17 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     # ch-run hands on all that it inherits. A glob of fnmatch(3) with FNM_EXTMATCH: whatever has none of these names goes, first of all.
     # The host's /tmp is that of the container; a TMPDIR would take its place, and hide what of /tmp is mounted.
     argv = ["env", "-u", "TMPDIR", "ch-run", f"--unset-env=!({'|'.join([f'{CARRIED}*', *image.passed])})", f"--set-env=PATH={PATH}"]
-    argv += [f"--set-env={name}={value}" for name, value in own_settings(image.of).items()]
     if image.of.kind == "registry" or (image.of.kind == "folder" and (root_of(image.of.file) / "ch" / "environment").is_file()):
         argv.append("--set-env")  # of the image itself
-    argv += [f"--set-env={name}=${CARRIED}{name}" for name in sorted(image.env)]
-    argv += [f"--unset-env={CARRIED}*"] if image.env else []
+    # The image's own variables come over what ch-run inherits; ours come last, all of them from under other names.
+    own = {name: value for name, value in own_settings(image.of).items() if name not in image.passed}
+    env = {**own, **image.env}
+    argv += [f"--set-env={name}=${CARRIED}{name}" for name in sorted(env)]
+    argv += [f"--unset-env={CARRIED}*"] if env else []
     argv += [f"--bind={mount.source}:{mount.target}" for mount in image.mounts]
     argv += [f"--cd={image.workdir}"] if image.workdir else []
     argv += [*image.options, source, "--", *command]
-    carried = {f"{CARRIED}{name}": value for name, value in image.env.items()}
+    carried = {f"{CARRIED}{name}": value for name, value in env.items()}
     fetch = ("sh", "-c", 'ch-image list "$1" >/dev/null 2>&1 || exec ch-image pull "$1"', "sh", source)
     # Of a .sqsh ch-run itself shows the files (FUSE), and a child of it is the command.
     return Launch(tuple(argv), carried, prepare=(fetch,) if image.of.kind == "registry" else (), deaf=image.of.kind == "sqsh")

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-from containers.environment import in_sight
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch
 from containers.reference import Reference, for_docker
 
@@ -29,10 +29,10 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     for group in sorted(set(os.getgroups()) - {os.getgid()}):
         argv += ["--group-add", str(group)]
     argv += ["--gpus", "all"] if image.gpus else []
-    argv += [*image.options, tag_of(image.of), *command]
+    argv += [*image.options, tag_of(image.of), *with_env(image.env, command)]
     if image.gpus and image.on_slurm:
         argv = ["sh", "-c", GPUS_OF_TASK, "sh", *argv]
-    return Launch(tuple(argv), handed(image), prepare=prepare("docker", image.of), stdin=True)
+    return Launch(tuple(argv), carried(image.env), prepare=prepare("docker", image.of), stdin=True)
 
 
 def common(image: Image) -> list[str]:
@@ -40,17 +40,10 @@ def common(image: Image) -> list[str]:
     argv = ["--rm", "--interactive", "--network=host", "--ipc=host"]
     for mount in image.mounts:
         argv += ["--mount", f"type=bind,source={mount.source},target={mount.target}{',readonly' if mount.read_only else ''}"]
-    shown = in_sight(image.env)
-    for name in sorted({*image.env, *image.passed}):
-        argv += ["--env", f"{name}={shown[name]}" if name in shown else name]
+    for name in sorted({*carried(image.env), *image.passed}):
+        argv += ["--env", name]
     argv += ["--workdir", image.workdir] if image.workdir else []
     return argv if image.entrypoint else [*argv, "--entrypoint", ""]
-
-
-def handed(image: Image) -> dict[str, str]:
-    """What the client takes from its own environment."""
-    shown = in_sight(image.env)
-    return {name: value for name, value in image.env.items() if name not in shown}
 
 
 def tag_of(reference: Reference) -> str:

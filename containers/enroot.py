@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from containers.environment import in_sight, with_env
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import Reference, for_enroot
 
@@ -41,7 +41,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     # fstab's fields with colons between: bind, and make the place in the image where it is missing (doc/image-format.md)
     for mount in image.mounts:
         argv += ["--mount", f"{mount.source}:{mount.target}:none:x-create=auto,rbind,{'ro' if mount.read_only else 'rw'}:0:0"]
-    handed = {name: value for name, value in image.env.items() if name not in in_sight(image.env)}
+    handed = carried(image.env)
     for name in sorted(handed):
         argv += ["--env", name]
     # A name that is not set would be set to nothing, and CUDA_VISIBLE_DEVICES of nothing hides every GPU.

@@ -9,8 +9,11 @@ that are not in the image.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""What a shell takes as a variable's name."""
 RANK_VARIABLES = (
     "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
     "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_JOB_NODELIST", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME",
@@ -27,11 +30,16 @@ OF_SRUN = ("PATH", "HOME", "USER", "LOGNAME", "SLURM_*", "SLURMD_*", "SBATCH_*",
 """What srun needs, and the plugins that start containers for it; all of this is seen inside, too."""
 OF_THE_RUNTIME = (
     *OF_SRUN, "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "APPTAINER_*", "SINGULARITY_*", "DOCKER_*", "CONTAINERS_*",
-    "CONTAINER_HOST", "PODMAN_*", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "CONTAINER_HOST", "PODMAN_*", "STORAGE_DRIVER", "STORAGE_OPTS", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
 )  # fmt: skip
 """What the runtime's own program may need to know, and keeps to itself."""
 STALE = ("SLURM_EXPORT_ENV", "PYXIS_CONTAINER_*", "APPTAINERENV_*", "SINGULARITYENV_*", "APPTAINER_BIND*", "SINGULARITY_BIND*")
 """Of a shell that was in a container, or chose one: it would join in."""
+OF_PROGRAMS = (*OF_THE_RUNTIME, "LD_*", "GCONV_PATH", "BASH_ENV", "ENV", "IFS")
+"""What means something to the runtime's own program, or to a shell that starts it."""
+CARRIED = "AMLAUNCH_OF_RECIPE_"
+"""Before the names of variables on their way into a container, where the runtime itself would heed them."""
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -51,16 +59,24 @@ def of_runtime(environ: Mapping[str, str], *, is_srun: bool = False) -> dict[str
     return {name: environ[name] for name in matching(environ, OF_SRUN if is_srun else OF_THE_RUNTIME) if name not in stale}
 
 
-def in_sight(env: Mapping[str, str]) -> dict[str, str]:
-    """Of the variables that are set inside, those that mean something to the runtime's own program, too.
+def carried(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are set inside, as the runtime's own program has them in its environment.
 
-    They cannot be handed on by its environment (HOME is where podman has its images) and so stand in its arguments; none
-    of them is secret.
+    HOME is where podman has its images, a proxy is asked for the daemon: what it would heed itself bears another name
+    until :func:`with_env`. In an argv they would be seen by everybody on the node, and any of them may hold a password.
     """
-    return {name: env[name] for name in matching(env, (*OF_THE_RUNTIME, "LD_*", "GCONV_PATH", "BASH_ENV", "ENV", "IFS")) if name not in RANK_VARIABLES}
+    aside = _aside(env)
+    return {f"{CARRIED}{name}" if name in aside else name: value for name, value in env.items()}
 
 
 def with_env(env: Mapping[str, str], command: Iterable[str]) -> list[str]:
-    """The command with :func:`in_sight` set by ``env``, inside."""
-    shown = in_sight(env)
-    return ["env", *(f"{name}={value}" for name, value in shown.items()), *command] if shown else list(command)
+    """The command, inside, once what was :func:`carried` there has its own names again."""
+    names = _aside(env)
+    if not names:
+        return list(command)
+    exports = " ".join(f'{name}="${CARRIED}{name}"' for name in names)
+    return ["sh", "-c", f'export {exports}; unset {" ".join(f"{CARRIED}{name}" for name in names)}; exec "$@"', "sh", *command]
+
+
+def _aside(env: Iterable[str]) -> list[str]:
+    return [name for name in matching(env, OF_PROGRAMS) if name not in RANK_VARIABLES and NAME.fullmatch(name)]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
-from containers.docker import LIMITS, common, handed, prepare, tag_of
+from containers.docker import LIMITS, common, prepare, tag_of
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, root_of, settings_of
 
 KINDS = ("registry", "archive", "folder")
@@ -23,16 +25,17 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.of.name}")
+    own = settings_of(image.of.file) if image.of.kind == "folder" else {}
+    image = replace(image, env={**{name: value for name, value in own.items() if name not in image.passed}, **image.env})
     argv = ["podman", "run", *common(image), *user(), "--pull=never", "--security-opt", "label=disable"]
     argv += ["--device", "nvidia.com/gpu=all"] if image.gpus and not image.on_slurm else []
     argv += list(image.options)
+    command, env = with_env(image.env, command), carried(image.env)
     if image.of.kind == "folder":
-        for name, value in settings_of(image.of.file).items():
-            argv += ["--env", f"{name}={value}"] if name not in {*image.env, *image.passed} else []
         # It belongs to whoever unpacked it: what has to be made anew in it is made in memory.
         argv += ["--passwd=false", "--tmpfs", "/tmp:rw,mode=1777"]
-        return Launch(_of_job(image, [*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command]), handed(image), stdin=True)
-    return Launch(_of_job(image, [*argv, tag_of(image.of), *command]), handed(image), prepare=prepare("podman", image.of), stdin=True)
+        return Launch(_of_job(image, [*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command]), env, stdin=True)
+    return Launch(_of_job(image, [*argv, tag_of(image.of), *command]), env, prepare=prepare("podman", image.of), stdin=True)
 
 
 def _of_job(image: Image, argv: list[str]) -> tuple[str, ...]:

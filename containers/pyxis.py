@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from containers.enroot import of_hook
-from containers.environment import in_sight, with_env
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import for_pyxis
 
@@ -27,7 +27,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     flags += ["--container-writable"]  # programs write to /tmp and caches; unnamed, it is thrown away
     flags += [f"--container-workdir={image.workdir}"] if image.workdir else []
     flags += ["--container-entrypoint" if image.entrypoint else "--no-container-entrypoint"]
-    handed = {name: value for name, value in image.env.items() if name not in in_sight(image.env)}
+    handed = carried(image.env)
     flags += [f"--container-env={','.join(sorted(handed))}"] if handed else []
     # srun looks for a command with a path on the host (pyxis#104); a shell inside finds it in the image.
     return Launch(("sh", "-c", 'exec "$@"', "sh", *with_env(image.env, command)), {**handed, **of_hook(image)}, (*flags, *image.options))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from containers.environment import with_env
+from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, root_of
 
 KINDS = ("folder",)
@@ -59,8 +59,9 @@ list is the rank."""
 def bundle(config: Mapping[str, Any], folder: Path, image: Image) -> dict[str, Any]:
     """The image's ``config.json`` with our mounts, variables and folder to work in; Slurm itself puts the command there."""
     process = dict(config.get("process", {}))
-    before = [entry for entry in process.get("env", ()) if entry.partition("=")[0] not in image.env]
-    process["env"] = [*before, *(f"{name}={value}" for name, value in sorted(image.env.items()))]
+    env = carried(image.env)  # Slurm would put the step's own HOME and SLURM_* over them
+    before = [entry for entry in process.get("env", ()) if entry.partition("=")[0] not in env]
+    process["env"] = [*before, *(f"{name}={value}" for name, value in sorted(env.items()))]
     process["cwd"] = image.workdir or process.get("cwd", "/")
     # Slurm has the root in the bundle itself, and nowhere else: an empty folder, over which the image is mounted.
     root = {"destination": "/", "type": "none", "source": str(root_of(folder)), "options": ["rbind", "ro"]}

@@ -30,6 +30,8 @@ HOST = {
     "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus", "PMI_RANK": "3", "SLURM_PROCID": "7", "CH_RUN_STORAGE": "/no",
 }  # fmt: skip
 """Of a shell in a job, with what speaks of files that are not in the image."""
+HEEDED = {"https_proxy": "http://u:${PROXY_PASSWORD:-a 'b' $(c)}@proxy:1", "NVIDIA_API_KEY": "nvapi", "DOCKER_HOST": "unix:///no", "STORAGE_DRIVER": "no", "XDG_DATA_HOME": "/no"}
+"""Of a recipe, what the runtime's own program would heed."""
 OPTIONS = {
     # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control groups
     "podman": ["--runtime", "runc", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--ulimit", "memlock=65536:65536"],
@@ -109,7 +111,7 @@ def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) ->
     run = RunDir(folder / "run")
     one = Element("0", "stand_in", [*words, "--element", str(run.element("train", "0").root)])
     stage = Stage("train", [one], [], Needs(1, 0, tasks, 1), None, container)
-    plan = Plan("run", [stage], None, str(folder), {"BOTH": "recipe", "QUOTED": "a 'b' \"c\" $HOME"})
+    plan = Plan("run", [stage], None, str(folder), {"BOTH": "recipe", "QUOTED": "a 'b' \"c\" $HOME", **HEEDED})
     write_json(run.plan, plan.to_json())
     run.code.mkdir()
     for package in PACKAGES:
@@ -137,12 +139,12 @@ def test_a_rank_in_a_container(tmp_path, container):
     inside = {"BOTH": "recipe", "FROM_IMAGE": "image", "QUOTED": "a 'b' \"c\" $HOME", "HF_TOKEN": "of the shell", "MASTER_ADDR": "127.0.0.1", "TMPDIR": "None", **dict.fromkeys(HOST, "None")}
     (tmp_path / "tmp").mkdir()
     work = tmp_path / "work"
-    run = make_run(work, container, *(word for name in (*inside, "PYTHONPATH") for word in ("--print", name)), tasks=2)
+    run = make_run(work, container, *(word for name in (*inside, *HEEDED, "PYTHONPATH") for word in ("--print", name)), tasks=2)
     out, _ = drive(run, **HOST, TMPDIR=str(tmp_path / "tmp"), HF_TOKEN="of the shell", MASTER_ADDR="elsewhere").communicate(timeout=60)
     log = run.element("train", "0").log(1, 1).read_text()
     assert out.strip() == "done", (last(run), log)
     assert f"rank 1 of 2 on {os.uname().nodename} in {work}" in log
-    for name, value in {**inside, "PYTHONPATH": str(run.code)}.items():
+    for name, value in {**inside, **HEEDED, "https_proxy": "http://u:a 'b' $(c)@proxy:1", "PYTHONPATH": str(run.code)}.items():
         assert f"{name}={value}\n" in log, log
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import containers
 from containers import CannotLaunch, Image, Mount, parse
-from containers.environment import OF_THE_RUNTIME, of_libraries, of_runtime
+from containers.environment import OF_THE_RUNTIME, carried, of_libraries, of_runtime, with_env
 from containers.failures import FAILURES, failure_of
 from containers.node import check, main, verdict_of
 
@@ -25,9 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
 SQSH = parse("/images/pytorch.sqsh")
 MOUNTS = (Mount("/runs/a", "/runs/a"), Mount("/lustre/text", "/text", read_only=True))
+HEEDED = {
+    "MY_TOKEN": "hunter1", "NVIDIA_API_KEY": "hunter2", "https_proxy": "http://u:hunter3@proxy:3128", "APPTAINER_DOCKER_PASSWORD": "hunter4", "SLURM_JWT": "hunter5",
+    "DOCKER_HOST": "hunter6", "HOME": "/hunter7", "PATH": "/hunter8", "LD_PRELOAD": "hunter9", "ENROOT_LOGIN": "hunter10", "ALL_PROXY": "hunter11", "SSL_CERT_FILE": "/hunter12",
+}  # fmt: skip
+"""Variables of a recipe that runtimes, srun or a shell would heed, too."""
 ENV = {"NCCL_DEBUG": "INFO", "MY_TOKEN": "hunter2", "HOME": "/tmp/home", "MASTER_ADDR": "gpu1"}
 HOOK = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 COMMAND = ["python3", "-u", "-c", "…", "recipe.yaml"]
+INSIDE = ["sh", "-c", 'export HOME="$AMLAUNCH_OF_RECIPE_HOME"; unset AMLAUNCH_OF_RECIPE_HOME; exec "$@"', "sh", *COMMAND]
+"""HOME is the runtime's own, too: on its way in it bears another name."""
 
 
 def image(reference=NGC, **more) -> Image:
@@ -35,16 +42,27 @@ def image(reference=NGC, **more) -> Image:
     return Image(reference, **{**settings, **more})
 
 
-@pytest.mark.parametrize("runtime", [name for name in containers.RUNTIMES if name not in ("slurm", "none")])
-def test_a_value_that_may_be_secret_stands_in_no_argv(runtime):
-    """Everybody on a node can read an argv (ps), and a dry run shows it."""
-    fitting = next(one for one in (NGC, SQSH, parse("/images/a.sif")) if one.kind in containers.KINDS[runtime])
+@pytest.mark.parametrize("runtime", [name for name in containers.RUNTIMES if name != "none"])
+def test_a_value_stands_in_no_argv(tmp_path, runtime):
+    """Everybody on a node can read an argv (ps), and a dry run shows it; a proxy, or what the runtime itself would heed, may have a password, too."""
+    (tmp_path / "config.json").write_text("{}")
+    fitting = next(one for one in (NGC, SQSH, parse(f"{tmp_path}/")) if one.kind in containers.KINDS[runtime])
     mounts = MOUNTS[:1] if runtime == "charliecloud" else MOUNTS
-    found = containers.launch(runtime, image(fitting, mounts=mounts), COMMAND)
+    found = containers.launch(runtime, image(fitting, mounts=mounts, env=HEEDED), COMMAND)
     words = " ".join([*found.argv, *found.srun, *(word for command in found.prepare for word in command)])
-    assert "hunter2" not in words and "MY_TOKEN" in words + " ".join(found.env)
-    assert "hunter2" in found.env.values()
-    assert "HOME" not in found.env, "the runtime's own home stays what it is"
+    told = found.bundle["process"]["env"] if found.bundle else [f"{name}={value}" for name, value in found.env.items()]
+    assert "hunter" not in words and all(name in words + " ".join(told) for name in HEEDED)
+    assert {entry.partition("=")[2] for entry in told} >= set(HEEDED.values())
+    assert not {"HOME", "https_proxy", "DOCKER_HOST", "LD_PRELOAD", "NVIDIA_API_KEY"} & set(found.env), "the runtime's own stay what they are"
+
+
+def test_inside_every_variable_has_its_own_name_and_value(tmp_path):
+    """Whatever signs are in it, and whatever the shell between makes of IFS and its like."""
+    odd = {**HEEDED, "IFS": "a b", "ENV": "/no", "BASH_ENV": "/no", "NVIDIA_API_KEY": "a 'b' \"c\" $(d)\n`e` \\", "PATH": "/usr/bin:/bin", "XDG_EMPTY": ""}
+    odd.pop("LD_PRELOAD")
+    command = with_env(odd, ["env", "-0"])
+    said = subprocess.run(command, env={**carried(odd), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True).stdout
+    assert dict(entry.split("=", 1) for entry in said.split("\0") if entry and not entry.startswith(("PWD=", "_=", "SHLVL="))) == odd
 
 
 def test_pyxis():
@@ -58,11 +76,10 @@ def test_pyxis():
         "--container-writable",
         "--container-workdir=/work",
         "--no-container-entrypoint",
-        "--container-env=MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
+        "--container-env=AMLAUNCH_OF_RECIPE_HOME,MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
     )
-    # srun resolves a command with a path on the host (pyxis#104); HOME is the runtime's own, so it is set inside
-    assert found.argv == ("sh", "-c", 'exec "$@"', "sh", "env", "HOME=/tmp/home", *COMMAND)
-    assert found.env == {"MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", **HOOK} and not found.prepare
+    assert found.argv == ("sh", "-c", 'exec "$@"', "sh", *INSIDE)  # srun resolves a command with a path on the host (pyxis#104)
+    assert found.env == {"AMLAUNCH_OF_RECIPE_HOME": "/tmp/home", "MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", **HOOK} and not found.prepare
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
@@ -91,9 +108,9 @@ def test_enroot():
     container = words.index(next(word for word in words if word.startswith("amlaunch-nvcr-io-nvidia-pytorch-25-08-py3-")))
     assert words[:container] == [
         "--mount", "/runs/a:/runs/a:none:x-create=auto,rbind,rw:0:0", "--mount", "/lustre/text:/text:none:x-create=auto,rbind,ro:0:0",
-        "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG",
+        "--env", "AMLAUNCH_OF_RECIPE_HOME", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG",
     ]  # fmt: skip
-    assert words[container + 1 :] == ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", "/work", "env", "HOME=/tmp/home", *COMMAND]
+    assert words[container + 1 :] == ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", "/work", *INSIDE]
     ((*_, unpacked, uri),) = found.prepare
     assert (unpacked, uri) == (words[container], "docker://nvcr.io#nvidia/pytorch:25.08-py3")
     assert "enroot import --output" in found.prepare[0][2] and "enroot create --force --name" in found.prepare[0][2]
@@ -106,10 +123,10 @@ def test_apptainer(program):
     start = found.argv.index(program)
     assert found.argv[start:] == (
         program, "exec", "--cleanenv", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
-        "docker://nvcr.io/nvidia/pytorch:25.08-py3", "env", "HOME=/tmp/home", *COMMAND,
+        "docker://nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
     )  # fmt: skip
     prefix = program.upper()
-    assert found.env == {f"{prefix}ENV_NCCL_DEBUG": "INFO", f"{prefix}ENV_MY_TOKEN": "hunter2", f"{prefix}ENV_MASTER_ADDR": "gpu1", f"{prefix}_NO_EVAL": "1"}
+    assert found.env == {f"{prefix}ENV_AMLAUNCH_OF_RECIPE_HOME": "/tmp/home", f"{prefix}ENV_NCCL_DEBUG": "INFO", f"{prefix}ENV_MY_TOKEN": "hunter2", f"{prefix}ENV_MASTER_ADDR": "gpu1", f"{prefix}_NO_EVAL": "1"}
     assert found.prepare == ((program, "exec", "docker://nvcr.io/nvidia/pytorch:25.08-py3", "true"),)
     assert containers.launch(program, image(parse("/images/a.sif"), gpus=False), COMMAND).prepare == ()
     assert "--nv" not in containers.launch(program, image(gpus=False), COMMAND).argv
@@ -141,9 +158,9 @@ def test_docker():
     assert argv == [
         "docker", "run", "--rm", "--interactive", "--network=host", "--ipc=host",
         "--mount", "type=bind,source=/runs/a,target=/runs/a", "--mount", "type=bind,source=/lustre/text,target=/text,readonly",
-        "--env", "CUDA_VISIBLE_DEVICES", "--env", "HOME=/tmp/home", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG", "--env", "SLURM_PROCID",
+        "--env", "AMLAUNCH_OF_RECIPE_HOME", "--env", "CUDA_VISIBLE_DEVICES", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG", "--env", "SLURM_PROCID",
         "--workdir", "/work", "--entrypoint", "", "--init", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864",
-        "--user", f"{os.getuid()}:{os.getgid()}", *groups, "--gpus", "all", "nvcr.io/nvidia/pytorch:25.08-py3", *COMMAND,
+        "--user", f"{os.getuid()}:{os.getgid()}", *groups, "--gpus", "all", "nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
     ]  # fmt: skip
     assert found.stdin, "it lives as long as its input"
 
@@ -162,7 +179,7 @@ def test_podman(monkeypatch):
     start = argv.index("--entrypoint")
     assert argv[:2] == ("podman", "run") and argv[start:] == (
         "--entrypoint", "", "--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
-        "nvcr.io/nvidia/pytorch:25.08-py3", *COMMAND,
+        "nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
     )  # fmt: skip
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert "--userns=keep-id" not in containers.launch("podman", image(), COMMAND).argv
@@ -197,10 +214,11 @@ def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"settings": settings}))
     of_file = image(parse(str(tmp_path / "a.sqsh")), mounts=MOUNTS[:1])
     found = containers.launch("apptainer", of_file, COMMAND)
-    assert found.env["APPTAINERENV_FROM_IMAGE"] == "image" and found.env["APPTAINERENV_NCCL_DEBUG"] == "INFO" and "PATH=/opt/bin:/bin" in found.argv
+    assert found.env["APPTAINERENV_FROM_IMAGE"] == "image" and found.env["APPTAINERENV_NCCL_DEBUG"] == "INFO" and found.env["APPTAINERENV_AMLAUNCH_OF_RECIPE_PATH"] == "/opt/bin:/bin"
     assert "APPTAINERENV_CUDA_VISIBLE_DEVICES" not in found.env
-    argv = containers.launch("charliecloud", of_file, COMMAND).argv
-    assert argv.index("--set-env=PATH=/opt/bin:/bin") > 1 and argv.index("--set-env=NCCL_DEBUG=WARN") < argv.index("--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG")
+    found = containers.launch("charliecloud", of_file, COMMAND)
+    told = {name.removeprefix("AMLAUNCH_OF_RECIPE_"): value for name, value in found.env.items()}
+    assert told == {**ENV, "PATH": "/opt/bin:/bin", "FROM_IMAGE": "image"} and all(f"--set-env={name}=$AMLAUNCH_OF_RECIPE_{name}" in found.argv for name in told)
 
 
 @pytest.mark.parametrize(
