@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -21,6 +22,9 @@ def size_of(tensor: torch.Tensor) -> int:
 
 def flops_of(func: Any, args: Sequence[Any], found: Any) -> int:
     """Of one call, by torch's own formulas; attention, of whose kernels those know the GPU's only, as if it were not causal."""
+    if isinstance(func, HigherOrderOperator):  # one that calls another, such as with the same random numbers once more
+        called = next((i for i, arg in enumerate(args) if isinstance(arg, OpOverload)), None)
+        return 0 if called is None else flops_of(args[called], args[called + 1 :], found)
     name = func._overloadpacket
     if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
@@ -32,28 +36,46 @@ def flops_of(func: Any, args: Sequence[Any], found: Any) -> int:
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages that were made under it and still live, and floating-point operations."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
         self.flops = 0
         self._sizes: dict[int, int] = {}
+        self._aside = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have ``torch.compile`` compile under this mode, which is off while it traces."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         here = [arg.to_local() if hasattr(arg, "to_local") else arg for arg in args]
         self.flops += flops_of(func, here, found)
-        for leaf in tree_leaves(found):
+        for leaf in () if self._aside else tree_leaves(found):
             if isinstance(leaf, torch.Tensor):
-                self._note(leaf)
+                self.note(leaf)
         return found
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Count operations alone: what lies in memory is said by :meth:`note`."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Count the storage of ``tensor`` for as long as it lives."""
         if is_traceable_wrapper_subclass(tensor):  # a DTensor is what it is made of
             for name in tensor.__tensor_flatten__()[0]:
                 inner = getattr(tensor, name)
                 if isinstance(inner, torch.Tensor):
-                    self._note(inner)
+                    self.note(inner)
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._sizes:

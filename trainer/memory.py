@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,8 @@ from recipes.errors import BadInput
 from recipes.loader import Loaded, check_ranks
 from recipes.schema import Recipe
 from recipes.targets import Policy
+from trainer.fused import compiling
 from trainer.live import Live, size_of
-from trainer.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
     from trainer.optim import Optimizers
@@ -76,7 +75,11 @@ def predict(loaded: Loaded, ranks: int, *, cuda: bool = True) -> Need:
     if wrong:
         raise BadInput(f"{loaded.path}: {wrong}")
     with fake_ranks(ranks), FakeTensorMode(allow_non_fake_inputs=True), Live().watching_sizes() as live:
-        return _stepped(loaded, ranks, cuda, live)
+        try:
+            return _stepped(loaded, ranks, cuda, live)
+        finally:
+            if recipe.compile.enabled:
+                torch._dynamo.reset()  # else it gives up after eight predictions
 
 
 @contextlib.contextmanager
@@ -103,7 +106,7 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
     section, steps = recipe.distributed, recipe.step_scheduler
     world = World(0, ranks, torch.device("cpu"), timedelta(minutes=1), section.tp_size, section.cp_size)
     before = live.now
-    model, buckets = _build(recipe, policy, world)
+    model, buckets = _build(recipe, policy, world, live)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, model)
     parameters = live.now - before - (buckets.size if buckets else 0)
     packed = recipe.packed_sequence.packed_sequence_size
@@ -111,8 +114,8 @@ def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
     local, mine = steps.local_batch_size, steps.global_batch_size // world.dp_size
     micro_steps = min(MICRO_STEPS, mine // local)
     small = dataclasses.replace(recipe, step_scheduler=dataclasses.replace(steps, global_batch_size=local * micro_steps * world.dp_size))
-    job = _job(small, loaded, world, model, optimizers)
-    for counts in (False, True):  # the first step makes the optimizer's state, and traces the blocks, which wants no hooks
+    job = _job(small, loaded, world, model, optimizers, live)
+    for counts in (False, True):  # the first step makes the optimizer's state, and compiles, which wants no hooks
         tokens = torch.zeros(local * micro_steps, length, dtype=torch.int64)
         live.peak, live.flops = live.now, 0
         if buckets and counts:
@@ -141,7 +144,7 @@ def _in_the_type_of(recipe: Recipe, cuda: bool) -> Recipe:
     return dataclasses.replace(recipe, distributed=dataclasses.replace(recipe.distributed, dtype="bfloat16"))
 
 
-def _build(recipe: Recipe, policy: Policy, world: World) -> tuple[nn.Module, Buckets | None]:
+def _build(recipe: Recipe, policy: Policy, world: World, live: Live) -> tuple[nn.Module, Buckets | None]:
     """The model as the trainer would have it on this rank."""
     from trainer.job import build_model, fit_for_training
     from trainer.parallel import compute_dtype
@@ -149,22 +152,19 @@ def _build(recipe: Recipe, policy: Policy, world: World) -> tuple[nn.Module, Buc
     double = compute_dtype(recipe.distributed, world.device) is torch.float64
     with default_type(torch.float64 if double else torch.float32):
         bare = build_model(recipe, policy)
-    plain = dataclasses.replace(recipe, compile=dataclasses.replace(recipe.compile, enabled=False), fp8=type(recipe.fp8)())
-    fit_for_training(bare, plain, world)
-    if recipe.compile.enabled and recipe.distributed.tp_size == 1:
-        as_compiled(bare)
+    with compiling(live):
+        fit_for_training(bare, dataclasses.replace(recipe, fp8=type(recipe.fp8)()), world)
     return spread_out(bare, recipe, world)
 
 
-def _job(recipe: Recipe, loaded: Loaded, world: World, model: nn.Module, optimizers: Optimizers) -> Any:
+def _job(recipe: Recipe, loaded: Loaded, world: World, model: nn.Module, optimizers: Optimizers, live: Live) -> Any:
     """What :func:`trainer.loop.take_step` needs of a job, without watch, profile and metrics."""
     from trainer.job import build_loss
     from trainer.optim import Schedule
     from trainer.profiling import Profiler
 
-    loss_fn = build_loss(dataclasses.replace(recipe, compile=type(recipe.compile)()), loaded.policy)
-    if recipe.compile.enabled and isinstance(loss_fn, LinearCrossEntropy):  # fused, it keeps nothing in float32
-        loss_fn._of_chunk = lambda logits, labels, vocab, ignored, wanted: (logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits))
+    with compiling(live):
+        loss_fn = build_loss(recipe, loaded.policy)
     return SimpleNamespace(
         recipe=recipe,
         world=world,
@@ -225,36 +225,3 @@ class Buckets:
         self._left[parameter] -= 1
         if self._left[parameter] == 0:
             parameter.grad = self._views[parameter]
-
-
-def as_compiled(model: nn.Module) -> None:
-    """Have each block keep for the backward pass what it keeps where it is compiled: torch's own partitioner decides.
-
-    Kernels are not fused here, so what lives only within a block is overestimated.
-    """
-    from torch._dynamo.backends.debugging import boxed_nop
-    from torch._functorch.aot_autograd import aot_function
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.nn.utils.stateless import _reparametrize_module
-
-    from trainer.models import blocks
-
-    def traced(template: nn.Module) -> Any:
-        plain = type(template).forward
-
-        def forward(tensors: dict[str, torch.Tensor], *args: Any) -> Any:
-            with _reparametrize_module(template, tensors):
-                return plain(template, *args)
-
-        unfused: Any = boxed_nop
-        return aot_function(forward, unfused, unfused, min_cut_rematerialization_partition, select_decomp_table())
-
-    def compiled(block: nn.Module, function: Any, *args: Any) -> Any:
-        return function({**dict(block.named_parameters()), **dict(block.named_buffers())}, *args)
-
-    made: dict[type, Any] = {}  # one graph for blocks that are alike
-    for block in blocks(model):
-        if type(block) not in made:
-            made[type(block)] = traced(block)
-        block.forward = partial(compiled, block, made[type(block)])
