@@ -33,7 +33,7 @@ from launcher.container import (
     runtime_here,
 )
 from launcher.slurm import RENDEZVOUS
-from recipes.expand import expand, variables
+from recipes.expand import expand_text, variables
 from recipes.files import read_object, write_private
 from recipes.process import PARENT_VARIABLE, STDIN_VARIABLE, python_command
 from recipes.rundir import RunDir
@@ -116,7 +116,7 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
 
     ``site``: the profile's variables; a recipe's own win over them, and both over ours where it is not what holds a run together.
     """
-    recipe = {key: str(expand(value, variables())) for key, value in attempt.plan.env.items()}
+    recipe = {key: expand_text(value, variables()) for key, value in attempt.plan.env.items()}
     wanted = {**defaults(attempt), **site, **recipe}
     container = attempt.stage.container
     runtime = runtime_here(container) if container else "none"

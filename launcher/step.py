@@ -22,7 +22,7 @@ from launcher.ranks import Rank, Start, check_command, host_environment, how_to_
 from launcher.slurm import expand_ranges
 from launcher.state import FAILED
 from recipes.errors import BAD_INPUT, GO_ON_LATER
-from recipes.expand import expand, variables
+from recipes.expand import expand_text, variables
 from recipes.files import Lock
 from recipes.rundir import RunDir
 
@@ -68,7 +68,7 @@ class Step:
         return [Srun([*command, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)]
 
     def _site(self) -> dict[str, str]:
-        return {key: str(expand(value, variables())) for key, value in self.profile.env.items()}
+        return {key: expand_text(value, variables()) for key, value in self.profile.env.items()}
 
     def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
         """Name rank and host of what ended first, from srun's own words."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
 from recipes.errors import BadInput, did_you_mean
-from recipes.expand import Unset, expand, has_placeholder
+from recipes.expand import Unset, expand, expand_text, has_placeholder
 from recipes.schema import is_named
 from recipes.targets import Policy, Signature, check_target, signature
 from recipes.yamlfile import KeyPath
@@ -71,10 +71,12 @@ class Checker:
             if path[0] == "validation_dataset" and is_named(value):
                 return {name: self.target(node, (*path, name)) for name, node in value.items()}
             return self.target(value, path)
+        written = value
         if has_placeholder(value):
-            value = self._expanded(value, path, needed=not any(_base(option) in (str, Any) for option in options))
+            value = self._expanded(value, path, needed=not any(_base(option) in (str, Any) for option in options), is_text=options == (str,))
             if has_placeholder(value):
                 return value
+            options = tuple(option for option in options if not dataclasses.is_dataclass(option))
         if type(None) in options and (value is None or value == "none"):  # the guide writes dp_size: none
             return None
         for option in options:
@@ -82,12 +84,12 @@ class Checker:
                 ok, found = self._convert(option, value, path)
                 if ok:
                     return found
-        self.problem(path, f"expected {_expected(options)}, found {_shown(value)}")
+        self.problem(path, f"expected {_expected(_options(hint))}, {_found(written, value)}")
         return None
 
-    def _expanded(self, value: Any, path: KeyPath, needed: bool) -> Any:
+    def _expanded(self, value: Any, path: KeyPath, needed: bool, is_text: bool = False) -> Any:
         try:
-            return expand(value, self.known)
+            return (expand_text if is_text else expand)(value, self.known)
         except Unset as unset:
             if self.job_start or needed:
                 self.problem(path, f"{unset}; export it, or write ${{{unset.name}:-default}}")
@@ -151,10 +153,10 @@ class Checker:
             return {}
         found = signature(name, self.policy)
         if found is not None:
-            self._keywords(name, found, keys, path)
+            self._keywords(name, found, node, keys, path)
         return {"_target_": name, **keys}
 
-    def _keywords(self, name: str, found: Signature, keys: Mapping[str, Any], path: KeyPath) -> None:
+    def _keywords(self, name: str, found: Signature, written: Mapping[str, Any], keys: Mapping[str, Any], path: KeyPath) -> None:
         for key, value in keys.items():
             known = found.parameters.get(key)
             if known is None:
@@ -162,7 +164,7 @@ class Checker:
                     hint = HINTS.get((*path, key)) or did_you_mean(key, found.parameters)
                     self.problem((*path, key), f"unknown key of {name}; {hint}")
             elif not has_placeholder(value) and not fits(value, known.annotation):
-                self.problem((*path, key), f"expected {known.annotation}, found {_shown(value)}")
+                self.problem((*path, key), f"expected {known.annotation}, {_found(written[key], value)}")
         if path[0] == "model":
             for key, known in found.parameters.items():
                 if known.required and key not in keys:
@@ -236,6 +238,11 @@ def _counted(rule: Any) -> str:
     except ValueError as error:
         return str(error)
     return "a value"
+
+
+def _found(written: Any, value: Any) -> str:
+    """What stands there; of a variable its name alone, for its value may be a secret."""
+    return f"which {written} is not" if has_placeholder(written) else f"found {_shown(value)}"
 
 
 def _shown(value: Any) -> str:

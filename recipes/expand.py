@@ -35,13 +35,19 @@ def has_placeholder(value: Any) -> bool:
 
 
 def expand(value: Any, known: Mapping[str, str]) -> Any:
-    """``value`` with its placeholders filled in; text that is one placeholder is read as a YAML scalar.
-
-    Raises Unset. As in a shell, an empty variable takes the default too; without one it is nothing, but never the folder
-    before a slash, which would be the root of the machine.
-    """
+    """``value`` with its placeholders filled in; text that is one placeholder is read as a YAML scalar. Raises Unset."""
     if not isinstance(value, str):
         return value
+    text = expand_text(value, known)
+    return scalar(text) if PLACEHOLDER.fullmatch(value) else text
+
+
+def expand_text(value: str, known: Mapping[str, str]) -> str:
+    """``value`` with its placeholders filled in, to the letter: ``007`` of a variable is no number. Raises Unset.
+
+    As in a shell, an empty variable takes the default too; without one it is nothing, but never the folder
+    before a slash, which would be the root of the machine.
+    """
 
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()
@@ -53,8 +59,7 @@ def expand(value: Any, known: Mapping[str, str]) -> Any:
             raise Unset(name, known)
         return default
 
-    text = PLACEHOLDER.sub(fill, value)
-    return scalar(text) if PLACEHOLDER.fullmatch(value) else text
+    return PLACEHOLDER.sub(fill, value)
 
 
 def expand_known(value: Any, known: Mapping[str, str]) -> Any:

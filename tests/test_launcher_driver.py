@@ -17,11 +17,14 @@ import psutil
 import pytest
 
 from launcher.__main__ import main
+from launcher.attempt import Assignment, Attempt
+from launcher.cluster import Profile
 from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Container, Element, Needs, Plan, Stage
 from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
+from launcher.step import Step
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from recipes.rundir import RunDir
 
@@ -85,6 +88,16 @@ def test_done_is_a_marker_with_outputs(tmp_path, monkeypatch):
     log = run.element("train", "0").log(1, 1).read_text()
     assert "rank 1 of 2" in log and f"in {tmp_path} threads 1" in log
     assert f"TORCHINDUCTOR_CACHE_DIR={run.root}/compile-cache\n" in log, "kept with the run, where the next start finds it"
+
+
+@pytest.mark.parametrize("value", ["1", "007", "1e5", "1.10", "true", ""])
+def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("VALUE_X", value)
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    plan = replace(plan, env={"RECIPE": "${VALUE_X}", "BOTH": "${NOT_SET_X:-1}"})
+    attempt = Attempt(run, plan, plan.stages[0], plan.stages[0].elements[0], Assignment(1, ()), Lock(run.lock), 1)
+    env = Step(Profile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
+    assert {name: env[name] for name in ("RECIPE", "BOTH", "SITE")} == {"RECIPE": value, "BOTH": "1", "SITE": value}
 
 
 def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):

@@ -265,6 +265,19 @@ class TestVariables:
         assert "EMPTY_X is empty" in problems(folder, MINIMAL, "--preprocess.data_files=${EMPTY_X}/**", job_start=True)
         assert load(write(folder, MINIMAL), ["--name=a${EMPTY_X}"]).recipe.name == "a"
 
+    @pytest.mark.parametrize("value", ["1", "007", "1e5", "1.10", "true", "null", "", "12345678", "0x1f"])
+    def test_text_stays_as_the_environment_has_it(self, folder, monkeypatch, value):
+        monkeypatch.setenv("VALUE_X", value)
+        text = MINIMAL + "container: {image: x/y, env: {A: '${VALUE_X}', B: '${NOT_SET_X:-1}', C: 'is ${VALUE_X}'}}\n"
+        assert load(write(folder, text), job_start=True).recipe.container.env == {"A": value, "B": "1", "C": f"is {value}"}
+        assert "container.env.A: expected text, found 1" in problems(folder, MINIMAL + "container: {image: x/y, env: {A: 1}}\n")
+
+    @pytest.mark.parametrize(("key", "words"), [("seed", "a whole number, 0 or more"), ("model.n_embd", "int"), ("step_scheduler", "a section with keys"), ("preprocess.data_files", "a list or text")])
+    def test_a_variable_that_is_something_else_is_named_and_not_told(self, folder, monkeypatch, key, words):
+        monkeypatch.setenv("VALUE_X", "18764.25")
+        said = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
+        assert f"{key}: expected {words}, which ${{VALUE_X}} is not" in said and "18764" not in said
+
     def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
         found = set()
         for seed, secret in (("1", "a"), ("1", "b"), ("2", "b")):
