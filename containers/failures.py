@@ -5,13 +5,18 @@ Only lines that a runtime wrote are looked at: a trainer that says "not found" i
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+
+from containers import credentials
+from containers.reference import BadReference, parse
 
 SPOKEN = re.compile(
     r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
     r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
-    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |newuidmap|sh: |open \S*/docker-import-)"
+    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |Cannot connect to the Docker daemon|failed to connect to the docker API|(Got )?permission denied while trying to connect to the [dD]ocker|newuidmap|sh: |open \S*/docker-import-)"
 )
 """How a line begins that a container runtime writes, or Slurm of one."""
 
@@ -30,18 +35,6 @@ class Failure:
     advice: str
 
 
-CREDENTIALS = {
-    "pyxis": "~/.config/enroot/.credentials ($ENROOT_CONFIG_PATH) on the nodes: machine nvcr.io login $oauthtoken password KEY, and the same for machine authn.nvidia.com",
-    "enroot": "~/.config/enroot/.credentials ($ENROOT_CONFIG_PATH) on the nodes: machine nvcr.io login $oauthtoken password KEY, and the same for machine authn.nvidia.com",
-    "apptainer": "apptainer registry login --username '$oauthtoken' docker://nvcr.io",
-    "singularity": "singularity remote login --username '$oauthtoken' docker://nvcr.io",
-    "docker": "docker login --username '$oauthtoken' nvcr.io",
-    "podman": "podman login --username '$oauthtoken' nvcr.io (kept in $REGISTRY_AUTH_FILE, so that it survives a logout)",
-    "charliecloud": "ch-image pull --auth nvcr.io/…, once",
-    "slurm": "pull the image where you have credentials, and unpack it as a bundle",
-}
-"""Where each runtime wants a registry's credentials; a site's other names go the same way."""
-
 SPACE = {
     "pyxis": "the administrator's enroot.conf (ENROOT_CACHE_PATH, ENROOT_DATA_PATH, ENROOT_TEMP_PATH) and plugstack.conf (runtime_path) name others, for pyxis hands none of your own variables on to enroot",
     "enroot": "ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH name others",
@@ -56,6 +49,8 @@ SPACE = {
 FAILURES = (
     Failure("no space for the image", r"no space left on device|disk quota exceeded|not enough space|write error: .*space", True, True,
             "its cache or temporary folder is full; {space}; amlaunch image import converts once, to a file that all nodes share"),
+    Failure("no daemon", r"cannot connect to the docker daemon|failed to connect to the docker api|permission denied while trying to connect|is the docker daemon running|podman socket", True, True,
+            "docker does not run on that node, or is not for you; another runtime may be"),
     Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[0234]\b|"
             r"operation timed out|ssl connection timeout|curl: \((5|6|7|16|18|28|35|52|55|56|92)\)|(status|error|code|http)\S*:? 5\d\d\b", True, False,
             "nodes often have no way out: amlaunch image import makes a file that they share (images in the profile names it)"),
@@ -77,8 +72,6 @@ FAILURES = (
             "amlaunch starts python3 of the image; it must be in its PATH"),
     Failure("no user namespaces", r"newuidmap|newgidmap|user namespace|subuid|subgid|cannot clone|unshare.*(not permitted|failed)|operation not permitted.*namespace", False, True,
             "the node does not let users have containers of this runtime (user namespaces, /etc/subuid); another runtime may"),
-    Failure("no daemon", r"cannot connect to the docker daemon|permission denied while trying to connect|is the docker daemon running|podman socket", True, True,
-            "docker does not run on that node, or is not for you; another runtime may be"),
     Failure("the image did not come", r"failed to import|initializing source|could not process json", True, False,
             "the registry, or what lies between, gave something else than the image; amlaunch image import makes a file that all nodes share"),
     Failure("an archive of the other kind", r"docker-import-\d+\S*: no such file", False, False,
@@ -100,7 +93,13 @@ def failure_of(text: str) -> tuple[Failure, str] | None:
     return None
 
 
-def advice(failure: Failure, runtime: str) -> str:
-    """What to do, for a runtime."""
-    words = {"credentials": CREDENTIALS.get(runtime, "log in to it with the runtime's own command"), "space": SPACE.get(runtime, "TMPDIR names another")}
+def advice(failure: Failure, runtime: str, image: str = "") -> str:
+    """What to do, for a runtime, and for the registry of an image where it is named."""
+    words = {"credentials": credentials.where(runtime, _registry(image), os.environ), "space": SPACE.get(runtime, "TMPDIR names another")}
     return re.sub(r"\{(\w+)\}", lambda found: words[found[1]], failure.advice)
+
+
+def _registry(image: str) -> str:
+    with suppress(BadReference):
+        return parse(image).registry or "REGISTRY"
+    return "REGISTRY"

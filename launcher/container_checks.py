@@ -9,7 +9,6 @@ from pathlib import Path
 
 from containers import CannotLaunch, Image, Mount, Reference, credentials, launch, parse
 from containers.environment import of_libraries
-from containers.failures import CREDENTIALS
 from launcher.cluster import Profile
 from launcher.container import is_seen, may_mount
 from launcher.plan import Container, Plan, Stage
@@ -77,7 +76,7 @@ def _credential_notes(image: Reference, runtime: str, *, here: bool) -> Iterator
     if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
         return
     if not any(_names(file, image.registry) for file in credentials.files(runtime, os.environ, here=here)):
-        yield f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {CREDENTIALS.get(runtime, CREDENTIALS['docker'])}"
+        yield f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {credentials.where(runtime, image.registry, os.environ)}"
 
 
 def _names(file: Path, registry: str) -> bool:

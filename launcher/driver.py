@@ -243,7 +243,7 @@ def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
         spoken = failure_of_container(text)
         if spoken is not None:
             failure, line = spoken
-            reason = f"{failure.kind}: {line}; {advice(failure, runtime)}"
+            reason = f"{failure.kind}: {line}; {advice(failure, runtime, attempt.stage.container.image)}"
             return {**end, "kind": failure.kind, "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
     cause = cause_of(text)
     if cause is None:

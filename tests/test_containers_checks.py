@@ -55,7 +55,7 @@ def put(path: Path, text: str) -> Path:
         ("pyxis", ".config/enroot/.credentials", "machine nvcr.io login $oauthtoken password KEY"),
         ("enroot", ".config/enroot/.credentials", "machine authn.nvidia.com"),
         ("apptainer", ".apptainer/docker-config.json", "apptainer registry login --username '$oauthtoken' docker://nvcr.io"),
-        ("singularity", ".singularity/docker-config.json", "singularity remote login --username '$oauthtoken' docker://nvcr.io"),
+        ("singularity", ".singularity/docker-config.json", "singularity registry login --username '$oauthtoken' docker://nvcr.io"),
         ("docker", ".docker/config.json", "docker login --username '$oauthtoken' nvcr.io"),
         ("podman", ".config/containers/auth.json", "podman login --username '$oauthtoken' nvcr.io"),
     ],

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,10 +19,15 @@ import pytest
 from image_helpers import Registry, layer, make_certificate, need, write_layout
 
 from containers import credentials, node, parse
+from containers.failures import FAILURES, advice
 from containers.registry import Unanswered, look
 from launcher import image_registry
-from launcher.plan import Container, Needs, Plan, Stage
+from launcher.commands import submit
+from launcher.plan import Container, Element, Needs, Plan, Stage
+from launcher.problems import Problems
+from recipes.files import write_json
 from recipes.loader import load
+from recipes.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD, HASH = "correct horse", "$2b$04$QxIqyGEg9gvPkPfnIj7FQOAkoa70RIMTZnyqrln0Vsak2G8Lvxeo6"
@@ -162,6 +169,17 @@ def test_credentials_lie_where_the_tools_keep_them(tmp_path):
     assert credentials.login("nvcr.io/team/b", session) == ("$oauthtoken", "key1"), "a password that a program keeps is not asked for"
 
 
+def test_enroots_credentials_as_enroot_reads_them(tmp_path):
+    """Its doc/cmd/import.md: Docker Hub's host is the one that gives tokens, and a password may be a command's output, which spoils no other line."""
+    lines = "# machine x.io login no password no\nmachine 1.dkr.ecr.aws login AWS password $(aws ecr get-login-password --region x)\nmachine auth.docker.io login hub password pw\n"
+    home = {"HOME": str(tmp_path), "ENROOT_CONFIG_PATH": str(tmp_path)}
+    (tmp_path / ".credentials").write_text(f"{lines}machine nvcr.io\n  login $oauthtoken\n  password key1\nmachine x.io login one password 1\nmachine x.io login other password 2\n")
+    assert credentials.login("nvcr.io/a", home) == ("$oauthtoken", "key1") and credentials.login("docker.io/library/debian", home) == ("hub", "pw")
+    assert credentials.login("1.dkr.ecr.aws/a", home) is None and credentials.kept_elsewhere("1.dkr.ecr.aws/a", home) and not credentials.kept_elsewhere("x.io/a", home)
+    assert [credentials.login("x.io:5000/a", home, user) for user in ("", "other", "third")] == [("one", "1"), ("other", "2"), None], "user@registry#image means one of them"
+    assert "machine auth.docker.io login USER" in credentials.where("enroot", "docker.io", home)
+
+
 # --- when a run is submitted --------------------------------------------------------------------------------
 
 
@@ -179,11 +197,11 @@ def trusted(tmp_path, monkeypatch) -> Iterator[Registry]:
     found.process.wait()
 
 
-def planned(tmp_path: Path, runtime: str, *images: str, seconds: float = 5.0) -> image_registry.Seen:
+def planned(tmp_path: Path, runtime: str, *images: str, seconds: float = 5.0, said: Callable[[str], None] = print) -> image_registry.Seen:
     """What is said of a plan with these images."""
     (tmp_path / "r.yaml").write_text(f"container:\n  image: {images[0]}\n{(ROOT / 'recipes' / 'quickstart.yaml').read_text()}")
     stages = [Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, Container(image, runtime, facts={"cuda": "13.0"})) for number, image in enumerate(images)]
-    return image_registry.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), seconds)
+    return image_registry.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), said, seconds)
 
 
 def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, capsys):
@@ -214,18 +232,173 @@ def test_a_submit_refuses_an_image_that_its_registry_does_not_have(tmp_path, tru
 def test_a_submit_says_what_wants_credentials_and_minds_no_silent_registry(tmp_path, trusted):
     place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
     trusted.restart(HASH)
+    [note] = planned(tmp_path, "podman", place).notes
+    assert note.startswith(f"{place}: {trusted.name} wants credentials (401 Unauthorized), or has no image of that name: look at the spelling; where it is not for everybody: podman login ")
+    assert f"podman login --username 'USER' {trusted.name} asks for" in note and "nvcr.io" not in note
     [note] = planned(tmp_path, "pyxis", place).notes
-    assert note.startswith(f"{place}: {trusted.name} wants credentials (401 Unauthorized); where it is not for everybody: ~/.config/enroot/.credentials")
+    assert ".config/enroot/.credentials (mode 600) on the nodes needs the line: machine 127.0.0.1 login USER password KEY" in note
     write_auths(tmp_path / "home" / ".docker" / "config.json", **{trusted.name: f"me:{PASSWORD}"})
     assert not planned(tmp_path, "pyxis", place).notes
     trusted.process.terminate()
     trusted.process.wait()
     silent = planned(tmp_path, "pyxis", place)
-    assert not silent.notes and not silent.problems and silent.plan.stages[0].container.facts == {"cuda": "13.0"}  # type: ignore[union-attr]
+    assert not silent.problems and silent.plan.stages[0].container.facts == {"cuda": "13.0"}  # type: ignore[union-attr]
+    [note] = silent.notes
+    assert note.startswith(f"{trusted.name} cannot be asked ([Errno") and note.endswith(f"whether it has {place} is not known, nor the size; nodes may reach it all the same")
+
+
+def test_what_a_node_says_of_credentials_names_the_images_registry():
+    refused = next(failure for failure in FAILURES if failure.kind == "no credentials for the registry")
+    assert "docker login --username 'USER' localhost:5444 asks for" in advice(refused, "docker", "localhost:5444/x/y:1")
+    assert "machine authn.nvidia.com" in advice(refused, "pyxis", "nvcr.io#org/x:1") and "nvcr.io" not in advice(refused, "docker", "/images/x.sqsh")
 
 
 def test_a_submit_does_not_wait_for_a_registry_that_never_answers(tmp_path):
+    said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as deaf:
+        place = f"127.0.0.1:{deaf.getsockname()[1]}"
+        images = [f"{place}/team/tiny:{tag}" for tag in range(5)]
         began = time.monotonic()
-        seen = planned(tmp_path, "pyxis", *(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:{tag}" for tag in range(5)), seconds=1.0)
-        assert time.monotonic() - began < 3 and not seen.notes and not seen.problems
+        seen = planned(tmp_path, "pyxis", *images, seconds=1.2, said=said.append)
+        assert time.monotonic() - began < 2.5 and not seen.problems and image_registry.SECONDS <= 3
+    assert said == [f"asking {place} for images, 1 s at most"]
+    assert seen.notes == (f"{place} did not answer in 1 s; whether it has {' and '.join(images)} is not known, nor the size; nodes may reach it all the same",)
+
+
+def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
+    """What was learnt the first time stays in the plan, for jobs on their way."""
+    (tmp_path / "r.yaml").write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        container = Container(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:1", "pyxis", facts={"cuda": "13.0"})
+        plan = Plan("run", [Stage("train", [Element("0", "", [])], [], Needs(1, 0, 1, 1), None, container)], None, str(tmp_path))
+        run, loaded, options = RunDir(tmp_path / "runs" / "run"), load(tmp_path / "r.yaml"), Namespace(runs=str(tmp_path / "runs"), json=False)
+        stored = plan.to_json()
+        stored["stages"][0]["container"]["facts"] |= {"bytes": 7, "architectures": ["amd64"]}
+        write_json(run.plan, stored)
+        write_json(run.element("train", "0").done, {"outputs": {}})
+        began = time.monotonic()
+        again, notes = submit._asked(options, loaded, plan, Problems())
+        assert time.monotonic() - began < 0.5 and not notes
+    assert again.stages[0].container and again.stages[0].container.facts == {"cuda": "13.0", "bytes": 7, "architectures": ["amd64"]}
+
+
+# --- odd answers ---------------------------------------------------------------------------------------------
+
+Answer = tuple[int, bytes | str | dict, dict[str, str]]
+DIGEST = f"sha256:{'0' * 64}"
+MANIFEST: Answer = (200, {"layers": [{"size": 5}]}, {})
+INDEX: Answer = (200, {"manifests": [{"digest": DIGEST, "platform": {"architecture": "amd64"}}]}, {})
+WANTED, NOT_THERE = "/v2/team/tiny/manifests/1", (404, "", {})
+BASIC, BEARER = (401, "", {"WWW-Authenticate": "Basic realm=x"}), (401, "", {"WWW-Authenticate": 'Bearer realm="https://PLACE/token",service=x'})
+KEEPS = {"credHelpers": {"PLACE": "gcloud"}}
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers by path, to strangers and to those who come with a permission; what is not in the table is not there."""
+
+    strangers: dict[str, Answer]
+    known: dict[str, Answer]
+
+    def do_GET(self):
+        host, table = self.headers["Host"], self.known if self.headers.get("Authorization", "").startswith(("Bearer good", "Basic")) else self.strangers
+        code, body, headers = table.get(self.path.partition("?")[0], NOT_THERE)
+        raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value.replace("PLACE", host))
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, format, *words):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[tuple[ThreadingHTTPServer, Path]]:
+    folder = tmp_path_factory.mktemp("certificate")
+    certificate = make_certificate(folder)
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, folder / "key")
+    found.socket = context.wrap_socket(found.socket, server_side=True)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found, certificate
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def scripted(server, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Sets the answers; the image."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(server[1]))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+
+    def made(strangers: dict[str, Answer], known: dict[str, Answer] | None = None, config: dict | None = None) -> str:
+        Scripted.strangers, Scripted.known = strangers, known or {}
+        place = f"127.0.0.1:{server[0].server_port}"
+        if config:
+            (tmp_path / "home" / ".docker").mkdir(parents=True)
+            (tmp_path / "home" / ".docker" / "config.json").write_text(json.dumps(config).replace("PLACE", place))
+        return f"{place}/team/tiny:1"
+
+    return made
+
+
+TOKEN = {"/token": (200, {"token": "good"}, {})}
+
+
+@pytest.mark.parametrize(
+    ("strangers", "known", "config", "words"),
+    [
+        ({"/v2/": (200, "{}", {})}, {}, None, "REFUSED"),
+        ({WANTED: BEARER, **TOKEN}, {}, None, "REFUSED"),
+        ({WANTED: BASIC}, {}, {"auths": {"PLACE": {"auth": "bWU6cHc="}}}, "REFUSED"),
+        ({WANTED: BEARER}, {}, None, "gives permission at 'https://PLACE/token', and no token came from there (404 Not Found)"),
+        ({WANTED: BEARER, **TOKEN}, {}, KEEPS, "has no such image for everybody (404 Not Found), and a password that a program keeps is not asked for"),
+        ({"/v2/": BASIC}, {}, None, "wants credentials (401 Unauthorized)"),
+        ({"/v2/": BASIC}, {WANTED: MANIFEST}, {"auths": {"PLACE": {"auth": "bWU6cHc="}}}, ""),
+        ({"/v2/": BEARER, **TOKEN}, {WANTED: MANIFEST}, None, ""),
+        ({}, {}, None, "does not answer as a registry does (404 Not Found)"),
+        ({WANTED: INDEX}, {}, None, "does not say what its index names (404 Not Found)"),
+        ({WANTED: (307, "", {"Location": "/elsewhere"}), "/v2/": (200, "{}", {})}, {}, None, "does not say (404 Not Found)"),
+    ],
+    ids=["open", "token", "login", "no-tokens", "helper", "hidden", "hidden-known", "hidden-token", "website", "torn", "sent-on"],
+)  # fmt: skip
+def test_a_run_is_refused_only_where_the_registry_let_us_in(tmp_path, scripted, strangers, known, config, words):
+    image = scripted(strangers, known, config)
+    seen = planned(tmp_path, "enroot", image)
+    assert [f"has no such image (404 Not Found): {image}; look at" in problem for problem in seen.problems] == ([True] if words == "REFUSED" else [])
+    assert (not seen.notes) if words in ("REFUSED", "") else (len(seen.notes) == 1 and words.replace("PLACE", image.partition("/")[0]) in seen.notes[0]), seen.notes
+    assert words or seen.plan.stages[0].container.facts["bytes"] == 5  # type: ignore[union-attr]
+
+
+ODD = {
+    "nested": "[" * 100_000, "list": "[]", "latin": b"\xff", "layers": '{"layers": 5}', "layer": '{"layers": [1]}', "word": '{"layers": [{"size": "x"}]}',
+    **{name: f'{{"config": {{"digest": "sha256:0"}}, "layers": [{{"size": {size}}}]}}' for name, size in (("endless", "1e400"), ("long", "9" * 400), ("longest", "9" * 5000), ("less", "-5"))},
+    "index": '{"manifests": 5}', "null": '{"manifests": [null]}', "none": '{"manifests": []}', "digest": '{"manifests": [{"digest": "sha256:../../x"}]}', "number": '{"manifests": [{"digest": 5}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ODD.values(), ids=ODD)
+def test_an_odd_manifest_is_no_answer(tmp_path, scripted, body):
+    image = scripted({WANTED: (200, body, {})})
+    with pytest.raises(Unanswered, match="answers with a manifest of a kind that is not known here"):
+        look(parse(image), "amd64", {"HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("challenge", "token"),
+    [('Bearer realm="https://[bad"', ""), ('Bearer ,=,"=,realm=', ""), ("Bearer", ""), ('Bearer realm="https://PLACE/token"', '{"token": "hush\\r\\nX: y"}'),
+     ('Bearer realm="https://PLACE/token"', '{"token": ["hush"]}'), ('Bearer realm="https://PLACE/token"', "[" * 100_000), ('Bearer realm="https://PLACE/token"', "hush")],
+)  # fmt: skip
+def test_an_odd_way_to_give_permission_is_no_answer(tmp_path, scripted, challenge, token):
+    """What came for a token stands in no message."""
+    image = scripted({WANTED: (401, "", {"WWW-Authenticate": challenge}), "/token": (200, token, {})})
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(Unanswered) as refused:
+        look(parse(image), "amd64", {"HOME": str(tmp_path)})
+    assert "hush" not in str(refused.value)

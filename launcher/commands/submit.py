@@ -97,7 +97,7 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         loaded, name = load_recipe(options, runs, starting=True)
         with problems.collected():
             check_recipe(loaded)
-        plan, said = _asked(loaded, plan_on_cluster(options, loaded, name, cluster, runs), problems)
+        plan, said = _asked(options, loaded, plan_on_cluster(options, loaded, name, cluster, runs), problems)
         made.append((loaded, plan))
         notes += said
         with problems.collected():
@@ -115,13 +115,16 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
     return *made[0], notes
 
 
-def _asked(loaded: Loaded, plan: Plan, problems: Problems) -> tuple[Plan, Sequence[str]]:
+def _asked(options: argparse.Namespace, loaded: Loaded, plan: Plan, problems: Problems) -> tuple[Plan, Sequence[str]]:
     """The plan with what registries say of its images, and remarks; what cannot be goes to ``problems``."""
     if not any(stage.container for stage in plan.stages):
         return plan, ()
-    from launcher.image_registry import ask  # what speaks HTTP takes a while to load
+    from launcher.image_registry import as_before, ask  # what speaks HTTP takes a while to load
 
-    seen = ask(loaded, plan)
+    run_dir = _run_dir(Path(options.runs), plan)
+    if run_dir.plan.exists() and all(state.state in (DONE, *ACTIVE) for state in read_run(run_dir, plan)):
+        return as_before(run_dir, plan), ()  # nobody waits for a registry where nothing is left to submit
+    seen = ask(loaded, plan, say_for(options))
     problems.add(seen.problems)
     return seen.plan, seen.notes
 
