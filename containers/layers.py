@@ -169,11 +169,6 @@ def _choose(place: str, manifests: Sequence[Mapping[str, Any]], architecture: st
     raise NotAnImage(f"{place} has images for {', '.join(sorted(set(known) - {'unknown'}))}, none for {architecture}")
 
 
-def choose_digest(index: Mapping[str, Any], architecture: str, place: str) -> str:
-    """The digest of the manifest for an architecture in an index. Raises NotAnImage."""
-    return str(_choose(place, index.get("manifests") or [], architecture)["digest"])
-
-
 def _docker(place: str, read: Callable[[str], IO[bytes]], names: Mapping[str, tarfile.TarInfo]) -> Layered:
     found = _json(place, read("manifest.json"))
     if not isinstance(found, list) or len(found) != 1:

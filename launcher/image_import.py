@@ -8,8 +8,6 @@ whole. Whoever comes second waits for the first, and finds the image done.
 from __future__ import annotations
 
 import getpass
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -195,8 +193,15 @@ class _Import:
         return made, True
 
     def _there(self, digest: str) -> StoredImage | None:
-        found = [one for one in self.folder.images() if digest and one.digest == digest and one.format == self.request.format and one.whole]
-        return found[0] if found else None
+        """The image of a digest, where it is in the folder. Raises BadInput for one that is made for another architecture."""
+        found = next((one for one in self._stored() if digest and one.digest == digest), None)
+        if found:
+            self._check_architecture((found.architecture,) if found.architecture else ())
+        return found
+
+    def _stored(self) -> Iterator[StoredImage]:
+        """Whole ones of the format that is asked for."""
+        return (one for one in self.folder.images() if one.format == self.request.format and one.whole)
 
     def _clean(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -226,10 +231,8 @@ class _Import:
         """
         if self.source.kind != "registry":
             return "", 0
-        if self.source.tool == "skopeo":
-            return self._asked_by_skopeo()
         try:
-            found = registry.look(parse(self.source.place), self.request.architecture, os.environ, insecure=self.request.insecure)
+            found = self._asked_by_skopeo() if self.source.tool == "skopeo" else self._asked()
         except registry.Unanswered as error:
             then = "is not looked for" if self.source.tool in ONE_TOOL else "is looked for once it is here"
             self.say(f"how large {self.source.place} is, is not known ({error}); room for it {then}")
@@ -237,18 +240,18 @@ class _Import:
         self._check_architecture(found.architectures)
         return found.digest, found.size
 
-    def _asked_by_skopeo(self) -> tuple[str, int]:
+    def _asked(self) -> registry.Manifest:
+        return registry.look(parse(self.source.place), self.request.architecture, os.environ, insecure=self.request.insecure)
+
+    def _asked_by_skopeo(self) -> registry.Manifest:
         """By the tool itself, which knows its own credentials, certificates and mirrors. Raises ToolFailed."""
-        reference = f"docker://{self.source.place}"
-        raw = self._ask(store.skopeo_inspect(reference, insecure=self.request.insecure))
-        manifest = _manifest(raw, self.source.place)
-        digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
-        if "manifests" in manifest:
-            digest = layers.choose_digest(manifest, self.request.architecture, self.source.place)
-            bare = self.source.place.partition("@")[0]
-            bare = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
-            manifest = _manifest(self._ask(store.skopeo_inspect(f"docker://{bare}@{digest}", insecure=self.request.insecure)), self.source.place)
-        return digest, sum(int(layer.get("size", 0)) for layer in manifest.get("layers") or [])
+        bare = self.source.place.partition("@")[0]
+        bare = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
+        raw = self._inspected(self.source.place)
+        return registry.read(raw, self.request.architecture, lambda digest: self._inspected(f"{bare}@{digest}"), parse(self.source.place).registry)
+
+    def _inspected(self, place: str) -> bytes:
+        return self._ask(store.skopeo_inspect(f"docker://{place}", insecure=self.request.insecure))
 
     def _ask(self, command: Sequence[str]) -> bytes:
         try:
@@ -365,7 +368,7 @@ class _Import:
     def _by_one_tool(self, digest: str) -> tuple[StoredImage, bool]:
         """enroot and apptainer fetch and convert in one go; the digest is that of the file they make where the registry said none."""
         tool = self.source.tool
-        found = next((one for one in self.folder.images() if one.reference == self.source.place and one.format == self.request.format and one.whole), None)
+        found = next((one for one in self._stored() if one.reference == self.source.place and one.architecture == self.request.architecture), None)
         if found and not digest:
             return found, False
         half = self.work / f"image.{self.request.format}"
@@ -414,16 +417,6 @@ class _Import:
         write_json(self.folder.record(final), made.to_json())
         self.folder.record(final).chmod(0o644)
         return made
-
-
-def _manifest(raw: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ToolFailed(f"{place}: the registry's answer is not a manifest")
-    return value
 
 
 def _size_of(path: Path) -> int:

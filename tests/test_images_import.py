@@ -412,6 +412,16 @@ def test_an_image_for_another_architecture_is_not_fetched(tmp_path, registry, ca
     assert "is made for s390x, not for amd64; --arch s390x says that this is meant" in capsys.readouterr().err and calls.read_text() == ""
 
 
+@pytest.mark.parametrize("wanted", ["arm64", "bogus"])
+def test_an_image_that_is_there_is_not_one_for_another_architecture(tmp_path, registry, capsys, wanted):
+    """Its digest is the same, whatever --arch says."""
+    place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1")
+    words = ("import", place, "--insecure", "--images", "images")
+    assert result(capsys, *words)["made"] and not result(capsys, *words)["made"]
+    assert main(["image", *words, "--arch", wanted]) == 2
+    assert f"{place} is made for amd64, not for {wanted}; --arch amd64 says that this is meant" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["podman", "buildah"])
 def test_from_a_registry_by_other_tools(tmp_path, registry, monkeypatch, capsys, tool):
@@ -432,7 +442,7 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
         place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1", f"me:{PASSWORD}")
         assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
         error = capsys.readouterr().err
-        assert f"does not let you have {place}: skopeo login 127.0.0.1:{registry.port}" in error and f"{tmp_path}/home/.docker/config.json" in error
+        assert f"does not let you have {place}: skopeo login --username 'USER' 127.0.0.1:{registry.port} asks" in error and f"{tmp_path}/home/.docker/config.json" in error
         auth = tmp_path / "auth.json"
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(auth))
         for password, code in (("wrong horse", 1), (PASSWORD, 0)):
@@ -452,7 +462,7 @@ def test_where_credentials_go():
     enroot = credentials.where("enroot", "nvcr.io", home)
     assert enroot.startswith("/home/me/.config/enroot/.credentials") and "machine nvcr.io login $oauthtoken password KEY" in enroot and "authn.nvidia.com" in enroot
     assert credentials.where("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}).startswith("/e/.credentials (mode 600) needs the line: machine x.io login USER password KEY")
-    assert "docker login nvcr.io --username '$oauthtoken'" in credentials.where("docker", "nvcr.io", home)
+    assert "docker login --username '$oauthtoken' nvcr.io" in credentials.where("docker", "nvcr.io", home)
     assert "apptainer registry login --username '$oauthtoken' docker://nvcr.io" in credentials.where("apptainer", "nvcr.io", home)
     assert "/run/user/1/containers/auth.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1"})
     assert "keeps it in /a.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1", "REGISTRY_AUTH_FILE": "/a.json"})

@@ -22,6 +22,7 @@ from containers import credentials, node, parse
 from containers.failures import FAILURES, advice
 from containers.registry import Unanswered, look
 from launcher import image_registry
+from launcher.__main__ import main
 from launcher.commands import submit
 from launcher.plan import Container, Element, Needs, Plan, Stage
 from launcher.problems import Problems
@@ -387,6 +388,16 @@ def test_an_odd_manifest_is_no_answer(tmp_path, scripted, body):
     image = scripted({WANTED: (200, body, {})})
     with pytest.raises(Unanswered, match="answers with a manifest of a kind that is not known here"):
         look(parse(image), "amd64", {"HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize("name", ["layer", "layers", "null", "index", "word", "endless", "digest"])
+def test_an_import_of_an_odd_manifest_ends_with_the_tools_own_words(tmp_path, scripted, monkeypatch, capsys, name):
+    """What skopeo brings goes through the same parser; how large the image is, is then not known."""
+    need("skopeo")
+    image = scripted({"/v2/": (200, "{}", {}), WANTED: (200, ODD[name], {"Content-Type": "application/vnd.oci.image.manifest.v1+json"})})
+    assert main(["image", "import", image, "--tool", "skopeo", "--images", str(tmp_path / "images")]) == 1
+    out, error = capsys.readouterr()
+    assert f"how large {image} is, is not known (127.0.0.1" in out and "skopeo" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
