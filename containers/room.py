@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ NGC_BYTES, OTHER_BYTES = 8 * 10**9, 8 * 10**8
 ENROOT_CONFIGS = ("/etc/enroot/enroot.conf", "/usr/local/etc/enroot/enroot.conf")
 PLUGSTACKS = ("/etc/slurm/plugstack.conf", "/etc/slurm/plugstack.conf.d/*", "/run/slurm/conf/plugstack.conf", "/run/slurm/conf/plugstack.conf.d/*")
 """Where Slurm is told of pyxis."""
-TO_PYXIS = ("HOME", "PATH", "USER")
-"""Of the environment of a job, what enroot's folders can depend on where pyxis starts it; its ENROOT_CONFIG_PATH names none of them."""
+TO_PYXIS = re.compile("HOME|PATH|ENROOT_CONFIG_PATH|SLURM_(JOB|STEP)_.*")
+"""Of the environment of a job, what enroot's folders can depend on where pyxis starts it (its config of ``enroot_want_env``); not USER."""
 UNCOMPRESSED_DATA = 0x2
 """In the flags of a squashfs image; enroot makes them so (-noD)."""
 
@@ -214,28 +214,51 @@ def _said(command: Sequence[str]) -> dict[str, Any]:
 # --- enroot and pyxis -----------------------------------------------------------------------------------
 
 
-def enroot_folders(environ: Mapping[str, str]) -> dict[str, Path]:
-    """enroot's ``CACHE``, ``DATA`` and ``TEMP`` as the environment, its enroot.conf (a shell's words), or its own defaults have them."""
-    found = {name: environ[name] for name in environ if name.startswith("ENROOT_")}
+@dataclass(frozen=True)
+class Folders:
+    """enroot's."""
+
+    cache: Path
+    data: Path
+    temp: Path
+    doubt: str = ""
+    """Why they may be others."""
+
+
+def enroot_folders(environ: Mapping[str, str]) -> Folders:
+    """As the environment, its enroot.conf (a shell's words, which know those before them and XDG's folders), or its own defaults have them."""
+    home = environ.get("HOME", "/")
+    own = {"XDG_CACHE_HOME": f"{home}/.cache", "XDG_DATA_HOME": f"{home}/.local/share", "XDG_CONFIG_HOME": f"{home}/.config", "XDG_RUNTIME_DIR": "/run"}
+    known = {**own, **{name: value for name, value in environ.items() if value}}
+    doubts = []
+    for name, value in _configured():
+        if not known.get(name):
+            known[name], doubt = _expanded(value, known)
+            doubts += [f"unless {name} {value} of its enroot.conf means another folder here ({doubt})"] if doubt else []
+    default = {"CACHE": f"{known['XDG_CACHE_HOME']}/enroot", "DATA": f"{known['XDG_DATA_HOME']}/enroot", "TEMP": known.get("TMPDIR") or "/tmp"}
+    cache, data, temp = (Path(known.get(f"ENROOT_{name}_PATH") or path) for name, path in default.items())
+    return Folders(cache, data, temp, next(iter(doubts), ""))
+
+
+def _configured() -> Iterator[tuple[str, str]]:
+    """The folders that enroot.conf names, in its order, each with its words."""
     config = next((path for path in ENROOT_CONFIGS if os.path.isfile(path)), None)
     for file in [*sorted(glob.glob(f"{config}.d/*.conf")), config] if config else []:
         with suppress(OSError):
-            for name, value in re.findall(r"^[ \t]*(ENROOT_(?:CACHE|DATA|TEMP)_PATH)[ \t=]+(.*\S)", Path(file).read_text(errors="replace"), re.MULTILINE):
-                found.setdefault(name, _expanded(value, environ))
-    home = environ.get("HOME", "/")
-    default = {
-        "CACHE": f"{environ.get('XDG_CACHE_HOME') or home + '/.cache'}/enroot",
-        "DATA": f"{environ.get('XDG_DATA_HOME') or home + '/.local/share'}/enroot",
-        "TEMP": environ.get("TMPDIR") or "/tmp",
-    }
-    return {name: Path(found.get(f"ENROOT_{name}_PATH") or path) for name, path in default.items()}
+            yield from re.findall(r"^[ \t]*(ENROOT_[A-Z_]+_PATH)[ \t=]+(.*\S)", Path(file).read_text(errors="replace"), re.MULTILINE)
 
 
-def _expanded(value: str, environ: Mapping[str, str]) -> str:
-    """What bash, which is enroot's own, makes of a value: ``/raid/user-$(id -u)``."""
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(["bash", "-c", f"echo {value}"], env=dict(environ), capture_output=True, text=True, timeout=20).stdout.strip()
-    return ""
+def _expanded(value: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """What bash, which is enroot's own, makes of a value: ``/raid/user-$(id -u)``; and why it makes nothing of it."""
+    try:
+        found = subprocess.run(["bash", "-uc", f"echo {value}"], env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    said = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1].removeprefix("bash: line 1: ")
+    folder = found.stdout.strip()
+    if found.returncode or found.stderr.strip():
+        return "", said
+    return (folder, "") if folder.startswith("/") else ("", f"it comes to {folder!r}")
 
 
 def pyxis_options() -> dict[str, str] | None:
@@ -264,12 +287,12 @@ def _of_squashfs(path: Path, folder: Path) -> list[Phase]:
     return [[Need(folder, size * ratio, "the unpacked image", "ENROOT_DATA_PATH", size)]]
 
 
-def _of_import(folders: Mapping[str, Path], size: float, image: str, squashed: Path) -> list[Phase]:
+def _of_import(folders: Folders, size: float, image: str, squashed: Path) -> list[Phase]:
     """``enroot import`` into a file in ``squashed``, then ``enroot create``. What lies in the cache may be of this image."""
-    cache = Need(folders["CACHE"], max(0.0, size - used(folders["CACHE"])), "the download", "ENROOT_CACHE_PATH")
+    cache = Need(folders.cache, max(0.0, size - used(folders.cache)), "the download", "ENROOT_CACHE_PATH")
     file = Need(squashed, size, "the image as one file", "")
-    layers = unpacked(folders["TEMP"], size, image, "the unpacked layers", "ENROOT_TEMP_PATH")
-    return [[cache, file, layers], [cache, file, unpacked(folders["DATA"], size, image, "the unpacked image", "ENROOT_DATA_PATH")]]
+    layers = unpacked(folders.temp, size, image, "the unpacked layers", "ENROOT_TEMP_PATH")
+    return [[cache, file, layers], [cache, file, unpacked(folders.data, size, image, "the unpacked image", "ENROOT_DATA_PATH")]]
 
 
 # --- when a job starts ----------------------------------------------------------------------------------
@@ -294,9 +317,10 @@ def at_start(runtime: str, image: Reference, layers: int | None, environ: Mappin
         return _pyxis(image, size, environ)
     if runtime == "enroot":
         folders = enroot_folders(environ)
-        if os.path.isdir(folders["DATA"] / name_of(image)):
+        if os.path.isdir(folders.data / name_of(image)):
             return Look()
-        return Look(_of_import(folders, size, image.name, folders["TEMP"]) if image.path is None else _of_squashfs(image.path, folders["DATA"]))
+        phases = _of_import(folders, size, image.name, folders.temp) if image.path is None else _of_squashfs(image.path, folders.data)
+        return Look(phases, folders.doubt)
     if runtime in ("apptainer", "singularity") and image.kind in ("registry", "archive"):
         return _apptainer(runtime, size, image.name, environ)
     if runtime in ("docker", "podman"):
@@ -310,21 +334,21 @@ def at_start(runtime: str, image: Reference, layers: int | None, environ: Mappin
 
 def _pyxis(image: Reference, size: float, environ: Mapping[str, str]) -> Look:
     """An unnamed container is unpacked anew at each start, also of a squashfs file. Of the job's own variables enroot sees few."""
-    folders = enroot_folders({name: value for name, value in environ.items() if name in TO_PYXIS})
+    folders = enroot_folders({name: value for name, value in environ.items() if TO_PYXIS.fullmatch(name)})
     seen = pyxis_options()
     options = seen or {}
     doubt = "" if seen is not None else "unless pyxis is set up otherwise (its line in Slurm's plugstack.conf is not seen here)"
     if image.path is not None:
-        phases = _of_squashfs(image.path, folders["DATA"])
+        phases = _of_squashfs(image.path, folders.data)
     elif options.get("importer"):
-        phases, doubt = _of_import(folders, size, image.name, folders["TEMP"]), f"unless {options['importer']}, which the site imports with, needs less"
+        phases, doubt = _of_import(folders, size, image.name, folders.temp), f"unless {options['importer']}, which the site imports with, needs less"
     else:
         phases = _of_import(folders, size, image.name, Path(options.get("runtime_path") or "/run/pyxis"))
         if _is_on(options, "use_enroot_load"):  # straight from the cache to where it is unpacked
-            phases = [[need for need in phases[1] if need.folder in (folders["CACHE"], folders["DATA"])]]
+            phases = [[need for need in phases[1] if need.folder in (folders.cache, folders.data)]]
     if _is_on(options, "use_squashfuse"):  # mounted, not unpacked
         phases = [] if image.path is not None else phases[:1]
-    return Look(phases, doubt)
+    return Look(phases, doubt or folders.doubt)
 
 
 def _apptainer(program: str, size: float, image: str, environ: Mapping[str, str]) -> Look:

@@ -469,6 +469,24 @@ def test_where_credentials_go():
     assert credentials.without_secrets("GET https://me:pw@x.io/v2 Authorization: Bearer abc") == "GET https://***@x.io/v2 Authorization: Bearer ***"
 
 
+@pytest.mark.parametrize(
+    ("said", "meaning"),
+    [
+        ("copying blob 4013 B, sha256:ab401cd, 403.5MB: no word", ""),
+        ("layer 404 MB of 1401 MB, 0.404 done", ""),
+        ("pulled sha256:9f40400f1 (404 KiB): dial tcp: i/o timeout", "cannot be reached from here"),
+        ("reading manifest: 401 KB read, then connection reset by peer after 403 tries", "cannot be reached from here"),
+        ("curl: (22) The requested URL returned error: 401", "does not let you have"),
+        ("unexpected HTTP status 403.", "does not let you have"),
+        ("status 404 (Not Found)", "look at the spelling and the tag"),
+    ],
+)
+def test_what_a_tools_last_words_mean(said, meaning):
+    """The number of an answer is no digits of a size or a digest; out of reach comes before what a word elsewhere may mean."""
+    found = credentials.explain("enroot", "x.io/a:1", said, {"HOME": "/home/me"})
+    assert meaning in found and bool(meaning) == bool(found)
+
+
 def test_commands_of_tools_that_are_not_here(tmp_path):
     """Option by option: https://github.com/NVIDIA/enroot/blob/master/doc/cmd/import.md (``[USER@][REGISTRY#]IMAGE[:TAG]``,
     ``--output``, ``--arch``), doc/configuration.md (ENROOT_SQUASH_OPTIONS and the paths), and

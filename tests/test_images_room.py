@@ -115,10 +115,41 @@ def test_a_squashfs_file_is_unpacked(disk, monkeypatch, capsys, squashed):
 
 def test_enroots_own_folders():
     """doc/configuration.md: below XDG's folders, and TMPDIR."""
-    assert room.enroot_folders({"HOME": "/home/me"}) == {"CACHE": Path("/home/me/.cache/enroot"), "DATA": Path("/home/me/.local/share/enroot"), "TEMP": Path("/tmp")}
+    assert room.enroot_folders({"HOME": "/home/me"}) == room.Folders(Path("/home/me/.cache/enroot"), Path("/home/me/.local/share/enroot"), Path("/tmp"))
     given = {"HOME": "/home/me", "XDG_CACHE_HOME": "/c", "XDG_DATA_HOME": "/d", "TMPDIR": "/t"}
-    assert room.enroot_folders(given) == {"CACHE": Path("/c/enroot"), "DATA": Path("/d/enroot"), "TEMP": Path("/t")}
-    assert room.enroot_folders({**given, "ENROOT_DATA_PATH": "/raid"})["DATA"] == Path("/raid")
+    assert room.enroot_folders(given) == room.Folders(Path("/c/enroot"), Path("/d/enroot"), Path("/t"))
+    assert room.enroot_folders({**given, "ENROOT_DATA_PATH": "/raid"}).data == Path("/raid")
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        ("ENROOT_DATA_PATH ${XDG_DATA_HOME}/enroot", "/home/me/.local/share/enroot"),
+        ("ENROOT_CACHE_PATH /raid/c\nENROOT_DATA_PATH ${ENROOT_CACHE_PATH}/d", "/raid/c/d"),
+        ("ENROOT_RUNTIME_PATH ${XDG_RUNTIME_DIR}/enroot\nENROOT_DATA_PATH ${ENROOT_RUNTIME_PATH}/d", "/run/enroot/d"),
+        ("ENROOT_DATA_PATH /tmp/${SLURM_JOB_ID}/enroot", "/tmp/7/enroot"),
+        ("ENROOT_DATA_PATH /raid/${USER:-nobody}", "/raid/nobody"),
+        ("ENROOT_DATA_PATH /raid/${USER}", "USER: unbound variable"),
+        ("ENROOT_DATA_PATH /raid/$(no-such-program)", "no-such-program: command not found"),
+        ("ENROOT_DATA_PATH $(echo not a path)", "it comes to 'not a path'"),
+        ("ENROOT_DATA_PATH /raid/$(", "unexpected"),
+    ],
+)  # fmt: skip
+def test_enroots_configuration_as_pyxis_has_it_read(tmp_path, disk, monkeypatch, capsys, words, data):
+    """Words that mean nothing here are a doubt, for which nobody is refused."""
+    (tmp_path / "enroot.conf").write_text(words)
+    job = {"HOME": "/home/me", "PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "USER": "me"}
+    found = room.enroot_folders({name: value for name, value in job.items() if room.TO_PYXIS.fullmatch(name)})
+    if data.startswith("/"):
+        assert str(found.data) == data and not found.doubt
+        return
+    assert found.data == Path("/home/me/.local/share/enroot") and data in found.doubt
+    monkeypatch.setenv("HOME", str(disk("small", 3)))
+    monkeypatch.delenv("USER", raising=False)
+    (tmp_path / "plugstack.conf").write_text("required spank_pyxis.so")
+    assert not lack("pyxis") and not lack("enroot")
+    said = capsys.readouterr().out
+    assert "the download" in said and said.count("of its enroot.conf means another folder here (") >= 2
 
 
 def test_pyxis_writes_where_the_administrator_says(tmp_path, disk, monkeypatch, capsys):
@@ -129,7 +160,7 @@ def test_pyxis_writes_where_the_administrator_says(tmp_path, disk, monkeypatch, 
     (tmp_path / "enroot.conf").write_text(f"#ENROOT_TEMP_PATH /x\nENROOT_CACHE_PATH {small}/group-$(id -g)\nENROOT_DATA_PATH = ${{HOME}}/data\n  ENROOT_TEMP_PATH\t{large}\n")
     monkeypatch.setenv("HOME", str(large))
     folders = room.enroot_folders({"HOME": str(large), "PATH": os.environ["PATH"]})
-    assert folders == {"CACHE": small / f"group-{os.getgid()}", "DATA": large / "data", "TEMP": large}
+    assert folders == room.Folders(small / f"group-{os.getgid()}", large / "data", large)
     (tmp_path / "plugstack.conf").write_text(f"include /etc/x/*\nrequired /usr/lib/slurm/spank_pyxis.so runtime_path={large} execute_entrypoint=0\n")
     assert f"the disk of {small}/group-{os.getgid()} has" in lack("pyxis")
     (tmp_path / "enroot.conf").write_text(f"ENROOT_CACHE_PATH {large}\nENROOT_DATA_PATH {large}\nENROOT_TEMP_PATH {large}\n")
@@ -233,3 +264,24 @@ def test_docker_that_loads_no_layout_is_told_apart():
     """docker 28's own words, of a tar of an OCI layout."""
     found = failure_of("open /var/lib/docker/tmp/docker-import-3278311284/blobs/json: no such file or directory\n")
     assert found is not None and found[0].kind == "an archive of the other kind" and "skopeo copy oci-archive:FILE docker-archive:NEW" in found[0].advice
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+        "failed to connect to the docker API at unix:///var/run/docker.sock; check if the path is correct and if the daemon is running: dial unix /var/run/docker.sock: connect: no such file or directory",
+        "failed to connect to the docker API at tcp://10.0.0.1:2375: dial tcp 10.0.0.1:2375: connect: connection refused",
+        "permission denied while trying to connect to the docker API at unix:///var/run/docker.sock",
+        "Got permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock: dial unix: connect: permission denied",
+    ],
+)
+def test_a_docker_without_a_daemon(line):
+    """docker's own words, from version 19 to 29."""
+    found = failure_of(f"{line}\n")
+    assert found is not None and found[0].kind == "no daemon" and found[1] == line
+
+
+@pytest.mark.parametrize("line", ["Cannot open x: no such file or directory", "failed to connect to master: connection refused", "permission denied: no such file or directory"])
+def test_a_trainers_own_words_are_not_dockers(line):
+    assert failure_of(line) is None
