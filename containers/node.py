@@ -15,6 +15,8 @@ import os
 import platform
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,17 +26,62 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from containers import PROGRAMS, room
+from containers import OF_SRUN, PROGRAMS, room
 from containers.docker import tag_of
+from containers.environment import of_runtime
 from containers.failures import FAILURES, UNKNOWN, Failure, advice, failure_of
 from containers.reference import parse
 
 SILENT_SECONDS = 60.0
+GRACE_SECONDS = 5.0
+"""For what is told to end, before it is killed."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""How we are told to end: Slurm's steps by SIGUSR1, too."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 """The kernel's words, and those of images."""
 BRINGS_OLDER_DRIVERS_ALONG = ("pyxis", "enroot", "docker")
 """Their libnvidia-container uses the image's compatibility libraries by itself, and says "unsatisfied condition" where that is not enough."""
 KINDS = {failure.kind: failure for failure in FAILURES}
+
+
+def start(arguments: Sequence[str]) -> int:
+    """:func:`main` in a process of its own, with the environment of whatever starts the containers: it looks where they look, and ends with all that it began."""
+    spec = json.loads(arguments[0])
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    for number in STOPS:
+        signal.signal(number, _end)
+    if spec.get("parent"):
+        _when_parent_ends(signal.SIGTERM)
+        if os.getppid() != spec["parent"]:  # it ended before the call above
+            return 1
+    if spec["runtime"] not in OF_SRUN:  # of those nothing is started here
+        kept = {**{name: os.environ[name] for name in spec["passed"] if name in os.environ}, **of_runtime(os.environ)}
+        os.environ.clear()
+        os.environ.update(kept)
+    return main(arguments)
+
+
+def _end(number: int, _: Any) -> None:
+    """End our process group: what fetches an image would go on for nobody, beside the next that fetches it."""
+    for one in STOPS:
+        signal.signal(one, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    ends = time.monotonic() + GRACE_SECONDS
+    with suppress(ChildProcessError):
+        while time.monotonic() < ends:
+            os.waitpid(-1, os.WNOHANG)
+            time.sleep(0.05)
+    os.killpg(0, signal.SIGKILL)  # and so ourselves
+
+
+def _when_parent_ends(number: int) -> None:
+    """Have the kernel send us a signal then, where Python can ask for it."""
+    with suppress(ImportError, OSError, AttributeError):
+        import ctypes  # a small Python of a node may have none
+
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -132,8 +179,7 @@ def prepare(spec: Mapping[str, Any]) -> str | None:
     commands = spec.get("prepare") or []
     if not commands:
         return None
-    lock = Path(tempfile.gettempdir(), f"amlaunch-{os.getuid()}-{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock")
-    with open(lock, "w") as held:
+    with open(private_folder() / f"{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for command in commands:
             said = _run(command, f"{host()}: bringing {spec['image']} here with {spec['runtime']}")
@@ -142,11 +188,24 @@ def prepare(spec: Mapping[str, Any]) -> str | None:
     return None
 
 
+def private_folder() -> Path:
+    """A folder of this node that is ours alone: the same for all of our jobs, unless somebody else took its name."""
+    folder = Path(tempfile.gettempdir(), f"amlaunch-node-{os.getuid()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return Path(tempfile.mkdtemp(prefix="amlaunch-node-"))
+    return folder
+
+
 def _run(command: Sequence[str], what: str) -> str | None:
     """A command's own words where it fails; a line now and then while it takes long."""
     began = spoke = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: _when_parent_ends(signal.SIGKILL)
+        )
         while process.poll() is None:
             time.sleep(0.05)
             if time.monotonic() - spoke > SILENT_SECONDS:
@@ -162,4 +221,4 @@ def _run(command: Sequence[str], what: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

@@ -365,6 +365,7 @@ def node_check(container: Container, runtime: str, image: Image, launch: contain
         "prepare": [list(command) for command in launch.prepare],
         "gpus": image.gpus,
         "entrypoint": image.entrypoint,
+        "passed": list(image.passed),
         **container.facts,
     }
 

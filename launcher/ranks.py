@@ -193,12 +193,12 @@ def fixed_environment(attempt: Attempt, path: Iterable[str]) -> dict[str, str]:
     return env if attempt.given.gpus else {**env, "AMLAUNCH_DEVICE": "cpu"}
 
 
-def check_command(attempt: Attempt, start: Start, python: str | None = None) -> list[str]:
+def check_command(attempt: Attempt, start: Start, python: str | None = None, **more: Any) -> list[str]:
     """What looks at a node before a container starts on it, and brings the image there; empty where there is no container."""
     container = attempt.stage.container
     if container is None or start.image is None:
         return []
-    spec = node_check(container, start.runtime, start.image, start.launch, attempt.folder.verdicts)
+    spec = {**node_check(container, start.runtime, start.image, start.launch, attempt.folder.verdicts), **more}
     return [*python_command("containers.node", host_python(python), any_version=python is not None), json.dumps(spec)]
 
 
@@ -206,12 +206,12 @@ def check_here(attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[byte
     """Look at this machine before the ranks start; nothing where they have no container. Raises OSError, Unset and CannotLaunch."""
     start = how_to_start(attempt, {}, {}, on_slurm=False)
     make_room(attempt, start)
-    argv = check_command(attempt, start)
+    argv = check_command(attempt, start, parent=os.getpid())
     if not argv:
         return []
     output = files.enter_context(open(attempt.log(None), "ab"))
-    env = {**host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
-    return [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)]
+    env = {**who(), **host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
+    return [Rank(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)]
 
 
 def given(names: Iterable[str]) -> dict[str, str]:

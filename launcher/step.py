@@ -18,7 +18,7 @@ from typing import Any
 from launcher.attempt import Assignment, Attempt
 from launcher.cluster import Profile
 from launcher.plan import Needs, Plan, Stage
-from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, make_room, meeting_place
+from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, make_room, meeting_place, who
 from launcher.slurm import expand_ranges
 from launcher.state import FAILED
 from recipes.errors import BAD_INPUT, GO_ON_LATER
@@ -64,7 +64,7 @@ class Step:
         nodes = attempt.stage.needs.nodes
         output = files.enter_context(open(attempt.log(None), "ab"))
         command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none", "--input=none", "--unbuffered", "--wait=0", *self.profile.srun]
-        env = {**host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
+        env = {**who(), **host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
         return [Srun([*command, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)]
 
     def _site(self) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +230,35 @@ def test_a_missing_image_of_docker(tmp_path, docker):
     run = make_run(tmp_path, Container("localhost:1/none:1", "docker"), "--do", "ok")
     drive(run).communicate(timeout=60)
     assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(run)
+
+
+def speaking_of(text: str) -> list[list[str]]:
+    """The argv of each process in whose argv a text stands."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().decode(errors="replace").split("\0"))
+    return [argv for argv in found if text in " ".join(argv)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_fetching_an_image_for_a_launcher_that_has_ended(tmp_path, number):
+    """From a registry that takes a connection, and never says a word."""
+    if not shutil.which("podman"):
+        pytest.skip("no podman")
+    for name, text in container_pipeline.FILES.items():
+        (tmp_path / name).write_text(text)
+    with socket.create_server(("127.0.0.1", 0)) as registry:
+        image = f"localhost:{registry.getsockname()[1]}/x/y:1"
+        words = ["local", "inside.yaml", "--container.image", image, "--container.runtime", "podman"]
+        launcher = subprocess.Popen([sys.executable, "-m", "launcher", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            until(lambda: any(argv[0] == "podman" and "pull" in argv for argv in speaking_of(image)))
+            launcher.send_signal(number)
+            assert launcher.wait(30) == (75 if number != signal.SIGKILL else -number)
+            until(lambda: not speaking_of(image), 10)
+        finally:
+            launcher.kill()
 
 
 def test_an_entrypoint_runs_only_where_it_is_asked_for(tmp_path, docker):

@@ -10,7 +10,11 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ import containers
 from containers import CannotLaunch, Image, Mount, parse
 from containers.environment import OF_THE_RUNTIME, carried, of_libraries, of_runtime, with_env
 from containers.failures import FAILURES, failure_of
-from containers.node import check, main, verdict_of
+from containers.node import check, main, private_folder, verdict_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
@@ -349,6 +353,59 @@ def test_what_a_node_says_is_a_file_for_the_driver_and_a_line_for_people(tmp_pat
     verdict = verdict_of(tmp_path)
     assert verdict is not None and verdict["host"] == "gpu1" and verdict["reason"] in capsys.readouterr().err.splitlines()
     assert main([json.dumps({**spec, "verdicts": "/nowhere"})]) == 1, "a node that does not see the folder says it all the same"
+
+
+def node(tmp_path: Path, script: str, **env: str) -> subprocess.Popen:
+    """What looks at a node, while it brings an image there by this script."""
+    spec = {"runtime": "podman", "image": str(tmp_path), "path": None, "mounts": [], "prepare": [["sh", "-c", script]], "verdicts": str(tmp_path), "passed": ["HF_HOME"]}
+    return subprocess.Popen([sys.executable, "-m", "containers.node", json.dumps(spec)], cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
+@pytest.mark.parametrize(("number", "script"), [(signal.SIGTERM, "sleep 50 & sleep 50"), (signal.SIGUSR1, "sleep 50 & sleep 50"), (signal.SIGKILL, "exec sleep 50")])
+def test_what_fetches_an_image_ends_with_what_looks_at_the_node(tmp_path, number, script):
+    """With all that it started; or the next start would fetch it a second time, beside the first."""
+    pids = tmp_path / "pids"
+    looking = node(tmp_path, f"echo $$ >{pids}; {script}")
+    deadline = time.monotonic() + 20
+    while not (pids.exists() and pids.read_text()):
+        assert looking.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    looking.send_signal(number)
+    assert looking.wait(10) != 0
+    group = looking.pid
+    while (left := [path for path in Path("/proc").glob("[0-9]*/stat") if of_group(path, group)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+def of_group(path: Path, group: int) -> bool:
+    """Whether a process that has not ended yet is of a process group (proc(5))."""
+    try:
+        state, _, found = path.read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return False
+    return int(found) == group and state != "Z"
+
+
+@pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
+def test_an_image_is_brought_where_ranks_will_look_for_it(tmp_path):
+    """With the environment that the runtime has when it starts them: a storage.conf may name variables."""
+    host = {"SCRATCH": "/scratch", "LD_PRELOAD": "", "XDG_DATA_HOME": "/data", "SSL_CERT_FILE": "/certs", "ALL_PROXY": "x", "HF_HOME": "/hf", "HF_TOKEN": "hunter2", "APPTAINER_BIND": "/a"}
+    assert node(tmp_path, f"env >{tmp_path}/env", **host).wait(20) == 0
+    told = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+    assert {name: told.get(name) for name in host if name in told} == {name: host[name] for name in ("XDG_DATA_HOME", "SSL_CERT_FILE", "ALL_PROXY", "HF_HOME")}
+
+
+def test_the_folder_of_a_node_is_ours_alone(tmp_path, monkeypatch):
+    """Anybody may have taken its name in /tmp."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = private_folder()
+    assert mine == private_folder() and mine.stat().st_mode & 0o777 == 0o700
+    mine.rename(tmp_path / "kept")
+    mine.symlink_to(tmp_path)
+    other = private_folder()
+    assert other != mine and other.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 13)])
