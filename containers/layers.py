@@ -65,6 +65,9 @@ class Layered:
 SAVED = re.compile(r"(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(/.*|\.json|\.tar)?)$")
 """Names at the top of an OCI layout, and of what docker save writes."""
 
+ENOUGH_NAMES, MOST_NAMES = 100, 20_000
+"""So many at the beginning of a tar tell an image from a root file system; more than that is in no image that was saved."""
+
 
 # --- where the layers are -------------------------------------------------------------------------------
 
@@ -87,6 +90,33 @@ def archive_layout(path: Path) -> str:
             names = {posixpath.normpath(member.name) for member in tar}
             return "oci" if "oci-layout" in names and "manifest.json" not in names else "docker"
     return "docker"
+
+
+def why_no_image(path: Path) -> str:
+    """Why a runtime will start nothing of a file; empty where it may, or where that would take long to know."""
+    try:
+        if magic_of(path) is not None:
+            known = any(SAVED.match(name) for name in _first_names(path))
+        else:
+            with tarfile.open(path, "r:") as tar:
+                known = _is_saved(posixpath.normpath(member.name) for member in tar)
+    except (PermissionError, NotAnImage):
+        return ""
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        return f"is not a tar archive, or a torn one ({error})"
+    return "" if known else "is a tar of something else than an image (it has no manifest.json and no index.json)"
+
+
+def _is_saved(names: Iterator[str]) -> bool:
+    """Whether an archive has the file that names its layers, which may stand at its end; of a root file system not all names are read."""
+    like = 0
+    for number, name in enumerate(names):
+        if name in ("manifest.json", "index.json") or number > MOST_NAMES:
+            return True
+        like += SAVED.match(name) is not None
+        if number > ENOUGH_NAMES and not like:
+            return False
+    return False
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def check_needs(loaded: Loaded) -> None:
 
 
 def image_problems(loaded: Loaded) -> Iterator[str]:
-    """Images that are files, and are not there."""
+    """Images that are files, and are not there, or archives of something else."""
     section = loaded.recipe.container
     given: dict[KeyPath, str | None] = {("image",): section.image, **{("stages", stage): getattr(section.stages, stage) for stage in STAGES}} if section else {}
     for key, image in given.items():
@@ -236,12 +236,20 @@ def image_problems(loaded: Loaded) -> Iterator[str]:
             continue
         where = f"{loaded.lines.get(('container', *key), loaded.path)}: container.{'.'.join(key)}"
         try:
-            path = parse(image).path
+            found = parse(image)
         except BadReference as error:
             yield f"{where}: {error}"
             continue
-        if path is not None and not path.exists():
-            yield f"{where}: there is no {'folder' if parse(image).kind == 'folder' else 'file'} {image}"
+        if found.path is not None and not found.path.exists():
+            yield f"{where}: there is no {'folder' if found.kind == 'folder' else 'file'} {image}"
+        elif found.kind == "archive" and (why := _of_archive(found.file)):
+            yield f"{where}: {image} {why}; docker save and skopeo copy write one, and amlaunch image import {image} makes a .sqsh of a root file system"
+
+
+def _of_archive(path: Path) -> str:
+    from containers.layers import why_no_image  # what reads archives takes a while to load
+
+    return why_no_image(path)
 
 
 def is_online(loaded: Loaded) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import container_pipeline
 import pytest
+from image_helpers import layer
 
 from containers.environment import of_libraries
 from launcher.cluster import Profile
@@ -122,3 +123,11 @@ def test_a_key_that_begins_like_a_path_is_none(check, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"/{SECRET}")
     assert is_seen("AWS_SECRET_ACCESS_KEY", f"/{SECRET}", []) and not is_seen("HF_TOKEN_PATH", "/home/me/token", [])
     assert check("--container.image", "nvcr.io/nvidia/pytorch:25.08-py3") == []
+
+
+def test_a_tar_that_is_no_image_is_refused_before_a_node_tries_it(tmp_path, check):
+    (tmp_path / "work" / "system.tar").write_bytes(layer([("etc/name", b"1")]))
+    (tmp_path / "work" / "image.tar").write_bytes(layer([("manifest.json", b"[]")]))
+    with pytest.raises(BadInput, match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; docker save and skopeo copy write one"):
+        check("--container.image", str(tmp_path / "work" / "system.tar"), "--container.runtime", "podman", roots=None)
+    check("--container.image", str(tmp_path / "work" / "image.tar"), "--container.runtime", "podman", roots=None)

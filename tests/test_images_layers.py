@@ -134,6 +134,24 @@ def test_archives_are_told_apart(tmp_path):
             pass
 
 
+def test_a_tar_that_is_no_image_is_told_without_reading_it_whole(tmp_path):
+    """What an image is, is known at submit; the list of its layers may be the last of its names."""
+    system = [(f"usr/lib/{number}", b"") for number in range(150)]
+    tars = {"system": layer([*system, ("manifest.json", b"")]), "small": layer([("etc/name", b"1")]), "packed": gzip.compress(layer([("etc/name", b"1")])), "text": b"no tar" * 500, "empty": b""}
+    for name, raw in tars.items():
+        (tmp_path / name).write_bytes(raw)
+    said = {name: layers.why_no_image(tmp_path / name) for name in tars}
+    assert all("is a tar of something else than an image" in said[name] for name in ("system", "small", "packed")) and "is not a tar archive" in said["text"] and "is not a tar archive" in said["empty"]
+    many = [(f"{number:064x}/{name}", b"") for number in range(60) for name in ("VERSION", "json", "layer.tar")]
+    (tmp_path / "old").write_bytes(layer([*many, ("manifest.json", b"[]")]))
+    (tmp_path / "packed").write_bytes(gzip.compress(layer(many)))
+    write_layout(tmp_path / "oci", [layer([("a", b"1")])])
+    write_docker_archive(tmp_path / "docker", [layer([("a", b"1")])])
+    with tarfile.open(tmp_path / "oci.tar", "w") as tar:
+        tar.add(tmp_path / "oci", ".")
+    assert not any(layers.why_no_image(tmp_path / name) for name in ("old", "packed", "oci.tar", "docker"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
