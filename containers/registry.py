@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from containers import credentials
 from containers.reference import DOCKER_HUB, Reference
@@ -66,15 +66,36 @@ class Manifest:
     """The digest of its configuration, which says more."""
 
 
-def look(image: Reference, architecture: str, environ: Mapping[str, str], *, insecure: bool = False, seconds: float = SECONDS) -> Manifest:
+class Memory(Protocol):
+    """What was said before of an image's digest, which stands for the same for ever."""
+
+    def find(self, digest: str) -> Manifest | None:
+        """None: nothing is known."""
+
+    def keep(self, digest: str, found: Manifest) -> None:
+        """For the next time."""
+
+
+def look(
+    image: Reference, architecture: str, environ: Mapping[str, str], *, insecure: bool = False, seconds: float = SECONDS, memory: Memory | None = None
+) -> Manifest:
     """Ask an image's registry about it for an architecture, or, where it has none for that one, for the first that it has.
 
-    ``insecure``: without certificates, or without TLS, where it has none. Raises Unanswered.
+    ``insecure``: without certificates, or without TLS, where it has none. With a ``memory`` its digest is asked for first, which Docker
+    Hub does not count as a pull, and what is known of that digest is not asked again. Raises Unanswered.
     """
     with _odd(image.registry):
         session = _Session(image, environ, insecure, seconds)
-        found = read(session.manifest(image.digest or image.tag), architecture, session.part, image.registry)
-        return found if found.architectures else replace(found, architectures=_of_config(session, found.config))
+        version = image.digest or image.tag
+        digest = (image.digest or session.digest(version)) if memory else ""
+        known = memory.find(digest) if memory and digest else None
+        if known:
+            return known
+        found = read(session.manifest(version), architecture, session.part, image.registry)
+        found = found if found.architectures else replace(found, architectures=_of_config(session, found.config))
+        if memory and digest:
+            memory.keep(digest, found)
+        return found
 
 
 def read(raw: bytes, architecture: str, fetch: Callable[[str], bytes], who: str) -> Manifest:
@@ -157,10 +178,16 @@ class _Session:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self.opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
 
+    def digest(self, version: str) -> str:
+        """Of the manifest or index under a tag; empty where the registry does not say, or not in this way."""
+        with suppress(Unanswered, ValueError, TypeError):
+            return _digest(self._ask(f"manifests/{version}", "HEAD")[1])
+        return ""
+
     def manifest(self, version: str) -> bytes:
         """The manifest or index under a tag or a digest, byte for byte. Raises Unanswered."""
         try:
-            return self._ask(f"manifests/{version}")
+            return self._ask(f"manifests/{version}")[0]
         except Unanswered as error:
             if error.status == 404 and self.permission and not self._login() and self._may_be_known():
                 raise Unanswered(f"{self.image.registry} has no such image for everybody ({error.said}), and a password that a program keeps is not asked for", 0, error.said) from None
@@ -169,28 +196,29 @@ class _Session:
     def part(self, digest: str) -> bytes:
         """The manifest that an index names. That one is missing says nothing of the image's name. Raises Unanswered."""
         try:
-            return self._ask(f"manifests/{digest}")
+            return self._ask(f"manifests/{digest}")[0]
         except Unanswered as error:
             raise Unanswered(f"{self.image.registry} does not say what its index names ({error.said})", 0, error.said) from None
 
     def blob(self, digest: str) -> bytes:
         """What a manifest names; the beginning of it, where it is long. Raises Unanswered."""
-        return self._ask(f"blobs/{digest}")
+        return self._ask(f"blobs/{digest}")[0]
 
-    def _ask(self, what: str) -> bytes:
+    def _ask(self, what: str, method: str = "GET") -> tuple[bytes, str | None]:
+        """The answer, and the digest that is said of it."""
         try:
-            return self._get(self._address(what), self.permission)
+            return self._get(self._address(what), self.permission, method)
         except Unanswered as error:
             if error.status == 0 and len(self.schemes) > 1:
                 self.schemes = self.schemes[1:]
-                return self._ask(what)
+                return self._ask(what, method)
             if error.status not in (401, 404) or self.permission:
                 raise
             refusal = error if error.status == 401 else self._door()
             if refusal is None:
                 raise
         self.permission = self._ask_permission(refusal)
-        return self._get(self._address(what), self.permission)
+        return self._get(self._address(what), self.permission, method)
 
     def _address(self, what: str) -> str:
         return f"{self.schemes[0]}://{self.host}/v2/{self.image.repository}/{what}"
@@ -234,7 +262,7 @@ class _Session:
     def _token(self, realm: str, url: str, basic: str) -> str:
         """What that service answers is no word of the image, but that it does not know us."""
         try:
-            raw = self._get(url, basic)
+            raw, _ = self._get(url, basic)
         except Unanswered as error:
             if error.status in (401, 403):
                 raise
@@ -246,13 +274,13 @@ class _Session:
                 return token
         raise Unanswered(f"{self.image.registry} gives permission at {realm[:200]!r}, and no token came from there") from None
 
-    def _get(self, url: str, permission: str) -> bytes:
+    def _get(self, url: str, permission: str, method: str = "GET") -> tuple[bytes, str | None]:
         try:
-            request = urllib.request.Request(url, headers={"Accept": f"{KINDS}, application/json"})
+            request = urllib.request.Request(url, method=method, headers={"Accept": f"{KINDS}, application/json"})
             if permission:
                 request.add_unredirected_header("Authorization", permission)  # it is for this host alone
             with self.opener.open(request, timeout=self.seconds) as answer:
-                return bytes(answer.read(MOST))
+                return bytes(answer.read(MOST)) if method == "GET" else b"", answer.headers.get("Docker-Content-Digest")
         except urllib.error.HTTPError as error:
             with error:
                 said = f"{error.code} {http.client.responses.get(error.code, '')}".strip()

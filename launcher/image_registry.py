@@ -6,15 +6,18 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from containers import Reference, credentials, parse, registry
 from containers.registry import Manifest, Unanswered
 from launcher.image_tools import Say, this_architecture
 from launcher.plan import Container, Plan
-from recipes.files import read_object
+from recipes.files import fingerprint, read_object, write_json
 from recipes.loader import Loaded
 from recipes.rundir import RunDir
+from recipes.version import VERSION
 
 SECONDS = 3.0
 """Nobody waits longer for all registries: many a login node reaches none, and nodes may know a way that it does not."""
@@ -67,7 +70,8 @@ def _answers(images: Mapping[str, Reference], say: Say, seconds: float) -> Answe
 
     def look(text: str) -> None:
         try:
-            found[text] = registry.look(images[text], this_architecture(), os.environ, seconds=seconds)
+            memory = _Memory(f"{images[text].registry}/{images[text].repository}")
+            found[text] = registry.look(images[text], this_architecture(), os.environ, seconds=seconds, memory=memory)
         except Unanswered as error:
             found[text] = error
 
@@ -81,6 +85,29 @@ def _answers(images: Mapping[str, Reference], say: Say, seconds: float) -> Answe
         say(f"asking {' and '.join(waited)} for images, {seconds:.0f} s at most")
     _join(threads, began + seconds)
     return dict(found)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What registries said, in the user's cache."""
+
+    name: str
+
+    def _file(self, digest: str) -> Path:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return root / "amlaunch" / "registries" / f"{fingerprint([VERSION, self.name, this_architecture()])}-{digest.replace(':', '-')}.json"
+
+    def find(self, digest: str) -> Manifest | None:
+        """One that was kept."""
+        with suppress(KeyError, TypeError, ValueError):
+            kept = read_object(self._file(digest))
+            return Manifest(str(kept["digest"]), int(kept["size"]), tuple(str(name) for name in kept["architectures"]))
+        return None
+
+    def keep(self, digest: str, found: Manifest) -> None:
+        """A home that cannot be written only makes it slower."""
+        with suppress(OSError):
+            write_json(self._file(digest), {"digest": found.digest, "size": found.size, "architectures": list(found.architectures)}, durable=False)
 
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:

@@ -222,6 +222,26 @@ def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, c
     assert dict(node.check(spec))["wrong architecture"] == "the image is for s390x, the node is amd64"
 
 
+def test_a_submit_asks_of_what_it_knows_for_the_digest_alone(tmp_path, trusted, monkeypatch):
+    """Docker Hub counts each GET of a manifest as a pull, and no HEAD. A tag that moves is another image."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def asked() -> list[str]:
+        lines = [line for line in trusted.log.read_text().splitlines() if "http.request.uri" in line and "http.response.status" in line and "/manifests/" in line]
+        return [method for line in lines for method in ("GET", "HEAD") if f"http.request.method={method}" in line]
+
+    place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
+    pinned = f"{place.removesuffix(':1')}@{json.loads((tmp_path / 'oci' / 'index.json').read_text())['manifests'][0]['digest']}"
+    first, before = planned(tmp_path, "pyxis", place), asked()
+    assert planned(tmp_path, "pyxis", place).plan == first.plan and asked() == [*before, "HEAD"] and before[-2:] == ["HEAD", "GET"]
+    assert planned(tmp_path, "pyxis", pinned).plan.stages[0].container.facts == first.plan.stages[0].container.facts and len(asked()) == len(before) + 1  # type: ignore[union-attr]
+    trusted.push(write_layout(tmp_path / "newer", [layer([("blob", os.urandom(1 << 20))])]), "team/tiny:1")
+    assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20  # type: ignore[union-attr]
+    for kept in (tmp_path / "home" / ".cache" / "amlaunch" / "registries").iterdir():
+        kept.write_text('{"size": "x"')
+    assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20, "a damaged file is as none"  # type: ignore[union-attr]
+
+
 def test_a_submit_refuses_an_image_that_its_registry_does_not_have(tmp_path, trusted):
     place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1").replace("tiny:1", "tiny:2")
     words = f"{trusted.name} has no such image (404 Not Found)"
