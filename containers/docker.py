@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 
 from containers.environment import carried, with_env
-from containers.image import CannotLaunch, Image, Launch
+from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import Reference, for_docker
 
 KINDS = ("registry", "archive")
@@ -25,7 +25,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"docker starts images of a registry and docker archives (.tar), not {image.of.name}")
-    argv = ["docker", "run", *common(image), "--init", *LIMITS, "--user", f"{os.getuid()}:{os.getgid()}"]
+    argv = ["docker", "run", *common(image, "docker"), "--init", *LIMITS, "--user", f"{os.getuid()}:{os.getgid()}"]
     for group in sorted(set(os.getgroups()) - {os.getgid()}):
         argv += ["--group-add", str(group)]
     argv += ["--gpus", "all"] if image.gpus else []
@@ -35,8 +35,12 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     return Launch(tuple(argv), carried(image.env), prepare=prepare("docker", image.of), stdin=True)
 
 
-def common(image: Image) -> list[str]:
-    """What docker and podman have in common: nothing is left behind, network and memory are the host's, values of variables are not in sight."""
+def common(image: Image, program: str) -> list[str]:
+    """What docker and podman have in common: nothing is left behind, network and memory are the host's, values of variables are not in sight.
+
+    Raises CannotLaunch for a path that cannot stand in the comma-separated values of ``--mount``.
+    """
+    check_mounts(image, ',"', program)
     argv = ["--rm", "--interactive", "--network=host", "--ipc=host"]
     for mount in image.mounts:
         argv += ["--mount", f"type=bind,source={mount.source},target={mount.target}{',readonly' if mount.read_only else ''}"]

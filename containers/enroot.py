@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, check_mounts
@@ -32,11 +32,19 @@ def of_hook(image: Image) -> dict[str, str]:
     return {name: image.env.get(name, value) for name, value in found.items()}
 
 
+def check_lines(env: Mapping[str, str], runtime: str) -> None:
+    """Raise CannotLaunch for a value of several lines: enroot's file of variables has one a line, and would read the second as another (runtime.sh)."""
+    several = sorted(name for name, value in env.items() if "\n" in value)
+    if several:
+        raise CannotLaunch(f"{runtime} cannot set {', '.join(several)}: a value with a line break means something else to it; write it on one line, or in a file that the variable names")
+
+
 def launch(image: Image, command: Sequence[str]) -> Launch:
     """Raises CannotLaunch."""
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"enroot starts images of a registry and .sqsh files, not {image.of.name}")
     check_mounts(image, ": \t", "enroot")
+    check_lines(image.env, "enroot")
     argv = []
     # fstab's fields with colons between: bind, and make the place in the image where it is missing (doc/image-format.md)
     for mount in image.mounts:

@@ -106,9 +106,9 @@ class CannotLaunch(ValueError):
 def check_mounts(image: Image, signs: str, runtime: str) -> None:
     """Raise CannotLaunch where the path of a mount has a sign that ``runtime`` reads otherwise; ``signs`` in one string."""
     for mount in image.mounts:
-        found = next((sign for path in (mount.source, mount.target) for sign in path if sign in signs), None)
+        found = next((sign for path in (mount.source, mount.target) for sign in path if sign in f"{signs}\n"), None)
         if found is not None:
-            what = {":": "a colon", " ": "a space", ",": "a comma"}.get(found, repr(found))
+            what = {":": "a colon", " ": "a space", ",": "a comma", '"': "a quote", "\n": "a line break"}.get(found, repr(found))
             raise CannotLaunch(f"{runtime} cannot mount {mount.source} at {mount.target}: {what} in a path means something else to it")
 
 
@@ -116,9 +116,9 @@ def settings_of(folder: Path) -> dict[str, str]:
     """The variables that an OCI bundle sets (``process.env`` of its config.json); none of a plain root file system."""
     try:
         listed = json.loads((folder / "config.json").read_bytes())["process"]["env"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(entry.split("=", 1) for entry in listed if "=" in entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    return dict(entry.split("=", 1) for entry in listed if "=" in str(entry))
 
 
 def own_settings(reference: Reference) -> dict[str, str]:
@@ -128,7 +128,7 @@ def own_settings(reference: Reference) -> dict[str, str]:
     try:
         listed = json.loads(reference.file.with_suffix(".json").read_bytes())["settings"]["Env"] if reference.kind == "sqsh" else []
         return dict(entry.split("=", 1) for entry in listed if "=" in entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

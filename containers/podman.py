@@ -27,7 +27,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
         raise CannotLaunch(f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.of.name}")
     own = settings_of(image.of.file) if image.of.kind == "folder" else {}
     image = replace(image, env={**{name: value for name, value in own.items() if name not in image.passed}, **image.env})
-    argv = ["podman", "run", *common(image), *user(), "--pull=never", "--security-opt", "label=disable"]
+    argv = ["podman", "run", *common(image, "podman"), *user(), "--pull=never", "--security-opt", "label=disable"]
     argv += ["--device", "nvidia.com/gpu=all"] if image.gpus and not image.on_slurm else []
     argv += list(image.options)
     command, env = with_env(image.env, command), carried(image.env)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from containers.enroot import of_hook
+from containers.enroot import check_lines, of_hook
 from containers.environment import carried, with_env
 from containers.image import CannotLaunch, Image, Launch, check_mounts
 from containers.reference import for_pyxis
@@ -23,6 +23,7 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     if image.of.kind not in KINDS:
         raise CannotLaunch(f"pyxis starts images of a registry and .sqsh files, not {image.of.name}")
     check_mounts(image, ":, \t", "pyxis")
+    check_lines(image.env, "pyxis")
     flags = [f"--container-image={for_pyxis(image.of)}", *_mounts(image), "--no-container-mount-home", "--no-container-remap-root"]
     flags += ["--container-writable"]  # programs write to /tmp and caches; unnamed, it is thrown away
     flags += [f"--container-workdir={image.workdir}"] if image.workdir else []

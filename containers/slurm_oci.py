@@ -27,10 +27,36 @@ def launch(image: Image, command: Sequence[str]) -> Launch:
     folder = image.of.file if image.of.kind in KINDS else None
     if folder is None or not (folder / "config.json").is_file():
         raise CannotLaunch(f"Slurm's own containers are OCI bundles (a folder with config.json and rootfs), which {image.of.name} is not")
-    config = json.loads((folder / "config.json").read_text())
+    config = _read(folder / "config.json")
     argv = ("sh", "-c", RANK, "sh", *with_env(image.env, command))
     # The OCI runtime dies of a SIGUSR1, and the task is not told.
     return Launch(argv, {}, (f"--container={BUNDLE}", *image.options), bundle=bundle(config, folder, image), deaf=True)
+
+
+LISTS = (("process", "env", str), ("", "mounts", dict), ("linux", "namespaces", dict), ("linux", "uidMappings", dict), ("linux", "gidMappings", dict))
+"""Of a configuration: part, key, and what the list holds."""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A bundle's configuration; what is null or missing there may be so. Raises CannotLaunch where something is of another kind."""
+    try:
+        config = _whole(json.loads(file.read_bytes()), file, "")
+    except (OSError, ValueError, RecursionError) as error:
+        raise error if isinstance(error, CannotLaunch) else CannotLaunch(f"{file}: expected JSON, as runc spec writes it: {error}") from None
+    for part in ("process", "linux"):
+        config[part] = _whole(config.get(part, {}), file, part)
+    for part, key, kind in LISTS:
+        listed = (config[part] if part else config).get(key, [])
+        if not isinstance(listed, list) or not all(isinstance(one, kind) for one in listed):
+            raise CannotLaunch(f"{file}: {part}{'.' if part else ''}{key}: expected a list of {'text' if kind is str else 'objects'}; runc spec writes one that works")
+    return config
+
+
+def _whole(value: Any, file: Path, key: str) -> dict[str, Any]:
+    """An object without what is null in it."""
+    if not isinstance(value, dict):
+        raise CannotLaunch(f"{file}: {key or 'all of it'}: expected an object; runc spec writes one that works")
+    return {name: child for name, child in value.items() if child is not None}
 
 
 BUNDLE = "{bundle}"

@@ -7,21 +7,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from containers import CannotLaunch, Image, Mount, Reference, credentials, launch, parse
+from containers import CannotLaunch, Mount, Reference, credentials, launch, parse
 from containers.environment import of_libraries
 from launcher.cluster import Profile
-from launcher.container import is_seen, may_mount
+from launcher.container import image_of, is_seen, may_mount
 from launcher.plan import Container, Plan, Stage
 from launcher.preflight import brings, image_problems, is_online, is_shared
 from launcher.problems import Problems
+from recipes.expand import expand_known, variables
 from recipes.loader import Loaded
+from recipes.rundir import RunDir
 
 CERTIFICATES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
 """Paths of the host whose like an image has itself."""
 
 
-def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> list[str]:
-    """What containers need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
+def check_containers(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile | None) -> list[str]:
+    """What containers of a run need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
 
     ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
     """
@@ -39,7 +41,7 @@ def check_containers(loaded: Loaded, plan: Plan, profile: Profile | None) -> lis
             notes.append(f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once")
     if "train" in inside and loaded.recipe.wandb is not None and is_online(loaded) and not _has_key_inside(loaded):
         problems.add([f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"])
-    problems.add(_launch_problems(loaded, plan))
+    problems.add(_launch_problems(loaded, plan, run, profile))
     problems.refuse()
     for stage in plan.stages:
         if stage.container:
@@ -52,17 +54,16 @@ def _has_key_inside(loaded: Loaded) -> bool:
     return bool(os.environ.get("WANDB_API_KEY")) or brings(loaded, "WANDB_API_KEY", "WANDB_MODE", "NETRC", "HOME")
 
 
-def _launch_problems(loaded: Loaded, plan: Plan) -> Iterator[str]:
-    """What a runtime cannot do of what is asked of it, with the stages that ask."""
+def _launch_problems(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile | None) -> Iterator[str]:
+    """What a runtime cannot do of what is asked of it, with the stages that ask; asked as a job will."""
+    env = expand_known({**(profile.env if profile else {}), **plan.env}, variables())
     found: dict[str, list[str]] = {}
     for stage in plan.stages:
         container = stage.container
         if container is None or container.runtime == "auto":
             continue
-        mounts = tuple(Mount(*mount) for mount in [*container.mounts, *((path, path, False) for path in (plan.cwd, plan.data) if path)])
-        image = Image(parse(container.image), mounts, workdir=container.workdir or plan.cwd, entrypoint=container.entrypoint, gpus=bool(stage.needs.gpus_per_node), options=tuple(container.options))
         try:
-            launch(container.runtime, image, [])
+            launch(container.runtime, image_of(run, plan, stage, env, (), on_slurm=profile is not None), [])
         except CannotLaunch as error:
             found.setdefault(str(error), []).append(stage.name)
         except (OSError, ValueError) as error:  # a bundle whose config.json is no JSON

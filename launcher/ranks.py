@@ -18,6 +18,7 @@ from typing import Any
 
 import containers
 from containers import CannotLaunch, Image, Launch, none, parse
+from containers.enroot import check_lines
 from containers.environment import of_runtime
 from containers.node import host
 from containers.slurm_oci import BUNDLE, NODES_VARIABLE
@@ -144,6 +145,8 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         folder = str(attempt.folder.root.resolve() / "bundle")  # runc takes no path with a link in it, and shared stages lie behind one
         found = replace(found, srun=tuple(flag.replace(BUNDLE, folder) for flag in found.srun))
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
+    if runtime in ("pyxis", "enroot"):
+        check_lines(handed_on, runtime)
     mine = {name: value for name, value in {**of_runtime(host_environment(), is_srun=runtime in containers.OF_SRUN), **handed_on}.items() if name not in OF_BATCH}
     return Start(found, {**who(), **mine, **found.env}, runtime, image)
 

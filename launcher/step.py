@@ -17,12 +17,13 @@ from typing import Any
 
 from launcher.attempt import Assignment, Attempt
 from launcher.cluster import Profile
+from launcher.container import runtime_here
 from launcher.plan import Needs, Plan, Stage
 from launcher.ranks import Rank, Start, check_command, host_environment, how_to_start, make_room, meeting_place, who
 from launcher.slurm import expand_ranges
 from launcher.state import FAILED
-from recipes.errors import BAD_INPUT, GO_ON_LATER
-from recipes.expand import expand_text, variables
+from recipes.errors import BAD_INPUT, GO_ON_LATER, BadInput
+from recipes.expand import Unset, expand_text, variables
 from recipes.files import Lock
 from recipes.rundir import RunDir
 
@@ -129,9 +130,19 @@ def _last_words(log: Path) -> dict[str, Any]:
 
 
 def preview(run: RunDir, plan: Plan, stage: Stage, profile: Profile) -> list[str]:
-    """The argv of the step that starts the first element of a stage, as a job would have it; values of variables are not in it."""
+    """The argv of the step that starts the first element of a stage, as a job would have it; values of variables are not in it.
+
+    Empty where only nodes know what starts its container. Raises BadInput.
+    """
+    if stage.container and stage.container.runtime == "auto" and runtime_here(stage.container) == "none":
+        return []
     needs = stage.needs
     given = Assignment(needs.cpus, tuple(map(str, range(needs.gpus_per_node))))
     attempt = Attempt(run, plan, stage, stage.elements[0], given, Lock(run.root / "lock"), 1)
     names = ("MASTER_ADDR", "MASTER_PORT", *(("GLOO_SOCKET_IFNAME",) if needs.nodes == 1 or profile.interface else ()), *(("NCCL_SOCKET_IFNAME",) if needs.nodes > 1 and profile.interface else ()))
-    return Step(profile).command(attempt, dict.fromkeys(names, ""))[0]
+    try:
+        return Step(profile).command(attempt, dict.fromkeys(names, ""))[0]
+    except Unset as error:
+        raise BadInput(f"stage {stage.name}: {error} (env of the recipe's container, or of the profile); export it") from None
+    except (OSError, ValueError) as error:  # CannotLaunch, for one
+        raise BadInput(f"stage {stage.name}: {error}") from None

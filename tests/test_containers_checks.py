@@ -17,6 +17,7 @@ from launcher.container_checks import check_containers
 from launcher.planner import Site, make_plan
 from recipes.errors import BadInput
 from recipes.loader import load
+from recipes.rundir import RunDir
 
 SECRET = "hunter2-do-not-tell"
 RUNTIMES = ("pyxis", "enroot", "apptainer", "singularity", "podman", "docker", "charliecloud")
@@ -39,7 +40,7 @@ def check(tmp_path, monkeypatch) -> Check:
         loaded = load(work / "inside.yaml", [*PRIVATE, *words])
         inside = containers_of(loaded, Available(RUNTIMES), work)
         plan = make_plan(loaded, Site(work / "runs", work, 0, 2, 1, None, containers=inside), "inside-1")
-        return check_containers(loaded, plan, None if roots is None else Profile(shared_roots=roots))
+        return check_containers(loaded, plan, RunDir(work / "runs" / "inside-1"), None if roots is None else Profile(shared_roots=roots))
 
     return made
 
@@ -90,6 +91,22 @@ def test_a_mount_that_is_not_there(tmp_path, check):
             check(*words, roots=roots)
     (tmp_path / "no").mkdir()
     assert check(*words) == []
+
+
+@pytest.mark.parametrize(("runtime", "folder"), [("enroot", "a b/c"), ("pyxis", "a,b"), ("apptainer", "a:b"), ("charliecloud", "a:b"), ("docker", "a,b"), ("podman", "a,b")])
+def test_a_folder_of_checkpoints_that_a_runtime_cannot_mount(tmp_path, check, runtime, folder):
+    """Like every other that is mounted unasked, it is looked at before a job is."""
+    words = ["--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.runtime", runtime, "--checkpoint.checkpoint_dir"]
+    with pytest.raises(BadInput, match=f"container of train and export: {runtime} cannot mount {tmp_path}/{folder}"):
+        check(*words, str(tmp_path / folder))
+    assert check(*words, str(tmp_path / "plain")) == []
+
+
+def test_a_value_that_enroot_cannot_set(check, monkeypatch):
+    monkeypatch.setenv("MY_KEY", f"{SECRET}\n{SECRET}")
+    with pytest.raises(BadInput, match="enroot cannot set X: a value with a line break") as refused:
+        check("--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.runtime", "enroot", "--container.env", "{X: '${MY_KEY}'}")
+    assert SECRET not in str(refused.value)
 
 
 def test_a_key_of_wandb_in_a_home_that_is_not_mounted(tmp_path, check, monkeypatch):

@@ -227,7 +227,8 @@ def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
 
 @pytest.mark.parametrize(
     ("runtime", "path", "sign"),
-    [("pyxis", "/a:b", "a colon"), ("pyxis", "/a b", "a space"), ("enroot", "/a b", "a space"), ("apptainer", "/a:b", "a colon"), ("charliecloud", "/a:b", "a colon"), ("docker", "/a:b c", ""), ("podman", "/a:b c", "")],
+    [("pyxis", "/a:b", "a colon"), ("pyxis", "/a b", "a space"), ("enroot", "/a b", "a space"), ("apptainer", "/a:b", "a colon"), ("charliecloud", "/a:b", "a colon"), ("docker", "/a:b c", ""), ("podman", "/a:b c", ""),
+     ("docker", "/a,b", "a comma"), ("podman", "/a,b", "a comma"), ("podman", '/a"b', "a quote"), ("charliecloud", "/a\nb", "a line break")],
 )
 def test_a_path_that_a_runtime_would_split_is_refused(runtime, path, sign):
     of_path = image(mounts=(Mount(path, "/data"),))
@@ -236,6 +237,35 @@ def test_a_path_that_a_runtime_would_split_is_refused(runtime, path, sign):
         return
     with pytest.raises(CannotLaunch, match=f"cannot mount {path} at /data: {sign}"):
         containers.launch(runtime, of_path, COMMAND)
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
+def test_a_value_of_several_lines_is_not_for_enroot(runtime):
+    """https://github.com/NVIDIA/enroot, src/runtime.sh: its file of variables has one a line."""
+    with pytest.raises(CannotLaunch, match=f"{runtime} cannot set MY_KEY: a value with a line break") as refused:
+        containers.launch(runtime, image(env={**ENV, "MY_KEY": "hunter2\nhunter3"}), COMMAND)
+    assert "hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", ['{"process": null, "mounts": null}', '{"process": {"env": null, "cwd": null}, "linux": {"namespaces": null, "uidMappings": null}}', '{"linux": null}'])
+@pytest.mark.parametrize("runtime", containers.able(parse("/bundle/")))
+def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
+    (tmp_path / "config.json").write_text(config)
+    found = containers.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
+    assert runtime != "slurm" or found.bundle["process"]["cwd"] == "/work"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [("[]", "all of it: expected an object"), ("{", "expected JSON"), ('{"process": []}', "process: expected an object"), ('{"process": {"env": [1]}}', "process.env: expected a list of text"),
+     ('{"process": {"env": {"A": "1"}}}', "process.env"), ('{"mounts": [null]}', "mounts: expected a list of objects"), ('{"linux": {"namespaces": 5}}', "linux.namespaces"), ("[" * 10**5, "expected JSON")],
+)  # fmt: skip
+def test_a_bundle_that_is_none_is_refused_where_it_is_read(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CannotLaunch, match=f"{tmp_path}/config.json: {words}"):
+        containers.launch("slurm", image(parse(f"{tmp_path}/")), COMMAND)
+    for runtime in ("podman", "charliecloud", "apptainer"):
+        containers.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
 
 
 def test_a_file_that_was_made_anew_is_another_container_of_enroots(tmp_path):

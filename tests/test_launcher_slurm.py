@@ -257,6 +257,38 @@ class TestEveryProblemIsSaidAtOnce:
         assert check_python(find_cluster("lab")) == ["clusters.yaml:1: python: /nowhere/python is not on this machine; on a node that does not have it either, jobs end at once"]
 
 
+class TestDryRunsOfContainers:
+    WORDS = ("submit", "tiny.yaml", "--cluster", "lab", "--runs", "runs", "--dry-run", "--container.image", "./bundle/", "--container.runtime")
+
+    @pytest.fixture
+    def bundle(self, site: Path) -> Path:
+        (site / "bundle" / "rootfs").mkdir(parents=True)
+        (site / "bundle" / "config.json").write_text("{}")
+        (site / "clusters.yaml").write_text("lab: {mem: 1G, time: 10, env: {https_proxy: 'http://u:${WORD_X}@proxy:1', SLURM_X: '${WORD_X}'}}\n")
+        return site / "bundle"
+
+    @pytest.mark.parametrize("runtime", ["podman", "apptainer", "charliecloud"])
+    def test_no_value_is_shown(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+        monkeypatch.setenv("WORD_X", "hunter2")
+        assert main([*self.WORDS, runtime, "--container.env", "{NVIDIA_API_KEY: '${WORD_X}', NO_PROXY: '${WORD_X}', LD_PRELOAD: '${WORD_X}'}"]) == 0
+        said = capsys.readouterr()
+        assert "AMLAUNCH_OF_RECIPE_NVIDIA_API_KEY" in said.out and "AMLAUNCH_OF_RECIPE_https_proxy" in said.out and "hunter2" not in said.out + said.err
+
+    def test_of_what_only_nodes_know(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORD_X", "hunter2")
+        (bundle.parent / "bin").mkdir()
+        (bundle.parent / "bin" / "srun").write_text("#!/bin/sh\n")
+        (bundle.parent / "bin" / "srun").chmod(0o755)
+        monkeypatch.setenv("PATH", str(bundle.parent / "bin"))
+        assert main([*self.WORDS, "auto"]) == 0
+        assert "# each node asks what it has to start containers with" in capsys.readouterr().out
+
+    def test_of_a_variable_that_a_profile_names_and_nobody_has(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WORD_X", raising=False)
+        assert main([*self.WORDS, "podman"]) == 2
+        assert "the variable WORD_X is not set (env of the recipe's container, or of the profile)" in capsys.readouterr().err
+
+
 def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "call", lambda *_, **__: "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n")
     (part,) = slurm.partitions()

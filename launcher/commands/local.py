@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     _check_input(run_dir, plan, stages)
     check_here(loaded, stages)
-    remarks = [*check_containers(loaded, plan, None), *check_inside(loaded, plan, run_dir, stages)]
+    remarks = [*check_containers(loaded, plan, run_dir, None), *check_inside(loaded, plan, run_dir, stages)]
     _check_jobs(run_dir, plan)
     with driving(run_dir):
         report = make_report(options.json)

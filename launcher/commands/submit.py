@@ -103,7 +103,7 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
         with problems.collected():
             check_stages(loaded, cluster, _chosen(plan, options), asked)
         with problems.collected():
-            notes += check_containers(loaded, plan, cluster.profile)
+            notes += check_containers(loaded, plan, _run_dir(runs, plan), cluster.profile)
         with problems.collected():
             notes += check_inside(loaded, plan, _run_dir(runs, plan), _chosen(plan, options))
         notes += check_disk(loaded, plan, runs, cluster.profile)
@@ -239,7 +239,8 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
     for draft in found:
         print(f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}")
         print(draft.text)
-        print(f"# the step of its first element:\n# {shlex.join(step.preview(run_dir, plan, draft.array.stage, cluster.profile))}")
+        argv = step.preview(run_dir, plan, draft.array.stage, cluster.profile)
+        print(f"# the step of its first element:\n# {shlex.join(argv) or 'each node asks what it has to start containers with'}")
     if not found:
         print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")
     return OK
