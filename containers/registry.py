@@ -123,7 +123,7 @@ def _odd(who: str) -> Iterator[None]:
     """Whatever else than a manifest came, nested a thousand times or without an end, is no answer."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise Unanswered(f"{who} answers with a manifest of a kind that is not known here") from None
 
 
@@ -288,7 +288,8 @@ class _Session:
                 own = error.geturl() == url  # what another host says, to which we were sent on, is not the registry's word
                 raise Unanswered(f"{self.image.registry} {words if own else 'does not say'} ({said})", error.code if own else 0, said, _challenge(error)) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            said = str(getattr(error, "reason", None) or error)
+            # What cannot be read may be a proxy's address, with a password in it: it is not quoted.
+            said = str(getattr(error, "reason", None) or error)[:200] if isinstance(error, OSError) else type(error).__name__
             raise Unanswered(f"{self.image.registry} cannot be asked ({said})", 0, said) from None
 
 

@@ -433,3 +433,12 @@ def test_an_odd_way_to_give_permission_is_no_answer(tmp_path, scripted, challeng
     with pytest.raises(Unanswered) as refused:
         look(parse(image), "amd64", {"HOME": str(tmp_path)})
     assert "hush" not in str(refused.value)
+
+
+def test_a_proxy_whose_address_cannot_be_read_is_not_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://me:hush")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(Unanswered, match="cannot be asked") as refused:
+        look(parse("registry.example/team/tiny:1"), "amd64", {"HOME": str(tmp_path)})
+    assert "hush" not in str(refused.value)
