@@ -43,6 +43,12 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc, on the CPU: else it hands every large tensor back to the kernel and faults it in again (docs/log.md)."""
 OF_BATCH = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 """Of the batch script's own task; srun says others to each of its own, except in containers of its own."""
+PRIVATE_HOME = (
+    'if mkdir -m 700 "$HOME" || { [ -d "$HOME" ] && [ ! -L "$HOME" ] && [ -O "$HOME" ] && chmod 700 "$HOME"; }; then :; '
+    'elif other=$(mktemp -d); then export HOME="$other"; fi 2>/dev/null; exec "$@"'
+)
+"""The home inside is made, and is the user's alone: ``/tmp`` may be the node's, where anybody could have made it before, and libraries keep code
+that they compiled below it."""
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Where ``torch.compile`` keeps what it made; its default is a folder of the node, which the next node does not have."""
 FIRST_PORT, PORTS = 16384, 16000
@@ -140,6 +146,7 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
     passed = passed_names(container, secret_names(attempt.run), on_slurm=on_slurm)
     image = image_of(attempt.run, attempt.plan, attempt.stage, env, passed, on_slurm=on_slurm)
     command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
+    command = command if "HOME" in wanted else ["sh", "-c", PRIVATE_HOME, "sh", *command]
     found = replace(containers.launch(runtime, image, command), stdin=stdin)
     if found.bundle is not None:
         folder = str(attempt.folder.root.resolve() / "bundle")  # runc takes no path with a link in it, and shared stages lie behind one

@@ -167,6 +167,16 @@ def test_the_whole_pipeline(tmp_path, image, container, outside):
     assert (run / "export" / "0" / "model.safetensors").exists() == is_docker
 
 
+def test_the_home_of_a_rank_is_its_own(tmp_path, image):
+    """charliecloud's /tmp is the node's."""
+    home = Path(f"/tmp/amlaunch-{os.getuid()}")
+    if home.is_dir():
+        home.chmod(0o755)
+    run = make_run(tmp_path, Container(f"file://{image}", "charliecloud"), "--print", "HOME")
+    assert drive(run).communicate(timeout=60)[0].strip() == "done" and f"HOME={home}\n" in run.element("train", "0").log(1, 0).read_text()
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("container", ["podman", "docker", "charliecloud", "charliecloud.sqsh"], indirect=True)
 def test_told_to_stop_it_saves_and_leaves(tmp_path, container):
     run = make_run(tmp_path, container, "--do", "steps", tasks=2)

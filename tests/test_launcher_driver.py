@@ -23,6 +23,7 @@ from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Container, Element, Needs, Plan, Stage
+from launcher.ranks import PRIVATE_HOME
 from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
 from launcher.step import Step
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
@@ -98,6 +99,25 @@ def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp
     attempt = Attempt(run, plan, plan.stages[0], plan.stages[0].elements[0], Assignment(1, ()), Lock(run.lock), 1)
     env = Step(Profile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
     assert {name: env[name] for name in ("RECIPE", "BOTH", "SITE")} == {"RECIPE": value, "BOTH": "1", "SITE": value}
+
+
+@pytest.mark.parametrize("there", ["nothing", "mine", "a link", "somebody else's", "a file"])
+def test_the_home_inside_a_container_is_private(tmp_path, there):
+    """It may lie in a /tmp that all users of the node share, and compilers keep code below it: nobody else may have made it."""
+    home = tmp_path / "home"
+    if there in ("mine", "a link", "somebody else's"):
+        (tmp_path / "made").mkdir(mode=0o777)
+        home.symlink_to(tmp_path / "made") if there == "a link" else (tmp_path / "made").rename(home)
+    if there == "a file":
+        home.write_text("")
+    if there == "somebody else's":
+        if os.getuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(home, 1234, 1234)
+    command = ["sh", "-c", PRIVATE_HOME, "sh", "sh", "-c", 'echo "$HOME"; stat -c "%a %u" "$HOME"; echo "$@"', "sh", "a  b"]
+    said = subprocess.run(command, env={"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True)
+    place, mode, rest = said.stdout.splitlines()
+    assert (place == str(home)) == (there in ("nothing", "mine")) and mode == f"700 {os.getuid()}" and rest == "a  b" and not said.stderr
 
 
 def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
