@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def refuse(spec: Mapping[str, Any], failure: Failure, words: str) -> int:
     """A line for people, and a file for the driver: srun and the tasks of other nodes write into the midst of lines."""
-    reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'])}"
+    reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'], spec['image'])}"
     print(reason, file=sys.stderr, flush=True)
     verdict = {"kind": failure.kind, "host": host(), "again": failure.again, "elsewhere": failure.elsewhere, "reason": reason}
     with suppress(OSError):  # a node that does not see the folder: the driver says that it was not looked at
