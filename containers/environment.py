@@ -53,10 +53,13 @@ def of_libraries(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in matching(environ, LIBRARIES)}
 
 
-def of_runtime(environ: Mapping[str, str], *, is_srun: bool = False) -> dict[str, str]:
-    """The environment of the runtime's own program: little, for what it inherits it may hand on. ``is_srun``: a plugin of it starts containers."""
+def of_runtime(environ: Mapping[str, str], more: Iterable[str] = (), *, is_srun: bool = False) -> dict[str, str]:
+    """The environment of the runtime's own program: little, for what it inherits it may hand on.
+
+    ``more``: names that a site adds; ``is_srun``: a plugin of srun starts containers.
+    """
     stale = set(matching(environ, STALE))
-    return {name: environ[name] for name in matching(environ, OF_SRUN if is_srun else OF_THE_RUNTIME) if name not in stale}
+    return {name: environ[name] for name in (*matching(environ, OF_SRUN if is_srun else OF_THE_RUNTIME), *more) if name in environ and name not in stale}
 
 
 def carried(env: Mapping[str, str]) -> dict[str, str]:

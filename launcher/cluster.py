@@ -82,6 +82,8 @@ class ContainerProfile:
     """For every stage in a container; a recipe's own win."""
     options: list[str] = field(default_factory=list)
     """Further arguments of the runtime (of pyxis: further flags of srun)."""
+    runtime_env: list[str] = field(default_factory=list)
+    """Names of variables that the runtime's own configuration reads (``graphroot = "$SCRATCH/images"``)."""
 
 
 @dataclass(frozen=True)

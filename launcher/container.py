@@ -115,6 +115,7 @@ def _container(loaded: Loaded, section: Section, stage: str, available: Availabl
         workdir=section.workdir,
         entrypoint=section.entrypoint,
         options=list(available.profile.options),
+        runtime_env=list(available.profile.runtime_env),
         passed=sorted({name for name, _ in PLACEHOLDER.findall(loaded.text())}),
         facts={"cuda": folder.facts(named.name).cuda, "architecture": (stored and stored.architecture) or None},
     )
@@ -365,7 +366,7 @@ def node_check(container: Container, runtime: str, image: Image, launch: contain
         "prepare": [list(command) for command in launch.prepare],
         "gpus": image.gpus,
         "entrypoint": image.entrypoint,
-        "passed": list(image.passed),
+        "passed": [*image.passed, *container.runtime_env],
         **container.facts,
     }
 

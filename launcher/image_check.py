@@ -57,6 +57,8 @@ class Start:
     """srun with its own options, where a node of a cluster is looked at."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run first on that node."""
+    runtime_env: tuple[str, ...] = ()
+    """Variables that the site leaves the runtime with."""
 
 
 def site_of(cluster: Cluster) -> Available:
@@ -99,7 +101,7 @@ def plan_start(image: containers.Reference, runtime: str, mounts: Sequence[Mount
         launch = containers.launch(runtime, wanted, command)
     except (ValueError, containers.CannotLaunch) as error:
         raise BadInput(str(error)) from None
-    return Start(runtime, launch, tuple(_srun(cluster, launch, gpus)) if on_slurm else (), () if launch.srun else tuple(cluster.profile.setup))
+    return Start(runtime, launch, tuple(_srun(cluster, launch, gpus)) if on_slurm else (), () if launch.srun else tuple(cluster.profile.setup), tuple(cluster.profile.container.runtime_env))
 
 
 def _srun(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterator[str]:
@@ -139,7 +141,7 @@ def _bundle(bundle: Mapping[str, Any], folder: Path, held: ExitStack, srun: Sequ
 
 
 def _carry_out(start: Start, reference: str, meter: Any) -> dict[str, Any]:
-    env = {**who(), **of_runtime(os.environ), **start.launch.env}
+    env = {**who(), **of_runtime(os.environ, start.runtime_env), **start.launch.env}
     if not start.srun:
         for command in start.launch.prepare:
             code, _, said = _run(command, env, PULL_SECONDS, f"{start.runtime} brings the image", meter)

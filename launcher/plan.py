@@ -49,6 +49,8 @@ class Container:
     entrypoint: bool = False
     options: list[str] = dataclasses.field(default_factory=list)
     """Further arguments of the runtime, as the profile says."""
+    runtime_env: list[str] = dataclasses.field(default_factory=list)
+    """Variables of the host that the runtime itself is left with, as the profile says."""
     passed: list[str] = dataclasses.field(default_factory=list)
     """Variables that the recipe names (``${NAME}``), which the processes inside look up."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)

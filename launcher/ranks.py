@@ -154,7 +154,7 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
     handed_on = {name: os.environ[name] for name in image.passed if name in os.environ}
     if runtime in ("pyxis", "enroot"):
         check_lines(handed_on, runtime)
-    mine = {name: value for name, value in {**of_runtime(host_environment(), is_srun=runtime in containers.OF_SRUN), **handed_on}.items() if name not in OF_BATCH}
+    mine = {name: value for name, value in {**of_runtime(host_environment(), container.runtime_env, is_srun=runtime in containers.OF_SRUN), **handed_on}.items() if name not in OF_BATCH}
     return Start(found, {**who(), **mine, **found.env}, runtime, image)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from launcher.driver import Stopping, classify
 from launcher.local import Capacity, Executor
 from launcher.machine import Machine
 from launcher.plan import Container, Element, Needs, Plan, Stage
-from launcher.ranks import PRIVATE_HOME
+from launcher.ranks import PRIVATE_HOME, check_command, how_to_start
 from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
 from launcher.step import Step
 from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
@@ -99,6 +100,17 @@ def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp
     attempt = Attempt(run, plan, plan.stages[0], plan.stages[0].elements[0], Assignment(1, ()), Lock(run.lock), 1)
     env = Step(Profile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
     assert {name: env[name] for name in ("RECIPE", "BOTH", "SITE")} == {"RECIPE": value, "BOTH": "1", "SITE": value}
+
+
+def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch):
+    """Where its images lie may hang on it: the same when they are brought and when they are started, and nothing of it is seen inside."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    stage = replace(plan.stages[0], container=Container("x/y:1", "podman", runtime_env=["SCRATCH", "NOT_SET_X"]))
+    attempt = Attempt(run, replace(plan, stages=[stage]), stage, stage.elements[0], Assignment(1, ()), Lock(run.lock), 1)
+    start = how_to_start(attempt, {}, {}, on_slurm=False)
+    assert start.env["SCRATCH"] == "/scratch/me" and "SCRATCH" not in start.launch.argv
+    assert "SCRATCH" in json.loads(check_command(attempt, start)[-1])["passed"]
 
 
 @pytest.mark.parametrize("there", ["nothing", "mine", "a link", "somebody else's", "a file"])
