@@ -35,6 +35,7 @@ from launcher.ranks import who
 from launcher.site import choose_partition
 from recipes.errors import BadInput, did_you_mean
 from recipes.files import write_private
+from recipes.process import end_with_parent
 
 PROBE = Path(containers.__file__).with_name("probe.py")
 INSIDE = ("torch", "numpy", "safetensors", "pyyaml", "tiktoken", "pyarrow", "datasets", "transformers", "wandb", "tensorboard")
@@ -169,7 +170,9 @@ def _run(command: Sequence[str], env: Mapping[str, str], seconds: float, title: 
     """``(exit code, stdout, stderr)``. Raises ToolFailed where the program is missing or takes too long."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, meter(title, 0) as show:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=out, stderr=err, env=dict(env), start_new_session=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=out, stderr=err, env=dict(env), start_new_session=True, preexec_fn=end_with_parent
+            )
         except OSError as error:
             raise ToolFailed(f"{command[0]}: {error.strerror}") from None
         try:

@@ -271,6 +271,22 @@ def test_nothing_goes_on_fetching_an_image_for_a_launcher_that_has_ended(tmp_pat
             launcher.kill()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_fetching_an_image_that_was_to_be_looked_at(tmp_path, number):
+    if not shutil.which("podman"):
+        pytest.skip("no podman")
+    with socket.create_server(("127.0.0.1", 0)) as registry:
+        image = f"localhost:{registry.getsockname()[1]}/x/y:1"
+        looking = subprocess.Popen([sys.executable, "-m", "launcher", "image", "check", image, "--runtime", "podman"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            until(lambda: any(argv[0] == "podman" and "pull" in argv for argv in speaking_of(image)))
+            looking.send_signal(number)
+            assert looking.wait(30) == (130 if number != signal.SIGKILL else -number)
+            until(lambda: not speaking_of(image), 10)
+        finally:
+            looking.kill()
+
+
 def test_an_entrypoint_runs_only_where_it_is_asked_for(tmp_path, docker):
     """The image's own is /bin/false."""
     run = make_run(tmp_path, Container(docker, "docker", entrypoint=True, options=OPTIONS["docker"]), "--do", "ok")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import tempfile
 import time
@@ -32,11 +33,24 @@ def run(options: argparse.Namespace) -> int:
     """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
     actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
     try:
-        return actions[options.action](options)
+        with _told_to_end_as_interrupted():
+            return actions[options.action](options)
     except ToolFailed as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return FAILED
+
+
+@contextmanager
+def _told_to_end_as_interrupted() -> Iterator[None]:
+    """What the tools have begun is ended, however we are told to end."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
