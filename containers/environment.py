@@ -32,8 +32,9 @@ OF_THE_RUNTIME = (
     *OF_SRUN, "TMPDIR", "XDG_*", "DBUS_SESSION_BUS_ADDRESS", "APPTAINER_*", "SINGULARITY_*", "DOCKER_*", "CONTAINERS_*",
     "CONTAINER_HOST", "PODMAN_*", "STORAGE_DRIVER", "STORAGE_OPTS", "REGISTRY_AUTH_FILE", "BUILDAH_*", "CH_*", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "AWS_*", "GOOGLE_*", "CLOUDSDK_*", "AZURE_*",
 )  # fmt: skip
-"""What the runtime's own program may need to know, and keeps to itself."""
+"""What the runtime's own program, and a helper that it asks for credentials, may need to know, and keeps to itself."""
 STALE = ("SLURM_EXPORT_ENV", "PYXIS_CONTAINER_*", "APPTAINERENV_*", "SINGULARITYENV_*", "APPTAINER_BIND*", "SINGULARITY_BIND*")
 """Of a shell that was in a container, or chose one: it would join in."""
 OF_PROGRAMS = (*OF_THE_RUNTIME, "LD_*", "GCONV_PATH", "BASH_ENV", "ENV", "IFS")

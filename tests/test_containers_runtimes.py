@@ -421,10 +421,10 @@ def of_group(path: Path, group: int) -> bool:
 @pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
 def test_an_image_is_brought_where_ranks_will_look_for_it(tmp_path):
     """With the environment that the runtime has when it starts them: a storage.conf may name variables."""
-    host = {"SCRATCH": "/scratch", "LD_PRELOAD": "", "XDG_DATA_HOME": "/data", "SSL_CERT_FILE": "/certs", "ALL_PROXY": "x", "HF_HOME": "/hf", "HF_TOKEN": "hunter2", "APPTAINER_BIND": "/a"}
+    host = {"SCRATCH": "/scratch", "LD_PRELOAD": "", "XDG_DATA_HOME": "/data", "SSL_CERT_FILE": "/certs", "ALL_PROXY": "x", "AWS_CONFIG_FILE": "/home/me/aws", "HF_HOME": "/hf", "HF_TOKEN": "hunter2", "APPTAINER_BIND": "/a"}
     assert node(tmp_path, f"env >{tmp_path}/env", **host).wait(20) == 0
     told = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
-    assert {name: told.get(name) for name in host if name in told} == {name: host[name] for name in ("XDG_DATA_HOME", "SSL_CERT_FILE", "ALL_PROXY", "HF_HOME")}
+    assert {name: told.get(name) for name in host if name in told} == {name: host[name] for name in ("XDG_DATA_HOME", "SSL_CERT_FILE", "ALL_PROXY", "AWS_CONFIG_FILE", "HF_HOME")}
 
 
 def test_the_folder_of_a_node_is_ours_alone(tmp_path, monkeypatch):
