@@ -181,7 +181,7 @@ def test_the_home_of_a_rank_is_its_own(tmp_path, image):
 def test_told_to_stop_it_saves_and_leaves(tmp_path, container):
     run = make_run(tmp_path, container, "--do", "steps", tasks=2)
     driver = drive(run)
-    until((run.element("train", "0").root / "steps0").exists)
+    until(lambda: all((run.element("train", "0").root / f"steps{rank}").exists() for rank in range(2)))  # both listen
     driver.send_signal(signal.SIGTERM)
     out, _ = driver.communicate(timeout=30)
     assert out.strip() == "stopped" and last(run)["exit_codes"] == [75, 75], last(run)
