@@ -12,9 +12,9 @@ demo: install
 	$(BIN)/amlaunch local quickstart
 	@echo; echo "to have amlaunch on the path of this shell: . $(BIN)/activate"
 
-# Three processes on two cores: the tests on clusters wait for Slurm half of the time, the others compute.
+# Four processes on two cores: the tests on clusters wait for Slurm most of the time, while others compute.
 test: install lint
-	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder

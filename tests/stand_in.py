@@ -101,7 +101,7 @@ def count_steps(folder: ElementDir, rank: int, asked: list[int]) -> int:
         if asked or folder.stop.exists():
             return 75
         time.sleep(0.4)
-        saved.write_text(str(step + 1))
+        write_json(saved, step + 1)  # whole, for nodes lose their power here
         with open(folder.root / f"steps{rank}", "a") as log:
             log.write(f"{step + 1}\n")
         if rank == 0:
