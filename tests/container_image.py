@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from image_helpers import leave_out
+
 CACHE = Path("/var/cache/amlaunch-tests")
 TORCH = ("torch", "numpy", "safetensors", "tiktoken")
 """With what they need, as it is installed where the tests run: their compiled parts fit Debian's own Python of the same version."""
@@ -36,6 +38,14 @@ def obstacle() -> str | None:
     if sys.version_info[:2] != (3, 11):
         return f"the packages of Python {sys.version_info[0]}.{sys.version_info[1]} do not fit Debian 12's Python 3.11"
     return None
+
+
+def wanted() -> Path:
+    """:func:`bundle`, or the test is left out where it cannot be made."""
+    why = obstacle()
+    if why:
+        leave_out(why)
+    return bundle()
 
 
 def bundle() -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 import container_image
 import container_pipeline
 import pytest
+from image_helpers import need
 
 from launcher.__main__ import main
 from launcher.plan import Container, Element, Needs, Plan, Stage
@@ -58,17 +59,13 @@ print(run_element(sys.argv[1], "train", "0", Assignment(1, ())))
 
 @pytest.fixture(scope="module")
 def image() -> Path:
-    obstacle = container_image.obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    return container_image.bundle()
+    return container_image.wanted()
 
 
 @pytest.fixture(scope="module")
 def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A daemon of our own with the image, without torch: its name there."""
-    if not shutil.which("dockerd"):
-        pytest.skip("no dockerd")
+    need("dockerd")
     folder = tmp_path_factory.mktemp("docker")
     host = f"unix://{folder}/socket"
     # no bridge and no rules for packets: the machine's network stays as it is
@@ -252,39 +249,23 @@ def speaking_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_goes_on_fetching_an_image_for_a_launcher_that_has_ended(tmp_path, number):
+@pytest.mark.parametrize(("words", "code"), [(["local", "inside.yaml", "--container.runtime", "podman", "--container.image"], 75), (["image", "check", "--runtime", "podman"], 130)])
+def test_nothing_goes_on_fetching_an_image_for_an_amlaunch_that_has_ended(tmp_path, words, code, number):
     """From a registry that takes a connection, and never says a word."""
-    if not shutil.which("podman"):
-        pytest.skip("no podman")
+    need("podman")
     for name, text in container_pipeline.FILES.items():
         (tmp_path / name).write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as registry:
         image = f"localhost:{registry.getsockname()[1]}/x/y:1"
-        words = ["local", "inside.yaml", "--container.image", image, "--container.runtime", "podman"]
-        launcher = subprocess.Popen([sys.executable, "-m", "launcher", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-m", "launcher", *words, image]
+        process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             until(lambda: any(argv[0] == "podman" and "pull" in argv for argv in speaking_of(image)))
-            launcher.send_signal(number)
-            assert launcher.wait(30) == (75 if number != signal.SIGKILL else -number)
+            process.send_signal(number)
+            assert process.wait(30) == (code if number != signal.SIGKILL else -number)
             until(lambda: not speaking_of(image), 10)
         finally:
-            launcher.kill()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_goes_on_fetching_an_image_that_was_to_be_looked_at(tmp_path, number):
-    if not shutil.which("podman"):
-        pytest.skip("no podman")
-    with socket.create_server(("127.0.0.1", 0)) as registry:
-        image = f"localhost:{registry.getsockname()[1]}/x/y:1"
-        looking = subprocess.Popen([sys.executable, "-m", "launcher", "image", "check", image, "--runtime", "podman"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            until(lambda: any(argv[0] == "podman" and "pull" in argv for argv in speaking_of(image)))
-            looking.send_signal(number)
-            assert looking.wait(30) == (130 if number != signal.SIGKILL else -number)
-            until(lambda: not speaking_of(image), 10)
-        finally:
-            looking.kill()
+            process.kill()
 
 
 def test_an_entrypoint_runs_only_where_it_is_asked_for(tmp_path, docker):

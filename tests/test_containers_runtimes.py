@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from image_helpers import need
 
 import containers
 from containers import CannotLaunch, Image, Mount, parse
@@ -387,11 +388,11 @@ def test_what_a_node_says_is_a_file_for_the_driver_and_a_line_for_people(tmp_pat
 
 def node(tmp_path: Path, script: str, **env: str) -> subprocess.Popen:
     """What looks at a node, while it brings an image there by this script."""
+    need("podman")
     spec = {"runtime": "podman", "image": str(tmp_path), "path": None, "mounts": [], "prepare": [["sh", "-c", script]], "verdicts": str(tmp_path), "passed": ["HF_HOME"]}
     return subprocess.Popen([sys.executable, "-m", "containers.node", json.dumps(spec)], cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
 @pytest.mark.parametrize(("number", "script"), [(signal.SIGTERM, "sleep 50 & sleep 50"), (signal.SIGUSR1, "sleep 50 & sleep 50"), (signal.SIGKILL, "exec sleep 50")])
 def test_what_fetches_an_image_ends_with_what_looks_at_the_node(tmp_path, number, script):
     """With all that it started; or the next start would fetch it a second time, beside the first."""
@@ -418,7 +419,6 @@ def of_group(path: Path, group: int) -> bool:
     return int(found) == group and state != "Z"
 
 
-@pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
 def test_an_image_is_brought_where_ranks_will_look_for_it(tmp_path):
     """With the environment that the runtime has when it starts them: a storage.conf may name variables."""
     host = {"SCRATCH": "/scratch", "LD_PRELOAD": "", "XDG_DATA_HOME": "/data", "SSL_CERT_FILE": "/certs", "ALL_PROXY": "x", "AWS_CONFIG_FILE": "/home/me/aws", "HF_HOME": "/hf", "HF_TOKEN": "hunter2", "APPTAINER_BIND": "/a"}

@@ -40,10 +40,7 @@ lab:
 
 @pytest.fixture(scope="module")
 def image() -> Path:
-    obstacle = container_image.obstacle()
-    if obstacle:
-        pytest.skip(obstacle)
-    return container_image.bundle()
+    return container_image.wanted()
 
 
 def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> RunDir:

@@ -244,11 +244,9 @@ def test_check_starts_an_image_and_writes_down_what_it_saw(storage, capsys, monk
 def test_check_of_an_image_with_torch_is_content(tmp_path, capsys, monkeypatch):
     """The tests' own, as a folder; a mount that is written to, and one that is not there inside."""
     need("ch-run")
-    if container_image.obstacle():
-        need(str(container_image.obstacle()))
     monkeypatch.setenv("USER", "root")
     monkeypatch.chdir(tmp_path)
-    image = str(container_image.bundle())
+    image = str(container_image.wanted())
     assert main(["image", "check", image, "--runtime", "charliecloud", "--mount", f"{tmp_path}:/data", "--json"]) == 0, capsys.readouterr()
     seen = json.loads(capsys.readouterr().out)
     assert seen["torch"]["version"] and seen["packages"]["tiktoken"] and "pyyaml" not in seen["packages"]

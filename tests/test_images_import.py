@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from image_helpers import Registry, layer, need, unsquashed, write_docker_archive, write_layout
+from image_helpers import Registry, layer, leave_out, need, unsquashed, write_docker_archive, write_layout
 
 from containers import credentials, store
 from launcher.__main__ import main
@@ -167,7 +167,7 @@ def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, c
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     need("mount")
     if os.geteuid():
-        pytest.skip("needs root for a small file system") if os.environ.get("CI") != "true" else pytest.fail("needs root")
+        leave_out("needs root for a small file system")
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
-from container_image import bundle, obstacle
+from container_image import wanted
 from image_helpers import layer, make_certificate, need, registry_config, write_layout
 from slurm_cluster import REPOSITORY, Cluster
 from slurm_runs import Place
@@ -15,11 +14,8 @@ from slurm_runs import Place
 @pytest.mark.slow
 def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
     """By srun, where the profile sends training; with GPUs asked for, on a node that has them."""
-    missing = obstacle()
-    if missing:
-        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    image = str(wanted())
     place = Place(cluster, "images", USER="lab")
-    image = str(bundle())
     profile = {"container": {"runtime": "charliecloud"}, "setup": [f"touch {place.folder}/set-up"], "srun": ["--comment=looked at"]}
     place.write("clusters.yaml", json.dumps({"lab": profile}))
     seen = json.loads(place.amlaunch("image", "check", image, "--cluster", "lab", "--json").stdout)
