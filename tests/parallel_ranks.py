@@ -54,6 +54,7 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
         os.dup2(log, number)
     os.environ.update(env)
     import torch
+    import torch.distributed as dist
 
     from recipes.schema import Distributed
     from trainer.errors import leave
@@ -71,6 +72,7 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
             traceback.print_exc()
             found[task.name] = f"{type(error).__name__}: {error}"
     (folder / f"rank{env['RANK']}.pickle").write_bytes(pickle.dumps(found))
+    dist.barrier()  # the first rank has the store through which the others may still be meeting
     sys.stdout.flush()
     leave(0)
 
