@@ -28,7 +28,11 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 512} if given.tiny else {"n_positions": 1024, "vocab_size": 50304}
+    sizes = (
+        {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 512}
+        if given.tiny
+        else {"n_positions": 1024, "vocab_size": 50304}
+    )
     config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
     config._attn_implementation = "sdpa"
     model = GPT2LMHeadModel(config).to(device)
@@ -53,7 +57,18 @@ def main() -> None:
     count = sum(parameter.numel() for parameter in model.parameters()) - model.transformer.wpe.weight.numel()
     flops = 6 * count + 12 * config.n_layer * config.n_embd * config.n_positions
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    print(json.dumps({"tokens_per_s": rate, "step_time_s": {"median": median}, "flops_per_token": flops, "peak_memory_gib": peak, "warmup_s": starting, "loss": {"last": loss.item()}}))
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": rate,
+                "step_time_s": {"median": median},
+                "flops_per_token": flops,
+                "peak_memory_gib": peak,
+                "warmup_s": starting,
+                "loss": {"last": loss.item()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from recipes.schema import Checkpoint
-from trainer import checkpoint
-from trainer.errors import leave
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.parallel import World
-from trainer.saving import Saver
+from amlaunch.recipes.format.schema import Checkpoint
+from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.checkpoints.saver import Saver
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.parallel.world import World
+from amlaunch.trainer.process.errors import leave
 
 
 def main() -> None:
@@ -41,10 +41,14 @@ def main() -> None:
     model = build_gpt2_model(n_positions=1024)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     train_a_little(model, optimizer)
-    aside, waiting = (Saver(root / name, Checkpoint(is_async=name == "aside"), world, "", nothing) for name in ("aside", "waiting"))
+    aside, waiting = (
+        Saver(root / name, Checkpoint(is_async=name == "aside"), world, "", nothing) for name in ("aside", "waiting")
+    )
     aside.reserve(model, [optimizer])
     time.sleep(5)  # training: the memory is touched meanwhile
-    found: dict[str, list[float]] = {name: [] for name in ("async stall", "async whole", "sync stall", "torch stall", "verify", "load", "slower")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("async stall", "async whole", "sync stall", "torch stall", "verify", "load", "slower")
+    }
     alone = work(20)
     for step in range(1, rounds + 1):
         train_a_little(model, optimizer)
@@ -99,7 +103,9 @@ def torchs_own(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     return seconds
 
 
-def verify_and_load(root: Path, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, list[float]]) -> None:
+def verify_and_load(
+    root: Path, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, found: dict[str, list[float]]
+) -> None:
     """Both parts of going on from the newest."""
     began = time.perf_counter()
     newest = checkpoint.newest_whole(checkpoint.listed(root), world)

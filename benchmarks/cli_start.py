@@ -13,9 +13,9 @@ import time
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
-    "amlaunch --help": [sys.executable, "-m", "launcher", "--help"],
-    "amlaunch status": [sys.executable, "-m", "launcher", "status"],
-    "amlaunch show quickstart": [sys.executable, "-m", "launcher", "show", "quickstart"],
+    "amlaunch --help": [sys.executable, "-m", "amlaunch", "--help"],
+    "amlaunch status": [sys.executable, "-m", "amlaunch", "status"],
+    "amlaunch show quickstart": [sys.executable, "-m", "amlaunch", "show", "quickstart"],
 }
 
 

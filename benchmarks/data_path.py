@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.shards import write_shard
-from trainer.data import MixedDataset, NanogptDataset, gather
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset, gather
 
 SEQ_LEN = 1024
 SAMPLES = 256
@@ -36,12 +36,17 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for shard in range(4):
-            write_shard(Path(folder) / f"train-00000-{shard:05d}.bin", documents(rng, millions * 250_000), np.dtype("<u2"))
+            write_shard(
+                Path(folder) / f"train-00000-{shard:05d}.bin", documents(rng, millions * 250_000), np.dtype("<u2")
+            )
         ways = {name: timed(name, make) for name, make in sets(folder).items()}
         for number in range(1, PASSES + 1):
             for name, dataset in ways.items():
                 wall, own = rates(dataset)
-                print(f"pass {number}: {name:<8} {wall:6,.0f} million tokens/s, {own:6,.0f} a second of CPU time", flush=True)
+                print(
+                    f"pass {number}: {name:<8} {wall:6,.0f} million tokens/s, {own:6,.0f} a second of CPU time",
+                    flush=True,
+                )
 
 
 def documents(rng: np.random.Generator, tokens: int) -> list[np.ndarray]:
@@ -57,7 +62,10 @@ def sets(folder: str) -> dict[str, Any]:
     """What makes each way's data set."""
     shards = f"{folder}/*.bin"
     keys: dict[str, Any] = {"seq_len": SEQ_LEN, "shuffle_files": True}
-    sources = {"web": {"file_pattern": f"{folder}/*0[01].bin", "weight": 0.7}, "code": {"file_pattern": f"{folder}/*0[23].bin", "weight": 0.3}}
+    sources = {
+        "web": {"file_pattern": f"{folder}/*0[01].bin", "weight": 0.7},
+        "code": {"file_pattern": f"{folder}/*0[23].bin", "weight": 0.3},
+    }
     return {
         "windows": lambda: NanogptDataset(file_pattern=shards, **keys),
         "aligned": lambda: NanogptDataset(file_pattern=shards, align_to_bos=True, **keys),

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 PEAK = 989e12
 """Dense bfloat16 operations a second of H100 SXM and H200, for the baselines' MFU."""
 LEAST_SECONDS = 25.0
@@ -39,11 +39,38 @@ GRACE_SECONDS = 5.0
 """For a process that was killed to be gone; and after the end of all time, until what goes on is left, and the table printed."""
 LOSS_BOUND, NORM_BOUND = 2e-3, 2e-2
 """Of everything fast at once against float64 (docs/performance.md)."""
-TINY = ["--model.n_layer=2", "--model.n_embd=64", "--model.n_head=2", "--model.vocab_size=512", "--model.n_positions=64", "--dataset.seq_len=64", "--loss_fn.vocab_size=500", "--preprocess.tokenizer=byte", "--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=4", "--compile.enabled=false", "--distributed.dtype=float32"]
-TINY_LLAMA = ["--model.num_hidden_layers=2", "--model.hidden_size=64", "--model.intermediate_size=128", "--model.num_attention_heads=2", "--model.num_key_value_heads=2", "--model.vocab_size=512", "--dataset.seq_len=64", "--loss_fn.vocab_size=500", "--preprocess.tokenizer=byte", "--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=4", "--compile.enabled=false", "--distributed.dtype=float32"]
+TINY = [
+    "--model.n_layer=2",
+    "--model.n_embd=64",
+    "--model.n_head=2",
+    "--model.vocab_size=512",
+    "--model.n_positions=64",
+    "--dataset.seq_len=64",
+    "--loss_fn.vocab_size=500",
+    "--preprocess.tokenizer=byte",
+    "--step_scheduler.global_batch_size=8",
+    "--step_scheduler.local_batch_size=4",
+    "--compile.enabled=false",
+    "--distributed.dtype=float32",
+]
+TINY_LLAMA = [
+    "--model.num_hidden_layers=2",
+    "--model.hidden_size=64",
+    "--model.intermediate_size=128",
+    "--model.num_attention_heads=2",
+    "--model.num_key_value_heads=2",
+    "--model.vocab_size=512",
+    "--dataset.seq_len=64",
+    "--loss_fn.vocab_size=500",
+    "--preprocess.tokenizer=byte",
+    "--step_scheduler.global_batch_size=8",
+    "--step_scheduler.local_batch_size=4",
+    "--compile.enabled=false",
+    "--distributed.dtype=float32",
+]
 SMALL = ("--step_scheduler.global_batch_size=64",)
 """Ablations take one micro-batch a step: differences show, and the time is for more of them."""
-TORCH_LOSS = "--loss_fn={_target_: trainer.loss.LinearCrossEntropy, implementation: torch}"
+TORCH_LOSS = "--loss_fn={_target_: amlaunch.trainer.loss.LinearCrossEntropy, implementation: torch}"
 """Knows no ``vocab_size``."""
 
 
@@ -75,11 +102,24 @@ class Suite:
 
     def process(self, words: Sequence[str], fine: Sequence[int] = (0,)) -> str:
         """What a command says on stdout. Raises Failed or OutOfTime, with what it said last, where its exit code is not ``fine``, or it is late."""
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compile"), **({"AMLAUNCH_DEVICE": "cpu"} if self.dry else {})}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compile"),
+            **({"AMLAUNCH_DEVICE": "cpu"} if self.dry else {}),
+        }
         left = max(1.0, min(self.part_ends, self.deadline) - time.monotonic())
         # Files, for a pipe stays open, and would be waited for, while anything lives that a process has started.
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            child = subprocess.Popen(words, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+            child = subprocess.Popen(
+                words,
+                cwd=self.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
             try:
                 code = child.wait(left)
             except subprocess.TimeoutExpired:
@@ -117,7 +157,7 @@ def end_all(child: subprocess.Popen[bytes]) -> None:
 
 def module(name: str, *words: str) -> list[str]:
     """The command that runs one of our modules, with any Python that we support."""
-    from recipes.process import python_command
+    from amlaunch.recipes.python_process import python_command
 
     return [*python_command(name), *words]
 
@@ -134,13 +174,19 @@ class OutOfTime(Exception):
 
 
 def bench(part: Part, suite: Suite) -> dict[str, Any]:
-    """``trainer.bench train`` with the part's words: a recipe, then overrides."""
+    """``amlaunch.trainer.tools.bench train`` with the part's words: a recipe, then overrides."""
     if suite.dry and "--fp8.enabled=true" in part.words:
         raise Skipped("8-bit products are for GPUs")
     tiny = TINY_LLAMA if part.words[0].startswith("llama") else TINY
     if TORCH_LOSS in part.words:
         tiny = [word for word in tiny if not word.startswith("--loss_fn.")]
-    return dict(json.loads(suite.process(module("trainer.bench", "train", *part.words, *(tiny if suite.dry else ()), "--json"))))
+    return dict(
+        json.loads(
+            suite.process(
+                module("amlaunch.trainer.tools.bench", "train", *part.words, *(tiny if suite.dry else ()), "--json")
+            )
+        )
+    )
 
 
 def baseline(part: Part, suite: Suite) -> dict[str, Any]:
@@ -155,10 +201,12 @@ def baseline(part: Part, suite: Suite) -> dict[str, Any]:
 def device(part: Part, suite: Suite) -> dict[str, Any]:
     """Matrix products and copies, as ``doctor --gpu`` has a node do."""
     out = suite.folder / "gpucheck.json"
-    suite.process(module("trainer.gpucheck", "--out", str(out)))
+    suite.process(module("amlaunch.trainer.tools.gpu_check", "--out", str(out)))
     found = json.loads(out.read_text())
     gpu = found["gpus"][0]
-    return {"note": f"{gpu['device']}: {gpu['gemm_tflops']:.4g} TFLOP/s, copies {gpu['copy_gb_s']:.4g} GB/s, torch {found['torch']}, NCCL {found['nccl']}"}
+    return {
+        "note": f"{gpu['device']}: {gpu['gemm_tflops']:.4g} TFLOP/s, copies {gpu['copy_gb_s']:.4g} GB/s, torch {found['torch']}, NCCL {found['nccl']}"
+    }
 
 
 def doctor(part: Part, suite: Suite) -> dict[str, Any]:
@@ -166,7 +214,9 @@ def doctor(part: Part, suite: Suite) -> dict[str, Any]:
     missing = [name for name in ("submitit", "rich", "yaml", "shtab") if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"{', '.join(missing)} not installed here")
-    found = json.loads(suite.process(module("launcher", "doctor", "--json", *([] if suite.dry else ["--gpu"])), fine=(0, 1)))
+    found = json.loads(
+        suite.process(module("amlaunch", "doctor", "--json", *([] if suite.dry else ["--gpu"])), fine=(0, 1))
+    )
     bad = [finding["name"] for finding in found["findings"] if finding["verdict"] == "bad"]
     return {"note": f"verdict: {found['verdict']}" + (f" ({', '.join(bad)})" if bad else "")}
 
@@ -179,7 +229,7 @@ def text_recipe(suite: Suite) -> list[str]:
     """Overrides that have nanogpt read this machine's Python sources, byte by byte: real text, and no download; paragraphs are documents."""
     import numpy as np
 
-    from preprocess.shards import write_shard
+    from amlaunch.preprocess.shards.shard_format import write_shard
 
     shard = suite.folder / "text.bin"
     if not shard.exists():
@@ -190,23 +240,47 @@ def text_recipe(suite: Suite) -> list[str]:
                 break
         paragraphs = [text + b"\n\n" for text in bytes(raw).split(b"\n\n")]
         write_shard(shard, [np.frombuffer(text, dtype=np.uint8).astype("<u2") for text in paragraphs], np.dtype("<u2"))
-    return [f"--dataset.file_pattern={shard}", "--validation_dataset=null", "--export=null", "--preprocess.tokenizer=byte", "--model.vocab_size=384", "--loss_fn.vocab_size=257"]
+    return [
+        f"--dataset.file_pattern={shard}",
+        "--validation_dataset=null",
+        "--export=null",
+        "--preprocess.tokenizer=byte",
+        "--model.vocab_size=384",
+        "--loss_fn.vocab_size=257",
+    ]
 
 
 def trained(suite: Suite, name: str, *words: str, recipe: str = "nanogpt") -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` of a run of the trainer itself."""
     element = suite.folder / name
     element.mkdir(exist_ok=True)
-    tiny = [word for word in (TINY if recipe == "nanogpt" else TINY_LLAMA) if "vocab_size" not in word] if suite.dry else []
-    command = [recipe, "--element", str(element), "--checkpoints", str(element / "checkpoints"), *text_recipe(suite), *tiny, *words]
-    suite.process(module("trainer", *command))
+    tiny = (
+        [word for word in (TINY if recipe == "nanogpt" else TINY_LLAMA) if "vocab_size" not in word]
+        if suite.dry
+        else []
+    )
+    command = [
+        recipe,
+        "--element",
+        str(element),
+        "--checkpoints",
+        str(element / "checkpoints"),
+        *text_recipe(suite),
+        *tiny,
+        *words,
+    ]
+    suite.process(module("amlaunch.trainer", *command))
     return [json.loads(line) for line in (element / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoints(part: Part, suite: Suite) -> dict[str, Any]:
     """Saves from pinned memory beside the training, and goes on from one: the losses must be those of a run without a break."""
     size = "8" if suite.dry else "32"
-    common = ["--step_scheduler.ckpt_every_steps=3", f"--step_scheduler.global_batch_size={size}", f"--step_scheduler.local_batch_size={size}"]
+    common = [
+        "--step_scheduler.ckpt_every_steps=3",
+        f"--step_scheduler.global_batch_size={size}",
+        f"--step_scheduler.local_batch_size={size}",
+    ]
     common += ["--lr_scheduler=null", "--compile.enabled=false"]
     whole = trained(suite, "whole", *common, "--step_scheduler.max_steps=6")
     trained(suite, "halves", *common, "--step_scheduler.max_steps=3")
@@ -215,40 +289,84 @@ def checkpoints(part: Part, suite: Suite) -> dict[str, Any]:
     if len(halves) != 6 or worst > 5e-3:
         raise Failed(f"the loss differs by {worst:.2g} after going on")
     stood = max(line["checkpoint_time_s"] for line in whole)
-    return {"note": f"went on after step 3 (loss within {worst:.1g}); training stood still for {stood * 1e3:.0f} ms for a save"}
+    return {
+        "note": f"went on after step 3 (loss within {worst:.1g}); training stood still for {stood * 1e3:.0f} ms for a save"
+    }
 
 
 def residual(part: Part, suite: Suite) -> dict[str, Any]:
     """Loss curves with the residual stream in float32 and in bfloat16, over the same data."""
     steps = "12" if suite.dry else "150"
-    common = [f"--step_scheduler.max_steps={steps}", "--step_scheduler.global_batch_size=64", "--checkpoint.enabled=false", "--lr_scheduler.lr_warmup_steps=10"]
+    common = [
+        f"--step_scheduler.max_steps={steps}",
+        "--step_scheduler.global_batch_size=64",
+        "--checkpoint.enabled=false",
+        "--lr_scheduler.lr_warmup_steps=10",
+    ]
     common += ["--step_scheduler.global_batch_size=8", "--distributed.dtype=bfloat16"] if suite.dry else []
     curves = {
-        name: [line["loss"] for line in trained(suite, f"residual-{name}", *common, f"--distributed.bf16_residual={value}")]
+        name: [
+            line["loss"] for line in trained(suite, f"residual-{name}", *common, f"--distributed.bf16_residual={value}")
+        ]
         for name, value in (("float32", "false"), ("bfloat16", "true"))
     }
     ends = {name: sum(curve[-10:]) / 10 for name, curve in curves.items()}
-    return {"note": f"mean loss of the last 10 of {steps} steps: float32 {ends['float32']:.4f}, bfloat16 {ends['bfloat16']:.4f}", "curves": curves}
+    return {
+        "note": f"mean loss of the last 10 of {steps} steps: float32 {ends['float32']:.4f}, bfloat16 {ends['bfloat16']:.4f}",
+        "curves": curves,
+    }
 
 
-FAST = ("--distributed.dtype=bfloat16", "--distributed.bf16_residual=true", "--compile.scope=model", "--step_scheduler.local_batch_size=4")
-EXACT = ("--distributed.dtype=float64", "--compile.enabled=false", "--step_scheduler.local_batch_size=8", "--loss_fn={_target_: trainer.loss.MaskedCrossEntropy, vocab_size: 257}")
+FAST = (
+    "--distributed.dtype=bfloat16",
+    "--distributed.bf16_residual=true",
+    "--compile.scope=model",
+    "--step_scheduler.local_batch_size=4",
+)
+EXACT = (
+    "--distributed.dtype=float64",
+    "--compile.enabled=false",
+    "--step_scheduler.local_batch_size=8",
+    "--loss_fn={_target_: amlaunch.trainer.loss.MaskedCrossEntropy, vocab_size: 257}",
+)
 FAMILIES = {
     "nanogpt": ("--model.n_layer=2", "--model.n_embd=256", "--model.n_head=4"),
-    "llama-350m": ("--model.num_hidden_layers=2", "--model.hidden_size=256", "--model.intermediate_size=512", "--model.num_attention_heads=4", "--model.num_key_value_heads=2"),
+    "llama-350m": (
+        "--model.num_hidden_layers=2",
+        "--model.hidden_size=256",
+        "--model.intermediate_size=512",
+        "--model.num_attention_heads=4",
+        "--model.num_key_value_heads=2",
+    ),
 }
 
 
 def parity(part: Part, suite: Suite) -> dict[str, Any]:
     """Everything fast at once, by this device's own kernels, against float64 with nothing of it: GPT-2, and Llama over packed documents."""
-    common = ("--step_scheduler.max_steps=12", "--step_scheduler.global_batch_size=8", "--step_scheduler.val_every_steps=null", "--checkpoint.enabled=false", "--lr_scheduler=null", "--optimizer.lr=3e-4", "--distributed.strategy=none")
+    common = (
+        "--step_scheduler.max_steps=12",
+        "--step_scheduler.global_batch_size=8",
+        "--step_scheduler.val_every_steps=null",
+        "--checkpoint.enabled=false",
+        "--lr_scheduler=null",
+        "--optimizer.lr=3e-4",
+        "--distributed.strategy=none",
+    )
     errors, length = {}, 64 if suite.dry else 512
     for recipe, sizes in FAMILIES.items():
-        rows = (f"--dataset.seq_len={length}", f"--packed_sequence.packed_sequence_size={length if recipe.startswith('llama') else 0}")
-        fast, exact = (trained(suite, f"{recipe}-{way}", *sizes, *common, *rows, *words, recipe=recipe) for way, words in (("fast", FAST), ("exact", EXACT)))
+        rows = (
+            f"--dataset.seq_len={length}",
+            f"--packed_sequence.packed_sequence_size={length if recipe.startswith('llama') else 0}",
+        )
+        fast, exact = (
+            trained(suite, f"{recipe}-{way}", *sizes, *common, *rows, *words, recipe=recipe)
+            for way, words in (("fast", FAST), ("exact", EXACT))
+        )
         for column in ("loss", "grad_norm"):
             errors[f"{recipe} {column}"] = max(abs(a[column] / b[column] - 1) for a, b in zip(fast, exact, strict=True))
-    note = "bfloat16 and all fast paths against float64 over 12 steps, at most: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    note = "bfloat16 and all fast paths against float64 over 12 steps, at most: " + ", ".join(
+        f"{name} {error:.1e}" for name, error in errors.items()
+    )
     if any(error > (LOSS_BOUND if name.endswith("loss") else NORM_BOUND) for name, error in errors.items()):
         raise Failed(note)
     return {"note": note, "errors": errors}
@@ -272,15 +390,32 @@ def parts() -> list[Part]:
         Part("1.3B-16", bench, (*large, "--profiled=1", "--step_scheduler.local_batch_size=16"), 150),
         Part("parity", parity, limit=120),
         Part("micro-64", bench, ("nanogpt", *quick), 90),
-        Part("loss-logits", bench, ("nanogpt", *quick, "--loss_fn={_target_: trainer.loss.MaskedCrossEntropy, vocab_size: 50257}"), 90),
+        Part(
+            "loss-logits",
+            bench,
+            ("nanogpt", *quick, "--loss_fn={_target_: amlaunch.trainer.loss.MaskedCrossEntropy, vocab_size: 50257}"),
+            90,
+        ),
         Part("loss-torch", bench, ("nanogpt", *quick, TORCH_LOSS), 90),
         Part("residual-f32", bench, ("nanogpt", *quick, "--distributed.bf16_residual=false"), 90),
-        Part("attention-flash", bench, ("nanogpt", *quick, "--sdpa_method=[flash_attention, efficient_attention, math]"), 90),
+        Part(
+            "attention-flash",
+            bench,
+            ("nanogpt", *quick, "--sdpa_method=[flash_attention, efficient_attention, math]"),
+            90,
+        ),
         Part("blocks", bench, ("nanogpt", *quick, "--compile.scope=blocks"), 90),
         Part("micro-32", bench, ("nanogpt", *quick, "--step_scheduler.local_batch_size=32"), 90),
         Part("fp8-124M", bench, ("nanogpt", *quick, "--fp8.enabled=true"), 90),
-        Part("fp8-1.3B", bench, (*large, "--profiled=0", "--step_scheduler.local_batch_size=8", "--fp8.enabled=true"), 150),
-        Part("eager", bench, ("nanogpt", *quick, "--compile.enabled=false", "--step_scheduler.local_batch_size=32"), 60),
+        Part(
+            "fp8-1.3B",
+            bench,
+            (*large, "--profiled=0", "--step_scheduler.local_batch_size=8", "--fp8.enabled=true"),
+            150,
+        ),
+        Part(
+            "eager", bench, ("nanogpt", *quick, "--compile.enabled=false", "--step_scheduler.local_batch_size=32"), 60
+        ),
         Part("doctor", doctor, limit=120),
         Part("autotune", bench, ("nanogpt", *quick, "--compile.mode=max-autotune-no-cudagraphs"), 200),
     ]
@@ -350,7 +485,7 @@ def carry_out_all(chosen: Sequence[Part], suite: Suite, out: Path | None) -> boo
 def write_all(chosen: Sequence[Part], out: Path | None) -> None:
     """Every figure there is so far."""
     if out is not None:
-        from recipes.files import write_json
+        from amlaunch.recipes.files import write_json
 
         write_json(out, {part.name: part.outcome for part in chosen})
 
@@ -370,8 +505,13 @@ def line_of(part: Part) -> str:
 
 def table(chosen: Sequence[Part], dry: bool) -> str:
     """All parts, for people."""
-    head = f"{'part':<16}{'tokens/s':>12}{'MFU':>8}{'step ms':>10}{'GiB':>8}{'start':>8}  attention" + ("   (dry: these figures mean nothing)" if dry else "")
-    lines = [[line_of(part), *([f"{'':<16}advice: {part.outcome['advice']}"] if "advice" in part.outcome else [])] for part in chosen]
+    head = f"{'part':<16}{'tokens/s':>12}{'MFU':>8}{'step ms':>10}{'GiB':>8}{'start':>8}  attention" + (
+        "   (dry: these figures mean nothing)" if dry else ""
+    )
+    lines = [
+        [line_of(part), *([f"{'':<16}advice: {part.outcome['advice']}"] if "advice" in part.outcome else [])]
+        for part in chosen
+    ]
     return "\n".join([head, *(line for some in lines for line in some)])
 
 

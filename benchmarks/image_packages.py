@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 STAGES = ("preprocess", "verify", "train", "export")
 IMAGE = "nvcr.io/nvidia/pytorch:25.08-py3"
 
@@ -34,11 +34,11 @@ def main() -> None:
     """Print a line for each part."""
     with tempfile.TemporaryDirectory() as temp:
         os.environ["XDG_CACHE_HOME"] = temp
-        from containers.facts import of_table
-        from launcher.packages import inside, resolve, wanted
-        from launcher.snapshot import take_snapshot
-        from recipes.loader import load
-        from recipes.shipped import shipped
+        from amlaunch.containers.images.image_facts import of_table
+        from amlaunch.launcher.runs.packages import inside, resolve, wanted
+        from amlaunch.launcher.runs.snapshot import take_snapshot
+        from amlaunch.recipes.format.loader import load
+        from amlaunch.recipes.shipped import shipped
 
         for recipe in ("quickstart", "llama-350m"):
             wants, facts = wanted(load(shipped()[recipe]), STAGES), of_table(IMAGE)
@@ -54,7 +54,9 @@ def main() -> None:
             take_snapshot(code, None, found if with_packages else None)
 
         bare, full = best(lambda: snapshot(False)), best(lambda: snapshot(True))
-        print(f"snapshot: {bare:.1f} ms without packages, {full:.1f} ms with {len(found.files())} files of {', '.join(one.name for one in found.copied)}")
+        print(
+            f"snapshot: {bare:.1f} ms without packages, {full:.1f} ms with {len(found.files())} files of {', '.join(one.name for one in found.copied)}"
+        )
 
 
 if __name__ == "__main__":

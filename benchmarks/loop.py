@@ -32,17 +32,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from preprocess.shards import HEADER_BYTES, write_shard
-from recipes.shipped import find_recipe
-from trainer.cli import parse
-from trainer.collector import Collector
-from trainer.errors import leave
-from trainer.job import build_model, prepare
-from trainer.loop import take_steps
-from trainer.parallel import join
-from trainer.ranks import Ranks
-from trainer.stop import StopFlag
-from trainer.watch import Watch
+from amlaunch.preprocess.shards.shard_format import HEADER_BYTES, write_shard
+from amlaunch.recipes.shipped import find_recipe
+from amlaunch.trainer.loop.job import build_model, prepare
+from amlaunch.trainer.loop.training_loop import take_steps
+from amlaunch.trainer.parallel.world import join
+from amlaunch.trainer.process.arguments import parse
+from amlaunch.trainer.process.errors import leave
+from amlaunch.trainer.process.garbage_collection import Collector
+from amlaunch.trainer.process.hang_watch import Watch
+from amlaunch.trainer.process.rank_environment import Ranks
+from amlaunch.trainer.process.stop_request import StopFlag
 
 VOCAB, BLOCK, BATCH = 105, 64, 12
 STEPS = 10
@@ -56,12 +56,19 @@ def main() -> None:
     found = []
     for number in range(processes):
         words = [sys.executable, __file__, "--one", str(number % 2), str(turns)]
-        done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
+        )
         found.append(json.loads(done.stdout))
-        print(f"process {number + 1}: a step by hand {found[-1]['ms']:.2f} ms; ours {found[-1]['wall']:+.1%} of the wall clock, {found[-1]['cpu']:+.1%} of CPU time", flush=True)
+        print(
+            f"process {number + 1}: a step by hand {found[-1]['ms']:.2f} ms; ours {found[-1]['wall']:+.1%} of the wall clock, {found[-1]['cpu']:+.1%} of CPU time",
+            flush=True,
+        )
     for key, word in (("wall", "the wall clock"), ("cpu", "CPU time")):
         costs = [one[key] for one in found]
-        print(f"our loop costs {statistics.median(costs):+.1%} of {word}, median of {processes} processes of {turns} turns of {STEPS} steps (from {min(costs):+.1%} to {max(costs):+.1%})")
+        print(
+            f"our loop costs {statistics.median(costs):+.1%} of {word}, median of {processes} processes of {turns} turns of {STEPS} steps (from {min(costs):+.1%} to {max(costs):+.1%})"
+        )
 
 
 def compare(ours_first: bool, turns: int) -> None:
@@ -95,7 +102,14 @@ def timed(loop: Callable[[int], None]) -> tuple[float, float]:
 
 def our_loop(shard: Path, last: int, held: contextlib.ExitStack) -> Callable[[int], None]:
     """A job of the recipe char, and its loop for the next so many steps."""
-    words = ["--dataset.file_pattern", str(shard), "--step_scheduler.max_steps", str(last), "--validation_dataset", "null"]
+    words = [
+        "--dataset.file_pattern",
+        str(shard),
+        "--step_scheduler.max_steps",
+        str(last),
+        "--validation_dataset",
+        "null",
+    ]
     words += ["--checkpoint.enabled", "false", "--export", "null", "--lr_scheduler", "null"]
     options = parse("loop", "", [str(find_recipe("char")), *words])
     silent = held.enter_context(open(os.devnull, "w"))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes.files import read_json_lines
+from amlaunch.recipes.files import read_json_lines
 
 WAYS = {
     "float32": ["--distributed.dtype", "float32"],
@@ -35,17 +35,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, (way, seed) in enumerate(runs):
             found[way, seed] = train(Path(folder), f"curve-{number}", seed, steps, [*WAYS[way], *keys])
-            print(f"{way}, seed {seed}: " + ", ".join(f"{loss:.4f} after {step}" for step, loss in found[way, seed].items()), flush=True)
+            print(
+                f"{way}, seed {seed}: "
+                + ", ".join(f"{loss:.4f} after {step}" for step, loss in found[way, seed].items()),
+                flush=True,
+            )
     report(found)
 
 
 def train(folder: Path, name: str, seed: int, steps: int, words: list[str]) -> dict[int, float]:
     """One run; its validation losses by step."""
     every = max(1, steps // 8)
-    more = ["--name", name, "--seed", str(seed), "--step_scheduler.max_steps", str(steps), "--step_scheduler.val_every_steps", str(every)]
-    more += ["--distributed.strategy", "none", "--resources.train.tasks_per_node", "1", "--export", "null", "--checkpoint.enabled", "false"]
-    command = [sys.executable, "-m", "launcher", "local", "char", "--gpus", "0", *more, *words]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, capture_output=True, text=True)
+    more = [
+        "--name",
+        name,
+        "--seed",
+        str(seed),
+        "--step_scheduler.max_steps",
+        str(steps),
+        "--step_scheduler.val_every_steps",
+        str(every),
+    ]
+    more += [
+        "--distributed.strategy",
+        "none",
+        "--resources.train.tasks_per_node",
+        "1",
+        "--export",
+        "null",
+        "--checkpoint.enabled",
+        "false",
+    ]
+    command = [sys.executable, "-m", "amlaunch", "local", "char", "--gpus", "0", *more, *words]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "src")},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     (metrics,) = (folder / "runs").glob(f"{name}-*/stages/train/0/metrics.jsonl")
@@ -61,7 +89,12 @@ def report(found: dict[tuple[str, int], dict[int, float]]) -> None:
         if way != "float32":
             print(f"{'  less float32':<36}" + "".join(f"{found[way, 1][step] - exact[step]:>+9.4f}" for step in exact))
     if len(seeds) > 1:
-        print(f"{f'float32, {len(seeds)} seeds: largest less least':<36}" + "".join(f"{max(curve[step] for curve in seeds) - min(curve[step] for curve in seeds):>9.4f}" for step in exact))
+        print(
+            f"{f'float32, {len(seeds)} seeds: largest less least':<36}"
+            + "".join(
+                f"{max(curve[step] for curve in seeds) - min(curve[step] for curve in seeds):>9.4f}" for step in exact
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 RAW = """\
 import json, sys, time
-from preprocess.tokenizer import load_tokenizer
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
 encode = load_tokenizer("gpt2").encoding.encode_to_numpy  # its fastest call for a document
 began, busy = time.perf_counter(), time.process_time()
@@ -42,11 +42,11 @@ REST = """\
 import dataclasses, sys, tempfile, time
 from pathlib import Path
 import numpy as np
-from preprocess import element
-from preprocess.progress import Progress
-from preprocess.tokenizer import load_tokenizer
-from preprocess.verify import verify
-from recipes.schema import Preprocess
+from amlaunch.preprocess.stages import element
+from amlaunch.preprocess.progress import Progress
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+from amlaunch.preprocess.stages.verify import verify
+from amlaunch.recipes.format.schema import Preprocess
 ready = np.arange(1 << 20, dtype=np.uint32) % 50000
 class NoWork:
     def encode_to_numpy(self, text, disallowed_special=()):
@@ -62,7 +62,16 @@ for _ in range(3):
         busy.append(time.process_time() - began)
 print(min(busy))
 """
-PLACES = (sysconfig.get_path("stdlib"), "/usr/share/doc", "/usr/share/man", "/usr/share/perl", "/usr/lib/python3", "/usr/include", "/usr/share/common-licenses", "/usr/src")
+PLACES = (
+    sysconfig.get_path("stdlib"),
+    "/usr/share/doc",
+    "/usr/share/man",
+    "/usr/share/perl",
+    "/usr/lib/python3",
+    "/usr/include",
+    "/usr/share/common-licenses",
+    "/usr/src",
+)
 ENDINGS = (".py", ".txt", ".rst", ".md", ".html", ".gz", ".pm", ".pod", ".h", "README", "copyright", "changelog")
 ROW_GROUP = 1000
 
@@ -71,7 +80,9 @@ def documents(megabytes: int) -> Iterator[str]:
     """Distinct pieces of text until there is enough; where the machine has less, other cuts of the same text."""
     rng, seen, size = random.Random(0), set(), 0
     for _ in range(20):
-        for path in (path for place in PLACES for path in sorted(Path(place).rglob("*")) if path.name.endswith(ENDINGS)):
+        for path in (
+            path for place in PLACES for path in sorted(Path(place).rglob("*")) if path.name.endswith(ENDINGS)
+        ):
             text = read(path)
             at = rng.randrange(2000)
             while at < len(text):
@@ -128,7 +139,9 @@ class Run:
 
 def raw(folder: Path) -> Run:
     """tiktoken alone, on one core: neither start-up nor reading nor writing."""
-    done = subprocess.run([sys.executable, "-c", RAW, str(folder / "text.jsonl")], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RAW, str(folder / "text.jsonl")], check=True, capture_output=True, text=True
+    )
     tokens, wall, busy = done.stdout.split()
     return Run(int(tokens), float(wall), float(busy))
 
@@ -140,18 +153,35 @@ def children() -> float:
 
 
 def pipeline(folder: Path, source: str, engine: str, workers: int) -> Run:
-    """``python -m preprocess`` as a whole, from start to verified shards."""
+    """``python -m amlaunch.preprocess`` as a whole, from start to verified shards."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    words = ["--data-files", str(folder / source), "--engine", engine, "--num-workers", str(workers), "--output-dir", str(out), "--json"]
+    words = [
+        "--data-files",
+        str(folder / source),
+        "--engine",
+        engine,
+        "--num-workers",
+        str(workers),
+        "--output-dir",
+        str(out),
+        "--json",
+    ]
     began, busy = time.perf_counter(), children()
-    done = subprocess.run([sys.executable, "-m", "preprocess", *words], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "amlaunch.preprocess", *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     return Run(int(json.loads(done.stdout)["tokens"]), time.perf_counter() - began, children() - busy)
 
 
 def rest(folder: Path, source: str) -> float:
     """Seconds of CPU of all but start-up and tokenising: reading, parsing, writing, digests, verifying. Hardly moves when a machine is busy."""
-    done = subprocess.run([sys.executable, "-c", REST, str(folder / source)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", REST, str(folder / source)], check=True, capture_output=True, text=True
+    )
     return float(done.stdout)
 
 
@@ -160,7 +190,12 @@ def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 300
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     engines = ["tiktoken"] + ["gigatoken"] * (importlib.util.find_spec("gigatoken") is not None)
-    runs = [(source, engine, workers) for engine in engines for source in ("parquet/*.parquet", "text.jsonl") for workers in (1, 2)]
+    runs = [
+        (source, engine, workers)
+        for engine in engines
+        for source in ("parquet/*.parquet", "text.jsonl")
+        for workers in (1, 2)
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_text(folder, megabytes)
@@ -176,7 +211,9 @@ def main() -> None:
         report(found, limits)
         for source in ("parquet/*.parquet", "text.jsonl"):
             seconds = rest(folder, source)
-            print(f"{source}: all but start-up and tokenising: {seconds:.2f} s of CPU, {seconds / min(run.busy for run in limits):.3f} of the limit's")
+            print(
+                f"{source}: all but start-up and tokenising: {seconds:.2f} s of CPU, {seconds / min(run.busy for run in limits):.3f} of the limit's"
+            )
 
 
 def report(found: dict[tuple[str, str, int], list[Run]], limits: list[Run]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 RECIPE = """\
 name: many
 preprocess: {{data_files: "text/*.txt", max_tokens: 1M, elements: {elements}}}
-model: {{_target_: trainer.models.gpt2.build_gpt2_model, n_embd: 64, n_layer: 2, n_head: 2, n_positions: 64}}
+model: {{_target_: amlaunch.trainer.models.gpt2.build_gpt2_model, n_embd: 64, n_layer: 2, n_head: 2, n_positions: 64}}
 dataset: {{seq_len: 64}}
 step_scheduler: {{max_steps: 10}}
 seed: {seed}
@@ -57,7 +57,7 @@ def bare(folder: Path, elements: int) -> float:
 def one_round(folder: Path, elements: int, seed: int) -> dict[str, float]:
     """One new run, dry and real, and the bare calls."""
     (folder / "many.yaml").write_text(RECIPE.format(elements=elements, seed=seed))
-    program = [sys.executable, "-m", "launcher"]
+    program = [sys.executable, "-m", "amlaunch"]
     submit = [*program, "submit", "many.yaml", "--cluster", "bench.yaml", "--json"]
     shutil.rmtree(folder / "data", ignore_errors=True)
     dry, _ = timed([*submit, "--dry-run"], folder)
@@ -66,14 +66,19 @@ def one_round(folder: Path, elements: int, seed: int) -> dict[str, float]:
     assert [len(one["elements"]) for one in made["submitted"]] == [elements, 1, 1, 1], made["submitted"]
     again, _ = timed(submit, folder)
     timed([*program, "cancel", made["run"]], folder)
-    return {"submit": real, "the same again (all on their way)": again, "submit --dry-run": dry, "four bare sbatch calls": bare(folder, elements)}
+    return {
+        "submit": real,
+        "the same again (all on their way)": again,
+        "submit --dry-run": dry,
+        "four bare sbatch calls": bare(folder, elements),
+    }
 
 
 def main() -> None:
     """Print median and range."""
     elements = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent / "src"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
@@ -83,7 +88,9 @@ def main() -> None:
         rounds = [one_round(folder, elements, seed) for seed in range(repeats)]
     for name in rounds[0]:
         times = [found[name] for found in rounds]
-        print(f"{name:<36} {elements:,} elements: median {statistics.median(times):.2f} s   {min(times):.2f} to {max(times):.2f}")
+        print(
+            f"{name:<36} {elements:,} elements: median {statistics.median(times):.2f} s   {min(times):.2f} to {max(times):.2f}"
+        )
 
 
 if __name__ == "__main__":

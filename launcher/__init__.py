@@ -1,1 +1,1 @@
-"""Where and when: command line, plan, driver, run directory, status, logs. Never loads torch, datasets or tiktoken."""
+"""The command line, planning, submission, execution and status of runs. Never loads torch, datasets or tiktoken."""

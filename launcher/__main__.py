@@ -1,16 +1,16 @@
-"""``amlaunch`` and ``python -m launcher``."""
+"""``amlaunch`` and ``python -m amlaunch.launcher``."""
 
 from __future__ import annotations
 
 import sys
 
-from recipes.errors import BAD_INPUT, FAILED, BadInput
-from recipes.output import PIPE_CLOSED, forgive_output
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, BadInput
+from amlaunch.recipes.output import PIPE_CLOSED, forgive_output
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is a message and exit code 2, never a traceback."""
-    from launcher.cli import run
+    from amlaunch.launcher.cli import run
 
     forgive_output()
     try:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        from launcher.slurm import SlurmError  # most commands never call Slurm
+        from amlaunch.launcher.errors import SlurmError  # most commands never call Slurm
 
         if not isinstance(error, SlurmError):
             raise

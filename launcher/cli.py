@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recipes.errors import BadInput, did_you_mean
-from recipes.options import add_data_options, add_preprocess_options
-from recipes.version import VERSION
+from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.preprocess_options import add_data_options, add_preprocess_options
+from amlaunch.recipes.version import VERSION
 
 EPILOG = """\
 Any key of a recipe can be changed on the command line: --model.n_layer 6, --optimizer.betas.0 0.8,
@@ -63,40 +63,68 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on; 0 is the CPU (default: as the recipe says, if they are there)")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs to train on; 0 is the CPU (default: as the recipe says, if they are there)",
+    )
     parser.add_argument("--stage", metavar="S", help="only this stage")
-    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="train once for each value (repeat it for a grid)")
-    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="train once for each value (repeat it for a grid)",
+    )
+    parser.add_argument(
+        "--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too"
+    )
     _add_runs(parser)
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.usage = f"amlaunch {parser.prog.split()[-1]} [RECIPE] [options] [--section.key VALUE ...]"
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", metavar="DIR", help="where the run directories are (default: $AMLAUNCH_RUNS, the cluster profile's runs, or ./runs)")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="where the run directories are (default: $AMLAUNCH_RUNS, the cluster profile's runs, or ./runs)",
+    )
 
 
 def _add_local(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "local", "run a recipe on this machine; without one, the quickstart (nanogpt with --gpus N)")
+    parser = _command(
+        commands, "local", "run a recipe on this machine; without one, the quickstart (nanogpt with --gpus N)"
+    )
     _add_recipe_arguments(parser)
 
 
 def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "submit", "check a recipe and a cluster, then hand all stages to Slurm")
     _add_recipe_arguments(parser)
-    parser.add_argument("--cluster", default="slurm", metavar="NAME", help="a profile of clusters.yaml, a file, or built in: slurm (asks Slurm), local")
+    parser.add_argument(
+        "--cluster",
+        default="slurm",
+        metavar="NAME",
+        help="a profile of clusters.yaml, a file, or built in: slurm (asks Slurm), local",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print exactly the scripts that would be submitted")
     parser.add_argument("--wait", action="store_true", help="stay until the run has ended; the exit code says how")
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped")
+    parser = _command(
+        commands, "show", "print a recipe as it resolves, and the plan: stages, elements, what would be skipped"
+    )
     _add_recipe_arguments(parser)
 
 
@@ -112,7 +140,9 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = _command(commands, "status", "list the runs, or show one with its stages and elements")
     parser.add_argument("run", nargs="*", help="a run's id, the start of it, its recipe's name, or its folder")
     parser.add_argument("--watch", action="store_true", help="redraw until the run has ended (Ctrl-C leaves)")
-    parser.add_argument("--all", action="store_true", help="every element of a large stage, not only those that want attention")
+    parser.add_argument(
+        "--all", action="store_true", help="every element of a large stage, not only those that want attention"
+    )
     _add_runs(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -179,7 +209,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = _command(commands, "generate", "print text that a checkpoint's model writes")
     _add_checkpoint(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the text begins with")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="how many tokens to write (default: the recipe's)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="how many tokens to write (default: the recipe's)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest (default: the recipe's)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: the recipe's)")
     parser.add_argument("--seed", type=int, metavar="S", help="another seed, another text (default: the recipe's)")
@@ -188,7 +220,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_clean(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "clean", "show what can be removed; --yes removes it")
     parser.add_argument("run", nargs="*", help="whole runs; without one, what no run needs (shards, half-made files)")
-    parser.add_argument("--checkpoints", action="store_true", help="of the runs, only the checkpoints before the newest")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="of the runs, only the checkpoints before the newest"
+    )
     parser.add_argument("--yes", action="store_true", help="remove it")
     _add_runs(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -197,31 +231,52 @@ def _add_clean(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "doctor", "say what this machine or a cluster has, and write a profile of it")
     parser.add_argument("--cluster", metavar="NAME", help="check this profile")
-    parser.add_argument("--gpu", action="store_true", help="run a check on one GPU node: matrix products, memory, all-reduce")
+    parser.add_argument(
+        "--gpu", action="store_true", help="run a check on one GPU node: matrix products, memory, all-reduce"
+    )
     parser.add_argument("--save", metavar="FILE", help="write the profile here (default: print it)")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    what = _command(commands, "bench", "measure this machine: train, data, preprocess").add_subparsers(dest="what", required=True, metavar="train|data|preprocess")
+    what = _command(commands, "bench", "measure this machine: train, data, preprocess").add_subparsers(
+        dest="what", required=True, metavar="train|data|preprocess"
+    )
     for name, text in (
         ("train", "steps of a recipe's training: tokens/s, MFU, memory, and where the time goes"),
         ("data", "reading a recipe's batches, without training"),
     ):
         parser = _command(what, name, text)
-        parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch (nanogpt)")
-        parser.add_argument("--gpus", type=int, metavar="N", help="ranks on the GPUs of this machine; 0 is the CPU (default: one, where there is one)")
-        parser.add_argument("--data", metavar="DIR", help="folder of shards (default: what dataset.file_pattern says, else tokens are made up)")
+        parser.add_argument(
+            "recipe", nargs="?", help="a YAML file, or the name of a recipe that comes with amlaunch (nanogpt)"
+        )
+        parser.add_argument(
+            "--gpus",
+            type=int,
+            metavar="N",
+            help="ranks on the GPUs of this machine; 0 is the CPU (default: one, where there is one)",
+        )
+        parser.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder of shards (default: what dataset.file_pattern says, else tokens are made up)",
+        )
         parser.add_argument("--steps", type=int, metavar="N", help="steps that are measured (20)")
         parser.add_argument("--warmup", type=int, metavar="N", help="steps before those (5)")
         if name == "train":
-            parser.add_argument("--profiled", type=int, metavar="N", help="steps under torch's profiler after those (3); 0: none")
+            parser.add_argument(
+                "--profiled", type=int, metavar="N", help="steps under torch's profiler after those (3); 0: none"
+            )
             parser.add_argument("--keep", metavar="DIR", help="keep the trace and the metrics here")
-        parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+        parser.add_argument(
+            "--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too"
+        )
         parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
         parser.usage = f"amlaunch bench {name} [RECIPE] [options] [--section.key VALUE ...]"
     parser = _command(what, "preprocess", "text to verified shards, as a whole process")
-    parser.add_argument("recipe", nargs="?", help="whose preprocess section is meant (default: Python sources of this machine)")
+    parser.add_argument(
+        "recipe", nargs="?", help="whose preprocess section is meant (default: Python sources of this machine)"
+    )
     parser.add_argument("--max-tokens", default="20M", metavar="N", help="how much (20M)")
     parser.add_argument("--tokenizer", metavar="NAME", help="as amlaunch preprocess takes it")
     parser.add_argument("--engine", choices=["auto", "tiktoken", "gigatoken"])
@@ -230,11 +285,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_plan_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "plan-memory", "predict what a recipe's training needs of each GPU's memory, and whether it fits, without a GPU")
+    parser = _command(
+        commands,
+        "plan-memory",
+        "predict what a recipe's training needs of each GPU's memory, and whether it fits, without a GPU",
+    )
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with amlaunch")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks in all (default: as the recipe says)")
-    parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each GPU, such as 80GB or 141GB (80GB)")
-    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too")
+    parser.add_argument(
+        "--gpu-memory", default="80GB", metavar="SIZE", help="of each GPU, such as 80GB or 141GB (80GB)"
+    )
+    parser.add_argument(
+        "--allow-target", action="append", default=[], metavar="NAME", help="let _target_ reach NAME too"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.usage = "amlaunch plan-memory RECIPE [options] [--section.key VALUE ...]"
 
@@ -245,50 +308,97 @@ def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    image = _command(commands, "image", "containers' images: fetch and convert once for all nodes, look into them, build one")
+    image = _command(
+        commands, "image", "containers' images: fetch and convert once for all nodes, look into them, build one"
+    )
     actions = image.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
 
     fetch = _command(actions, "import", "fetch an image and convert it once, for all nodes")
-    fetch.add_argument("image", help="nvcr.io/nvidia/pytorch:25.08-py3, a tar of docker save or of an OCI layout, oci:DIR, a root file system's tar, podman://NAME, dockerd://NAME")
+    fetch.add_argument(
+        "image",
+        help="nvcr.io/nvidia/pytorch:25.08-py3, a tar of docker save or of an OCI layout, oci:DIR, a root file system's tar, podman://NAME, dockerd://NAME",
+    )
     _add_making(fetch)
     fetch.add_argument("--arch", metavar="NAME", help="amd64 or arm64, where the nodes are not as this machine")
-    fetch.add_argument("--tool", metavar="NAME", help="what fetches it: skopeo, podman, docker, buildah, enroot, apptainer (default: the first that is there)")
-    fetch.add_argument("--insecure", action="store_true", help="let the registry speak plain HTTP, or have a certificate that nobody signed")
+    fetch.add_argument(
+        "--tool",
+        metavar="NAME",
+        help="what fetches it: skopeo, podman, docker, buildah, enroot, apptainer (default: the first that is there)",
+    )
+    fetch.add_argument(
+        "--insecure",
+        action="store_true",
+        help="let the registry speak plain HTTP, or have a certificate that nobody signed",
+    )
 
     build = _command(actions, "build", "build an image with amlaunch and its compiled packages in, and import it")
-    build.add_argument("--base", metavar="IMAGE", help="the image to build on; give a digest to pin it: nvcr.io/nvidia/pytorch@sha256:...")
+    build.add_argument(
+        "--base",
+        metavar="IMAGE",
+        help="the image to build on; give a digest to pin it: nvcr.io/nvidia/pytorch@sha256:...",
+    )
     build.add_argument("--file", metavar="FILE", help="another Dockerfile (default: amlaunch's own; --print shows it)")
-    build.add_argument("--packages", metavar="NAMES", help="what to install into it, as pip takes it (default: what preprocessing and wandb need)")
+    build.add_argument(
+        "--packages",
+        metavar="NAMES",
+        help="what to install into it, as pip takes it (default: what preprocessing and wandb need)",
+    )
     build.add_argument("--wheels", metavar="DIR", help="install from this folder of wheels, without a network")
     build.add_argument("--tag", metavar="NAME", help="what the image is called (default: amlaunch:VERSION)")
-    build.add_argument("--tool", metavar="NAME", help="what builds it: buildah, podman or docker (default: the first that is there)")
+    build.add_argument(
+        "--tool", metavar="NAME", help="what builds it: buildah, podman or docker (default: the first that is there)"
+    )
     build.add_argument("--no-import", action="store_true", help="leave it in the tool's own storage")
-    build.add_argument("--print", action="store_true", dest="print_only", help="print the Dockerfile, and build nothing")
+    build.add_argument(
+        "--print", action="store_true", dest="print_only", help="print the Dockerfile, and build nothing"
+    )
     _add_making(build)
 
     show = _command(actions, "list", "list the images that are there, with their sizes and what checks saw")
     _add_images(show)
     show.add_argument("--json", action="store_true", help="as JSON")
 
-    check = _command(actions, "check", "start an image and print what is in it: Python, torch, CUDA, NCCL, cuDNN, GPUs, whether the mounts can be written")
-    check.add_argument("image", help="a reference, a file, a name or the start of a digest as amlaunch image list shows them")
+    check = _command(
+        actions,
+        "check",
+        "start an image and print what is in it: Python, torch, CUDA, NCCL, cuDNN, GPUs, whether the mounts can be written",
+    )
+    check.add_argument(
+        "image", help="a reference, a file, a name or the start of a digest as amlaunch image list shows them"
+    )
     _add_images(check)
     check.add_argument("--runtime", metavar="NAME", help="what starts it (default: as the site has it)")
-    check.add_argument("--mount", action="append", default=[], metavar="SRC:DST[:ro]", help="mount it too, and say whether it can be written (repeat it)")
+    check.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="SRC:DST[:ro]",
+        help="mount it too, and say whether it can be written (repeat it)",
+    )
     check.add_argument("--gpus", type=int, metavar="N", help="with --cluster: ask for a node with so many GPUs")
-    check.add_argument("--has", metavar="NAMES", help="start nothing; write down that these packages are in it (tiktoken,datasets)")
+    check.add_argument(
+        "--has", metavar="NAMES", help="start nothing; write down that these packages are in it (tiktoken,datasets)"
+    )
     check.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="DIR", help="the folder of images (default: $AMLAUNCH_IMAGES, the profile's image_folder, or images beside the runs)")
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="the folder of images (default: $AMLAUNCH_IMAGES, the profile's image_folder, or images beside the runs)",
+    )
     parser.add_argument("--cluster", metavar="NAME", help="the profile whose folder and runtime are meant")
 
 
 def _add_making(parser: argparse.ArgumentParser) -> None:
     _add_images(parser)
-    parser.add_argument("--format", choices=["sqsh", "sif"], help="what to convert to (default: sif for apptainer, else sqsh)")
-    parser.add_argument("--tmp", metavar="DIR", help="where downloads and half-made files go (default: in the folder of images)")
+    parser.add_argument(
+        "--format", choices=["sqsh", "sif"], help="what to convert to (default: sif for apptainer, else sqsh)"
+    )
+    parser.add_argument(
+        "--tmp", metavar="DIR", help="where downloads and half-made files go (default: in the folder of images)"
+    )
     parser.add_argument("--json", action="store_true", help="the image as JSON on stdout")
 
 
@@ -297,7 +407,9 @@ def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def split_overrides(parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: bool = True) -> tuple[list[str], list[str]]:
+def split_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: bool = True
+) -> tuple[list[str], list[str]]:
     """``(arguments for the parser, overrides)``. Raises BadInput for an unknown option, with the nearest one.
 
     Where overrides are ``allowed``, an option that the parser does not know is
@@ -356,7 +468,7 @@ def _refuse_unknown(name: str, options: list[str], overrides: bool) -> None:
 def _sections() -> list[str]:
     from dataclasses import fields
 
-    from recipes.schema import Recipe
+    from amlaunch.recipes.format.schema import Recipe
 
     return [field.name for field in fields(Recipe)]
 
@@ -398,5 +510,6 @@ def run(argv: Sequence[str]) -> int:
         return 0
     options.overrides = [*overrides, *sweep_overrides(getattr(options, "sweep", []))]
     options.argv = ["amlaunch", *argv]
-    module = importlib.import_module(f"launcher.commands.{options.command.replace('-', '_')}")
+    options.parser = parser
+    module = importlib.import_module(f"amlaunch.launcher.commands.{options.command.replace('-', '_')}")
     return int(module.run(options))

@@ -1,4 +1,4 @@
-"""``python -m preprocess``: ``amlaunch preprocess`` and ``amlaunch data``, and the stages of a run.
+"""``python -m amlaunch.preprocess``: ``amlaunch preprocess`` and ``amlaunch data``, and the stages of a run.
 
 ``element RECIPE --index I --out DIR`` and ``verify RECIPE --out DIR`` are what the launcher starts; anything else is
 the command line of ``amlaunch preprocess``.
@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preprocess.failure import Failure, what_the_disk_says
-from preprocess.progress import Progress, StopRequested, stop_on_signals
-from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
-from recipes.files import write_json
-from recipes.loader import Loaded, load
-from recipes.options import add_data_options, add_preprocess_options, refuse_unknown
-from recipes.output import PIPE_CLOSED, forgive_output
-from recipes.process import PARENT_VARIABLE, STDIN_VARIABLE, die_with_parent
-from recipes.rundir import ElementDir
-from recipes.schema import Preprocess
+from amlaunch.preprocess.errors import Failure, what_the_disk_says
+from amlaunch.preprocess.progress import Progress, StopRequested, stop_on_signals
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
+from amlaunch.recipes.files import write_json
+from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.format.schema import Preprocess
+from amlaunch.recipes.output import PIPE_CLOSED, forgive_output
+from amlaunch.recipes.preprocess_options import add_data_options, add_preprocess_options, refuse_unknown
+from amlaunch.recipes.python_process import PARENT_VARIABLE, STDIN_VARIABLE, die_with_parent
+from amlaunch.recipes.run_layout import ElementDir
 
 
 def stage_parser() -> argparse.ArgumentParser:
     """The two stages of a run."""
-    top = argparse.ArgumentParser(prog="python -m preprocess", description="Text to token shards.")
+    top = argparse.ArgumentParser(prog="python -m amlaunch.preprocess", description="Text to token shards.")
     commands = top.add_subparsers(dest="command", required=True)
     element = commands.add_parser("element", help="make one array element's shards, or what is missing of them")
     element.add_argument("--index", type=int, required=True, help="which of preprocess.elements, from 0")
@@ -61,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("numpy", "tiktoken", "pyarrow"):
             raise
-        print(f'error: preprocessing needs {error.name}: pip install "amlaunch[preprocess]"', file=sys.stderr, flush=True)
+        print(
+            f'error: preprocessing needs {error.name}: pip install "amlaunch[preprocess]"', file=sys.stderr, flush=True
+        )
         return BAD_INPUT
     except BrokenPipeError:  # amlaunch data peek … | head
         sys.stderr.close()
         return PIPE_CLOSED
     except (Failure, OSError) as error:
-        print(f"error: {what_the_disk_says(error) if isinstance(error, OSError) else error}", file=sys.stderr, flush=True)
+        print(
+            f"error: {what_the_disk_says(error) if isinstance(error, OSError) else error}", file=sys.stderr, flush=True
+        )
         return FAILED
 
 
@@ -76,15 +80,17 @@ def run(words: list[str]) -> int:
     if words[:1] == ["data"]:
         parser = argparse.ArgumentParser(prog="amlaunch data", allow_abbrev=False)
         add_data_options(parser)
-        from preprocess import data
+        from amlaunch.preprocess.stages import inspect_data
 
-        return data.run(parser.parse_args(words[1:]))
+        return inspect_data.run(parser.parse_args(words[1:]))
     if words[:1] in (["element"], ["verify"]):
         cut = words.index("--") if "--" in words else len(words)
         return run_stage(stage_parser().parse_args(words[:cut]), words[cut + 1 :])
-    parser = argparse.ArgumentParser(prog="amlaunch preprocess", description="Text to token shards, verified.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="amlaunch preprocess", description="Text to token shards, verified.", allow_abbrev=False
+    )
     add_preprocess_options(parser)
-    from preprocess import command
+    from amlaunch.preprocess.stages import command
 
     refuse_unknown(parser, words)
     return command.run(parser.parse_args(words))
@@ -110,14 +116,17 @@ def _section(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[L
 
 
 def _element(arguments: argparse.Namespace, options: Preprocess, loaded: Loaded, progress: Progress) -> dict[str, Any]:
-    from preprocess.element import result, run_element  # tiktoken comes in here, behind the signal handlers
+    from amlaunch.preprocess.stages.element import (  # tiktoken comes in here, behind the signal handlers
+        result,
+        run_element,
+    )
 
     parts = run_element(options, arguments.index, arguments.out, progress, arguments.workers, loaded.policy)
     return result(parts, options, arguments.index, arguments.out)
 
 
 def _verify(arguments: argparse.Namespace, options: Preprocess, loaded: Loaded, progress: Progress) -> dict[str, Any]:
-    from preprocess.verify import result, verify
+    from amlaunch.preprocess.stages.verify import result, verify
 
     whole = verify(options, arguments.out, progress, loaded.policy)
     progress.finish(whole["tokens"], whole["tokens"], f"{arguments.out}: whole: {whole['tokens']:,} tokens")

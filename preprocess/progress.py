@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from recipes.rundir import ElementDir, Heartbeat
+from amlaunch.recipes.run_layout import ElementDir, Heartbeat
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOG_SECONDS = 5.0
@@ -24,7 +24,9 @@ def stop_on_signals() -> None:
     """Turn SIGTERM, SIGINT and SIGUSR1 into StopRequested, at once: every write is atomic, so no moment is wrong."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        for other in SIGNALS:  # the clean-up is not to be disturbed (SIG_IGN would have Python complain of one on its way)
+        for (
+            other
+        ) in SIGNALS:  # the clean-up is not to be disturbed (SIG_IGN would have Python complain of one on its way)
             signal.signal(other, lambda *_: None)
         raise StopRequested(signal.Signals(number).name)
 
@@ -35,9 +37,7 @@ def stop_on_signals() -> None:
 class Progress:
     """A bar on a terminal, a line every few seconds elsewhere; beats once a second, and looks for the ``stop`` file."""
 
-    def __init__(
-        self, folder: ElementDir | None = None, say: Callable[[str], None] | None = None, bar: bool = False
-    ):
+    def __init__(self, folder: ElementDir | None = None, say: Callable[[str], None] | None = None, bar: bool = False):
         self.folder = folder
         self._say = say or (lambda text: print(text, flush=True))
         self._heartbeat = Heartbeat(folder.progress if folder else None)
@@ -66,7 +66,9 @@ class Progress:
         now = time.monotonic()
         if self._bar and now - self._drawn >= DRAW_SECONDS:
             self._drawn = now
-            self._bar.draw(_line(done, total, *self._rate(done, total, fraction), more), _fraction(done, total, fraction))
+            self._bar.draw(
+                _line(done, total, *self._rate(done, total, fraction), more), _fraction(done, total, fraction)
+            )
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
@@ -129,7 +131,9 @@ class Bar:
 
     def draw(self, text: str, fraction: float | None) -> None:
         """Show how far it is; a bar that only moves where nobody knows."""
-        self._progress.update(self._task, description=text, total=1.0 if fraction is not None else None, completed=fraction or 0.0)
+        self._progress.update(
+            self._task, description=text, total=1.0 if fraction is not None else None, completed=fraction or 0.0
+        )
 
     def say(self, text: str) -> None:
         """A line above it."""

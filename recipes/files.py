@@ -222,7 +222,9 @@ def holders(lock: Path) -> list[int]:
         wanted = lock.stat()
         for info in glob.iglob("/proc/[0-9]*/fdinfo/*"):
             with suppress(OSError):  # it has ended meanwhile, or is somebody else's
-                if _is_lock_on(Path(info).read_text(), wanted.st_ino) and os.path.samestat(os.stat(info.replace("fdinfo", "fd")), wanted):
+                if _is_lock_on(Path(info).read_text(), wanted.st_ino) and os.path.samestat(
+                    os.stat(info.replace("fdinfo", "fd")), wanted
+                ):
                     found.add(int(info.split("/")[2]))
     return sorted(found - {os.getpid()})
 

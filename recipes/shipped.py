@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -27,7 +27,9 @@ def find_recipe(name: str) -> Path:
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
     if stem in known and path.parent.name in ("", "recipes"):
         return known[stem]
-    raise BadInput(f"there is no file {name!r} and no recipe of that name; {did_you_mean(stem, known)} (amlaunch recipes lists them)")
+    raise BadInput(
+        f"there is no file {name!r} and no recipe of that name; {did_you_mean(stem, known)} (amlaunch recipes lists them)"
+    )
 
 
 def summary(path: Path) -> str:

@@ -15,7 +15,9 @@ from slurm_cluster import Cluster
 
 with suppress(ImportError):
     import setuptools  # noqa: F401  # torch's compiler takes its distutils, which must come before Python's own in a process
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would all that tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and so would all that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
 for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
     os.environ.pop(name, None)

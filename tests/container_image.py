@@ -98,11 +98,27 @@ def _installed(name: str) -> bool:
 
 def _make(folder: Path) -> None:
     rootfs = folder / "rootfs"
-    command = ["mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(DEBIAN)}", "bookworm", str(rootfs), *_mirror()]
+    command = [
+        "mmdebstrap",
+        "--quiet",
+        "--variant=essential",
+        f"--include={','.join(DEBIAN)}",
+        "bookworm",
+        str(rootfs),
+        *_mirror(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    for name in ("usr/share/doc", "usr/share/locale", "usr/share/man", "var/cache/apt", "var/lib/apt/lists", "dev", "usr/lib/python3/dist-packages"):
+    for name in (
+        "usr/share/doc",
+        "usr/share/locale",
+        "usr/share/man",
+        "var/cache/apt",
+        "var/lib/apt/lists",
+        "dev",
+        "usr/lib/python3/dist-packages",
+    ):
         shutil.rmtree(rootfs / name, ignore_errors=True)
     for name in ("dev", "usr/lib/python3/dist-packages", *MOUNT_POINTS):
         (rootfs / name).mkdir(parents=True, exist_ok=True)
@@ -130,7 +146,12 @@ def _copy_packages(target: Path) -> None:
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or ():
             source = Path(str(distribution.locate_file(file)))
-            if ".." in file.parts or str(file).startswith(WITHOUT) or file.suffix in (".a", ".pyi", ".h") or not source.is_file():
+            if (
+                ".." in file.parts
+                or str(file).startswith(WITHOUT)
+                or file.suffix in (".a", ".pyi", ".h")
+                or not source.is_file()
+            ):
                 continue
             copy = target / file
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +163,17 @@ def _copy_packages(target: Path) -> None:
 
 def _config() -> dict[str, object]:
     """The least that runc and Slurm want of a bundle; see runtime-spec, config.md."""
-    default = json.loads(subprocess.run(["sh", "-c", "cd $(mktemp -d) && runc spec --rootless && cat config.json"], capture_output=True, text=True, check=True).stdout)
-    default["process"].update({"terminal": False, "env": [f"{name}={value}" for name, value in ENV.items()], "args": ["/bin/true"]})
+    default = json.loads(
+        subprocess.run(
+            ["sh", "-c", "cd $(mktemp -d) && runc spec --rootless && cat config.json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    default["process"].update(
+        {"terminal": False, "env": [f"{name}={value}" for name, value in ENV.items()], "args": ["/bin/true"]}
+    )
     default["root"] = {"path": "rootfs", "readonly": True}
     return dict(default)
 

@@ -30,7 +30,7 @@ def documents():
         yield f"document {number} of the {where()}"
 
 def model(**sizes):
-    from trainer.models.gpt2 import build_gpt2_model
+    from amlaunch.trainer.models.gpt2 import build_gpt2_model
 
     print("made in the", where(), flush=True)
     return build_gpt2_model(**sizes)
@@ -40,14 +40,22 @@ def model(**sizes):
 
 def squashed(image: Path, file: Path) -> Path:
     """The tests' image as a .sqsh with its record, as ``image import`` leaves them; without torch, which would take long."""
-    subprocess.run(["mksquashfs", image / "rootfs", file, "-comp", "lz4", "-no-progress", "-e", "usr/local"], check=True, capture_output=True)
-    file.with_suffix(".json").write_text(json.dumps({"settings": {"Env": [f"{name}={value}" for name, value in container_image.ENV.items()]}}))
+    subprocess.run(
+        ["mksquashfs", image / "rootfs", file, "-comp", "lz4", "-no-progress", "-e", "usr/local"],
+        check=True,
+        capture_output=True,
+    )
+    file.with_suffix(".json").write_text(
+        json.dumps({"settings": {"Env": [f"{name}={value}" for name, value in container_image.ENV.items()]}})
+    )
     return file
 
 
 def made_in(run: Path) -> tuple[str, str]:
     """Where a run's text came from and where its model was trained: ``image`` or ``host``."""
     (shard,) = (run / "data").glob("*train*.bin")
-    text = shard.read_bytes()[1024::2].decode(errors="replace")  # two bytes a token, of which the first is the byte of the text
+    text = shard.read_bytes()[1024::2].decode(
+        errors="replace"
+    )  # two bytes a token, of which the first is the byte of the text
     log = (run / "stages" / "train" / "0" / "logs" / "attempt1.rank0.log").read_text()
     return re.findall(r"of the (image|host)", text)[-1], re.findall(r"made in the (\w+)", log)[-1]

@@ -62,13 +62,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self) -> list[dict[str, Any]]:
         """All files and folders."""
-        found = [{"type": "file", "path": path, "size": len(content), "oid": "0" * 40} for path, content in self.hub.files.items()]
+        found = [
+            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+            for path, content in self.hub.files.items()
+        ]
         folders = {path.rpartition("/")[0] for path in self.hub.files if "/" in path}
         return found + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
 
     def below(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
         """What lies in a folder."""
-        return [entry for entry in self.tree() if (recursive and entry["path"].startswith(folder)) or entry["path"].rpartition("/")[0] == folder.strip("/")]
+        return [
+            entry
+            for entry in self.tree()
+            if (recursive and entry["path"].startswith(folder)) or entry["path"].rpartition("/")[0] == folder.strip("/")
+        ]
 
     def do_HEAD(self) -> None:
         """As GET."""
@@ -84,7 +91,19 @@ class Handler(BaseHTTPRequestHandler):
         elif listed := re.fullmatch(rf"/api/datasets/{REPO}/tree/[^/]+/?(.*)", path):
             self.answer(self.below(listed[1], "recursive=True" in self.path))
         elif re.fullmatch(rf"/api/datasets/{REPO}(/revision/[^/]+)?", path):
-            self.answer({"id": REPO, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in self.hub.files]})
+            self.answer(
+                {
+                    "id": REPO,
+                    "sha": COMMIT,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                    "siblings": [{"rfilename": path} for path in self.hub.files],
+                }
+            )
         else:
             self.answer({"error": "Not found"}, 404)
 

@@ -22,7 +22,17 @@ import pytest
 
 PYTHON = Path("/usr/bin/python3")
 PROGRAMS = ("dash", "mkdir", "rm", "chmod", "cat", "sleep", "env", "true")
-LEFT_OUT = {"__pycache__", "test", "idlelib", "turtledemo", "tkinter", "pydoc_data", "lib2to3", "config-3.11-x86_64-linux-gnu", "dist-packages"}
+LEFT_OUT = {
+    "__pycache__",
+    "test",
+    "idlelib",
+    "turtledemo",
+    "tkinter",
+    "pydoc_data",
+    "lib2to3",
+    "config-3.11-x86_64-linux-gnu",
+    "dist-packages",
+}
 Entry = tuple[str, Any]
 """Name and content: bytes, None for a folder, ``->name`` for a symbolic link, ``=name`` for a hard one."""
 
@@ -60,7 +70,14 @@ def layer(entries: Sequence[Entry]) -> bytes:
     return out.getvalue()
 
 
-def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, architecture: str = "amd64", *, packed: bool = True) -> Path:
+def write_layout(
+    folder: Path,
+    layers: Sequence[bytes],
+    config: Mapping[str, Any] | None = None,
+    architecture: str = "amd64",
+    *,
+    packed: bool = True,
+) -> Path:
     """An OCI image layout of these layers, compressed with gzip unless they are large and made of noise."""
     blobs = folder / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -72,7 +89,12 @@ def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any
 
     stored = [gzip.compress(one, 1, mtime=0) if packed else one for one in layers]
     diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
-    settings = {"architecture": architecture, "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}
+    settings = {
+        "architecture": architecture,
+        "os": "linux",
+        "config": dict(config or {}),
+        "rootfs": {"type": "layers", "diff_ids": diffs},
+    }
     kind = "application/vnd.oci.image"
     manifest = {
         "schemaVersion": 2,
@@ -80,19 +102,34 @@ def write_layout(folder: Path, layers: Sequence[bytes], config: Mapping[str, Any
         "config": {"mediaType": f"{kind}.config.v1+json", **blob(json.dumps(settings).encode())},
         "layers": [{"mediaType": f"{kind}.layer.v1.tar{'+gzip' * packed}", **blob(one)} for one in stored],
     }
-    entry = {"mediaType": f"{kind}.manifest.v1+json", **blob(json.dumps(manifest).encode()), "platform": {"architecture": architecture, "os": "linux"}}
+    entry = {
+        "mediaType": f"{kind}.manifest.v1+json",
+        **blob(json.dumps(manifest).encode()),
+        "platform": {"architecture": architecture, "os": "linux"},
+    }
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
     return folder
 
 
-def write_docker_archive(path: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, tag: str = "tiny:1") -> Path:
+def write_docker_archive(
+    path: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None = None, tag: str = "tiny:1"
+) -> Path:
     """A tar as ``docker save`` writes it."""
     diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in layers]
-    settings = json.dumps({"architecture": "amd64", "os": "linux", "config": dict(config or {}), "rootfs": {"type": "layers", "diff_ids": diffs}}).encode()
+    settings = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": dict(config or {}),
+            "rootfs": {"type": "layers", "diff_ids": diffs},
+        }
+    ).encode()
     name = f"{hashlib.sha256(settings).hexdigest()}.json"
     files = {name: settings, **{f"{number}/layer.tar": data for number, data in enumerate(layers)}}
-    files["manifest.json"] = json.dumps([{"Config": name, "RepoTags": [tag], "Layers": [f"{number}/layer.tar" for number in range(len(layers))]}]).encode()
+    files["manifest.json"] = json.dumps(
+        [{"Config": name, "RepoTags": [tag], "Layers": [f"{number}/layer.tar" for number in range(len(layers))]}]
+    ).encode()
     path.write_bytes(layer(list(files.items())))
     return path
 
@@ -174,7 +211,9 @@ class Registry:
 
     def _start(self, password: str | None) -> subprocess.Popen[bytes]:
         config = registry_config(self.folder, self.name, password, tls=self.tls)
-        process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(config)], stdout=open(self.log, "wb"), stderr=subprocess.STDOUT
+        )
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             try:
@@ -187,18 +226,28 @@ class Registry:
     def push(self, layout: Path, name: str, *credentials_: str) -> str:
         place = f"127.0.0.1:{self.port}/{name}"
         more = ["--dest-creds", credentials_[0]] if credentials_ else []
-        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *more, f"oci:{layout}", f"docker://{place}"], check=True, capture_output=True)
+        subprocess.run(
+            ["skopeo", "copy", "-q", "--dest-tls-verify=false", *more, f"oci:{layout}", f"docker://{place}"],
+            check=True,
+            capture_output=True,
+        )
         return place
 
     def fetched(self) -> int:
         """How often a layer of more than a megabyte was read."""
-        lines = [line for line in self.log.read_text().splitlines() if "http.request.method=GET" in line and "/blobs/" in line]
+        lines = [
+            line
+            for line in self.log.read_text().splitlines()
+            if "http.request.method=GET" in line and "/blobs/" in line
+        ]
         return sum(int(size) > 1 << 20 for line in lines for size in re.findall(r"http\.response\.written=(\d+)", line))
 
     def digest(self, name: str, tag: str) -> str:
         """Of a manifest, as the registry says."""
         wanted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v2/{name}/manifests/{tag}", headers={"Accept": wanted})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v2/{name}/manifests/{tag}", headers={"Accept": wanted}
+        )
         with urllib.request.urlopen(request) as answer:
             return answer.headers["Docker-Content-Digest"]
 
@@ -206,16 +255,40 @@ class Registry:
         """An index that says of one image for which architecture it is."""
         kind = "application/vnd.oci.image.index.v1+json"
         place = f"http{'s' * self.tls}://{self.name}/v2/{name}/manifests"
-        with urllib.request.urlopen(urllib.request.Request(f"{place}/{of}", headers={"Accept": "application/vnd.oci.image.manifest.v1+json"})) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{place}/{of}", headers={"Accept": "application/vnd.oci.image.manifest.v1+json"})
+        ) as answer:
             raw, of_kind = answer.read(), answer.headers["Content-Type"]
-        entry = {"mediaType": of_kind, "digest": f"sha256:{hashlib.sha256(raw).hexdigest()}", "size": len(raw), "platform": {"architecture": architecture, "os": "linux"}}
+        entry = {
+            "mediaType": of_kind,
+            "digest": f"sha256:{hashlib.sha256(raw).hexdigest()}",
+            "size": len(raw),
+            "platform": {"architecture": architecture, "os": "linux"},
+        }
         body = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": [entry]}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{place}/{tag}", data=body, headers={"Content-Type": kind}, method="PUT")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{place}/{tag}", data=body, headers={"Content-Type": kind}, method="PUT")
+        ).close()
 
 
 def make_certificate(folder: Path) -> Path:
     """A key, and a certificate for 127.0.0.1."""
     need("openssl")
-    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(["openssl", "req", *words, "-keyout", folder / "key", "-out", folder / "certificate"], check=True, capture_output=True)
+    words = [
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run(
+        ["openssl", "req", *words, "-keyout", folder / "key", "-out", folder / "certificate"],
+        check=True,
+        capture_output=True,
+    )
     return folder / "certificate"

@@ -32,7 +32,9 @@ def in_ranks(size: int, folder: Path, tasks: list[Task], timeout: float = 500.0)
     folder.mkdir(parents=True)
     shared = environment(size)
     processes = [
-        FORKS.Process(target=_be_a_rank, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder, tasks), daemon=True)
+        FORKS.Process(
+            target=_be_a_rank, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder, tasks), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:
@@ -56,10 +58,10 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
     import torch
     import torch.distributed as dist
 
-    from recipes.schema import Distributed
-    from trainer.errors import leave
-    from trainer.parallel import join
-    from trainer.ranks import from_environment
+    from amlaunch.recipes.format.schema import Distributed
+    from amlaunch.trainer.parallel.world import join
+    from amlaunch.trainer.process.errors import leave
+    from amlaunch.trainer.process.rank_environment import from_environment
 
     torch.set_num_threads(1)
     join(Distributed(timeout_minutes=8), from_environment(os.environ))
@@ -79,10 +81,12 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
 
 def train(run: Run, *overrides: str) -> int:
     """Train on the ranks of this group; the exit code."""
-    from trainer.cli import parse
-    from trainer.errors import guarded
-    from trainer.job import run as train_here
-    from trainer.stop import StopFlag
+    from amlaunch.trainer.loop.job import run as train_here
+    from amlaunch.trainer.process.arguments import parse
+    from amlaunch.trainer.process.errors import guarded
+    from amlaunch.trainer.process.stop_request import StopFlag
 
     stop = StopFlag()
-    return guarded(lambda: train_here(parse("trainer", "", [*run.arguments("trainer")[4:], *overrides]), stop))
+    return guarded(
+        lambda: train_here(parse("amlaunch.trainer", "", [*run.arguments("amlaunch.trainer")[4:], *overrides]), stop)
+    )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.element import run_element
-from preprocess.parts import OutputDir, Part, read_part
-from preprocess.progress import Progress
-from preprocess.shards import open_tokens, read_ends
-from recipes.schema import Preprocess
+from amlaunch.preprocess.progress import Progress
+from amlaunch.preprocess.shards.output_folder import OutputDir, Part, read_part
+from amlaunch.preprocess.shards.shard_format import open_tokens, read_ends
+from amlaunch.preprocess.stages.element import run_element
+from amlaunch.recipes.format.schema import Preprocess
 
 WORDS = [
     "the",

@@ -109,7 +109,9 @@ class Cluster:
 
     def helper(self, *argv: str | Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
         """A command of lab's that answers lines on its standard input, until the end of the test."""
-        made = subprocess.Popen(self._as_lab(argv, env), cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        made = subprocess.Popen(
+            self._as_lab(argv, env), cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._helpers.append(made)
         return made
 
@@ -209,7 +211,7 @@ class Cluster:
         return ["env", number, SCRIPT, "lab", "env", *(f"{name}={value}" for name, value in variables.items()), *argv]
 
     def _check_python(self) -> None:
-        asked = self.run(self.python, "-P", "-c", "import recipes, launcher, yaml", check=False)
+        asked = self.run(self.python, "-P", "-c", "import amlaunch.recipes, amlaunch.launcher, yaml", check=False)
         if asked.returncode:
             raise PermissionError(
                 f"user {USER} cannot run {self.python} with the packages of {REPOSITORY}: make their files readable "

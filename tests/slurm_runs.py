@@ -11,9 +11,9 @@ from typing import Any
 
 from slurm_cluster import REPOSITORY, Cluster
 
-from launcher.plan import Element, Needs, Plan, Stage
-from recipes.files import read_json_lines, write_json
-from recipes.rundir import RunDir
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
+from amlaunch.recipes.files import read_json_lines, write_json
+from amlaunch.recipes.run_layout import RunDir
 
 CPU = Needs(1, 0, 1, 1, "200M", 5)
 TWO_ON_GPU = Needs(1, 2, 2, 2, "400M", 5)
@@ -22,7 +22,7 @@ STEPS = ["--do", "steps"]
 PROFILE = {"signal_seconds": 60}
 ASKED = """\
 import contextlib, io, json, sys
-from launcher.__main__ import main
+from amlaunch.launcher.__main__ import main
 for line in sys.stdin:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -46,12 +46,16 @@ class Place:
         }
         self._asked: subprocess.Popen[str] | None = None
 
-    def amlaunch(self, *words: str, check: bool = True, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [self.cluster.python, "-P", "-m", "launcher", *words]
+    def amlaunch(
+        self, *words: str, check: bool = True, timeout: float = 120, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = [self.cluster.python, "-P", "-m", "amlaunch", *words]
         return self.cluster.run(*command, cwd=self.folder, env={**self.env, **env}, timeout=timeout, check=check)
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        return self.cluster.popen(self.cluster.python, "-P", "-m", "launcher", *words, cwd=self.folder, env={**self.env, **env})
+        return self.cluster.popen(
+            self.cluster.python, "-P", "-m", "amlaunch", *words, cwd=self.folder, env={**self.env, **env}
+        )
 
     def write(self, name: str, text: str) -> Path:
         """A file of lab's."""
@@ -100,13 +104,14 @@ class Place:
                 Element(str(i), "stand_in", [*words, "--element", str(run.element(stage, str(i)).root)], f"part {i}")
                 for i, words in enumerate(elements)
             ]
-            built.append(Stage(stage, parts, [built[-1].name] if built else [], needs, "gpu" if needs.gpus_per_node else "cpu"))
+            built.append(
+                Stage(stage, parts, [built[-1].name] if built else [], needs, "gpu" if needs.gpus_per_node else "cpu")
+            )
         settings = {"name": "slurm", "profile": {**PROFILE, **profile}}
         plan = Plan(name, built, None, str(self.folder), cluster=settings)
         write_json(run.plan, plan.to_json())
         run.code.mkdir()
-        for package in ("recipes", "containers", "launcher"):  # as a snapshot has them
-            (run.code / package).symlink_to(REPOSITORY / package)
+        (run.code / "amlaunch").symlink_to(REPOSITORY / "src" / "amlaunch")  # as a snapshot has it
         subprocess.run(["chown", "-R", "lab:lab", str(self.folder / "runs")], check=True)
         return run
 

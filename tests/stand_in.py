@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.files import write_json
-from recipes.process import die_with_parent
-from recipes.rundir import ElementDir, Heartbeat
+from amlaunch.recipes.files import write_json
+from amlaunch.recipes.python_process import die_with_parent
+from amlaunch.recipes.run_layout import ElementDir, Heartbeat
 
 STEPS = 24
 
@@ -40,7 +40,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: asked.append(number))
     size = os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"]
-    print(f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    print(
+        f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}",
+        flush=True,
+    )
     for name in options.variables:
         print(f"{name}={os.environ.get(name)}", flush=True)
     if options.touch:

@@ -28,33 +28,46 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amlaunch.launcher.__main__ import main as amlaunch
+from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.format.schema import Compile, Distributed, Fp8, Recipe
+from amlaunch.recipes.shipped import find_recipe
+from amlaunch.trainer.data.batches import StepBatches, on_device
+from amlaunch.trainer.data.datasets import NanogptDataset
+from amlaunch.trainer.loop import training_loop
+from amlaunch.trainer.loop.job import check_graphs, paths
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.parallel.world import World
+from amlaunch.trainer.performance import attention_kernels, fp8
+from amlaunch.trainer.performance.attention_kernels import BACKENDS
+from amlaunch.trainer.performance.compilation import scope_of
+from amlaunch.trainer.process.garbage_collection import Collector
+from amlaunch.trainer.process.start_time import seconds_since_start
+from amlaunch.trainer.tools import roofline
+from amlaunch.trainer.tools.bench import main, text_of
+from amlaunch.trainer.tools.roofline import Row, advice, busy, least_seconds, length, part_of, rows, self_times
 from benchmarks import gpu_suite
-from launcher.__main__ import main as amlaunch
-from recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
-from recipes.loader import load
-from recipes.schema import Compile, Distributed, Fp8, Recipe
-from recipes.shipped import find_recipe
 from tests.trainer_runs import VOCAB, Run, recipe, write_tokens
-from trainer import fp8, kernels, loop, roofline
-from trainer.batches import StepBatches, on_device
-from trainer.bench import main, text_of
-from trainer.collector import Collector
-from trainer.compiling import scope_of
-from trainer.data import NanogptDataset
-from trainer.job import check_graphs, paths
-from trainer.kernels import BACKENDS
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.models.llama import build_llama_model
-from trainer.parallel import World
-from trainer.roofline import Row, advice, busy, least_seconds, length, part_of, rows, self_times
-from trainer.startup import seconds_since_start
 
 CPU = torch.device("cpu")
 
 
-def event(name: str, begin: float, seconds: float, cat: str = "kernel", tid: int = 7, correlation: int | None = None) -> dict[str, Any]:
+def event(
+    name: str, begin: float, seconds: float, cat: str = "kernel", tid: int = 7, correlation: int | None = None
+) -> dict[str, Any]:
     args = {} if correlation is None else {"correlation": correlation}
-    return {"ph": "X", "name": name, "ts": begin * 1e6, "dur": seconds * 1e6, "cat": cat, "pid": 1, "tid": tid, "args": args}
+    return {
+        "ph": "X",
+        "name": name,
+        "ts": begin * 1e6,
+        "dur": seconds * 1e6,
+        "cat": cat,
+        "pid": 1,
+        "tid": tid,
+        "args": args,
+    }
 
 
 def test_kernels_are_counted_under_what_they_compute() -> None:
@@ -91,7 +104,9 @@ def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts()
     ]
     found = busy(trace, 2)
     assert found.device and found.backends == ("flash_attention",) and found.waits == 0.5
-    assert found.parts == pytest.approx({"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25})
+    assert found.parts == pytest.approx(
+        {"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25}
+    )
     parts = {row.part: row for row in rows(found, 5.0, 0.25, {"matrix products": 0.75})}
     assert parts["gaps"].seconds == pytest.approx(5.0 - 0.25 - 4.25) and parts["matrix products"].least == 0.75
     assert sum(row.share for row in parts.values()) == pytest.approx(1.0)
@@ -121,7 +136,9 @@ def test_spans_and_self_times() -> None:
 
 
 def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
-    least = least_seconds(tokens=10, block_flops=6.0, attention_flops=2.0, head_flops=4.0, parameters=100, flops=20.0, bandwidth=700.0)
+    least = least_seconds(
+        tokens=10, block_flops=6.0, attention_flops=2.0, head_flops=4.0, parameters=100, flops=20.0, bandwidth=700.0
+    )
     assert least == pytest.approx({"matrix products": 3.0, "attention": 1.0, "loss": 2.0, "optimizer": 4.0})
 
 
@@ -138,14 +155,30 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
     ],
 )
 def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
-    found = [Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS]
-    told = advice(found, compiled=False, device=True, backends=["cudnn_attention"], micro_batch=4, accumulates=True, waits=shares.get("waits", 0.0))
+    found = [
+        Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS
+    ]
+    told = advice(
+        found,
+        compiled=False,
+        device=True,
+        backends=["cudnn_attention"],
+        micro_batch=4,
+        accumulates=True,
+        waits=shares.get("waits", 0.0),
+    )
     assert said in told and "reduce-overhead" not in told
 
 
 def test_what_is_on_already_is_not_advised() -> None:
     found = [Row(part, 1.0, {"elementwise": 0.4}.get(part, 0.0), None) for part in roofline.PARTS]
-    keys: dict[str, Any] = {"compiled": True, "device": True, "backends": ["cudnn_attention"], "micro_batch": 4, "accumulates": False}
+    keys: dict[str, Any] = {
+        "compiled": True,
+        "device": True,
+        "backends": ["cudnn_attention"],
+        "micro_batch": 4,
+        "accumulates": False,
+    }
     assert "bf16_residual true" in advice(found, **keys, narrow=False)
     assert advice(found, **keys, narrow=True) == "nothing stands out"
 
@@ -168,8 +201,12 @@ def test_products_in_eight_bits_are_near_and_exact_where_the_numbers_fit(half: b
         found.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))])
     for ours, expected in zip(*found, strict=True):
         assert ours.dtype is expected.dtype
-        assert 1e-3 < ((ours - expected).norm() / expected.norm()).item() < 0.1  # neither wrong nor silently something else
-    exact = [torch.randint(-1, 2, shape).float() for shape in ((16, 32), (48, 32))]  # -1, 0, 1 have no rounding, and sums fit
+        assert (
+            1e-3 < ((ours - expected).norm() / expected.norm()).item() < 0.1
+        )  # neither wrong nor silently something else
+    exact = [
+        torch.randint(-1, 2, shape).float() for shape in ((16, 32), (48, 32))
+    ]  # -1, 0, 1 have no rounding, and sums fit
     product = fp8.product(*(fp8.scaled(matrix, fp8.NARROW) for matrix in exact), dtype=torch.float32)
     torch.testing.assert_close(product, exact[0] @ exact[1].t(), rtol=1e-6, atol=1e-5)
 
@@ -188,7 +225,9 @@ def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pyte
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     names = set(model.state_dict())
     assert fp8.use(model, Fp8(enabled=True, exclude=["*.c_proj"]), CPU) == 4
-    assert {name for name, module in model.named_modules() if type(module) is fp8.Float8Linear} == {f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")}
+    assert {name for name, module in model.named_modules() if type(module) is fp8.Float8Linear} == {
+        f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")
+    }
     assert set(model.state_dict()) == names
     with pytest.raises(BadInput, match="fits no linear layer"):
         fp8.use(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
@@ -208,22 +247,35 @@ def test_a_whole_model_is_compiled_where_nothing_has_to_go_on_between_its_blocks
 
 def test_the_backend_of_attention_is_known_and_the_cpu_chooses_itself() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    found = kernels.taken(model, kernels.wanted(None, CPU), 16, torch.float32, CPU)
-    assert found is not None and found.backend in kernels.BACKENDS and found.warning is None
-    assert kernels.wanted(["math"], CPU) == ("math",)
-    assert kernels.taken(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
+    found = attention_kernels.taken(model, attention_kernels.wanted(None, CPU), 16, torch.float32, CPU)
+    assert found is not None and found.backend in attention_kernels.BACKENDS and found.warning is None
+    assert attention_kernels.wanted(["math"], CPU) == ("math",)
+    assert attention_kernels.taken(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
 
 
 def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **call: asked.append(call) or BACKENDS["math"].value)
-    llama = build_llama_model(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    llama = build_llama_model(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2, dropout=0.1)
     for model in (llama, gpt2):
-        kernels.taken(model, ("math",), 8, torch.float32, CPU)
-    kernels.taken(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
-    assert [(call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in asked] == [(4, 2, True, 0.0), (2, 2, False, 0.1), (2, 2, False, 0.1)]
-    assert [(call["is_causal"], call["attn_mask"] is None) for call in asked] == [(True, True), (True, True), (False, False)]
+        attention_kernels.taken(model, ("math",), 8, torch.float32, CPU)
+    attention_kernels.taken(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
+    assert [
+        (call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in asked
+    ] == [(4, 2, True, 0.0), (2, 2, False, 0.1), (2, 2, False, 0.1)]
+    assert [(call["is_causal"], call["attn_mask"] is None) for call in asked] == [
+        (True, True),
+        (True, True),
+        (False, False),
+    ]
 
 
 def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,33 +290,44 @@ def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch:
     gpu = torch.device("cuda")
     for capability, first in (((9, 0), "cudnn_attention"), ((8, 0), "flash_attention")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert kernels.wanted(None, gpu)[0] == first
+        assert attention_kernels.wanted(None, gpu)[0] == first
         for had in (first, "math"):
             monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *, found=had, **_: BACKENDS[found].value)
             with FakeTensorMode():  # as if there were a GPU
-                found = kernels.taken(model, kernels.wanted(None, gpu), 8, torch.bfloat16, gpu)
+                found = attention_kernels.taken(model, attention_kernels.wanted(None, gpu), 8, torch.bfloat16, gpu)
             assert found is not None and found.backend == had
-            assert found.warning == (None if had == first else f"{first} was wanted and cannot be had: the heads are too wide")
+            assert found.warning == (
+                None if had == first else f"{first} was wanted and cannot be had: the heads are too wide"
+            )
 
 
-def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
     order, gpu = ("flash_attention", "efficient_attention"), torch.device("cuda")
-    assert kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True, compiled=True) == kernels.Taken("flex_attention", None)
+    assert attention_kernels.taken(
+        model, order, 8, torch.bfloat16, gpu, packed=True, compiled=True
+    ) == attention_kernels.Taken("flex_attention", None)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **_: BACKENDS["efficient_attention"].value)
     with FakeTensorMode():  # as if there were a GPU
-        found = kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True)
+        found = attention_kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True)
     assert found is not None and found.backend == "efficient_attention"
     assert "compile.enabled true leaves that out" in str(found.warning)
 
 
 def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(kernels, "taken", lambda *_, **more: asked.append(more))
+    monkeypatch.setattr(attention_kernels, "taken", lambda *_, **more: asked.append(more))
     run = Run(tmp_path / "run", recipe(tmp_path))
     for words in ([], ["--packed_sequence.packed_sequence_size=16", "--compile.enabled=true"]):
         found = load(run.folder / "recipe.yaml", words).recipe
-        job = SimpleNamespace(recipe=found, world=World(0, 1, CPU, timedelta(minutes=1)), model=nn.Linear(1, 1), batches=SimpleNamespace(step_tokens=64, global_batch=4))
+        job = SimpleNamespace(
+            recipe=found,
+            world=World(0, 1, CPU, timedelta(minutes=1)),
+            model=nn.Linear(1, 1),
+            batches=SimpleNamespace(step_tokens=64, global_batch=4),
+        )
         paths(job)
     assert asked == [{"packed": False, "compiled": False}, {"packed": True, "compiled": True}]
 
@@ -275,7 +338,10 @@ def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path
     run = Run(tmp_path / "run", recipe(tmp_path, step_scheduler={"global_batch_size": 8}))
 
     def made(mode: str, local: int) -> Recipe:
-        return load(run.folder / "recipe.yaml", ["--compile.enabled=true", f"--compile.mode={mode}", f"--step_scheduler.local_batch_size={local}"]).recipe
+        return load(
+            run.folder / "recipe.yaml",
+            ["--compile.enabled=true", f"--compile.mode={mode}", f"--step_scheduler.local_batch_size={local}"],
+        ).recipe
 
     for mode in ("reduce-overhead", "max-autotune"):
         with pytest.raises(BadInput, match="local_batch_size 4"):
@@ -285,14 +351,21 @@ def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path
     check_graphs(made("max-autotune-no-cudagraphs", 2), gpu)
 
 
-@pytest.mark.parametrize(("name", "strategy", "gathered_again"), [("nanogpt", "ddp", True), ("llama-350m", "fsdp2", False), ("llama-1.3b", "fsdp2", True)])
+@pytest.mark.parametrize(
+    ("name", "strategy", "gathered_again"),
+    [("nanogpt", "ddp", True), ("llama-350m", "fsdp2", False), ("llama-1.3b", "fsdp2", True)],
+)
 def test_the_recipes_that_come_with_it_take_the_fast_paths(name: str, strategy: str, gathered_again: bool) -> None:
     """Red where a default is a slow one. ``gathered_again``: FSDP2's ``reshard_after_forward``, which DDP has nothing of."""
     found = load(find_recipe(name)).recipe
     assert (found.compile.enabled, found.compile.mode, found.compile.scope) == (True, "default", "auto")
-    assert (found.distributed.strategy, found.distributed.dtype, found.distributed.reshard_after_forward) == (strategy, "bfloat16", gathered_again)
+    assert (found.distributed.strategy, found.distributed.dtype, found.distributed.reshard_after_forward) == (
+        strategy,
+        "bfloat16",
+        gathered_again,
+    )
     assert found.distributed.bf16_residual or strategy == "fsdp2", "which has the stream in bfloat16 anyway"
-    assert found.loss_fn == {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": 50257}
+    assert found.loss_fn == {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": 50257}
     assert found.model["vocab_size"] == 50304 and found.model["vocab_size"] % 128 == 0
     assert found.optimizer["_target_"] == "torch.optim.AdamW" and "foreach" not in found.optimizer
     assert found.sdpa_method is None and not found.fp8.enabled
@@ -331,7 +404,7 @@ def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
     model.h[1].register_forward_hook(lambda *args: seen.append(args[2].dtype))
     for asked in (False, True):
         if asked:
-            kernels.carry_in(model, torch.bfloat16)
+            attention_kernels.carry_in(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros(1, 4, dtype=torch.int64))
     assert seen == [torch.float32, torch.bfloat16]
@@ -355,11 +428,13 @@ class Attended(TorchFunctionMode):
 def test_attention_computes_in_bfloat16_all_three_of_them(how: str, packed: bool) -> None:
     """Red where rotary positions in float32 make query and key wide: twice the bytes, and flex_attention of older torch refuses a mixture."""
     gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    llama = build_llama_model(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    llama = build_llama_model(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     for model in (gpt2, llama):
         if how == "residual":
-            kernels.carry_in(model, torch.bfloat16)
+            attention_kernels.carry_in(model, torch.bfloat16)
         if how == "weights":  # as FSDP2 gathers them
             model.bfloat16()
         with torch.autocast("cpu", torch.bfloat16, enabled=how != "weights"), Attended() as attended:
@@ -383,21 +458,32 @@ class Reads(TorchDispatchMode):
 
 MUON = {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 3e-3}}
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {
-    "ddp, loss from hidden states": (0, {"distributed": {"strategy": "ddp", "dtype": "bfloat16"}, "loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy"}}),
+    "ddp, loss from hidden states": (
+        0,
+        {
+            "distributed": {"strategy": "ddp", "dtype": "bfloat16"},
+            "loss_fn": {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy"},
+        },
+    ),
     "fsdp2, packed": (0, {"packed_sequence": {"packed_sequence_size": 16}}),
-    "muon": (0, {"distributed": {"strategy": "none"}, "optimizer": MUON}),  # whole matrices: torch finds a part's place by reading the mesh, on the host
+    "muon": (
+        0,
+        {"distributed": {"strategy": "none"}, "optimizer": MUON},
+    ),  # whole matrices: torch finds a part's place by reading the mesh, on the host
     "an optimizer that is not fused": (1, {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}),
 }
 """Reads a step, and the recipe."""
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_a_step_reads_nothing_back_and_collects_no_garbage(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing_back_and_collects_no_garbage(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the loop itself. Red where anything asks for a number: a GPU would run dry meanwhile. The last case shows that this is seen."""
     monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
     reads, sections = STEPS[name]
     found: list[tuple[int, bool, bool]] = []
-    real = loop.take_step
+    real = training_loop.take_step
 
     def watched(*args: Any) -> Any:
         with Reads() as seen:
@@ -405,8 +491,13 @@ def test_a_step_reads_nothing_back_and_collects_no_garbage(tmp_path: Path, name:
         found.append((seen.count, gc.isenabled(), gc.get_freeze_count() > 0))
         return pending
 
-    monkeypatch.setattr(loop, "take_step", watched)
-    shorter = {"step_scheduler": {"max_steps": 3, "val_every_steps": None}, "model": {"dropout": 0.1}, "checkpoint": {"enabled": False}, "export": None}
+    monkeypatch.setattr(training_loop, "take_step", watched)
+    shorter = {
+        "step_scheduler": {"max_steps": 3, "val_every_steps": None},
+        "model": {"dropout": 0.1},
+        "checkpoint": {"enabled": False},
+        "export": None,
+    }
     assert Run(tmp_path / "run", recipe(tmp_path, **shorter, **sections)).here() == OK
     assert found == [(reads, False, True)] * 3
     assert gc.isenabled()
@@ -424,8 +515,10 @@ def test_garbage_waits_until_training_is_over() -> None:
 
 
 def test_the_start_of_a_process_is_when_the_kernel_made_it() -> None:
-    code = "import time; began = time.time(); from trainer.startup import seconds_since_start as s; print(s(), time.time() - began)"
-    since, ours = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    code = "import time; began = time.time(); from amlaunch.trainer.process.start_time import seconds_since_start as s; print(s(), time.time() - began)"
+    since, ours = map(
+        float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert ours <= since < ours + 30.0
     assert seconds_since_start() > since - 30.0
 
@@ -453,7 +546,10 @@ def in_the_image(folder: Path) -> dict[str, str]:
 
 
 def bench_recipe(folder: Path) -> str:
-    run = Run(folder / "run", recipe(folder, loss_fn={"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB}))
+    run = Run(
+        folder / "run",
+        recipe(folder, loss_fn={"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB}),
+    )
     return str(run.folder / "recipe.yaml")
 
 
@@ -464,13 +560,33 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     (kept / "rank0/profile").mkdir(parents=True)
     (kept / "rank0/profile/to-step-00000001.rank0.json.gz").write_bytes(b"no trace")
     words = ["-P"] if sys.version_info >= (3, 11) else []
-    command = [sys.executable, *words, "-m", "trainer.bench", "train", bench_recipe(tmp_path), "--steps", "4", "--warmup", "2", "--profiled", "2", "--ranks", "2", "--keep", str(kept), "--json"]
+    command = [
+        sys.executable,
+        *words,
+        "-m",
+        "amlaunch.trainer.tools.bench",
+        "train",
+        bench_recipe(tmp_path),
+        "--steps",
+        "4",
+        "--warmup",
+        "2",
+        "--profiled",
+        "2",
+        "--ranks",
+        "2",
+        "--keep",
+        str(kept),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=in_the_image(tmp_path))
     assert done.returncode == OK, done.stderr
     found = json.loads(done.stdout)
     assert f"trace and metrics are in {kept}" in done.stderr and "step 9/9" in done.stderr
     assert found["steps"] == 4 and found["ranks"] == 2 and not found["synthetic_data"]
-    assert (kept / "rank0/profile/to-step-00000009.rank0.json.gz").exists(), "a step between those measured and the two profiled"
+    assert (kept / "rank0/profile/to-step-00000009.rank0.json.gz").exists(), (
+        "a step between those measured and the two profiled"
+    )
     assert found["tokens_per_s"] == pytest.approx(128 / found["step_time_s"]["median"])
     assert sum(row["share"] for row in found["roofline"]) == pytest.approx(1.0, abs=0.05)
     assert {row["part"]: row["seconds"] > 0 for row in found["roofline"]}["loss"]
@@ -478,18 +594,50 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     assert found["startup_s"] > 0 and found["versions"]["torch"] == torch.__version__
     assert found["host_waits_per_step"] is None, "there is no device to wait for"
     shown = text_of(found)
-    for words in ("2 x CPU", f"{found['tokens_per_s']:,.0f} (", "(median of 4; ", "not known for a CPU", f"{found['peak_memory_gib']:.2f} GiB", "s to the first step, of which compiling 0.0 s", f"torch {torch.__version__}", "matrix products", "advice: "):
+    for words in (
+        "2 x CPU",
+        f"{found['tokens_per_s']:,.0f} (",
+        "(median of 4; ",
+        "not known for a CPU",
+        f"{found['peak_memory_gib']:.2f} GiB",
+        "s to the first step, of which compiling 0.0 s",
+        f"torch {torch.__version__}",
+        "matrix products",
+        "advice: ",
+    ):
         assert words in shown, words
-    shown = text_of({**found, "mfu": 0.512, "attention": {"wanted": "cudnn_attention", "used": ["math"]}, "host_waits_per_step": 2.0})
-    for words in ("51.2% (6N + 12LTd operations a token", "math; warning: cudnn_attention was wanted", "2.0 times a step for the device"):
+    shown = text_of(
+        {
+            **found,
+            "mfu": 0.512,
+            "attention": {"wanted": "cudnn_attention", "used": ["math"]},
+            "host_waits_per_step": 2.0,
+        }
+    )
+    for words in (
+        "51.2% (6N + 12LTd operations a token",
+        "math; warning: cudnn_attention was wanted",
+        "2.0 times a step for the device",
+    ):
         assert words in shown, words
 
 
 @pytest.mark.slow
 def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> None:
-    code = f"from trainer.bench import main; raise SystemExit(main(['data', {bench_recipe(tmp_path)!r}, '--json', '--steps', '3', '--warmup', '1'] + %s))"
+    code = f"from amlaunch.trainer.tools.bench import main; raise SystemExit(main(['data', {bench_recipe(tmp_path)!r}, '--json', '--steps', '3', '--warmup', '1'] + %s))"
     root = str(Path(__file__).parent.parent)
-    for more, made_up in (([], False), (["--dataset.file_pattern=null", "--preprocess={data_files: x, tokenizer: byte}", "--model.vocab_size=257", "--loss_fn.vocab_size=null"], True)):
+    for more, made_up in (
+        ([], False),
+        (
+            [
+                "--dataset.file_pattern=null",
+                "--preprocess={data_files: x, tokenizer: byte}",
+                "--model.vocab_size=257",
+                "--loss_fn.vocab_size=null",
+            ],
+            True,
+        ),
+    ):
         done = subprocess.run([sys.executable, "-c", code % more], capture_output=True, text=True, cwd=root)
         assert done.returncode == OK, done.stderr
         found = json.loads(done.stdout)
@@ -500,25 +648,52 @@ def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> 
 def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> None:
     """On text of this machine, and on that of a recipe."""
     (tmp_path / "text.txt").write_text("abcdefgh" * 1000)
-    (tmp_path / "mine.yaml").write_text("preprocess: {data_files: text.txt, tokenizer: byte}\nmodel: {_target_: trainer.models.gpt2.build_gpt2_model}\ndataset: {}\n")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    for words, tokens, tokenizer in ((["--max-tokens", "50K", "--num-workers", "2"], 50_000, "gpt2"), ([str(tmp_path / "mine.yaml"), "--max-tokens", "1K"], 1000, "byte")):
-        command = [sys.executable, "-m", "launcher", "bench", "preprocess", *words]
+    (tmp_path / "mine.yaml").write_text(
+        "preprocess: {data_files: text.txt, tokenizer: byte}\nmodel: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model}\ndataset: {}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    for words, tokens, tokenizer in (
+        (["--max-tokens", "50K", "--num-workers", "2"], 50_000, "gpt2"),
+        ([str(tmp_path / "mine.yaml"), "--max-tokens", "1K"], 1000, "byte"),
+    ):
+        command = [sys.executable, "-m", "amlaunch", "bench", "preprocess", *words]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == OK, done.stderr
         found = json.loads(done.stdout)
         assert found["tokens"] == tokens and found["tokenizer"] == tokenizer
         assert found["tokens_per_s"] == pytest.approx(tokens / found["seconds"])
-    assert "1,000 tokens of" in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    assert (
+        "1,000 tokens of"
+        in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine.yaml", "text.txt"], "nothing is left"
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
     """As a terminal sends it, to all processes. Red where the launcher kills what it started, whose folder then stays."""
-    words = ["bench", "train", bench_recipe(tmp_path), "--gpus", "0", "--steps", "1000", "--profiled", "0", "--json", "--step_scheduler.global_batch_size", "1024"]  # steps that take seconds
+    words = [
+        "bench",
+        "train",
+        bench_recipe(tmp_path),
+        "--gpus",
+        "0",
+        "--steps",
+        "1000",
+        "--profiled",
+        "0",
+        "--json",
+        "--step_scheduler.global_batch_size",
+        "1024",
+    ]  # steps that take seconds
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", *words], cwd=tmp_path, env=in_the_image(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "amlaunch", *words],
+        cwd=tmp_path,
+        env=in_the_image(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stderr is not None and any(line.startswith("step 1/") for line in process.stderr)
     time.sleep(0.5)  # into the next step, which is not left before its end
@@ -530,9 +705,11 @@ def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
         os.killpg(process.pid, 0)
 
 
-def test_a_value_is_not_taken_for_the_recipe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_value_is_not_taken_for_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Red where the command leaves the recipe out, and the next word takes its place."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
     assert amlaunch(["bench", "data", "--gpus", "0", "--model.n_embed", "3"]) == BAD_INPUT
     assert "did you mean 'n_embd'?" in capfd.readouterr().err
 
@@ -546,7 +723,9 @@ def test_a_value_is_not_taken_for_the_recipe(monkeypatch: pytest.MonkeyPatch, ca
         (["train", "nanogpt", "--ranks", "2", "--model.n_embed", "3"], "did you mean 'n_embd'?"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_told_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == BAD_INPUT
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
@@ -561,7 +740,9 @@ def test_what_cannot_be_measured_is_told_in_one_line(words: list[str], said: str
         (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess changes no key"),
     ],
 )
-def test_the_command_refuses_what_it_would_not_heed(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_what_it_would_not_heed(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert amlaunch(["bench", *words]) == BAD_INPUT
     assert said in capsys.readouterr().err
@@ -577,14 +758,23 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
     """bfloat16, compiled, residual stream in bfloat16, loss from hidden states, with real kernels: within the bounds of docs/performance.md over 12 steps."""
     cached = {0: partial(compile_into, str(tmp_path / "cache"))}
     steps = {"max_steps": 12, "val_every_steps": None}
-    loss = {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB, "chunk_tokens": 20}
+    loss = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB, "chunk_tokens": 20}
     rates = {"lr_warmup_steps": 4, "lr_decay_steps": 12}
     one = {"n_layer": 1}  # a C++ compiler is slow
-    exact = Run(tmp_path / "exact", recipe(tmp_path, model=one, step_scheduler=steps, lr_scheduler=rates, distributed={"strategy": "none"}))
+    exact = Run(
+        tmp_path / "exact",
+        recipe(tmp_path, model=one, step_scheduler=steps, lr_scheduler=rates, distributed={"strategy": "none"}),
+    )
     fast = Run(
         tmp_path / "fast",
         recipe(
-            tmp_path, model=one, step_scheduler=steps, lr_scheduler=rates, distributed={"strategy": "none", "dtype": "bfloat16", "bf16_residual": True}, compile={"enabled": True}, loss_fn=loss,
+            tmp_path,
+            model=one,
+            step_scheduler=steps,
+            lr_scheduler=rates,
+            distributed={"strategy": "none", "dtype": "bfloat16", "bf16_residual": True},
+            compile={"enabled": True},
+            loss_fn=loss,
         ),
     )
     assert exact.here("--export", "null") == OK
@@ -593,7 +783,10 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
         fast.start(1, "--export", "null", "--step_scheduler.max_steps", last, prepare=cached)
         codes, said = fast.wait(600.0)
         assert codes == [OK] and "compiled by model" in said, said
-        assert re.search(r"the first step was done [\d.]+ s after the start of the process, of which torch.compile took [\d.]+ s \(\d+ of \d+ graphs were in its cache\)", said)
+        assert re.search(
+            r"the first step was done [\d.]+ s after the start of the process, of which torch.compile took [\d.]+ s \(\d+ of \d+ graphs were in its cache\)",
+            said,
+        )
         starts.append(fast.result()["startup"])
     first, second = starts
     assert first["compile_cache_misses"] > 0 and first["compile_cache_hits"] == 0
@@ -607,16 +800,31 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
 @pytest.mark.slow
 def test_the_gpu_suite_does_on_a_cpu_what_a_cpu_can_do(tmp_path: Path) -> None:
     out = tmp_path / "all.json"
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry", "--only", "124M,loss-torch,fp8-124M,doctor", "--out", str(out)]
+    command = [
+        sys.executable,
+        "benchmarks/gpu_suite.py",
+        "--dry",
+        "--only",
+        "124M,loss-torch,fp8-124M,doctor",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     states = {name: part["state"] for name, part in json.loads(out.read_text()).items()}
     assert states.pop("doctor").startswith(("done", "skipped")), "what it finds bad here is no failure"
-    assert states == {"124M": "done", "loss-torch": "done", "fp8-124M": "skipped: 8-bit products are for GPUs"}, done.stderr
+    assert states == {"124M": "done", "loss-torch": "done", "fp8-124M": "skipped: 8-bit products are for GPUs"}, (
+        done.stderr
+    )
     assert done.returncode == 0 and "advice:" in done.stdout
 
 
-def test_the_gpu_suite_survives_parts_that_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    made = [gpu_suite.Part("wrong", gpu_suite.bench, ("llama-of-nobody",)), gpu_suite.Part("right", lambda *_: {"note": "went on"})]
+def test_the_gpu_suite_survives_parts_that_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [
+        gpu_suite.Part("wrong", gpu_suite.bench, ("llama-of-nobody",)),
+        gpu_suite.Part("right", lambda *_: {"note": "went on"}),
+    ]
     monkeypatch.setattr(gpu_suite, "parts", lambda: made)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry"])
     assert gpu_suite.main() == 1
@@ -634,17 +842,23 @@ def hanging(folder: Path) -> Any:
     return run
 
 
-def suite_of(folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Part], *words: str) -> tuple[int, dict[str, str]]:
+def suite_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Part], *words: str
+) -> tuple[int, dict[str, str]]:
     """The suite's exit code with these parts, and their states as they are written down; no process is left."""
     monkeypatch.setattr(gpu_suite, "parts", lambda: made)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry", "--out", str(folder / "out.json"), *words])
     code = gpu_suite.main()
     for pid in map(int, (folder / "pids").read_text().split()):
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # which nobody has buried yet
+        assert (
+            not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        )  # which nobody has buried yet
     return code, {name: found["state"] for name, found in json.loads((folder / "out.json").read_text()).items()}
 
 
-def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Red where only the first process is ended, whose output is then waited for, or where the whole has no end."""
     began = time.monotonic()
     made = [
@@ -655,7 +869,10 @@ def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(tmp_path: Path, m
     ]
     code, states = suite_of(tmp_path, monkeypatch, made, "--minutes", "0.05")
     assert time.monotonic() - began < 8 and code == 1
-    assert states["late"].startswith("FAILED: ended, for it took longer than 1 s; it said last: thinking") and states["right"] == "done"
+    assert (
+        states["late"].startswith("FAILED: ended, for it took longer than 1 s; it said last: thinking")
+        and states["right"] == "done"
+    )
     assert states["later"] == "no time left; it said last: thinking" and states["never"] == "no time left"
     shown = capsys.readouterr().out
     assert all(name in shown for name in states) and "went on" in shown
@@ -665,7 +882,11 @@ def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(tmp_path: Path, m
 def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
     tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = [gpu_suite.Part("first", lambda *_: {"note": "a figure"}), gpu_suite.Part("second", hanging(tmp_path)), gpu_suite.Part("third", hanging(tmp_path))]
+    made = [
+        gpu_suite.Part("first", lambda *_: {"note": "a figure"}),
+        gpu_suite.Part("second", hanging(tmp_path)),
+        gpu_suite.Part("third", hanging(tmp_path)),
+    ]
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 30.0)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), sent))
     timer.start()
@@ -674,20 +895,30 @@ def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
     assert "a figure" in capsys.readouterr().out
 
 
-def test_the_gpu_suite_leaves_what_nothing_else_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_suite_leaves_what_nothing_else_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A part that hangs in this very process."""
     (tmp_path / "pids").touch()
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0.2)
-    code, states = suite_of(tmp_path, monkeypatch, [gpu_suite.Part("stuck", lambda *_: time.sleep(600) or {})], "--minutes", "0.018")
+    code, states = suite_of(
+        tmp_path, monkeypatch, [gpu_suite.Part("stuck", lambda *_: time.sleep(600) or {})], "--minutes", "0.018"
+    )
     assert code == 130 and states == {"stuck": "interrupted"} and "stuck" in capsys.readouterr().out
 
 
 def test_the_gpu_suite_runs_under_python_3_10_which_knows_no_p(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10))
-    assert "-P" not in gpu_suite.module("trainer.bench")
+    assert "-P" not in gpu_suite.module("amlaunch.trainer.tools.bench")
 
 
 def test_the_gpu_suite_begins_with_what_matters_most() -> None:
     names = [part.name for part in gpu_suite.parts()]
-    assert names.index("hf-eager") < names.index("residual-curves") < names.index("350M") < names.index("350M-32") < names.index("micro-64")
+    assert (
+        names.index("hf-eager")
+        < names.index("residual-curves")
+        < names.index("350M")
+        < names.index("350M-32")
+        < names.index("micro-64")
+    )
     assert names[-1] == "autotune"

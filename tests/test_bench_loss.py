@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.errors import OK, BadInput
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.trainer.loss import LinearCrossEntropy, MaskedCrossEntropy, loss_of
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
 from tests.trainer_runs import Run, recipe
-from trainer.loss import LinearCrossEntropy, MaskedCrossEntropy, loss_of
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.models.llama import build_llama_model
 
 TIGHT = 1e-12
 
@@ -29,7 +29,13 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 7), st.integers(1, 30), st.integers(0, 5), st.integers(1, 25), st.floats(0, 1), st.integers(0, 9)
+    st.integers(1, 3),
+    st.integers(1, 7),
+    st.integers(1, 30),
+    st.integers(0, 5),
+    st.integers(1, 25),
+    st.floats(0, 1),
+    st.integers(0, 9),
 )
 def test_chunks_padding_and_masks_change_nothing(
     batch: int, length: int, vocab: int, padding: int, chunk: int, masked: float, seed: int
@@ -53,7 +59,9 @@ def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[1, -100, 2, 10, 0], [-100, 3, 3, 4, -100]])
     loss = LinearCrossEntropy(implementation="torch").from_hidden(hidden, weight, labels)
-    for ours, expected in zip([loss, *torch.autograd.grad(3.0 * loss, (hidden, weight))], reference(hidden, weight, labels, 11), strict=True):
+    for ours, expected in zip(
+        [loss, *torch.autograd.grad(3.0 * loss, (hidden, weight))], reference(hidden, weight, labels, 11), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)
 
 
@@ -62,9 +70,15 @@ def test_torchs_own_adds_up_in_float32() -> None:
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch before 2.13")
     torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(1, 4096, 16).bfloat16(), torch.randn(500, 16).bfloat16(), torch.randint(0, 500, (1, 4096))
+    hidden, weight, labels = (
+        torch.randn(1, 4096, 16).bfloat16(),
+        torch.randn(500, 16).bfloat16(),
+        torch.randint(0, 500, (1, 4096)),
+    )
     exact = F.cross_entropy((hidden.double() @ weight.double().t()).flatten(0, 1), labels.flatten(), reduction="sum")
-    loss = LinearCrossEntropy(implementation="torch").from_hidden(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    loss = LinearCrossEntropy(implementation="torch").from_hidden(
+        hidden.requires_grad_(), weight.requires_grad_(), labels
+    )
     assert loss.dtype is torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-3)
 
 
@@ -83,7 +97,11 @@ def test_in_half_precision_its_gradients_are_as_near_to_the_truth_as_plain_ones(
 
 
 def test_gradients_are_there_only_where_they_are_wanted_and_once() -> None:
-    hidden, weight, labels = torch.randn(1, 4, 3), torch.randn(5, 3, requires_grad=True), torch.zeros(1, 4, dtype=torch.int64)
+    hidden, weight, labels = (
+        torch.randn(1, 4, 3),
+        torch.randn(5, 3, requires_grad=True),
+        torch.zeros(1, 4, dtype=torch.int64),
+    )
     loss = LinearCrossEntropy().from_hidden(hidden, weight, labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
@@ -117,10 +135,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
 @pytest.mark.slow
 def test_training_with_it_is_the_same(tmp_path: Path, strategy: str) -> None:
-    sections: dict[str, Any] = {"distributed": {"strategy": strategy}, "step_scheduler": {"max_steps": 4, "val_every_steps": 2}}
+    sections: dict[str, Any] = {
+        "distributed": {"strategy": strategy},
+        "step_scheduler": {"max_steps": 4, "val_every_steps": 2},
+    }
     losses = []
     for name, loss_fn in (("logits", "MaskedCrossEntropy"), ("hidden", "LinearCrossEntropy")):
-        run = Run(tmp_path / name, recipe(tmp_path, loss_fn={"_target_": f"trainer.loss.{loss_fn}"}, **sections))
+        run = Run(
+            tmp_path / name, recipe(tmp_path, loss_fn={"_target_": f"amlaunch.trainer.loss.{loss_fn}"}, **sections)
+        )
         assert run.here("--export", "null") == OK
         losses.append([run.column(column) for column in ("loss", "grad_norm", "val_loss")])
     for ours, expected in zip(*losses, strict=True):

@@ -10,14 +10,14 @@ import container_pipeline
 import pytest
 from image_helpers import layer
 
-from containers.environment import of_libraries
-from launcher.cluster import Profile
-from launcher.container import Available, containers_of, is_seen
-from launcher.container_checks import check_containers
-from launcher.planner import Site, make_plan
-from recipes.errors import BadInput
-from recipes.loader import load
-from recipes.rundir import RunDir
+from amlaunch.containers.runtimes.environment import of_libraries
+from amlaunch.launcher.checks.containers import check_containers
+from amlaunch.launcher.planning.planner import Site, make_plan
+from amlaunch.launcher.planning.stage_container import Available, containers_of, is_seen
+from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.run_layout import RunDir
 
 SECRET = "hunter2-do-not-tell"
 RUNTIMES = ("pyxis", "enroot", "apptainer", "singularity", "podman", "docker", "charliecloud")
@@ -28,7 +28,15 @@ Check = Callable[..., list[str]]
 @pytest.fixture
 def check(tmp_path, monkeypatch) -> Check:
     """The remarks on a recipe with these words, in a folder and with a home of its own; ``roots`` of the cluster, None: this machine."""
-    for name in (*of_libraries(os.environ), "ENROOT_CONFIG_PATH", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE"):
+    for name in (
+        *of_libraries(os.environ),
+        "ENROOT_CONFIG_PATH",
+        "XDG_CONFIG_HOME",
+        "XDG_CACHE_HOME",
+        "XDG_RUNTIME_DIR",
+        "DOCKER_CONFIG",
+        "REGISTRY_AUTH_FILE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     work = tmp_path / "work"
@@ -40,7 +48,9 @@ def check(tmp_path, monkeypatch) -> Check:
         loaded = load(work / "inside.yaml", [*PRIVATE, *words])
         inside = containers_of(loaded, Available(RUNTIMES), work)
         plan = make_plan(loaded, Site(work / "runs", work, 0, 2, 1, None, containers=inside), "inside-1")
-        return check_containers(loaded, plan, RunDir(work / "runs" / "inside-1"), None if roots is None else Profile(shared_roots=roots))
+        return check_containers(
+            loaded, plan, RunDir(work / "runs" / "inside-1"), None if roots is None else Profile(shared_roots=roots)
+        )
 
     return made
 
@@ -56,8 +66,16 @@ def put(path: Path, text: str) -> Path:
     [
         ("pyxis", ".config/enroot/.credentials", "machine nvcr.io login $oauthtoken password KEY"),
         ("enroot", ".config/enroot/.credentials", "machine authn.nvidia.com"),
-        ("apptainer", ".apptainer/docker-config.json", "apptainer registry login --username '$oauthtoken' docker://nvcr.io"),
-        ("singularity", ".singularity/docker-config.json", "singularity registry login --username '$oauthtoken' docker://nvcr.io"),
+        (
+            "apptainer",
+            ".apptainer/docker-config.json",
+            "apptainer registry login --username '$oauthtoken' docker://nvcr.io",
+        ),
+        (
+            "singularity",
+            ".singularity/docker-config.json",
+            "singularity registry login --username '$oauthtoken' docker://nvcr.io",
+        ),
         ("docker", ".docker/config.json", "docker login --username '$oauthtoken' nvcr.io"),
         ("podman", ".config/containers/auth.json", "podman login --username '$oauthtoken' nvcr.io"),
     ],
@@ -67,8 +85,14 @@ def test_credentials_of_an_organisations_image(tmp_path, check, runtime, file, w
     other = ".docker/config.json" if runtime in ("pyxis", "enroot") else ".config/enroot/.credentials"
     put(tmp_path / "home" / other, f"nvcr.io {SECRET}")
     (note,) = check("--container.runtime", runtime)
-    assert "nvcr.io/org/team/private:1: no credentials for nvcr.io are found here" in note and words in note and SECRET not in note
-    assert check("--container.runtime", runtime, "--container.image", "nvcr.io/nvidia/pytorch:25.08-py3") == [], "everybody has NVIDIA's own"
+    assert (
+        "nvcr.io/org/team/private:1: no credentials for nvcr.io are found here" in note
+        and words in note
+        and SECRET not in note
+    )
+    assert check("--container.runtime", runtime, "--container.image", "nvcr.io/nvidia/pytorch:25.08-py3") == [], (
+        "everybody has NVIDIA's own"
+    )
     put(tmp_path / "home" / file, f"nvcr.io {SECRET}")
     assert check("--container.runtime", runtime) == []
 
@@ -85,7 +109,9 @@ def test_a_login_that_nodes_do_not_see(tmp_path, check, monkeypatch):
 
 def test_a_mount_that_is_not_there(tmp_path, check):
     words = ["--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.mounts", f"[{tmp_path}/no:/data]"]
-    assert check(*words) == [f"container.mounts: {tmp_path}/no is not on this machine; on a node that does not have it either, jobs end at once"]
+    assert check(*words) == [
+        f"container.mounts: {tmp_path}/no is not on this machine; on a node that does not have it either, jobs end at once"
+    ]
     for roots in ([str(tmp_path)], None):  # what nodes and this machine see alike, and this machine alone
         with pytest.raises(BadInput, match=f"container.mounts .*: there is no {tmp_path}/no"):
             check(*words, roots=roots)
@@ -93,10 +119,26 @@ def test_a_mount_that_is_not_there(tmp_path, check):
     assert check(*words) == []
 
 
-@pytest.mark.parametrize(("runtime", "folder"), [("enroot", "a b/c"), ("pyxis", "a,b"), ("apptainer", "a:b"), ("charliecloud", "a:b"), ("docker", "a,b"), ("podman", "a,b")])
+@pytest.mark.parametrize(
+    ("runtime", "folder"),
+    [
+        ("enroot", "a b/c"),
+        ("pyxis", "a,b"),
+        ("apptainer", "a:b"),
+        ("charliecloud", "a:b"),
+        ("docker", "a,b"),
+        ("podman", "a,b"),
+    ],
+)
 def test_a_folder_of_checkpoints_that_a_runtime_cannot_mount(tmp_path, check, runtime, folder):
     """Like every other that is mounted unasked, it is looked at before a job is."""
-    words = ["--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.runtime", runtime, "--checkpoint.checkpoint_dir"]
+    words = [
+        "--container.image",
+        "nvcr.io/nvidia/pytorch:25.08-py3",
+        "--container.runtime",
+        runtime,
+        "--checkpoint.checkpoint_dir",
+    ]
     with pytest.raises(BadInput, match=f"container of train and export: {runtime} cannot mount {tmp_path}/{folder}"):
         check(*words, str(tmp_path / folder))
     assert check(*words, str(tmp_path / "plain")) == []
@@ -105,7 +147,14 @@ def test_a_folder_of_checkpoints_that_a_runtime_cannot_mount(tmp_path, check, ru
 def test_a_value_that_enroot_cannot_set(check, monkeypatch):
     monkeypatch.setenv("MY_KEY", f"{SECRET}\n{SECRET}")
     with pytest.raises(BadInput, match="enroot cannot set X: a value with a line break") as refused:
-        check("--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.runtime", "enroot", "--container.env", "{X: '${MY_KEY}'}")
+        check(
+            "--container.image",
+            "nvcr.io/nvidia/pytorch:25.08-py3",
+            "--container.runtime",
+            "enroot",
+            "--container.env",
+            "{X: '${MY_KEY}'}",
+        )
     assert SECRET not in str(refused.value)
 
 
@@ -122,11 +171,22 @@ def test_a_key_of_wandb_in_a_home_that_is_not_mounted(tmp_path, check, monkeypat
 
 
 def test_what_hugging_face_keeps_in_a_home_that_is_not_mounted(tmp_path, check, monkeypatch):
-    words = ["--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--preprocess.source", "null", "--preprocess.dataset", "allenai/c4"]
+    words = [
+        "--container.image",
+        "nvcr.io/nvidia/pytorch:25.08-py3",
+        "--preprocess.source",
+        "null",
+        "--preprocess.dataset",
+        "allenai/c4",
+    ]
     assert check(*words) == [], "nothing there, nothing lost"
     folder = put(tmp_path / "home" / ".cache" / "huggingface" / "token", SECRET).parent
     (note,) = check(*words)
-    assert f"stage preprocess asks the Hugging Face hub, and its container does not see {folder}: export HF_TOKEN=…" in note and SECRET not in note
+    assert (
+        f"stage preprocess asks the Hugging Face hub, and its container does not see {folder}: export HF_TOKEN=…"
+        in note
+        and SECRET not in note
+    )
     assert check(*words, "--container.stages", "{preprocess: none}") == []
     assert check(*words, "--container.mounts", f"[{folder}:{folder}]") == []
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -145,6 +205,9 @@ def test_a_key_that_begins_like_a_path_is_none(check, monkeypatch):
 def test_a_tar_that_is_no_image_is_refused_before_a_node_tries_it(tmp_path, check):
     (tmp_path / "work" / "system.tar").write_bytes(layer([("etc/name", b"1")]))
     (tmp_path / "work" / "image.tar").write_bytes(layer([("manifest.json", b"[]")]))
-    with pytest.raises(BadInput, match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; docker save and skopeo copy write one"):
+    with pytest.raises(
+        BadInput,
+        match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; docker save and skopeo copy write one",
+    ):
         check("--container.image", str(tmp_path / "work" / "system.tar"), "--container.runtime", "podman", roots=None)
     check("--container.image", str(tmp_path / "work" / "image.tar"), "--container.runtime", "podman", roots=None)

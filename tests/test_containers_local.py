@@ -19,11 +19,10 @@ import container_pipeline
 import pytest
 from image_helpers import need
 
-from launcher.__main__ import main
-from launcher.plan import Container, Element, Needs, Plan, Stage
-from launcher.snapshot import PACKAGES
-from recipes.files import read_json_lines, write_json
-from recipes.rundir import RunDir
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.recipes.files import read_json_lines, write_json
+from amlaunch.recipes.run_layout import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +32,26 @@ HOST = {
     "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus", "PMI_RANK": "3", "SLURM_PROCID": "7", "CH_RUN_STORAGE": "/no",
 }  # fmt: skip
 """Of a shell in a job, with what speaks of files that are not in the image."""
-HEEDED = {"https_proxy": "http://u:${PROXY_PASSWORD:-a 'b' $(c)}@proxy:1", "NVIDIA_API_KEY": "nvapi", "DOCKER_HOST": "unix:///no", "STORAGE_DRIVER": "no", "XDG_DATA_HOME": "/no"}
+HEEDED = {
+    "https_proxy": "http://u:${PROXY_PASSWORD:-a 'b' $(c)}@proxy:1",
+    "NVIDIA_API_KEY": "nvapi",
+    "DOCKER_HOST": "unix:///no",
+    "STORAGE_DRIVER": "no",
+    "XDG_DATA_HOME": "/no",
+}
 """Of a recipe, what the runtime's own program would heed."""
 OPTIONS = {
     # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control groups
-    "podman": ["--runtime", "runc", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--ulimit", "memlock=65536:65536"],
+    "podman": [
+        "--runtime",
+        "runc",
+        "--ulimit",
+        "nofile=1024:1024",
+        "--ulimit",
+        "nproc=1024:1024",
+        "--ulimit",
+        "memlock=65536:65536",
+    ],
     "docker": ["--ulimit", "memlock=65536:65536"],
     "charliecloud": [],
 }
@@ -51,8 +65,8 @@ sys.exit(subprocess.run(sys.argv[inside:], env={{**env, "PATH": os.environ["PATH
 """What of apptainer a test without containers can know: who is whose parent, and which environment enters."""
 DRIVER = """
 import sys
-from launcher.attempt import Assignment
-from launcher.driver import run_element
+from amlaunch.launcher.execution.attempt import Assignment
+from amlaunch.launcher.execution.driver import run_element
 print(run_element(sys.argv[1], "train", "0", Assignment(1, ())))
 """
 
@@ -69,7 +83,20 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     folder = tmp_path_factory.mktemp("docker")
     host = f"unix://{folder}/socket"
     # no bridge and no rules for packets: the machine's network stays as it is
-    command = ["dockerd", "--host", host, "--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "pid", "--bridge=none", "--iptables=false", "--ip6tables=false"]
+    command = [
+        "dockerd",
+        "--host",
+        host,
+        "--data-root",
+        folder / "data",
+        "--exec-root",
+        folder / "exec",
+        "--pidfile",
+        folder / "pid",
+        "--bridge=none",
+        "--iptables=false",
+        "--ip6tables=false",
+    ]
     with open(folder / "log", "w") as log:
         daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     before = os.environ.get("DOCKER_HOST")
@@ -79,14 +106,26 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         while subprocess.run(["docker", "version"], capture_output=True).returncode:
             assert daemon.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
             time.sleep(0.2)
-        tar = subprocess.Popen(["tar", "-C", image / "rootfs", "--exclude=./usr/local/lib/python3.11/dist-packages/*", "-c", "."], stdout=subprocess.PIPE)
+        tar = subprocess.Popen(
+            ["tar", "-C", image / "rootfs", "--exclude=./usr/local/lib/python3.11/dist-packages/*", "-c", "."],
+            stdout=subprocess.PIPE,
+        )
         changes = [word for name, value in container_image.ENV.items() for word in ("--change", f"ENV {name}={value}")]
-        subprocess.run(["docker", "import", *changes, "--change", 'ENTRYPOINT ["/bin/false"]', "-", "amlaunch-test:1"], stdin=tar.stdout, check=True, capture_output=True)
+        subprocess.run(
+            ["docker", "import", *changes, "--change", 'ENTRYPOINT ["/bin/false"]', "-", "amlaunch-test:1"],
+            stdin=tar.stdout,
+            check=True,
+            capture_output=True,
+        )
         yield "docker.io/library/amlaunch-test:1"
     finally:
         daemon.terminate()
         daemon.wait(30)
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith(str(folder))]
+        mounted = [
+            line.split()[1]
+            for line in Path("/proc/mounts").read_text().splitlines()
+            if line.split()[1].startswith(str(folder))
+        ]
         for path in reversed(mounted):  # namespaces and layers that the daemon leaves behind
             subprocess.run(["umount", "-l", path])
         if before is None:
@@ -99,7 +138,9 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 def container(request: pytest.FixtureRequest, image: Path) -> Container:
     runtime = request.param
     if runtime == "charliecloud.sqsh":
-        return Container(str(container_pipeline.squashed(image, request.getfixturevalue("tmp_path") / "a.sqsh")), "charliecloud")
+        return Container(
+            str(container_pipeline.squashed(image, request.getfixturevalue("tmp_path") / "a.sqsh")), "charliecloud"
+        )
     name = request.getfixturevalue("docker") if runtime == "docker" else f"file://{image}"
     return Container(name, runtime, options=OPTIONS[runtime])
 
@@ -113,14 +154,19 @@ def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) ->
     plan = Plan("run", [stage], None, str(folder), {"BOTH": "recipe", "QUOTED": "a 'b' \"c\" $HOME", **HEEDED})
     write_json(run.plan, plan.to_json())
     run.code.mkdir()
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, run.code / package)
+    shutil.copytree(ROOT / "src" / "amlaunch", run.code / "amlaunch")
     shutil.copy(ROOT / "tests" / "stand_in.py", run.code)
     return run
 
 
 def drive(run: RunDir, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-P", "-c", DRIVER, run.root], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", DRIVER, run.root],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **env},
+    )
 
 
 def until(test, seconds: float = 30) -> None:
@@ -135,29 +181,70 @@ def last(run: RunDir) -> dict:
 
 
 def test_a_rank_in_a_container(tmp_path, container):
-    inside = {"BOTH": "recipe", "FROM_IMAGE": "image", "QUOTED": "a 'b' \"c\" $HOME", "HF_TOKEN": "of the shell", "MASTER_ADDR": "127.0.0.1", "TMPDIR": "None", **dict.fromkeys(HOST, "None")}
+    inside = {
+        "BOTH": "recipe",
+        "FROM_IMAGE": "image",
+        "QUOTED": "a 'b' \"c\" $HOME",
+        "HF_TOKEN": "of the shell",
+        "MASTER_ADDR": "127.0.0.1",
+        "TMPDIR": "None",
+        **dict.fromkeys(HOST, "None"),
+    }
     (tmp_path / "tmp").mkdir()
     work = tmp_path / "work"
-    run = make_run(work, container, *(word for name in (*inside, *HEEDED, "PYTHONPATH") for word in ("--print", name)), tasks=2)
-    out, _ = drive(run, **HOST, TMPDIR=str(tmp_path / "tmp"), HF_TOKEN="of the shell", MASTER_ADDR="elsewhere").communicate(timeout=60)
+    run = make_run(
+        work, container, *(word for name in (*inside, *HEEDED, "PYTHONPATH") for word in ("--print", name)), tasks=2
+    )
+    out, _ = drive(
+        run, **HOST, TMPDIR=str(tmp_path / "tmp"), HF_TOKEN="of the shell", MASTER_ADDR="elsewhere"
+    ).communicate(timeout=60)
     log = run.element("train", "0").log(1, 1).read_text()
     assert out.strip() == "done", (last(run), log)
     assert f"rank 1 of 2 on {os.uname().nodename} in {work}" in log
-    for name, value in {**inside, **HEEDED, "https_proxy": "http://u:a 'b' $(c)@proxy:1", "PYTHONPATH": str(run.code)}.items():
+    for name, value in {
+        **inside,
+        **HEEDED,
+        "https_proxy": "http://u:a 'b' $(c)@proxy:1",
+        "PYTHONPATH": str(run.code),
+    }.items():
         assert f"{name}={value}\n" in log, log
 
 
-@pytest.mark.parametrize(("container", "outside"), [("podman", ["preprocess", "verify"]), ("docker", []), ("charliecloud", [])], indirect=["container"])
+@pytest.mark.parametrize(
+    ("container", "outside"),
+    [("podman", ["preprocess", "verify"]), ("docker", []), ("charliecloud", [])],
+    indirect=["container"],
+)
 def test_the_whole_pipeline(tmp_path, image, container, outside):
     """``amlaunch local``; docker's image gets what it lacks of torch by a mount, and exports, too."""
     for name, text in container_pipeline.FILES.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "clusters.yaml").write_text(json.dumps({"local": {"executor": "local", "container": {"runtime": container.runtime, "options": container.options}}}))
+    (tmp_path / "clusters.yaml").write_text(
+        json.dumps(
+            {"local": {"executor": "local", "container": {"runtime": container.runtime, "options": container.options}}}
+        )
+    )
     own = "/usr/local/lib/python3.11/dist-packages"
     is_docker = container.runtime == "docker"
-    section = {"image": container.image.removeprefix("file://"), "stages": dict.fromkeys(outside, "none"), "mounts": [f"{image}/rootfs{own}:{own}:ro"] if is_docker else []}
-    words = ["local", "inside.yaml", *(word for key, value in section.items() for word in (f"--container.{key}", json.dumps(value))), *([] if is_docker else ["--export", "null"])]
-    done = subprocess.run([sys.executable, "-m", "launcher", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=180)
+    section = {
+        "image": container.image.removeprefix("file://"),
+        "stages": dict.fromkeys(outside, "none"),
+        "mounts": [f"{image}/rootfs{own}:{own}:ro"] if is_docker else [],
+    }
+    words = [
+        "local",
+        "inside.yaml",
+        *(word for key, value in section.items() for word in (f"--container.{key}", json.dumps(value))),
+        *([] if is_docker else ["--export", "null"]),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "amlaunch", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").glob("inside-*")
     assert container_pipeline.made_in(run) == ("host" if outside else "image", "image")
@@ -170,7 +257,10 @@ def test_the_home_of_a_rank_is_its_own(tmp_path, image):
     if home.is_dir():
         home.chmod(0o755)
     run = make_run(tmp_path, Container(f"file://{image}", "charliecloud"), "--print", "HOME")
-    assert drive(run).communicate(timeout=60)[0].strip() == "done" and f"HOME={home}\n" in run.element("train", "0").log(1, 0).read_text()
+    assert (
+        drive(run).communicate(timeout=60)[0].strip() == "done"
+        and f"HOME={home}\n" in run.element("train", "0").log(1, 0).read_text()
+    )
     assert home.stat().st_mode & 0o777 == 0o700
 
 
@@ -223,9 +313,16 @@ def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, caps
     """``amlaunch image check`` with the runtime, options and mounts of the profile called local; docker's image here has no torch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("USER", "root")
-    site = {"runtime": container.runtime, "options": OPTIONS[container.runtime], "mounts": [f"{tmp_path}:/data"], "images": {"site/image:1": container.image}}
+    site = {
+        "runtime": container.runtime,
+        "options": OPTIONS[container.runtime],
+        "mounts": [f"{tmp_path}:/data"],
+        "images": {"site/image:1": container.image},
+    }
     known = container.runtime != "docker"  # a file can stand for an image, not another image
-    (tmp_path / "clusters.yaml").write_text(json.dumps({"local": {"executor": "local", "container": site if known else {**site, "images": {}}}}))
+    (tmp_path / "clusters.yaml").write_text(
+        json.dumps({"local": {"executor": "local", "container": site if known else {**site, "images": {}}}})
+    )
     code = main(["image", "check", "site/image:1" if known else container.image, "--json"])
     seen = json.loads(capsys.readouterr().out)
     assert seen["runtime"] == container.runtime and seen["executable"] == "/usr/bin/python3"
@@ -236,7 +333,9 @@ def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, caps
 def test_a_missing_image_of_docker(tmp_path, docker):
     run = make_run(tmp_path, Container("localhost:1/none:1", "docker"), "--do", "ok")
     drive(run).communicate(timeout=60)
-    assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(run)
+    assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(
+        run
+    )
 
 
 def speaking_of(text: str) -> list[list[str]]:
@@ -249,7 +348,13 @@ def speaking_of(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize(("words", "code"), [(["local", "inside.yaml", "--container.runtime", "podman", "--container.image"], 75), (["image", "check", "--runtime", "podman"], 130)])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["local", "inside.yaml", "--container.runtime", "podman", "--container.image"], 75),
+        (["image", "check", "--runtime", "podman"], 130),
+    ],
+)
 def test_nothing_goes_on_fetching_an_image_for_an_amlaunch_that_has_ended(tmp_path, words, code, number):
     """From a registry that takes a connection, and never says a word."""
     need("podman")
@@ -257,8 +362,15 @@ def test_nothing_goes_on_fetching_an_image_for_an_amlaunch_that_has_ended(tmp_pa
         (tmp_path / name).write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as registry:
         image = f"localhost:{registry.getsockname()[1]}/x/y:1"
-        command = [sys.executable, "-m", "launcher", *words, image]
-        process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-m", "amlaunch", *words, image]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             until(lambda: any(argv[0] == "podman" and "pull" in argv for argv in speaking_of(image)))
             process.send_signal(number)

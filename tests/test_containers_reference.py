@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_helpers import layer, need, write_docker_archive, write_layout
 
-from containers import reference
-from containers.reference import BadReference, Reference, parse
+from amlaunch.containers.images import reference
+from amlaunch.containers.images.reference import BadReference, Reference, parse
 
 BASE = Path("/here/base")
 SHA = "sha256:" + "0123456789abcdef" * 4
@@ -184,7 +184,11 @@ def test_doubts_are_said(text, words):
 
 
 def test_a_plain_image_raises_no_doubt():
-    assert not reference.doubts(NGC) and not reference.doubts(parse("debian:12")) and not reference.doubts(parse("/a.sqsh"))
+    assert (
+        not reference.doubts(NGC)
+        and not reference.doubts(parse("debian:12"))
+        and not reference.doubts(parse("/a.sqsh"))
+    )
 
 
 names = st.from_regex(r"[a-z0-9]{1,8}([._-][a-z0-9]{1,5})?", fullmatch=True)

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from image_helpers import need
 
-import containers
-from containers import CannotLaunch, Image, Mount, parse
-from containers.environment import OF_THE_RUNTIME, carried, of_libraries, of_runtime, with_env
-from containers.failures import FAILURES, failure_of
-from containers.node import check, main, private_folder, verdict_of
+from amlaunch.containers.node_setup import check, main, private_folder, verdict_of
+from amlaunch.containers.runtimes import catalog
+from amlaunch.containers.runtimes.catalog import CannotLaunch, Image, Mount, parse
+from amlaunch.containers.runtimes.environment import OF_THE_RUNTIME, carried, of_libraries, of_runtime, with_env
+from amlaunch.containers.start_failures import FAILURES, failure_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
@@ -38,79 +38,137 @@ HEEDED = {
 ENV = {"NCCL_DEBUG": "INFO", "MY_TOKEN": "hunter2", "HOME": "/tmp/home", "MASTER_ADDR": "gpu1"}
 HOOK = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 COMMAND = ["python3", "-u", "-c", "…", "recipe.yaml"]
-INSIDE = ["sh", "-c", 'export HOME="$AMLAUNCH_OF_RECIPE_HOME"; unset AMLAUNCH_OF_RECIPE_HOME; exec "$@"', "sh", *COMMAND]
+INSIDE = [
+    "sh",
+    "-c",
+    'export HOME="$AMLAUNCH_OF_RECIPE_HOME"; unset AMLAUNCH_OF_RECIPE_HOME; exec "$@"',
+    "sh",
+    *COMMAND,
+]
 """HOME is the runtime's own, too: on its way in it bears another name."""
 
 
 def image(reference=NGC, **more) -> Image:
-    settings = {"mounts": MOUNTS, "env": ENV, "passed": ("SLURM_PROCID", "CUDA_VISIBLE_DEVICES"), "workdir": "/work", "gpus": True, "on_slurm": True}
+    settings = {
+        "mounts": MOUNTS,
+        "env": ENV,
+        "passed": ("SLURM_PROCID", "CUDA_VISIBLE_DEVICES"),
+        "workdir": "/work",
+        "gpus": True,
+        "on_slurm": True,
+    }
     return Image(reference, **{**settings, **more})
 
 
-@pytest.mark.parametrize("runtime", [name for name in containers.RUNTIMES if name != "none"])
+@pytest.mark.parametrize("runtime", [name for name in catalog.RUNTIMES if name != "none"])
 def test_a_value_stands_in_no_argv(tmp_path, runtime):
     """Everybody on a node can read an argv (ps), and a dry run shows it; a proxy, or what the runtime itself would heed, may have a password, too."""
     (tmp_path / "config.json").write_text("{}")
-    fitting = next(one for one in (NGC, SQSH, parse(f"{tmp_path}/")) if one.kind in containers.KINDS[runtime])
+    fitting = next(one for one in (NGC, SQSH, parse(f"{tmp_path}/")) if one.kind in catalog.KINDS[runtime])
     mounts = MOUNTS[:1] if runtime == "charliecloud" else MOUNTS
-    found = containers.launch(runtime, image(fitting, mounts=mounts, env=HEEDED), COMMAND)
+    found = catalog.launch(runtime, image(fitting, mounts=mounts, env=HEEDED), COMMAND)
     words = " ".join([*found.argv, *found.srun, *(word for command in found.prepare for word in command)])
     told = found.bundle["process"]["env"] if found.bundle else [f"{name}={value}" for name, value in found.env.items()]
     assert "hunter" not in words and all(name in words + " ".join(told) for name in HEEDED)
     assert {entry.partition("=")[2] for entry in told} >= set(HEEDED.values())
-    assert not {"HOME", "https_proxy", "DOCKER_HOST", "LD_PRELOAD", "NVIDIA_API_KEY"} & set(found.env), "the runtime's own stay what they are"
+    assert not {"HOME", "https_proxy", "DOCKER_HOST", "LD_PRELOAD", "NVIDIA_API_KEY"} & set(found.env), (
+        "the runtime's own stay what they are"
+    )
 
 
 def test_inside_every_variable_has_its_own_name_and_value(tmp_path):
     """Whatever signs are in it, and whatever the shell between makes of IFS and its like."""
-    odd = {**HEEDED, "IFS": "a b", "ENV": "/no", "BASH_ENV": "/no", "NVIDIA_API_KEY": "a 'b' \"c\" $(d)\n`e` \\", "PATH": "/usr/bin:/bin", "XDG_EMPTY": ""}
+    odd = {
+        **HEEDED,
+        "IFS": "a b",
+        "ENV": "/no",
+        "BASH_ENV": "/no",
+        "NVIDIA_API_KEY": "a 'b' \"c\" $(d)\n`e` \\",
+        "PATH": "/usr/bin:/bin",
+        "XDG_EMPTY": "",
+    }
     odd.pop("LD_PRELOAD")
     command = with_env(odd, ["env", "-0"])
-    said = subprocess.run(command, env={**carried(odd), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True).stdout
-    assert dict(entry.split("=", 1) for entry in said.split("\0") if entry and not entry.startswith(("PWD=", "_=", "SHLVL="))) == odd
+    said = subprocess.run(
+        command, env={**carried(odd), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        dict(
+            entry.split("=", 1)
+            for entry in said.split("\0")
+            if entry and not entry.startswith(("PWD=", "_=", "SHLVL="))
+        )
+        == odd
+    )
 
 
 def test_pyxis():
     """https://github.com/NVIDIA/pyxis: args.c, the table of options (container-image … container-env) and parse_mount_option."""
-    found = containers.launch("pyxis", image(), COMMAND)
-    assert found.srun == (
-        "--container-image=nvcr.io#nvidia/pytorch:25.08-py3",  # [USER@][REGISTRY#]IMAGE[:TAG]|PATH
-        "--container-mounts=/runs/a:/runs/a,/lustre/text:/text:ro",  # SRC:DST[:FLAGS][,SRC:DST...]
-        "--no-container-mount-home",
-        "--no-container-remap-root",
-        "--container-writable",
-        "--container-workdir=/work",
-        "--no-container-entrypoint",
-        "--container-env=AMLAUNCH_OF_RECIPE_HOME,MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
+    found = catalog.launch("pyxis", image(), COMMAND)
+    assert (
+        found.srun
+        == (
+            "--container-image=nvcr.io#nvidia/pytorch:25.08-py3",  # [USER@][REGISTRY#]IMAGE[:TAG]|PATH
+            "--container-mounts=/runs/a:/runs/a,/lustre/text:/text:ro",  # SRC:DST[:FLAGS][,SRC:DST...]
+            "--no-container-mount-home",
+            "--no-container-remap-root",
+            "--container-writable",
+            "--container-workdir=/work",
+            "--no-container-entrypoint",
+            "--container-env=AMLAUNCH_OF_RECIPE_HOME,MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
+        )
     )
-    assert found.argv == ("sh", "-c", 'exec "$@"', "sh", *INSIDE)  # srun resolves a command with a path on the host (pyxis#104)
-    assert found.env == {"AMLAUNCH_OF_RECIPE_HOME": "/tmp/home", "MASTER_ADDR": "gpu1", "MY_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", **HOOK} and not found.prepare
+    assert found.argv == (
+        "sh",
+        "-c",
+        'exec "$@"',
+        "sh",
+        *INSIDE,
+    )  # srun resolves a command with a path on the host (pyxis#104)
+    assert (
+        found.env
+        == {
+            "AMLAUNCH_OF_RECIPE_HOME": "/tmp/home",
+            "MASTER_ADDR": "gpu1",
+            "MY_TOKEN": "hunter2",
+            "NCCL_DEBUG": "INFO",
+            **HOOK,
+        }
+        and not found.prepare
+    )
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
 def test_enroots_hook_is_told_whether_there_are_gpus(runtime):
     """https://github.com/NVIDIA/enroot, conf/hooks/98-nvidia.sh: an image of NGC's asks for GPUs on a node without any, and others for none."""
-    assert containers.launch(runtime, image(gpus=False), COMMAND).env["NVIDIA_VISIBLE_DEVICES"] == "void"
+    assert catalog.launch(runtime, image(gpus=False), COMMAND).env["NVIDIA_VISIBLE_DEVICES"] == "void"
     own = image(env={**ENV, "NVIDIA_DRIVER_CAPABILITIES": "all"})
-    assert containers.launch(runtime, own, COMMAND).env["NVIDIA_DRIVER_CAPABILITIES"] == "all", "a recipe's own words win"
+    assert catalog.launch(runtime, own, COMMAND).env["NVIDIA_DRIVER_CAPABILITIES"] == "all", "a recipe's own words win"
 
 
 def test_pyxis_takes_a_file_by_its_whole_path_and_runs_an_entrypoint_that_is_asked_for():
-    found = containers.launch("pyxis", image(SQSH, entrypoint=True, mounts=(), options=("--container-remap-root",)), COMMAND)
+    found = catalog.launch(
+        "pyxis", image(SQSH, entrypoint=True, mounts=(), options=("--container-remap-root",)), COMMAND
+    )
     assert "--container-image=/images/pytorch.sqsh" in found.srun and "--container-entrypoint" in found.srun
-    assert not any(flag.startswith("--container-mounts") for flag in found.srun) and found.srun[-1] == "--container-remap-root"
+    assert (
+        not any(flag.startswith("--container-mounts") for flag in found.srun)
+        and found.srun[-1] == "--container-remap-root"
+    )
 
 
 def test_enroot():
     """https://github.com/NVIDIA/enroot: doc/cmd/{import,create,start,list}.md, doc/image-format.md (fstab), src/runtime.sh (--rc takes a pipe)."""
-    found = containers.launch("enroot", image(), COMMAND)
+    found = catalog.launch("enroot", image(), COMMAND)
     bash, flag, script, name, *words = found.argv
     assert (bash, flag, name) == ("bash", "-c", "bash")
     assert script == (
         "exec enroot start --rw --rc <(echo 'exec \"$@\"') "
         '${CUDA_VISIBLE_DEVICES+--env CUDA_VISIBLE_DEVICES} ${SLURM_PROCID+--env SLURM_PROCID} "$@"'
     )
-    container = words.index(next(word for word in words if word.startswith("amlaunch-nvcr-io-nvidia-pytorch-25-08-py3-")))
+    container = words.index(
+        next(word for word in words if word.startswith("amlaunch-nvcr-io-nvidia-pytorch-25-08-py3-"))
+    )
     assert words[:container] == [
         "--mount", "/runs/a:/runs/a:none:x-create=auto,rbind,rw:0:0", "--mount", "/lustre/text:/text:none:x-create=auto,rbind,ro:0:0",
         "--env", "AMLAUNCH_OF_RECIPE_HOME", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG",
@@ -124,40 +182,62 @@ def test_enroot():
 @pytest.mark.parametrize("program", ["apptainer", "singularity"])
 def test_apptainer(program):
     """https://apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu (--nv), environment_and_metadata (APPTAINERENV_, --cleanenv, --no-eval)."""
-    found = containers.launch(program, image(), COMMAND)
+    found = catalog.launch(program, image(), COMMAND)
     start = found.argv.index(program)
     assert found.argv[start:] == (
         program, "exec", "--cleanenv", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
         "docker://nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
     )  # fmt: skip
     prefix = program.upper()
-    assert found.env == {f"{prefix}ENV_AMLAUNCH_OF_RECIPE_HOME": "/tmp/home", f"{prefix}ENV_NCCL_DEBUG": "INFO", f"{prefix}ENV_MY_TOKEN": "hunter2", f"{prefix}ENV_MASTER_ADDR": "gpu1", f"{prefix}_NO_EVAL": "1"}
+    assert found.env == {
+        f"{prefix}ENV_AMLAUNCH_OF_RECIPE_HOME": "/tmp/home",
+        f"{prefix}ENV_NCCL_DEBUG": "INFO",
+        f"{prefix}ENV_MY_TOKEN": "hunter2",
+        f"{prefix}ENV_MASTER_ADDR": "gpu1",
+        f"{prefix}_NO_EVAL": "1",
+    }
     assert found.prepare == ((program, "exec", "docker://nvcr.io/nvidia/pytorch:25.08-py3", "true"),)
-    assert containers.launch(program, image(parse("/images/a.sif"), gpus=False), COMMAND).prepare == ()
-    assert "--nv" not in containers.launch(program, image(gpus=False), COMMAND).argv
-    assert containers.launch(program, image(entrypoint=True), COMMAND).argv[start + 1] == "run"
+    assert catalog.launch(program, image(parse("/images/a.sif"), gpus=False), COMMAND).prepare == ()
+    assert "--nv" not in catalog.launch(program, image(gpus=False), COMMAND).argv
+    assert catalog.launch(program, image(entrypoint=True), COMMAND).argv[start + 1] == "run"
 
 
 def test_who_is_told_to_save_by_the_stop_file_alone():
     """A signal would end what shows an image's files, or the container: FUSE of ch-run and of apptainer (all processes of a step may get it), Slurm's own."""
     sif, folder = parse("/a.sif"), parse("/a/")
     deaf = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
-    for runtime, of, on_slurm in [*deaf, ("charliecloud", folder, True), ("apptainer", sif, False), ("pyxis", SQSH, True), ("enroot", SQSH, True), ("podman", folder, True), ("docker", NGC, True)]:
-        assert containers.launch(runtime, image(of, mounts=(), on_slurm=on_slurm), COMMAND).deaf == ((runtime, of, on_slurm) in deaf), runtime
+    for runtime, of, on_slurm in [
+        *deaf,
+        ("charliecloud", folder, True),
+        ("apptainer", sif, False),
+        ("pyxis", SQSH, True),
+        ("enroot", SQSH, True),
+        ("podman", folder, True),
+        ("docker", NGC, True),
+    ]:
+        assert catalog.launch(runtime, image(of, mounts=(), on_slurm=on_slurm), COMMAND).deaf == (
+            (runtime, of, on_slurm) in deaf
+        ), runtime
 
 
 def test_apptainer_has_what_a_task_alone_knows_under_its_own_names(tmp_path):
     """With --cleanenv it hands on what begins with APPTAINERENV_; a name without a value would hide every GPU."""
-    found = containers.launch("apptainer", image(), COMMAND)
+    found = catalog.launch("apptainer", image(), COMMAND)
     (tmp_path / "apptainer").write_text("#!/bin/sh\nenv | grep ^APPTAINERENV_ | sort\n")
     (tmp_path / "apptainer").chmod(0o755)
-    said = subprocess.run(found.argv, env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_PROCID": "a 'b' \"c\" $(d)"}, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        found.argv,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_PROCID": "a 'b' \"c\" $(d)"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert said == "APPTAINERENV_SLURM_PROCID=a 'b' \"c\" $(d)\n"
 
 
 def test_docker():
     """https://docs.docker.com/reference/cli/docker/container/run; limits and --ipc as NVIDIA's framework guide recommends."""
-    found = containers.launch("docker", image(on_slurm=False), COMMAND)
+    found = catalog.launch("docker", image(on_slurm=False), COMMAND)
     argv = list(found.argv)
     groups = [word for group in sorted(set(os.getgroups()) - {os.getgid()}) for word in ("--group-add", str(group))]
     assert argv == [
@@ -172,45 +252,57 @@ def test_docker():
 
 def test_docker_in_a_job_uses_the_gpus_of_the_job():
     """Its daemon sees all of the node's; SLURM_STEP_GPUS has their numbers there (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
-    argv = containers.launch("docker", image(), COMMAND).argv
-    assert argv[:4] == ("sh", "-c", 'CUDA_VISIBLE_DEVICES=${SLURM_STEP_GPUS:-${CUDA_VISIBLE_DEVICES-}} exec "$@"', "sh") and argv[4] == "docker"
-    assert containers.launch("docker", image(gpus=False), COMMAND).argv[0] == "docker"
+    argv = catalog.launch("docker", image(), COMMAND).argv
+    assert (
+        argv[:4] == ("sh", "-c", 'CUDA_VISIBLE_DEVICES=${SLURM_STEP_GPUS:-${CUDA_VISIBLE_DEVICES-}} exec "$@"', "sh")
+        and argv[4] == "docker"
+    )
+    assert catalog.launch("docker", image(gpus=False), COMMAND).argv[0] == "docker"
 
 
 def test_podman(monkeypatch):
     """podman-run(1); NVIDIA's devices by CDI, as the container toolkit documents it for podman."""
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    argv = containers.launch("podman", image(on_slurm=False), COMMAND).argv
+    argv = catalog.launch("podman", image(on_slurm=False), COMMAND).argv
     start = argv.index("--entrypoint")
     assert argv[:2] == ("podman", "run") and argv[start:] == (
         "--entrypoint", "", "--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
         "nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
     )  # fmt: skip
     monkeypatch.setattr(os, "getuid", lambda: 0)
-    assert "--userns=keep-id" not in containers.launch("podman", image(), COMMAND).argv
+    assert "--userns=keep-id" not in catalog.launch("podman", image(), COMMAND).argv
 
 
-@pytest.mark.parametrize(("step", "devices", "visible"), [("2,5", "nvidia.com/gpu=2 nvidia.com/gpu=5", "0,1"), ("", "nvidia.com/gpu=all", "7")])
+@pytest.mark.parametrize(
+    ("step", "devices", "visible"),
+    [("2,5", "nvidia.com/gpu=2 nvidia.com/gpu=5", "0,1"), ("", "nvidia.com/gpu=all", "7")],
+)
 def test_podman_in_a_job_has_the_gpus_of_the_job_alone(tmp_path, step, devices, visible):
     """An ordinary user's podman leaves the job's control group (nvidia-container-toolkit#585); the devices of SLURM_STEP_GPUS are the container's 0, 1, ..."""
-    found = containers.launch("podman", image(), COMMAND)
-    (tmp_path / "podman").write_text('#!/bin/sh\nfor word in "$@"; do case $word in nvidia*) printf "%s " "$word";; esac; done; echo "$CUDA_VISIBLE_DEVICES" "$1"\n')
+    found = catalog.launch("podman", image(), COMMAND)
+    (tmp_path / "podman").write_text(
+        '#!/bin/sh\nfor word in "$@"; do case $word in nvidia*) printf "%s " "$word";; esac; done; echo "$CUDA_VISIBLE_DEVICES" "$1"\n'
+    )
     (tmp_path / "podman").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "7", **({"SLURM_STEP_GPUS": step} if step else {})}
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "CUDA_VISIBLE_DEVICES": "7",
+        **({"SLURM_STEP_GPUS": step} if step else {}),
+    }
     said = subprocess.run(found.argv, env=env, capture_output=True, text=True, check=True).stdout
     assert said == f"{devices} {visible} run\n"
 
 
 def test_charliecloud():
     """ch-run(1) 0.31: --set-env, --unset-env, --bind, --cd; $TMPDIR of the host is its /tmp."""
-    found = containers.launch("charliecloud", image(SQSH, mounts=MOUNTS[:1]), COMMAND)
+    found = catalog.launch("charliecloud", image(SQSH, mounts=MOUNTS[:1]), COMMAND)
     assert found.argv == (
         "env", "-u", "TMPDIR", "ch-run", "--unset-env=!(AMLAUNCH_OF_RECIPE_*|SLURM_PROCID|CUDA_VISIBLE_DEVICES)", "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
         "--set-env=MASTER_ADDR=$AMLAUNCH_OF_RECIPE_MASTER_ADDR", "--set-env=MY_TOKEN=$AMLAUNCH_OF_RECIPE_MY_TOKEN", "--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG",
         "--unset-env=AMLAUNCH_OF_RECIPE_*", "--bind=/runs/a:/runs/a", "--cd=/work", "/images/pytorch.sqsh", "--", *COMMAND,
     )  # fmt: skip
     with pytest.raises(CannotLaunch, match="read-only"):
-        containers.launch("charliecloud", image(SQSH), COMMAND)
+        catalog.launch("charliecloud", image(SQSH), COMMAND)
 
 
 def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
@@ -218,41 +310,65 @@ def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
     settings = {"Env": ["PATH=/opt/bin:/bin", "FROM_IMAGE=image", "NCCL_DEBUG=WARN", "CUDA_VISIBLE_DEVICES=9"]}
     (tmp_path / "a.json").write_text(json.dumps({"settings": settings}))
     of_file = image(parse(str(tmp_path / "a.sqsh")), mounts=MOUNTS[:1])
-    found = containers.launch("apptainer", of_file, COMMAND)
-    assert found.env["APPTAINERENV_FROM_IMAGE"] == "image" and found.env["APPTAINERENV_NCCL_DEBUG"] == "INFO" and found.env["APPTAINERENV_AMLAUNCH_OF_RECIPE_PATH"] == "/opt/bin:/bin"
+    found = catalog.launch("apptainer", of_file, COMMAND)
+    assert (
+        found.env["APPTAINERENV_FROM_IMAGE"] == "image"
+        and found.env["APPTAINERENV_NCCL_DEBUG"] == "INFO"
+        and found.env["APPTAINERENV_AMLAUNCH_OF_RECIPE_PATH"] == "/opt/bin:/bin"
+    )
     assert "APPTAINERENV_CUDA_VISIBLE_DEVICES" not in found.env
-    found = containers.launch("charliecloud", of_file, COMMAND)
+    found = catalog.launch("charliecloud", of_file, COMMAND)
     told = {name.removeprefix("AMLAUNCH_OF_RECIPE_"): value for name, value in found.env.items()}
-    assert told == {**ENV, "PATH": "/opt/bin:/bin", "FROM_IMAGE": "image"} and all(f"--set-env={name}=$AMLAUNCH_OF_RECIPE_{name}" in found.argv for name in told)
+    assert told == {**ENV, "PATH": "/opt/bin:/bin", "FROM_IMAGE": "image"} and all(
+        f"--set-env={name}=$AMLAUNCH_OF_RECIPE_{name}" in found.argv for name in told
+    )
 
 
 @pytest.mark.parametrize(
     ("runtime", "path", "sign"),
-    [("pyxis", "/a:b", "a colon"), ("pyxis", "/a b", "a space"), ("enroot", "/a b", "a space"), ("apptainer", "/a:b", "a colon"), ("charliecloud", "/a:b", "a colon"), ("docker", "/a:b c", ""), ("podman", "/a:b c", ""),
-     ("docker", "/a,b", "a comma"), ("podman", "/a,b", "a comma"), ("podman", '/a"b', "a quote"), ("charliecloud", "/a\nb", "a line break")],
+    [
+        ("pyxis", "/a:b", "a colon"),
+        ("pyxis", "/a b", "a space"),
+        ("enroot", "/a b", "a space"),
+        ("apptainer", "/a:b", "a colon"),
+        ("charliecloud", "/a:b", "a colon"),
+        ("docker", "/a:b c", ""),
+        ("podman", "/a:b c", ""),
+        ("docker", "/a,b", "a comma"),
+        ("podman", "/a,b", "a comma"),
+        ("podman", '/a"b', "a quote"),
+        ("charliecloud", "/a\nb", "a line break"),
+    ],
 )
 def test_a_path_that_a_runtime_would_split_is_refused(runtime, path, sign):
     of_path = image(mounts=(Mount(path, "/data"),))
     if not sign:
-        assert f"type=bind,source={path},target=/data" in containers.launch(runtime, of_path, COMMAND).argv
+        assert f"type=bind,source={path},target=/data" in catalog.launch(runtime, of_path, COMMAND).argv
         return
     with pytest.raises(CannotLaunch, match=f"cannot mount {path} at /data: {sign}"):
-        containers.launch(runtime, of_path, COMMAND)
+        catalog.launch(runtime, of_path, COMMAND)
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
 def test_a_value_of_several_lines_is_not_for_enroot(runtime):
     """https://github.com/NVIDIA/enroot, src/runtime.sh: its file of variables has one a line."""
     with pytest.raises(CannotLaunch, match=f"{runtime} cannot set MY_KEY: a value with a line break") as refused:
-        containers.launch(runtime, image(env={**ENV, "MY_KEY": "hunter2\nhunter3"}), COMMAND)
+        catalog.launch(runtime, image(env={**ENV, "MY_KEY": "hunter2\nhunter3"}), COMMAND)
     assert "hunter" not in str(refused.value)
 
 
-@pytest.mark.parametrize("config", ['{"process": null, "mounts": null}', '{"process": {"env": null, "cwd": null}, "linux": {"namespaces": null, "uidMappings": null}}', '{"linux": null}'])
-@pytest.mark.parametrize("runtime", containers.able(parse("/bundle/")))
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"process": null, "mounts": null}',
+        '{"process": {"env": null, "cwd": null}, "linux": {"namespaces": null, "uidMappings": null}}',
+        '{"linux": null}',
+    ],
+)
+@pytest.mark.parametrize("runtime", catalog.able(parse("/bundle/")))
 def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
     (tmp_path / "config.json").write_text(config)
-    found = containers.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
+    found = catalog.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
     assert runtime != "slurm" or found.bundle["process"]["cwd"] == "/work"
 
 
@@ -264,23 +380,26 @@ def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
 def test_a_bundle_that_is_none_is_refused_where_it_is_read(tmp_path, config, words):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CannotLaunch, match=f"{tmp_path}/config.json: {words}"):
-        containers.launch("slurm", image(parse(f"{tmp_path}/")), COMMAND)
+        catalog.launch("slurm", image(parse(f"{tmp_path}/")), COMMAND)
     for runtime in ("podman", "charliecloud", "apptainer"):
-        containers.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
+        catalog.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
 
 
 def test_a_file_that_was_made_anew_is_another_container_of_enroots(tmp_path):
     file = tmp_path / "a.sqsh"
     file.write_bytes(b"1")
-    before = containers.launch("enroot", image(parse(str(file))), COMMAND).prepare
+    before = catalog.launch("enroot", image(parse(str(file))), COMMAND).prepare
     file.write_bytes(b"22")
-    assert containers.launch("enroot", image(parse(str(file))), COMMAND).prepare != before
+    assert catalog.launch("enroot", image(parse(str(file))), COMMAND).prepare != before
 
 
 @pytest.mark.parametrize(
     "text, runtimes",
     [
-        ("nvcr.io/nvidia/pytorch:25.08-py3", ["pyxis", "enroot", "apptainer", "singularity", "podman", "docker", "charliecloud"]),
+        (
+            "nvcr.io/nvidia/pytorch:25.08-py3",
+            ["pyxis", "enroot", "apptainer", "singularity", "podman", "docker", "charliecloud"],
+        ),
         ("/a.sqsh", ["pyxis", "enroot", "apptainer", "singularity", "charliecloud"]),
         ("/a.sif", ["apptainer", "singularity"]),
         ("/a.tar", ["apptainer", "singularity", "podman", "docker"]),
@@ -289,22 +408,46 @@ def test_a_file_that_was_made_anew_is_another_container_of_enroots(tmp_path):
 )
 def test_which_runtime_starts_what(text, runtimes):
     reference = parse(text)
-    assert containers.able(reference) == runtimes
-    assert containers.choose(reference, ["docker", "pyxis", "apptainer"]) == next((name for name in runtimes if name in ("pyxis", "apptainer", "docker")), None)
-    for name in set(containers.KINDS) - set(runtimes):
+    assert catalog.able(reference) == runtimes
+    assert catalog.choose(reference, ["docker", "pyxis", "apptainer"]) == next(
+        (name for name in runtimes if name in ("pyxis", "apptainer", "docker")), None
+    )
+    for name in set(catalog.KINDS) - set(runtimes):
         with pytest.raises(CannotLaunch):
-            containers.launch(name, image(reference, mounts=()), COMMAND)
+            catalog.launch(name, image(reference, mounts=()), COMMAND)
 
 
 def test_of_the_host_only_what_libraries_read_enters():
-    host = {"NCCL_DEBUG": "WARN", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "CONDA_PREFIX": "/z", "WANDB_API_KEY": "k", "PATH": "/bin", "HOME": "/home/me"}
+    host = {
+        "NCCL_DEBUG": "WARN",
+        "PYTHONPATH": "/x",
+        "LD_LIBRARY_PATH": "/y",
+        "CONDA_PREFIX": "/z",
+        "WANDB_API_KEY": "k",
+        "PATH": "/bin",
+        "HOME": "/home/me",
+    }
     assert of_libraries(host) == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": "k"}
-    stale = {"APPTAINERENV_X": "1", "PYXIS_CONTAINER_IMAGE": "old", "SLURM_EXPORT_ENV": "NONE", "ENROOT_CONFIG_PATH": "/c"}
+    stale = {
+        "APPTAINERENV_X": "1",
+        "PYXIS_CONTAINER_IMAGE": "old",
+        "SLURM_EXPORT_ENV": "NONE",
+        "ENROOT_CONFIG_PATH": "/c",
+    }
     assert of_runtime({**host, **stale}) == {"PATH": "/bin", "HOME": "/home/me", "ENROOT_CONFIG_PATH": "/c"}
-    own = {"TMPDIR": "/scratch/1", "XDG_RUNTIME_DIR": "/run/user/1", "DBUS_SESSION_BUS_ADDRESS": "unix:", "APPTAINER_CACHEDIR": "/a"}
+    own = {
+        "TMPDIR": "/scratch/1",
+        "XDG_RUNTIME_DIR": "/run/user/1",
+        "DBUS_SESSION_BUS_ADDRESS": "unix:",
+        "APPTAINER_CACHEDIR": "/a",
+    }
     assert of_runtime({**host, **own, "LANG": "de_DE"}) == {"PATH": "/bin", "HOME": "/home/me", **own}
     # pyxis hands on all that srun has, and enroot behind it reads of that ENROOT_*, SLURM_*, HOME and NVIDIA's (pyxis_slurmstepd.c)
-    assert of_runtime({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {"PATH": "/bin", "HOME": "/home/me", "SLURM_JOB_ID": "1"}
+    assert of_runtime({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {
+        "PATH": "/bin",
+        "HOME": "/home/me",
+        "SLURM_JOB_ID": "1",
+    }
     assert not any(name.startswith(("PMI", "PYTHON", "LD_")) for name in OF_THE_RUNTIME)
 
 
@@ -339,22 +482,46 @@ def test_why_a_container_did_not_start(line, kind, again):
     assert found is not None and found[0].kind == kind and found[0].again == again and found[1] == line
 
 
-@pytest.mark.parametrize("line", ["OSError: No space left on device", "requests: 404 Client Error: Not Found", "error: r.yaml:3: no such image", "rank 0: 401"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OSError: No space left on device",
+        "requests: 404 Client Error: Not Found",
+        "error: r.yaml:3: no such image",
+        "rank 0: 401",
+    ],
+)
 def test_what_the_trainer_says_is_not_the_runtimes(line):
     assert failure_of(line) is None
 
 
 def test_every_kind_of_failure_has_advice():
-    assert all(len(failure.advice) > 20 for failure in FAILURES) and len({failure.kind for failure in FAILURES}) == len(FAILURES)
+    assert all(len(failure.advice) > 20 for failure in FAILURES) and len({failure.kind for failure in FAILURES}) == len(
+        FAILURES
+    )
 
 
 def test_a_node_is_looked_at_before_anything_starts(tmp_path):
     (tmp_path / "a.sqsh").touch()
-    spec = {"runtime": "podman", "image": "x", "path": str(tmp_path / "b.sqsh"), "mounts": [str(tmp_path), str(tmp_path / "no")], "prepare": [], "architecture": "s390x"}
+    spec = {
+        "runtime": "podman",
+        "image": "x",
+        "path": str(tmp_path / "b.sqsh"),
+        "mounts": [str(tmp_path), str(tmp_path / "no")],
+        "prepare": [],
+        "architecture": "s390x",
+    }
     found = dict(check(spec))
-    assert f"there is no {tmp_path / 'b.sqsh'} here" in found["no such image"] and f"there is no {tmp_path / 'no'} to mount" in found["mount"]
+    assert (
+        f"there is no {tmp_path / 'b.sqsh'} here" in found["no such image"]
+        and f"there is no {tmp_path / 'no'} to mount" in found["mount"]
+    )
     assert "the image is for s390x" in found["wrong architecture"]
-    assert not [kind for kind, _ in check({**spec, "path": str(tmp_path / "a.sqsh"), "mounts": [], "architecture": None}) if kind != "no runtime"]
+    assert not [
+        kind
+        for kind, _ in check({**spec, "path": str(tmp_path / "a.sqsh"), "mounts": [], "architecture": None})
+        if kind != "no runtime"
+    ]
 
 
 @pytest.mark.parametrize(("runtime", "refused"), [("apptainer", True), ("pyxis", False), ("docker", False)])
@@ -379,21 +546,52 @@ def test_a_node_without_room_is_not_asked_to_bring_an_image(monkeypatch):
 def test_what_a_node_says_is_a_file_for_the_driver_and_a_line_for_people(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu1")
     assert verdict_of(tmp_path) is None and verdict_of(tmp_path / "no") is None
-    spec = {"runtime": "podman", "image": "x", "path": str(tmp_path / "b.sqsh"), "mounts": [], "verdicts": str(tmp_path)}
+    spec = {
+        "runtime": "podman",
+        "image": "x",
+        "path": str(tmp_path / "b.sqsh"),
+        "mounts": [],
+        "verdicts": str(tmp_path),
+    }
     assert main([json.dumps(spec)]) == 1
     verdict = verdict_of(tmp_path)
-    assert verdict is not None and verdict["host"] == "gpu1" and verdict["reason"] in capsys.readouterr().err.splitlines()
-    assert main([json.dumps({**spec, "verdicts": "/nowhere"})]) == 1, "a node that does not see the folder says it all the same"
+    assert (
+        verdict is not None and verdict["host"] == "gpu1" and verdict["reason"] in capsys.readouterr().err.splitlines()
+    )
+    assert main([json.dumps({**spec, "verdicts": "/nowhere"})]) == 1, (
+        "a node that does not see the folder says it all the same"
+    )
 
 
 def node(tmp_path: Path, script: str, **env: str) -> subprocess.Popen:
     """What looks at a node, while it brings an image there by this script."""
     need("podman")
-    spec = {"runtime": "podman", "image": str(tmp_path), "path": None, "mounts": [], "prepare": [["sh", "-c", script]], "verdicts": str(tmp_path), "passed": ["HF_HOME"]}
-    return subprocess.Popen([sys.executable, "-m", "containers.node", json.dumps(spec)], cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stderr=subprocess.DEVNULL)
+    spec = {
+        "runtime": "podman",
+        "image": str(tmp_path),
+        "path": None,
+        "mounts": [],
+        "prepare": [["sh", "-c", script]],
+        "verdicts": str(tmp_path),
+        "passed": ["HF_HOME"],
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "amlaunch.containers.node_setup", json.dumps(spec)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
 
 
-@pytest.mark.parametrize(("number", "script"), [(signal.SIGTERM, "sleep 50 & sleep 50"), (signal.SIGUSR1, "sleep 50 & sleep 50"), (signal.SIGKILL, "exec sleep 50")])
+@pytest.mark.parametrize(
+    ("number", "script"),
+    [
+        (signal.SIGTERM, "sleep 50 & sleep 50"),
+        (signal.SIGUSR1, "sleep 50 & sleep 50"),
+        (signal.SIGKILL, "exec sleep 50"),
+    ],
+)
 def test_what_fetches_an_image_ends_with_what_looks_at_the_node(tmp_path, number, script):
     """With all that it started; or the next start would fetch it a second time, beside the first."""
     pids = tmp_path / "pids"
@@ -405,7 +603,9 @@ def test_what_fetches_an_image_ends_with_what_looks_at_the_node(tmp_path, number
     looking.send_signal(number)
     assert looking.wait(10) != 0
     group = looking.pid
-    while (left := [path for path in Path("/proc").glob("[0-9]*/stat") if of_group(path, group)]) and time.monotonic() < deadline:
+    while (
+        left := [path for path in Path("/proc").glob("[0-9]*/stat") if of_group(path, group)]
+    ) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left
 
@@ -421,10 +621,22 @@ def of_group(path: Path, group: int) -> bool:
 
 def test_an_image_is_brought_where_ranks_will_look_for_it(tmp_path):
     """With the environment that the runtime has when it starts them: a storage.conf may name variables."""
-    host = {"SCRATCH": "/scratch", "LD_PRELOAD": "", "XDG_DATA_HOME": "/data", "SSL_CERT_FILE": "/certs", "ALL_PROXY": "x", "AWS_CONFIG_FILE": "/home/me/aws", "HF_HOME": "/hf", "HF_TOKEN": "hunter2", "APPTAINER_BIND": "/a"}
+    host = {
+        "SCRATCH": "/scratch",
+        "LD_PRELOAD": "",
+        "XDG_DATA_HOME": "/data",
+        "SSL_CERT_FILE": "/certs",
+        "ALL_PROXY": "x",
+        "AWS_CONFIG_FILE": "/home/me/aws",
+        "HF_HOME": "/hf",
+        "HF_TOKEN": "hunter2",
+        "APPTAINER_BIND": "/a",
+    }
     assert node(tmp_path, f"env >{tmp_path}/env", **host).wait(20) == 0
     told = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
-    assert {name: told.get(name) for name in host if name in told} == {name: host[name] for name in ("XDG_DATA_HOME", "SSL_CERT_FILE", "ALL_PROXY", "AWS_CONFIG_FILE", "HF_HOME")}
+    assert {name: told.get(name) for name in host if name in told} == {
+        name: host[name] for name in ("XDG_DATA_HOME", "SSL_CERT_FILE", "ALL_PROXY", "AWS_CONFIG_FILE", "HF_HOME")
+    }
 
 
 def test_the_folder_of_a_node_is_ours_alone(tmp_path, monkeypatch):

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 from slurm_cluster import Cluster
 
-from launcher import diagnose, facts, proposal, sbatch, slurm
-from launcher.cluster import Cluster as Profiled
-from launcher.cluster import check_profile, find_cluster
-from launcher.commands import doctor
-from launcher.diagnose import BAD, OK, WARN
-from launcher.facts import Folder, Place, SlurmSite
-from launcher.plan import Needs
-from launcher.proposal import Proposal, propose, save
-from launcher.slurm import SlurmError
-from recipes.errors import BadInput
+from amlaunch.launcher.commands import doctor
+from amlaunch.launcher.display.findings import BAD, OK, WARN, worst
+from amlaunch.launcher.doctor import diagnosis, probe, profile_writer
+from amlaunch.launcher.doctor.probe import Folder, Place, SlurmSite
+from amlaunch.launcher.doctor.profile_writer import Proposal, propose, save
+from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.slurm import client, sbatch
+from amlaunch.launcher.specs.cluster_profile import Cluster as Profiled
+from amlaunch.launcher.specs.cluster_profile import check_profile, find_cluster
+from amlaunch.launcher.specs.plan import Needs
+from amlaunch.recipes.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,19 +90,19 @@ def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
             raise SlurmError(argv[0], answer[1:])
         return answer
 
-    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setattr(client, "call", call)
     monkeypatch.setattr(sbatch, "call", call)
-    monkeypatch.setattr(slurm, "available", lambda: True)
+    monkeypatch.setattr(client, "available", lambda: True)
     monkeypatch.setattr(sbatch.submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 1))
-    monkeypatch.setattr(facts, "SHARED_CANDIDATES", ())
+    monkeypatch.setattr(probe, "SHARED_CANDIDATES", ())
     for name in ("AMLAUNCH_RUNS", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
-    slurm.config.cache_clear()
+    client.config.cache_clear()
     sbatch.sbatch_options.cache_clear()
     yield told
-    slurm.config.cache_clear()
+    client.config.cache_clear()
     sbatch.sbatch_options.cache_clear()
 
 
@@ -115,8 +116,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher", *words]
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", **env}
+    command = [sys.executable, "-m", "amlaunch", *words]
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=surroundings)
 
 
@@ -138,7 +139,7 @@ def test_a_machine_without_slurm(tmp_path):
 
 def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
     code = (
-        "import sys\nfrom launcher.__main__ import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom amlaunch.launcher.__main__ import main\ncode = main(sys.argv[1:])\n"
         "print('HEAVY', sorted({'torch', 'numpy', 'datasets'} & set(sys.modules)), file=sys.stderr)\nsys.exit(code)"
     )
     done = subprocess.run(
@@ -146,7 +147,7 @@ def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PATH": ""},
     )
     found = json.loads(done.stdout)
     assert done.returncode == 0 and "HEAVY []" in done.stderr
@@ -167,17 +168,17 @@ def test_what_needs_slurm_says_so(tmp_path):
 
 
 def test_folders_and_file_systems(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "SHARED_CANDIDATES", (str(tmp_path / "scratch"), str(tmp_path / "nowhere")))
-    monkeypatch.setattr(facts.getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr(probe, "SHARED_CANDIDATES", (str(tmp_path / "scratch"), str(tmp_path / "nowhere")))
+    monkeypatch.setattr(probe.getpass, "getuser", lambda: "ann")
     (tmp_path / "scratch" / "ann").mkdir(parents=True)
-    folders = facts.read_folders(tmp_path / "not" / "yet" / "runs")
+    folders = probe.read_folders(tmp_path / "not" / "yet" / "runs")
     assert [(folder.use, folder.path) for folder in folders] == [
         ("runs", str(tmp_path / "not/yet/runs")),
         ("home", str(Path.home())),
         ("candidate", str(tmp_path / "scratch/ann")),
     ]
     assert folders[0].problem == "" and not list(tmp_path.glob("not*"))
-    assert [folder.use for folder in facts.read_folders(Path.home())] == ["runs", "candidate"]
+    assert [folder.use for folder in probe.read_folders(Path.home())] == ["runs", "candidate"]
 
 
 @pytest.mark.parametrize(
@@ -193,14 +194,14 @@ def test_folders_and_file_systems(tmp_path, monkeypatch):
 )
 def test_the_verdict_on_a_folder_for_runs(change, verdict):
     folder = replace(folder_of("/x/runs", kind="nfs4"), **change)
-    [found] = diagnose.folder_findings([folder], on_cluster=True)
+    [found] = diagnosis.folder_findings([folder], on_cluster=True)
     assert found.verdict == verdict and bool(found.advice) == (verdict != OK)
 
 
 @pytest.mark.parametrize(("kind", "network"), [("ext4", False), ("lustre", True), ("fuse.juicefs", True), ("", False)])
 def test_types_of_file_systems(kind, network, tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "file_system", lambda path: kind)
-    assert facts.read_folder(tmp_path, "home").network == network
+    monkeypatch.setattr(probe, "file_system", lambda path: kind)
+    assert probe.read_folder(tmp_path, "home").network == network
 
 
 def test_gpu_models_of_the_kernel_module(tmp_path):
@@ -208,21 +209,21 @@ def test_gpu_models_of_the_kernel_module(tmp_path):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
         about = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 18\n"
         (tmp_path / f"0000:0{number}:00.0" / "information").write_text(about)
-    assert facts.gpu_models(tmp_path) == ("NVIDIA H100 80GB HBM3",) * 2
-    assert facts.gpu_models(tmp_path / "nowhere") == ()
+    assert probe.gpu_models(tmp_path) == ("NVIDIA H100 80GB HBM3",) * 2
+    assert probe.gpu_models(tmp_path / "nowhere") == ()
 
 
 # --- a site, from what its commands say
 
 
 def test_names_of_hosts():
-    assert slurm.host_names("gpu[1-2,5],login") == {"gpu1", "gpu2", "gpu5", "login"}
-    assert slurm.host_names("r[1-2]n[1-2],x") == {"r[1-2]n[1-2]", "x"}
-    assert slurm.host_names("(null)") == {"(null)"}
+    assert client.host_names("gpu[1-2,5],login") == {"gpu1", "gpu2", "gpu5", "login"}
+    assert client.host_names("r[1-2]n[1-2],x") == {"r[1-2]n[1-2]", "x"}
+    assert client.host_names("(null)") == {"(null)"}
 
 
 def test_a_site_as_recorded(answers):
-    site = facts.read_site()
+    site = probe.read_site()
     assert (site.version, site.cluster, site.default_account) == ("22.05.8", "lab", "lab")
     assert (site.accounts, site.qos) == (("lab",), ("high", "low", "normal"))
     assert site.pyxis and not site.oci and not site.sacct_problem and site.min_job_age_s == 3600
@@ -238,13 +239,13 @@ def test_a_site_as_recorded(answers):
         "qos low: MaxTRESPU gres/gpu=4",
         "qos high: MaxWall 1-00:00:00, MaxSubmitPU 2",
     )
-    assert diagnose.worst(diagnose.site_findings(site)) == OK
+    assert worst(diagnosis.site_findings(site)) == OK
 
 
 def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
     (tmp_path / "oci.conf").write_text("")
     answers["scontrol show config"] = f"SLURM_CONF = {tmp_path}/slurm.conf\n"
-    assert facts.read_site().oci == str(tmp_path / "oci.conf")
+    assert probe.read_site().oci == str(tmp_path / "oci.conf")
 
 
 @pytest.mark.parametrize(
@@ -264,29 +265,29 @@ def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
 )  # fmt: skip
 def test_what_a_site_lacks(answers, key, answer, verdict, words):
     answers[key] = answer
-    findings = list(diagnose.site_findings(facts.read_site()))
-    assert diagnose.worst(findings) == verdict
+    findings = list(diagnosis.site_findings(probe.read_site()))
+    assert worst(findings) == verdict
     [found] = [one for one in findings if words in f"{one.text} {one.advice}"]
     assert found.verdict == verdict and (found.advice or verdict == OK), "what is wrong comes with what to do"
 
 
 def test_accounting_that_is_away_is_not_taken_for_having_no_account(answers):
     answers["sacct"] = answers["sacctmgr user"] = "!Unable to contact slurmdbd"
-    found = {one.name: one for one in diagnose.site_findings(facts.read_site())}
+    found = {one.name: one for one in diagnosis.site_findings(probe.read_site())}
     assert found["accounts"].verdict == WARN and found["accounting"].verdict == OK
 
 
 def test_short_memory_of_ended_jobs_without_accounting(answers):
     answers["sacct"] = "!Slurm accounting storage is disabled"
     answers["scontrol show config"] = CONFIG.replace("3600 sec", "2 sec")
-    assert diagnose.worst(diagnose.site_findings(facts.read_site())) == WARN
+    assert worst(diagnosis.site_findings(probe.read_site())) == WARN
 
 
 # --- the profile
 
 
 def folder_of(path: str, use: str = "runs", kind: str = "ext4", free: int = 10**12) -> Folder:
-    return Folder(path, use, kind, kind in facts.NETWORK_FILE_SYSTEMS, free, None, True)
+    return Folder(path, use, kind, kind in probe.NETWORK_FILE_SYSTEMS, free, None, True)
 
 
 def read_back(proposed: Proposal, folder: Path) -> Profiled:
@@ -295,7 +296,7 @@ def read_back(proposed: Proposal, folder: Path) -> Profiled:
 
 
 def test_a_ready_profile_loads_again(answers, tmp_path):
-    site = facts.read_site()
+    site = probe.read_site()
     found = read_back(propose(site, [folder_of("/home/ann/runs")], Path("/home/ann/runs")), tmp_path)
     profile = found.profile
     assert (found.name, profile.account, profile.runs) == ("lab", "lab", "/home/ann/runs")
@@ -304,8 +305,8 @@ def test_a_ready_profile_loads_again(answers, tmp_path):
 
 
 def test_a_profile_puts_runs_where_all_nodes_see_them(answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(proposal, "shared_root", lambda path: Path("/", *path.parts[1:2]))
-    site = facts.read_site()
+    monkeypatch.setattr(profile_writer, "shared_root", lambda path: Path("/", *path.parts[1:2]))
+    site = probe.read_site()
     here = folder_of("/var/ann/runs")
     home = folder_of("/home/ann", "home", "nfs4", 10**14)
     scratch = folder_of("/scratch/ann", "candidate", "lustre")
@@ -319,8 +320,8 @@ def test_a_profile_puts_runs_where_all_nodes_see_them(answers, tmp_path, monkeyp
 def test_a_shared_root_is_written_as_runs_are(tmp_path):
     assert Path("/dev/shm").is_mount()
     (tmp_path / "home").symlink_to("/dev/shm")
-    assert proposal.shared_root(Path("/dev/shm/ann/runs")) == Path("/dev/shm")
-    assert proposal.shared_root(tmp_path / "home" / "runs") == tmp_path / "home"
+    assert profile_writer.shared_root(Path("/dev/shm/ann/runs")) == Path("/dev/shm")
+    assert profile_writer.shared_root(tmp_path / "home" / "runs") == tmp_path / "home"
 
 
 @pytest.mark.parametrize("name", ["on", "123", "null", "a: b", "weiß", "-x", "p#1", "1e3"])
@@ -340,14 +341,17 @@ def test_sites_that_lack_things_get_a_profile_too():
 
 
 def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
-    proposed = propose(facts.read_site(), [], Path("/x/runs"))
+    proposed = propose(probe.read_site(), [], Path("/x/runs"))
     file = tmp_path / "clusters.yaml"
     file.write_text("# mine\nother: {partition: a}  # a remark")
     save(proposed, file)
     assert "# mine\nother: {partition: a}  # a remark\n" in file.read_text()
     assert find_cluster(f"{file}:other").profile.partition == "a" and find_cluster("lab").profile.partition == "cpu"
     before = file.read_text()
-    with pytest.raises(BadInput, match=r"clusters.yaml:5: there is a profile lab already, and it was left as it is; .*--save another file"):
+    with pytest.raises(
+        BadInput,
+        match=r"clusters.yaml:5: there is a profile lab already, and it was left as it is; .*--save another file",
+    ):
         save(proposed, file)
     flow = tmp_path / "flow.yaml"
     flow.write_text("{a: {}}")
@@ -356,13 +360,15 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
     assert (file.read_text(), flow.read_text()) == (before, "{a: {}}")
 
 
-@pytest.mark.parametrize(("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no right to write")])
+@pytest.mark.parametrize(
+    ("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no right to write")]
+)
 def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
     (tmp_path / "file").write_text("")
     (tmp_path / "shut").mkdir(mode=0o555)
     if os.geteuid() == 0 and place.startswith("shut"):  # whom nothing stops
         monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(facts, "read_site", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr(probe, "read_site", lambda: pytest.fail("it was asked"))
     with pytest.raises(BadInput, match=words):
         doctor.run(options(save=str(tmp_path / place)))
     assert (tmp_path / "file").read_text() == ""
@@ -370,7 +376,7 @@ def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_pat
 
 def test_a_file_that_cannot_be_made_is_no_traceback(answers, tmp_path):
     with pytest.raises(BadInput, match="cannot be written"):
-        save(propose(facts.read_site(), [], Path("/x/runs")), Path("/proc/site.yaml"))
+        save(propose(probe.read_site(), [], Path("/x/runs")), Path("/proc/site.yaml"))
 
 
 def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
@@ -451,17 +457,17 @@ def measured(
     ],
 )
 def test_the_verdict_on_gpus(found, verdict, words):
-    findings = list(diagnose.gpu_findings(found))
-    assert diagnose.worst(findings) == verdict
+    findings = list(diagnosis.gpu_findings(found))
+    assert worst(findings) == verdict
     assert any(words in one.text and one.verdict == verdict for one in findings), findings
 
 
 def test_floors_go_by_the_model():
-    assert diagnose.floors_of("NVIDIA A100-SXM4-80GB")["gemm_tflops"] == 200
-    assert diagnose.floors_of("NVIDIA H200")["copy_gb_s"] == 3200
+    assert diagnosis.floors_of("NVIDIA A100-SXM4-80GB")["gemm_tflops"] == 200
+    assert diagnosis.floors_of("NVIDIA H200")["copy_gb_s"] == 3200
     others = ("NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     for name in (*others, "CPU"):
-        assert diagnose.floors_of(name) == {}, name
+        assert diagnosis.floors_of(name) == {}, name
 
 
 def test_the_table_of_gpus_fits_a_terminal():
@@ -478,15 +484,15 @@ def test_the_job_of_the_check_is_a_whole_node():
     cluster = Profiled("c", check_profile(tree, {}), "here", tree)
     cpu = Place("cpu", True, True, None, nodes=2, cpus=64, mem_mb=500_000, gpus=0, usable=2)
     gpu = replace(cpu, name="gpu", default=False, gpus=8, gpu_type="h100")
-    train = diagnose.smallest_job(cluster, [cpu, gpu], "train")
+    train = diagnosis.smallest_job(cluster, [cpu, gpu], "train")
     assert (train.partition, train.needs) == ("gpu", Needs(1, 8, 8, 32, "64G"))
-    verify = diagnose.smallest_job(cluster, [cpu, gpu], "verify")
+    verify = diagnosis.smallest_job(cluster, [cpu, gpu], "verify")
     assert (verify.partition, verify.needs) == ("cpu", Needs(1, 0, 1, 1))
 
 
 def gpucheck(out: Path, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trainer.gpucheck", "--out", str(out)]
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "AMLAUNCH_DEVICE": "cpu", **env}
+    command = [sys.executable, "-m", "amlaunch.trainer.tools.gpu_check", "--out", str(out)]
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "AMLAUNCH_DEVICE": "cpu", **env}
     return subprocess.Popen(
         command, cwd=out.parent, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -494,7 +500,7 @@ def gpucheck(out: Path, **env: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_the_check_on_two_processes_and_on_one(tmp_path):
-    from launcher.ranks import free_ports
+    from amlaunch.launcher.execution.rank_processes import free_ports
 
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports(os.getpid())))}
     ranks = [gpucheck(tmp_path / "two.json", RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
@@ -506,7 +512,7 @@ def test_the_check_on_two_processes_and_on_one(tmp_path):
     assert two["all_reduce"]["right"] and two["all_reduce"]["bus_gb_s"] > 0
     assert one["all_reduce"] is None and one["cuda"] is False
     assert one["gpus"][0]["gemm_tflops"] > 0 and one["gpus"][0]["copy_gb_s"] > 0
-    assert [found.name for found in diagnose.gpu_findings(one)] == ["device"]
+    assert [found.name for found in diagnosis.gpu_findings(one)] == ["device"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
 
 
@@ -520,7 +526,7 @@ def test_the_check_on_this_machine(tmp_path):
 @pytest.mark.slow
 def test_a_check_that_fails_shows_why(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nif '-c' not in sys.argv: sys.modules['torch'] = None\n")
-    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    path = f"{tmp_path}{os.pathsep}{ROOT}/src"
     done = amlaunch("doctor", "--gpu", cwd=tmp_path, PATH="", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     text = " ".join(done.stdout.split())
@@ -533,21 +539,21 @@ def test_a_check_that_fails_shows_why(tmp_path):
 @pytest.mark.slow
 def test_doctor_on_a_cluster(cluster: Cluster):
     folder = cluster.folder("doctor")
-    done = cluster.run(cluster.python, "-m", "launcher", "doctor", "--save", "site.yaml", cwd=folder, check=False)
+    done = cluster.run(cluster.python, "-m", "amlaunch", "doctor", "--save", "site.yaml", cwd=folder, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     for name in ("cpu", "short", "gpu", "gpu-low"):
         assert name in rows
     assert "8 x h100" in rows["gpu"] and "cluster lab" in done.stdout and "sacct answers" in done.stdout
     assert "train: sbatch takes partition gpu with 8 GPUs" in done.stdout and "sbatch refuses" not in done.stdout
-    again = cluster.run(cluster.python, "-m", "launcher", "doctor", "--cluster", "site.yaml", cwd=folder, check=False)
+    again = cluster.run(cluster.python, "-m", "amlaunch", "doctor", "--cluster", "site.yaml", cwd=folder, check=False)
     assert again.returncode == 0 and "profile lab (site.yaml)" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.slow
 def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
     folder = cluster.folder("doctor-gpu")
-    command = [cluster.python, "-m", "launcher", "doctor", "--gpu", "--cluster", "slurm", "--json"]
+    command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu", "--cluster", "slurm", "--json"]
     done = cluster.run(*command, cwd=folder, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -561,7 +567,7 @@ def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
 
 @pytest.mark.slow
 def test_a_node_that_does_not_see_the_folder(cluster: Cluster):
-    command = [cluster.python, "-m", "launcher", "doctor", "--gpu"]
+    command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu"]
     far = {"AMLAUNCH_RUNS": "/dev/shm/doctor/runs"}
     done = cluster.run(*command, cwd=cluster.folder("doctor-far"), env=far, timeout=150, check=False)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from recipes.files import read_json_lines
+from amlaunch.recipes.files import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ preprocess:
   shard_tokens: 4K
   elements: 2
 model:
-  _target_: trainer.models.gpt2.build_gpt2_model
+  _target_: amlaunch.trainer.models.gpt2.build_gpt2_model
   vocab_size: 50304
   n_positions: 32
   n_embd: 16
@@ -69,11 +69,19 @@ class Place:
         self.folder = folder
         folder.mkdir(parents=True)
         (folder / "tiny.yaml").write_text(TINY)
-        self.env = {**os.environ, "TEXT": str(text), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.env = {**os.environ, "TEXT": str(text), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
     def start(self, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "launcher", "local", *(words or ["tiny.yaml"])]
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        command = [sys.executable, "-m", "amlaunch", "local", *(words or ["tiny.yaml"])]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
@@ -82,7 +90,14 @@ class Place:
         return output
 
     def amlaunch(self, *words: str) -> str:
-        return subprocess.run([sys.executable, "-m", "launcher", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-m", "amlaunch", *words],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     @property
     def run_dir(self) -> Path:
@@ -94,7 +109,11 @@ class Place:
         return [(line["step"], line["loss"].hex()) for line in lines if "loss" in line]
 
     def shards(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in sorted((self.run_dir / "data").glob("*.*")) if path.suffix in (".bin", ".idx")}
+        return {
+            path.name: path.read_bytes()
+            for path in sorted((self.run_dir / "data").glob("*.*"))
+            if path.suffix in (".bin", ".idx")
+        }
 
     def weights(self) -> bytes:
         return (self.run_dir / "export" / "0" / "model.safetensors").read_bytes()
@@ -121,7 +140,14 @@ def undisturbed(tmp_path_factory, text) -> Place:
 
 def test_one_command_goes_all_the_way(undisturbed):
     assert [step for step, _ in undisturbed.losses()] == list(range(1, 41))
-    for words in ("24,000 tokens", "loss ", "validation ", "a sample that the model wrote", "where everything lies", "what to type next"):
+    for words in (
+        "24,000 tokens",
+        "loss ",
+        "validation ",
+        "a sample that the model wrote",
+        "where everything lies",
+        "what to type next",
+    ):
         assert words in undisturbed.output, words
     first, last = (float.fromhex(undisturbed.losses()[i][1]) for i in (0, -1))
     assert 10.5 < first < 11.1 and last < first - 1.5, "from ln(vocabulary) downwards"
@@ -147,7 +173,12 @@ def test_the_export_loads_in_transformers(undisturbed):
 def test_status_and_logs_tell_what_happened(undisturbed):
     (shown,) = json.loads(undisturbed.amlaunch("status", "tiny", "--json"))
     assert shown["state"] == "done"
-    assert [(stage["name"], len(stage["elements"])) for stage in shown["stages"]] == [("preprocess", 2), ("verify", 1), ("train", 1), ("export", 1)]
+    assert [(stage["name"], len(stage["elements"])) for stage in shown["stages"]] == [
+        ("preprocess", 2),
+        ("verify", 1),
+        ("train", 1),
+        ("export", 1),
+    ]
     train = shown["stages"][2]["elements"][0]
     assert train["progress"]["done"] == train["progress"]["total"] == 40 and train["result"]["tokens"] == 40 * 8 * 32
     assert "tiny-" in undisturbed.amlaunch("status") and "train" in undisturbed.amlaunch("status", "tiny")
@@ -159,15 +190,28 @@ def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
     before = (undisturbed.run_dir / "export" / "0" / "config.json").stat().st_mtime_ns
     undisturbed.amlaunch("export", "tiny", "--step", "35", "--out", str(undisturbed.folder / "at35"))
     assert (undisturbed.folder / "at35" / "model.safetensors").read_bytes() != undisturbed.weights()
-    assert (undisturbed.run_dir / "export" / "0" / "config.json").stat().st_mtime_ns == before, "the stage's own is left alone"
-    written = [undisturbed.amlaunch("generate", "tiny", "--best", "--prompt", "The standard", "--max-new-tokens", "5", "--seed", "3") for _ in range(2)]
+    assert (undisturbed.run_dir / "export" / "0" / "config.json").stat().st_mtime_ns == before, (
+        "the stage's own is left alone"
+    )
+    written = [
+        undisturbed.amlaunch(
+            "generate", "tiny", "--best", "--prompt", "The standard", "--max-new-tokens", "5", "--seed", "3"
+        )
+        for _ in range(2)
+    ]
     assert written[0].startswith("The standard") and written[0] == written[1]
     for words, said in (
         (["export", "tiny", "--step", "7"], "no checkpoint after step 7; there are those after 40, 35"),
         (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
         (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
     ):
-        found = subprocess.run([sys.executable, "-m", "launcher", *words], cwd=undisturbed.folder, env=undisturbed.env, capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-m", "amlaunch", *words],
+            cwd=undisturbed.folder,
+            env=undisturbed.env,
+            capture_output=True,
+            text=True,
+        )
         assert found.returncode == 2 and said in found.stderr and "Traceback" not in found.stderr, found.stderr
 
 
@@ -230,7 +274,21 @@ def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes
 
 
 def test_a_run_of_other_weights_shares_the_data(undisturbed):
-    output = undisturbed.run("tiny.yaml", "--name", "other", "--seed", "7", "--export", "null", "--step_scheduler.max_steps", "2", "--runs", str(undisturbed.folder / "more" / "runs"), "--preprocess.output_dir", str(undisturbed.run_dir / "data"))
+    output = undisturbed.run(
+        "tiny.yaml",
+        "--name",
+        "other",
+        "--seed",
+        "7",
+        "--export",
+        "null",
+        "--step_scheduler.max_steps",
+        "2",
+        "--runs",
+        str(undisturbed.folder / "more" / "runs"),
+        "--preprocess.output_dir",
+        str(undisturbed.run_dir / "data"),
+    )
     assert "preprocess 0: done" in output
 
 
@@ -263,7 +321,7 @@ def test_the_guides_yaml_trains(tmp_path, text):
     tokens = np.random.default_rng(0).integers(0, 50257, 5000).astype(np.uint16)
     header[:4] = [278895051, 1, len(tokens), 2]
     (place.folder / "dataset.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    assert "is read as trainer.models.gpt2.build_gpt2_model" in place.amlaunch("show", "guide.yaml")
+    assert "is read as amlaunch.trainer.models.gpt2.build_gpt2_model" in place.amlaunch("show", "guide.yaml")
     output = place.run(
         "guide.yaml", "--dataset.file_pattern", "dataset.bin", "--step_scheduler.max_steps", "3", "--step_scheduler.global_batch_size", "2",
         "--model.n_layer", "2", "--model.n_embd", "48", "--dataset.seq_len", "64",

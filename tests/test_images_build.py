@@ -25,10 +25,10 @@ from image_helpers import (
     write_layout,
 )
 
-import containers
-from launcher import image_check
-from launcher.__main__ import main
-from launcher.diagnose import BAD, OK, WARN
+from amlaunch import containers
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.display.findings import BAD, OK, WARN
+from amlaunch.launcher.images import checker
 
 BASE = "localhost/amlaunch-test-base:1"
 
@@ -36,7 +36,9 @@ BASE = "localhost/amlaunch-test-base:1"
 @pytest.fixture
 def storage(tmp_path, monkeypatch) -> Iterator[Path]:
     """A storage of the test's own for buildah and podman, which work without user namespaces."""
-    (tmp_path / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{tmp_path}/run"\ngraphroot = "{tmp_path}/graph"\n')
+    (tmp_path / "storage.conf").write_text(
+        f'[storage]\ndriver = "vfs"\nrunroot = "{tmp_path}/run"\ngraphroot = "{tmp_path}/graph"\n'
+    )
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(tmp_path / "storage.conf"))
     monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
     monkeypatch.chdir(tmp_path)
@@ -53,7 +55,9 @@ def wheel(folder: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_extra.py", "VALUE = 12\n")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-extra\nVersion: 1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", f"tiny_extra.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     return folder
 
@@ -63,8 +67,11 @@ def pip_files() -> list[tuple[Path, str]]:
     import pip
 
     root = Path(pip.__file__).parent
-    return [(path, f"usr/lib/python3/dist-packages/pip/{path.relative_to(root)}") for path in sorted(root.rglob("*.py"))] + [
-        (path, f"usr/lib/python3/dist-packages/pip/{path.relative_to(root)}") for path in sorted(root.rglob("*.pem")) + sorted(root.rglob("vendor.txt"))
+    return [
+        (path, f"usr/lib/python3/dist-packages/pip/{path.relative_to(root)}") for path in sorted(root.rglob("*.py"))
+    ] + [
+        (path, f"usr/lib/python3/dist-packages/pip/{path.relative_to(root)}")
+        for path in sorted(root.rglob("*.pem")) + sorted(root.rglob("vendor.txt"))
     ]
 
 
@@ -78,7 +85,18 @@ def test_our_dockerfile_without_a_network(storage, capsys):
     subprocess.run(["buildah", "pull", "-q", f"oci:{base}"], check=True, capture_output=True)
     image = subprocess.run(["buildah", "images", "-q"], check=True, capture_output=True, text=True).stdout.split()[0]
     subprocess.run(["buildah", "tag", image, BASE], check=True)
-    words = ["--base", BASE, "--packages", "tiny-extra", "--wheels", str(wheel(storage / "wheels")), "--tag", "localhost/baked:1", "--tool", "buildah"]
+    words = [
+        "--base",
+        BASE,
+        "--packages",
+        "tiny-extra",
+        "--wheels",
+        str(wheel(storage / "wheels")),
+        "--tag",
+        "localhost/baked:1",
+        "--tool",
+        "buildah",
+    ]
     assert main(["image", "build", *words, "--images", "images", "--json"]) == 0, capsys.readouterr()
     made = json.loads(capsys.readouterr().out)
     assert made["made"] and made["source"] == f"build on {BASE}" and made["reference"] == "localhost/baked:1"
@@ -87,7 +105,23 @@ def test_our_dockerfile_without_a_network(storage, capsys):
     found = subprocess.run(["chroot", str(files), "/usr/bin/python3", "-c", code], capture_output=True, text=True)
     assert found.stdout == "12 /opt/amlaunch/launcher/__init__.py\n", found
     assert not (files / "tmp" / "amlaunch-wheels").exists()
-    assert main(["image", "build", "--base", "localhost/nothing:1", "--packages", "", "--tool", "buildah", "--images", "images"]) == 1
+    assert (
+        main(
+            [
+                "image",
+                "build",
+                "--base",
+                "localhost/nothing:1",
+                "--packages",
+                "",
+                "--tool",
+                "buildah",
+                "--images",
+                "images",
+            ]
+        )
+        == 1
+    )
     said = capsys.readouterr()
     assert "buildah build failed with exit code" in said.err and "Traceback" not in said.err
 
@@ -130,7 +164,10 @@ def test_room_for_a_base_is_looked_for_before_it_is_fetched(storage, monkeypatch
         words = ["--base", base] if named == "--base" else ["--file", "Dockerfile"]
         assert main(["image", "build", *words, "--tool", "buildah", "--no-import"]) == 2
         error = capsys.readouterr().err
-        assert f"{graph}: the unpacked image in buildah's storage will need about 2" in error and "graphroot in storage.conf names another folder" in error, error
+        assert (
+            f"{graph}: the unpacked image in buildah's storage will need about 2" in error
+            and "graphroot in storage.conf names another folder" in error
+        ), error
         assert registry.fetched() == 0
     finally:
         registry.process.terminate()
@@ -141,7 +178,10 @@ def test_room_for_a_base_is_looked_for_before_it_is_fetched(storage, monkeypatch
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("nvcr.io/NVIDIA/pytorch:25.08-py3", "--base 'nvcr.io/NVIDIA/pytorch:25.08-py3': names of images are in lower case; did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?"),
+        (
+            "nvcr.io/NVIDIA/pytorch:25.08-py3",
+            "--base 'nvcr.io/NVIDIA/pytorch:25.08-py3': names of images are in lower case; did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?",
+        ),
         ("https://nvcr.io/nvidia/pytorch:1", "did you mean 'nvcr.io/nvidia/pytorch:1'?"),
         ("nvcr.io#", "the image itself is missing"),
         ("base.tar", "--base base.tar: a file or a folder is no base; load it"),
@@ -164,9 +204,15 @@ def test_the_dockerfile_is_printed(capsys):
 def _pythons() -> list[str]:
     """Every Python from 3.10 to 3.13 that is here, by version."""
     found: dict[str, str] = {}
-    places = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)), *map(str, (Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3"))]
+    places = [
+        sys.executable,
+        *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)),
+        *map(str, (Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3")),
+    ]
     for place in filter(None, places):
-        ask = subprocess.run([place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
+        ask = subprocess.run(
+            [place, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True
+        )
         if ask.returncode == 0 and ask.stdout.strip() in ("3.10", "3.11", "3.12", "3.13"):
             found.setdefault(ask.stdout.strip(), place)
     return [found[version] for version in sorted(found)]
@@ -179,30 +225,62 @@ def test_the_probe_runs_on_any_python_and_says_what_is_so(tmp_path, python):
     closed = tmp_path / "closed"
     closed.mkdir()
     found = subprocess.run(
-        [python, "-I", "-W", "error", "-c", image_check.PROBE.read_text(), str(tmp_path), str(tmp_path / "none"), "/proc"], capture_output=True, text=True, cwd="/", env={"PATH": "/usr/bin:/bin"}
+        [python, "-I", "-W", "error", "-c", checker.PROBE.read_text(), str(tmp_path), str(tmp_path / "none"), "/proc"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin"},
     )
     assert found.returncode == 0 and found.stderr == "", found.stderr
-    [line] = [line for line in found.stdout.splitlines() if line.startswith(image_check.MARK)]
-    seen = json.loads(line.removeprefix(image_check.MARK))
-    version = subprocess.run([python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True).stdout.strip()
+    [line] = [line for line in found.stdout.splitlines() if line.startswith(checker.MARK)]
+    seen = json.loads(line.removeprefix(checker.MARK))
+    version = subprocess.run(
+        [python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
+    ).stdout.strip()
     assert seen["python"] == version and seen["architecture"] == os.uname().machine and seen["shm_bytes"] > 0
-    assert [(mount["there"], mount["writable"]) for mount in seen["mounts"]] == [(True, True), (False, False), (True, False)]
+    assert [(mount["there"], mount["writable"]) for mount in seen["mounts"]] == [
+        (True, True),
+        (False, False),
+        (True, False),
+    ]
     assert not list(tmp_path.glob(".amlaunch-probe-*"))
     if python == sys.executable:
-        verdicts = {one.name: one.verdict for one in image_check.findings("x", seen, False)}
-        assert seen["torch"]["version"] and verdicts["torch"] == OK and seen["packages"]["pyyaml"] and seen["packages"]["safetensors"]
+        verdicts = {one.name: one.verdict for one in checker.findings("x", seen, False)}
+        assert (
+            seen["torch"]["version"]
+            and verdicts["torch"] == OK
+            and seen["packages"]["pyyaml"]
+            and seen["packages"]["safetensors"]
+        )
 
 
 def test_verdicts():
     h100 = {"name": "NVIDIA H100 80GB HBM3", "works": True, "problem": "", "memory_bytes": 1}
-    torch = {"version": "2.8.0a0+34c6371d24.nv25.08", "cuda": "13.0", "nccl": "2.27.7", "cudnn": 91200, "available": True, "gpus": [h100] * 8}
-    seen = {"python": "3.12.3", "architecture": os.uname().machine, "torch": torch, "driver": {"version": "580.65.06"}, "shm_bytes": 1 << 40, "packages": {"torch": "2.8", "tiktoken": "0.9"}}
+    torch = {
+        "version": "2.8.0a0+34c6371d24.nv25.08",
+        "cuda": "13.0",
+        "nccl": "2.27.7",
+        "cudnn": 91200,
+        "available": True,
+        "gpus": [h100] * 8,
+    }
+    seen = {
+        "python": "3.12.3",
+        "architecture": os.uname().machine,
+        "torch": torch,
+        "driver": {"version": "580.65.06"},
+        "shm_bytes": 1 << 40,
+        "packages": {"torch": "2.8", "tiktoken": "0.9"},
+    }
 
     def verdict(name: str, **changed: object) -> tuple[str, str, str]:
-        one = next(one for one in image_check.findings("img", {**seen, **changed}, True) if one.name == name)
+        one = next(one for one in checker.findings("img", {**seen, **changed}, True) if one.name == name)
         return one.verdict, one.text, one.advice
 
-    assert verdict("CUDA") == (OK, "CUDA 13.0, NCCL 2.27.7, cuDNN 9.12.0", "") and verdict("GPUs")[1] == "8 x NVIDIA H100 80GB HBM3"
+    assert (
+        verdict("CUDA") == (OK, "CUDA 13.0, NCCL 2.27.7, cuDNN 9.12.0", "")
+        and verdict("GPUs")[1] == "8 x NVIDIA H100 80GB HBM3"
+    )
     assert verdict("torch")[0] == OK and verdict("driver") == (OK, "580.65.06", "")
     blind = {**torch, "available": False, "gpus": []}
     old = verdict("driver", torch=blind, driver={"version": "535.183.01", "cuda": "12.2"})
@@ -210,13 +288,18 @@ def test_verdicts():
     assert verdict("driver", driver={"version": "535.183.01"})[0] == OK, "torch works: forward compatibility"
     assert verdict("GPUs", torch=blind)[0] == BAD and "sees none" in verdict("GPUs", torch=blind)[1]
     broken = {**torch, "gpus": [h100, {**h100, "works": False, "problem": "no kernel image is available"}]}
-    assert verdict("GPUs", torch=broken)[:2] == (BAD, "2 x NVIDIA H100 80GB HBM3; 1 do not work: no kernel image is available")
+    assert verdict("GPUs", torch=broken)[:2] == (
+        BAD,
+        "2 x NVIDIA H100 80GB HBM3; 1 do not work: no kernel image is available",
+    )
     assert verdict("Python", python="3.9.18")[0] == BAD and verdict("Python", python="3.14.0")[0] == WARN
     assert verdict("torch", torch={"error": "ModuleNotFoundError: No module named 'torch'"})[0] == BAD
     assert verdict("torch", torch={**torch, "version": "2.1.0"})[2] == "amlaunch needs torch>=2.6: take a newer image"
     assert verdict("/dev/shm", shm_bytes=64 << 20)[0] == WARN and verdict("packages")[1] == "torch 2.8, tiktoken 0.9"
-    assert verdict("mount", mounts=[{"path": "/d", "there": True, "writable": False, "problem": "Read-only file system"}])[:2] == (WARN, "/d cannot be written: Read-only file system")
-    assert [image_check.cudnn_version(number) for number in (8902, 91002, None)] == ["8.9.2", "9.10.2", "missing"]
+    assert verdict(
+        "mount", mounts=[{"path": "/d", "there": True, "writable": False, "problem": "Read-only file system"}]
+    )[:2] == (WARN, "/d cannot be written: Read-only file system")
+    assert [checker.cudnn_version(number) for number in (8902, 91002, None)] == ["8.9.2", "9.10.2", "missing"]
 
 
 # --- check --------------------------------------------------------------------------------------------------
@@ -229,10 +312,19 @@ def test_check_starts_an_image_and_writes_down_what_it_saw(storage, capsys, monk
     layout = write_layout(storage / "oci", [python_layer()])
     assert main(["image", "import", f"oci:{layout}", "--images", "images"]) == 0
     capsys.readouterr()
-    assert main(["image", "check", "oci", "--images", "images", "--runtime", "charliecloud", "--json"]) == 1, "it has no torch"
+    assert main(["image", "check", "oci", "--images", "images", "--runtime", "charliecloud", "--json"]) == 1, (
+        "it has no torch"
+    )
     seen = json.loads(capsys.readouterr().out)
-    version = subprocess.run([str(PYTHON), "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True).stdout.strip()
-    assert seen["verdict"] == BAD and seen["python"] == version and seen["executable"] == "/usr/bin/python3" and seen["runtime"] == "charliecloud"
+    version = subprocess.run(
+        [str(PYTHON), "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
+    ).stdout.strip()
+    assert (
+        seen["verdict"] == BAD
+        and seen["python"] == version
+        and seen["executable"] == "/usr/bin/python3"
+        and seen["runtime"] == "charliecloud"
+    )
     record = Path(seen["record"])
     assert record.parent == storage / "images" and json.loads(record.read_text())["python"] == version
     assert main(["image", "list", "--images", "images", "--json"]) == 0
@@ -247,10 +339,14 @@ def test_check_of_an_image_with_torch_is_content(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("USER", "root")
     monkeypatch.chdir(tmp_path)
     image = str(container_image.wanted())
-    assert main(["image", "check", image, "--runtime", "charliecloud", "--mount", f"{tmp_path}:/data", "--json"]) == 0, capsys.readouterr()
+    assert (
+        main(["image", "check", image, "--runtime", "charliecloud", "--mount", f"{tmp_path}:/data", "--json"]) == 0
+    ), capsys.readouterr()
     seen = json.loads(capsys.readouterr().out)
     assert seen["torch"]["version"] and seen["packages"]["tiktoken"] and "pyyaml" not in seen["packages"]
-    assert [(mount["path"], mount["writable"]) for mount in seen["mounts"]] == [("/data", True)] and seen["verdict"] == WARN, "a torch for the CPU is no error"
+    assert [(mount["path"], mount["writable"]) for mount in seen["mounts"]] == [("/data", True)] and seen[
+        "verdict"
+    ] == WARN, "a torch for the CPU is no error"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +378,7 @@ def test_nothing_that_starts_it(tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_user_vouches_for(tmp_path, monkeypatch, capsys):
-    from containers.store import ImageFolder
+    from amlaunch.containers.images.image_store import ImageFolder
 
     monkeypatch.chdir(tmp_path)
     image = "nvcr.io/nvidia/pytorch:25.08-py3"
@@ -291,5 +387,11 @@ def test_what_the_user_vouches_for(tmp_path, monkeypatch, capsys):
     for names in ("tiktoken", "Some_Thing,gigatoken"):
         assert main(["image", "check", image, "--has", names]) == 0
     spelled = folder.facts("docker://nvcr.io/nvidia/pytorch:25.08-py3")
-    assert [spelled.has(name) for name in ("torch", "tiktoken", "some-thing", "gigatoken", "datasets")] == [True, True, True, True, False]
+    assert [spelled.has(name) for name in ("torch", "tiktoken", "some-thing", "gigatoken", "datasets")] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert spelled.python == (3, 12) and spelled.cuda == "13.0"

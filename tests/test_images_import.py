@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from image_helpers import Registry, layer, leave_out, need, unsquashed, write_docker_archive, write_layout
 
-from containers import credentials, store
-from launcher.__main__ import main
-from recipes.files import Lock
+from amlaunch.containers.images import credentials, image_store
+from amlaunch.launcher.__main__ import main
+from amlaunch.recipes.files import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD, HASH = "correct horse", "$2b$04$QxIqyGEg9gvPkPfnIj7FQOAkoa70RIMTZnyqrln0Vsak2G8Lvxeo6"
@@ -46,8 +46,15 @@ def noise(megabytes: int) -> bytes:
 
 def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """amlaunch as a process of its own."""
-    command = [sys.executable, "-m", "launcher", "image", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    command = [sys.executable, "-m", "amlaunch", "image", *words]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **env},
+    )
 
 
 def result(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
@@ -62,22 +69,42 @@ def test_archives_become_images_once(tmp_path, capsys):
     made = result(capsys, "import", f"oci:{layout}", "--images", "images")
     image = Path(made["path"])
     assert made["made"] and image.parent == tmp_path / "images" and image.name == f"oci-{made['digest'][7:19]}.sqsh"
-    assert made["settings"] == {"Env": ["A=image"], "Entrypoint": ["/e"], "WorkingDir": "/w"} and made["architecture"] == "amd64"
+    assert (
+        made["settings"] == {"Env": ["A=image"], "Entrypoint": ["/e"], "WorkingDir": "/w"}
+        and made["architecture"] == "amd64"
+    )
     files = unsquashed(image, tmp_path / "files")
-    assert (files / "etc" / "name").read_text() == "tiny\n" and (files / "w").is_dir() and (files / "etc" / "environment").read_text() == "A=image\n"
+    assert (
+        (files / "etc" / "name").read_text() == "tiny\n"
+        and (files / "w").is_dir()
+        and (files / "etc" / "environment").read_text() == "A=image\n"
+    )
     before = image.stat().st_mtime_ns
-    assert result(capsys, "import", f"oci:{layout}", "--images", "images")["made"] is False and image.stat().st_mtime_ns == before
+    assert (
+        result(capsys, "import", f"oci:{layout}", "--images", "images")["made"] is False
+        and image.stat().st_mtime_ns == before
+    )
     docker = write_docker_archive(tmp_path / "saved.tar", stack)
     root = tmp_path / "root.tar"
     root.write_bytes(stack[0])
     others = [result(capsys, "import", str(path), "--images", "images") for path in (docker, root)]
-    assert [one["made"] for one in others] == [True, True] and others[1]["digest"] == f"sha256:{hashlib.sha256(stack[0]).hexdigest()}"
+    assert [one["made"] for one in others] == [True, True] and others[1][
+        "digest"
+    ] == f"sha256:{hashlib.sha256(stack[0]).hexdigest()}"
     listed = result(capsys, "list", "--images", "images")
-    assert {one["path"] for one in listed["images"]} == {made["path"], *(one["path"] for one in others)} and all(one["whole"] for one in listed["images"])
-    assert not [path for path in (tmp_path / "images" / ".work").iterdir() if path.suffix != ".lock"], "nothing half made is left"
+    assert {one["path"] for one in listed["images"]} == {made["path"], *(one["path"] for one in others)} and all(
+        one["whole"] for one in listed["images"]
+    )
+    assert not [path for path in (tmp_path / "images" / ".work").iterdir() if path.suffix != ".lock"], (
+        "nothing half made is left"
+    )
     image.write_bytes(b"torn")
-    assert [one["whole"] for one in result(capsys, "list", "--images", "images")["images"] if one["path"] == str(image)] == [False]
-    assert result(capsys, "import", f"oci:{layout}", "--images", "images")["made"], "a file that is not whole is made again"
+    assert [
+        one["whole"] for one in result(capsys, "list", "--images", "images")["images"] if one["path"] == str(image)
+    ] == [False]
+    assert result(capsys, "import", f"oci:{layout}", "--images", "images")["made"], (
+        "a file that is not whole is made again"
+    )
     assert main(["image", "list", "--images", "images"]) == 0
     assert "oci-" in capsys.readouterr().out
 
@@ -133,7 +160,9 @@ def test_ctrl_c_leaves_no_tool_and_no_half_image(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from it" in out and "Traceback" not in err
     lock = tmp_path / "images" / ".work" / "oci.lock"
-    assert subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0, "a tool that is left behind would hold it"
+    assert subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0, (
+        "a tool that is left behind would hold it"
+    )
 
 
 def test_an_older_mksquashfs_gets_unpacked_files(tmp_path, monkeypatch, capsys):
@@ -141,19 +170,25 @@ def test_an_older_mksquashfs_gets_unpacked_files(tmp_path, monkeypatch, capsys):
     need("mksquashfs", "unsquashfs")
     program = tmp_path / "bin" / "mksquashfs"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.4 (2019/08/29)" && exit\n[ "$1" != - ] && exec {shutil.which("mksquashfs")} "$@"\nexit 9\n')
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.4 (2019/08/29)" && exit\n[ "$1" != - ] && exec {shutil.which("mksquashfs")} "$@"\nexit 9\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     layout = write_layout(tmp_path / "oci", [layer([("etc/name", b"old")])])
     made = result(capsys, "import", f"oci:{layout}", "--images", "images")
-    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"old" and made["tools"] == {"mksquashfs": "4.4"}
+    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"old" and made[
+        "tools"
+    ] == {"mksquashfs": "4.4"}
 
 
 def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     need("mksquashfs")
     program = tmp_path / "bin" / "mksquashfs"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.6" && exit\necho "FATAL ERROR: No space left on device"; exit 1\n')
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.6" && exit\necho "FATAL ERROR: No space left on device"; exit 1\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
@@ -182,11 +217,24 @@ def test_room_is_looked_for_first(tmp_path, capsys):
     with small_disk(tmp_path / "small", 2) as small:
         assert main(["image", "import", f"oci:{layout}", "--images", str(small)]) == 2
         error = capsys.readouterr().err
-        assert re.search(rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder", error), error
-        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 2, "the half-made file has no room there"
-        assert f"{small}: the image will need about" in (error := capsys.readouterr().err) and "--tmp DIR names another folder" in error
-        assert main(["image", "import", f"oci:{layout}", "--images", str(small), "--tmp", "tmp"]) == 2, "nor has the finished one"
-        assert f"{small}: the image will need about" in (error := capsys.readouterr().err) and "--images DIR names another folder" in error
+        assert re.search(
+            rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder",
+            error,
+        ), error
+        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 2, (
+            "the half-made file has no room there"
+        )
+        assert (
+            f"{small}: the image will need about" in (error := capsys.readouterr().err)
+            and "--tmp DIR names another folder" in error
+        )
+        assert main(["image", "import", f"oci:{layout}", "--images", str(small), "--tmp", "tmp"]) == 2, (
+            "nor has the finished one"
+        )
+        assert (
+            f"{small}: the image will need about" in (error := capsys.readouterr().err)
+            and "--images DIR names another folder" in error
+        )
 
 
 @pytest.mark.parametrize(
@@ -268,12 +316,18 @@ def test_from_a_registry_every_layer_once(tmp_path, registry, capsys):
     assert registry.fetched() == 1
     made = result(capsys, "import", f"docker://{place}", "--insecure", "--images", "images")
     assert made["made"] and registry.fetched() == 1, "the layer was there"
-    assert made["digest"] == registry.digest("team/tiny", "1") and made["reference"] == place and made["tools"]["skopeo"]
+    assert (
+        made["digest"] == registry.digest("team/tiny", "1") and made["reference"] == place and made["tools"]["skopeo"]
+    )
     assert Path(made["path"]).name == f"team-tiny-1-{made['digest'][7:19]}.sqsh"
     assert result(capsys, "import", place, "--insecure", "--images", "images")["made"] is False
     registry.push(write_layout(tmp_path / "newer", [layer([("etc/name", b"newer")])]), "team/tiny:1")
     newer = result(capsys, "import", place, "--insecure", "--images", "images")
-    assert newer["made"] and newer["digest"] != made["digest"] and len(result(capsys, "list", "--images", "images")["images"]) == 2
+    assert (
+        newer["made"]
+        and newer["digest"] != made["digest"]
+        and len(result(capsys, "list", "--images", "images")["images"]) == 2
+    )
     assert main(["image", "import", place.replace("tiny:1", "tiny:2"), "--insecure", "--images", "images"]) == 1
     assert "has no 127.0.0.1" in capsys.readouterr().err
     assert main(["image", "import", place, "--images", "images"]) == 1
@@ -286,7 +340,9 @@ def test_from_a_registry_every_layer_once(tmp_path, registry, capsys):
 
 def storage(folder: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For podman and buildah, in a place of the test's own."""
-    (folder / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{graph}"\n')
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{graph}"\n'
+    )
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
 
 
@@ -295,10 +351,26 @@ def dockerd(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A daemon of the test's own, which leaves the machine's network as it is."""
     need("dockerd", "docker")
     folder = Path(tempfile.mkdtemp(dir="/tmp"))  # the paths of sockets are short
-    words = ["--data-root", data, "--exec-root", folder / "exec", "--pidfile", folder / "pid", "--storage-driver=vfs", "--bridge=none", "--iptables=false", "--ip6tables=false"]
+    words = [
+        "--data-root",
+        data,
+        "--exec-root",
+        folder / "exec",
+        "--pidfile",
+        folder / "pid",
+        "--storage-driver=vfs",
+        "--bridge=none",
+        "--iptables=false",
+        "--ip6tables=false",
+    ]
     monkeypatch.setenv("DOCKER_HOST", f"unix://{folder}/socket")
     with open(folder / "log", "w") as log:
-        daemon = subprocess.Popen(["dockerd", "--host", os.environ["DOCKER_HOST"], *words], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        daemon = subprocess.Popen(
+            ["dockerd", "--host", os.environ["DOCKER_HOST"], *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + 30
         while subprocess.run(["docker", "version"], capture_output=True).returncode:
@@ -328,8 +400,14 @@ def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatc
             storage(tmp_path, small, monkeypatch)
         assert main(["image", "import", place, "--insecure", *images, "--tool", tool]) == 2
         error = capsys.readouterr().err
-        words = "the download and the image will need about 18" if tool == "skopeo" else rf"the unpacked image in {tool}'s storage will need about 2[01]"
-        assert re.search(rf"{small}: {words}\.\d+ MB there, \d+\.\d+ MB are free; \S+.* names another folder", error), error
+        words = (
+            "the download and the image will need about 18"
+            if tool == "skopeo"
+            else rf"the unpacked image in {tool}'s storage will need about 2[01]"
+        )
+        assert re.search(rf"{small}: {words}\.\d+ MB there, \d+\.\d+ MB are free; \S+.* names another folder", error), (
+            error
+        )
         assert registry.fetched() == 0
     with ExitStack() as held:
         if tool == "docker":
@@ -338,7 +416,10 @@ def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatc
             storage(tmp_path, tmp_path / "graph", monkeypatch)
         made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
         assert made["made"] and made["digest"] == registry.digest("tiny", "1") and registry.fetched() == 1
-        assert result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)["made"] is False and registry.fetched() == 1
+        assert (
+            result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)["made"] is False
+            and registry.fetched() == 1
+        )
 
 
 @pytest.mark.slow
@@ -350,16 +431,19 @@ def test_what_is_only_likely_to_lack_is_said_and_tried(tmp_path, registry, monke
     with small_disk(tmp_path / "small", 12) as small:
         storage(tmp_path, small, monkeypatch)
         assert main(["image", "import", place, "--insecure", "--images", "images", "--tool", tool]) == 0
-        assert re.search(rf"{small}: the unpacked image .* will need about 2[01]\.\d+ MB there, .* It is tried all the same", capsys.readouterr().out)
+        assert re.search(
+            rf"{small}: the unpacked image .* will need about 2[01]\.\d+ MB there, .* It is tried all the same",
+            capsys.readouterr().out,
+        )
 
 
 ONE_TOOL = {"enroot": "sqsh", "apptainer": "sif"}
 """What is not installed where the tests run, and what each makes; a stand-in keeps its arguments and makes a file."""
-STAND_IN = '''#!/bin/sh
+STAND_IN = """#!/bin/sh
 [ "$1" = --version ] && echo 1.2 && exit
 echo "$@" "$ENROOT_ALLOW_HTTP" >>{calls}
 for word in "$@"; do case $word in */image.*) echo image >"$word";; esac; done
-'''
+"""
 
 
 @pytest.fixture
@@ -382,21 +466,38 @@ def test_room_is_looked_for_before_a_tool_that_does_all(tmp_path, registry, caps
     with small_disk(tmp_path / "small", 12) as small:
         assert main(["image", *words, "--images", str(small)]) == 2
         error = capsys.readouterr().err
-        assert re.search(rf"{small}: the download, the image and the unpacked files will need about 19\.\d+ MB there, 12\.\d+ MB are free; --images DIR", error), error
-        assert main(["image", *words, "--images", "images", "--tmp", str(small)]) == 2 and "--tmp DIR" in capsys.readouterr().err
+        assert re.search(
+            rf"{small}: the download, the image and the unpacked files will need about 19\.\d+ MB there, 12\.\d+ MB are free; --images DIR",
+            error,
+        ), error
+        assert (
+            main(["image", *words, "--images", "images", "--tmp", str(small)]) == 2
+            and "--tmp DIR" in capsys.readouterr().err
+        )
     assert calls.read_text() == "" and registry.fetched() == 0
     made = result(capsys, *words, "--images", "images")
-    assert made["made"] and made["digest"] == registry.digest("tiny", "1") and {"enroot": "import", "apptainer": "build --force --no-https"}[tool] in calls.read_text()
-    assert calls.read_text().rstrip().endswith("yes") is (tool == "enroot"), "plain HTTP is allowed in each tool's own way"
+    assert (
+        made["made"]
+        and made["digest"] == registry.digest("tiny", "1")
+        and {"enroot": "import", "apptainer": "build --force --no-https"}[tool] in calls.read_text()
+    )
+    assert calls.read_text().rstrip().endswith("yes") is (tool == "enroot"), (
+        "plain HTTP is allowed in each tool's own way"
+    )
     assert result(capsys, *words, "--images", "images")["made"] is False and len(calls.read_text().splitlines()) == 1
     with small_disk(tmp_path / "less", 15) as small:
         done = small / ".work" / f"tiny-1.{os.getuid()}" / {"enroot": "layers", "apptainer": "cache"}[tool]
         done.mkdir(parents=True)
         (done / "layer").write_bytes(bytes(4 << 20))
-        assert result(capsys, *words, "--images", "others", "--tmp", str(small))["made"], "what an earlier try fetched is not fetched again"
+        assert result(capsys, *words, "--images", "others", "--tmp", str(small))["made"], (
+            "what an earlier try fetched is not fetched again"
+        )
     registry.push(write_layout(tmp_path / "newer", [layer([("etc/name", b"newer")])]), "tiny:1")
     assert result(capsys, *words, "--images", "images")["made"], "the tag has moved"
-    assert main(["image", *words[:-1], {"sqsh": "sif", "sif": "sqsh"}[words[-1]]]) == 2 and f"{tool} makes .{words[-1]} images" in capsys.readouterr().err
+    assert (
+        main(["image", *words[:-1], {"sqsh": "sif", "sif": "sqsh"}[words[-1]]]) == 2
+        and f"{tool} makes .{words[-1]} images" in capsys.readouterr().err
+    )
 
 
 def test_a_registry_that_does_not_say_is_no_reason_to_refuse(tmp_path, registry, capsys, calls):
@@ -406,7 +507,10 @@ def test_a_registry_that_does_not_say_is_no_reason_to_refuse(tmp_path, registry,
     registry.process.wait()
     assert main(["image", "import", place, "--insecure", "--tool", "enroot", "--images", "images"]) == 0
     said = capsys.readouterr().out
-    assert f"how large {place} is, is not known (127.0.0.1:{registry.port} cannot be asked (" in said and "); room for it is not looked for" in said
+    assert (
+        f"how large {place} is, is not known (127.0.0.1:{registry.port} cannot be asked (" in said
+        and "); room for it is not looked for" in said
+    )
     assert calls.read_text()
 
 
@@ -414,8 +518,25 @@ def test_an_image_for_another_architecture_is_not_fetched(tmp_path, registry, ca
     """An index names those that it has."""
     place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1")
     registry.put_index("tiny", "all", "1", "s390x")
-    assert main(["image", "import", f"{place.rpartition(':')[0]}:all", "--insecure", "--tool", "enroot", "--images", "images"]) == 2
-    assert "is made for s390x, not for amd64; --arch s390x says that this is meant" in capsys.readouterr().err and calls.read_text() == ""
+    assert (
+        main(
+            [
+                "image",
+                "import",
+                f"{place.rpartition(':')[0]}:all",
+                "--insecure",
+                "--tool",
+                "enroot",
+                "--images",
+                "images",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "is made for s390x, not for amd64; --arch s390x says that this is meant" in capsys.readouterr().err
+        and calls.read_text() == ""
+    )
 
 
 @pytest.mark.parametrize("wanted", ["arm64", "bogus"])
@@ -425,7 +546,9 @@ def test_an_image_that_is_there_is_not_one_for_another_architecture(tmp_path, re
     words = ("import", place, "--insecure", "--images", "images")
     assert result(capsys, *words)["made"] and not result(capsys, *words)["made"]
     assert main(["image", *words, "--arch", wanted]) == 2
-    assert f"{place} is made for amd64, not for {wanted}; --arch amd64 says that this is meant" in capsys.readouterr().err
+    assert (
+        f"{place} is made for amd64, not for {wanted}; --arch amd64 says that this is meant" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -435,7 +558,9 @@ def test_from_a_registry_by_other_tools(tmp_path, registry, monkeypatch, capsys,
     storage(tmp_path, tmp_path / "graph", monkeypatch)
     place = registry.push(write_layout(tmp_path / "oci", [layer([("etc/name", b"tiny")])], {"Env": ["A=1"]}), "tiny:1")
     made = result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)
-    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"tiny" and made["settings"] == {"Env": ["A=1"]}
+    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"tiny" and made[
+        "settings"
+    ] == {"Env": ["A=1"]}
 
 
 @pytest.mark.slow
@@ -448,11 +573,22 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
         place = registry.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "tiny:1", f"me:{PASSWORD}")
         assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
         error = capsys.readouterr().err
-        assert f"does not let you have {place}: skopeo login --username 'USER' 127.0.0.1:{registry.port} asks" in error and f"{tmp_path}/home/.docker/config.json" in error
+        assert (
+            f"does not let you have {place}: skopeo login --username 'USER' 127.0.0.1:{registry.port} asks" in error
+            and f"{tmp_path}/home/.docker/config.json" in error
+        )
         auth = tmp_path / "auth.json"
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(auth))
         for password, code in (("wrong horse", 1), (PASSWORD, 0)):
-            auth.write_text(json.dumps({"auths": {f"127.0.0.1:{registry.port}": {"auth": base64.b64encode(f"me:{password}".encode()).decode()}}}))
+            auth.write_text(
+                json.dumps(
+                    {
+                        "auths": {
+                            f"127.0.0.1:{registry.port}": {"auth": base64.b64encode(f"me:{password}".encode()).decode()}
+                        }
+                    }
+                )
+            )
             assert main(["image", "import", place, "--insecure", "--images", "images"]) == code
             said = "".join(capsys.readouterr())
             assert "horse" not in said and (code == 0 or f"keeps it in {auth}" in said)
@@ -466,13 +602,28 @@ def test_where_credentials_go():
     """nvcr.io's user is the word $oauthtoken (NGC user guide); enroot's file has netrc's form (enroot doc/cmd/import.md)."""
     home = {"HOME": "/home/me"}
     enroot = credentials.where("enroot", "nvcr.io", home)
-    assert enroot.startswith("/home/me/.config/enroot/.credentials") and "machine nvcr.io login $oauthtoken password KEY" in enroot and "authn.nvidia.com" in enroot
-    assert credentials.where("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}).startswith("/e/.credentials (mode 600) needs the line: machine x.io login USER password KEY")
+    assert (
+        enroot.startswith("/home/me/.config/enroot/.credentials")
+        and "machine nvcr.io login $oauthtoken password KEY" in enroot
+        and "authn.nvidia.com" in enroot
+    )
+    assert credentials.where("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}).startswith(
+        "/e/.credentials (mode 600) needs the line: machine x.io login USER password KEY"
+    )
     assert "docker login --username '$oauthtoken' nvcr.io" in credentials.where("docker", "nvcr.io", home)
-    assert "apptainer registry login --username '$oauthtoken' docker://nvcr.io" in credentials.where("apptainer", "nvcr.io", home)
-    assert "/run/user/1/containers/auth.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1"})
-    assert "keeps it in /a.json" in credentials.where("podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1", "REGISTRY_AUTH_FILE": "/a.json"})
-    assert credentials.without_secrets("GET https://me:pw@x.io/v2 Authorization: Bearer abc") == "GET https://***@x.io/v2 Authorization: Bearer ***"
+    assert "apptainer registry login --username '$oauthtoken' docker://nvcr.io" in credentials.where(
+        "apptainer", "nvcr.io", home
+    )
+    assert "/run/user/1/containers/auth.json" in credentials.where(
+        "podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1"}
+    )
+    assert "keeps it in /a.json" in credentials.where(
+        "podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1", "REGISTRY_AUTH_FILE": "/a.json"}
+    )
+    assert (
+        credentials.without_secrets("GET https://me:pw@x.io/v2 Authorization: Bearer abc")
+        == "GET https://***@x.io/v2 Authorization: Bearer ***"
+    )
 
 
 @pytest.mark.parametrize(
@@ -498,13 +649,25 @@ def test_commands_of_tools_that_are_not_here(tmp_path):
     ``--output``, ``--arch``), doc/configuration.md (ENROOT_SQUASH_OPTIONS and the paths), and
     https://apptainer.org/docs/user/latest/cli/apptainer_build.html (``--force``, IMAGE, then the spec)."""
     target = tmp_path / "image.sqsh"
-    assert store.enroot_import("nvcr.io/nvidia/pytorch:25.08-py3", target, "amd64") == [
+    assert image_store.enroot_import("nvcr.io/nvidia/pytorch:25.08-py3", target, "amd64") == [
         "enroot", "import", "--arch", "x86_64", "--output", str(target), "docker://nvcr.io#nvidia/pytorch:25.08-py3",
     ]  # fmt: skip
-    assert store.enroot_settings(tmp_path) == {
+    assert image_store.enroot_settings(tmp_path) == {
         "ENROOT_SQUASH_OPTIONS": "-comp zstd -Xcompression-level 3 -b 1M -noappend",
         "ENROOT_CACHE_PATH": str(tmp_path / "layers"),
         "ENROOT_TEMP_PATH": str(tmp_path / "tmp"),
     }
-    assert store.apptainer_build("apptainer", "oci:/there/layout:image", target) == ["apptainer", "build", "--force", str(target), "oci:/there/layout:image"]
-    assert store.pull("docker", "a.io/b:1", "arm64") == ["docker", "pull", "--platform", "linux/arm64", "a.io/b:1"]
+    assert image_store.apptainer_build("apptainer", "oci:/there/layout:image", target) == [
+        "apptainer",
+        "build",
+        "--force",
+        str(target),
+        "oci:/there/layout:image",
+    ]
+    assert image_store.pull("docker", "a.io/b:1", "arm64") == [
+        "docker",
+        "pull",
+        "--platform",
+        "linux/arm64",
+        "a.io/b:1",
+    ]

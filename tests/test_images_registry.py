@@ -18,17 +18,19 @@ from pathlib import Path
 import pytest
 from image_helpers import Registry, layer, make_certificate, need, write_layout
 
-from containers import credentials, node, parse
-from containers.failures import FAILURES, advice
-from containers.registry import Unanswered, look
-from launcher import image_registry
-from launcher.__main__ import main
-from launcher.commands import submit
-from launcher.plan import Container, Element, Needs, Plan, Stage
-from launcher.problems import Problems
-from recipes.files import write_json
-from recipes.loader import load
-from recipes.rundir import RunDir
+from amlaunch.containers import node_setup
+from amlaunch.containers.images import credentials
+from amlaunch.containers.images.registry import Unanswered, look
+from amlaunch.containers.runtimes.catalog import parse
+from amlaunch.containers.start_failures import FAILURES, advice
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.commands import submit
+from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.images import registry_lookup
+from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.recipes.files import write_json
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.run_layout import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD, HASH = "correct horse", "$2b$04$QxIqyGEg9gvPkPfnIj7FQOAkoa70RIMTZnyqrln0Vsak2G8Lvxeo6"
@@ -64,7 +66,10 @@ def test_digest_and_size_as_the_registry_has_them(tmp_path, registry):
     [entry] = json.loads((layout / "index.json").read_text())["manifests"]
     manifest = json.loads((layout / "blobs" / "sha256" / entry["digest"][7:]).read_text())
     assert found.digest == entry["digest"] and found.size == sum(one["size"] for one in manifest["layers"]) > 3 << 20
-    assert found.architectures == ("amd64",) and look(parse(f"{image.registry}/team/tiny@{found.digest}"), "arm64", home, insecure=True) == found
+    assert (
+        found.architectures == ("amd64",)
+        and look(parse(f"{image.registry}/team/tiny@{found.digest}"), "arm64", home, insecure=True) == found
+    )
     with pytest.raises(Unanswered, match="has no such image") as missing:
         look(parse(f"{image.registry}/team/tiny:2"), "amd64", home, insecure=True)
     assert missing.value.status == 404
@@ -93,7 +98,13 @@ class TokenService(BaseHTTPRequestHandler):
         elif self.path.startswith("/elsewhere/"):
             self.answer(200, self.blobs[self.path.rpartition("/")[2]])
         elif not permission.startswith("Bearer"):
-            self.answer(401, b"", **{"WWW-Authenticate": f'Bearer realm="http://{host}/token?account=x",service="tests, and more",scope="repository:team/tiny:pull"'})
+            self.answer(
+                401,
+                b"",
+                **{
+                    "WWW-Authenticate": f'Bearer realm="http://{host}/token?account=x",service="tests, and more",scope="repository:team/tiny:pull"'
+                },
+            )
         elif "sha256" in self.path:
             self.answer(307, b"", Location=f"/elsewhere/{self.path.rpartition('/')[2]}")
         else:
@@ -116,8 +127,12 @@ def service() -> Iterator[tuple[str, type[TokenService]]]:
     sizes = {"amd64": [5, 6], "arm64": [7]}
     raw = {name: json.dumps({"layers": [{"size": size} for size in found]}).encode() for name, found in sizes.items()}
     digests = {name: f"sha256:{hashlib.sha256(one).hexdigest()}" for name, one in raw.items()}
-    entries = [{"digest": digest, "platform": {"architecture": name, "os": "linux"}} for name, digest in digests.items()]
-    TokenService.index = {"manifests": [*entries, {"digest": "sha256:0", "platform": {"architecture": "unknown", "os": "unknown"}}]}
+    entries = [
+        {"digest": digest, "platform": {"architecture": name, "os": "linux"}} for name, digest in digests.items()
+    ]
+    TokenService.index = {
+        "manifests": [*entries, {"digest": "sha256:0", "platform": {"architecture": "unknown", "os": "unknown"}}]
+    }
     TokenService.blobs = {digests[name]: one for name, one in raw.items()}
     TokenService.seen = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), TokenService)
@@ -134,15 +149,21 @@ def test_a_token_for_anybody_or_for_the_user_of_an_architectures_image(tmp_path,
     assert [look(image, name, {"HOME": str(tmp_path)}, insecure=True).size for name in ("amd64", "arm64")] == [11, 7]
     token = next(entry for entry in seen if entry[0].startswith("/token"))
     assert token == ("/token?account=x&service=tests%2C+and+more&scope=repository%3Ateam%2Ftiny%3Apull", "")
-    assert ("Bearer anonymous" in [permission for _, permission in seen]) and [permission for path, permission in seen if path.startswith("/elsewhere")] == ["", ""]
+    assert ("Bearer anonymous" in [permission for _, permission in seen]) and [
+        permission for path, permission in seen if path.startswith("/elsewhere")
+    ] == ["", ""]
     other = look(image, "ppc64le", {"HOME": str(tmp_path)}, insecure=True)
     assert other.architectures == ("amd64", "arm64") and other.size == 11, "it has none for that one, and says so"
     seen.clear()
     write_auths(tmp_path / "auth.json", **{place: f"me:{PASSWORD}"})
     look(image, "amd64", {"HOME": str(tmp_path), "REGISTRY_AUTH_FILE": str(tmp_path / "auth.json")}, insecure=True)
     basic = f"Basic {base64.b64encode(f'me:{PASSWORD}'.encode()).decode()}"
-    assert [permission for path, permission in seen if path.startswith("/token")] == [basic] and "Bearer good" in [permission for _, permission in seen]
-    assert not [path for path, permission in seen if permission == basic and not path.startswith("/token")], "the password goes to the service alone"
+    assert [permission for path, permission in seen if path.startswith("/token")] == [basic] and "Bearer good" in [
+        permission for _, permission in seen
+    ]
+    assert not [path for path, permission in seen if permission == basic and not path.startswith("/token")], (
+        "the password goes to the service alone"
+    )
 
 
 def test_nothing_is_sent_in_the_clear_that_was_not_asked_for(tmp_path, service):
@@ -159,25 +180,48 @@ def test_credentials_lie_where_the_tools_keep_them(tmp_path):
     enroot = tmp_path / ".config" / "enroot" / ".credentials"
     enroot.parent.mkdir(parents=True)
     enroot.write_text("machine nvcr.io login $oauthtoken password key1\nmachine x.io login me password $SECRET\n")
-    assert credentials.login("nvcr.io/a/b", home) == ("$oauthtoken", "key1") and credentials.login("x.io/a", home) is None
-    write_auths(tmp_path / ".docker" / "config.json", **{"https://index.docker.io/v1/": "hub:pw:with:colons", "https://x.io/": "me:pw"})
-    assert credentials.login("docker.io/library/debian", home) == ("hub", "pw:with:colons") and credentials.login("x.io/a", home) == ("me", "pw")
+    assert (
+        credentials.login("nvcr.io/a/b", home) == ("$oauthtoken", "key1") and credentials.login("x.io/a", home) is None
+    )
+    write_auths(
+        tmp_path / ".docker" / "config.json",
+        **{"https://index.docker.io/v1/": "hub:pw:with:colons", "https://x.io/": "me:pw"},
+    )
+    assert credentials.login("docker.io/library/debian", home) == ("hub", "pw:with:colons") and credentials.login(
+        "x.io/a", home
+    ) == ("me", "pw")
     containers_own = tmp_path / "run" / "containers" / "auth.json"
     write_auths(containers_own, **{"nvcr.io": "all:1", "nvcr.io/team": "team:2"})
     session = {**home, "XDG_RUNTIME_DIR": str(tmp_path / "run")}
-    assert credentials.login("nvcr.io/team/b", session) == ("team", "2") and credentials.login("nvcr.io/other/b", session) == ("all", "1")
+    assert credentials.login("nvcr.io/team/b", session) == ("team", "2") and credentials.login(
+        "nvcr.io/other/b", session
+    ) == ("all", "1")
     containers_own.write_text('{"credsStore": "desktop", "auths": {"nvcr.io": {}}}')
-    assert credentials.login("nvcr.io/team/b", session) == ("$oauthtoken", "key1"), "a password that a program keeps is not asked for"
+    assert credentials.login("nvcr.io/team/b", session) == ("$oauthtoken", "key1"), (
+        "a password that a program keeps is not asked for"
+    )
 
 
 def test_enroots_credentials_as_enroot_reads_them(tmp_path):
     """Its doc/cmd/import.md: Docker Hub's host is the one that gives tokens, and a password may be a command's output, which spoils no other line."""
     lines = "# machine x.io login no password no\nmachine 1.dkr.ecr.aws login AWS password $(aws ecr get-login-password --region x)\nmachine auth.docker.io login hub password pw\n"
     home = {"HOME": str(tmp_path), "ENROOT_CONFIG_PATH": str(tmp_path)}
-    (tmp_path / ".credentials").write_text(f"{lines}machine nvcr.io\n  login $oauthtoken\n  password key1\nmachine x.io login one password 1\nmachine x.io login other password 2\n")
-    assert credentials.login("nvcr.io/a", home) == ("$oauthtoken", "key1") and credentials.login("docker.io/library/debian", home) == ("hub", "pw")
-    assert credentials.login("1.dkr.ecr.aws/a", home) is None and credentials.kept_elsewhere("1.dkr.ecr.aws/a", home) and not credentials.kept_elsewhere("x.io/a", home)
-    assert [credentials.login("x.io:5000/a", home, user) for user in ("", "other", "third")] == [("one", "1"), ("other", "2"), None], "user@registry#image means one of them"
+    (tmp_path / ".credentials").write_text(
+        f"{lines}machine nvcr.io\n  login $oauthtoken\n  password key1\nmachine x.io login one password 1\nmachine x.io login other password 2\n"
+    )
+    assert credentials.login("nvcr.io/a", home) == ("$oauthtoken", "key1") and credentials.login(
+        "docker.io/library/debian", home
+    ) == ("hub", "pw")
+    assert (
+        credentials.login("1.dkr.ecr.aws/a", home) is None
+        and credentials.kept_elsewhere("1.dkr.ecr.aws/a", home)
+        and not credentials.kept_elsewhere("x.io/a", home)
+    )
+    assert [credentials.login("x.io:5000/a", home, user) for user in ("", "other", "third")] == [
+        ("one", "1"),
+        ("other", "2"),
+        None,
+    ], "user@registry#image means one of them"
     assert "machine auth.docker.io login USER" in credentials.where("enroot", "docker.io", home)
 
 
@@ -198,28 +242,55 @@ def trusted(tmp_path, monkeypatch) -> Iterator[Registry]:
     found.process.wait()
 
 
-def planned(tmp_path: Path, runtime: str, *images: str, seconds: float = 5.0, said: Callable[[str], None] = print) -> image_registry.Seen:
+def planned(
+    tmp_path: Path, runtime: str, *images: str, seconds: float = 5.0, said: Callable[[str], None] = print
+) -> registry_lookup.Seen:
     """What is said of a plan with these images."""
-    (tmp_path / "r.yaml").write_text(f"container:\n  image: {images[0]}\n{(ROOT / 'recipes' / 'quickstart.yaml').read_text()}")
-    stages = [Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, Container(image, runtime, facts={"cuda": "13.0"})) for number, image in enumerate(images)]
-    return image_registry.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), said, seconds)
+    (tmp_path / "r.yaml").write_text(
+        f"container:\n  image: {images[0]}\n{(ROOT / 'recipes' / 'quickstart.yaml').read_text()}"
+    )
+    stages = [
+        Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, Container(image, runtime, facts={"cuda": "13.0"}))
+        for number, image in enumerate(images)
+    ]
+    return registry_lookup.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), said, seconds)
 
 
 def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, capsys):
     layout = write_layout(tmp_path / "oci", [layer([("blob", os.urandom(3 << 20))])])
     place = trusted.push(layout, "team/tiny:1")
     [entry] = json.loads((layout / "index.json").read_text())["manifests"]
-    size = sum(one["size"] for one in json.loads((layout / "blobs" / "sha256" / entry["digest"][7:]).read_text())["layers"])
+    size = sum(
+        one["size"] for one in json.loads((layout / "blobs" / "sha256" / entry["digest"][7:]).read_text())["layers"]
+    )
     seen = planned(tmp_path, "pyxis", place, "/images/a.sqsh", place)
-    assert [stage.container.facts for stage in seen.plan.stages if stage.container] == [{"cuda": "13.0", "bytes": size, "architectures": ["amd64"]}, {"cuda": "13.0"}, {"cuda": "13.0", "bytes": size, "architectures": ["amd64"]}]
+    assert [stage.container.facts for stage in seen.plan.stages if stage.container] == [
+        {"cuda": "13.0", "bytes": size, "architectures": ["amd64"]},
+        {"cuda": "13.0"},
+        {"cuda": "13.0", "bytes": size, "architectures": ["amd64"]},
+    ]
     assert not seen.problems and not seen.notes
     trusted.put_index("team/tiny", "other", "1", "s390x")
     other = planned(tmp_path, "pyxis", place.replace("tiny:1", "tiny:other"))
-    assert other.notes == (f"{place.replace('tiny:1', 'tiny:other')} is made for s390x, this machine is amd64; nodes that are like it cannot start it",) and not other.problems
+    assert (
+        other.notes
+        == (
+            f"{place.replace('tiny:1', 'tiny:other')} is made for s390x, this machine is amd64; nodes that are like it cannot start it",
+        )
+        and not other.problems
+    )
     [stage] = other.plan.stages
     assert stage.container
-    spec = {"runtime": "docker", "image": "x", "path": None, "mounts": [], "prepare": [], "architecture": None, **stage.container.facts}
-    assert dict(node.check(spec))["wrong architecture"] == "the image is for s390x, the node is amd64"
+    spec = {
+        "runtime": "docker",
+        "image": "x",
+        "path": None,
+        "mounts": [],
+        "prepare": [],
+        "architecture": None,
+        **stage.container.facts,
+    }
+    assert dict(node_setup.check(spec))["wrong architecture"] == "the image is for s390x, the node is amd64"
 
 
 def test_a_submit_asks_of_what_it_knows_for_the_digest_alone(tmp_path, trusted, monkeypatch):
@@ -227,37 +298,61 @@ def test_a_submit_asks_of_what_it_knows_for_the_digest_alone(tmp_path, trusted, 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def asked() -> list[str]:
-        lines = [line for line in trusted.log.read_text().splitlines() if "http.request.uri" in line and "http.response.status" in line and "/manifests/" in line]
+        lines = [
+            line
+            for line in trusted.log.read_text().splitlines()
+            if "http.request.uri" in line and "http.response.status" in line and "/manifests/" in line
+        ]
         return [method for line in lines for method in ("GET", "HEAD") if f"http.request.method={method}" in line]
 
     place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
     pinned = f"{place.removesuffix(':1')}@{json.loads((tmp_path / 'oci' / 'index.json').read_text())['manifests'][0]['digest']}"
     first, before = planned(tmp_path, "pyxis", place), asked()
-    assert planned(tmp_path, "pyxis", place).plan == first.plan and asked() == [*before, "HEAD"] and before[-2:] == ["HEAD", "GET"]
-    assert planned(tmp_path, "pyxis", pinned).plan.stages[0].container.facts == first.plan.stages[0].container.facts and len(asked()) == len(before) + 1  # type: ignore[union-attr]
+    assert (
+        planned(tmp_path, "pyxis", place).plan == first.plan
+        and asked() == [*before, "HEAD"]
+        and before[-2:] == ["HEAD", "GET"]
+    )
+    assert (
+        planned(tmp_path, "pyxis", pinned).plan.stages[0].container.facts == first.plan.stages[0].container.facts
+        and len(asked()) == len(before) + 1
+    )  # type: ignore[union-attr]
     trusted.push(write_layout(tmp_path / "newer", [layer([("blob", os.urandom(1 << 20))])]), "team/tiny:1")
     assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20  # type: ignore[union-attr]
     for kept in (tmp_path / "home" / ".cache" / "amlaunch" / "registries").iterdir():
         kept.write_text('{"size": "x"')
-    assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20, "a damaged file is as none"  # type: ignore[union-attr]
+    assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20, (
+        "a damaged file is as none"
+    )  # type: ignore[union-attr]
 
 
 def test_a_submit_refuses_an_image_that_its_registry_does_not_have(tmp_path, trusted):
-    place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1").replace("tiny:1", "tiny:2")
+    place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1").replace(
+        "tiny:1", "tiny:2"
+    )
     words = f"{trusted.name} has no such image (404 Not Found)"
-    assert planned(tmp_path, "enroot", place).problems == (f"{tmp_path / 'r.yaml'}:2: container.image: {words}: {place}; look at the spelling and the tag",)
+    assert planned(tmp_path, "enroot", place).problems == (
+        f"{tmp_path / 'r.yaml'}:2: container.image: {words}: {place}; look at the spelling and the tag",
+    )
     local = planned(tmp_path, "podman", place)
-    assert not local.problems and local.notes == (f"{place}: {words}; a node that does not have it already cannot start it",), "it may have been built there"
+    assert not local.problems and local.notes == (
+        f"{place}: {words}; a node that does not have it already cannot start it",
+    ), "it may have been built there"
 
 
 def test_a_submit_says_what_wants_credentials_and_minds_no_silent_registry(tmp_path, trusted):
     place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
     trusted.restart(HASH)
     [note] = planned(tmp_path, "podman", place).notes
-    assert note.startswith(f"{place}: {trusted.name} wants credentials (401 Unauthorized), or has no image of that name: look at the spelling; where it is not for everybody: podman login ")
+    assert note.startswith(
+        f"{place}: {trusted.name} wants credentials (401 Unauthorized), or has no image of that name: look at the spelling; where it is not for everybody: podman login "
+    )
     assert f"podman login --username 'USER' {trusted.name} asks for" in note and "nvcr.io" not in note
     [note] = planned(tmp_path, "pyxis", place).notes
-    assert ".config/enroot/.credentials (mode 600) on the nodes needs the line: machine 127.0.0.1 login USER password KEY" in note
+    assert (
+        ".config/enroot/.credentials (mode 600) on the nodes needs the line: machine 127.0.0.1 login USER password KEY"
+        in note
+    )
     write_auths(tmp_path / "home" / ".docker" / "config.json", **{trusted.name: f"me:{PASSWORD}"})
     assert not planned(tmp_path, "pyxis", place).notes
     trusted.process.terminate()
@@ -265,13 +360,17 @@ def test_a_submit_says_what_wants_credentials_and_minds_no_silent_registry(tmp_p
     silent = planned(tmp_path, "pyxis", place)
     assert not silent.problems and silent.plan.stages[0].container.facts == {"cuda": "13.0"}  # type: ignore[union-attr]
     [note] = silent.notes
-    assert note.startswith(f"{trusted.name} cannot be asked ([Errno") and note.endswith(f"whether it has {place} is not known, nor the size; nodes may reach it all the same")
+    assert note.startswith(f"{trusted.name} cannot be asked ([Errno") and note.endswith(
+        f"whether it has {place} is not known, nor the size; nodes may reach it all the same"
+    )
 
 
 def test_what_a_node_says_of_credentials_names_the_images_registry():
     refused = next(failure for failure in FAILURES if failure.kind == "no credentials for the registry")
     assert "docker login --username 'USER' localhost:5444 asks for" in advice(refused, "docker", "localhost:5444/x/y:1")
-    assert "machine authn.nvidia.com" in advice(refused, "pyxis", "nvcr.io#org/x:1") and "nvcr.io" not in advice(refused, "docker", "/images/x.sqsh")
+    assert "machine authn.nvidia.com" in advice(refused, "pyxis", "nvcr.io#org/x:1") and "nvcr.io" not in advice(
+        refused, "docker", "/images/x.sqsh"
+    )
 
 
 def test_a_submit_does_not_wait_for_a_registry_that_never_answers(tmp_path):
@@ -281,9 +380,11 @@ def test_a_submit_does_not_wait_for_a_registry_that_never_answers(tmp_path):
         images = [f"{place}/team/tiny:{tag}" for tag in range(5)]
         began = time.monotonic()
         seen = planned(tmp_path, "pyxis", *images, seconds=1.2, said=said.append)
-        assert time.monotonic() - began < 2.5 and not seen.problems and image_registry.SECONDS <= 3
+        assert time.monotonic() - began < 2.5 and not seen.problems and registry_lookup.SECONDS <= 3
     assert said == [f"asking {place} for images, 1 s at most"]
-    assert seen.notes == (f"{place} did not answer in 1 s; whether it has {' and '.join(images)} is not known, nor the size; nodes may reach it all the same",)
+    assert seen.notes == (
+        f"{place} did not answer in 1 s; whether it has {' and '.join(images)} is not known, nor the size; nodes may reach it all the same",
+    )
 
 
 def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
@@ -291,8 +392,14 @@ def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
     (tmp_path / "r.yaml").write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         container = Container(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:1", "pyxis", facts={"cuda": "13.0"})
-        plan = Plan("run", [Stage("train", [Element("0", "", [])], [], Needs(1, 0, 1, 1), None, container)], None, str(tmp_path))
-        run, loaded, options = RunDir(tmp_path / "runs" / "run"), load(tmp_path / "r.yaml"), Namespace(runs=str(tmp_path / "runs"), json=False)
+        plan = Plan(
+            "run", [Stage("train", [Element("0", "", [])], [], Needs(1, 0, 1, 1), None, container)], None, str(tmp_path)
+        )
+        run, loaded, options = (
+            RunDir(tmp_path / "runs" / "run"),
+            load(tmp_path / "r.yaml"),
+            Namespace(runs=str(tmp_path / "runs"), json=False),
+        )
         stored = plan.to_json()
         stored["stages"][0]["container"]["facts"] |= {"bytes": 7, "architectures": ["amd64"]}
         write_json(run.plan, stored)
@@ -300,7 +407,11 @@ def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
         began = time.monotonic()
         again, notes = submit._asked(options, loaded, plan, Problems())
         assert time.monotonic() - began < 0.5 and not notes
-    assert again.stages[0].container and again.stages[0].container.facts == {"cuda": "13.0", "bytes": 7, "architectures": ["amd64"]}
+    assert again.stages[0].container and again.stages[0].container.facts == {
+        "cuda": "13.0",
+        "bytes": 7,
+        "architectures": ["amd64"],
+    }
 
 
 # --- odd answers ---------------------------------------------------------------------------------------------
@@ -310,7 +421,10 @@ DIGEST = f"sha256:{'0' * 64}"
 MANIFEST: Answer = (200, {"layers": [{"size": 5}]}, {})
 INDEX: Answer = (200, {"manifests": [{"digest": DIGEST, "platform": {"architecture": "amd64"}}]}, {})
 WANTED, NOT_THERE = "/v2/team/tiny/manifests/1", (404, "", {})
-BASIC, BEARER = (401, "", {"WWW-Authenticate": "Basic realm=x"}), (401, "", {"WWW-Authenticate": 'Bearer realm="https://PLACE/token",service=x'})
+BASIC, BEARER = (
+    (401, "", {"WWW-Authenticate": "Basic realm=x"}),
+    (401, "", {"WWW-Authenticate": 'Bearer realm="https://PLACE/token",service=x'}),
+)
 KEEPS = {"credHelpers": {"PLACE": "gcloud"}}
 
 
@@ -321,7 +435,12 @@ class Scripted(BaseHTTPRequestHandler):
     known: dict[str, Answer]
 
     def do_GET(self):
-        host, table = self.headers["Host"], self.known if self.headers.get("Authorization", "").startswith(("Bearer good", "Basic")) else self.strangers
+        host, table = (
+            self.headers["Host"],
+            self.known
+            if self.headers.get("Authorization", "").startswith(("Bearer good", "Basic"))
+            else self.strangers,
+        )
         code, body, headers = table.get(self.path.partition("?")[0], NOT_THERE)
         raw = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(code)
@@ -391,8 +510,14 @@ TOKEN = {"/token": (200, {"token": "good"}, {})}
 def test_a_run_is_refused_only_where_the_registry_let_us_in(tmp_path, scripted, strangers, known, config, words):
     image = scripted(strangers, known, config)
     seen = planned(tmp_path, "enroot", image)
-    assert [f"has no such image (404 Not Found): {image}; look at" in problem for problem in seen.problems] == ([True] if words == "REFUSED" else [])
-    assert (not seen.notes) if words in ("REFUSED", "") else (len(seen.notes) == 1 and words.replace("PLACE", image.partition("/")[0]) in seen.notes[0]), seen.notes
+    assert [f"has no such image (404 Not Found): {image}; look at" in problem for problem in seen.problems] == (
+        [True] if words == "REFUSED" else []
+    )
+    assert (
+        (not seen.notes)
+        if words in ("REFUSED", "")
+        else (len(seen.notes) == 1 and words.replace("PLACE", image.partition("/")[0]) in seen.notes[0])
+    ), seen.notes
     assert words or seen.plan.stages[0].container.facts["bytes"] == 5  # type: ignore[union-attr]
 
 
@@ -414,7 +539,12 @@ def test_an_odd_manifest_is_no_answer(tmp_path, scripted, body):
 def test_an_import_of_an_odd_manifest_ends_with_the_tools_own_words(tmp_path, scripted, monkeypatch, capsys, name):
     """What skopeo brings goes through the same parser; how large the image is, is then not known."""
     need("skopeo")
-    image = scripted({"/v2/": (200, "{}", {}), WANTED: (200, ODD[name], {"Content-Type": "application/vnd.oci.image.manifest.v1+json"})})
+    image = scripted(
+        {
+            "/v2/": (200, "{}", {}),
+            WANTED: (200, ODD[name], {"Content-Type": "application/vnd.oci.image.manifest.v1+json"}),
+        }
+    )
     assert main(["image", "import", image, "--tool", "skopeo", "--images", str(tmp_path / "images")]) == 1
     out, error = capsys.readouterr()
     assert f"how large {image} is, is not known (127.0.0.1" in out and "skopeo" in error and "Traceback" not in error

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from image_helpers import layer, leave_out, need
 
-from containers import parse, room
-from containers.enroot import name_of
-from containers.failures import FAILURES, advice, failure_of
-from containers.node import check, main
-from launcher.image_room import Room
+from amlaunch.containers import disk_space
+from amlaunch.containers.node_setup import check, main
+from amlaunch.containers.runtimes.catalog import parse
+from amlaunch.containers.runtimes.enroot import name_of
+from amlaunch.containers.start_failures import FAILURES, advice, failure_of
+from amlaunch.launcher.images.disk_space import Room
 
 SIZE = 4 << 20
 """Bytes of an image's compressed layers."""
@@ -50,25 +51,41 @@ def alone(tmp_path, monkeypatch):
         if name.startswith(("ENROOT_", "APPTAINER_", "SINGULARITY_", "XDG_", "CH_")) or name == "TMPDIR":
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(room, "ENROOT_CONFIGS", (str(tmp_path / "enroot.conf"),))
-    monkeypatch.setattr(room, "PLUGSTACKS", (str(tmp_path / "plugstack*"),))
+    monkeypatch.setattr(disk_space, "ENROOT_CONFIGS", (str(tmp_path / "enroot.conf"),))
+    monkeypatch.setattr(disk_space, "PLUGSTACKS", (str(tmp_path / "plugstack*"),))
 
 
 def lack(runtime: str, image: str = IMAGE, size: int | None = SIZE) -> str:
     """What a node says of the room; empty: nothing."""
     path = image if image.startswith("/") else None
-    spec = {"runtime": runtime, "image": image, "path": path, "mounts": [], "prepare": [] if runtime == "pyxis" else [["true"]], "bytes": size}
+    spec = {
+        "runtime": runtime,
+        "image": image,
+        "path": path,
+        "mounts": [],
+        "prepare": [] if runtime == "pyxis" else [["true"]],
+        "bytes": size,
+    }
     return dict(check(spec)).get("no space for the image", "")
 
 
-@pytest.mark.parametrize(("variable", "megabytes", "what"), [("CACHE", 3, "the download"), ("TEMP", 7, "the image as one file and the unpacked layers"), ("DATA", 3, "the unpacked image")])
+@pytest.mark.parametrize(
+    ("variable", "megabytes", "what"),
+    [
+        ("CACHE", 3, "the download"),
+        ("TEMP", 7, "the image as one file and the unpacked layers"),
+        ("DATA", 3, "the unpacked image"),
+    ],
+)
 def test_enroot(disk, monkeypatch, variable, megabytes, what):
     """Each of its three folders, alone on a file system that is too small."""
     large, small = disk("large", 40), disk("small", megabytes)
     for name in ("CACHE", "TEMP", "DATA"):
         monkeypatch.setenv(f"ENROOT_{name}_PATH", str((small if name == variable else large) / name))
     said = lack("enroot")
-    assert said.startswith(f"the disk of {small / variable} has 0.0 GB free, and {what} will take about 0.0 GB there"), said
+    assert said.startswith(
+        f"the disk of {small / variable} has 0.0 GB free, and {what} will take about 0.0 GB there"
+    ), said
     monkeypatch.setenv(f"ENROOT_{variable}_PATH", str(large / "also"))
     assert not lack("enroot"), "unpacked layers are gone before the image is unpacked: they need not both fit"
 
@@ -96,7 +113,11 @@ def squashed(tmp_path) -> Callable[..., str]:
         source = tmp_path / f"of-{name}"
         source.mkdir()
         (source / "blob").write_bytes(os.urandom(SIZE))
-        subprocess.run(["mksquashfs", source, tmp_path / name, "-quiet", "-no-progress", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["mksquashfs", source, tmp_path / name, "-quiet", "-no-progress", *options],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         return str(tmp_path / name)
 
     return make
@@ -108,17 +129,22 @@ def test_a_squashfs_file_is_unpacked(disk, monkeypatch, capsys, squashed):
     monkeypatch.setenv("ENROOT_DATA_PATH", str(disk("small", 6)))
     assert not lack("enroot", plain) and not capsys.readouterr().out
     assert not lack("enroot", packed), "this one compresses to nothing, and would fit"
-    assert "the unpacked image will take about 0.0 GB there, unless its files compress less than most" in capsys.readouterr().out
+    assert (
+        "the unpacked image will take about 0.0 GB there, unless its files compress less than most"
+        in capsys.readouterr().out
+    )
     monkeypatch.setenv("ENROOT_DATA_PATH", str(disk("smaller", 3)))
     assert "the unpacked image" in lack("enroot", plain) and "the unpacked image" in lack("enroot", packed)
 
 
 def test_enroots_own_folders():
     """doc/configuration.md: below XDG's folders, and TMPDIR."""
-    assert room.enroot_folders({"HOME": "/home/me"}) == room.Folders(Path("/home/me/.cache/enroot"), Path("/home/me/.local/share/enroot"), Path("/tmp"))
+    assert disk_space.enroot_folders({"HOME": "/home/me"}) == disk_space.Folders(
+        Path("/home/me/.cache/enroot"), Path("/home/me/.local/share/enroot"), Path("/tmp")
+    )
     given = {"HOME": "/home/me", "XDG_CACHE_HOME": "/c", "XDG_DATA_HOME": "/d", "TMPDIR": "/t"}
-    assert room.enroot_folders(given) == room.Folders(Path("/c/enroot"), Path("/d/enroot"), Path("/t"))
-    assert room.enroot_folders({**given, "ENROOT_DATA_PATH": "/raid"}).data == Path("/raid")
+    assert disk_space.enroot_folders(given) == disk_space.Folders(Path("/c/enroot"), Path("/d/enroot"), Path("/t"))
+    assert disk_space.enroot_folders({**given, "ENROOT_DATA_PATH": "/raid"}).data == Path("/raid")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +165,9 @@ def test_enroots_configuration_as_pyxis_has_it_read(tmp_path, disk, monkeypatch,
     """Words that mean nothing here are a doubt, for which nobody is refused."""
     (tmp_path / "enroot.conf").write_text(words)
     job = {"HOME": "/home/me", "PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "USER": "me"}
-    found = room.enroot_folders({name: value for name, value in job.items() if room.TO_PYXIS.fullmatch(name)})
+    found = disk_space.enroot_folders(
+        {name: value for name, value in job.items() if disk_space.TO_PYXIS.fullmatch(name)}
+    )
     if data.startswith("/"):
         assert str(found.data) == data and not found.doubt
         return
@@ -157,13 +185,19 @@ def test_pyxis_writes_where_the_administrator_says(tmp_path, disk, monkeypatch, 
     large, small = disk("large", 40), disk("small", 3)
     for name in ("CACHE", "TEMP", "DATA"):
         monkeypatch.setenv(f"ENROOT_{name}_PATH", "/nowhere/that/counts")
-    (tmp_path / "enroot.conf").write_text(f"#ENROOT_TEMP_PATH /x\nENROOT_CACHE_PATH {small}/group-$(id -g)\nENROOT_DATA_PATH = ${{HOME}}/data\n  ENROOT_TEMP_PATH\t{large}\n")
+    (tmp_path / "enroot.conf").write_text(
+        f"#ENROOT_TEMP_PATH /x\nENROOT_CACHE_PATH {small}/group-$(id -g)\nENROOT_DATA_PATH = ${{HOME}}/data\n  ENROOT_TEMP_PATH\t{large}\n"
+    )
     monkeypatch.setenv("HOME", str(large))
-    folders = room.enroot_folders({"HOME": str(large), "PATH": os.environ["PATH"]})
-    assert folders == room.Folders(small / f"group-{os.getgid()}", large / "data", large)
-    (tmp_path / "plugstack.conf").write_text(f"include /etc/x/*\nrequired /usr/lib/slurm/spank_pyxis.so runtime_path={large} execute_entrypoint=0\n")
+    folders = disk_space.enroot_folders({"HOME": str(large), "PATH": os.environ["PATH"]})
+    assert folders == disk_space.Folders(small / f"group-{os.getgid()}", large / "data", large)
+    (tmp_path / "plugstack.conf").write_text(
+        f"include /etc/x/*\nrequired /usr/lib/slurm/spank_pyxis.so runtime_path={large} execute_entrypoint=0\n"
+    )
     assert f"the disk of {small}/group-{os.getgid()} has" in lack("pyxis")
-    (tmp_path / "enroot.conf").write_text(f"ENROOT_CACHE_PATH {large}\nENROOT_DATA_PATH {large}\nENROOT_TEMP_PATH {large}\n")
+    (tmp_path / "enroot.conf").write_text(
+        f"ENROOT_CACHE_PATH {large}\nENROOT_DATA_PATH {large}\nENROOT_TEMP_PATH {large}\n"
+    )
     assert not lack("pyxis")
     (tmp_path / "plugstack.conf").write_text(f"required spank_pyxis.so runtime_path={small}")
     assert f"the disk of {small} has 0.0 GB free, and the image as one file" in lack("pyxis")
@@ -176,13 +210,18 @@ def test_pyxis_of_which_nothing_is_seen_refuses_nothing(tmp_path, disk, monkeypa
     monkeypatch.setenv("HOME", str(disk("small", 3)))
     image = squashed("a.sqsh", "-comp", "zstd")
     assert not lack("pyxis", image)
-    assert "/small/.local/share/enroot has 0.0 GB free, and the unpacked image will take about 0.0 GB there, unless pyxis is set up otherwise" in capsys.readouterr().out
+    assert (
+        "/small/.local/share/enroot has 0.0 GB free, and the unpacked image will take about 0.0 GB there, unless pyxis is set up otherwise"
+        in capsys.readouterr().out
+    )
     (tmp_path / "plugstack.conf").write_text("optional spank_pyxis.so")
     assert "the unpacked image" in lack("pyxis", image)
     (tmp_path / "plugstack.conf").write_text("optional spank_pyxis.so use_squashfuse=yes")
     assert not lack("pyxis", image), "it is mounted"
     (tmp_path / "plugstack.conf").write_text("optional spank_pyxis.so importer=/opt/caching")
-    assert not lack("pyxis") and "unless /opt/caching, which the site imports with, needs less" in capsys.readouterr().out
+    assert (
+        not lack("pyxis") and "unless /opt/caching, which the site imports with, needs less" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("runtime", ["apptainer", "singularity"])
@@ -204,7 +243,9 @@ def test_apptainer(disk, monkeypatch, capsys, runtime):
 def test_podman_says_itself_where_its_storage_is(tmp_path, disk, monkeypatch):
     need("podman")
     small, large = disk("small", 3), disk("large", 40)
-    (tmp_path / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{large}/run"\ngraphroot = "{small}/graph"\n')
+    (tmp_path / "storage.conf").write_text(
+        f'[storage]\ndriver = "vfs"\nrunroot = "{large}/run"\ngraphroot = "{small}/graph"\n'
+    )
     monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(tmp_path / "storage.conf"))
     monkeypatch.setenv("TMPDIR", str(large))
     said = lack("podman")
@@ -212,12 +253,16 @@ def test_podman_says_itself_where_its_storage_is(tmp_path, disk, monkeypatch):
     (tmp_path / "root.tar").write_bytes(layer([("a", b"1")]))
     subprocess.run(["podman", "import", "-q", tmp_path / "root.tar", IMAGE], check=True, capture_output=True)
     assert not lack("podman"), "it has the image"
-    (tmp_path / "storage.conf").write_text(f'[storage]\ndriver = "vfs"\nrunroot = "{large}/run2"\ngraphroot = "{large}/graph2"\n')
+    (tmp_path / "storage.conf").write_text(
+        f'[storage]\ndriver = "vfs"\nrunroot = "{large}/run2"\ngraphroot = "{large}/graph2"\n'
+    )
     assert not lack("podman")
     (tmp_path / "containers.conf").write_text(f'[engine]\nimage_copy_tmp_dir = "{small}/copies"\n')
     monkeypatch.delenv("TMPDIR")
     monkeypatch.setenv("CONTAINERS_CONF", str(tmp_path / "containers.conf"))
-    assert not lack("podman", IMAGE, 1 << 20) and f"the disk of {small}/copies" in lack("podman"), "it has a folder of its own for what is on its way"
+    assert not lack("podman", IMAGE, 1 << 20) and f"the disk of {small}/copies" in lack("podman"), (
+        "it has a folder of its own for what is on its way"
+    )
     shutil.rmtree(large / "graph2", ignore_errors=True)
 
 
@@ -226,20 +271,36 @@ def test_ngcs_images_are_known_to_be_large(disk, monkeypatch):
     monkeypatch.setenv("ENROOT_DATA_PATH", str(disk("data", 10000)))
     monkeypatch.setenv("ENROOT_TEMP_PATH", str(disk("temp", 40000)))
     monkeypatch.setenv("ENROOT_CACHE_PATH", str(disk("cache", 40000)))
-    assert "has 10.5 GB free, and the unpacked image will take about 20.0 GB" in lack("enroot", "nvcr.io/nvidia/pytorch:25.08-py3", None)
-    assert not lack("enroot", IMAGE, None) and not lack("enroot", IMAGE, 8 * 10**9) and not lack("enroot", "nvcr.io/nvidia/pytorch:25.08-py3", 10**9)
+    assert "has 10.5 GB free, and the unpacked image will take about 20.0 GB" in lack(
+        "enroot", "nvcr.io/nvidia/pytorch:25.08-py3", None
+    )
+    assert (
+        not lack("enroot", IMAGE, None)
+        and not lack("enroot", IMAGE, 8 * 10**9)
+        and not lack("enroot", "nvcr.io/nvidia/pytorch:25.08-py3", 10**9)
+    )
 
 
 def test_what_is_certain_goes_before_what_is_likely(disk):
     small = disk("small", 4)
-    likely, certain = room.Need(small, 5 << 20, "likely", least=1 << 20), room.Need(small / "not yet", 5 << 20, "certain")
-    assert [lack.what for lack in room.lacks([[likely], [certain]])] == ["certain"] and [lack.certain for lack in room.lacks([[likely]])] == [False]
-    assert not room.lacks([[room.Need(small, 3 << 20, "a")], [room.Need(small, 3 << 20, "b")]]) and room.lacks([[room.Need(small, 3 << 20, "a"), room.Need(small, 3 << 20, "b")]])
+    likely, certain = (
+        disk_space.Need(small, 5 << 20, "likely", least=1 << 20),
+        disk_space.Need(small / "not yet", 5 << 20, "certain"),
+    )
+    assert [lack.what for lack in disk_space.lacks([[likely], [certain]])] == ["certain"] and [
+        lack.certain for lack in disk_space.lacks([[likely]])
+    ] == [False]
+    assert not disk_space.lacks(
+        [[disk_space.Need(small, 3 << 20, "a")], [disk_space.Need(small, 3 << 20, "b")]]
+    ) and disk_space.lacks([[disk_space.Need(small, 3 << 20, "a"), disk_space.Need(small, 3 << 20, "b")]])
 
 
 def test_docker_saves_what_it_unpacked(tmp_path):
     """The archive's size, where an engine says nothing of its storage."""
-    found = {tool: Room(tmp_path, None, False, IMAGE).to_fetch(tool, 10.0, 0, {"PATH": ""})[1][-1].size for tool in ("docker", "buildah")}
+    found = {
+        tool: Room(tmp_path, None, False, IMAGE).to_fetch(tool, 10.0, 0, {"PATH": ""})[1][-1].size
+        for tool in ("docker", "buildah")
+    }
     assert found == {"docker": 25.0, "buildah": 10.0}
 
 
@@ -249,13 +310,42 @@ def test_a_node_refuses_with_where_the_runtimes_folders_are_named(tmp_path, disk
     (tmp_path / "srun").chmod(0o755)
     (tmp_path / "plugstack.conf").write_text("required spank_pyxis.so")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    spec = {"runtime": "pyxis", "image": IMAGE, "path": None, "mounts": [], "prepare": [], "bytes": SIZE, "verdicts": str(tmp_path)}
+    spec = {
+        "runtime": "pyxis",
+        "image": IMAGE,
+        "path": None,
+        "mounts": [],
+        "prepare": [],
+        "bytes": SIZE,
+        "verdicts": str(tmp_path),
+    }
     assert main([json.dumps(spec)]) == 1
     said = capsys.readouterr().err
-    assert "no space for the image (registry.example/team/tiny:1): the disk of" in said and "pyxis hands none of your own variables on to enroot" in said
+    assert (
+        "no space for the image (registry.example/team/tiny:1): the disk of" in said
+        and "pyxis hands none of your own variables on to enroot" in said
+    )
     space = FAILURES[0]
-    assert {"enroot": "ENROOT_TEMP_PATH", "apptainer": "APPTAINER_TMPDIR", "singularity": "SINGULARITY_TMPDIR", "docker": "prune", "podman": "TMPDIR", "charliecloud": "CH_IMAGE_STORAGE"}.items() <= {
-        name: next(word for word in ("ENROOT_TEMP_PATH", "APPTAINER_TMPDIR", "SINGULARITY_TMPDIR", "CH_IMAGE_STORAGE", "TMPDIR", "prune") if word in advice(space, name))
+    assert {
+        "enroot": "ENROOT_TEMP_PATH",
+        "apptainer": "APPTAINER_TMPDIR",
+        "singularity": "SINGULARITY_TMPDIR",
+        "docker": "prune",
+        "podman": "TMPDIR",
+        "charliecloud": "CH_IMAGE_STORAGE",
+    }.items() <= {
+        name: next(
+            word
+            for word in (
+                "ENROOT_TEMP_PATH",
+                "APPTAINER_TMPDIR",
+                "SINGULARITY_TMPDIR",
+                "CH_IMAGE_STORAGE",
+                "TMPDIR",
+                "prune",
+            )
+            if word in advice(space, name)
+        )
         for name in ("enroot", "apptainer", "singularity", "docker", "podman", "charliecloud")
     }.items()
 
@@ -263,7 +353,11 @@ def test_a_node_refuses_with_where_the_runtimes_folders_are_named(tmp_path, disk
 def test_docker_that_loads_no_layout_is_told_apart():
     """docker 28's own words, of a tar of an OCI layout."""
     found = failure_of("open /var/lib/docker/tmp/docker-import-3278311284/blobs/json: no such file or directory\n")
-    assert found is not None and found[0].kind == "an archive of the other kind" and "skopeo copy oci-archive:FILE docker-archive:NEW" in found[0].advice
+    assert (
+        found is not None
+        and found[0].kind == "an archive of the other kind"
+        and "skopeo copy oci-archive:FILE docker-archive:NEW" in found[0].advice
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,6 +376,13 @@ def test_a_docker_without_a_daemon(line):
     assert found is not None and found[0].kind == "no daemon" and found[1] == line
 
 
-@pytest.mark.parametrize("line", ["Cannot open x: no such file or directory", "failed to connect to master: connection refused", "permission denied: no such file or directory"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Cannot open x: no such file or directory",
+        "failed to connect to master: connection refused",
+        "permission denied: no such file or directory",
+    ],
+)
 def test_a_trainers_own_words_are_not_dockers(line):
     assert failure_of(line) is None

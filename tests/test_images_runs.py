@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from image_helpers import layer, need, write_layout
 
-from launcher.__main__ import main
-from launcher.container import image_of
-from launcher.plan import Container, Needs, Plan, Stage
-from recipes.rundir import RunDir
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.planning.stage_container import image_of
+from amlaunch.launcher.specs.plan import Container, Needs, Plan, Stage
+from amlaunch.recipes.run_layout import RunDir
 
 NGC = "nvcr.io/nvidia/pytorch:25.08-py3"
 
@@ -30,16 +30,40 @@ def test_what_a_stock_image_lacks_is_told_before_anything_starts(tmp_path, capsy
     words = ["local", "quickstart", "--container.image", NGC]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "container.image: stages preprocess and verify need tiktoken" in error and "--container.stages.preprocess none --container.stages.verify none" in error
+    assert (
+        "container.image: stages preprocess and verify need tiktoken" in error
+        and "--container.stages.preprocess none --container.stages.verify none" in error
+    )
     assert not (tmp_path / "runs").exists()
-    assert main([*words, "--container.stages.preprocess", "none", "--container.stages.verify", "none", "--stage", "verify"]) == 2
+    assert (
+        main(
+            [*words, "--container.stages.preprocess", "none", "--container.stages.verify", "none", "--stage", "verify"]
+        )
+        == 2
+    )
     assert "needs stage preprocess, which is not done" in capsys.readouterr().err, "nothing else is wrong"
 
 
 @pytest.mark.slow
 def test_the_run_brings_along_what_its_image_lacks(tmp_path):
     need("podman")
-    assert main(["local", "quickstart", "--container.image", NGC, "--container.stages.preprocess", "none", "--container.stages.verify", "none", "--stage", "preprocess"]) == 0
+    assert (
+        main(
+            [
+                "local",
+                "quickstart",
+                "--container.image",
+                NGC,
+                "--container.stages.preprocess",
+                "none",
+                "--container.stages.verify",
+                "none",
+                "--stage",
+                "preprocess",
+            ]
+        )
+        == 0
+    )
     [run] = (tmp_path / "runs").glob("quickstart-*")
     assert (run / "code" / "packages" / "yaml" / "__init__.py").is_file() and not list((run / "code").rglob("*.so"))
     assert "pyyaml" in json.loads((run / "code" / "packages" / "packages.json").read_text())["copied"]
@@ -56,7 +80,12 @@ def test_an_imported_file_stands_for_its_image(tmp_path, capsys):
     capsys.readouterr()
 
     def image_of_train(*more: str) -> str:
-        assert main(["show", "quickstart", "--container.image", NGC, "--container.runtime", "charliecloud", *more, "--json"]) == 0
+        assert (
+            main(
+                ["show", "quickstart", "--container.image", NGC, "--container.runtime", "charliecloud", *more, "--json"]
+            )
+            == 0
+        )
         plan = json.loads(capsys.readouterr().out)["plan"]
         return next(stage["container"]["image"] for stage in plan["stages"] if stage["name"] == "train")
 
@@ -69,8 +98,14 @@ def test_an_imported_file_stands_for_its_image(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--container.mounts", "[/tmp:/data:ro]"], "container of preprocess and verify and train and export: charliecloud cannot mount anything read-only"),
-        (["--container.mounts", "[{source: '{here}/a:b', target: /data}]"], "/a:b at /data: a colon in a path means something else to it"),
+        (
+            ["--container.mounts", "[/tmp:/data:ro]"],
+            "container of preprocess and verify and train and export: charliecloud cannot mount anything read-only",
+        ),
+        (
+            ["--container.mounts", "[{source: '{here}/a:b', target: /data}]"],
+            "/a:b at /data: a colon in a path means something else to it",
+        ),
         (["--container.env", "{A B: x}"], "container.env.A B: no program reads a variable of that name"),
         (["--container.workdir", "here"], "container.workdir: 'here': the path inside the container begins with a /"),
         (["--container.image", "./a.sif"], "charliecloud cannot start .sif files; apptainer or singularity can\n"),
@@ -81,7 +116,10 @@ def test_what_a_runtime_cannot_do_is_told_before_anything_starts(tmp_path, capsy
     for name in ("image", "a:b"):
         (tmp_path / name).mkdir()
     words = [word.replace("{here}", str(tmp_path)) for word in words]
-    assert main(["local", "quickstart", "--container.image", "./image", "--container.runtime", "charliecloud", *words]) == 2
+    assert (
+        main(["local", "quickstart", "--container.image", "./image", "--container.runtime", "charliecloud", *words])
+        == 2
+    )
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
@@ -98,12 +136,33 @@ def test_home_is_not_mounted_by_another_name_nor_a_path_of_the_host_told_that_is
     (tmp_path / "real" / "work").mkdir(parents=True)
     (tmp_path / "home").symlink_to(tmp_path / "real")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    stage = Stage("train", [], [], Needs(1, 0, 1, 1), None, Container(f"file://{tmp_path}", "podman", [(str(tmp_path / "real" / "work"), "/data", False)], passed=["HF_TOKEN_PATH"]))
+    stage = Stage(
+        "train",
+        [],
+        [],
+        Needs(1, 0, 1, 1),
+        None,
+        Container(
+            f"file://{tmp_path}",
+            "podman",
+            [(str(tmp_path / "real" / "work"), "/data", False)],
+            passed=["HF_TOKEN_PATH"],
+        ),
+    )
     for cwd, mounted in ((tmp_path / "real", False), (tmp_path / "home", False), (tmp_path / "real" / "work", True)):
         plan = Plan("run", [stage], None, str(cwd))
         image = image_of(RunDir(tmp_path / "run"), plan, stage, {}, [], on_slurm=False)
         assert (str(cwd) in [mount.target for mount in image.mounts]) is mounted, cwd
-    host = {"SSL_CERT_FILE": "/etc/pki/tls/cert.pem", "HF_HOME": "/data/hf", "HF_TOKEN_PATH": "/nowhere", "http_proxy": "http://proxy:1"}
+    host = {
+        "SSL_CERT_FILE": "/etc/pki/tls/cert.pem",
+        "HF_HOME": "/data/hf",
+        "HF_TOKEN_PATH": "/nowhere",
+        "http_proxy": "http://proxy:1",
+    }
     for name, value in host.items():
         monkeypatch.setenv(name, value)
-    assert image_of(RunDir(tmp_path / "run"), plan, stage, {}, host, on_slurm=False).passed == ("HF_HOME", "HF_TOKEN_PATH", "http_proxy")
+    assert image_of(RunDir(tmp_path / "run"), plan, stage, {}, host, on_slurm=False).passed == (
+        "HF_HOME",
+        "HF_TOKEN_PATH",
+        "http_proxy",
+    )

@@ -16,17 +16,34 @@ def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
     """By srun, where the profile sends training; with GPUs asked for, on a node that has them."""
     image = str(wanted())
     place = Place(cluster, "images", USER="lab")
-    profile = {"container": {"runtime": "charliecloud"}, "setup": [f"touch {place.folder}/set-up"], "srun": ["--comment=looked at"]}
+    profile = {
+        "container": {"runtime": "charliecloud"},
+        "setup": [f"touch {place.folder}/set-up"],
+        "srun": ["--comment=looked at"],
+    }
     place.write("clusters.yaml", json.dumps({"lab": profile}))
     seen = json.loads(place.amlaunch("image", "check", image, "--cluster", "lab", "--json").stdout)
     assert seen["runtime"] == "charliecloud" and (place.folder / "set-up").exists(), "as the site's profile has it"
-    assert seen["host"].startswith("cpu") and seen["torch"]["version"] and seen["user"]["uid"] != 0 and seen["verdict"] == "warn"
+    assert (
+        seen["host"].startswith("cpu")
+        and seen["torch"]["version"]
+        and seen["user"]["uid"] != 0
+        and seen["verdict"] == "warn"
+    )
     assert (place.folder / "images" / "checks").is_dir()
     oci = json.loads(place.amlaunch("image", "check", image, "--cluster", "lab", "--runtime", "slurm", "--json").stdout)
-    assert oci["runtime"] == "slurm" and oci["torch"]["version"] and not list((place.folder / "images" / "checks").glob(".bundle-*"))
-    gpu = place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "1", "--json")
+    assert (
+        oci["runtime"] == "slurm"
+        and oci["torch"]["version"]
+        and not list((place.folder / "images" / "checks").glob(".bundle-*"))
+    )
+    gpu = place.amlaunch(
+        "image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "1", "--json"
+    )
     assert json.loads(gpu.stdout)["host"].startswith("gpu")
-    many = place.amlaunch("image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "99", check=False)
+    many = place.amlaunch(
+        "image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "99", check=False
+    )
     assert many.returncode == 2 and "--gpus 99: a node of partition" in many.stderr
     gone = place.amlaunch("image", "check", "/nowhere", "--cluster", "slurm", check=False)
     assert gone.returncode == 2 and "there is no file /nowhere" in gone.stderr
@@ -43,13 +60,27 @@ def test_a_submit_asks_the_registry(cluster: Cluster):
     layout = write_layout(place.folder / "oci", [layer([("a", b"1")])])
     server = cluster.popen("docker-registry", "serve", str(place.folder / "registry.yml"), cwd=place.folder)
     try:
-        push = ["skopeo", "copy", "-q", "--retry-times=5", "--dest-tls-verify=false", f"oci:{layout}", f"docker://{name}/team/tiny:1"]
+        push = [
+            "skopeo",
+            "copy",
+            "-q",
+            "--retry-times=5",
+            "--dest-tls-verify=false",
+            f"oci:{layout}",
+            f"docker://{name}/team/tiny:1",
+        ]
         cluster.run(*push, cwd=place.folder)
         place.write("clusters.yaml", json.dumps({"lab": {"container": {"runtime": "enroot"}}}))
-        place.write("r.yaml", f"container:\n  image: {name}/team/tiny:1\n{(REPOSITORY / 'recipes' / 'quickstart.yaml').read_text()}")
+        place.write(
+            "r.yaml",
+            f"container:\n  image: {name}/team/tiny:1\n{(REPOSITORY / 'recipes' / 'quickstart.yaml').read_text()}",
+        )
         words = ["submit", "r.yaml", "--cluster", "lab", "--preprocess.data_files", f"{REPOSITORY}/README.md"]
         missing = place.amlaunch(*words, "--dry-run", "--container.image", f"{name}/team/tiny:2", check=False, **trust)
-        assert missing.returncode == 2 and f"{name} has no such image (404 Not Found): {name}/team/tiny:2; look at the spelling" in missing.stderr
+        assert (
+            missing.returncode == 2
+            and f"{name} has no such image (404 Not Found): {name}/team/tiny:2; look at the spelling" in missing.stderr
+        )
         place.amlaunch(*words, **trust)
         [plan] = place.folder.glob("runs/*/plan.json")
         facts = [stage["container"]["facts"] for stage in json.loads(plan.read_text())["stages"]]

@@ -12,41 +12,62 @@ from pathlib import Path
 
 import pytest
 
-from launcher.__main__ import main
-from launcher.cli import build_parser, split_overrides
-from launcher.create import redact
-from launcher.describe import count, duration
-from launcher.plan import Plan
-from launcher.planner import Site, make_plan
-from launcher.snapshot import take_snapshot
-from recipes.errors import BadInput
-from recipes.files import write_json
-from recipes.loader import load
-from recipes.shipped import shipped
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.cli import build_parser, split_overrides
+from amlaunch.launcher.display.wording import count, duration
+from amlaunch.launcher.planning.planner import Site, make_plan
+from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.run_writer import redact
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import write_json
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.shipped import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "launcher", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", "-m", "amlaunch", *words]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **env},
+    )
 
 
 @pytest.mark.slow
 def test_start_is_quick_and_light(tmp_path):
     """A login node has no torch, and a user has no patience: at rest 1.95 and 3.3 times a Python that does nothing (43 and 73 ms)."""
     for words, bound in ((["--help"], 3.0), (["status"], 5.0)):
-        nothing, ours = (min(times) for times in zip(*((_timed(None, tmp_path), _timed(words, tmp_path)) for _ in range(5)), strict=True))
+        nothing, ours = (
+            min(times)
+            for times in zip(*((_timed(None, tmp_path), _timed(words, tmp_path)) for _ in range(5)), strict=True)
+        )
         assert ours < bound * nothing, (words, ours, nothing)
     code = (
-        "import sys\nfrom launcher.__main__ import main\n"
+        "import sys\nfrom amlaunch.launcher.__main__ import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'datasets', 'tiktoken', 'submitit', 'numpy', 'transformers', *LATE}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
     late = {"rich", "yaml", "subprocess", "hashlib", "asyncio", "multiprocessing"}
-    for words, more in ((["--help"], {*late, "dataclasses"}), (["status"], late), (["recipes"], set()), (["show", "quickstart"], set())):
-        found = subprocess.run([sys.executable, "-c", f"LATE = {more}\n{code}", *words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for words, more in (
+        (["--help"], {*late, "dataclasses"}),
+        (["status"], late),
+        (["recipes"], set()),
+        (["show", "quickstart"], set()),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-c", f"LATE = {more}\n{code}", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        )
         assert "HEAVY []" in found.stdout, (words, found.stdout[-300:], found.stderr)
 
 
@@ -101,16 +122,28 @@ def test_bad_input_is_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys, w
 @pytest.mark.slow
 def test_output_that_is_closed_full_or_of_another_time(tmp_path, words):
     """A pipe whose reader is gone, no stdout at all, a full disk, a terminal without our characters."""
-    run = [sys.executable, "-m", "launcher", *words]
-    write_json(tmp_path / "runs" / "tiny-1" / "plan.json", make_plan(load(shipped()["quickstart"]), Site(tmp_path / "runs", tmp_path, 0, 2)).to_json())
+    run = [sys.executable, "-m", "amlaunch", *words]
+    write_json(
+        tmp_path / "runs" / "tiny-1" / "plan.json",
+        make_plan(load(shipped()["quickstart"]), Site(tmp_path / "runs", tmp_path, 0, 2)).to_json(),
+    )
     progress = {"time": 1.0, "unit": "step", "done": 3, "total": 9, "loss": 2.5}
     write_json(tmp_path / "runs" / "tiny-1" / "stages" / "train" / "0" / "progress.json", progress)
     with open(tmp_path / "runs" / "tiny-1" / "stages" / "train" / "0" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         for after, code in (("| true", 141), (">&-", 0), ("> /dev/full", 1)):
-            done = subprocess.run(["bash", "-c", f'"$@" {after}; exit ${{PIPESTATUS[0]}}', "_", *run], capture_output=True, text=True, cwd=tmp_path, env=env)
-            assert "Traceback" not in done.stderr and (done.returncode == code or after == "| true"), (after, done)  # which may have been there in time
+            done = subprocess.run(
+                ["bash", "-c", f'"$@" {after}; exit ${{PIPESTATUS[0]}}', "_", *run],
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                env=env,
+            )
+            assert "Traceback" not in done.stderr and (done.returncode == code or after == "| true"), (
+                after,
+                done,
+            )  # which may have been there in time
         ascii_only = subprocess.run(run, capture_output=True, cwd=tmp_path, env={**env, "PYTHONIOENCODING": "ascii"})
         assert ascii_only.returncode == 0 and ascii_only.stdout.isascii()
         assert words != ["status"] or b"step 3/9 ? loss 2.5000" in ascii_only.stdout
@@ -183,7 +216,13 @@ class TestSnapshot:
         (user / ".venv" / "no.py").write_text("z = 3\n")
         take_snapshot(tmp_path / "code", user)
         names = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*.py")}
-        assert {"recipe/my.py", "recipe/lib/more.py", "trainer/__main__.py", "preprocess/__main__.py"} <= names
+        assert {
+            "recipe/my.py",
+            "recipe/lib/more.py",
+            "amlaunch/__init__.py",
+            "amlaunch/trainer/__main__.py",
+            "amlaunch/launcher/runs/snapshot.py",
+        } <= names
         assert "recipe/.venv/no.py" not in names
         before = (tmp_path / "code").stat().st_ino
         take_snapshot(tmp_path / "code", user)

@@ -18,22 +18,23 @@ import psutil
 import pytest
 from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, pids, wait_until
 
-from launcher import describe
-from launcher.causes import cause_of
-from launcher.commands import cancel, clean
-from launcher.create import write_run
-from launcher.local import Executor
-from launcher.machine import Machine
-from launcher.plan import Plan
-from launcher.planner import Site, make_plan, run_id
-from launcher.queue import Queue, cache_file
-from launcher.slurm import JobInfo, SlurmError
-from launcher.state import DIED, DONE, PENDING, QUEUED, RUNNING, STOPPED, ElementState, read_run
-from launcher.submissions import Submission, token_of
-from launcher.submit import left_alone
-from recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
-from recipes.loader import load
-from recipes.rundir import RunDir
+from amlaunch.launcher.commands import cancel, clean
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.execution.local_executor import Executor
+from amlaunch.launcher.planning.planner import Site, make_plan, run_id
+from amlaunch.launcher.runs.element_state import DIED, DONE, PENDING, QUEUED, RUNNING, STOPPED, ElementState, read_run
+from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.launcher.runs.submissions import Submission, token_of
+from amlaunch.launcher.slurm.client import JobInfo
+from amlaunch.launcher.slurm.queue import Queue, cache_file
+from amlaunch.launcher.specs.machine import Machine
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.run_writer import write_run
+from amlaunch.launcher.submission.slurm_submission import left_alone
+from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.run_layout import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -45,16 +46,22 @@ SILENT = 1 if shutil.which("squeue") else 2
 def _silent_slurm(tmp_path, monkeypatch):
     """Slurm's own commands, with nobody at the controller's port; and a home that is empty."""
     conf = tmp_path / "slurm.conf"
-    conf.write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=3\nAuthType=auth/none\n")
-    for name, value in {"SLURM_CONF": conf, "XDG_CACHE_HOME": tmp_path / "cache", "XDG_CONFIG_HOME": tmp_path / "config"}.items():
+    conf.write_text(
+        "ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=3\nAuthType=auth/none\n"
+    )
+    for name, value in {
+        "SLURM_CONF": conf,
+        "XDG_CACHE_HOME": tmp_path / "cache",
+        "XDG_CONFIG_HOME": tmp_path / "config",
+    }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([f"{ROOT}/src", HERE]))
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
     """amlaunch as a process of its own; ``patch``: lines of Python that run first, to shorten a pause."""
-    code = f"import sys\n{patch}\nfrom launcher.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = f"import sys\n{patch}\nfrom amlaunch.launcher.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = dict(os.environ)  # and not what readline, which pytest loads, sets behind Python's back: COLUMNS
     return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, env=env, **pipes)
@@ -82,20 +89,20 @@ def submitted(run: RunDir, plan: Plan, stage: str, job: str | None, home: Path |
 def slurm_said(*jobs: JobInfo, seconds: float = 60.0) -> None:
     """What squeue answered another terminal a moment ago; good for ``seconds`` more."""
     kept = {"time": time.time(), "question": "", "problem": "", "jobs": [dataclasses.astuple(job) for job in jobs]}
-    code = "import sys; from launcher import queue; from recipes.files import fingerprint; print(queue.cache_file().with_name(f'squeue-{fingerprint(str())}.json'))"
+    code = "import sys; from amlaunch.launcher.slurm import queue; from amlaunch.recipes.files import fingerprint; print(queue.cache_file().with_name(f'squeue-{fingerprint(str())}.json'))"
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert Path(path).parent == cache_file().parent
     write_json(Path(path), kept)
 
 
-KEPT_LONGER = "import launcher.queue as q; q.Queue.__init__.__defaults__ = (60.0, None)"
+KEPT_LONGER = "import amlaunch.launcher.slurm.queue as q; q.Queue.__init__.__defaults__ = (60.0, None)"
 
 
 class Holder:
     """Another process that holds a lock."""
 
     def __init__(self, lock: Path):
-        code = f"import time; from pathlib import Path; from recipes.files import Lock; l = Lock(Path({str(lock)!r})); l.acquire(); print(1, flush=True); time.sleep(600)"
+        code = f"import time; from pathlib import Path; from amlaunch.recipes.files import Lock; l = Lock(Path({str(lock)!r})); l.acquire(); print(1, flush=True); time.sleep(600)"
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout and self.process.stdout.readline()
 
@@ -113,7 +120,11 @@ class TestSlurmDoesNotAnswer:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", job)
         found = amlaunch(tmp_path, "cancel", "test-1")
-        assert found.returncode == SILENT and re.search("squeue|scontrol", found.stderr) and "nothing was cancelled" in found.stderr
+        assert (
+            found.returncode == SILENT
+            and re.search("squeue|scontrol", found.stderr)
+            and "nothing was cancelled" in found.stderr
+        )
         assert "nothing of it" not in found.stdout and not found.stdout
 
     @pytest.mark.parametrize("job", ["123", None])
@@ -130,7 +141,7 @@ class TestSlurmDoesNotAnswer:
         log = run.element("train", "0").log(1, 0)
         log.parent.mkdir(parents=True)
         log.write_text("one\n")
-        patch = "import launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; s.LONGEST_PAUSE = 1.0"
+        patch = "import amlaunch.launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; s.LONGEST_PAUSE = 1.0"
         process = start(tmp_path, *words, patch=patch)
         time.sleep(8)
         assert process.poll() is None, process.communicate()
@@ -149,7 +160,10 @@ class TestSlurmDoesNotAnswer:
 
 BLIND = ("unshare", "--pid", "--fork", "--mount-proc")
 """Starts a command that sees none of the other processes, as on another host."""
-needs_namespaces = pytest.mark.skipif(not shutil.which("unshare") or subprocess.run([*BLIND, "true"], capture_output=True).returncode != 0, reason="no namespaces here")
+needs_namespaces = pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*BLIND, "true"], capture_output=True).returncode != 0,
+    reason="no namespaces here",
+)
 
 
 class TestCancel:
@@ -190,7 +204,9 @@ class TestCancel:
         run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         folder = run.element("train", "0")
         victim = subprocess.Popen(["sleep", "600"])
-        append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": host})
+        append_json_line(
+            folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": host}
+        )
         try:
             with Holder(folder.lock) as driver:
                 found = amlaunch(tmp_path, "cancel", "test-1")
@@ -206,15 +222,21 @@ class TestCancel:
         """Under another kernel, or, here, out of its sight: locks are seen, processes are not."""
         run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         folder = run.element("train", "0")
-        command = [*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"]
+        command = [*BLIND, sys.executable, "-m", "amlaunch", "cancel", "test-1"]
         with Holder(folder.lock) as driver:
-            append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"})
+            append_json_line(
+                folder.attempts,
+                {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"},
+            )
             found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
             assert found.returncode == 0 and "train 0 runs on elsewhere, out of reach" in found.stdout, found.stderr
             assert folder.stop.exists() and driver.process.poll() is None
             with Holder(run.lock) as launcher:
                 found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
-                assert found.returncode == 0 and "drives test-1 on another machine, out of reach from here: asked to save" in found.stdout
+                assert (
+                    found.returncode == 0
+                    and "drives test-1 on another machine, out of reach from here: asked to save" in found.stdout
+                )
                 assert run.stop.exists() and launcher.process.poll() is None
 
     def test_it_ends_a_driver_at_once_or_has_it_save(self, tmp_path):
@@ -243,7 +265,9 @@ class TestCancel:
                 assert "preprocess 0: stopped" in found.stdout
             launcher.wait(timeout=15)
             first, *others = [state.state for state in read_run(run, plan)]
-            assert first == STOPPED or (first == DIED and not words), "the launcher may have been quicker to ask than we to kill"
+            assert first == STOPPED or (first == DIED and not words), (
+                "the launcher may have been quicker to ask than we to kill"
+            )
             assert others == [PENDING] * 3
         finally:
             launcher.kill()
@@ -253,7 +277,10 @@ class TestCancel:
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         folder = run.element("train", "0")
         victim = subprocess.Popen(["sleep", "600"])
-        append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": platform.node()})
+        append_json_line(
+            folder.attempts,
+            {"event": "start", "attempt": 1, "time": time.time(), "pid": victim.pid, "host": platform.node()},
+        )
         try:
             with Holder(folder.lock) as driver:
                 Executor(run, plan, Machine(1, ()), lambda states: None).kill()
@@ -269,7 +296,13 @@ class TestCancel:
         launcher = launch(run)
         try:
             pids(run, 1, "preprocess")
-            found = subprocess.run([*BLIND, sys.executable, "-m", "launcher", "cancel", "test-1"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            found = subprocess.run(
+                [*BLIND, sys.executable, "-m", "amlaunch", "cancel", "test-1"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             assert found.returncode == 0 and "asked to save and stop" in found.stdout, found.stderr
             launcher.wait(timeout=60)
             assert [state.state for state in read_run(run, plan)] == [STOPPED, PENDING, PENDING] and run.stop.exists()
@@ -281,10 +314,15 @@ class TestCancel:
         run, _ = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         driver = drive(run)
         pids(run, 1)
-        write_json(run.element("train", "0").progress, {"time": time.time(), "unit": "step", "done": 125, "total": 400, "saved": 120})
+        write_json(
+            run.element("train", "0").progress,
+            {"time": time.time(), "unit": "step", "done": 125, "total": 400, "saved": 120},
+        )
         found = amlaunch(tmp_path, "cancel", "test-1", "--checkpoint")
         driver.wait(timeout=10)
-        assert found.returncode == 0 and "train 0: stopped" in found.stdout and "· saved at step 120/400\n" in found.stdout, found.stdout
+        assert (
+            found.returncode == 0 and "train 0: stopped" in found.stdout and "· saved at step 120/400\n" in found.stdout
+        ), found.stdout
 
     def test_what_another_run_makes_for_both_is_left_alone(self, tmp_path):
         run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]], ONE))
@@ -317,13 +355,13 @@ def launch(run: RunDir) -> subprocess.Popen:
     """The heart of amlaunch local, one element at a time."""
     code = (
         "from pathlib import Path\n"
-        "from launcher.commands.local import _stopping_on_signals\n"
-        "from launcher.local import Executor\n"
-        "from launcher.machine import Machine\n"
-        "from launcher.report import PlainReport\n"
-        "from launcher.store import read_plan\n"
-        "from recipes.files import Lock\n"
-        "from recipes.rundir import RunDir\n"
+        "from amlaunch.launcher.commands.local import _stopping_on_signals\n"
+        "from amlaunch.launcher.execution.local_executor import Executor\n"
+        "from amlaunch.launcher.specs.machine import Machine\n"
+        "from amlaunch.launcher.display.live_report import PlainReport\n"
+        "from amlaunch.launcher.runs.find import read_plan\n"
+        "from amlaunch.recipes.files import Lock\n"
+        "from amlaunch.recipes.run_layout import RunDir\n"
         f"run = RunDir(Path({str(run.root)!r}))\n"
         "plan = read_plan(run)\n"
         "lock = Lock(run.lock)\n"
@@ -337,20 +375,25 @@ def launch(run: RunDir) -> subprocess.Popen:
 
 def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
     _, plan = make_run(tmp_path, ("preprocess", [[]] * 3, ONE), ("train", [[]], ONE))
-    states = [ElementState("preprocess", str(i), "", state) for i, state in enumerate((DONE, RUNNING, DIED))] + [ElementState("train", "0", "", QUEUED)]
-    assert left_alone(plan.stages[0], states, {"2"}) == ["preprocess: 1 of 3 already done, skipped", "preprocess: 1 of 3 already on their way, left alone"]
+    states = [ElementState("preprocess", str(i), "", state) for i, state in enumerate((DONE, RUNNING, DIED))] + [
+        ElementState("train", "0", "", QUEUED)
+    ]
+    assert left_alone(plan.stages[0], states, {"2"}) == [
+        "preprocess: 1 of 3 already done, skipped",
+        "preprocess: 1 of 3 already on their way, left alone",
+    ]
     assert left_alone(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
 
 
 class TestWait:
-    SOON = f"import launcher.commands.wait as w; w.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
+    SOON = f"import amlaunch.launcher.commands.wait as w; w.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
 
     def test_it_gives_up_on_what_sbatch_never_answered(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", None)
         slurm_said()
         found = amlaunch(tmp_path, "wait", "test-1", patch=self.SOON)
-        assert found.returncode == 1 and f"next: {describe.program()} retry test-1" in found.stdout
+        assert found.returncode == 1 and f"next: {wording.program()} retry test-1" in found.stdout
         assert json.loads(amlaunch(tmp_path, "wait", "test-1", "--json", patch=self.SOON).stdout)["state"] == "unknown"
 
     def test_not_while_slurm_is_silent_or_anything_runs(self, tmp_path):
@@ -367,20 +410,28 @@ class TestWait:
             assert going.poll() is None
         assert going.wait(timeout=20) == 1
 
-
     def test_a_cancelled_run_is_called_cancelled_with_all_that_waited_for_it(self, tmp_path):
         run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
         for stage, job in ("preprocess", "11"), ("train", "12"):
             submitted(run, plan, stage, job)
         start_line = {"event": "start", "attempt": 1, "time": time.time() - 90, "host": "n1", "job": "11_0"}
         append_json_line(run.element("preprocess", "0").attempts, start_line)
-        write_json(run.element("preprocess", "0").progress, {"time": start_line["time"] + 61.5, "unit": "token", "done": 1})
+        write_json(
+            run.element("preprocess", "0").progress, {"time": start_line["time"] + 61.5, "unit": "token", "done": 1}
+        )
         slurm_said(JobInfo("11_0", "CANCELLED", nodes="n1"), JobInfo("12_0", "CANCELLED", "Dependency"))
         found = amlaunch(tmp_path, "wait", "test-1", patch=KEPT_LONGER)
-        assert found.returncode == 75 and "\ntest-1 was cancelled (1:01)\n" in found.stdout and "retry test-1" in found.stdout
+        assert (
+            found.returncode == 75
+            and "\ntest-1 was cancelled (1:01)\n" in found.stdout
+            and "retry test-1" in found.stdout
+        )
         shown = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
         assert "cancelled before it started" in shown and "did not finish" not in shown
-        append_json_line(run.element("preprocess", "0").attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": "x"})
+        append_json_line(
+            run.element("preprocess", "0").attempts,
+            {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": "x"},
+        )
         assert "a stage before it did not finish" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
 
     def test_the_time_it_tells_is_the_runs_own(self, tmp_path):
@@ -389,10 +440,19 @@ class TestWait:
         now = time.time()
         run.lock.touch()
         os.utime(run.lock, (now - 1000, now - 1000))
-        for stage, name, *spans in ("preprocess", "0", (-5000, -4000)), ("train", "0", (-900, -850), (-100, -70)), ("train", "1", (-880, -840)):
+        for stage, name, *spans in (
+            ("preprocess", "0", (-5000, -4000)),
+            ("train", "0", (-900, -850), (-100, -70)),
+            ("train", "1", (-880, -840)),
+        ):
             for attempt, (begun, ended) in enumerate(spans, 1):
-                append_json_line(run.element(stage, name).attempts, {"event": "start", "attempt": attempt, "time": now + begun})
-                append_json_line(run.element(stage, name).attempts, {"event": "end", "attempt": attempt, "time": now + ended, "outcome": "done"})
+                append_json_line(
+                    run.element(stage, name).attempts, {"event": "start", "attempt": attempt, "time": now + begun}
+                )
+                append_json_line(
+                    run.element(stage, name).attempts,
+                    {"event": "end", "attempt": attempt, "time": now + ended, "outcome": "done"},
+                )
             write_json(run.element(stage, name).done, {"outputs": {}})
         found = amlaunch(tmp_path, "wait", "test-1")
         assert found.returncode == 0 and "test-1 is done (1:30)" in found.stdout, found.stdout
@@ -473,7 +533,10 @@ class TestStatus:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", "11")
         slurm_said(JobInfo("11_0", "PENDING", "Resources", "2026-11-24T18:00:00"))
-        assert "waits for free nodes · starts about 2026-11-24 18:00:00" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        assert (
+            "waits for free nodes · starts about 2026-11-24 18:00:00"
+            in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        )
         (shown,) = json.loads(amlaunch(tmp_path, "status", "test-1", "--json", patch=KEPT_LONGER).stdout)
         assert shown["stages"][0]["elements"][0]["start_estimate"] == "2026-11-24T18:00:00"
 
@@ -491,20 +554,37 @@ class TestStatus:
         loop.parent.mkdir(parents=True)
         loop.symlink_to(loop)
         found = amlaunch(tmp_path, "status")
-        assert found.returncode == 0 and "test-1  pending" in found.stdout and f"warning: {loop}: Too many levels" in found.stderr
+        assert (
+            found.returncode == 0
+            and "test-1  pending" in found.stdout
+            and f"warning: {loop}: Too many levels" in found.stderr
+        )
         found = amlaunch(tmp_path, "status", "other-2")
         assert found.returncode == 1 and f"error: {loop}: Too many levels" in found.stderr
 
     def test_what_differs_in_numbers_and_hosts_alone_is_told_once(self, tmp_path):
         run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
         for i in range(25):
-            ended(run, "preprocess", str(i), f"rank 0 exited with code 1 on {HOSTS[i % 2]} (pid {3000 + i}): no answer from 10.0.0.{i}:40{i}", HOSTS[i % 2])
+            ended(
+                run,
+                "preprocess",
+                str(i),
+                f"rank 0 exited with code 1 on {HOSTS[i % 2]} (pid {3000 + i}): no answer from 10.0.0.{i}:40{i}",
+                HOSTS[i % 2],
+            )
         ended(run, "preprocess", "25", "rank 0 exited with code 9", "alpha")
         found = amlaunch(tmp_path, "status", "test-1").stdout
-        assert "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n" in found
+        assert (
+            "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n"
+            in found
+        )
         assert "and so did 24 more, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
-        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, "another exit code is another failure"
-        assert found.count(" failed on ") == 2 and found.count("exited with code 1 on") == 2, "in the table, one of them stands for all"
+        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, (
+            "another exit code is another failure"
+        )
+        assert found.count(" failed on ") == 2 and found.count("exited with code 1 on") == 2, (
+            "in the table, one of them stands for all"
+        )
 
     def test_many_kinds_of_failure_do_not_fill_the_screen(self, tmp_path):
         run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
@@ -522,22 +602,28 @@ class TestStatus:
         lines = amlaunch(tmp_path, "status", "test-1").stdout.splitlines()
         table = lines[1:4]
         assert table[0].split() == ["stage", "element", "state", "what"], "neither time nor attempts"
-        assert table[1].startswith("train  0        failed   rank 0 exited") and table[1].rstrip().endswith("…") and all(len(line) <= 60 for line in table)
-        assert f"next: {describe.program()} {' '.join(words)}" in lines, "in one piece"
+        assert (
+            table[1].startswith("train  0        failed   rank 0 exited")
+            and table[1].rstrip().endswith("…")
+            and all(len(line) <= 60 for line in table)
+        )
+        assert f"next: {wording.program()} {' '.join(words)}" in lines, "in one piece"
         monkeypatch.setenv("COLUMNS", "20")
         assert "test-1" in amlaunch(tmp_path, "status").stdout, "the terminal breaks the line, we do not cut the name"
-
 
     def test_what_ran_out_of_memory_is_told_once_with_a_command_that_can_be_pasted(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", "11")
         slurm_said(JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1"))
         found = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
-        command = f"{describe.program()} resume test-1 --resources.train.mem 64G"
+        command = f"{wording.program()} resume test-1 --resources.train.mem 64G"
         assert f"train 0 failed on n1: job 11_0 on n1 ran out of memory; give resources more mem: {command}\n" in found
         assert f"next: {command}\n" in found, "the same settings would fail again"
         cause = cause_of("oom_kill")
-        assert cause and cause.explain("rank 1 was killed by SIGKILL (out of memory?)", "train").count("out of memory") == 1
+        assert (
+            cause
+            and cause.explain("rank 1 was killed by SIGKILL (out of memory?)", "train").count("out of memory") == 1
+        )
 
 
 HOSTS = ("alpha", "beta")
@@ -547,7 +633,18 @@ def ended(run: RunDir, stage: str, name: str, reason: str, host: str, **more: ob
     """The record of an attempt that failed."""
     folder = run.element(stage, name)
     append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time() - 60, "host": host})
-    append_json_line(folder.attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": reason, "seconds": 60.0, **more})
+    append_json_line(
+        folder.attempts,
+        {
+            "event": "end",
+            "attempt": 1,
+            "time": time.time(),
+            "outcome": "failed",
+            "reason": reason,
+            "seconds": 60.0,
+            **more,
+        },
+    )
 
 
 def shards(folder: Path, name: str) -> Path:
@@ -617,7 +714,9 @@ class TestClean:
             assert clean.in_use(data, Queue(60.0)) == kept, job
 
     def test_the_doctors_old_runs_can_go(self, tmp_path):
-        old, new, busy = (empty_run(tmp_path / "runs" / "doctor", f"gpu-check-{name}") for name in ("old", "new", "busy"))
+        old, new, busy = (
+            empty_run(tmp_path / "runs" / "doctor", f"gpu-check-{name}") for name in ("old", "new", "busy")
+        )
         for run in (old, busy):
             os.utime(run.root, (time.time() - 2 * 24 * 3600,) * 2)
         with Holder(busy.lock):
@@ -629,7 +728,7 @@ class TestClean:
 
 RECIPE = """\
 name: tiny
-model: {_target_: trainer.models.gpt2.build_gpt2_model, vocab_size: 50304, n_positions: 32, n_embd: 16, n_layer: 2, n_head: 2}
+model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model, vocab_size: 50304, n_positions: 32, n_embd: 16, n_layer: 2, n_head: 2}
 dataset: {file_pattern: "*.bin", seq_len: 32}
 step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
 resources: {train: {tasks_per_node: 2, cpus: 2}}
@@ -674,7 +773,11 @@ class TestRetry:
         run.element("train", "0").done.unlink()
         with Holder(run.lock):
             found = amlaunch(tmp_path, "retry", "tiny")
-            assert found.returncode == 0 and "nothing to start again, it runs" in found.stdout and "amlaunch cancel tiny" in found.stdout.replace(describe.program(), "amlaunch")
+            assert (
+                found.returncode == 0
+                and "nothing to start again, it runs" in found.stdout
+                and "amlaunch cancel tiny" in found.stdout.replace(wording.program(), "amlaunch")
+            )
             shown = amlaunch(tmp_path, "retry", "tiny", "--json")
             assert json.loads(shown.stdout)["state"] == "running" and "nothing to start again" in shown.stderr
         assert not read_json_lines(run.element("train", "0").attempts)
@@ -736,8 +839,16 @@ class TestResume:
         (tmp_path / "tiny.yaml").write_text(RECIPE.replace("n_layer: 2", "n_layer: 3"))
         found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6", "--json")
         shown = json.loads(found.stdout)
-        assert shown["run"] == run.root.name and list(run.root.parent.iterdir()) == [run.root], "what the run directory holds, not the file as it is now"
+        assert shown["run"] == run.root.name and list(run.root.parent.iterdir()) == [run.root], (
+            "what the run directory holds, not the file as it is now"
+        )
         assert f"{run.root.name}: {run.root}" in found.stderr
-        assert "n_layer: 2" in run.recipe.read_text() and "max_steps: 6" in run.recipe.read_text() and read_object(run.plan)["data"] == before["data"]
+        assert (
+            "n_layer: 2" in run.recipe.read_text()
+            and "max_steps: 6" in run.recipe.read_text()
+            and read_object(run.plan)["data"] == before["data"]
+        )
         assert read_object(run.provenance)["resumed"] == ["--step_scheduler.max_steps", "6"]
-        assert read_json_lines(run.element("train", "0").attempts), "training went on (and found no tokens in an empty file)"
+        assert read_json_lines(run.element("train", "0").attempts), (
+            "training went on (and found no tokens in an empty file)"
+        )

@@ -18,18 +18,29 @@ import psutil
 import pytest
 from image_helpers import leave_out
 
-from launcher.__main__ import main
-from launcher.attempt import Assignment, Attempt
-from launcher.cluster import Profile
-from launcher.driver import Stopping, classify
-from launcher.local import Capacity, Executor
-from launcher.machine import Machine
-from launcher.plan import Container, Element, Needs, Plan, Stage
-from launcher.ranks import PRIVATE_HOME, check_command, how_to_start
-from launcher.state import DIED, DONE, FAILED, PENDING, RUNNING, STOPPED, is_driven, overall, read_run, read_stage
-from launcher.step import Step
-from recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
-from recipes.rundir import RunDir
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.execution.attempt import Assignment, Attempt
+from amlaunch.launcher.execution.driver import Stopping, classify
+from amlaunch.launcher.execution.local_executor import Capacity, Executor
+from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_command, how_to_start
+from amlaunch.launcher.execution.srun_step import Step
+from amlaunch.launcher.runs.element_state import (
+    DIED,
+    DONE,
+    FAILED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    is_driven,
+    overall,
+    read_run,
+    read_stage,
+)
+from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.launcher.specs.machine import Machine
+from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
+from amlaunch.recipes.run_layout import RunDir
 
 HERE = str(Path(__file__).resolve().parent)
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -37,7 +48,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([f"{ROOT}/src", HERE]))
 
 
 def make_run(folder: Path, *stages: tuple[str, list[list[str]], Needs]) -> tuple[RunDir, Plan]:
@@ -46,7 +57,10 @@ def make_run(folder: Path, *stages: tuple[str, list[list[str]], Needs]) -> tuple
     built: list[Stage] = []
     for name, elements, needs in stages:
         after = [built[-1].name] if built else []
-        parts = [Element(str(i), "stand_in", [*words, "--element", str(run.element(name, str(i)).root)]) for i, words in enumerate(elements)]
+        parts = [
+            Element(str(i), "stand_in", [*words, "--element", str(run.element(name, str(i)).root)])
+            for i, words in enumerate(elements)
+        ]
         built.append(Stage(name, parts, after, needs))
     plan = Plan("test-1", built, None, str(folder))
     write_json(run.plan, plan.to_json())
@@ -59,7 +73,7 @@ TWO_RANKS = Needs(1, 0, 2, 2)
 
 def drive(run: RunDir, stage: str = "train") -> subprocess.Popen:
     """The driver as a process of its own, as submitit starts it."""
-    code = f"from launcher.driver import *; print(run_element({str(run.root)!r}, {stage!r}, '0', Assignment(1, ())))"
+    code = f"from amlaunch.launcher.execution.driver import *; print(run_element({str(run.root)!r}, {stage!r}, '0', Assignment(1, ())))"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
@@ -82,7 +96,9 @@ def only_state(run: RunDir, plan: Plan):
 
 
 def test_done_is_a_marker_with_outputs(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # which torch sets where it has compiled in this process
+    monkeypatch.delenv(
+        "TORCHINDUCTOR_CACHE_DIR", raising=False
+    )  # which torch sets where it has compiled in this process
     run, plan = make_run(tmp_path, ("train", [["--print", "TORCHINDUCTOR_CACHE_DIR"]], TWO_RANKS))
     assert only_state(run, plan).state == PENDING
     assert drive(run).communicate()[0].strip() == DONE
@@ -90,7 +106,9 @@ def test_done_is_a_marker_with_outputs(tmp_path, monkeypatch):
     assert state.state == DONE and state.attempts == 1 and state.result["tokens"] == 7
     log = run.element("train", "0").log(1, 1).read_text()
     assert "rank 1 of 2" in log and f"in {tmp_path} threads 1" in log
-    assert f"TORCHINDUCTOR_CACHE_DIR={run.root}/compile-cache\n" in log, "kept with the run, where the next start finds it"
+    assert f"TORCHINDUCTOR_CACHE_DIR={run.root}/compile-cache\n" in log, (
+        "kept with the run, where the next start finds it"
+    )
 
 
 @pytest.mark.parametrize("value", ["1", "007", "1e5", "1.10", "true", ""])
@@ -108,7 +126,9 @@ def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
     stage = replace(plan.stages[0], container=Container("x/y:1", "podman", runtime_env=["SCRATCH", "NOT_SET_X"]))
-    attempt = Attempt(run, replace(plan, stages=[stage]), stage, stage.elements[0], Assignment(1, ()), Lock(run.lock), 1)
+    attempt = Attempt(
+        run, replace(plan, stages=[stage]), stage, stage.elements[0], Assignment(1, ()), Lock(run.lock), 1
+    )
     start = how_to_start(attempt, {}, {}, on_slurm=False)
     assert start.env["SCRATCH"] == "/scratch/me" and "SCRATCH" not in start.launch.argv
     assert "SCRATCH" in json.loads(check_command(attempt, start)[-1])["passed"]
@@ -127,10 +147,31 @@ def test_the_home_inside_a_container_is_private(tmp_path, there):
         if os.getuid():
             leave_out("only root can give a folder away")
         os.chown(home, 1234, 1234)
-    command = ["sh", "-c", PRIVATE_HOME, "sh", "sh", "-c", 'echo "$HOME"; stat -c "%a %u" "$HOME"; echo "$@"', "sh", "a  b"]
-    said = subprocess.run(command, env={"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True)
+    command = [
+        "sh",
+        "-c",
+        PRIVATE_HOME,
+        "sh",
+        "sh",
+        "-c",
+        'echo "$HOME"; stat -c "%a %u" "$HOME"; echo "$@"',
+        "sh",
+        "a  b",
+    ]
+    said = subprocess.run(
+        command,
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     place, mode, rest = said.stdout.splitlines()
-    assert (place == str(home)) == (there in ("nothing", "mine")) and mode == f"700 {os.getuid()}" and rest == "a  b" and not said.stderr
+    assert (
+        (place == str(home)) == (there in ("nothing", "mine"))
+        and mode == f"700 {os.getuid()}"
+        and rest == "a  b"
+        and not said.stderr
+    )
 
 
 def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
@@ -149,7 +190,10 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     assert only_state(run, plan).state == DONE
 
 
-@pytest.mark.parametrize(("what", "retry", "words"), [("fail", True, "rank 1 exited with code 1"), ("bad", False, "r.yaml:3: model.n_layer: expected int")])
+@pytest.mark.parametrize(
+    ("what", "retry", "words"),
+    [("fail", True, "rank 1 exited with code 1"), ("bad", False, "r.yaml:3: model.n_layer: expected int")],
+)
 def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, words):
     run, plan = make_run(tmp_path, ("train", [["--do", what, "--rank", "1"]], TWO_RANKS))
     assert drive(run).communicate()[0].strip() == FAILED
@@ -172,7 +216,10 @@ def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
 
 def test_stop_soon_by_signal_and_by_file(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))
-    for ask in (lambda driver: driver.send_signal(signal.SIGTERM), lambda driver: run.element("train", "0").stop.touch()):
+    for ask in (
+        lambda driver: driver.send_signal(signal.SIGTERM),
+        lambda driver: run.element("train", "0").stop.touch(),
+    ):
         driver = drive(run)
         pids(run, 2)
         wait_until(lambda: only_state(run, plan).state == RUNNING)
@@ -226,7 +273,7 @@ def test_an_element_stops_when_nobody_waits_for_it_any_more(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
     holder = Lock(run.lock)
     assert holder.acquire()
-    code = f"from launcher.driver import *; run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
+    code = f"from amlaunch.launcher.execution.driver import *; run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
     driver = subprocess.Popen([sys.executable, "-c", code])
     pids(run, 1)
     time.sleep(0.3)
@@ -343,7 +390,7 @@ def test_a_lock_is_seen_by_who_may_only_read_it():
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that is done, to be copied."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, HERE]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([f"{ROOT}/src", HERE]))
         run, _ = make_run(tmp_path_factory.mktemp("finished"), ("train", [[]], ONE))
         drive(run).wait()
     return run
@@ -382,7 +429,9 @@ def test_a_secret_of_the_containers_environment_reaches_the_ranks_and_no_file(tm
     assert "MY_TOKEN=hunter2" in run.element("train", "0").log(1, 0).read_text()
     written = [path for path in run.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert written == [run.element("train", "0").log(1, 0)], "only where this test's program printed it"
-    assert drive(run).communicate()[0].strip() == DONE and only_state(run, plan).attempts == 1, "what is done is not made again"
+    assert drive(run).communicate()[0].strip() == DONE and only_state(run, plan).attempts == 1, (
+        "what is done is not made again"
+    )
     run.element("train", "0").done.unlink()
     monkeypatch.delenv("SECRET_X")
     assert drive(run).communicate()[0].strip() == FAILED
@@ -396,7 +445,9 @@ def test_an_image_that_is_left_to_a_node_without_a_runtime_is_not_done_without(t
     monkeypatch.setenv("PATH", str(tmp_path))
     assert drive(run).communicate()[0].strip() == FAILED
     state = only_state(run, plan)
-    assert "has nothing that starts it (" in state.reason and "container.runtime: none" in state.reason and not state.retry
+    assert (
+        "has nothing that starts it (" in state.reason and "container.runtime: none" in state.reason and not state.retry
+    )
     assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
 
@@ -408,7 +459,9 @@ def test_gpus_are_given_out_once(tmp_path):
     assert capacity.take("c", needs, "") is None
     capacity.give_back("a")
     assert capacity.take("c", needs, "").gpus == first.gpus
-    assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, "an element may ask for more CPUs than there are"
+    assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, (
+        "an element may ask for more CPUs than there are"
+    )
 
 
 @pytest.mark.slow
@@ -421,7 +474,10 @@ def test_two_elements_of_four_gpus_run_together_on_eight(tmp_path):
     lines = [read_json_lines(run.element("train", name).attempts) for name in "01"]
     (first_start, first_end), (second_start, second_end) = ([line["time"] for line in attempt] for attempt in lines)
     assert first_start < second_end and second_start < first_end, "at the same time"
-    shown = [next(line for line in run.element("train", name).log(1, 0).read_text().splitlines() if "CUDA" in line) for name in "01"]
+    shown = [
+        next(line for line in run.element("train", name).log(1, 0).read_text().splitlines() if "CUDA" in line)
+        for name in "01"
+    ]
     assert {line.partition("=")[2] for line in shown} == {"0,1,2,3", "4,5,6,7"}
     for state in read_run(run, plan):
         assert state.gpu_hours == pytest.approx(4 * state.seconds / 3600, abs=4e-4)
@@ -438,7 +494,9 @@ def test_the_rules_of_a_cluster_hold_here_a_killed_rank_is_tried_again(tmp_path)
     os.kill(pids(run, 2)[1], signal.SIGKILL)
     thread.join(timeout=60)
     assert ended == [True] and only_state(run, plan).attempts == 2
-    assert [int(step) for step in (folder / "steps0").read_text().split()] == list(range(1, 25)), "it went on from what was saved"
+    assert [int(step) for step in (folder / "steps0").read_text().split()] == list(range(1, 25)), (
+        "it went on from what was saved"
+    )
 
 
 @pytest.mark.slow
@@ -449,7 +507,11 @@ def test_without_progress_it_is_not_tried_for_ever(tmp_path):
     lock.acquire()
     assert not executor(run, plan).execute(plan.stages)
     state = only_state(run, plan)
-    assert state.state == FAILED and "no sign of life for 2 s" in state.reason and "no progress in 3 attempts" in state.reason
+    assert (
+        state.state == FAILED
+        and "no sign of life for 2 s" in state.reason
+        and "no progress in 3 attempts" in state.reason
+    )
     assert state.attempts == 4, "the first one got to its heartbeat"
 
 
@@ -468,7 +530,9 @@ def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):
     """Exit code 0 without a result is a failure: nothing is believed because it is absent."""
     run, _ = make_run(tmp_path, ("train", [[]], ONE))
     plan_json = read_json(run.plan)
-    plan_json["stages"][0]["elements"][0].update(module="platform", arguments=["--element", str(run.element("train", "0").root)])
+    plan_json["stages"][0]["elements"][0].update(
+        module="platform", arguments=["--element", str(run.element("train", "0").root)]
+    )
     write_json(run.plan, plan_json)
     assert drive(run).communicate()[0].strip() == FAILED
     assert not run.element("train", "0").done.exists()

@@ -20,24 +20,17 @@ from hypothesis import strategies as st
 from test_doctor import RECORDED, question
 from test_e2e import TINY
 
-from launcher import queue as queue_module
-from launcher import sbatch, slurm
-from launcher.__main__ import main
-from launcher.causes import cause_of, nodes_to_avoid
-from launcher.cli import sweep_overrides
-from launcher.cluster import find_cluster
-from launcher.driver import failure_of, signal_name
-from launcher.fit import megabytes
-from launcher.inputs import missing_input
-from launcher.plan import Element, Needs, Plan, Stage
-from launcher.policy import futile_attempts, goes_again
-from launcher.preflight import check_python, checkpoint_bytes
-from launcher.queue import Queue
-from launcher.ranks import free_ports, interface_address
-from launcher.sbatch import Array, job_environment, script, submission_environment
-from launcher.slurm import JobInfo, SlurmError, compress_ranges, expand_ranges, gpus_of, minutes_of
-from launcher.snapshot import take_snapshot
-from launcher.state import (
+from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.checks.files_and_disk import check_python, checkpoint_bytes
+from amlaunch.launcher.checks.slurm_limits import megabytes
+from amlaunch.launcher.cli import sweep_overrides
+from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.execution.driver import failure_of, signal_name
+from amlaunch.launcher.execution.rank_processes import free_ports, interface_address
+from amlaunch.launcher.execution.retry_policy import futile_attempts, goes_again
+from amlaunch.launcher.execution.srun_step import first_failure
+from amlaunch.launcher.execution.stage_inputs import missing_input
+from amlaunch.launcher.runs.element_state import (
     CANCELLED,
     DONE,
     FAILED,
@@ -50,14 +43,22 @@ from launcher.state import (
     read_runs,
     waiting_reason,
 )
-from launcher.step import first_failure
-from launcher.submissions import Submission, next_folder, read_submission, submissions_of, token_of
-from launcher.submit import dependency, drafts, known_states, moved_note
-from recipes.errors import BadInput
-from recipes.files import append_json_line, fingerprint, write_json
-from recipes.loader import load
-from recipes.rundir import ElementDir, RunDir
-from recipes.shipped import find_recipe
+from amlaunch.launcher.runs.failure_causes import cause_of, nodes_to_avoid
+from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.runs.submissions import Submission, next_folder, read_submission, submissions_of, token_of
+from amlaunch.launcher.slurm import client, sbatch
+from amlaunch.launcher.slurm import queue as queue_module
+from amlaunch.launcher.slurm.client import JobInfo, compress_ranges, expand_ranges, gpus_of, minutes_of
+from amlaunch.launcher.slurm.queue import Queue
+from amlaunch.launcher.slurm.sbatch import Array, job_environment, script, submission_environment
+from amlaunch.launcher.specs.cluster_profile import find_cluster
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
+from amlaunch.launcher.submission.slurm_submission import dependency, drafts, known_states, moved_note
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import append_json_line, fingerprint, write_json
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.run_layout import ElementDir, RunDir
+from amlaunch.recipes.shipped import find_recipe
 
 
 @given(st.sets(st.integers(0, 5000), min_size=1))
@@ -77,13 +78,18 @@ def test_gres(gres: str, found: tuple[int, str]) -> None:
     assert gpus_of(gres) == found
 
 
-@pytest.mark.parametrize(("limit", "minutes"), [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("2-00:30:00", 2910), ("n/a", None), ("", None)])
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("2-00:30:00", 2910), ("n/a", None), ("", None)],
+)
 def test_time_limits(limit: str, minutes: int | None) -> None:
     assert minutes_of(limit) == minutes
 
 
 def test_ranges_of_an_array_that_sacct_never_saw_start() -> None:
-    assert slurm._array_tasks("12_[0-2,7%4]") == ["12_0", "12_1", "12_2", "12_7"] and slurm._array_tasks("12_3") == ["12_3"]
+    assert client._array_tasks("12_[0-2,7%4]") == ["12_0", "12_1", "12_2", "12_7"] and client._array_tasks("12_3") == [
+        "12_3"
+    ]
 
 
 class TestProfiles:
@@ -91,10 +97,14 @@ class TestProfiles:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
         (tmp_path / "config" / "amlaunch").mkdir(parents=True)
-        (tmp_path / "config" / "amlaunch" / "clusters.yaml").write_text("lab: {partition: far}\nhome: {partition: mine}\n")
+        (tmp_path / "config" / "amlaunch" / "clusters.yaml").write_text(
+            "lab: {partition: far}\nhome: {partition: mine}\n"
+        )
         assert find_cluster("home").profile.partition == "mine"
         assert find_cluster("lab").profile.partition == "far"
-        (tmp_path / "clusters.yaml").write_text("lab: {partition: near, stages: {train: {partition: gpu, sbatch: {nice: 5}}}, sbatch: {nice: 1}}\n")
+        (tmp_path / "clusters.yaml").write_text(
+            "lab: {partition: near, stages: {train: {partition: gpu, sbatch: {nice: 5}}}, sbatch: {nice: 1}}\n"
+        )
         found = find_cluster("lab").profile
         assert found.stage("export").partition == "near" and found.stage("train").partition == "gpu"
         assert found.stage("train").sbatch == {"nice": 5} and found.stage("export").sbatch == {"nice": 1}
@@ -120,7 +130,10 @@ class TestProfiles:
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
             ('lab: {sbatch: {"nice\\nx": 3}}', "sbatch: 'nice\\nx': expected the long name of an option"),
             ("lab: {sbatch: {--nice: 3}}", "without dashes before it"),
-            ('lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}', "stages.train.account: expected one line of text"),
+            (
+                'lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}',
+                "stages.train.account: expected one line of text",
+            ),
             ("lab: {stages: [a]}", "stages: expected a section with keys, found a list"),
             ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
             ("lab: {shared_roots: [.]}", "shared_roots: '.': expected a path from the root"),
@@ -140,7 +153,9 @@ class TestProfiles:
             find_cluster("lab")
         assert message in str(caught.value)
 
-    def test_secrets_are_not_filled_in_where_scripts_are_made_of(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_secrets_are_not_filled_in_where_scripts_are_made_of(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("MY_TOKEN", "hunter2")
         monkeypatch.setenv("WHO", "ann")
@@ -149,7 +164,11 @@ class TestProfiles:
         )
         found = find_cluster("lab").profile
         assert found.runs == "/shared/ann" and found.sbatch["mail-user"] == "ann"
-        assert "hunter2" not in repr(found) and found.setup == ["export X=${MY_TOKEN}"] and found.env == {"T": "${MY_TOKEN}"}
+        assert (
+            "hunter2" not in repr(found)
+            and found.setup == ["export X=${MY_TOKEN}"]
+            and found.env == {"T": "${MY_TOKEN}"}
+        )
 
 
 @pytest.fixture
@@ -160,7 +179,7 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     def call(*argv: str, **_: object) -> str:
         return told["squeue" if argv[0] == "squeue" else question(argv)]
 
-    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setattr(client, "call", call)
     monkeypatch.setattr(sbatch, "call", call)
     for name in ("AMLAUNCH_RUNS", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -171,10 +190,10 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("TEXT", str(tmp_path / "text"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    for ask in (slurm.config, sbatch.sbatch_options):
+    for ask in (client.config, sbatch.sbatch_options):
         ask.cache_clear()
     yield tmp_path
-    for ask in (slurm.config, sbatch.sbatch_options):
+    for ask in (client.config, sbatch.sbatch_options):
         ask.cache_clear()
 
 
@@ -189,10 +208,12 @@ def refused(site: Path, capsys: pytest.CaptureFixture[str], profile: str, *words
 
 
 class TestEveryProblemIsSaidAtOnce:
-    def test_of_a_recipe_that_cannot_be_read_and_of_its_cluster(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_of_a_recipe_that_cannot_be_read_and_of_its_cluster(
+        self, site: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         profile = "lab:\n  account: labb\n  qos: hihg\n  python: /nowhere/python\n  sbatch: {nise: 1}\n  stages: {train: {partition: gpuu, sbatch: {beginn: now}}}\n"
         assert refused(site, capsys, profile, recipe=TINY.replace("n_layer", "n_layr")) == [
-            "tiny.yaml:13: model.n_layr: unknown key of trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?",
+            "tiny.yaml:13: model.n_layr: unknown key of amlaunch.trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?",
             "clusters.yaml:5: sbatch.nise: sbatch has no such option; did you mean 'nice'?",
             "clusters.yaml:6: stages.train.sbatch.beginn: sbatch has no such option; did you mean 'begin'?",
             "clusters.yaml:6: stages.train.partition 'gpuu' does not exist here; did you mean 'gpu'?",
@@ -200,15 +221,36 @@ class TestEveryProblemIsSaidAtOnce:
             "clusters.yaml:3: qos 'hihg' is not yours; did you mean 'high'?",
         ]
 
-    def test_of_a_profile_that_cannot_be_read_and_of_the_recipe(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        found = refused(site, capsys, "lab:\n  mem: 4X\n  partitoin: x\n", "--wandb.project", "x", "--container.image", "/no/such.sqsh")
-        assert [line.split(":")[0] for line in found] == ["clusters.yaml", "clusters.yaml", "--container.image=/no/such.sqsh", "--wandb.project=x"]
+    def test_of_a_profile_that_cannot_be_read_and_of_the_recipe(
+        self, site: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = refused(
+            site,
+            capsys,
+            "lab:\n  mem: 4X\n  partitoin: x\n",
+            "--wandb.project",
+            "x",
+            "--container.image",
+            "/no/such.sqsh",
+        )
+        assert [line.split(":")[0] for line in found] == [
+            "clusters.yaml",
+            "clusters.yaml",
+            "--container.image=/no/such.sqsh",
+            "--wandb.project=x",
+        ]
 
-    def test_of_sizes_times_and_files_at_the_line_that_set_them(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_of_sizes_times_and_files_at_the_line_that_set_them(
+        self, site: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """The profile's where the recipe says nothing: else a user looks for it in the wrong file."""
         profile = "lab:\n  partition: short\n  time: 30\n  stages:\n    verify: {mem: 900G, cpus: 99}\n"
-        recipe = TINY.replace("train: {tasks_per_node: 2, cpus: 2}", "train: {tasks_per_node: 64, cpus: 2, nodes: 3, time: '5:00'}").replace("${TEXT}", "${TEXT}/none")
-        assert refused(site, capsys, profile, recipe=recipe.replace("global_batch_size: 8", "global_batch_size: 384")) == [
+        recipe = TINY.replace(
+            "train: {tasks_per_node: 2, cpus: 2}", "train: {tasks_per_node: 64, cpus: 2, nodes: 3, time: '5:00'}"
+        ).replace("${TEXT}", "${TEXT}/none")
+        assert refused(
+            site, capsys, profile, recipe=recipe.replace("global_batch_size: 8", "global_batch_size: 384")
+        ) == [
             f"tiny.yaml:3: preprocess.data_files: nothing matches 'text/none/**/*.txt' (seen from {site})",
             "clusters.yaml:3: time is 30:00, partition short allows 10:00",
             "clusters.yaml:5: stages.verify.cpus is 99, a node of partition short has 32 CPUs",
@@ -219,20 +261,39 @@ class TestEveryProblemIsSaidAtOnce:
         ]
 
     def test_of_gpus(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert refused(site, capsys, "lab: {partition: cpu}\n", "--gpus", "1") == ["--gpus 1: a node of partition cpu has 0; partitions with GPUs: gpu (8), gpu-low (8)"]
-        words = ["--resources.train.gpus_per_node", "16", "--resources.train.tasks_per_node", "null", "--step_scheduler.global_batch_size", "32"]
-        assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith("--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, a node of partition gpu has 8")
+        assert refused(site, capsys, "lab: {partition: cpu}\n", "--gpus", "1") == [
+            "--gpus 1: a node of partition cpu has 0; partitions with GPUs: gpu (8), gpu-low (8)"
+        ]
+        words = [
+            "--resources.train.gpus_per_node",
+            "16",
+            "--resources.train.tasks_per_node",
+            "null",
+            "--step_scheduler.global_batch_size",
+            "32",
+        ]
+        assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith(
+            "--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, a node of partition gpu has 8"
+        )
 
-    def test_of_a_folder_that_is_a_file_and_of_several_partitions(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_of_a_folder_that_is_a_file_and_of_several_partitions(
+        self, site: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
         assert found[0] == "text/a.txt: is not a folder; --runs DIR puts runs elsewhere"
-        assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith("clusters.yaml:1: partition 'cpu,gpu' is several; write one")
+        assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith(
+            "clusters.yaml:1: partition 'cpu,gpu' is several; write one"
+        )
 
-    def test_of_a_run_that_is_somebody_elses(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_run_that_is_somebody_elses(
+        self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Not after half of it is written."""
         clusters = "lab: {mem: 1G, time: 10}\n"
         (site / "clusters.yaml").write_text(clusters)
-        assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs"), "--dry-run", "--json"]) == 0
+        assert (
+            main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs"), "--dry-run", "--json"]) == 0
+        )
         run = Path(json.loads(capsys.readouterr().out)["path"])
         run.parent.mkdir()
         run.write_text("")
@@ -240,41 +301,86 @@ class TestEveryProblemIsSaidAtOnce:
         run.unlink()
         run.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
-        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is {run.owner()}'s, and you may not write to it; --name NAME begins another run"
+        assert (
+            refused(site, capsys, clusters)[-1]
+            == f"runs/{run.name} is {run.owner()}'s, and you may not write to it; --name NAME begins another run"
+        )
 
-    def test_a_silent_slurm_has_refused_nothing(self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_silent_slurm_has_refused_nothing(
+        self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (site / "clusters.yaml").write_text("lab: {mem: 1G, time: 10}\n")
-        for words, code in (("Unable to contact slurm controller (connect failure)", 1), ("allocation failure: Invalid qos", 2)):
-            monkeypatch.setattr(sbatch, "test_only", lambda *_, words=words: (_ for _ in ()).throw(SlurmError("sbatch", words)))
+        for words, code in (
+            ("Unable to contact slurm controller (connect failure)", 1),
+            ("allocation failure: Invalid qos", 2),
+        ):
+            monkeypatch.setattr(
+                sbatch, "test_only", lambda *_, words=words: (_ for _ in ()).throw(SlurmError("sbatch", words))
+            )
             assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs")]) == code
             said = capsys.readouterr().err.splitlines()[-1]
             assert words in said and ("would refuse" in said) == (code == 2)
 
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"
-        assert refused(site, capsys, profile)[1].startswith("clusters.yaml:3: python: there is no venv/bin/python, here or on the nodes")
+        assert refused(site, capsys, profile)[1].startswith(
+            "clusters.yaml:3: python: there is no venv/bin/python, here or on the nodes"
+        )
         (site / "clusters.yaml").write_text("lab: {python: /nowhere/python}\n")
-        assert check_python(find_cluster("lab")) == ["clusters.yaml:1: python: /nowhere/python is not on this machine; on a node that does not have it either, jobs end at once"]
+        assert check_python(find_cluster("lab")) == [
+            "clusters.yaml:1: python: /nowhere/python is not on this machine; on a node that does not have it either, jobs end at once"
+        ]
 
 
 class TestDryRunsOfContainers:
-    WORDS = ("submit", "tiny.yaml", "--cluster", "lab", "--runs", "runs", "--dry-run", "--container.image", "./bundle/", "--container.runtime")
+    WORDS = (
+        "submit",
+        "tiny.yaml",
+        "--cluster",
+        "lab",
+        "--runs",
+        "runs",
+        "--dry-run",
+        "--container.image",
+        "./bundle/",
+        "--container.runtime",
+    )
 
     @pytest.fixture
     def bundle(self, site: Path) -> Path:
         (site / "bundle" / "rootfs").mkdir(parents=True)
         (site / "bundle" / "config.json").write_text("{}")
-        (site / "clusters.yaml").write_text("lab: {mem: 1G, time: 10, env: {https_proxy: 'http://u:${WORD_X}@proxy:1', SLURM_X: '${WORD_X}'}}\n")
+        (site / "clusters.yaml").write_text(
+            "lab: {mem: 1G, time: 10, env: {https_proxy: 'http://u:${WORD_X}@proxy:1', SLURM_X: '${WORD_X}'}}\n"
+        )
         return site / "bundle"
 
     @pytest.mark.parametrize("runtime", ["podman", "apptainer", "charliecloud"])
-    def test_no_value_is_shown(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    def test_no_value_is_shown(
+        self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runtime: str
+    ) -> None:
         monkeypatch.setenv("WORD_X", "hunter2")
-        assert main([*self.WORDS, runtime, "--container.env", "{NVIDIA_API_KEY: '${WORD_X}', NO_PROXY: '${WORD_X}', LD_PRELOAD: '${WORD_X}'}"]) == 0
+        assert (
+            main(
+                [
+                    *self.WORDS,
+                    runtime,
+                    "--container.env",
+                    "{NVIDIA_API_KEY: '${WORD_X}', NO_PROXY: '${WORD_X}', LD_PRELOAD: '${WORD_X}'}",
+                ]
+            )
+            == 0
+        )
         said = capsys.readouterr()
-        assert "AMLAUNCH_OF_RECIPE_NVIDIA_API_KEY" in said.out and "AMLAUNCH_OF_RECIPE_https_proxy" in said.out and "hunter2" not in said.out + said.err
+        assert (
+            "AMLAUNCH_OF_RECIPE_NVIDIA_API_KEY" in said.out
+            and "AMLAUNCH_OF_RECIPE_https_proxy" in said.out
+            and "hunter2" not in said.out + said.err
+        )
 
-    def test_of_what_only_nodes_know(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_what_only_nodes_know(
+        self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("WORD_X", "hunter2")
         (bundle.parent / "bin").mkdir()
         (bundle.parent / "bin" / "srun").write_text("#!/bin/sh\n")
@@ -283,27 +389,44 @@ class TestDryRunsOfContainers:
         assert main([*self.WORDS, "auto"]) == 0
         assert "# each node asks what it has to start containers with" in capsys.readouterr().out
 
-    def test_of_a_variable_that_a_profile_names_and_nobody_has(self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_variable_that_a_profile_names_and_nobody_has(
+        self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.delenv("WORD_X", raising=False)
         assert main([*self.WORDS, "podman"]) == 2
-        assert "the variable WORD_X is not set (env of the recipe's container, or of the profile)" in capsys.readouterr().err
+        assert (
+            "the variable WORD_X is not set (env of the recipe's container, or of the profile)"
+            in capsys.readouterr().err
+        )
 
 
-def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "call", lambda *_, **__: "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n")
-    (part,) = slurm.partitions()
+def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        client,
+        "call",
+        lambda *_, **__: (
+            "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n"
+        ),
+    )
+    (part,) = client.partitions()
     assert (part.nodes, part.gpus, part.cpus, part.most_cpus, part.most_mem_mb) == (93, 8, 32, 128, 900000)
 
 
 def test_room_for_checkpoints_is_for_the_kept_the_best_and_the_one_that_is_written() -> None:
     def kept(*overrides: str) -> float:
-        return checkpoint_bytes(load(find_recipe("nanogpt"), list(overrides))) / checkpoint_bytes(load(find_recipe("nanogpt"), ["--checkpoint.max_recent_checkpoints=1", "--checkpoint.keep_best=false"]))
+        return checkpoint_bytes(load(find_recipe("nanogpt"), list(overrides))) / checkpoint_bytes(
+            load(find_recipe("nanogpt"), ["--checkpoint.max_recent_checkpoints=1", "--checkpoint.keep_best=false"])
+        )
 
     assert [kept(f"--checkpoint.max_recent_checkpoints={n}") for n in (1, 2, 5)] == [1.5, 2.0, 3.5]
     assert kept("--checkpoint.enabled=false", "--export=null") == 0
 
 
-@pytest.mark.parametrize(("text", "mega"), [("64G", 65536), ("1T", 1 << 20), ("900", 900), ("900M", 900), ("1500K", 2), ("0", 0)])
+@pytest.mark.parametrize(
+    ("text", "mega"), [("64G", 65536), ("1T", 1 << 20), ("900", 900), ("900M", 900), ("1500K", 2), ("0", 0)]
+)
 def test_memory(text: str, mega: int) -> None:
     assert megabytes(text) == mega
 
@@ -318,7 +441,9 @@ def make_plan(run: RunDir, *stages: tuple[str, int], cluster: bool = True) -> Pl
     return plan
 
 
-needs_srun = pytest.mark.skipif(subprocess.run(["which", "srun"], capture_output=True).returncode != 0, reason="submitit renders only where srun is")
+needs_srun = pytest.mark.skipif(
+    subprocess.run(["which", "srun"], capture_output=True).returncode != 0, reason="submitit renders only where srun is"
+)
 
 
 @needs_srun
@@ -326,18 +451,31 @@ class TestScripts:
     def rendered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Needs, **profile: object) -> str:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "clusters.yaml").write_text(json.dumps({"lab": profile}))
-        array = Array(Stage("train", [], [], needs, "gpu"), ("0", "1", "2"), tmp_path / "a b%" / "jobs" / "001-train", "token")
+        array = Array(
+            Stage("train", [], [], needs, "gpu"), ("0", "1", "2"), tmp_path / "a b%" / "jobs" / "001-train", "token"
+        )
         return script(array, find_cluster("lab").profile, tmp_path / "a b%", tmp_path / "a b%" / "code", "run-1")
 
     def test_what_a_job_asks_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        text = self.rendered(tmp_path, monkeypatch, Needs(2, 8, 8, 64, "256G", 240), account="ml", throttle=2, gpu_type="h100", setup=["module load cuda"], sbatch={"exclusive": True, "nice": 3, "hold": False})
+        text = self.rendered(
+            tmp_path,
+            monkeypatch,
+            Needs(2, 8, 8, 64, "256G", 240),
+            account="ml",
+            throttle=2,
+            gpu_type="h100",
+            setup=["module load cuda"],
+            sbatch={"exclusive": True, "nice": 3, "hold": False},
+        )
         options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
         expected = ["account=ml", "array=0-2%2", "comment=token", "cpus-per-task=8", "exclusive", "gpus-per-node=h100:8", "job-name=run-1.train", "kill-on-invalid-dep=yes",
                     "mem=256G", "nice=3", "nodes=2", "ntasks-per-node=8", "open-mode=append", "partition=gpu", "requeue", "signal=B:USR1@300", "time=240"]  # fmt: skip
         assert set(expected) <= set(options) and not any(option.startswith(("hold", "wckey")) for option in options)
         output = next(option for option in options if option.startswith("output="))
         assert shlex.split(output)[0] == f"output={tmp_path}/a b%%/jobs/001-train/%A_%a.log", "Slurm reads %% as %"
-        assert text.splitlines().index("module load cuda") < next(i for i, line in enumerate(text.splitlines()) if line.startswith("exec "))
+        assert text.splitlines().index("module load cuda") < next(
+            i for i, line in enumerate(text.splitlines()) if line.startswith("exec ")
+        )
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
     def test_gres_of_the_profile_takes_the_place_of_ours(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,13 +484,29 @@ class TestScripts:
 
 
 def test_jobs_inherit_neither_the_job_that_submits_nor_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK", "RANK", "MASTER_ADDR", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SBATCH_PARTITION",
+        "PMIX_RANK",
+        "RANK",
+        "MASTER_ADDR",
+        "MY_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+    ):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_CONF", "/etc/x")
     monkeypatch.setenv("MY_TEXT", "kept")
     found = submission_environment()
     assert found["SLURM_CONF"] == "/etc/x" and found["MY_TEXT"] == "kept" and found["PATH"]
-    assert not {"SLURM_JOB_ID", "SBATCH_PARTITION", "PMIX_RANK", "RANK", "MASTER_ADDR", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"} & set(found)
+    assert not {
+        "SLURM_JOB_ID",
+        "SBATCH_PARTITION",
+        "PMIX_RANK",
+        "RANK",
+        "MASTER_ADDR",
+        "MY_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+    } & set(found)
     before = dict(os.environ)
     with job_environment():
         assert dict(os.environ) == found
@@ -366,7 +520,9 @@ class TestRetries:
     def test_progress_resets_the_budget(self) -> None:
         assert futile_attempts(self.lines(0, 10, 20), 30) == 0
         assert futile_attempts(self.lines(0, 10, 10, 10), 10) == 3
-        assert futile_attempts(self.lines(0, 0, budget="1_0") + self.lines(0, budget="2_0"), 0) == 1, "another submit, another budget"
+        assert futile_attempts(self.lines(0, 0, budget="1_0") + self.lines(0, budget="2_0"), 0) == 1, (
+            "another submit, another budget"
+        )
 
     def test_who_goes_again(self) -> None:
         stopped = {"outcome": "stopped", "again": True}
@@ -410,18 +566,32 @@ def test_causes(text: str, kind: str, again: bool, elsewhere: bool) -> None:
 )
 def test_a_job_without_its_python_says_so(text: str) -> None:
     found = cause_of(f"some module is loaded\n{text}\n")
-    assert found is not None and found.kind == "no environment" and "python and setup in the profile" in found.advice("train")
+    assert (
+        found is not None
+        and found.kind == "no environment"
+        and "python and setup in the profile" in found.advice("train")
+    )
     assert cause_of("FileNotFoundError: [Errno 2] No such file or directory: 'text.txt'") is None
 
 
 def test_nodes_are_avoided_for_an_hour() -> None:
-    lines = [{"event": "end", "elsewhere": True, "host": "n1", "time": 1000.0}, {"event": "end", "elsewhere": True, "host": "n2", "time": 4000.0}, {"event": "end", "host": "n3", "time": 4000.0}]
-    assert nodes_to_avoid(lines, now=4100.0) == ["n1", "n2"] and nodes_to_avoid(lines, now=4700.0) == ["n2"] and nodes_to_avoid(lines, now=9000.0) == []
+    lines = [
+        {"event": "end", "elsewhere": True, "host": "n1", "time": 1000.0},
+        {"event": "end", "elsewhere": True, "host": "n2", "time": 4000.0},
+        {"event": "end", "host": "n3", "time": 4000.0},
+    ]
+    assert (
+        nodes_to_avoid(lines, now=4100.0) == ["n1", "n2"]
+        and nodes_to_avoid(lines, now=4700.0) == ["n2"]
+        and nodes_to_avoid(lines, now=9000.0) == []
+    )
 
 
 def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("srun: error: n1: tasks 0-1: Exited with exit code 75\nsrun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n")
+    log.write_text(
+        "srun: error: n1: tasks 0-1: Exited with exit code 75\nsrun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n"
+    )
     assert first_failure(log) == ("n2", 3, "Exited with exit code 1")
     log.write_text("srun: error: gpu-a.site: tasks 4,6-7: Segmentation fault (core dumped)\n")
     assert first_failure(log) == ("gpu-a.site", 4, "Segmentation fault (core dumped)")
@@ -430,15 +600,23 @@ def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
 
 
 def test_reasons_in_words() -> None:
-    assert waiting_reason("Dependency") == "waits for the stage before it" and waiting_reason("SomethingNew") == "SomethingNew"
+    assert (
+        waiting_reason("Dependency") == "waits for the stage before it"
+        and waiting_reason("SomethingNew") == "SomethingNew"
+    )
     assert waiting_reason("ReqNodeNotAvail, UnavailableNodes:n1").startswith("nodes it asked for")
     nothing = Trace(ElementDir(Path("/nowhere")), [], None, "", {})
-    assert explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), nothing) == (CANCELLED, "a stage before it did not finish")
+    assert explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), nothing) == (
+        CANCELLED,
+        "a stage before it did not finish",
+    )
     assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), nothing)[0] == FAILED
     assert "0:9" in explain_end(JobInfo("1_0", "FAILED", exit_code="0:9"), nothing)[1]
 
 
-def answers(folder: Path, jobs: dict[str, JobInfo] | None, past: dict[str, JobInfo] | None = None, asked: float | None = None) -> Queue:
+def answers(
+    folder: Path, jobs: dict[str, JobInfo] | None, past: dict[str, JobInfo] | None = None, asked: float | None = None
+) -> Queue:
     """A queue that finds these answers where another call has left them."""
     queue = Queue(max_age=1e9, cache=folder / "cache" / "queue")
     asked = time.time() if asked is None else asked
@@ -457,7 +635,9 @@ class TestStates:
         for stage in plan.stages:
             names = tuple(element.name for element in stage.elements)
             folder = next_folder(run.jobs, stage.name)
-            Submission(folder, stage.name, names, str(run.root), "x", token_of(folder), time.time() - 50, job="11").write()
+            Submission(
+                folder, stage.name, names, str(run.root), "x", token_of(folder), time.time() - 50, job="11"
+            ).write()
         return run, plan
 
     def state(self, run: RunDir, plan: Plan, queue: Queue):
@@ -465,41 +645,64 @@ class TestStates:
 
     def attempt(self, run: RunDir, number: int = 1, job: str = "11_0", end: dict | None = None) -> None:
         attempts = run.element("train", "0").attempts
-        append_json_line(attempts, {"event": "start", "attempt": number, "time": time.time() - 10, "job": job, "host": "n1"})
+        append_json_line(
+            attempts, {"event": "start", "attempt": number, "time": time.time() - 10, "job": job, "host": "n1"}
+        )
         if end:
             append_json_line(attempts, {"event": "end", "attempt": number, "time": time.time(), **end})
 
     def test_the_queue_is_believed_before_an_old_word_and_a_new_word_before_the_queue(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "Priority")})).state == QUEUED
+        assert (
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "Priority")})).state == QUEUED
+        )
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "BeginTime")})).state == QUEUED
+        assert (
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "BeginTime")})).state == QUEUED
+        )
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
         self.attempt(run, 2, end={"outcome": "failed", "reason": "boom"})
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == FAILED, "the driver has spoken; Slurm still clears up"
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state == FAILED, "an answer from before"
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == FAILED, (
+            "the driver has spoken; Slurm still clears up"
+        )
+        assert (
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state
+            == FAILED
+        ), "an answer from before"
 
     def test_a_start_that_is_younger_than_the_answer_is_believed(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run)
         waits = {"11_0": JobInfo("11_0", "PENDING", "Priority")}
         assert self.state(run, plan, answers(tmp_path, waits, asked=time.time() - 60)).state == RUNNING
-        assert self.state(run, plan, answers(tmp_path, waits)).state == QUEUED, "that attempt was ended without a word, and the job waits again"
+        assert self.state(run, plan, answers(tmp_path, waits)).state == QUEUED, (
+            "that attempt was ended without a word, and the job waits again"
+        )
 
     def test_a_job_that_was_ended_from_outside_is_what_slurm_says_while_slurm_has_it(self, tmp_path: Path) -> None:
         """Preempted without a grace time: the driver cannot know that Slurm requeues it, and the next attempt needs some seconds to say so."""
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "cancelled", "reason": "ended from outside"})
-        for word, state in (("COMPLETING", RUNNING), ("PENDING", QUEUED), ("RUNNING", RUNNING), ("CANCELLED", CANCELLED)):
+        for word, state in (
+            ("COMPLETING", RUNNING),
+            ("PENDING", QUEUED),
+            ("RUNNING", RUNNING),
+            ("CANCELLED", CANCELLED),
+        ):
             assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", word)})).state == state, word
         assert self.state(run, plan, answers(tmp_path, {})).state == CANCELLED
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state == QUEUED
+        assert (
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state
+            == QUEUED
+        )
 
     def test_a_requeued_job_that_came_to_nothing_is_not_what_it_was_before(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
         assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")})).state == CANCELLED
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state == FAILED
+        assert (
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state == FAILED
+        )
 
     def test_without_an_answer_a_job_that_meant_to_go_on_is_not_called_stopped(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
@@ -511,8 +714,12 @@ class TestStates:
         found = self.state(run, plan, answers(tmp_path, None))
         assert found.state == UNKNOWN and "no sign of life yet" in found.reason and "no answer in 30 s" in found.reason
         assert self.state(run, plan, answers(tmp_path, {})).state == "died"
-        assert self.state(run, plan, answers(tmp_path, {}, {"11_0": JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1")})).reason.startswith("job 11_0 on n1 ran out of memory")
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "COMPLETED")})).state == FAILED, "completed without a marker is not done"
+        assert self.state(
+            run, plan, answers(tmp_path, {}, {"11_0": JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1")})
+        ).reason.startswith("job 11_0 on n1 ran out of memory")
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "COMPLETED")})).state == FAILED, (
+            "completed without a marker is not done"
+        )
 
     def test_a_colleagues_job_is_not_called_dead(self, tmp_path: Path) -> None:
         if os.getuid() != 0:
@@ -537,28 +744,34 @@ class TestStates:
         with pytest.raises(BadInput, match="not a submission"):
             submissions_of(run, plan, strict=True)
 
-    def test_a_job_of_another_cluster_is_neither_dead_nor_somebody_elses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_job_of_another_cluster_is_neither_dead_nor_somebody_elses(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Two clusters with one home: here its number is unknown, or belongs to another job."""
         run, plan = self.run(tmp_path)
         (one,) = submissions_of(run, plan)["train"]
         dataclasses.replace(one, slurm="north").write()
-        monkeypatch.setattr(slurm, "cluster_name", lambda: "south")
+        monkeypatch.setattr(client, "cluster_name", lambda: "south")
         for jobs in ({}, {"11_0": JobInfo("11_0", "FAILED")}, {"11_0": JobInfo("11_0", "RUNNING")}):
             found = self.state(run, plan, answers(tmp_path, jobs))
             assert found.state == UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-        monkeypatch.setattr(slurm, "squeue", dict)
+        monkeypatch.setattr(client, "squeue", dict)
         with pytest.raises(SlurmError, match="job 11_0 is not known: job 11_0 belongs to Slurm cluster north"):
             known_states(run, plan)
         self.attempt(run, end={"outcome": "failed", "reason": "boom"})
-        assert self.state(run, plan, answers(tmp_path, {})).state == FAILED, "the driver's last word is on the disk that both see"
+        assert self.state(run, plan, answers(tmp_path, {})).state == FAILED, (
+            "the driver's last word is on the disk that both see"
+        )
 
-    def test_its_own_clusters_jobs_are_as_ever_and_its_name_is_asked_for_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_its_own_clusters_jobs_are_as_ever_and_its_name_is_asked_for_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run, plan = self.run(tmp_path)
         (one,) = submissions_of(run, plan)["train"]
         dataclasses.replace(one, slurm="north").write()
         asked: list[int] = []
-        monkeypatch.setattr(slurm, "cluster_name", lambda: asked.append(1) or "north")
+        monkeypatch.setattr(client, "cluster_name", lambda: asked.append(1) or "north")
         for _ in range(3):
             assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
         assert asked == [1], "an hour's worth"
@@ -567,17 +780,23 @@ class TestStates:
         run, plan = self.run(tmp_path)
         states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")}))[0]
         assert moved_note(run, plan, "x", states) == ""
-        with pytest.raises(BadInput, match=r"is on its way on cluster x \(train 0: job 11_0\); go on with --cluster x, or end it first"):
+        with pytest.raises(
+            BadInput, match=r"is on its way on cluster x \(train 0: job 11_0\); go on with --cluster x, or end it first"
+        ):
             moved_note(run, plan, "y", states)
         states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")}))[0]
-        assert moved_note(run, plan, "y", states) == "r-1 was on cluster x before; what is done stays, the rest goes to y"
+        assert (
+            moved_note(run, plan, "y", states) == "r-1 was on cluster x before; what is done stays, the rest goes to y"
+        )
         folder = next_folder(run.jobs, "train")
         Submission(folder, "train", ("0",), str(run.root), "y", token_of(folder), time.time(), job="12").write()
         assert moved_note(run, plan, "y", states) == "", "it has been said"
 
     def test_submissions_survive_the_disk(self, tmp_path: Path) -> None:
         folder = tmp_path / "001-train"
-        one = Submission(folder, "train", ("0", "1"), "/r", "x", "t", 1.5, ("7",), "9", needs={"nodes": 1}, env={"A": "${B}"})
+        one = Submission(
+            folder, "train", ("0", "1"), "/r", "x", "t", 1.5, ("7",), "9", needs={"nodes": 1}, env={"A": "${B}"}
+        )
         one.write()
         assert read_submission(folder) == one and one.tasks() == {"0": "9_0", "1": "9_1"}
 
@@ -590,16 +809,24 @@ class TestDrafts:
         profile = find_cluster("slurm").profile
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
         found = drafts(run, plan, profile, states, plan.stages, 1000)
-        assert [(draft.array.stage.name, draft.after_drafts) for draft in found] == [("preprocess", ()), ("verify", ("001-preprocess",)), ("train", ("001-preprocess", "002-verify"))]
+        assert [(draft.array.stage.name, draft.after_drafts) for draft in found] == [
+            ("preprocess", ()),
+            ("verify", ("001-preprocess",)),
+            ("train", ("001-preprocess", "002-verify")),
+        ]
         marker = run.element("verify", "0").done
         write_json(marker, {"outputs": {}})
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
         assert [state.state for state in states] == [PENDING, PENDING, DONE, PENDING]
         found = drafts(run, plan, profile, states, plan.stages, 1000)
-        assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == ("001-preprocess",), "verify is done, its input is not"
+        assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == (
+            "001-preprocess",
+        ), "verify is done, its input is not"
 
     @pytest.mark.slow
-    def test_after_a_failure_in_a_huge_array_its_end_is_waited_for_and_the_job_looks_itself(self, tmp_path: Path) -> None:
+    def test_after_a_failure_in_a_huge_array_its_end_is_waited_for_and_the_job_looks_itself(
+        self, tmp_path: Path
+    ) -> None:
         """afterok never holds for it any more, and thousands of tasks are more than sbatch takes."""
         run = RunDir(tmp_path / "runs" / "r-1")
         plan = make_plan(run, ("preprocess", 5000), ("verify", 1), ("train", 3))
@@ -611,10 +838,20 @@ class TestDrafts:
         jobs["11_7"] = JobInfo("11_7", "FAILED")
         states = read_runs([(run, plan)], answers(tmp_path, jobs))[0]
         found = drafts(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
-        assert [(draft.array.stage.name, draft.array.elements) for draft in found] == [("preprocess", ("7",)), ("verify", ("0",)), ("train", ("0", "1", "2"))]
+        assert [(draft.array.stage.name, draft.array.elements) for draft in found] == [
+            ("preprocess", ("7",)),
+            ("verify", ("0",)),
+            ("train", ("0", "1", "2")),
+        ]
         numbers = {draft.array.folder.name: str(20 + i) for i, draft in enumerate(found)}
-        assert [dependency(draft, numbers) for draft in found] == [[], ["--dependency=afterok:12:20,afterany:11"], ["--dependency=afterok:12:20:21,afterany:11"]]
-        assert [draft.inputs for draft in found] == [(), ("preprocess",), ()], "train waits for verify, which has looked"
+        assert [dependency(draft, numbers) for draft in found] == [
+            [],
+            ["--dependency=afterok:12:20,afterany:11"],
+            ["--dependency=afterok:12:20:21,afterany:11"],
+        ]
+        assert [draft.inputs for draft in found] == [(), ("preprocess",), ()], (
+            "train waits for verify, which has looked"
+        )
         submission = Submission(tmp_path, "verify", ("0",), str(run.root), "x", "t", 0.0, inputs=("preprocess",))
         for name in names[:-1]:
             marker = run.element("preprocess", name).done
@@ -638,7 +875,9 @@ class TestDrafts:
 def test_answers_are_shared_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "bin" / "squeue"
     tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\necho '1_0|RUNNING|None|2026-01-01T00:00:00|n1|2026-01-01T00:00:00|odd | comment'\n")
+    tool.write_text(
+        f"#!/bin/sh\necho called >> {tmp_path}/calls\necho '1_0|RUNNING|None|2026-01-01T00:00:00|n1|2026-01-01T00:00:00|odd | comment'\n"
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -655,7 +894,10 @@ def test_answers_are_shared_until_something_changes(tmp_path: Path, monkeypatch:
 
 
 def test_sweeps_as_people_type_them() -> None:
-    assert sweep_overrides(["optimizer.lr=1e-4,3e-4", "seed=[1,2]"]) == ["--sweep.optimizer.lr=[1e-4,3e-4]", "--sweep.seed=[1,2]"]
+    assert sweep_overrides(["optimizer.lr=1e-4,3e-4", "seed=[1,2]"]) == [
+        "--sweep.optimizer.lr=[1e-4,3e-4]",
+        "--sweep.seed=[1,2]",
+    ]
     assert sweep_overrides(["{seed: [1]}"]) == ["--sweep={seed: [1]}"]
     with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
         sweep_overrides(["optimizer.lr"])
@@ -681,7 +923,14 @@ def test_the_address_of_an_interface() -> None:
 def test_a_snapshot_of_a_checkout_has_what_git_does_not_ignore(tmp_path: Path) -> None:
     user = tmp_path / "user"
     (user / "runs").mkdir(parents=True)
-    for name, text in {"kept.py": "x = 1\n", "table.json": "{}", "new.py": "y = 2\n", "secret.env": "no", ".gitignore": "*.env\n", "runs/log.py": "no"}.items():
+    for name, text in {
+        "kept.py": "x = 1\n",
+        "table.json": "{}",
+        "new.py": "y = 2\n",
+        "secret.env": "no",
+        ".gitignore": "*.env\n",
+        "runs/log.py": "no",
+    }.items():
         (user / name).write_text(text)
     git = ["git", "-C", str(user), "-c", "user.email=a@b", "-c", "user.name=a"]
     subprocess.run([*git, "init", "-q"], check=True)
@@ -689,7 +938,11 @@ def test_a_snapshot_of_a_checkout_has_what_git_does_not_ignore(tmp_path: Path) -
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
     (user / "kept.py").write_text("x = 'uncommitted'\n")
     take_snapshot(tmp_path / "code", user)
-    there = {str(path.relative_to(tmp_path / "code" / "recipe")) for path in (tmp_path / "code" / "recipe").rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(tmp_path / "code" / "recipe"))
+        for path in (tmp_path / "code" / "recipe").rglob("*")
+        if path.is_file()
+    }
     assert there == {"kept.py", "table.json", "new.py", ".gitignore"}
     assert "uncommitted" in (tmp_path / "code" / "recipe" / "kept.py").read_text()
     (user / "large.bin").write_bytes(b"0" * 21_000_000)
@@ -698,13 +951,24 @@ def test_a_snapshot_of_a_checkout_has_what_git_does_not_ignore(tmp_path: Path) -
 
 
 def test_completion_scripts_are_for_the_shell() -> None:
-    done = subprocess.run([sys.executable, "-m", "launcher", "completion", "bash"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "amlaunch", "completion", "bash"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "src")},
+        check=True,
+    )
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
     assert "quickstart" in done.stdout and "--dry-run" in done.stdout
 
 
 def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
     """USR1 in the first instant of a job would end Python."""
-    code = "import launcher.job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(launcher.job.EARLY)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    code = "import amlaunch.launcher.execution.slurm_job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(amlaunch.launcher.execution.slurm_job.EARLY)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "src")},
+    )
     assert done.returncode == 0 and done.stdout.strip() == str([int(signal.SIGUSR1)])

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from containers.facts import ImageFacts, of_check, of_table
-from launcher import packages
-from launcher.packages import Inside, Want, inside, read_package, resolve, unfit, wanted
-from launcher.snapshot import take_snapshot
-from recipes.loader import Loaded, load
-from recipes.shipped import shipped
+from amlaunch.containers.images.image_facts import ImageFacts, of_check, of_table
+from amlaunch.launcher.runs import packages
+from amlaunch.launcher.runs.packages import Inside, Want, inside, read_package, resolve, unfit, wanted
+from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.shipped import shipped
 
 NGC = "nvcr.io/nvidia/pytorch:25.08-py3"
 STAGES = ("preprocess", "verify", "train", "export")
@@ -31,7 +31,16 @@ def quickstart(*overrides: str) -> Loaded:
     return load(shipped()["quickstart"], overrides)
 
 
-def installed(folder: Path, name: str, *, code: str = "VALUE = 1\n", requires_python: str = ">=3.8", needs: tuple[str, ...] = (), compiled: bool = False, listed: bool = True) -> None:
+def installed(
+    folder: Path,
+    name: str,
+    *,
+    code: str = "VALUE = 1\n",
+    requires_python: str = ">=3.8",
+    needs: tuple[str, ...] = (),
+    compiled: bool = False,
+    listed: bool = True,
+) -> None:
     """A distribution in a folder of ``sys.path``, as pip leaves it."""
     module = name.replace("-", "_")
     (folder / module).mkdir(parents=True)
@@ -40,13 +49,18 @@ def installed(folder: Path, name: str, *, code: str = "VALUE = 1\n", requires_py
         (folder / module / "fast.cpython-311-x86_64-linux-gnu.so").write_bytes(b"\x7fELF")
     info = folder / f"{module}-1.0.dist-info"
     info.mkdir()
-    lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Python: {requires_python}", *(f"Requires-Dist: {one}" for one in needs)]
+    lines = [
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Python: {requires_python}",
+        *(f"Requires-Dist: {one}" for one in needs),
+    ]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
     (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nRoot-Is-Purelib: {'false' if compiled else 'true'}\n")
     (info / "LICENSE").write_text("do as you like\n")
     if listed:
         names = [path.relative_to(folder) for path in [*(folder / module).iterdir(), *info.iterdir()]]
-        (info / "RECORD").write_text("".join(f"{one},,\n" for one in [*names, "../../bin/tool", f"{module}/__pycache__/x.pyc"]))
+        (info / "RECORD").write_text(
+            "".join(f"{one},,\n" for one in [*names, "../../bin/tool", f"{module}/__pycache__/x.pyc"])
+        )
 
 
 @pytest.fixture
@@ -59,23 +73,39 @@ def site(tmp_path, monkeypatch) -> Path:
 
 def test_what_a_recipe_needs():
     names = [want.name for want in wanted(quickstart(), STAGES)]
-    assert names[0] == "pyyaml" and {"tiktoken", "numpy", "torch", "safetensors"} <= set(names) and "wandb" not in names and "datasets" not in names
-    assert {"wandb", "tensorboard"} <= {want.name for want in wanted(quickstart("--wandb.project=x", "--tensorboard.log_dir=null"), ["train"])}
+    assert (
+        names[0] == "pyyaml"
+        and {"tiktoken", "numpy", "torch", "safetensors"} <= set(names)
+        and "wandb" not in names
+        and "datasets" not in names
+    )
+    assert {"wandb", "tensorboard"} <= {
+        want.name for want in wanted(quickstart("--wandb.project=x", "--tensorboard.log_dir=null"), ["train"])
+    }
     assert [want.name for want in wanted(quickstart(), ["train"])] == ["pyyaml", "torch", "numpy", "safetensors"]
     fineweb = load(shipped()["llama-350m"])
     assert {"datasets", "pyarrow"} <= {want.name for want in wanted(fineweb, ["preprocess"])}
-    for tokenizer, needed in (("byte", set()), ("char:/some/letters.txt", set()), ("./mine", {"tokenizers"}), ("mine/tokenizer.json", {"tokenizers"})):
+    for tokenizer, needed in (
+        ("byte", set()),
+        ("char:/some/letters.txt", set()),
+        ("./mine", {"tokenizers"}),
+        ("mine/tokenizer.json", {"tokenizers"}),
+    ):
         found = {want.name for want in wanted(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
         assert found & {"tiktoken", "tokenizers"} == needed, tokenizer
-    assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [Want("tiktoken", "stage export", True, ("export",))]
+    assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [
+        Want("tiktoken", "stage export", True, ("export",))
+    ]
 
 
 def test_the_recipes_own_code(tmp_path, site):
     """Its imports at the top, of neighbours too; what stands in a try is not needed."""
     installed(site, "einsteinops", needs=("helper-lib>=0.5", 'never; python_version < "3"'))
     installed(site, "helper-lib")
-    (tmp_path / "net.py").write_text("import json\nimport einsteinops\nfrom beside import part\ntry:\n    import flash\nexcept ImportError:\n    flash = None\nclass Net: ...\n")
-    (tmp_path / "beside.py").write_text("import helper_lib.sub\nfrom trainer import loss\npart = 1\n")
+    (tmp_path / "net.py").write_text(
+        "import json\nimport einsteinops\nfrom beside import part\ntry:\n    import flash\nexcept ImportError:\n    flash = None\nclass Net: ...\n"
+    )
+    (tmp_path / "beside.py").write_text("import helper_lib.sub\nfrom amlaunch.trainer import loss\npart = 1\n")
     loaded = load(shipped()["quickstart"])
     own = Loaded(loaded.path, {"model": {"_target_": "net.py:Net"}}, loaded.recipe, [], type(loaded.policy)(tmp_path))
     found = {want.name: want.why for want in wanted(own, ["train"]) if "own code" in want.why}
@@ -89,24 +119,51 @@ def test_a_stock_image(tmp_path):
     found = resolve(wanted(quickstart(), STAGES), of_table(NGC))
     assert found.copied[0].name == "pyyaml" and not any(str(name).endswith(".so") for name in found.files())
     [problem] = found.problems
-    for part in ("stages preprocess and verify need tiktoken", NGC, "as of 2026-11", "(--container.stages.preprocess none --container.stages.verify none)", f"amlaunch image build --base {NGC}", f"amlaunch image check {NGC} --has tiktoken"):
+    for part in (
+        "stages preprocess and verify need tiktoken",
+        NGC,
+        "as of 2026-11",
+        "(--container.stages.preprocess none --container.stages.verify none)",
+        f"amlaunch image build --base {NGC}",
+        f"amlaunch image check {NGC} --has tiktoken",
+    ):
         assert part in problem, problem
     trains = resolve(wanted(quickstart(), ["train", "export"]), of_table(NGC))
-    assert not trains.problems and not trains.expected and trains.notes == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
+    assert (
+        not trains.problems
+        and not trains.expected
+        and trains.notes
+        == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
+    )
     said = of_check(NGC, {"said": ["tiktoken"]})
     assert not resolve(wanted(quickstart(), STAGES), said).problems
 
 
 def test_an_image_that_was_checked_and_one_that_nobody_knows():
-    seen = {"python": "3.10.12", "date": "2026-11-01", "packages": {"torch": "2.1.0", "numpy": "1.26.4", "safetensors": "0.4.5", "pyyaml": "6.0"}}
+    seen = {
+        "python": "3.10.12",
+        "date": "2026-11-01",
+        "packages": {"torch": "2.1.0", "numpy": "1.26.4", "safetensors": "0.4.5", "pyyaml": "6.0"},
+    }
     found = resolve(wanted(quickstart(), ["train"]), of_check("mine", seen))
-    assert found.copied == () and found.problems == ("stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01): take a newer image",)
-    found = resolve(wanted(quickstart("--wandb.project=x"), ["train"]), of_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}))  # type: ignore[dict-item]
+    assert found.copied == () and found.problems == (
+        "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01): take a newer image",
+    )
+    found = resolve(
+        wanted(quickstart("--wandb.project=x"), ["train"]),
+        of_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}),
+    )  # type: ignore[dict-item]
     [problem] = found.problems
     assert "stage train needs wandb, not in mine" in problem and "--wandb null" in problem
     unknown = resolve(wanted(quickstart(), ["train"]), ImageFacts("mine"))
-    assert not unknown.problems and set(unknown.expected) == {"torch", "numpy", "safetensors"} and [one.name for one in unknown.copied] == ["pyyaml"]
-    assert unknown.notes == ("whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); amlaunch image check mine finds out",)
+    assert (
+        not unknown.problems
+        and set(unknown.expected) == {"torch", "numpy", "safetensors"}
+        and [one.name for one in unknown.copied] == ["pyyaml"]
+    )
+    assert unknown.notes == (
+        "whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); amlaunch image check mine finds out",
+    )
 
 
 def test_half_a_package_is_not_copied(site):
@@ -115,7 +172,12 @@ def test_half_a_package_is_not_copied(site):
     facts = of_check("img", {"python": "3.11", "packages": {}})
     found = resolve([Want("outer", "stage train")], facts)
     assert found.copied == () and "outer needs inner, which is compiled" in found.problems[0]
-    assert [one.name for one in resolve([Want("outer", "stage train")], of_check("img", {"python": "3.11", "packages": {"inner": "1"}})).copied] == ["outer"]
+    assert [
+        one.name
+        for one in resolve(
+            [Want("outer", "stage train")], of_check("img", {"python": "3.11", "packages": {"inner": "1"}})
+        ).copied
+    ] == ["outer"]
     missing = resolve([Want("nowhere-at-all", "stage train")], facts).problems[0]
     assert "nowhere-at-all is not installed here" in missing
 
@@ -125,9 +187,14 @@ def test_versions_of_python(site, tmp_path):
     installed(site, "newer", requires_python=">=3.13")
     installed(site, "liar", code="try:\n    pass\nexcept* ValueError:\n    pass\n", requires_python=">=3.8")
     old, new = (of_check("img", {"python": version, "packages": {}}) for version in ("3.10.4", "3.13.1"))
-    assert "newer 1.0 of this machine: it needs Python >=3.13, and the image's is 3.10" in resolve([Want("newer", "stage train")], old).problems[0]
+    assert (
+        "newer 1.0 of this machine: it needs Python >=3.13, and the image's is 3.10"
+        in resolve([Want("newer", "stage train")], old).problems[0]
+    )
     assert resolve([Want("newer", "stage train")], new).copied[0].name == "newer"
-    assert "3.10 or 3.11 or 3.12" in resolve([Want("newer", "x")], of_check("i", {"packages": {}})).problems[0], "of an unknown Python, all are meant"
+    assert "3.10 or 3.11 or 3.12" in resolve([Want("newer", "x")], of_check("i", {"packages": {}})).problems[0], (
+        "of an unknown Python, all are meant"
+    )
     if sys.version_info >= (3, 11):
         assert "__init__.py is not Python 3.10" in resolve([Want("liar", "stage train")], old).problems[0]
     module = tmp_path / "m.py"
@@ -150,7 +217,10 @@ def test_too_large_to_copy(site, monkeypatch):
     record = site / "huge-1.0.dist-info" / "RECORD"
     record.write_text(record.read_text() + "huge/data.bin,,\n")
     monkeypatch.setattr(packages, "MAX_BYTES", 900)
-    assert "huge is too large to copy" in resolve([Want("huge", "x")], of_check("i", {"python": "3.11", "packages": {}})).problems[0]
+    assert (
+        "huge is too large to copy"
+        in resolve([Want("huge", "x")], of_check("i", {"python": "3.11", "packages": {}})).problems[0]
+    )
 
 
 def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
@@ -159,15 +229,27 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     found = resolve([Want("pyyaml", "every stage"), Want("einsteinops", "x")], ImageFacts("img"))
     code = tmp_path / "code"
     take_snapshot(code, None, found)
-    assert json.loads((code / "packages" / "packages.json").read_text()) == {"copied": {"pyyaml": found.copied[0].version, "einsteinops": "1.0"}, "expected": []}
+    assert json.loads((code / "packages" / "packages.json").read_text()) == {
+        "copied": {"pyyaml": found.copied[0].version, "einsteinops": "1.0"},
+        "expected": [],
+    }
     assert (code / "packages" / "einsteinops-1.0.dist-info" / "LICENSE").is_file() and not list(code.rglob("*.so"))
     bare = f"import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p and 'dist-packages' not in p]; sys.path.insert(0, {str(code)!r}); "
-    look = "import recipes, yaml, einsteinops, importlib.metadata as m; import recipes.yamlfile; print(yaml.__file__, yaml.__with_libyaml__, einsteinops.WHERE, m.version('einsteinops'), sys.path[-1])"
+    look = "import amlaunch, yaml, einsteinops, importlib.metadata as m; import amlaunch.recipes.format.yaml_reader; print(yaml.__file__, yaml.__with_libyaml__, einsteinops.WHERE, m.version('einsteinops'), sys.path[-1])"
     run = subprocess.run([sys.executable, "-I", "-c", bare + look], capture_output=True, text=True)
     assert run.stdout == f"{code}/packages/yaml/__init__.py False snapshot 1.0 {code}/packages\n", run
     own = tmp_path / "own"
     installed(own, "einsteinops", code="WHERE = 'image'\n")
-    run = subprocess.run([sys.executable, "-I", "-c", bare + f"sys.path.append({str(own)!r}); import recipes, einsteinops; print(einsteinops.WHERE)"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            bare + f"sys.path.append({str(own)!r}); import amlaunch, einsteinops; print(einsteinops.WHERE)",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout == "image\n", run
     digest = (code / ".digest").read_text()
     take_snapshot(code, None, found)
@@ -179,12 +261,18 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("python", [str(path) for path in sorted((Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3"))] or [sys.executable])
+@pytest.mark.parametrize(
+    "python",
+    [str(path) for path in sorted((Path.home() / ".pyenv" / "versions").glob("3.1[0-3].*/bin/python3"))]
+    or [sys.executable],
+)
 def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
     """Made here, run there, with nothing installed: 3.10 to 3.13."""
     take_snapshot(tmp_path / "code", None, resolve([Want("pyyaml", "every stage")], of_table(NGC)))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from recipes.loader import load; print(load(Path(sys.argv[1]) / 'recipes/quickstart.yaml').recipe.name)"
-    run = subprocess.run([python, "-I", "-S", "-c", code, str(tmp_path / "code")], capture_output=True, text=True, cwd=tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from amlaunch.recipes.format.loader import load; print(load(Path(sys.argv[1]) / 'recipes/quickstart.yaml').recipe.name)"
+    run = subprocess.run(
+        [python, "-I", "-S", "-c", code, str(tmp_path / "code")], capture_output=True, text=True, cwd=tmp_path
+    )
     assert run.stdout == "quickstart\n", run.stderr
 
 
@@ -201,9 +289,20 @@ def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_p
     os.utime(site, ns=(1, 1))
     found = inside(wants, facts)
     assert "einsteinops" in {one.name for one in found.copied}
-    assert inside(wants, facts) == Inside(tuple(type(one)(one.name, one.version, dict(one.files)) for one in found.copied), found.expected, found.problems, found.notes)
+    assert inside(wants, facts) == Inside(
+        tuple(type(one)(one.name, one.version, dict(one.files)) for one in found.copied),
+        found.expected,
+        found.problems,
+        found.notes,
+    )
 
 
 def test_the_table_of_ngc():
-    assert [of_table(f"nvcr.io/nvidia/pytorch:{tag}").python for tag in ("24.10-py3", "24.11-py3", "25.08-py3", "22.01-py3", "99.01-py3")] == [(3, 10), (3, 12), (3, 12), None, None]
-    assert of_table("nvcr.io#nvidia/pytorch:25.08-py3").cuda == "13.0" and of_table("nvcr.io/nvidia/nemo:25.08").has("torch") is None
+    assert [
+        of_table(f"nvcr.io/nvidia/pytorch:{tag}").python
+        for tag in ("24.10-py3", "24.11-py3", "25.08-py3", "22.01-py3", "99.01-py3")
+    ] == [(3, 10), (3, 12), (3, 12), None, None]
+    assert (
+        of_table("nvcr.io#nvidia/pytorch:25.08-py3").cuda == "13.0"
+        and of_table("nvcr.io/nvidia/nemo:25.08").has("torch") is None
+    )

@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
 
-from recipes.errors import OK
-from recipes.loader import load
-from recipes.shipped import find_recipe
+from amlaunch.recipes.errors import OK
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.shipped import find_recipe
+from amlaunch.trainer.process.arguments import parse
+from amlaunch.trainer.tools import plan_memory
+from amlaunch.trainer.tools.memory_model import predict
+from amlaunch.trainer.tools.plan_memory import DOES_NOT_FIT, parse_bytes
 from tests.trainer_runs import Run, recipe
-from trainer import plan_memory
-from trainer.cli import parse
-from trainer.memory import predict
-from trainer.plan_memory import DOES_NOT_FIT, parse_bytes
 
 GPT2 = {
-    "_target_": "trainer.models.gpt2.build_gpt2_model", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0,
+    "_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 LLAMA = {
-    "_target_": "trainer.models.llama.build_llama_model", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
+    "_target_": "amlaunch.trainer.models.llama.build_llama_model", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 
@@ -38,18 +38,33 @@ def spread(strategy: str = "fsdp2", dtype: str = "float32", **more: Any) -> dict
 
 def compiled(scope: str) -> dict[str, Any]:
     """With enough windows at once that what the blocks keep is most of the memory."""
-    return {"compile": {"enabled": True, "scope": scope}, "step_scheduler": {"local_batch_size": 16, "global_batch_size": 32}}
+    return {
+        "compile": {"enabled": True, "scope": scope},
+        "step_scheduler": {"local_batch_size": 16, "global_batch_size": 32},
+    }
 
 
-FROM_HIDDEN = {"loss_fn": {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 64}}
+FROM_HIDDEN = {"loss_fn": {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "chunk_tokens": 64}}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "gpt2": (1, GPT2, spread("none")),
     "gpt2 in bfloat16, loss from hidden states": (1, GPT2, spread("none", "bfloat16") | FROM_HIDDEN),
     "llama, fsdp2 on one rank": (1, LLAMA, spread()),
     "llama, blocks computed again": (1, LLAMA, spread(activation_checkpointing="full")),
-    "gpt2, packed, products kept": (1, GPT2, spread(activation_checkpointing="selective") | {"packed_sequence": {"packed_sequence_size": 64}}),
-    "gpt2, compiled whole, in bfloat16, loss from hidden states": (1, GPT2, spread("none", "bfloat16") | FROM_HIDDEN | compiled("model")),
-    "gpt2, compiled whole, products kept": (1, GPT2, spread("none", activation_checkpointing="selective") | compiled("model")),
+    "gpt2, packed, products kept": (
+        1,
+        GPT2,
+        spread(activation_checkpointing="selective") | {"packed_sequence": {"packed_sequence_size": 64}},
+    ),
+    "gpt2, compiled whole, in bfloat16, loss from hidden states": (
+        1,
+        GPT2,
+        spread("none", "bfloat16") | FROM_HIDDEN | compiled("model"),
+    ),
+    "gpt2, compiled whole, products kept": (
+        1,
+        GPT2,
+        spread("none", activation_checkpointing="selective") | compiled("model"),
+    ),
     "gpt2, compiled by blocks, fsdp2": (2, GPT2, spread() | FROM_HIDDEN | compiled("blocks")),
     "llama in bfloat16, fsdp2": (2, LLAMA, spread(dtype="bfloat16")),
     "llama, fsdp2, kept gathered": (2, LLAMA, spread(reshard_after_forward=False)),
@@ -87,7 +102,7 @@ def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
 
 def count_memory(folders: Sequence[Path]) -> None:
     """Have this rank train in each of ``folders``, in place of its own, and write down what torch's allocator gave out at most."""
-    import trainer.job as jobs
+    import amlaunch.trainer.loop.job as jobs
 
     train = jobs.run
     let_gloo_end()
@@ -95,8 +110,10 @@ def count_memory(folders: Sequence[Path]) -> None:
     def counted(_: Any, stop: Any) -> int:
         for folder in folders:
             torch._dynamo.reset()
-            options = parse("trainer", "", [str(folder / "recipe.yaml"), f"--element={folder}"])
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            options = parse("amlaunch.trainer", "", [str(folder / "recipe.yaml"), f"--element={folder}"])
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile:
                 code = train(options, stop)
             if dist.get_rank() == 0:
                 (folder / "memory.json").write_text(json.dumps(most_at_a_time(profile)))
@@ -123,7 +140,11 @@ def let_gloo_end() -> None:
 
 def most_at_a_time(profile: Any) -> int:
     """From what the allocator told the profiler, all but gloo's own copies of what it sends: NCCL makes none."""
-    events = [(event, gloos) for event, gloos in nested(profile.profiler.kineto_results.experimental_event_tree()) if event.tag == _EventType.Allocation]
+    events = [
+        (event, gloos)
+        for event, gloos in nested(profile.profiler.kineto_results.experimental_event_tree())
+        if event.tag == _EventType.Allocation
+    ]
     live: dict[int, int] = {}
     most = now = 0
     for event, gloos in sorted(events, key=lambda pair: pair[0].start_time_ns):
@@ -192,7 +213,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) -> None:
     need = predict(load(measured.run_of(case).folder / "recipe.yaml"), CASES[case][0], cuda=False)
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
-    for again in (False, True, True):  # on a busy machine gloo's thread may still come too late, with DDP's buckets above all
+    for again in (
+        False,
+        True,
+        True,
+    ):  # on a busy machine gloo's thread may still come too late, with DDP's buckets above all
         taken = measured.taken(case, again)
         print(f"{case}: {need.peak:,} predicted, {taken:,} measured, {need.peak / taken:.3f}")
         if need.peak == pytest.approx(taken, rel=WITHIN):
@@ -239,9 +264,22 @@ def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up()
 
 @pytest.mark.slow
 def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
-    words = ["--model.n_layer=6", "--model.n_embd=128", "--step_scheduler.local_batch_size=8", "--distributed.strategy=none", "--resources.train.tasks_per_node=1"]
-    words += ["--loss_fn._target_=trainer.loss.LinearCrossEntropy", "--loss_fn.chunk_tokens=64", "--model.vocab_size=50304"]
-    plain, compiled = (predict(load(find_recipe("quickstart"), [*words, f"--compile.enabled={value}"]), 1) for value in ("false", "true"))
+    words = [
+        "--model.n_layer=6",
+        "--model.n_embd=128",
+        "--step_scheduler.local_batch_size=8",
+        "--distributed.strategy=none",
+        "--resources.train.tasks_per_node=1",
+    ]
+    words += [
+        "--loss_fn._target_=amlaunch.trainer.loss.LinearCrossEntropy",
+        "--loss_fn.chunk_tokens=64",
+        "--model.vocab_size=50304",
+    ]
+    plain, compiled = (
+        predict(load(find_recipe("quickstart"), [*words, f"--compile.enabled={value}"]), 1)
+        for value in ("false", "true")
+    )
     assert compiled.parameters == plain.parameters and compiled.flops == plain.flops
     assert 0.3 < compiled.activations / plain.activations < 1.05
 

@@ -1,4 +1,4 @@
-"""``python -m preprocess`` as the launcher and people run it: exit codes, signals, kill -9, locks, disks that fill."""
+"""``python -m amlaunch.preprocess`` as the launcher and people run it: exit codes, signals, kill -9, locks, disks that fill."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess.shards import open_tokens
-from preprocess.tokenizer import load_tokenizer
+from amlaunch.preprocess.shards.shard_format import open_tokens
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 from tests.preprocess_helpers import corpus, everything
 
 ROOT = Path(__file__).parent.parent
@@ -71,10 +71,10 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def start(words: list[str], processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-m", "preprocess", *words], env=environment, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-m", "amlaunch.preprocess", *words], env=environment, stdout=pipe, stderr=pipe, text=True
     )
     processes.append(process)
     return process
@@ -165,13 +165,18 @@ def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
     killed = 0
     for attempt in range(20):
         process = start(words, processes)
-        wait_for_shards(tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process)  # each attempt gets a little further
+        wait_for_shards(
+            tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process
+        )  # each attempt gets a little further
         time.sleep(chance.uniform(0, 0.02))
         workers = children(process.pid) if process.poll() is None else []
         if attempt % 4 == 3 and workers:
             os.kill(workers[0], signal.SIGKILL)
             _, err = process.communicate(timeout=30)
-            killed += process.returncode == 1 and "was killed by SIGKILL (did it need more memory than there is?) while it made part" in err
+            killed += (
+                process.returncode == 1
+                and "was killed by SIGKILL (did it need more memory than there is?) while it made part" in err
+            )
         elif process.poll() is None:
             process.kill()
             killed += 1
@@ -207,8 +212,20 @@ def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: P
     """Ctrl-C reaches the workers too; pressed again while it leaves, it changes nothing."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TERM": "xterm", "COLUMNS": "200"}
-        os.execv(sys.executable, [sys.executable, "-m", "preprocess", str(recipe), "--num-workers", "2", "--output-dir", str(tmp_path)])
+        os.environ |= {"PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", "TERM": "xterm", "COLUMNS": "200"}
+        os.execv(
+            sys.executable,
+            [
+                sys.executable,
+                "-m",
+                "amlaunch.preprocess",
+                str(recipe),
+                "--num-workers",
+                "2",
+                "--output-dir",
+                str(tmp_path),
+            ],
+        )
     seen, workers, deadline = b"", [], time.monotonic() + 60
     while b"s left" not in seen:
         assert time.monotonic() < deadline, seen
@@ -221,7 +238,9 @@ def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: P
             seen += part
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", seen.decode())
-    assert "━" in text and re.search(r"[\d,]+ tokens, documents [\d,]+, workers 2, [\d,]+ tokens/s, [\d.]+ MB/s, [\d,]+ s left", text)
+    assert "━" in text and re.search(
+        r"[\d,]+ tokens, documents [\d,]+, workers 2, [\d,]+ tokens/s, [\d.]+ MB/s, [\d,]+ s left", text
+    )
     assert "stopped (SIGINT)" in text and "Traceback" not in text
     assert len(workers) == 2 and gone(workers) and not list(tmp_path.glob(".*.tmp"))
 
@@ -232,11 +251,23 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
     (tmp_path / "parts.py").write_text(PARTS)
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(folder=tmp_path / "corpus").replace("96", "5").replace("20000", "100") + "\n")
-    files = ["--data-files", f"{tmp_path}/corpus/**/*.txt", "--val-tokens", "100", "--shard-tokens", "40K", "--parts", "5"]
+    files = [
+        "--data-files",
+        f"{tmp_path}/corpus/**/*.txt",
+        "--val-tokens",
+        "100",
+        "--shard-tokens",
+        "40K",
+        "--parts",
+        "5",
+    ]
     for words, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
         code, said, err = finished([*words, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
         assert (code, err) == (0, "") and "next: amlaunch data peek" in said
-    same = [{name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name} for out in ("section", "options")]
+    same = [
+        {name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name}
+        for out in ("section", "options")
+    ]
     assert same[0] == same[1]
     assert json.loads((tmp_path / "both" / "manifest.json").read_text())["tokens"] == 1000
 
@@ -245,7 +276,18 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
 def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     recipe: Path, tmp_path: Path, processes: list
 ) -> None:
-    words = ["element", str(recipe), "--index", "0", "--out", str(tmp_path), "--workers", "1", "--", "--preprocess.parts=2"]
+    words = [
+        "element",
+        str(recipe),
+        "--index",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "1",
+        "--",
+        "--preprocess.parts=2",
+    ]
     first = start(words, processes)
     while not list(tmp_path.glob(".lock-*")) and first.poll() is None:
         time.sleep(0.01)
@@ -297,7 +339,11 @@ def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
 def words_of(seed: int, size: int) -> str:
     """So many characters of random long words, each one token of GPT-2: they compress as text does, and are tokenised fast."""
     tokens = load_tokenizer("gpt2").parts["mergeable_ranks"]
-    long = sorted(token.decode() for token in tokens if len(token) > 7 and token[:1] == b" " and token[1:].isalpha() and token.isascii())
+    long = sorted(
+        token.decode()
+        for token in tokens
+        if len(token) > 7 and token[:1] == b" " and token[1:].isalpha() and token.isascii()
+    )
     return "".join(random.Random(seed).choices(long, k=size // 8))[:size]
 
 
@@ -312,10 +358,24 @@ def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: 
         folder = tmp_path / str(rows)
         folder.mkdir()
         texts = [f"{i} {text}" for i in range(rows)]
-        pq.write_table(pa.table({"id": range(rows), "text": texts}), folder / "a.parquet", row_group_size=rows, write_batch_size=16)
+        pq.write_table(
+            pa.table({"id": range(rows), "text": texts}), folder / "a.parquet", row_group_size=rows, write_batch_size=16
+        )
         (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         for name in ("a.parquet", "a.jsonl"):
-            peaks[rows, name] = peak(["--data-files", f"{folder}/{name}", "--parts", "1", "--engine", engine, "--output-dir", f"{folder}/out-{name}"], processes)
+            peaks[rows, name] = peak(
+                [
+                    "--data-files",
+                    f"{folder}/{name}",
+                    "--parts",
+                    "1",
+                    "--engine",
+                    engine,
+                    "--output-dir",
+                    f"{folder}/out-{name}",
+                ],
+                processes,
+            )
     assert max(peaks.values()) < most
     assert all(peaks[600, name] < peaks[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks
 
@@ -330,7 +390,22 @@ def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, e
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
     sizes = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
     assert sizes.has_dictionary_page and sizes.total_uncompressed_size > 59e6
-    assert peak(["--data-files", f"{tmp_path}/a.parquet", "--parts", "1", "--engine", engine, "--output-dir", f"{tmp_path}/out"], processes) < most
+    assert (
+        peak(
+            [
+                "--data-files",
+                f"{tmp_path}/a.parquet",
+                "--parts",
+                "1",
+                "--engine",
+                engine,
+                "--output-dir",
+                f"{tmp_path}/out",
+            ],
+            processes,
+        )
+        < most
+    )
 
 
 @pytest.mark.slow
@@ -338,7 +413,22 @@ def test_a_line_of_fifty_megabytes_is_in_memory_once_at_a_time(tmp_path: Path, p
     """Bytes, then text, then the parsed text; 209 MB when the line was copied to be split, or parsed from bytes."""
     huge = (words_of(2, 49_998) + "é") * 1000
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", huge, "behind")))
-    assert peak(["--data-files", f"{tmp_path}/a.jsonl", "--parts", "1", "--engine", "tiktoken", "--output-dir", f"{tmp_path}/out"], processes) < 190
+    assert (
+        peak(
+            [
+                "--data-files",
+                f"{tmp_path}/a.jsonl",
+                "--parts",
+                "1",
+                "--engine",
+                "tiktoken",
+                "--output-dir",
+                f"{tmp_path}/out",
+            ],
+            processes,
+        )
+        < 190
+    )
 
 
 @pytest.mark.slow
@@ -354,22 +444,37 @@ def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: P
         for text in ("before", huge, million, "behind"):
             handle.write(json.dumps({"text": text}) + "\n")
     pq.write_table(pa.table({"text": ["before", huge, million, "behind"]}), source / "c.parquet")
-    words = ["--data-files", f"{source}/*", "--parts", "3", "--num-workers", "2", "--engine", "tiktoken", "--output-dir", str(out)]
+    words = [
+        "--data-files",
+        f"{source}/*",
+        "--parts",
+        "3",
+        "--num-workers",
+        "2",
+        "--engine",
+        "tiktoken",
+        "--output-dir",
+        str(out),
+    ]
     assert finished(words, processes)[0] == 0
     tiled = np.concatenate([[50256], np.tile(encode(unit), 1000)])
     assert np.array_equal(encode(unit * 3), np.tile(encode(unit), 3)), "else a token would cross a seam"
     around = np.concatenate([[50256, *encode("before")], tiled, [50256, *encode(million)], [50256, *encode("behind")]])
     files = {"a.txt": tiled, "b.jsonl": around, "c.parquet": around}
     expected = [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
-    assert np.array_equal(np.concatenate([open_tokens(path) for path in sorted(out.glob("train-*.bin"))]), np.concatenate(expected))
+    assert np.array_equal(
+        np.concatenate([open_tokens(path) for path in sorted(out.glob("train-*.bin"))]), np.concatenate(expected)
+    )
 
 
 # --- as people type it --------------------------------------------------------------------------------
 
 
 def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "launcher", *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        [sys.executable, "-m", "amlaunch", *words], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,14 +482,26 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     [
         (["preprocess"], "give --dataset NAME, --data-files GLOB"),
         (["preprocess", "--data-file", "x"], "unknown option --data-file; did you mean '--data-files'?"),
-        (["preprocess", "--data-files", "x", "--max-tokens", "1Q"], "--max-tokens: preprocess.max_tokens: expected a count such as 500M"),
+        (
+            ["preprocess", "--data-files", "x", "--max-tokens", "1Q"],
+            "--max-tokens: preprocess.max_tokens: expected a count such as 500M",
+        ),
         (["preprocess", "--data-files", "no/*.txt"], "no file matches 'no/*.txt'"),
-        (["preprocess", "--data-files", "x", "--num-workers", "0"], "--num-workers: preprocess.num_workers: expected a whole number of at least 1"),
+        (
+            ["preprocess", "--data-files", "x", "--num-workers", "0"],
+            "--num-workers: preprocess.num_workers: expected a whole number of at least 1",
+        ),
         (["preprocess", "--data-files", "x", "--engine", "fast"], "invalid choice: 'fast'"),
         (["preprocess", "quikstart"], "did you mean 'quickstart'"),
-        (["preprocess", "--data-files", f"{ROOT}/README.md", "--output-dir", f"{ROOT}/LICENSE"], "LICENSE is a file, and a folder is wanted"),
+        (
+            ["preprocess", "--data-files", f"{ROOT}/README.md", "--output-dir", f"{ROOT}/LICENSE"],
+            "LICENSE is a file, and a folder is wanted",
+        ),
         (["preprocess", "--data-files", "/dev/null/*"], "no file matches"),
-        (["preprocess", "--data-files", "x", "--max-length", "9"], "unknown option --max-length; did you mean '--max-tokens'?"),
+        (
+            ["preprocess", "--data-files", "x", "--max-length", "9"],
+            "unknown option --max-length; did you mean '--max-tokens'?",
+        ),
         (["data", "inspect", "nowhere"], "nowhere/manifest.json: no such file"),
         (["data", "look", "nowhere"], "no command 'data look'"),
     ],
@@ -405,17 +522,41 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     assert json.loads(again.stdout) == made and "goes on after" in again.stderr
     shown = json.loads(amlaunch("data", "inspect", made["path"], "--json", cwd=tmp_path).stdout)
     assert shown["splits"]["val"][0]["tokens"] == made["val_tokens"] >= 100
-    found = json.loads(amlaunch("data", "peek", made["path"], "--split", "val", "--document", "0", "--tokens", "9999", "--json", cwd=tmp_path).stdout)
+    found = json.loads(
+        amlaunch(
+            "data",
+            "peek",
+            made["path"],
+            "--split",
+            "val",
+            "--document",
+            "0",
+            "--tokens",
+            "9999",
+            "--json",
+            cwd=tmp_path,
+        ).stdout
+    )
     assert found["text"].removeprefix("<|endoftext|>") in texts
-    begin = json.loads(amlaunch("data", "peek", made["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout)
+    begin = json.loads(
+        amlaunch("data", "peek", made["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout
+    )
     first = json.loads(amlaunch("data", "peek", made["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
     assert begin["ids"] == first["ids"][7:]
     reader, writer = os.pipe()
     os.close(reader)
-    unread = subprocess.run([sys.executable, "-m", "launcher", "data", "peek", made["path"]], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
+    unread = subprocess.run(
+        [sys.executable, "-m", "amlaunch", "data", "peek", made["path"]],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
     assert (unread.returncode, unread.stderr) == (141, b""), "as of any program before `head`"
     shard = Path(made["path"]) / shown["splits"]["train"][0]["file"]
-    assert json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"] == shown["splits"]["train"][0]["documents"]
+    assert (
+        json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"]
+        == shown["splits"]["train"][0]["documents"]
+    )
     assert "whole: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
@@ -431,12 +572,12 @@ def test_it_dies_with_its_parent(recipe: Path, tmp_path: Path, processes: list) 
     """The launcher's driver is killed: its element must not go on unseen."""
     code = (
         "import os, subprocess, sys, time;"
-        "child = subprocess.Popen([sys.executable, '-m', 'preprocess', *sys.argv[1:]],"
+        "child = subprocess.Popen([sys.executable, '-m', 'amlaunch.preprocess', *sys.argv[1:]],"
         " env={**os.environ, 'AMLAUNCH_PARENT_PID': str(os.getpid())}, stdout=subprocess.DEVNULL);"
         "print(child.pid, flush=True); time.sleep(600)"
     )
     words = ["element", str(recipe), "--index", "0", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     parent = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, text=True)
     processes.append(parent)
     assert parent.stdout is not None

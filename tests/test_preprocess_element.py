@@ -18,19 +18,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.element import result, run_element
-from preprocess.engine import Engine
-from preprocess.part import Documents, Limits, Written, next_shard
-from preprocess.parts import START, Cursor, OutputDir
-from preprocess.progress import Progress, StopRequested
-from preprocess.records import Bad, Record, Skipped
-from preprocess.shards import read_header, read_manifest
-from preprocess.tokenizer import load_tokenizer
-from preprocess.verify import NotWhole, verify
-from recipes.errors import BadInput
-from recipes.rundir import ElementDir
-from recipes.schema import Preprocess
-from recipes.targets import Policy
+from amlaunch.preprocess.progress import Progress, StopRequested
+from amlaunch.preprocess.shards.output_folder import START, Cursor, OutputDir
+from amlaunch.preprocess.shards.shard_format import read_header, read_manifest
+from amlaunch.preprocess.sources.records import Bad, Record, Skipped
+from amlaunch.preprocess.stages.element import result, run_element
+from amlaunch.preprocess.stages.part_writer import Documents, Limits, Written, next_shard
+from amlaunch.preprocess.stages.verify import NotWhole, verify
+from amlaunch.preprocess.tokenizers.engine import Engine
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.schema import Preprocess
+from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.run_layout import ElementDir
 from tests.preprocess_helpers import corpus, cut, documents, everything, make, parts_of
 
 TOKENIZER = load_tokenizer("gpt2")
@@ -40,7 +40,7 @@ QUIET = Progress(say=lambda text: None)
 @pytest.fixture(autouse=True)
 def _one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building it takes 0.1 s, and a name always means the same one."""
-    monkeypatch.setattr("preprocess.element.load_tokenizer", functools.cache(load_tokenizer))
+    monkeypatch.setattr("amlaunch.preprocess.stages.element.load_tokenizer", functools.cache(load_tokenizer))
 
 
 @pytest.fixture
@@ -49,7 +49,13 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def recipe(tmp_path: Path, **more: Any) -> Preprocess:
-    given_ = {"data_files": f"{tmp_path}/corpus/**/*.txt", "shard_tokens": 700, "parts": 1, "engine": "tiktoken", **more}
+    given_ = {
+        "data_files": f"{tmp_path}/corpus/**/*.txt",
+        "shard_tokens": 700,
+        "parts": 1,
+        "engine": "tiktoken",
+        **more,
+    }
     return Preprocess(**given_)
 
 
@@ -65,7 +71,18 @@ def stream(out: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("parts", "elements", "workers"), [(7, 1, 0), (7, 1, 2), (7, 1, 5), (7, 2, 0), (7, 7, 0), (1, 1, 2), (40, 3, 2), pytest.param(40, 1, 32, marks=pytest.mark.slow), (40, 40, 0)]
+    ("parts", "elements", "workers"),
+    [
+        (7, 1, 0),
+        (7, 1, 2),
+        (7, 1, 5),
+        (7, 2, 0),
+        (7, 7, 0),
+        (1, 1, 2),
+        (40, 3, 2),
+        pytest.param(40, 1, 32, marks=pytest.mark.slow),
+        (40, 40, 0),
+    ],
 )
 @pytest.mark.slow
 def test_any_number_of_parts_elements_and_workers_gives_the_same_stream(
@@ -90,14 +107,21 @@ def shards(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=12), st.integers(1, 3), st.sampled_from(["auto", "tiktoken"]), st.booleans())
+@given(
+    st.lists(st.text(max_size=40), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.sampled_from(["auto", "tiktoken"]),
+    st.booleans(),
+)
 def test_any_text_of_unicode_goes_through_whole_in_either_format(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], elements: int, engine: str, ascii_: bool
 ) -> None:
     """From JSON lines and from Parquet: tiktoken's tokens document by document, each index entry behind it, the text back."""
     folder = tmp_path_factory.mktemp("unicode")
     texts = ["first", *texts, "last", "one more"]  # three parts have something each
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, ensure_ascii=ascii_) for text in texts), newline="")
+    (folder / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_) for text in texts), newline=""
+    )
     pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=1)
     expected = [text for text in texts if text]
     for name in ("a.jsonl", "a.parquet"):
@@ -187,7 +211,15 @@ def test_a_shard_ends_before_the_document_that_would_not_fit_and_a_giant_has_its
 
 @pytest.mark.parametrize(
     ("budget", "elements", "workers", "order"),
-    [(1000, 1, 0, 1), (1001, 1, 3, 1), (1500, 4, 0, 1), (1500, 4, 0, -1), (1, 3, 0, 1), (2300, 2, 2, -1), (10**9, 3, 0, 1)],
+    [
+        (1000, 1, 0, 1),
+        (1001, 1, 3, 1),
+        (1500, 4, 0, 1),
+        (1500, 4, 0, -1),
+        (1, 3, 0, 1),
+        (2300, 2, 2, -1),
+        (10**9, 3, 0, 1),
+    ],
 )
 def test_the_budget_is_the_first_tokens_of_the_source_whoever_makes_them_in_any_order(
     tmp_path: Path, texts: list[str], budget: int, elements: int, workers: int, order: int
@@ -223,13 +255,17 @@ class Heard(Progress):
 
 
 @pytest.mark.parametrize(("budget", "elements"), [(1500, 1), (1500, 3), (10**7, 2)])
-def test_each_element_says_how_much_of_the_budget_is_its_own(tmp_path: Path, texts: list[str], budget: int, elements: int) -> None:
+def test_each_element_says_how_much_of_the_budget_is_its_own(
+    tmp_path: Path, texts: list[str], budget: int, elements: int
+) -> None:
     options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20)
     made = []
     for index in range(elements):
         heard = Heard()
         made.append(sum(part.cursor.tokens for part in run_element(options, index, tmp_path / "out", heard, 0)))
-        assert heard.steps and all(total is not None and done <= total <= max(budget, done) for done, total in heard.steps)
+        assert heard.steps and all(
+            total is not None and done <= total <= max(budget, done) for done, total in heard.steps
+        )
         last = heard.steps[-1][1]
         assert last is not None and made[-1] <= last <= 1.6 * made[-1], "once parts are counted: what there is"
     assert budget <= sum(made) or budget == 10**7
@@ -239,7 +275,9 @@ def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
     """The front has many tokens a byte, so the estimate says that the rest is not needed; it is."""
     (tmp_path / "corpus").mkdir()
     lines = ["🎉" * 450] * 3 + ["a" * 1800] * 30
-    (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines))
+    (tmp_path / "corpus" / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines)
+    )
     options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*", max_tokens=15_000, elements=5, parts=10)
     lines_: list[str] = []
     make(options, tmp_path / "out")
@@ -273,7 +311,10 @@ def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
     for part in parts_of(tmp_path / "plain"):
         plain[f"{part.part:05d}"] = [d for entry in part.shards for d in cut(tmp_path / "plain" / entry.file)]
     for number, all_ in plain.items():
-        val, train = ([d for path in sorted((tmp_path / "out").glob(f"{split}-{number}-*.bin")) for d in cut(path)] for split in ("val", "train"))
+        val, train = (
+            [d for path in sorted((tmp_path / "out").glob(f"{split}-{number}-*.bin")) for d in cut(path)]
+            for split in ("val", "train")
+        )
         assert val + train == all_
     val = documents(tmp_path / "out", "val")
     assert sum(map(len, val)) >= 900 and sum(map(len, val[:-1])) < 900 + (parts - 1) * 300
@@ -302,8 +343,17 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         make(recipe(tmp_path, **change), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("place", "says"), [("file", "file is a file, and a folder is wanted"), ("file/below", "file is a file"), ("locked/new", "no right to write in .*locked")])
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("file", "file is a file, and a folder is wanted"),
+        ("file/below", "file is a file"),
+        ("locked/new", "no right to write in .*locked"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, says: str
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o500)
     if os.geteuid() == 0:  # for whom nothing is locked
@@ -340,7 +390,9 @@ def test_every_odd_document_has_its_outcome_and_is_counted(tmp_path: Path) -> No
     assert (whole["documents"], whole["skipped"], whole["repaired"]) == (7, {"empty": 1, "null": 1}, 1)
     assert whole["text_bytes"] == sum(len(text.encode("utf-8", "surrogatepass")) for text in ODD)
     lengths = [len(encoded(text)) for text in ODD if text]
-    assert whole["histogram"] == [sum(length.bit_length() == bits for length in lengths) for bits in range(1, max(lengths).bit_length() + 1)]
+    assert whole["histogram"] == [
+        sum(length.bit_length() == bits for length in lengths) for bits in range(1, max(lengths).bit_length() + 1)
+    ]
 
 
 def test_a_damaged_record_fails_with_its_name_or_is_left_out_counted_and_listed(tmp_path: Path) -> None:
@@ -382,7 +434,7 @@ def test_a_difference_between_the_engines_is_said_and_the_shard_made_again(
     def fast(text: str) -> Any:
         return TOKENIZER.encode(text + "!" * next(wrong))
 
-    monkeypatch.setattr("preprocess.element.open_engine", lambda *_: Engine(TOKENIZER, True, fast))
+    monkeypatch.setattr("amlaunch.preprocess.stages.element.open_engine", lambda *_: Engine(TOKENIZER, True, fast))
     lines: list[str] = []
     make(options, tmp_path / "out", lines=lines)
     assert sum("gave different tokens" in line for line in lines) == 1
@@ -475,7 +527,7 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
 ) -> None:
     options, out = recipe(tmp_path, parts=6), tmp_path / "out"
     make(options, tmp_path / "undisturbed")
-    monkeypatch.setattr("preprocess.progress.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("amlaunch.preprocess.progress.LOOK_SECONDS", 0.0)
     folder = ElementDir(tmp_path / "element")
     wrote: list[str] = []
 
@@ -592,9 +644,17 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
 
 @pytest.mark.parametrize(
     ("was", "harmed"),
-    [('"origin": {', '"oriGin": {'), ('"shard_tokens": 7', '"shard_t0kens": 7'), ('"gpt2"', '"gpt3"'), ('"train": ', '"train": 1'), ("{", "[")],
+    [
+        ('"origin": {', '"oriGin": {'),
+        ('"shard_tokens": 7', '"shard_t0kens": 7'),
+        ('"gpt2"', '"gpt3"'),
+        ('"train": ', '"train": 1'),
+        ("{", "["),
+    ],
 )
-def test_a_damaged_part_file_counts_as_none_and_is_written_again(tmp_path: Path, texts: list[str], was: str, harmed: str) -> None:
+def test_a_damaged_part_file_counts_as_none_and_is_written_again(
+    tmp_path: Path, texts: list[str], was: str, harmed: str
+) -> None:
     options, out = recipe(tmp_path), tmp_path / "out"
     make(options, out)
     whole = (out / "part-00000.json").read_text()
@@ -607,7 +667,7 @@ def test_a_damaged_part_file_counts_as_none_and_is_written_again(tmp_path: Path,
 
 def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[str]) -> None:
     """A writer's bug, not the disk's: the documents do not begin with BOS."""
-    from recipes.files import sha256_file
+    from amlaunch.recipes.files import sha256_file
 
     options, out = recipe(tmp_path), tmp_path / "out"
     (part,) = make(options, out)
@@ -673,7 +733,10 @@ def test_a_part_cleans_up_after_itself_alone(tmp_path):
     """Part 0 must not take ``train-00001-00000`` (part 1's first shard, being written) for its own."""
     out = OutputDir(tmp_path)
     mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json")]
-    theirs = [f".{name}.host.8.tmp" for name in ("train-00001-00000.bin", "val-00010-00000.json", "part-00001.json", "manifest.json")]
+    theirs = [
+        f".{name}.host.8.tmp"
+        for name in ("train-00001-00000.bin", "val-00010-00000.json", "part-00001.json", "manifest.json")
+    ]
     for name in mine + theirs:
         (tmp_path / name).touch()
     assert sorted(path.name for path in out.leftovers(0)) == sorted(mine)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess.failure import Failure
-from preprocess.remote import TRIES, RangeReader, RemoteFile, backoff
-from preprocess.tokenizer import load_tokenizer
-from recipes.errors import BadInput
+from amlaunch.preprocess.errors import Failure
+from amlaunch.preprocess.sources.remote_file import TRIES, RangeReader, RemoteFile, backoff
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+from amlaunch.recipes.errors import BadInput
 from tests.fake_hub import COMMIT, REPO, Fault, Hub, break_off, ignore_the_range, refuse, serving
 from tests.preprocess_helpers import documents
 
@@ -48,7 +48,9 @@ def test_whatever_the_server_does_the_bytes_come_once_and_in_order(faults: list[
         begins = [begin for _, begin in hub.asked]
         assert begins == sorted(begins), "it goes on where it stopped, never from the start"
     assert hub.tokens == {"Bearer hf_secret"}
-    assert len(waited) >= len(waits) and all(0.5 * wait <= found <= 2 * wait for wait, found in zip(waits, waited, strict=False))
+    assert len(waited) >= len(waits) and all(
+        0.5 * wait <= found <= 2 * wait for wait, found in zip(waits, waited, strict=False)
+    )
 
 
 def test_any_range_is_read(tmp_path: Path) -> None:
@@ -104,13 +106,40 @@ def parquet(texts: list[str]) -> bytes:
 @pytest.mark.slow
 def test_a_dataset_of_the_hub_is_read_through_its_failures_in_order(tmp_path: Path) -> None:
     """The real way: ``datasets`` finds the files over the hub's own interface, workers read their row groups."""
-    files = {f"data/train-{i:05d}-of-00002.parquet": parquet([f"{i} {j} {'word ' * 200}" for j in range(300)]) for i in range(2)}
+    files = {
+        f"data/train-{i:05d}-of-00002.parquet": parquet([f"{i} {j} {'word ' * 200}" for j in range(300)])
+        for i in range(2)
+    }
     hub, gpt2 = Hub({**files, "README.md": b"a dataset"}), load_tokenizer("gpt2")
 
     def made(name: str, dataset: str, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / f"home-{name}"), "HF_TOKEN": "hf_secret"}
-        options = ["--dataset", dataset, "--output-dir", str(tmp_path / name), "--num-workers", "2", "--parts", "4", "--max-tokens", "50K"]
-        return subprocess.run([sys.executable, "-m", "preprocess", *options, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "PYTHONPATH": str(ROOT / "src"),
+            "HF_HOME": str(tmp_path / f"home-{name}"),
+            "HF_TOKEN": "hf_secret",
+        }
+        options = [
+            "--dataset",
+            dataset,
+            "--output-dir",
+            str(tmp_path / name),
+            "--num-workers",
+            "2",
+            "--parts",
+            "4",
+            "--max-tokens",
+            "50K",
+        ]
+        return subprocess.run(
+            [sys.executable, "-m", "amlaunch.preprocess", *options, *words],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     with serving(hub):
         hub.faults = [refuse(503), break_off(100), refuse(429, Retry_After="1"), break_off(3000), ignore_the_range]
@@ -121,6 +150,8 @@ def test_a_dataset_of_the_hub_is_read_through_its_failures_in_order(tmp_path: Pa
         cached = made("cached", REPO, "--data-cache-dir", str(tmp_path / "cache"))
         assert cached.returncode == 0, cached.stderr
         assert len(hub.asked) - asked <= len(files), "each file once"
-    expected = [token for i in range(2) for j in range(300) for token in (50256, *gpt2.encode(f"{i} {j} {'word ' * 200}"))][:50_000]
+    expected = [
+        token for i in range(2) for j in range(300) for token in (50256, *gpt2.encode(f"{i} {j} {'word ' * 200}"))
+    ][:50_000]
     for name in ("streamed", "cached"):
         assert [token for document in documents(tmp_path / name) for token in document] == expected

@@ -17,16 +17,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess import shards
-from preprocess.data import Shards
-from preprocess.element import Board, run_element
-from preprocess.part import histogram
-from preprocess.progress import Progress
-from preprocess.shards import ShardHeader, open_tokens, read_ends, read_header, read_manifest, token_dtype, write_shard
-from preprocess.tokenizer import load_tokenizer
-from preprocess.verify import verify
-from recipes.errors import BadInput
-from recipes.schema import Preprocess
+from amlaunch.preprocess.progress import Progress
+from amlaunch.preprocess.shards import shard_format
+from amlaunch.preprocess.shards.shard_format import (
+    ShardHeader,
+    open_tokens,
+    read_ends,
+    read_header,
+    read_manifest,
+    token_dtype,
+    write_shard,
+)
+from amlaunch.preprocess.stages.element import Board, run_element
+from amlaunch.preprocess.stages.inspect_data import Shards
+from amlaunch.preprocess.stages.part_writer import histogram
+from amlaunch.preprocess.stages.verify import verify
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.schema import Preprocess
 
 
 def put(path: Path, ints: list[int], body: bytes) -> Path:
@@ -90,12 +98,18 @@ def as_the_guide_s_loader_reads(path: Path) -> np.ndarray[Any, Any]:
 
 def made(folder: Path, **more: Any) -> list[int]:
     """Shards of three documents, one with a literal special token, through the whole pipeline; returns the tokens of train."""
-    (folder / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("held out", "naïve <|endoftext|> text", "東京")))
+    (folder / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("held out", "naïve <|endoftext|> text", "東京"))
+    )
     options = Preprocess(data_files=f"{folder}/x.jsonl", val_tokens=1, parts=1, **more)
     run_element(options, 0, folder / "out", Progress(say=lambda text: None), 0)
     verify(options, folder / "out", Progress(say=lambda text: None))
     tokenizer = load_tokenizer(more.get("tokenizer", "gpt2"))
-    return [token for text in ("naïve <|endoftext|> text", "東京") for token in (tokenizer.bos, *tokenizer.encode(text).tolist())]
+    return [
+        token
+        for text in ("naïve <|endoftext|> text", "東京")
+        for token in (tokenizer.bos, *tokenizer.encode(text).tolist())
+    ]
 
 
 @pytest.mark.parametrize("read", [as_llm_c_reads, as_modded_nanogpt_reads, as_the_guide_s_loader_reads])
@@ -104,7 +118,9 @@ def test_two_byte_shards_are_read_by_all_three_loaders(tmp_path: Path, read: Cal
     (path,) = (tmp_path / "out").glob("train-*.bin")
     found = read(path)
     assert found.tolist() == expected
-    assert np.flatnonzero(found == 50256).tolist() == [0, *read_ends(path)[:-1].tolist()], "documents, for those who look for BOS"
+    assert np.flatnonzero(found == 50256).tolist() == [0, *read_ends(path)[:-1].tolist()], (
+        "documents, for those who look for BOS"
+    )
 
 
 def test_four_byte_shards_are_read_by_the_guide_s_and_refused_by_the_others(tmp_path: Path) -> None:
@@ -206,7 +222,7 @@ def test_an_index_of_another_shard_is_refused(tmp_path: Path, raw: bytes, says: 
 def test_more_tokens_than_int32_counts_are_refused_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "MAX_TOKENS", 5)
+    monkeypatch.setattr(shard_format, "MAX_TOKENS", 5)
     with pytest.raises(BadInput, match="at most 5 tokens"):
         write_shard(tmp_path / "x.bin", [np.arange(3), np.arange(3)], np.dtype("<u2"))
     assert list(tmp_path.iterdir()) == []
@@ -229,7 +245,7 @@ def test_manifest_refusals(tmp_path: Path) -> None:
 def sparse_shard(path: Path, tokens: int, ends: list[int], last: int) -> None:
     """A shard of so many tokens that takes next to no disk: zeros, but for the last one."""
     with open(path, "wb") as handle:
-        handle.write(shards.header_bytes(ShardHeader(tokens, 2, len(ends))))
+        handle.write(shard_format.header_bytes(ShardHeader(tokens, 2, len(ends))))
         handle.seek(1024 + 2 * tokens - 2)
         handle.write(struct.pack("<H", last))
     path.with_suffix(".idx").write_bytes(np.array(ends, dtype="<u8").tobytes())
@@ -265,10 +281,17 @@ def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget
     for part in range(len(counts)):
         left = budget - sum(counts[:part])
         assert board.left(part) == left
-        assert board.needed(part) <= (left > 0) and (board.needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0)
+        assert board.needed(part) <= (left > 0) and (
+            board.needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0
+        )
 
 
-@given(st.lists(st.integers(10**7, 2**34), min_size=1, max_size=30), st.integers(1, 2**38), st.integers(1, 4), st.integers(0, 2**30))
+@given(
+    st.lists(st.integers(10**7, 2**34), min_size=1, max_size=30),
+    st.integers(1, 2**38),
+    st.integers(1, 4),
+    st.integers(0, 2**30),
+)
 def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: int, elements: int, known: int) -> None:
     """Before anything is known, with some parts counted (any of them), and with all."""
     source = SimpleNamespace(sizes=[4 * count for count in counts])
@@ -280,7 +303,9 @@ def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: 
         board.complete.add(part)
     if board.complete:
         expected = [board.expected(share) or 0 for share in shares]
-        ends = [min(budget, end) for end in itertools.accumulate(counts, initial=0)]  # the counts are a fourth of the bytes
+        ends = [
+            min(budget, end) for end in itertools.accumulate(counts, initial=0)
+        ]  # the counts are a fourth of the bytes
         own = [sum(ends[part + 1] - ends[part] for part in share) for share in shares]
         assert all(abs(a - b) <= 1e-6 * budget + 40 for a, b in zip(expected, own, strict=True))
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.local import fixed_part, glob_regex, open_files
-from preprocess.pieces import Slice, cut, owners, partition, val_shares
-from preprocess.readers import fast_json, read
-from preprocess.records import Bad, Record, Skipped
-from preprocess.sources import Source, open_source
-from recipes.errors import BadInput
-from recipes.schema import Preprocess
+from amlaunch.preprocess.sources.file_parts import Slice, cut, owners, partition, val_shares
+from amlaunch.preprocess.sources.local_files import fixed_part, glob_regex, open_files
+from amlaunch.preprocess.sources.readers import fast_json, read
+from amlaunch.preprocess.sources.records import Bad, Record, Skipped
+from amlaunch.preprocess.sources.source import Source, open_source
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.schema import Preprocess
 
 
 def all_records(options: Preprocess, skip_bad: bool = False) -> list[Record]:
@@ -149,7 +149,9 @@ def test_parts_balance_bytes() -> None:
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40), st.integers(1, 9))
 def test_elements_are_balanced_and_begin_at_the_front(sizes: list[int], elements: int) -> None:
     found = owners(sizes, elements)
-    loads = [sum(size for size, owner in zip(sizes, found, strict=True) if owner == element) for element in range(elements)]
+    loads = [
+        sum(size for size, owner in zip(sizes, found, strict=True) if owner == element) for element in range(elements)
+    ]
     assert max(loads) - min(loads) <= max(sizes) + len(sizes)
     assert sorted(set(found)) == list(range(min(elements, len(sizes))))
 
@@ -170,7 +172,14 @@ class Sparse:
         self.name, self.size, self.place = name, size, name
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a.parquet", "b.jsonl", "c.txt", "d.jsonl.gz"]), st.integers(0, 2**45)), min_size=1, max_size=8), st.one_of(st.none(), st.integers(1, 2**43)))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a.parquet", "b.jsonl", "c.txt", "d.jsonl.gz"]), st.integers(0, 2**45)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.one_of(st.none(), st.integers(1, 2**43)),
+)
 def test_parts_cover_every_byte_once_whatever_the_size(files: list[tuple[str, int]], budget: int | None) -> None:
     parts = cut([Sparse(*file) for file in files], Preprocess(max_tokens=budget, shard_tokens=10**9 + 10**12))
     slices = [(piece.file, piece.begin, piece.end) for part in parts for piece in part]
@@ -267,7 +276,10 @@ def test_text_is_entered_anywhere(tmp_path: Path) -> None:
 def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
     rows = ['{"text": "a\\u00e9"}', '{"text": null, "x": 1}', "", '{"text": "c"}', "  "]
     body = "\n".join(rows).encode()
-    write(tmp_path, {"a.jsonl": body, "b.jsonl.gz": gzip.compress(body), "c.jsonl.zst": pa.compress(body, "zstd", asbytes=True)})
+    write(
+        tmp_path,
+        {"a.jsonl": body, "b.jsonl.gz": gzip.compress(body), "c.jsonl.zst": pa.compress(body, "zstd", asbytes=True)},
+    )
     options = Preprocess(data_files=f"{tmp_path}/*", parts=3)
     assert all_records(options) == 3 * ["aé", Skipped("null"), "c"]
     check_entering_anywhere(open_source(options))
@@ -304,7 +316,9 @@ def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.one_of(st.text(max_size=40), st.none(), st.just("long " * 300)), max_size=30), st.integers(1, 12))
-def test_slices_of_json_lines_give_each_line_once(tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], count: int) -> None:
+def test_slices_of_json_lines_give_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str | None], count: int
+) -> None:
     """Whatever byte a slice begins at, inside a line, a character or an escape; read by column or line by line."""
     folder = tmp_path_factory.mktemp("json")
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(texts)]
@@ -347,7 +361,9 @@ def test_parts_are_made_without_opening_a_file(tmp_path: Path) -> None:
 
 
 def test_text_of_a_parquet_file_that_is_not_utf_8_is_placed(tmp_path: Path) -> None:
-    column = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4)), pa.py_buffer(b"a\xff\xfeb")])
+    column = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4)), pa.py_buffer(b"a\xff\xfeb")]
+    )
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     records = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
     assert [records[0], records[2]] == ["a", "b"]
@@ -408,7 +424,7 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
 
 
 def test_what_is_said_where_the_hub_cannot_be_reached() -> None:
-    from preprocess.hub import unreachable
+    from amlaunch.preprocess.sources.hub import unreachable
 
     message = unreachable(Preprocess(dataset="HuggingFaceFW/fineweb"), ConnectionError("no route"))
     for word in ("HuggingFaceFW/fineweb", "no route", "HF_HOME", "data_files", "DIR"):
@@ -422,7 +438,9 @@ def test_json_is_read_as_lines_not_as_one_value(tmp_path: Path) -> None:
 
 json_like = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["text", "a", "\ud800"]), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["text", "a", "\ud800"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -430,11 +448,40 @@ json_like = st.recursive(
 @settings(deadline=None, max_examples=300)
 @given(
     st.one_of(
-        st.builds(lambda value, ascii_: json.dumps(value, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"), json_like, st.booleans()),
-        st.lists(st.sampled_from([b'{"text":', b'"a', b'"', b"}", b"{", b",", b"\\ud800", b"\\udc00", b"\xed\xa0\x80", b"\xff", b"\t", b"\r", b"\x00", b"NaN", b" ", b"\xef\xbb\xbf", b"1e999"]), max_size=9).map(b"".join),
+        st.builds(
+            lambda value, ascii_: json.dumps(value, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"),
+            json_like,
+            st.booleans(),
+        ),
+        st.lists(
+            st.sampled_from(
+                [
+                    b'{"text":',
+                    b'"a',
+                    b'"',
+                    b"}",
+                    b"{",
+                    b",",
+                    b"\\ud800",
+                    b"\\udc00",
+                    b"\xed\xa0\x80",
+                    b"\xff",
+                    b"\t",
+                    b"\r",
+                    b"\x00",
+                    b"NaN",
+                    b" ",
+                    b"\xef\xbb\xbf",
+                    b"1e999",
+                ]
+            ),
+            max_size=9,
+        ).map(b"".join),
     )
 )
-def test_json_lines_give_the_same_with_and_without_orjson(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
+def test_json_lines_give_the_same_with_and_without_orjson(
+    tmp_path_factory: pytest.TempPathFactory, line: bytes
+) -> None:
     """What orjson takes, the standard library takes, and gives the same; what it refuses, the standard library decides."""
     orjson = pytest.importorskip("orjson", reason="the extra fast is not installed")
     folder = tmp_path_factory.mktemp("json")
@@ -442,7 +489,7 @@ def test_json_lines_give_the_same_with_and_without_orjson(tmp_path_factory: pyte
     piece = Slice(open_files(Preprocess(data_files=f"{folder}/*")).files[0])
     found = list(read(piece, Preprocess()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.readers.fast_json", lambda: json.loads)
+        patch.setattr("amlaunch.preprocess.sources.readers.fast_json", lambda: json.loads)
         assert list(read(piece, Preprocess())) == found
     assert found[0] == "first" and len(found) == 1 + bool(line.strip()) and fast_json() is orjson.loads
 

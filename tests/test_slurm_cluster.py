@@ -72,10 +72,10 @@ def test_ib0_carries_ipv6_and_nothing_else(cluster: Cluster) -> None:
 
 
 def test_python_and_the_checkout_are_there_on_every_node(cluster: Cluster) -> None:
-    show = "import recipes; print(recipes.__file__)"
+    show = "import amlaunch; print(amlaunch.__file__)"
     nodes = ["--partition=gpu", "--nodes=2", "--ntasks-per-node=1"]
     seen = cluster.run("srun", *nodes, cluster.python, "-P", "-c", show).stdout.splitlines()
-    assert seen == [str(REPOSITORY / "recipes" / "__init__.py")] * 2
+    assert seen == [str(REPOSITORY / "src" / "amlaunch" / "__init__.py")] * 2
 
 
 @pytest.mark.parametrize(

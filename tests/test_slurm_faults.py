@@ -37,7 +37,9 @@ def test_the_controller_stops_for_a_while_and_status_stays_true(place: Place, cl
     assert element(asked, "train")["state"] in (("done",) if trained else ("unknown", "running"))
     assert element(asked, "export")["state"] in ("unknown", "queued")
     refused = place.amlaunch("retry", "test-1", check=False)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr, "nothing is submitted on a guess"
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr, (
+        "nothing is submitted on a guess"
+    )
     deadline = time.monotonic() + 40
     while not run.element("train", "0").done.exists():
         assert time.monotonic() < deadline
@@ -98,7 +100,10 @@ def test_a_submitter_killed_at_any_moment_then_the_same_command(place: Place) ->
         place.amlaunch("retry", f"kill-{i}")
     for name, run in runs.items():
         assert states(place.wait(name, 120)) == {"preprocess": ["done", "done"], "train": ["done"]}
-        begun = [len(attempts(run, stage, element)) for stage, element in (("preprocess", "0"), ("preprocess", "1"), ("train", "0"))]
+        begun = [
+            len(attempts(run, stage, element))
+            for stage, element in (("preprocess", "0"), ("preprocess", "1"), ("train", "0"))
+        ]
         assert begun == [1, 1, 1], (name, begun, jobs_of(place, name))
     assert not place.queued()
 
@@ -115,7 +120,11 @@ def test_two_submits_of_one_run_at_once(place: Place) -> None:
 def test_an_array_larger_than_slurm_allows_is_cut(place: Place) -> None:
     place.stand_in(("preprocess", [[]] * 1100, CPU), ("train", [[]], CPU), throttle=1)
     made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)["submitted"]
-    assert [(one["stage"], len(one["elements"])) for one in made] == [("preprocess", 1001), ("preprocess", 99), ("train", 1)]
+    assert [(one["stage"], len(one["elements"])) for one in made] == [
+        ("preprocess", 1001),
+        ("preprocess", 99),
+        ("train", 1),
+    ]
     train = place.cluster.run("scontrol", "show", "job", f"{made[2]['job']}_0").stdout
     assert all(f"afterok:{one['job']}_*" in train for one in made[:2]), "it waits for both parts"
     found = place.status("test-1")
@@ -129,7 +138,9 @@ def test_a_job_that_another_submit_replaced_does_nothing(place: Place) -> None:
     place.amlaunch("retry", "test-1")
     place.wait("test-1")
     folder = next(run.jobs.glob("001-*"))
-    again = place.cluster.run("sbatch", "--parsable", "--wait", folder / "script.sh", cwd=place.folder, env=place.env, check=False, timeout=60)
+    again = place.cluster.run(
+        "sbatch", "--parsable", "--wait", folder / "script.sh", cwd=place.folder, env=place.env, check=False, timeout=60
+    )
     assert again.returncode != 0 and len(attempts(run, "train")) == 1
     assert "another submit took its place" in (folder / f"{again.stdout.strip()}_0.log").read_text()
 

@@ -14,9 +14,9 @@ from slurm_cluster import Cluster
 from slurm_runs import CPU, TWO_ON_GPU, Place, attempts, element, states
 from test_e2e import TINY, write_text
 
-from launcher.plan import Needs
-from recipes.files import read_json_lines
-from recipes.rundir import RunDir
+from amlaunch.launcher.specs.plan import Needs
+from amlaunch.recipes.files import read_json_lines
+from amlaunch.recipes.run_layout import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,17 @@ def run_dir(place: Place, start: str) -> RunDir:
 
 
 def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
-    made = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2", "--json").stdout)
-    assert [(one["stage"], len(one["elements"])) for one in made["submitted"]] == [("preprocess", 2), ("verify", 1), ("train", 1), ("export", 1)]
+    made = json.loads(
+        tiny.amlaunch(
+            "submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2", "--json"
+        ).stdout
+    )
+    assert [(one["stage"], len(one["elements"])) for one in made["submitted"]] == [
+        ("preprocess", 2),
+        ("verify", 1),
+        ("train", 1),
+        ("export", 1),
+    ]
     again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
     assert "already on their way, left alone" in again and len(set(tiny.queued())) <= 4, "nothing is submitted twice"
     found = tiny.wait("tiny", 180)
@@ -74,7 +83,16 @@ def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
 
 
 def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
-    words = ["--name", "sweep", "--sweep", "optimizer.lr=1e-2", "--sweep", "seed=1,2", "--step_scheduler.max_steps", "2"]
+    words = [
+        "--name",
+        "sweep",
+        "--sweep",
+        "optimizer.lr=1e-2",
+        "--sweep",
+        "seed=1,2",
+        "--step_scheduler.max_steps",
+        "2",
+    ]
     words += ["--validation_dataset", "null", "--export", "null", "--resources.train.tasks_per_node", "1"]
     made = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--json").stdout)
     by_stage = {one["stage"]: one["elements"] for one in made["submitted"]}
@@ -82,16 +100,26 @@ def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
     found = tiny.wait("sweep", 180)
     assert set(states(found)["train"]) == {"done"}
     assert [one["title"] for one in found["stages"][2]["elements"]][1] == "--optimizer.lr=0.01 --seed=2"
-    assert all(one["attempts"] == 1 for one in found["stages"][0]["elements"]), "made once, for all runs with the same text"
+    assert all(one["attempts"] == 1 for one in found["stages"][0]["elements"]), (
+        "made once, for all runs with the same text"
+    )
 
 
 def test_the_code_that_runs_is_the_code_at_submit_time(tiny: Place) -> None:
     """The model's file is changed while its job waits."""
     model = "import torch\ndef build(vocab: int = 50304):\n    print('MODEL {0}')\n    return torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Linear(8, vocab))\n"
     tiny.write("my_model.py", model.format("before"))
-    tiny.write("mine.yaml", TINY.split("model:")[0].replace("name: tiny", "name: mine") + "model: {_target_: 'my_model.py:build'}\ndataset: {seq_len: 16}\nexport: null\nstep_scheduler: {max_steps: 2, global_batch_size: 4}\n")
-    tiny.cluster.run("scontrol", "create", "reservation", check=False)  # nothing: lab may not; the nodes are kept busy instead
-    busy = tiny.cluster.run("sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 60").stdout.strip()
+    tiny.write(
+        "mine.yaml",
+        TINY.split("model:")[0].replace("name: tiny", "name: mine")
+        + "model: {_target_: 'my_model.py:build'}\ndataset: {seq_len: 16}\nexport: null\nstep_scheduler: {max_steps: 2, global_batch_size: 4}\n",
+    )
+    tiny.cluster.run(
+        "scontrol", "create", "reservation", check=False
+    )  # nothing: lab may not; the nodes are kept busy instead
+    busy = tiny.cluster.run(
+        "sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 60"
+    ).stdout.strip()
     tiny.amlaunch("submit", "mine.yaml", "--cluster", "lab", "--resources.train.tasks_per_node", "1")
     tiny.write("my_model.py", model.format("after"))
     tiny.cluster.run("scancel", busy)
@@ -121,14 +149,22 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
 @pytest.mark.parametrize(
     ("words", "profile", "message"),
     [
-        (["--model.n_layr", "6"], "", "model.n_layr: unknown key of trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?"),
+        (
+            ["--model.n_layr", "6"],
+            "",
+            "model.n_layr: unknown key of amlaunch.trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?",
+        ),
         ([], "  partition: gpuu\n", "partition 'gpuu' does not exist here; did you mean 'gpu'?"),
         ([], "  partition: closed\n", "partition closed is for the accounts nobody alone"),
         ([], "  account: labb\n", "account 'labb' is not yours; did you mean 'lab'?"),
         ([], "  qos: hihg\n", "qos 'hihg' is not yours; did you mean 'high'?"),
         (["--resources.train.time", "00:01:00"], "", "nothing is left to work in"),
         (["--resources.train.time", "20"], "  partition: short\n", "partition short allows 10:00"),
-        (["--resources.train.gpus_per_node", "16"], "  partition: gpu\n", "gpus_per_node is 16, a node of partition gpu has 8"),
+        (
+            ["--resources.train.gpus_per_node", "16"],
+            "  partition: gpu\n",
+            "gpus_per_node is 16, a node of partition gpu has 8",
+        ),
         (["--resources.train.nodes", "3"], "", "resources.train.nodes is 3, partition cpu has 2"),
         (["--resources.train.cpus", "99"], "", "cpus is 99, a node of partition cpu has 32"),
         (["--resources.train.mem", "900G"], "", "mem is 900G, a node of partition cpu has"),
@@ -141,7 +177,9 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
         (["--cluster", "labb"], "", "did you mean 'lab'?"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_submitted(tiny: Place, words: list[str], profile: str, message: str) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_submitted(
+    tiny: Place, words: list[str], profile: str, message: str
+) -> None:
     there = {path.name for path in tiny.folder.iterdir()}
     runs = set((tiny.folder / "runs").glob("*"))
     clusters = tiny.write("wrong.yaml", f"lab:\n  signal_seconds: 60\n{profile}")
@@ -161,7 +199,9 @@ def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> Non
         clusters = tiny.write("roots.yaml", f"lab: {{signal_seconds: 60, shared_roots: [{full}]}}\n")
         words = ["submit", "tiny.yaml", "--cluster", str(clusters), "--runs", f"{full}/runs", "--name", "full"]
         found = tiny.amlaunch(*words, check=False)
-        assert found.returncode == 2 and ("No space left" in found.stderr or "GB are free" in found.stderr), found.stderr
+        assert found.returncode == 2 and ("No space left" in found.stderr or "GB are free" in found.stderr), (
+            found.stderr
+        )
         tiny.cluster.run("rm", f"{full}/fill")
         found = tiny.amlaunch(*words, "--model.n_embd", "4096", "--model.n_layer", "48", check=False)
         assert found.returncode == 2 and "the run will need about" in found.stderr
@@ -182,17 +222,26 @@ def test_a_failed_element_is_retried_alone(place: Place) -> None:
     """While a sibling still runs: of the array that failed only the end can be waited for, and the job looks for itself."""
     run = place.stand_in(("preprocess", [[], ["--do", "once"], ["--do", "steps"]], CPU), ("train", [[]], CPU))
     place.amlaunch("retry", "test-1")
-    beside = {"preprocess": ["done", "failed", "running"], "train": ["queued"]}  # Slurm sees that it never starts once the array has ended
-    found = place.wait_until("test-1", lambda found: states(found) == beside and element(found, "preprocess", 2)["progress"].get("done"))
+    beside = {
+        "preprocess": ["done", "failed", "running"],
+        "train": ["queued"],
+    }  # Slurm sees that it never starts once the array has ended
+    found = place.wait_until(
+        "test-1", lambda found: states(found) == beside and element(found, "preprocess", 2)["progress"].get("done")
+    )
     failed = element(found, "preprocess", 1)
     assert (failed["rank"], failed["host"], failed["reason"]) == (0, failed["nodes"], "rank 0 exited with code 1")
     shown = place.amlaunch("status", "test-1").stdout
-    assert "not this time" in shown and "retry test-1" in shown and failed["host"] in shown, "the log's last lines, and what to type"
+    assert "not this time" in shown and "retry test-1" in shown and failed["host"] in shown, (
+        "the log's last lines, and what to type"
+    )
     made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
     assert [(one["stage"], one["elements"]) for one in made["submitted"]] == [("preprocess", ["1"]), ("train", ["0"])]
     waits = json.loads((run.jobs / "004-train" / "submission.json").read_text())
     old = failed["job"].split("_")[0]
-    assert waits["after"] == [f"afterok:{made['submitted'][0]['job']}", f"afterany:{old}"] and waits["inputs"] == ["preprocess"]
+    assert waits["after"] == [f"afterok:{made['submitted'][0]['job']}", f"afterany:{old}"] and waits["inputs"] == [
+        "preprocess"
+    ]
     place.cluster.run("scancel", f"{old}_2")
     found = place.wait("test-1", code=75)
     assert states(found)["preprocess"][:2] == ["done"] * 2 and states(found)["train"] == ["cancelled"]
@@ -231,7 +280,7 @@ def test_variables_of_an_enclosing_job_do_not_leak(place: Place) -> None:
 def test_from_inside_an_allocation(place: Place) -> None:
     run = place.stand_in(("train", [[]], Needs(1, 0, 2, 2, "200M", 5)))
     inside = ["srun", "-p", "gpu", "-N2", "-n2", "--ntasks-per-node=1", "--mem=500M", "sh", "-c"]
-    once = f'[ "$SLURM_PROCID" = 0 ] || exit 0; exec {place.cluster.python} -P -m launcher retry test-1'
+    once = f'[ "$SLURM_PROCID" = 0 ] || exit 0; exec {place.cluster.python} -P -m amlaunch.launcher retry test-1'
     place.cluster.run(*inside, once, cwd=place.folder, env=place.env, timeout=90)
     place.wait("test-1")
     assert "rank 1 of 2 on cpu1" in run.element("train", "0").log(1, 1).read_text()
@@ -261,8 +310,21 @@ def test_paths_are_quoted(cluster: Cluster, name: str) -> None:
 
 def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
     secret = "hunter2-do-not-tell"
-    tiny.write("secret.yaml", TINY.replace("name: tiny", "name: secret") + "container: {env: {MY_TOKEN: '${SECRET_X}'}}\n")
-    words = ["submit", "secret.yaml", "--cluster", "lab", "--step_scheduler.max_steps", "2", "--export", "null", "--validation_dataset", "null"]
+    tiny.write(
+        "secret.yaml", TINY.replace("name: tiny", "name: secret") + "container: {env: {MY_TOKEN: '${SECRET_X}'}}\n"
+    )
+    words = [
+        "submit",
+        "secret.yaml",
+        "--cluster",
+        "lab",
+        "--step_scheduler.max_steps",
+        "2",
+        "--export",
+        "null",
+        "--validation_dataset",
+        "null",
+    ]
     words += ["--resources.train.tasks_per_node", "1"]
     env = {"SECRET_X": secret, "WANDB_API_KEY": secret, "HF_TOKEN": secret}
     assert secret not in (dry := tiny.amlaunch(*words, "--dry-run", **env)).stdout + dry.stderr
@@ -274,8 +336,16 @@ def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
     assert not any(secret.encode() in command for command in commands), seen
     tiny.wait("secret", 90)
     run = run_dir(tiny, "secret")
-    assert stat.S_IMODE(run.environment.stat().st_mode) == 0o600 and json.loads(run.environment.read_text())["SECRET_X"] == secret
-    places = [path for folder in (run.root, run.shared.resolve()) for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert (
+        stat.S_IMODE(run.environment.stat().st_mode) == 0o600
+        and json.loads(run.environment.read_text())["SECRET_X"] == secret
+    )
+    places = [
+        path
+        for folder in (run.root, run.shared.resolve())
+        for path in folder.rglob("*")
+        if path.is_file() and secret.encode() in path.read_bytes()
+    ]
     assert places == [run.environment]
     for job in jobs:
         for question in ("--env-vars", "--batch-script"):
@@ -309,7 +379,9 @@ def test_cancel_and_go_on(place: Place) -> None:
     place.amlaunch("retry", "test-1")
     place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) > saved)
     place.amlaunch("cancel", "test-1")
-    place.wait_until("test-1", lambda found: found["state"] == "cancelled" or states(found)["preprocess"][0] == "stopped", 40)
+    place.wait_until(
+        "test-1", lambda found: found["state"] == "cancelled" or states(found)["preprocess"][0] == "stopped", 40
+    )
     begun = len(attempts(run, "preprocess"))
     time.sleep(12)  # longer than a requeue takes
     assert not place.queued() and len(attempts(run, "preprocess")) == begun, "a cancelled job does not come back"
@@ -352,7 +424,9 @@ def test_status_is_one_squeue_and_at_most_one_sacct_for_all_terminals(place: Pla
     tools = place.folder / "tools"
     tools.mkdir()
     for name in ("squeue", "sacct"):
-        place.write(f"tools/{name}", f'#!/bin/sh\necho {name} >> {place.folder}/calls\nexec /usr/bin/{name} "$@"\n').chmod(0o755)
+        place.write(
+            f"tools/{name}", f'#!/bin/sh\necho {name} >> {place.folder}/calls\nexec /usr/bin/{name} "$@"\n'
+        ).chmod(0o755)
     env = {"PATH": f"{tools}:{place.cluster.python.parent}:/usr/bin:/bin"}
     (place.folder / "calls").touch()
     os.chmod(place.folder / "calls", 0o666)
@@ -365,7 +439,9 @@ def test_status_is_one_squeue_and_at_most_one_sacct_for_all_terminals(place: Pla
     for _ in range(3):
         place.amlaunch("status", **env)
         place.amlaunch("status", "one-1", "--json", **env)
-    assert (place.folder / "calls").read_text().split() == ["squeue"], "nothing to ask accounting about: the driver left its word"
+    assert (place.folder / "calls").read_text().split() == ["squeue"], (
+        "nothing to ask accounting about: the driver left its word"
+    )
 
 
 def test_status_without_slurm_says_what_it_knows(place: Place) -> None:
@@ -376,7 +452,9 @@ def test_status_without_slurm_says_what_it_knows(place: Place) -> None:
     bare.mkdir()
     found = place.amlaunch("status", "test-1", "--json", PATH=str(bare), XDG_CACHE_HOME=str(bare))
     lost = element(json.loads(found.stdout)[0], "train")
-    assert lost["state"] == "unknown" and "last sign of life" in lost["reason"] and "squeue: not found" in lost["reason"]
+    assert (
+        lost["state"] == "unknown" and "last sign of life" in lost["reason"] and "squeue: not found" in lost["reason"]
+    )
     assert states(json.loads(found.stdout)[0])["preprocess"] == ["done"], "markers need no Slurm"
 
 
@@ -387,7 +465,10 @@ def test_a_vanished_job_is_explained_by_accounting(place: Place) -> None:
     place.wait_until("test-1", lambda found: element(found, "train")["attempts"])
     place.cluster.on("cpu1", "kill", "-9", str(attempts(run, "train")[0]["pid"]))
     found = place.wait_until("test-1", lambda found: element(found, "train")["state"] not in ("running", "queued"))
-    assert element(found, "train")["state"] == "failed" and "without a word from the driver" in element(found, "train")["reason"]
+    assert (
+        element(found, "train")["state"] == "failed"
+        and "without a word from the driver" in element(found, "train")["reason"]
+    )
 
 
 def test_an_environment_that_nodes_do_not_have(place: Place) -> None:
@@ -423,12 +504,30 @@ class TestRendezvous:
         run = place.stand_in(("train", [["--print", "MASTER_PORT", "--do", "linger"]] * 2, CPU))
         place.amlaunch("retry", "test-1")
         place.wait("test-1")
-        ports = {line for name in "01" for line in run.element("train", name).log(1, 0).read_text().splitlines() if line.startswith("MASTER_PORT")}
+        ports = {
+            line
+            for name in "01"
+            for line in run.element("train", name).log(1, 0).read_text().splitlines()
+            if line.startswith("MASTER_PORT")
+        }
         assert len(ports) == 2
 
     def test_over_an_interface_with_nothing_but_ipv6(self, tiny: Place) -> None:
         tiny.write("ipv6.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib0\n"))
-        words = ["--name", "ipv6", "--resources.train.tasks_per_node", "1", "--resources.train.gpus_per_node", "1", "--step_scheduler.max_steps", "2", "--validation_dataset", "null", "--export", "null"]
+        words = [
+            "--name",
+            "ipv6",
+            "--resources.train.tasks_per_node",
+            "1",
+            "--resources.train.gpus_per_node",
+            "1",
+            "--step_scheduler.max_steps",
+            "2",
+            "--validation_dataset",
+            "null",
+            "--export",
+            "null",
+        ]
         tiny.amlaunch("submit", "tiny.yaml", "--cluster", "ipv6.yaml", *ON_GPUS, "--resources.train.nodes", "2", *words)
         assert states(tiny.wait("ipv6", 120))["train"] == ["done"]
         tiny.write("none.yaml", CLUSTERS.replace("lab:\n", "lab:\n  interface: ib7\n"))

@@ -13,9 +13,9 @@ from slurm_cluster import Cluster
 from slurm_runs import CPU, STEPS, TWO_ON_GPU, Place, at_step, attempts, element, states
 from test_e2e import TINY, write_text
 
-from launcher.plan import Needs
-from recipes.files import read_json_lines
-from recipes.rundir import RunDir
+from amlaunch.launcher.specs.plan import Needs
+from amlaunch.recipes.files import read_json_lines
+from amlaunch.recipes.run_layout import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -61,19 +61,29 @@ def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cl
     # Slurm looks every half minute, and warns at the first look at which not half a minute more is left than was asked for:
     # an attempt has a minute, of which it needs a part to begin
     place.write("clusters.yaml", "lab: {signal_seconds: 30, mem: 3G, time: 2}\n")
-    place.amlaunch("submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", "--resources.train.time", "10", SLOW="0")
+    place.amlaunch(
+        "submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", "--resources.train.time", "10", SLOW="0"
+    )
     place.amlaunch("submit", "limit.yaml", "--cluster", "lab", SLOW="0.8")
     place.wait("limit", 600)
     place.amlaunch("wait", "limit", "--runs", "reference/runs", timeout=200)
-    (disturbed,), (plain,) = ([RunDir(path) for path in (place.folder / runs).glob("limit-*")] for runs in ("runs", "reference/runs"))
+    (disturbed,), (plain,) = (
+        [RunDir(path) for path in (place.folder / runs).glob("limit-*")] for runs in ("runs", "reference/runs")
+    )
     begun = attempts(disturbed, "train")
     assert len(begun) >= 2 and len(attempts(plain, "train")) == 1, "at least one requeue"
-    assert {start["job"] for start in begun} == {begun[0]["job"]} and [start["restarts"] for start in begun] == list(range(len(begun)))
+    assert {start["job"] for start in begun} == {begun[0]["job"]} and [start["restarts"] for start in begun] == list(
+        range(len(begun))
+    )
     ends = [line for line in read_json_lines(disturbed.element("train", "0").attempts) if line["event"] == "end"]
     assert all(end["reason"].startswith("the time limit is near") for end in ends[:-1])
 
     def losses(run: RunDir) -> list[tuple[int, str]]:
-        return [(line["step"], line["loss"].hex()) for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
+        return [
+            (line["step"], line["loss"].hex())
+            for line in read_json_lines(run.element("train", "0").metrics)
+            if "loss" in line
+        ]
 
     assert len(losses(plain)) == 60 and losses(disturbed) == losses(plain)
     saved = [sorted(path.name for path in run.checkpoints("0").glob("step-*"))[-1] for run in (disturbed, plain)]
@@ -105,7 +115,9 @@ def _preempt(place: Place, run: RunDir, partition: str) -> None:
     run.plan.write_text(json.dumps(plan))
     place.amlaunch("retry", "test-1")
     place.wait_until("test-1", lambda found: at_step(found, "train", 3))
-    place.cluster.run("sbatch", "-p", "gpu", "-w", "gpu1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 4", cwd=place.folder)
+    place.cluster.run(
+        "sbatch", "-p", "gpu", "-w", "gpu1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 4", cwd=place.folder
+    )
     place.wait_until("test-1", lambda found: element(found, "train")["state"] == "queued", 40)
     found = place.wait("test-1", 120)
     assert states(found)["train"] == ["done"] and len(attempts(run, "train")) == 2
@@ -139,8 +151,12 @@ def test_a_node_that_crashes_in_training_and_another_in_preprocessing(place: Pla
         cluster.crash(node)
     assert states(place.wait("makes-1", 150)) == {"preprocess": ["done", "done"], "train": ["done"]}
     assert states(place.wait("trains-1", 150)) == {"train": ["done"]}
-    assert {start["host"] for start in attempts(makes, "preprocess")} == {"cpu1", "cpu2"} and len(attempts(makes, "preprocess", "1")) == 1
-    assert {start["host"] for start in attempts(trains, "train")} == {"gpu1", "gpu2"}, "it went on on the node that is left"
+    assert {start["host"] for start in attempts(makes, "preprocess")} == {"cpu1", "cpu2"} and len(
+        attempts(makes, "preprocess", "1")
+    ) == 1
+    assert {start["host"] for start in attempts(trains, "train")} == {"gpu1", "gpu2"}, (
+        "it went on on the node that is left"
+    )
     for run, stage in ((makes, "preprocess"), (trains, "train")):
         assert steps_made(run, stage) == list(range(1, LAST + 1)), "what was saved was not made again"
 
@@ -166,7 +182,9 @@ def test_ranks_that_hang_are_ended_and_tried_elsewhere_but_not_for_ever(place: P
 
 
 def test_an_error_of_the_network_is_tried_on_another_node(place: Place) -> None:
-    run = place.stand_in(("train", [["--do", "say", "--on", "gpu1", "--words", "ncclRemoteError: a remote process exited"]], TWO_ON_GPU))
+    run = place.stand_in(
+        ("train", [["--do", "say", "--on", "gpu1", "--words", "ncclRemoteError: a remote process exited"]], TWO_ON_GPU)
+    )
     place.amlaunch("retry", "test-1")
     assert states(place.wait("test-1", 90)) == {"train": ["done"]}
     assert [start["host"] for start in attempts(run, "train")] == ["gpu1", "gpu2"]
@@ -174,14 +192,20 @@ def test_an_error_of_the_network_is_tried_on_another_node(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [("OSError: [Errno 28] No space left on device", "amlaunch clean"), ("torch.OutOfMemoryError: CUDA out of memory", "local_batch_size"), ("ValueError: boom", "exited with code 1")],
+    [
+        ("OSError: [Errno 28] No space left on device", "amlaunch clean"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "local_batch_size"),
+        ("ValueError: boom", "exited with code 1"),
+    ],
 )
 def test_what_another_try_cannot_mend_is_not_tried(place: Place, words: str, hint: str) -> None:
     run = place.stand_in(("train", [["--do", "say", "--words", words]], CPU), ("export", [[]], CPU))
     place.amlaunch("retry", "test-1")
     found = place.wait("test-1", 60, code=1)
     assert hint in element(found, "train")["reason"] and len(attempts(run, "train")) == 1
-    assert states(found)["export"] == ["cancelled"] and not attempts(run, "export"), "a failed stage never lets its successor start"
+    assert states(found)["export"] == ["cancelled"] and not attempts(run, "export"), (
+        "a failed stage never lets its successor start"
+    )
 
 
 def test_more_memory_than_was_asked_for(place: Place) -> None:

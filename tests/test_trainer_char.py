@@ -15,13 +15,13 @@ import yaml
 from test_trainer_runs import TIGHT, on_cpu
 from trainer_runs import Run
 
-from preprocess.shards import HEADER_BYTES, write_shard
-from preprocess.tokenizer import load_tokenizer
-from recipes.errors import OK
-from recipes.loader import load
-from recipes.shipped import find_recipe
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.order import permute
+from amlaunch.preprocess.shards.shard_format import HEADER_BYTES, write_shard
+from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+from amlaunch.recipes.errors import OK
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.shipped import find_recipe
+from amlaunch.trainer.data.sample_order import permute
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
 
 __all__ = ["on_cpu"]  # an autouse fixture
 STEPS = 50
@@ -45,7 +45,9 @@ def by_hand(path: Path, tokens: int) -> list[tuple[float, float]]:
     windows = (tokens - 1) // BLOCK
     order = permute(np.arange(windows), windows, SEED, 0)
     torch.manual_seed(SEED)
-    model = build_gpt2_model(vocab_size=128, n_positions=BLOCK, n_embd=128, n_layer=4, n_head=4, activation="gelu").double()
+    model = build_gpt2_model(
+        vocab_size=128, n_positions=BLOCK, n_embd=128, n_layer=4, n_head=4, activation="gelu"
+    ).double()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -81,7 +83,11 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     recipe = find_recipe("char")
     run = Run(tmp_path / "run", yaml.safe_load(recipe.read_text()))
     shutil.copy(recipe, run.folder / "recipe.yaml")
-    wishes = {"distributed.dtype": "float64", "dataset.file_pattern": str(tmp_path / "text.bin"), "validation_dataset": "null"}
+    wishes = {
+        "distributed.dtype": "float64",
+        "dataset.file_pattern": str(tmp_path / "text.bin"),
+        "validation_dataset": "null",
+    }
     words = [word for key, value in wishes.items() for word in (f"--{key}", value)]
     assert run.here("--step_scheduler.max_steps", str(STEPS), *words) == OK
     expected = by_hand(tmp_path / "text.bin", tokens)
@@ -91,8 +97,13 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path: Path) -> None:
 
 
 def test_the_recipe_has_nanogpts_learning_rates() -> None:
-    from trainer.optim import Schedule
+    from amlaunch.trainer.optim.optimizers import Schedule
 
     recipe = load(find_recipe("char")).recipe
     schedule = Schedule(recipe.lr_scheduler, recipe.optimizer["lr"], recipe.step_scheduler.max_steps or 0)
-    assert np.allclose([schedule.rate(step + 1) for step in range(2000)], [nanogpt_rate(step) for step in range(2000)], rtol=1e-13, atol=0)
+    assert np.allclose(
+        [schedule.rate(step + 1) for step in range(2000)],
+        [nanogpt_rate(step) for step in range(2000)],
+        rtol=1e-13,
+        atol=0,
+    )

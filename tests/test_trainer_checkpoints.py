@@ -24,11 +24,11 @@ import torch.distributed.checkpoint as dcp
 from test_trainer_runs import TIGHT, make, on_cpu, same_bits, same_weights, weights
 from trainer_runs import Run, killed_at, recipe
 
-from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
-from recipes.loader import load
-from trainer import checkpoint
-from trainer.job import build_model
-from trainer.saving import superfluous
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
+from amlaunch.recipes.format.loader import load
+from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.checkpoints.saver import superfluous
+from amlaunch.trainer.loop.job import build_model
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
@@ -65,7 +65,9 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
     first = sorted({phase: phases.index(phase) for phase in reversed(phases)}.values())
     assert len(first) > 15 and "os.rename step-00000004.tmp" in phases, phases
     runs = [make(tmp_path, f"killed{number}", **SHORT) for number in first]
-    for some in (runs[i : i + 4] for i in range(0, len(runs), 4)):  # a few at once: they wait for processes more than they compute
+    for some in (
+        runs[i : i + 4] for i in range(0, len(runs), 4)
+    ):  # a few at once: they wait for processes more than they compute
         for run in some:
             run.start(prepare={0: functools.partial(killed_at, int(run.folder.name.removeprefix("killed")), 4)})
         assert [run.wait()[0] for run in some] == [[-signal.SIGKILL]] * len(some)
@@ -75,7 +77,9 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
         assert [run.wait()[0] for run in some] == [[OK]] * len(some)
     for number, killed in zip(first, runs, strict=True):
         same_bits(straight, killed)
-        assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["latest", "lock", "step-00000006"], phases[number]
+        assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["latest", "lock", "step-00000006"], (
+            phases[number]
+        )
 
 
 def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_on(tmp_path: Path) -> None:
@@ -117,11 +121,15 @@ def damage(path: Path, harm: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     else:
         middle = max(0, len(content) // 2 - 32)
-        path.write_bytes(content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :])
+        path.write_bytes(
+            content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :]
+        )
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(straight_and_half: tuple[Run, Run], tmp_path: Path, ranks: int) -> None:
+def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(
+    straight_and_half: tuple[Run, Run], tmp_path: Path, ranks: int
+) -> None:
     straight, half = straight_and_half
     harmed = copy_of(half, tmp_path / "harmed")
     damage(checkpoint.folder_of(harmed.checkpoints, 12) / "__0_0.distcp", "flip")
@@ -133,11 +141,19 @@ def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(straight
         assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
         assert same_weights(straight, harmed)
     assert np.abs(np.array(harmed.column("loss")) / straight.column("loss") - 1).max() < TIGHT
-    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == ["best", "latest", "lock", "step-00000016", "step-00000020"]
+    assert sorted(path.name for path in harmed.checkpoints.iterdir()) == [
+        "best",
+        "latest",
+        "lock",
+        "step-00000016",
+        "step-00000020",
+    ]
     assert (harmed.checkpoints / "latest").read_text() == "step-00000020\n"
 
 
-def test_where_all_are_damaged_it_begins_anew(straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_all_are_damaged_it_begins_anew(
+    straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     straight, half = straight_and_half
     harmed = copy_of(half, tmp_path / "harmed")
     for folder in checkpoint.listed(harmed.checkpoints):
@@ -155,13 +171,20 @@ def in_safetensors(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLAUNCH_DEVICE", "cpu")
         section = {"model_save_format": "safetensors", "save_consolidated": True}
-        run = make(tmp_path_factory.mktemp("formats"), "both", **{**SHORT, "model": {}, "checkpoint": section}, distributed={"dtype": "float32"})
+        run = make(
+            tmp_path_factory.mktemp("formats"),
+            "both",
+            **{**SHORT, "model": {}, "checkpoint": section},
+            distributed={"dtype": "float32"},
+        )
         assert run.here() == OK
     return run
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "delete"])
-def test_every_file_of_a_checkpoint_is_verified_and_named(in_safetensors: Run, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_file_of_a_checkpoint_is_verified_and_named(
+    in_safetensors: Run, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = copy_of(in_safetensors, tmp_path / "copy")
     newest, before = checkpoint.listed(run.checkpoints)
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
@@ -176,7 +199,9 @@ def test_every_file_of_a_checkpoint_is_verified_and_named(in_safetensors: Run, t
     assert checkpoint.alone(run.checkpoints).folder == newest
 
 
-def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_other(in_safetensors: Run, tmp_path: Path) -> None:
+def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_other(
+    in_safetensors: Run, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     plain = make(tmp_path, "plain", **{**SHORT, "model": {}}, distributed={"dtype": "float32"})
@@ -184,17 +209,31 @@ def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_ot
     same_bits(plain, in_safetensors)
     crossed = make(tmp_path, "crossed", **{**SHORT, "model": {}, "checkpoint": {}}, distributed={"dtype": "float32"})
     for last, form in ((2, "safetensors"), (4, "torch_save"), (6, "safetensors")):
-        assert crossed.here("--step_scheduler.max_steps", str(last), "--checkpoint.model_save_format", form, "--validation_dataset", "null") == OK
+        assert (
+            crossed.here(
+                "--step_scheduler.max_steps",
+                str(last),
+                "--checkpoint.model_save_format",
+                form,
+                "--validation_dataset",
+                "null",
+            )
+            == OK
+        )
     assert crossed.column("loss") == plain.column("loss") and same_weights(plain, crossed)
     loaded = load(plain.folder / "recipe.yaml")
     ours = build_model(loaded.recipe, loaded.policy).eval()
     checkpoint.load_weights(checkpoint.alone(plain.checkpoints), ours)
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.folder_of(in_safetensors.checkpoints, 6) / "consolidated").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder_of(in_safetensors.checkpoints, 6) / "consolidated"
+    ).eval()
     ids = torch.randint(97, (2, 16))
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
 
 
-def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     four = make(tmp_path, "four", step_scheduler={"max_steps": 4}, lr_scheduler=None, checkpoint={"is_async": False})
     assert four.here() == OK
     late = make(tmp_path, "late", step_scheduler={"max_steps": 8, "ckpt_every_steps": 4}, lr_scheduler=None)
@@ -216,7 +255,9 @@ def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(tmp
 
 def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sections = {"step_scheduler": {"max_steps": 10, "ckpt_every_steps": 1, "val_every_steps": 2}, "lr_scheduler": None}
-    run = make(tmp_path, **sections, checkpoint={"max_recent_checkpoints": 2, "keep_every_steps": 4}, optimizer={"lr": 0.5})
+    run = make(
+        tmp_path, **sections, checkpoint={"max_recent_checkpoints": 2, "keep_every_steps": 4}, optimizer={"lr": 0.5}
+    )
     assert run.here() == OK
     losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
     best = min(losses, key=lambda step: losses[step])
@@ -231,7 +272,11 @@ def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: 
 
 
 def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sections = {"step_scheduler": {"max_steps": 8, "ckpt_every_steps": 2, "val_every_steps": 2}, "lr_scheduler": None, "optimizer": {"lr": 0.3}}
+    sections = {
+        "step_scheduler": {"max_steps": 8, "ckpt_every_steps": 2, "val_every_steps": 2},
+        "lr_scheduler": None,
+        "optimizer": {"lr": 0.3},
+    }
     run = make(tmp_path, **sections, checkpoint={"max_recent_checkpoints": 9})
     assert run.here() == OK
     losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
@@ -246,7 +291,9 @@ def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: py
     assert [path.name for path in run.checkpoints.glob("*.replaced")] == []
 
 
-def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_begins_from_another_ones_checkpoint(
+    straight_and_half: tuple[Run, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     straight, half = straight_and_half
     other = Run(tmp_path / "other", half.tree)
     (other.folder / "stop").touch()
@@ -257,7 +304,11 @@ def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run,
     assert other.here(*wish) == OK
     assert other.column("loss") == straight.column("loss")[8:]
     assert same_weights(straight, other)
-    for where, words in ((str(tmp_path), "no whole checkpoint there"), ("bst", "write auto, latest, best, or"), ("best", "was validated when it was saved")):
+    for where, words in (
+        (str(tmp_path), "no whole checkpoint there"),
+        ("bst", "write auto, latest, best, or"),
+        ("best", "was validated when it was saved"),
+    ):
         fresh = Run(tmp_path / f"fresh-{len(where)}", half.tree)
         assert fresh.here("--checkpoint.restore_from", where) == BAD_INPUT
         assert words in capsys.readouterr().err
@@ -267,7 +318,11 @@ def test_a_run_begins_from_another_ones_checkpoint(straight_and_half: tuple[Run,
 
 
 def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: Path) -> None:
-    run = make(tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 2}, checkpoint={"max_recent_checkpoints": 1})
+    run = make(
+        tmp_path,
+        step_scheduler={"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 2},
+        checkpoint={"max_recent_checkpoints": 1},
+    )
     assert run.here("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
     assert checkpoint.by_validation(run.checkpoints) == []
     assert run.here("--optimizer.lr", "30") == OK  # from here on it gets worse
@@ -281,13 +336,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of four megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is_room(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is_room(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     run.checkpoints.symlink_to(small_disk)
     assert run.here("--step_scheduler.max_steps", "2") == OK
@@ -305,11 +367,15 @@ def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is
     assert run.here() == OK and steps_of(run) == [6, 8]
 
 
-def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     assert run.here("--step_scheduler.max_steps", "2") == OK
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores SIGXFSZ: a write fails, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, before[1])
+    )  # Python ignores SIGXFSZ: a write fails, as on a full disk
     try:
         assert run.here() == FAILED
     finally:
@@ -366,7 +432,9 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     finally:
         first.signal(signal.SIGKILL)
     first.processes[0].wait(20)
-    assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, "killed, it holds nothing any more"
+    assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, (
+        "killed, it holds nothing any more"
+    )
 
 
 def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_spread(tmp_path: Path) -> None:
@@ -393,22 +461,26 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_s
 
 def poison(step: int) -> None:
     """Make the gradient of one step infinite, on this rank alone."""
-    from trainer import forward
+    from amlaunch.trainer.loop import forward_backward
 
-    real = forward.batch_loss
+    real = forward_backward.batch_loss
 
-    def poisoned(job: forward.Job, batch: Any) -> torch.Tensor:
+    def poisoned(job: forward_backward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
 
-    forward.batch_loss = poisoned
+    forward_backward.batch_loss = poisoned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_path: Path, optimizer: str) -> None:
     sections: dict[str, Any] = {"step_scheduler": {"max_steps": 8, "val_every_steps": None}, "lr_scheduler": None}
     if optimizer == "muon":
-        sections["optimizer"] = {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}
+        sections["optimizer"] = {
+            "_target_": "torch.optim.Muon",
+            "lr": 0.02,
+            "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3},
+        }
     alone, spread = make(tmp_path, "alone", **sections), make(tmp_path, "spread", **sections)
     alone.start(prepare={0: functools.partial(poison, 3)})
     spread.start(2, prepare={1: functools.partial(poison, 3)})

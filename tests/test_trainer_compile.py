@@ -26,16 +26,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_runs import Run
 
-from preprocess.shards import write_shard
-from recipes.errors import OK
-from recipes.schema import Compile, Distributed
-from trainer.activations import checkpoint_activations
-from trainer.compiling import CACHE_VARIABLE, compile_model
-from trainer.loss import LinearCrossEntropy, loss_and_gradient, loss_of
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.models.llama import build_llama_model
-from trainer.parallel import World, join, micro_step, spread
-from trainer.ranks import Ranks, from_environment
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.recipes.errors import OK
+from amlaunch.recipes.format.schema import Compile, Distributed
+from amlaunch.trainer.loss import LinearCrossEntropy, loss_and_gradient, loss_of
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.parallel.world import World, join, micro_step, spread
+from amlaunch.trainer.performance.activation_checkpointing import checkpoint_activations
+from amlaunch.trainer.performance.compilation import CACHE_VARIABLE, compile_model
+from amlaunch.trainer.process.rank_environment import Ranks, from_environment
 
 pytestmark = pytest.mark.slow  # tracing takes seconds
 
@@ -44,7 +44,13 @@ LAYERS = 10
 STEPS = 2
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": LAYERS, "n_head": 2},
-    "llama": {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2},
+    "llama": {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+    },
 }
 BUILDERS: dict[str, Any] = {"gpt2": build_gpt2_model, "llama": build_llama_model}
 WIDE = {"vocab_size": 64, "n_positions": 16, "n_embd": 384, "n_layer": 3, "n_head": 2}
@@ -67,7 +73,9 @@ def counting() -> Iterator[CompileCounterWithBackend]:
         torch._dynamo.reset()
 
 
-def train(world: World, section: Distributed, scope: str | None, family: str = "gpt2", sizes: dict[str, Any] | None = None) -> list[float]:
+def train(
+    world: World, section: Distributed, scope: str | None, family: str = "gpt2", sizes: dict[str, Any] | None = None
+) -> list[float]:
     """Losses of a few steps of two micro-batches each; compiled where there is a ``scope``."""
     torch.manual_seed(0)
     bare = BUILDERS[family](**(sizes or TINY[family]))
@@ -115,7 +123,9 @@ def world() -> Iterator[World]:
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 @pytest.mark.parametrize("family", list(BUILDERS))
-def test_blocks_are_one_graph_with_the_same_losses_however_they_are_checkpointed(world: World, family: str, kind: Any) -> None:
+def test_blocks_are_one_graph_with_the_same_losses_however_they_are_checkpointed(
+    world: World, family: str, kind: Any
+) -> None:
     """Red where ``checkpoint`` is a block's ``forward``, which dynamo skips, or where blocks have classes or code of their own."""
     section = Distributed(dtype="float64", activation_checkpointing=kind)
     plain = train(world, section, None, family)
@@ -202,7 +212,9 @@ class Reductions(TorchDispatchMode):
 def reductions(strategy: str) -> list[int]:
     """How often gradients are reduced in a step of one micro-batch, and in one of three."""
     section = Distributed(dtype="float64", strategy=strategy)
-    model = spread(build_gpt2_model(**{**TINY["gpt2"], "n_layer": 2}), section, join(section, from_environment(os.environ)), seed=0)
+    model = spread(
+        build_gpt2_model(**{**TINY["gpt2"], "n_layer": 2}), section, join(section, from_environment(os.environ)), seed=0
+    )
     found = []
     for count in (1, 1, 3):  # DDP finds its buckets in the first
         with Reductions() as seen:
@@ -220,7 +232,9 @@ def test_gradients_are_reduced_in_the_last_micro_batch_alone(two: dict[str, list
         assert one == three > 0
 
 
-def test_a_cache_that_cannot_be_written_is_left_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_cannot_be_written_is_left_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Red where torch is left with it, which ends the run with an error of its own."""
     (tmp_path / "file").touch()
     for folder, there in ((tmp_path / "new" / "cache", True), (tmp_path / "file" / "cache", False)):
@@ -241,14 +255,14 @@ def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:
 
 ROWS: dict[str, Any] = {"vocab_size": 104, "bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {"_target_": "trainer.models.gpt2.build_gpt2_model", "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt2": {"_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model", "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2},
     "llama": {
-        "_target_": "trainer.models.llama.build_llama_model", "max_position_embeddings": 32, "hidden_size": 32, "intermediate_size": 48,
+        "_target_": "amlaunch.trainer.models.llama.build_llama_model", "max_position_embeddings": 32, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     },
 }  # fmt: skip
-CHUNKED = {"_target_": "trainer.loss.LinearCrossEntropy", "vocab_size": 97, "chunk_tokens": 24}
-TORCHS = {"_target_": "trainer.loss.LinearCrossEntropy", "implementation": "torch"}
+CHUNKED = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": 97, "chunk_tokens": 24}
+TORCHS = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "implementation": "torch"}
 FAST: dict[str, tuple[str, int, dict[str, Any], str, dict[str, Any]]] = {
     "gpt2, whole, ddp, residual": ("gpt2", 0, {"strategy": "ddp", "bf16_residual": True}, "model", CHUNKED),
     "gpt2, packed, blocks, fsdp2": ("gpt2", 32, {"strategy": "fsdp2"}, "blocks", CHUNKED),
@@ -264,19 +278,36 @@ def write_documents(path: Path) -> None:
     """Documents of 4 to 25 tokens that a model can learn something from."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 25, 200)
-    write_shard(path, [np.concatenate([[96], np.cumsum(rng.integers(1, 4, length)) % 96]).astype("<u2") for length in lengths], np.dtype("<u2"))
+    write_shard(
+        path,
+        [np.concatenate([[96], np.cumsum(rng.integers(1, 4, length)) % 96]).astype("<u2") for length in lengths],
+        np.dtype("<u2"),
+    )
 
 
 def run_of(folder: Path, name: str, *, fast: bool) -> Run:
     """A case of ``FAST``; not ``fast``: the same training by one rank in float64, eagerly, in one batch, from logits, by an optimizer that is not fused."""
     family, packed, distributed, scope, loss = FAST[name]
-    plain_loss = {"_target_": "trainer.loss.MaskedCrossEntropy", **({"vocab_size": loss["vocab_size"]} if "vocab_size" in loss else {})}
+    plain_loss = {
+        "_target_": "amlaunch.trainer.loss.MaskedCrossEntropy",
+        **({"vocab_size": loss["vocab_size"]} if "vocab_size" in loss else {}),
+    }
     tree = {
         "model": {**MODELS[family], **ROWS},
         "dataset": {"file_pattern": str(folder / "train.bin"), "seq_len": 32, "shuffle_files": True},
         "packed_sequence": {"packed_sequence_size": packed},
-        "step_scheduler": {"global_batch_size": 8, "local_batch_size": 2 if fast else 8, "max_steps": 12, "val_every_steps": None},
-        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 3e-3, "weight_decay": 0.1, **({} if fast else {"foreach": False})},
+        "step_scheduler": {
+            "global_batch_size": 8,
+            "local_batch_size": 2 if fast else 8,
+            "max_steps": 12,
+            "val_every_steps": None,
+        },
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "lr": 3e-3,
+            "weight_decay": 0.1,
+            **({} if fast else {"foreach": False}),
+        },
         "distributed": {**distributed, "dtype": "bfloat16"} if fast else {"strategy": "none", "dtype": "float64"},
         "compile": {"enabled": fast, "scope": scope},
         "loss_fn": loss if fast else plain_loss,

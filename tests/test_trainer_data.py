@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.shards import write_shard
-from recipes.errors import BadInput
-from recipes.files import write_json
-from trainer.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
-from trainer.data import NanogptDataset, gather, sample_length
-from trainer.loss import IGNORED
-from trainer.order import Order, permute, share_of_step
-from trainer.parallel import World
-from trainer.prefetch import Prefetcher, Turns
-from trainer.stream import TokenStream
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import write_json
+from amlaunch.trainer.data.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
+from amlaunch.trainer.data.datasets import NanogptDataset, gather, sample_length
+from amlaunch.trainer.data.prefetch import Prefetcher, Turns
+from amlaunch.trainer.data.sample_order import Order, permute, share_of_step
+from amlaunch.trainer.data.token_stream import TokenStream
+from amlaunch.trainer.loss import IGNORED
+from amlaunch.trainer.parallel.world import World
 
 UINT16 = np.dtype("<u2")
 
@@ -72,7 +72,9 @@ def test_large_sizes_stay_in_range() -> None:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(ranks: int, local: int, size: int, shuffle: bool, seed: int) -> None:
+def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(
+    ranks: int, local: int, size: int, shuffle: bool, seed: int
+) -> None:
     order, batch = Order(size, seed, shuffle), ranks * local
     steps = -(-2 * size // batch)
     shares = [order.windows(share_of_step(step, batch, rank, ranks)) for step in range(steps) for rank in range(ranks)]
@@ -251,7 +253,9 @@ def test_an_epoch_is_every_window_once_whatever_the_shards_ranks_and_workers(
             seen[step, rank] = batch.labels[0].numpy()
         batches.close()
     epoch = seen.reshape(-1, seq_len)[:size]
-    assert sorted(epoch.ravel().tolist()) == list(range(1, size * seq_len + 1)), "every target once, none lost between windows"
+    assert sorted(epoch.ravel().tolist()) == list(range(1, size * seq_len + 1)), (
+        "every target once, none lost between windows"
+    )
 
 
 def test_workers_take_turns_and_an_error_comes_out_at_its_place() -> None:
@@ -280,18 +284,27 @@ def test_files_that_are_no_whole_shards_are_refused_by_name_with_what_is_wrong(t
     whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
     header = np.frombuffer(whole[:1024], dtype="<i4").copy()
     assert "empty.bin: 0 bytes are too few" in damaged(tmp_path, "empty.bin", b"")
-    assert "short.bin: truncated: 1062 bytes on disk, 1064 expected for 20 tokens" in damaged(tmp_path, "short.bin", whole[:-2])
+    assert "short.bin: truncated: 1062 bytes on disk, 1064 expected for 20 tokens" in damaged(
+        tmp_path, "short.bin", whole[:-2]
+    )
     assert "long.bin: longer than its header says" in damaged(tmp_path, "long.bin", whole + b"\0\0")
     assert "foreign.bin: not a token shard: begins with" in damaged(tmp_path, "foreign.bin", b"PAR1" * 500)
     header[1] = 2
-    assert "new.bin: a token shard of version 2; this reads version 1" in damaged(tmp_path, "new.bin", header.tobytes() + whole[1024:])
+    assert "new.bin: a token shard of version 2; this reads version 1" in damaged(
+        tmp_path, "new.bin", header.tobytes() + whole[1024:]
+    )
     header[1:3] = 1, 0
     assert "killed.bin: its header counts 0 tokens" in damaged(tmp_path, "killed.bin", header.tobytes() + whole[1024:])
 
 
 def test_the_layouts_of_the_guide_of_llm_c_and_of_nanogpt_are_read(tmp_path: Path) -> None:
     tokens = np.arange(100, 120)
-    for magic, item, dtype in ((278895051, 2, "<u2"), (278895051, 4, "<u4"), (20240520, 0, "<u2"), (20240520, 2, "<u2")):
+    for magic, item, dtype in (
+        (278895051, 2, "<u2"),
+        (278895051, 4, "<u4"),
+        (20240520, 0, "<u2"),
+        (20240520, 2, "<u2"),
+    ):
         ints = np.zeros(256, dtype="<i4")
         ints[:4] = magic, 1, len(tokens), item
         path = tmp_path / "x.bin"

@@ -13,11 +13,11 @@ from test_trainer_data import shard
 from test_trainer_runs import TIGHT, make, on_cpu, same_weights
 from trainer_runs import SEQ_LEN, VOCAB, Run, write_tokens
 
-from preprocess.shards import write_shard
-from recipes.errors import BAD_INPUT, OK, BadInput
-from recipes.loader import load
-from trainer.data import MixedDataset, NanogptDataset
-from trainer.order import Mixture, Order, share_of_step, whole_shares
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.recipes.errors import BAD_INPUT, OK, BadInput
+from amlaunch.recipes.format.loader import load
+from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset
+from amlaunch.trainer.data.sample_order import Mixture, Order, share_of_step, whole_shares
 
 __all__ = ["on_cpu"]  # an autouse fixture
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
@@ -31,7 +31,9 @@ def mixture(sizes: list[int], shares: list[int], seed: int = 0, shuffle: bool = 
 @given(shares=SHARES, data=st.data(), count=st.integers(1, 3000))
 @settings(max_examples=80, deadline=None)
 @pytest.mark.slow
-def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(shares: list[int], data: st.DataObject, count: int) -> None:
+def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(
+    shares: list[int], data: st.DataObject, count: int
+) -> None:
     sizes = data.draw(st.lists(st.integers(1, 400), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares)
     which = np.searchsorted(np.cumsum(sizes), mixed.windows(np.arange(count)), side="right")
@@ -45,7 +47,9 @@ def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(shares: li
 @given(shares=SHARES, data=st.data(), shuffle=st.booleans())
 @settings(max_examples=60, deadline=None)
 @pytest.mark.slow
-def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(shares: list[int], data: st.DataObject, shuffle: bool) -> None:
+def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(
+    shares: list[int], data: st.DataObject, shuffle: bool
+) -> None:
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares, 3, shuffle)
     found = mixed.windows(np.arange(1500))
@@ -76,7 +80,10 @@ def test_weights_are_exact_where_they_can_be() -> None:
 def test_rows_come_from_their_sources(tmp_path: Path) -> None:
     for k, name in enumerate("abc"):
         shard(tmp_path / f"{name}.bin", np.arange(81) + 100 * k)
-    keys = {name: {"file_pattern": str(tmp_path / f"{name}.bin"), "weight": weight} for name, weight in (("a", 2), ("b", 1), ("c", 1))}
+    keys = {
+        name: {"file_pattern": str(tmp_path / f"{name}.bin"), "weight": weight}
+        for name, weight in (("a", 2), ("b", 1), ("c", 1))
+    }
     mixed = MixedDataset(sources=keys, seq_len=8, shuffle_files=True)
     order = mixed.order(5)
     (rows,) = mixed.batch(order.windows(np.arange(40)))
@@ -85,7 +92,9 @@ def test_rows_come_from_their_sources(tmp_path: Path) -> None:
     assert len(mixed) == order.size == 30 and order.epochs(40) == {"a": 2.0, "b": 1.0, "c": 1.0}
     assert "a 50.0%: 10 windows" in mixed.described()
     turned = MixedDataset(sources=dict(reversed(keys.items())), seq_len=8, shuffle_files=True)
-    assert turned.fingerprint() == mixed.fingerprint() and np.array_equal(turned.order(5).windows(np.arange(40)), order.windows(np.arange(40)))
+    assert turned.fingerprint() == mixed.fingerprint() and np.array_equal(
+        turned.order(5).windows(np.arange(40)), order.windows(np.arange(40))
+    )
 
 
 def test_sources_of_two_widths_are_mixed(tmp_path: Path) -> None:
@@ -103,11 +112,13 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
         return str(caught.value)
 
     (tmp_path / "r.yaml").write_text(
-        "model: {_target_: trainer.models.gpt2.build_gpt2_model}\n"
+        "model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model}\n"
         "dataset:\n  seq_len: 8\n  sources:\n    web: {file_pattern: a.bin, weight: 0.7}\n    code: {file_pattern: b.bin, weight: 0.3}\n"
     )
-    assert load(tmp_path / "r.yaml").recipe.dataset["_target_"] == "trainer.data.MixedDataset"
-    assert "dataset.sources.web.wieght: unknown key of a source; did you mean 'weight'" in problem("--dataset.sources.web.wieght", "1")
+    assert load(tmp_path / "r.yaml").recipe.dataset["_target_"] == "amlaunch.trainer.data.MixedDataset"
+    assert "dataset.sources.web.wieght: unknown key of a source; did you mean 'weight'" in problem(
+        "--dataset.sources.web.wieght", "1"
+    )
     assert "expected a number above 0" in problem("--dataset.sources.web.weight", "0")
     assert "for all of them, or for none" in problem("--dataset.sources.web.weight", "null")
     assert "is the same for all sources" in problem("--dataset.sources.web.seq_len", "4")
@@ -126,7 +137,10 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
 def write_documents(path: Path, count: int, seed: int) -> None:
     """A shard of documents of many lengths, each beginning with token 0."""
     rng = np.random.default_rng(seed)
-    documents = [np.concatenate([[0], 1 + np.cumsum(rng.integers(1, 4, rng.integers(2, 45))) % (VOCAB - 1)]).astype("<u2") for _ in range(count)]
+    documents = [
+        np.concatenate([[0], 1 + np.cumsum(rng.integers(1, 4, rng.integers(2, 45))) % (VOCAB - 1)]).astype("<u2")
+        for _ in range(count)
+    ]
     write_shard(path, documents, np.dtype("<u2"))
 
 
@@ -134,10 +148,15 @@ def mixed_run(folder: Path, name: str, size: int, **sections: Any) -> Run:
     for which, count in (("web", 60), ("code", 50)):
         if not (folder / f"{which}.bin").exists():
             write_documents(folder / f"{which}.bin", count, ord(which[0]))
-    sources = {which: {"file_pattern": str(folder / f"{which}.bin"), "weight": weight} for which, weight in (("web", 0.6), ("code", 0.4))}
+    sources = {
+        which: {"file_pattern": str(folder / f"{which}.bin"), "weight": weight}
+        for which, weight in (("web", 0.6), ("code", 0.4))
+    }
     run = make(folder, name, packed_sequence={"packed_sequence_size": size}, **sections)
     run.tree["dataset"] = {"sources": sources, "seq_len": SEQ_LEN, "shuffle_files": True}
-    run.tree["validation_dataset"] = {which: {"file_pattern": str(folder / f"{which}.bin"), "seq_len": SEQ_LEN} for which in ("code", "web")}
+    run.tree["validation_dataset"] = {
+        which: {"file_pattern": str(folder / f"{which}.bin"), "seq_len": SEQ_LEN} for which in ("code", "web")
+    }
     run.__post_init__()
     return run
 
@@ -147,12 +166,26 @@ STEPS: dict[str, Any] = {"max_steps": 24, "val_every_steps": 12, "ckpt_every_ste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 3 * SEQ_LEN])
-def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks(
+    tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = {"dropout": 0.1} if size else {}
-    straight, resumed, wider = (mixed_run(tmp_path, name, size, step_scheduler=STEPS, model=model) for name in ("straight", "resumed", "wider"))
+    straight, resumed, wider = (
+        mixed_run(tmp_path, name, size, step_scheduler=STEPS, model=model) for name in ("straight", "resumed", "wider")
+    )
     assert straight.here() == OK
     for at in (7, 13):
-        assert resumed.here("--step_scheduler.max_steps", str(at), "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "24") == OK
+        assert (
+            resumed.here(
+                "--step_scheduler.max_steps",
+                str(at),
+                "--validation_dataset",
+                "null",
+                "--lr_scheduler.lr_decay_steps",
+                "24",
+            )
+            == OK
+        )
     assert resumed.here() == OK
     assert straight.column("loss") == resumed.column("loss") and same_weights(straight, resumed)
     epochs = [line["epoch/web"] for line in straight.lines() if "epoch/web" in line]
@@ -162,23 +195,38 @@ def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks
     assert "of code, " in said and "(code), " in said
     if size:
         return  # dropout is another one on other ranks
-    wider.train(2, "--step_scheduler.max_steps", "5", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "24")
+    wider.train(
+        2, "--step_scheduler.max_steps", "5", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "24"
+    )
     assert wider.here() == OK
     assert np.allclose(wider.column("loss"), straight.column("loss"), rtol=TIGHT, atol=0)
 
 
 @pytest.mark.slow
-def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    straight, wider = (mixed_run(tmp_path, name, 3 * SEQ_LEN, step_scheduler={**STEPS, "max_steps": 6, "val_every_steps": None}) for name in ("straight", "wider"))
+def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, wider = (
+        mixed_run(tmp_path, name, 3 * SEQ_LEN, step_scheduler={**STEPS, "max_steps": 6, "val_every_steps": None})
+        for name in ("straight", "wider")
+    )
     assert straight.here() == OK
-    wider.train(2, "--step_scheduler.max_steps", "3", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "6")
+    wider.train(
+        2, "--step_scheduler.max_steps", "3", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "6"
+    )
     assert wider.here() == OK
     assert np.allclose(wider.column("loss"), straight.column("loss"), rtol=TIGHT, atol=0)
     assert np.allclose(wider.column("grad_norm"), straight.column("grad_norm"), rtol=TIGHT, atol=0)
     capsys.readouterr()
     for override, key in (
-        (("--packed_sequence.packed_sequence_size", "32"), "sources.web.packed_sequence_size: 48 there, 32 in the recipe"),
-        (("--dataset.sources.web.weight", "0.5", "--dataset.sources.code.weight", "0.5"), "weights: {'code': 2, 'web': 3} there, {'code': 1, 'web': 1} in the recipe"),
+        (
+            ("--packed_sequence.packed_sequence_size", "32"),
+            "sources.web.packed_sequence_size: 48 there, 32 in the recipe",
+        ),
+        (
+            ("--dataset.sources.web.weight", "0.5", "--dataset.sources.code.weight", "0.5"),
+            "weights: {'code': 2, 'web': 3} there, {'code': 1, 'web': 1} in the recipe",
+        ),
         (("--dataset.sources.web.align_to_bos", "true"), "sources.web.align_to_bos: None there, True in the recipe"),
         (("--dataset.shuffle_files", "false"), "shuffle: True there, False in the recipe"),
     ):
@@ -190,7 +238,10 @@ def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(tmp_path: Path
 @pytest.mark.parametrize("shared", ["tp_size", "cp_size"])
 def test_ranks_that_share_packed_rows_keep_documents_apart(tmp_path: Path, shared: str) -> None:
     steps = {**STEPS, "max_steps": 4, "val_every_steps": 4}
-    alone, both = (mixed_run(tmp_path, name, 2 * SEQ_LEN, step_scheduler=steps, model={"vocab_size": VOCAB + 1}) for name in ("alone", "both"))
+    alone, both = (
+        mixed_run(tmp_path, name, 2 * SEQ_LEN, step_scheduler=steps, model={"vocab_size": VOCAB + 1})
+        for name in ("alone", "both")
+    )
     assert alone.here() == OK
     both.train(2, f"--distributed.{shared}", "2")
     for name in ("loss", "grad_norm", "val_loss/web"):
@@ -201,7 +252,12 @@ def test_ranks_that_share_packed_rows_keep_documents_apart(tmp_path: Path, share
 def test_an_epoch_of_packed_rows_ends_the_run(tmp_path: Path) -> None:
     write_tokens(tmp_path / "val.bin", 700)
     write_documents(tmp_path / "web.bin", 80, 1)
-    run = make(tmp_path, packed_sequence={"packed_sequence_size": 48}, step_scheduler={"max_steps": None, "num_epochs": 2, "val_every_steps": None}, validation_dataset=None)
+    run = make(
+        tmp_path,
+        packed_sequence={"packed_sequence_size": 48},
+        step_scheduler={"max_steps": None, "num_epochs": 2, "val_every_steps": None},
+        validation_dataset=None,
+    )
     run.tree["dataset"] = {"file_pattern": str(tmp_path / "web.bin"), "seq_len": SEQ_LEN, "shuffle_files": True}
     run.__post_init__()
     assert run.here() == OK

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.errors import BadInput
-from trainer.loss import MaskedCrossEntropy
-from trainer.models import blocks, context_of, flops_per_token, parameter_count, vocab_rows
-from trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
-from trainer.models.llama import build_llama_model
-from trainer.models.pretrained import load_pretrained_model
+from amlaunch.recipes.errors import BadInput
+from amlaunch.trainer.loss import MaskedCrossEntropy
+from amlaunch.trainer.models.base import blocks, context_of, flops_per_token, parameter_count, vocab_rows
+from amlaunch.trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.models.pretrained import load_pretrained_model
 
 TIGHT = 1e-12
 GPT2_SIZES: dict[str, Any] = {"vocab_size": 97, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -51,7 +51,10 @@ def losses_and_grads(ours: nn.Module, theirs: nn.Module) -> None:
     ids, labels = torch.randint(97, (2, 3, 16)).unbind()
     mine, other = ours(ids), theirs(ids).logits
     assert relative(mine, other) < TIGHT
-    loss, reference = MaskedCrossEntropy()(mine, labels), F.cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss, reference = (
+        MaskedCrossEntropy()(mine, labels),
+        F.cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="sum"),
+    )
     assert abs(loss.item() / reference.item() - 1) < TIGHT
     loss.backward()
     reference.backward()
@@ -100,7 +103,9 @@ def test_llama_equals_transformers_as_it_is_in_float32() -> None:
 
     ours = randomized(build_llama_model(**LLAMA_SIZES)).float()
     config, tensors = ours.hf_export(dict(ours.state_dict()), 97)
-    theirs = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in config.items() if key != "architectures"})).eval()
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**{key: value for key, value in config.items() if key != "architectures"})
+    ).eval()
     theirs.load_state_dict(tensors)
     ids = torch.randint(97, (3, 16))
     assert relative(ours(ids), theirs(ids).logits) < 1e-6
@@ -111,7 +116,9 @@ def test_llama_equals_transformers_as_it_is_in_float32() -> None:
 def test_a_folder_of_transformers_is_a_start_with_the_same_logits(family: str, files: str, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    theirs = GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)) if family == "gpt2" else LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES))
+    theirs = (
+        GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)) if family == "gpt2" else LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES))
+    )
     randomized(theirs).float().save_pretrained(tmp_path, max_shard_size="20KB" if files == "several" else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (files == "several")
     ours = load_pretrained_model(path=str(tmp_path), vocab_size=128).eval()
@@ -129,7 +136,11 @@ def test_a_folder_that_is_no_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"model.vocab_size 96: .* has 97 tokens"):
         load_pretrained_model(path=str(tmp_path), vocab_size=96)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, words in (({"model_type": "opt"}, "'opt', not one of gpt2, llama"), ({"n_layer": 3}, "has no tensor 'h.2"), ({"n_embd": 64}, "its config.json says")):
+    for change, words in (
+        ({"model_type": "opt"}, "'opt', not one of gpt2, llama"),
+        ({"n_layer": 3}, "has no tensor 'h.2"),
+        ({"n_embd": 64}, "its config.json says"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(BadInput, match=words):
             load_pretrained_model(path=str(tmp_path))
@@ -175,7 +186,9 @@ def test_blocks_are_the_longest_list_that_lies_in_no_other() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.few = nn.ModuleList([nn.Linear(1, 1)])
-            self.layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(1, 1)] * 8)}) for _ in range(3))
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(1, 1)] * 8)}) for _ in range(3)
+            )
 
     model = Mixture()
     assert blocks(model) == list(model.layers)
@@ -229,15 +242,22 @@ def test_masked_cross_entropy_is_a_sum_over_the_labels_that_count() -> None:
     assert MaskedCrossEntropy(fp32_upcast=False)(half, labels).dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize(("build", "sizes"), [(build_gpt2_model, GPT2_SIZES), (build_llama_model, LLAMA_SIZES)], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("build", "sizes"), [(build_gpt2_model, GPT2_SIZES), (build_llama_model, LLAMA_SIZES)], ids=["gpt2", "llama"]
+)
 def test_documents_in_a_window_are_as_if_each_ran_alone(build: Any, sizes: dict[str, Any]) -> None:
     model = randomized(build(**sizes))
     lengths = ((5, 1, 10), (16,), (9, 7))
     ids = torch.randint(97, (3, 16))
-    documents = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).int()
+    documents = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    ).int()
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     packed = model(ids, positions, documents)
-    alone = [torch.cat([model(part) for part in row.split(list(cut), -1)], 1) for row, cut in zip(ids.split(1), lengths, strict=True)]
+    alone = [
+        torch.cat([model(part) for part in row.split(list(cut), -1)], 1)
+        for row, cut in zip(ids.split(1), lengths, strict=True)
+    ]
     assert relative(packed, torch.cat(alone)) < TIGHT
     assert relative(packed, model(ids)) > 1e-3
     assert torch.equal(model(ids), model(ids, torch.arange(16).expand(3, 16)))

@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer_data import UINT16, world
 
-from preprocess.shards import write_shard
-from recipes.errors import BadInput
-from recipes.schema import Distributed
-from trainer.attention import attend, attend_by_blocks
-from trainer.batches import Batch, StepBatches, on_device, on_host, places
-from trainer.data import NanogptDataset, PackedDataset, data_fingerprint
-from trainer.documents import keep_documents_apart
-from trainer.loss import IGNORED, MaskedCrossEntropy
-from trainer.models import logits_of
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.models.llama import build_llama_model
-from trainer.packing import BEGINS, UNLABELLED, cut, pack
-from trainer.stream import aligned_starts
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.schema import Distributed
+from amlaunch.trainer.data.batches import Batch, StepBatches, on_device, on_host, places
+from amlaunch.trainer.data.datasets import NanogptDataset, PackedDataset, data_fingerprint
+from amlaunch.trainer.data.packing import BEGINS, UNLABELLED, cut, pack
+from amlaunch.trainer.data.token_stream import aligned_starts
+from amlaunch.trainer.loss import IGNORED, MaskedCrossEntropy
+from amlaunch.trainer.models.attention import attend, attend_by_blocks
+from amlaunch.trainer.models.base import logits_of
+from amlaunch.trainer.models.document_masks import keep_documents_apart
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
 
 BOS = 7
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -67,27 +67,47 @@ def test_rows_hold_every_piece_once_and_are_as_few_as_best_fit_makes_them(length
 def test_documents_that_are_too_long_are_cut_and_counted(lengths: list[int], longest: int) -> None:
     starts = np.cumsum([0, *lengths[:-1]])
     pieces = cut(starts, sum(lengths), longest, every_label=False)
-    expected = [(begin + at, min(longest, length - at)) for begin, length in zip(starts.tolist(), lengths, strict=True) for at in range(0, length, longest)]
+    expected = [
+        (begin + at, min(longest, length - at))
+        for begin, length in zip(starts.tolist(), lengths, strict=True)
+        for at in range(0, length, longest)
+    ]
     assert list(zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)) == expected
     assert pieces.split == sum(length > longest for length in lengths)
     ends = set(np.cumsum(lengths).tolist())
     assert pieces.labelled.tolist() == [begin + length not in ends for begin, length in expected]
 
 
-@given(lengths=LENGTHS, size=st.integers(4, 50), seq_len=st.integers(2, 50), shards=st.integers(1, 5), epoch=st.integers(0, 2))
+@given(
+    lengths=LENGTHS,
+    size=st.integers(4, 50),
+    seq_len=st.integers(2, 50),
+    shards=st.integers(1, 5),
+    epoch=st.integers(0, 2),
+)
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, seq_len: int, shards: int, epoch: int) -> None:
-    documents = [np.concatenate([[0], np.arange(1, length) + 50 * k]).astype(UINT16) for k, length in enumerate(lengths)]
-    dataset = packed_set(tmp_path_factory.mktemp("packed"), documents, size, shards, seq_len=seq_len, bos_token=0, shuffle_files=True)
+def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, seq_len: int, shards: int, epoch: int
+) -> None:
+    documents = [
+        np.concatenate([[0], np.arange(1, length) + 50 * k]).astype(UINT16) for k, length in enumerate(lengths)
+    ]
+    dataset = packed_set(
+        tmp_path_factory.mktemp("packed"), documents, size, shards, seq_len=seq_len, bos_token=0, shuffle_files=True
+    )
     inputs, labels, marks = dataset.batch(dataset.order(3).windows(np.arange(len(dataset)) + epoch * len(dataset)))
     counted = marks & UNLABELLED == 0
     stream = np.concatenate(documents)
-    assert sorted(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True)) == sorted(zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True))
+    assert sorted(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True)) == sorted(
+        zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True)
+    )
     positions, _ = places(torch.from_numpy(marks & BEGINS))
     assert int(positions.max()) < min(size, seq_len) and np.all((inputs == 0) | (positions.numpy() >= 0))
     padding = len(dataset) * size - len(stream)
     assert np.count_nonzero(~counted) == padding + 1  # nothing follows the last token
-    assert dataset.documents == len(lengths) and dataset.rows.split == sum(length > min(size, seq_len) for length in lengths)
+    assert dataset.documents == len(lengths) and dataset.rows.split == sum(
+        length > min(size, seq_len) for length in lengths
+    )
 
 
 def test_without_a_beginning_token_the_last_token_of_a_document_has_no_label(tmp_path: Path) -> None:
@@ -103,16 +123,39 @@ def test_without_a_beginning_token_the_last_token_of_a_document_has_no_label(tmp
 
 MODELS = {
     "gpt2": lambda: build_gpt2_model(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2),
-    "llama": lambda: build_llama_model(vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24),
+    "llama": lambda: build_llama_model(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=24,
+    ),
 }
 
 
 def hugging_face(kind: str) -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     if kind == "GPT2":
-        config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        config = transformers.GPT2Config(
+            vocab_size=97,
+            n_positions=24,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
     else:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         config = getattr(transformers, f"{kind}Config")(vocab_size=97, max_position_embeddings=24, **sizes)
     return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -147,7 +190,12 @@ def one_by_one(documents: list[np.ndarray], longest: int) -> list[tuple[torch.Te
     for k, document in enumerate(documents):
         labels = [*document[1:].tolist(), BOS if k + 1 < len(documents) else IGNORED]
         for at in range(0, len(document), longest):
-            found.append((torch.from_numpy(document[None, at : at + longest].astype(np.int64)), torch.tensor([labels[at : at + longest]])))
+            found.append(
+                (
+                    torch.from_numpy(document[None, at : at + longest].astype(np.int64)),
+                    torch.tensor([labels[at : at + longest]]),
+                )
+            )
     return found
 
 
@@ -155,11 +203,20 @@ def test_models_that_would_look_across_documents_are_refused_by_name() -> None:
     with pytest.raises(BadInput, match="packed_sequence_size: Linear takes no documents"):
         keep_documents_apart(torch.nn.Linear(2, 2), Distributed())
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     windowed = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(sliding_window=8, **sizes))
     with pytest.raises(BadInput, match="MistralForCausalLM has layers that do not attend to everything"):
         keep_documents_apart(windowed, Distributed())
-    eager = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(attn_implementation="eager", **sizes))
+    eager = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(attn_implementation="eager", **sizes)
+    )
     with pytest.raises(BadInput, match="attends through eager"):
         keep_documents_apart(eager, Distributed())
     with pytest.raises(BadInput, match="cp_size"):
@@ -187,7 +244,10 @@ def test_micro_batches_keep_their_documents(tmp_path: Path) -> None:
     batches.close()
     assert batch is not None
     parts = batch.split(1)
-    assert all(torch.equal(torch.cat([part.more[name] for part in parts]), batch.more[name]) for name in ("position_ids", "documents"))
+    assert all(
+        torch.equal(torch.cat([part.more[name] for part in parts]), batch.more[name])
+        for name in ("position_ids", "documents")
+    )
     assert Batch(batch.inputs, batch.labels).split(1)[0].more == {}
 
 
@@ -273,7 +333,7 @@ def test_packing_belongs_to_what_a_checkpoint_remembers(tmp_path: Path) -> None:
 
 
 def test_a_data_set_without_documents_is_refused() -> None:
-    from trainer.data import packed
+    from amlaunch.trainer.data.datasets import packed
 
     assert packed([1, 2], 0) == [1, 2]
     with pytest.raises(BadInput, match="list has no documents to pack"):

@@ -23,15 +23,15 @@ from parallel_ranks import Task, in_ranks, train
 from test_trainer_runs import TIGHT, masked, on_cpu
 from trainer_runs import Run, environment, recipe
 
-from recipes.errors import BAD_INPUT, OK
-from recipes.schema import Distributed
-from trainer.attention import attend
-from trainer.context_parallel import attend_over_ranks, own, pieces
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.models.llama import build_llama_model
-from trainer.parallel import join, spread
-from trainer.ranks import from_environment
-from trainer.tensor_parallel import heads_together
+from amlaunch.recipes.errors import BAD_INPUT, OK
+from amlaunch.recipes.format.schema import Distributed
+from amlaunch.trainer.models.attention import attend
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.parallel.context_parallel import attend_over_ranks, own, pieces
+from amlaunch.trainer.parallel.tensor_parallel import heads_together
+from amlaunch.trainer.parallel.world import join, spread
+from amlaunch.trainer.process.rank_environment import from_environment
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,10 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }
-FAMILIES = {"gpt2": ("trainer.models.gpt2.build_gpt2_model", GPT2), "llama": ("trainer.models.llama.build_llama_model", LLAMA)}
+FAMILIES = {
+    "gpt2": ("amlaunch.trainer.models.gpt2.build_gpt2_model", GPT2),
+    "llama": ("amlaunch.trainer.models.llama.build_llama_model", LLAMA),
+}
 BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "gpt2": lambda: build_gpt2_model(**GPT2),
     "llama": lambda: build_llama_model(**LLAMA, tie_word_embeddings=True),
@@ -72,16 +75,26 @@ OF_ONE_FAMILY = {"ddp2xtp2": "gpt2", "ddp2xcp2": "llama", "cp2xtp2-sequence": "l
 """Products of what is tried with both families each on its own."""
 FEW_STEPS = 6
 """Where the question is not whether an error grows."""
-LINEAR = {"_target_": "trainer.loss.LinearCrossEntropy", "chunk_tokens": 8}
-MUON = {"optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}}
+LINEAR = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "chunk_tokens": 8}
+MUON = {
+    "optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}
+}
 
 
-def case(folder: Path, name: str, family: str, distributed: dict[str, Any], max_steps: int = 20, **sections: Any) -> Run:
+def case(
+    folder: Path, name: str, family: str, distributed: dict[str, Any], max_steps: int = 20, **sections: Any
+) -> Run:
     """A run over windows of which a different part counts in each, in two micro-batches where one rank has them all."""
     target, sizes = FAMILIES[family]
     share = distributed.get("tp_size", 1) * distributed.get("cp_size", 1)
     parts = {"one": 1, "two": 2, "four": 4}[name.split("-")[0]] // share
-    steps = {"max_steps": max_steps, "global_batch_size": 8, "local_batch_size": max(1, 4 // parts), "val_every_steps": 10, "val_batches": 1}
+    steps = {
+        "max_steps": max_steps,
+        "global_batch_size": 8,
+        "local_batch_size": max(1, 4 // parts),
+        "val_every_steps": 10,
+        "val_batches": 1,
+    }
     run = masked(folder, f"{family}-{name}", distributed=distributed, step_scheduler=steps, **sections)
     tree = {**run.tree, "model": {"_target_": target, **sizes, "bos_token_id": 0, "eos_token_id": 0}}
     return Run(run.folder, tree)
@@ -93,7 +106,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runs_of(folder: Path, size: str, cases: dict[str, dict[str, Any]]) -> dict[str, Run]:
-    return {f"{family} {name}": case(folder, f"{size}-{name}", family, keys) for family in FAMILIES for name, keys in cases.items() if tried(family, name)}
+    return {
+        f"{family} {name}": case(folder, f"{size}-{name}", family, keys)
+        for family in FAMILIES
+        for name, keys in cases.items()
+        if tried(family, name)
+    }
 
 
 def tried(family: str, name: str) -> bool:
@@ -114,8 +132,16 @@ def four(folder: Path) -> dict[str, list[Any]]:
     tasks = [Task("memory", peak_memory)]
     tasks += [Task(name, train, (run,)) for name, run in runs_of(folder, "four", FOUR).items()]
     tasks.append(Task("muon", train, (case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON),)))
-    tasks.append(Task("poisoned", poisoned, (case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS),)))
-    tasks += [Task(f"initial {family} {name}", initial, (family, FOUR[name])) for family in BUILDERS for name in INITIAL]
+    tasks.append(
+        Task(
+            "poisoned",
+            poisoned,
+            (case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS),),
+        )
+    )
+    tasks += [
+        Task(f"initial {family} {name}", initial, (family, FOUR[name])) for family in BUILDERS for name in INITIAL
+    ]
     tasks += [Task(f"attention {shape}", attention, shape) for shape in ATTENTION]
     tasks.append(Task("heads", fused_rows))
     return in_ranks(4, folder / "ranks4", tasks)
@@ -149,7 +175,9 @@ def test_two_ranks_are_as_one(folder: Path, one: Any, two: dict[str, list[Any]],
     same(case(folder, f"two-{name}", family, TWO[name]), one("plain", family))
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in FOUR if tried(family, name)])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in FOUR if tried(family, name)]
+)
 def test_four_ranks_are_as_one(folder: Path, one: Any, four: dict[str, list[Any]], family: str, name: str) -> None:
     assert four[f"{family} {name}"] == [OK] * 4
     same(case(folder, f"four-{name}", family, FOUR[name]), one("plain", family))
@@ -162,14 +190,22 @@ def test_accumulation_is_as_one_batch(folder: Path, one: Any, family: str) -> No
     same(whole, one("plain", family))
 
 
-def test_a_loss_of_hidden_states_has_the_whole_head_under_tensor_parallelism(folder: Path, one: Any, two: dict[str, list[Any]]) -> None:
+def test_a_loss_of_hidden_states_has_the_whole_head_under_tensor_parallelism(
+    folder: Path, one: Any, two: dict[str, list[Any]]
+) -> None:
     assert two["linear"] == [OK] * 2
     same(case(folder, "two-linear", "gpt2", {"tp_size": 2}, loss_fn=LINEAR), one("plain", "gpt2"))
 
 
-def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
+def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(
+    folder: Path, one: Any, four: dict[str, list[Any]]
+) -> None:
     assert four["muon"] == [OK] * 4
-    same(case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON), one("muon", "gpt2", max_steps=FEW_STEPS, **MUON), FEW_STEPS)
+    same(
+        case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON),
+        one("muon", "gpt2", max_steps=FEW_STEPS, **MUON),
+        FEW_STEPS,
+    )
 
 
 # --- steps that are skipped -----------------------------------------------------------------------------
@@ -177,19 +213,19 @@ def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(folder: Pat
 
 def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
     """Train, but the gradient of step 3 is infinite, on one rank alone."""
-    from trainer import forward
+    from amlaunch.trainer.loop import forward_backward
 
-    real = forward.batch_loss
+    real = forward_backward.batch_loss
 
-    def spoilt(job: forward.Job, batch: Any) -> torch.Tensor:
+    def spoilt(job: forward_backward.Job, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == 3 and torch.is_grad_enabled() and job.world.rank == rank else loss
 
-    forward.batch_loss = spoilt
+    forward_backward.batch_loss = spoilt
     try:
         return how(run)
     finally:
-        forward.batch_loss = real
+        forward_backward.batch_loss = real
 
 
 def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
@@ -225,7 +261,9 @@ def initial(family: str, keys: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
-def test_initial_weights_are_those_of_a_plain_build_bitwise(two: dict[str, list[Any]], four: dict[str, list[Any]], family: str) -> None:
+def test_initial_weights_are_those_of_a_plain_build_bitwise(
+    two: dict[str, list[Any]], four: dict[str, list[Any]], family: str
+) -> None:
     torch.manual_seed(7)
     named = [(name, p.detach()) for name, p in BUILDERS[family]().named_parameters()]
     plain = digests(named)
@@ -261,7 +299,12 @@ def test_no_rank_ever_holds_the_whole_model(four: dict[str, list[Any]]) -> None:
 
 # --- attention over ranks -------------------------------------------------------------------------------
 
-ATTENTION = [(heads, keys, length, packed) for heads, keys in ((4, 4), (4, 2), (8, 1), (3, 3), (6, 2)) for length in (16, 12) for packed in (False, True)]
+ATTENTION = [
+    (heads, keys, length, packed)
+    for heads, keys in ((4, 4), (4, 2), (8, 1), (3, 3), (6, 2))
+    for length in (16, 12)
+    for packed in (False, True)
+]
 """Heads that divide by 4 and heads that do not, fewer key-value heads, lengths with and without mirrored pieces."""
 
 
@@ -313,10 +356,21 @@ def test_a_fused_projection_is_dealt_out_by_heads(four: dict[str, list[Any]]) ->
 
 # --- transformers' models, and one's own ------------------------------------------------------------------
 
-HF_SIZES: dict[str, Any] = {"vocab_size": 104, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+HF_SIZES: dict[str, Any] = {
+    "vocab_size": 104,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 HF: dict[str, dict[str, Any]] = {
     "llama": {"_target_": "transformers.LlamaConfig", **HF_SIZES, "num_key_value_heads": 2},
-    "qwen2": {"_target_": "transformers.Qwen2Config", **HF_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {
+        "_target_": "transformers.Qwen2Config",
+        **HF_SIZES,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "gpt2": {"_target_": "transformers.GPT2Config", **GPT2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 HF_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -348,7 +402,12 @@ class Own(nn.Module):
 
 def hf_case(folder: Path, name: str, kind: str, distributed: dict[str, Any]) -> Run:
     config = {**HF.get(kind, {}), "bos_token_id": 0, "eos_token_id": 0}
-    tree = recipe(folder, distributed=distributed, step_scheduler={"max_steps": 4, "local_batch_size": 4, "val_batches": 1}, validation_dataset=None)
+    tree = recipe(
+        folder,
+        distributed=distributed,
+        step_scheduler={"max_steps": 4, "local_batch_size": 4, "val_batches": 1},
+        validation_dataset=None,
+    )
     tree["model"] = {"_target_": "transformers.AutoModelForCausalLM.from_config", "config": config}
     if kind == "own":
         tree["model"] = {"_target_": "own.py:Own", "vocab": 104}
@@ -368,14 +427,21 @@ def test_models_of_others_are_spread_too(folder: Path, two: dict[str, list[Any]]
     alone = hf_case(folder, f"{kind} alone", kind, {"strategy": "none"})
     if not alone.lines():
         assert alone.here() == OK
-    mine, theirs = (np.array([run.column("loss"), run.column("grad_norm")]) for run in (hf_case(folder, name, kind, keys), alone))
+    mine, theirs = (
+        np.array([run.column("loss"), run.column("grad_norm")]) for run in (hf_case(folder, name, kind, keys), alone)
+    )
     assert mine.shape == (2, 4)
     exact = kind in ("gpt2", "own")  # the norms of the others round float64 to float32
     assert np.abs(mine / theirs - 1).max() < (TIGHT if exact else 1e-6)
 
 
-@pytest.mark.parametrize(("name", "words"), [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that can go over ranks")])
-def test_models_that_cannot_be_spread_so_are_refused(folder: Path, two: dict[str, list[Any]], name: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that can go over ranks")],
+)
+def test_models_that_cannot_be_spread_so_are_refused(
+    folder: Path, two: dict[str, list[Any]], name: str, words: str
+) -> None:
     assert two[f"hf {name}"] == [BAD_INPUT, BAD_INPUT]
     assert words in (folder / "ranks2" / "rank0.log").read_text()
 
@@ -388,7 +454,7 @@ import sys
 class Blocker:
     '''As where these are not installed.'''
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"launcher", "containers", "submitit", "datasets", "tiktoken", "rich", "shtab", "transformers", "pyarrow"}:
+        if name.startswith(("amlaunch.launcher", "amlaunch.containers")) or name in {"submitit", "datasets", "tiktoken", "rich", "shtab", "transformers", "pyarrow"}:
             raise ImportError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, Blocker())
@@ -404,7 +470,9 @@ def as_a_task_of_srun(rank: int, size: int) -> None:
 
 
 def started(folder: Path, name: str) -> Run:
-    return Run(folder / name, recipe(folder, step_scheduler={"max_steps": 3, "val_batches": 1}, distributed={"cp_size": 2}))
+    return Run(
+        folder / name, recipe(folder, step_scheduler={"max_steps": 3, "val_batches": 1}, distributed={"cp_size": 2})
+    )
 
 
 def test_it_trains_as_tasks_of_srun_without_the_launchers_packages(tmp_path: Path) -> None:
@@ -419,9 +487,24 @@ def test_it_trains_under_torchrun_without_the_launchers_packages(tmp_path: Path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER)
     path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", environment(2)["MASTER_PORT"], "-m", "trainer"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        environment(2)["MASTER_PORT"],
+        "-m",
+        "amlaunch.trainer",
+    ]
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *torchrun, *run.arguments("trainer")[4:]], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *torchrun, *run.arguments("amlaunch.trainer")[4:]],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == OK, done.stderr[-3000:]
     direct.train(2)
     assert run.column("loss") == direct.column("loss")

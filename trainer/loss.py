@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.errors import BadInput
-from trainer.models import logits_of
-from trainer.roofline import LOSS_REGION
+from amlaunch.recipes.errors import BadInput
+from amlaunch.trainer.models.base import logits_of
+from amlaunch.trainer.performance.trace_regions import LOSS_REGION
 
 IGNORED = -100
 """The label that counts for nothing, everywhere in the trainer."""
@@ -57,14 +57,22 @@ class LinearCrossEntropy:
     """
 
     def __init__(
-        self, ignore_index: int = -100, vocab_size: int | None = None, chunk_tokens: int = 8192, implementation: str = "chunked"
+        self,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        chunk_tokens: int = 8192,
+        implementation: str = "chunked",
     ):
         if implementation not in IMPLEMENTATIONS:
             raise BadInput(f"loss_fn.implementation {implementation!r}: write one of {', '.join(IMPLEMENTATIONS)}")
         if implementation == "torch" and not hasattr(F, "linear_cross_entropy"):
-            raise BadInput(f"loss_fn.implementation torch: torch {torch.__version__} has no linear_cross_entropy (2.13 has); write chunked")
+            raise BadInput(
+                f"loss_fn.implementation torch: torch {torch.__version__} has no linear_cross_entropy (2.13 has); write chunked"
+            )
         if implementation == "torch" and vocab_size is not None:
-            raise BadInput("loss_fn.vocab_size: torch's linear_cross_entropy knows no padding; write implementation: chunked")
+            raise BadInput(
+                "loss_fn.vocab_size: torch's linear_cross_entropy knows no padding; write implementation: chunked"
+            )
         if chunk_tokens < 1:
             raise BadInput(f"loss_fn.chunk_tokens {chunk_tokens}: write at least 1")
         self.ignore_index = ignore_index
@@ -94,11 +102,20 @@ class LinearCrossEntropy:
         with torch.profiler.record_function(LOSS_REGION):
             return self._of_rows(hidden.flatten(0, -2), weight, labels.flatten(), dtype)
 
-    def _of_rows(self, rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _of_rows(
+        self, rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         if self.implementation == "torch":
             options = torch.nn.LinearCrossEntropyOptions()
-            losses = F.linear_cross_entropy(  # its sum would be in bfloat16, into which most of what is added does not go
-                rows.to(dtype), weight.to(dtype), labels, reduction="none", ignore_index=self.ignore_index, options=options
+            losses = (
+                F.linear_cross_entropy(  # its sum would be in bfloat16, into which most of what is added does not go
+                    rows.to(dtype),
+                    weight.to(dtype),
+                    labels,
+                    reduction="none",
+                    ignore_index=self.ignore_index,
+                    options=options,
+                )
             )
             return (losses.float() if dtype in HALF else losses).sum()
         wanted = torch.is_grad_enabled()  # within forward it never is, and needs_input_grad does not look at it
@@ -110,7 +127,9 @@ class _Chunked(torch.autograd.Function):
     """Loss and gradients of :class:`LinearCrossEntropy`, all of them in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, settings: tuple[Any, ...]) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, settings: tuple[Any, ...]
+    ) -> torch.Tensor:
         dtype, size, vocab, ignored, of_chunk, wanted = settings
         wants_hidden, wants_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
         total = torch.zeros((), device=hidden.device, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
@@ -119,13 +138,17 @@ class _Chunked(torch.autograd.Function):
         cast = weight.to(dtype)
         for begin in range(0, len(hidden), size):
             rows = hidden[begin : begin + size].to(dtype)
-            loss, by_logits = of_chunk(rows @ cast.t(), labels[begin : begin + size], vocab, ignored, wants_hidden or wants_weight)
+            loss, by_logits = of_chunk(
+                rows @ cast.t(), labels[begin : begin + size], vocab, ignored, wants_hidden or wants_weight
+            )
             total += loss
             if by_hidden is not None:
                 by_hidden[begin : begin + size] = by_logits @ cast
             if wants_weight:
                 part = by_logits.t() @ rows
-                by_weight = part.to(total.dtype) if by_weight is None else by_weight.add_(part)  # many parts: not in half precision
+                by_weight = (
+                    part.to(total.dtype) if by_weight is None else by_weight.add_(part)
+                )  # many parts: not in half precision
         ctx.gradients = (by_hidden, None if by_weight is None else by_weight.to(weight.dtype))
         return total
 
@@ -157,7 +180,9 @@ def loss_and_gradient(
         return loss, logits
     nothing = torch.where(counts[:, None], normaliser, float("inf"))  # exp(x - inf) is 0: a row that does not count
     gradient = wide.sub_(nothing).exp_().to(logits.dtype)
-    at_label = torch.where(counts[:, None], (picked - normaliser).exp() - 1.0, 0.0)  # before rounding: p is often near 1
+    at_label = torch.where(
+        counts[:, None], (picked - normaliser).exp() - 1.0, 0.0
+    )  # before rounding: p is often near 1
     return loss, gradient.scatter_(1, chosen, at_label.to(logits.dtype))
 
 
@@ -166,7 +191,9 @@ def takes_linear_loss(model: nn.Module) -> bool:
     return "linear_loss" in inspect.signature(model.forward).parameters
 
 
-def loss_of(model: nn.Module, bare: nn.Module, loss_fn: Any, inputs: torch.Tensor, labels: torch.Tensor, **more: Any) -> torch.Tensor:
+def loss_of(
+    model: nn.Module, bare: nn.Module, loss_fn: Any, inputs: torch.Tensor, labels: torch.Tensor, **more: Any
+) -> torch.Tensor:
     """Forward, and the sum of the losses; ``bare`` is the ``model`` out of its wrapper, ``more`` what else its forward takes."""
     if hasattr(loss_fn, "from_hidden") and takes_linear_loss(bare):
         return model(inputs, labels=labels, linear_loss=loss_fn, **more)

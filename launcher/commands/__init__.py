@@ -1,1 +1,1 @@
-"""One module a command, each with ``run(options) -> exit code``."""
+"""The commands of amlaunch, one module each."""

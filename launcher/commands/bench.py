@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.machine import this_machine
-from recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
-from recipes.process import PARENT_VARIABLE, python_command
-from recipes.schema import parse_count
+from amlaunch.launcher.specs.machine import this_machine
+from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
+from amlaunch.recipes.format.schema import parse_count
+from amlaunch.recipes.python_process import PARENT_VARIABLE, python_command
 
 PASSED = ("steps", "warmup", "profiled")
 BYTES_PER_TOKEN = 6
@@ -31,9 +31,11 @@ def run(options: argparse.Namespace) -> int:
     check_gpus(options)
     for package in ("torch", "numpy", "safetensors"):
         if importlib.util.find_spec(package) is None:
-            raise BadInput(f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it")
+            raise BadInput(
+                f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it"
+            )
     words = [options.what, options.recipe or "nanogpt", *words_of(options), *options.overrides]
-    return waited([*python_command("trainer.bench"), *words], environment(options.gpus))[0]
+    return waited([*python_command("amlaunch.trainer.tools.bench"), *words], environment(options.gpus))[0]
 
 
 def check_gpus(options: argparse.Namespace) -> None:
@@ -42,7 +44,9 @@ def check_gpus(options: argparse.Namespace) -> None:
     if asked < 0:
         raise BadInput(f"--gpus {asked}: write a number from 0 on")
     if asked > there:
-        raise BadInput(f"--gpus {asked}: this machine has {there} GPUs" + ("; --gpus 0 measures on the CPU" if there == 0 else ""))
+        raise BadInput(
+            f"--gpus {asked}: this machine has {there} GPUs" + ("; --gpus 0 measures on the CPU" if there == 0 else "")
+        )
     if asked > 1 and options.what == "data":
         raise BadInput(f"--gpus {asked}: one rank's reading is measured; write 1, or 0 for the CPU")
 
@@ -64,9 +68,13 @@ def waited(words: list[str], env: dict[str, str], stdout: int | None = None) -> 
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
-    """The options that ``python -m trainer.bench`` has too, as it takes them."""
+    """The options that ``python -m amlaunch.trainer.tools.bench`` has too, as it takes them."""
     words = [f"--{name}={getattr(options, name)}" for name in PASSED if getattr(options, name, None) is not None]
-    words += [f"--{name}={Path(getattr(options, name)).absolute()}" for name in ("data", "keep") if getattr(options, name, None)]
+    words += [
+        f"--{name}={Path(getattr(options, name)).absolute()}"
+        for name in ("data", "keep")
+        if getattr(options, name, None)
+    ]
     words += [f"--ranks={options.gpus}"] if options.what == "train" and (options.gpus or 0) > 1 else []
     words += [f"--allow-target={name}" for name in options.allow_target]
     return [*words, "--json"] if options.json else words
@@ -80,7 +88,9 @@ def environment(gpus: int | None) -> dict[str, str]:
 def preprocess(options: argparse.Namespace) -> int:
     """The whole process from text to verified shards: of a recipe, or of text that this machine has."""
     if options.overrides:
-        raise BadInput(f"{options.overrides[0].partition('=')[0]}: bench preprocess changes no key of a recipe; its own options are in amlaunch bench preprocess --help")
+        raise BadInput(
+            f"{options.overrides[0].partition('=')[0]}: bench preprocess changes no key of a recipe; its own options are in amlaunch bench preprocess --help"
+        )
     with tempfile.TemporaryDirectory(prefix="amlaunch-bench-") as folder:
         words = ["--output-dir", f"{folder}/shards", "--max-tokens", options.max_tokens, "--json"]
         if options.recipe:
@@ -93,7 +103,7 @@ def preprocess(options: argparse.Namespace) -> int:
             if getattr(options, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         began = time.perf_counter()
-        code, said = waited([*python_command("preprocess"), *words], environment(None), stdout=subprocess.PIPE)
+        code, said = waited([*python_command("amlaunch.preprocess"), *words], environment(None), stdout=subprocess.PIPE)
         seconds = time.perf_counter() - began
         if code:
             if code != BAD_INPUT:  # of which it has spoken
@@ -113,8 +123,10 @@ def preprocess(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        print(f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: {report['tokens']:,} tokens of {report['documents']:,} documents "
-              f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, from the start of the process to verified shards")
+        print(
+            f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: {report['tokens']:,} tokens of {report['documents']:,} documents "
+            f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, from the start of the process to verified shards"
+        )
     return OK
 
 

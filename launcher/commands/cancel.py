@@ -8,18 +8,19 @@ import signal
 import time
 from collections.abc import Sequence
 
-from launcher import describe
-from launcher import queue as queue_module
-from launcher.plan import Plan
-from launcher.queue import Queue
-from launcher.slurm import SlurmError, scancel
-from launcher.state import ACTIVE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
-from launcher.store import find_run, read_plan, roots
-from launcher.submissions import submissions_of
-from launcher.submit import recover, submitting
-from recipes.errors import FAILED, OK
-from recipes.files import is_locked, read_json_lines, read_object, signal_holders
-from recipes.rundir import ElementDir, RunDir
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.runs.element_state import ACTIVE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.submissions import submissions_of
+from amlaunch.launcher.slurm import queue as queue_module
+from amlaunch.launcher.slurm.client import scancel
+from amlaunch.launcher.slurm.queue import Queue
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.slurm_submission import recover, submitting
+from amlaunch.recipes.errors import FAILED, OK
+from amlaunch.recipes.files import is_locked, read_json_lines, read_object, signal_holders
+from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 SAVE_SECONDS = 300.0
 """How long ranks may take to save before we stop waiting for the word that they have."""
@@ -36,22 +37,36 @@ def run(options: argparse.Namespace) -> int:
         refuse_unknown(mine, "cancel", "nothing was cancelled; try again when Slurm answers")
         going = [state for state in mine if state.state in ACTIVE]
         if not going and not is_locked(run_dir.lock):
-            others = " (another run, which shares its shards, makes them)" if any(state.state in ACTIVE for state in states) else ""
+            others = (
+                " (another run, which shares its shards, makes them)"
+                if any(state.state in ACTIVE for state in states)
+                else ""
+            )
             print(f"{plan.run_id}: nothing of it runs or waits{others}")
             return OK
-        _cancel_jobs([state.job for state in going if state.job and (state.state == QUEUED or not options.checkpoint)], run_dir, plan)
+        _cancel_jobs(
+            [state.job for state in going if state.job and (state.state == QUEUED or not options.checkpoint)],
+            run_dir,
+            plan,
+        )
     _stop_launcher(run_dir)
     _end_here(run_dir, [state for state in going if not state.job], save=options.checkpoint)
     if options.checkpoint:
         return _wait_until_saved(run_dir, plan)
-    print(f"next: {describe.program()} status {describe.name_of(run_dir)}; {describe.program()} retry {describe.name_of(run_dir)} goes on from the last checkpoint")
+    print(
+        f"next: {wording.program()} status {wording.name_of(run_dir)}; {wording.program()} retry {wording.name_of(run_dir)} goes on from the last checkpoint"
+    )
     return OK
 
 
 def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> list[ElementState]:
     """Without what another run makes of the shards that both share: that is not ours to end."""
     jobs = _own_jobs(run_dir, plan)
-    return [state for state in states if (state.job in jobs if state.job else state.state != RUNNING or _started_it(run_dir, state))]
+    return [
+        state
+        for state in states
+        if (state.job in jobs if state.job else state.state != RUNNING or _started_it(run_dir, state))
+    ]
 
 
 def refuse_unknown(states: Sequence[ElementState], command: str, words: str) -> None:
@@ -67,13 +82,22 @@ def _recover(run_dir: RunDir, plan: Plan) -> None:
     try:
         recover(run_dir, plan, lambda text: print(text, flush=True))
     except SlurmError as error:
-        raise SlurmError(error.command, f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled; try again when Slurm answers") from None
+        raise SlurmError(
+            error.command,
+            f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled; try again when Slurm answers",
+        ) from None
 
 
 def _own_jobs(run_dir: RunDir, plan: Plan) -> set[str]:
     """The jobs that this run submitted."""
     own = str(run_dir.root)
-    return {job for submissions in submissions_of(run_dir, plan).values() for one in submissions if one.run == own for job in one.tasks().values()}
+    return {
+        job
+        for submissions in submissions_of(run_dir, plan).values()
+        for one in submissions
+        if one.run == own
+        for job in one.tasks().values()
+    }
 
 
 def _started_it(run_dir: RunDir, state: ElementState) -> bool:
@@ -107,9 +131,14 @@ def _stop_launcher(run_dir: RunDir) -> None:
     if signal_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):  # to it, this is Ctrl-C
         return
     run_dir.stop.touch()
-    host, name = launcher_host(run_dir), describe.name_of(run_dir)
-    print(f"amlaunch local drives {run_dir.root.name} on {host}, out of reach from here: asked to save and stop, which it does within seconds")
-    print(f"if {describe.program()} status {name} still shows it running then: on {host}, Ctrl-C where it was started, or amlaunch cancel {name}", flush=True)
+    host, name = launcher_host(run_dir), wording.name_of(run_dir)
+    print(
+        f"amlaunch local drives {run_dir.root.name} on {host}, out of reach from here: asked to save and stop, which it does within seconds"
+    )
+    print(
+        f"if {wording.program()} status {name} still shows it running then: on {host}, Ctrl-C where it was started, or amlaunch cancel {name}",
+        flush=True,
+    )
 
 
 def launcher_host(run_dir: RunDir) -> str:
@@ -128,7 +157,9 @@ def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) ->
         if not found:
             _ask_to_leave(folder)
         if not found and not save:
-            print(f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave")
+            print(
+                f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave"
+            )
     if ended:
         print(f"ended {ended} element{'s' * (ended > 1)} on this machine", flush=True)
 
@@ -143,30 +174,39 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
     saving: set[tuple[str, str]] = set()
     deadline = time.monotonic() + SAVE_SECONDS
     while True:
-        states = {(state.stage, state.name): state for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))}
+        states = {
+            (state.stage, state.name): state
+            for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
+        }
         going = {key: state for key, state in states.items() if state.state in (*ACTIVE, UNKNOWN)}
         for key in sorted(saving - going.keys()):
-            print(describe.line(states[key]), flush=True)
+            print(wording.line(states[key]), flush=True)
         running = {key for key, state in going.items() if state.state == RUNNING}
         if running - saving:
             new = len(running - saving)
             print(f"{new} running element{'s' * (new > 1)}: saving, then leaving", flush=True)
         saving = (saving & going.keys()) | running
         if not going and not is_locked(run_dir.lock):
-            print(f"next: {describe.program()} retry {describe.name_of(run_dir)} goes on from what was saved")
+            print(f"next: {wording.program()} retry {wording.name_of(run_dir)} goes on from what was saved")
             return OK
         if time.monotonic() > deadline:
             return _not_saved(run_dir, list(going.values()))
         for stage, name in running:
             _ask_to_leave(run_dir.element(stage, name))
-        _cancel_jobs([state.job for state in going.values() if state.state == QUEUED], run_dir, plan)  # requeued meanwhile
+        _cancel_jobs(
+            [state.job for state in going.values() if state.state == QUEUED], run_dir, plan
+        )  # requeued meanwhile
         time.sleep(1.0)
 
 
 def _not_saved(run_dir: RunDir, going: Sequence[ElementState]) -> int:
     refuse_unknown(going, "cancel", f"what ran was asked to save {SAVE_SECONDS:.0f} s ago")
     if going:
-        print(f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(f'{state.stage} {state.name}' for state in going)}; they leave as soon as they have")
+        print(
+            f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(f'{state.stage} {state.name}' for state in going)}; they leave as soon as they have"
+        )
     else:
-        print(f"amlaunch local still drives {run_dir.root.name} on {launcher_host(run_dir)}: end it where it was started, with Ctrl-C")
+        print(
+            f"amlaunch local still drives {run_dir.root.name} on {launcher_host(run_dir)}: end it where it was started, with Ctrl-C"
+        )
     return FAILED

@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import describe
-from launcher.commands.cancel import own_states, refuse_unknown
-from launcher.plan import Plan
-from launcher.queue import Queue
-from launcher.state import is_driven, read_run
-from launcher.store import find_run, list_runs, read_plan, roots
-from launcher.submissions import read_submissions
-from recipes.errors import OK, BadInput
-from recipes.files import is_locked
-from recipes.rundir import RunDir
+from amlaunch.launcher.commands.cancel import own_states, refuse_unknown
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.runs.element_state import is_driven, read_run
+from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
+from amlaunch.launcher.runs.submissions import read_submissions
+from amlaunch.launcher.slurm.queue import Queue
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.recipes.files import is_locked
+from amlaunch.recipes.run_layout import RunDir
 
 LEFTOVER_SECONDS = 24 * 3600
 """A temporary file that is younger may still be written."""
@@ -37,19 +37,28 @@ class Removal:
 def run(options: argparse.Namespace) -> int:
     """Print what would go; remove it only with ``--yes``."""
     places = roots(options.runs)
-    found = [one for name in options.run for one in _of_run(find_run(places, name), options)] if options.run else list(_leftovers(places))
+    found = (
+        [one for name in options.run for one in _of_run(find_run(places, name), options)]
+        if options.run
+        else list(_leftovers(places))
+    )
     for one in found:
         if options.yes:
             _remove(one.path)
         if not options.json:
-            print(f"{'removed' if options.yes else 'would remove'}  {describe.count(one.size):>8}B  {one.path}  ({one.why})", flush=True)
+            print(
+                f"{'removed' if options.yes else 'would remove'}  {wording.count(one.size):>8}B  {one.path}  ({one.why})",
+                flush=True,
+            )
     if options.json:
-        rows = [{"path": str(one.path), "bytes": one.size, "why": one.why, "removed": bool(options.yes)} for one in found]
-        print(describe.to_json(rows))
+        rows = [
+            {"path": str(one.path), "bytes": one.size, "why": one.why, "removed": bool(options.yes)} for one in found
+        ]
+        print(wording.to_json(rows))
     elif not found:
         print("nothing to clean")
     elif not options.yes:
-        print(f"\n{describe.count(sum(one.size for one in found))}B in all; the same command with --yes removes it")
+        print(f"\n{wording.count(sum(one.size for one in found))}B in all; the same command with --yes removes it")
     return OK
 
 
@@ -58,8 +67,12 @@ def _of_run(run_dir: RunDir, options: argparse.Namespace) -> Iterable[Removal]:
     plan = read_plan(run_dir)
     states = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=0)))
     if is_driven(run_dir, states):
-        raise BadInput(f"{plan.run_id} runs or waits; {describe.program()} cancel {describe.name_of(run_dir)} first")
-    refuse_unknown(states, "clean", f"nothing was removed; when Slurm answers, {describe.program()} cancel {describe.name_of(run_dir)} first")
+        raise BadInput(f"{plan.run_id} runs or waits; {wording.program()} cancel {wording.name_of(run_dir)} first")
+    refuse_unknown(
+        states,
+        "clean",
+        f"nothing was removed; when Slurm answers, {wording.program()} cancel {wording.name_of(run_dir)} first",
+    )
     if not options.checkpoints:
         yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may read stay")
         for folder in _checkpoints_elsewhere(run_dir, plan):
@@ -67,7 +80,9 @@ def _of_run(run_dir: RunDir, options: argparse.Namespace) -> Iterable[Removal]:
         return
     for folder in [run_dir.root / "checkpoints", *_checkpoints_elsewhere(run_dir, plan)]:
         for element in sorted(folder.iterdir()) if folder.is_dir() else []:
-            steps = sorted(element.glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1)
+            steps = sorted(
+                element.glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1
+            )
             for step in steps[:-1]:
                 yield Removal(step, size_of(step), "not the newest checkpoint")
 
@@ -104,7 +119,13 @@ def _leftovers(places: list[Path]) -> Iterable[Removal]:
 
 def _all_runs(places: list[Path]) -> list[RunDir]:
     """The runs of every root that may share a folder of shards with ``places``: those known by name, and those beside them."""
-    beside = [folder for parent in {root.resolve().parent for root in places} if parent.is_dir() for folder in parent.iterdir() if folder.is_dir()]
+    beside = [
+        folder
+        for parent in {root.resolve().parent for root in places}
+        if parent.is_dir()
+        for folder in parent.iterdir()
+        if folder.is_dir()
+    ]
     return list_runs(*dict.fromkeys(root.resolve() for root in [*places, *roots(), *beside]))
 
 

@@ -25,12 +25,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the script; ``eval "$(amlaunch completion bash)"`` turns it on."""
     import shtab
 
-    from launcher.cli import build_parser
-    from recipes.shipped import shipped
+    from amlaunch.recipes.shipped import shipped
 
     names = " ".join(shipped())
-    parser = build_parser()
-    for command in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+    parser = options.parser
+    for command in parser._subparsers._group_actions[0].choices.values():
         for action in command._actions:
             if action.dest in ("run", "recipe"):
                 action.complete = {"bash": f"_amlaunch_{action.dest}s", "zsh": f"_amlaunch_{action.dest}s"}

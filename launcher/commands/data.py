@@ -1,11 +1,11 @@
-"""``amlaunch data``: inspect, verify and peek into shards, by ``python -m preprocess data``."""
+"""``amlaunch data``: inspect, verify and peek into shards, by ``python -m amlaunch.preprocess data``."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
-from launcher.commands.preprocess import become
+from amlaunch.launcher.commands.preprocess import become
 
 
 def run(options: argparse.Namespace) -> NoReturn:

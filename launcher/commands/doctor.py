@@ -11,23 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import describe, diagnose, gpujob, slurm
-from launcher.cluster import Cluster, find_cluster
-from launcher.diagnose import BAD, OK, WARN, Finding
-from launcher.facts import Place, SlurmSite, read_folders, read_host, read_site
-from launcher.profiles import FILE, config_folder
-from launcher.proposal import Proposal, check_place, propose, save
-from launcher.report import make_report
-from launcher.slurm import SlurmError
-from launcher.store import runs_root
-from recipes.errors import FAILED, BadInput
-from recipes.errors import OK as DONE
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.findings import BAD, OK, WARN, Finding, worst
+from amlaunch.launcher.display.live_report import make_report
+from amlaunch.launcher.doctor import diagnosis, gpu_job
+from amlaunch.launcher.doctor.probe import Place, SlurmSite, read_folders, read_host, read_site
+from amlaunch.launcher.doctor.profile_writer import Proposal, check_place, propose, save
+from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.runs.find import runs_root
+from amlaunch.launcher.slurm import client
+from amlaunch.launcher.specs.cluster_profile import Cluster, find_cluster
+from amlaunch.launcher.specs.profile_files import FILE, config_folder
+from amlaunch.recipes.errors import FAILED, BadInput
+from amlaunch.recipes.errors import OK as DONE
 
 COLORS = {OK: "green", WARN: "yellow", BAD: "bold red"}
 WIDEST = 110
 NAMES = 11
 """Columns of a finding's name."""
-Check = Callable[[gpujob.Report], gpujob.Outcome]
+Check = Callable[[gpu_job.Report], gpu_job.Outcome]
 
 
 class Report:
@@ -54,7 +56,7 @@ class Report:
     def show(self, what: Any) -> None:
         """Text or a table for people."""
         if not self.json:
-            describe.console().print(what, markup=False)
+            wording.console().print(what, markup=False)
 
 
 def _finding_text(finding: Finding) -> Any:
@@ -69,7 +71,7 @@ def _finding_text(finding: Finding) -> Any:
 
 def _wrapped(text: str, lead: str) -> list[str]:
     """Paths and commands stay whole, so that they can be copied."""
-    width = min(describe.console().width, WIDEST)
+    width = min(wording.console().width, WIDEST)
     indent = " " * len(lead)
     return textwrap.wrap(
         text, width, initial_indent=lead, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -79,7 +81,7 @@ def _wrapped(text: str, lead: str) -> list[str]:
 def run(options: argparse.Namespace) -> int:
     """Look at everything and say what was found; exit code 0 if nothing is bad."""
     cluster = find_cluster(options.cluster) if options.cluster else None
-    on_cluster = cluster.profile.executor == "slurm" if cluster else slurm.available()
+    on_cluster = cluster.profile.executor == "slurm" if cluster else client.available()
     if options.save and not on_cluster:
         raise BadInput("--save: only a cluster with Slurm needs a profile; local, for this machine alone, is built in")
     if options.save:
@@ -89,9 +91,9 @@ def run(options: argparse.Namespace) -> int:
     host, folders = read_host(), read_folders(runs)
     report.facts |= {"machine": dataclasses.asdict(host), "folders": [dataclasses.asdict(one) for one in folders]}
     report.begin("machine", "this machine")
-    report.add(diagnose.host_findings(host))
+    report.add(diagnosis.host_findings(host))
     report.begin("folders", "folders")
-    report.add(diagnose.folder_findings(folders, on_cluster))
+    report.add(diagnosis.folder_findings(folders, on_cluster))
     report.begin("slurm", "Slurm")
     site = _look_at_slurm(report, on_cluster)
     report.facts["slurm"] = dataclasses.asdict(site) if site else None
@@ -103,14 +105,14 @@ def run(options: argparse.Namespace) -> int:
     if cluster:
         report.begin("profile", f"profile {cluster.name} ({cluster.source})")
         runs = runs_root(None, cluster.profile.runs)
-        report.add(diagnose.profile_findings(cluster, site, runs))
+        report.add(diagnosis.profile_findings(cluster, site, runs))
     if options.gpu:
         report.begin("gpu", "GPU check")
         check: Check | None = None
         if not on_cluster or (host.gpus and not options.cluster):
-            check = partial(gpujob.check_here, runs)
+            check = partial(gpu_job.check_here, runs)
         elif cluster and site:
-            check = partial(gpujob.check_node, cluster, site.partitions, runs)
+            check = partial(gpu_job.check_node, cluster, site.partitions, runs)
         report.facts["gpu_check"] = _check_gpus(report, check)
     return _finish(report, options, proposal, cluster)
 
@@ -125,7 +127,7 @@ def _look_at_slurm(report: Report, on_cluster: bool) -> SlurmSite | None:
         advice = "scontrol ping says whether the controller runs; module load slurm may bring the commands"
         report.add([Finding("controller", BAD, str(error), advice)])
         return None
-    report.add(diagnose.site_findings(site))
+    report.add(diagnosis.site_findings(site))
     report.show("")
     report.show(partition_table(site.partitions))
     return site
@@ -169,8 +171,8 @@ def _check_gpus(report: Report, check: Check | None) -> Mapping[str, Any] | None
     if not found:
         return None
     report.show(gpu_table(found))
-    report.add(diagnose.gpu_findings(found))
-    return {**found, "floors": diagnose.floors_of(found["gpus"][0]["device"])}
+    report.add(diagnosis.gpu_findings(found))
+    return {**found, "floors": diagnosis.floors_of(found["gpus"][0]["device"])}
 
 
 def gpu_table(found: Mapping[str, Any]) -> Any:
@@ -189,15 +191,15 @@ def gpu_table(found: Mapping[str, Any]) -> Any:
 
 def _finish(report: Report, options: argparse.Namespace, proposal: Proposal | None, cluster: Cluster | None) -> int:
     """The profile, and how it all went; the exit code."""
-    verdict = diagnose.worst(finding for _, finding in report.findings)
+    verdict = worst(finding for _, finding in report.findings)
     code = FAILED if verdict == BAD else DONE
     if options.json:
         profile = {"name": proposal.name, "text": proposal.text, "saved": options.save} if proposal else None
         findings = [{"topic": topic, **dataclasses.asdict(finding)} for topic, finding in report.findings]
-        print(describe.to_json({"verdict": verdict, **report.facts, "profile": profile, "findings": findings}))
+        print(wording.to_json({"verdict": verdict, **report.facts, "profile": profile, "findings": findings}))
         return code
     if proposal and options.save:
-        again = f"{describe.program()} submit quickstart --cluster {_name_of(proposal, options.save)} --dry-run"
+        again = f"{wording.program()} submit quickstart --cluster {_name_of(proposal, options.save)} --dry-run"
         print(f"\nprofile {proposal.name} written to {options.save}\nnext: {again}")
     elif options.save:
         print("\nno profile was written: Slurm did not say enough to make one")

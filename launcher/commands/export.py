@@ -7,11 +7,11 @@ import importlib.util
 import subprocess
 from pathlib import Path
 
-from launcher.plan import Element, Plan
-from launcher.store import find_run, read_plan, roots
-from recipes.errors import BadInput
-from recipes.process import python_command
-from recipes.rundir import RunDir
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.specs.plan import Element, Plan
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.python_process import python_command
+from amlaunch.recipes.run_layout import RunDir
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,8 +20,15 @@ def run(options: argparse.Namespace) -> int:
     plan = read_plan(found)
     element = train_element(plan, options.element)
     which = f"step-{options.step:08d}" if options.step is not None else "best" if options.best else "newest"
-    out = Path(options.out).expanduser().absolute() if options.out else found.root / "export" / f"{element.name}-{which}"
-    return start("trainer.export", found, plan, [*arguments_of(element), *chosen(options), "--out", str(out), *options.overrides])
+    out = (
+        Path(options.out).expanduser().absolute() if options.out else found.root / "export" / f"{element.name}-{which}"
+    )
+    return start(
+        "amlaunch.trainer.tools.export",
+        found,
+        plan,
+        [*arguments_of(element), *chosen(options), "--out", str(out), *options.overrides],
+    )
 
 
 def train_element(plan: Plan, name: str | None) -> Element:
@@ -31,7 +38,11 @@ def train_element(plan: Plan, name: str | None) -> Element:
     if len(found) == 1:
         return found[0]
     there = "; ".join(f"{element.name} ({element.title})" if element.title else element.name for element in elements)
-    raise BadInput(f"--element {name}: {plan.run_id} has {there}" if name else f"{plan.run_id} trained several models; add --element, one of {there}")
+    raise BadInput(
+        f"--element {name}: {plan.run_id} has {there}"
+        if name
+        else f"{plan.run_id} trained several models; add --element, one of {there}"
+    )
 
 
 def arguments_of(element: Element) -> list[str]:
@@ -58,6 +69,8 @@ def start(module: str, found: RunDir, plan: Plan, words: list[str]) -> int:
     """
     for package in ("torch", "safetensors"):
         if importlib.util.find_spec(package) is None:
-            raise BadInput(f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it")
+            raise BadInput(
+                f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it"
+            )
     folder = Path(plan.cwd) if Path(plan.cwd).is_dir() else found.root
     return subprocess.run([*python_command(module), *words], cwd=folder).returncode

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from launcher.commands.export import arguments_of, chosen, start, train_element
-from launcher.store import find_run, read_plan, roots
+from amlaunch.launcher.commands.export import arguments_of, chosen, start, train_element
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
 
 
 def run(options: argparse.Namespace) -> int:
@@ -19,4 +19,4 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, key)
         if value is not None:
             words.append(f"--export.{key}={value}")
-    return start("trainer.generate", found, plan, [*words, *options.overrides])
+    return start("amlaunch.trainer.tools.generate", found, plan, [*words, *options.overrides])

@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import containers
-from containers.reference import BadReference, parse
-from containers.store import ImageFolder, read_json, short
-from launcher import describe
-from launcher.image_build import base_in, build_image, check_base, write_context
-from launcher.image_folder import image_folder
-from launcher.image_import import Request, import_image
-from launcher.image_tools import ToolFailed, builder, site_format, this_architecture
-from recipes.errors import FAILED, OK, BadInput
-from recipes.files import write_json
-from recipes.version import VERSION
+from amlaunch import containers
+from amlaunch.containers.images.image_store import ImageFolder, read_json, short
+from amlaunch.containers.images.reference import BadReference, parse
+from amlaunch.containers.runtimes import catalog
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.images.builder import base_in, build_image, check_base, write_context
+from amlaunch.launcher.images.importer import Request, import_image
+from amlaunch.launcher.images.tools import ToolFailed, builder, site_format, this_architecture
+from amlaunch.launcher.planning.image_folder import image_folder
+from amlaunch.recipes.errors import FAILED, OK, BadInput
+from amlaunch.recipes.files import write_json
+from amlaunch.recipes.version import VERSION
 
 PLAIN_SECONDS = 5.0
 Say = Callable[[str], None]
@@ -57,7 +58,7 @@ def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
     """The folder of images, and the format that the site's runtime starts, of the cluster that was named."""
     if not options.cluster:
         return image_folder(options.images, None), site_format()
-    from launcher.cluster import find_cluster  # profiles are read with all that Slurm needs
+    from amlaunch.launcher.specs.cluster_profile import find_cluster  # profiles are read with all that Slurm needs
 
     profile = find_cluster(options.cluster).profile
     return image_folder(options.images, profile.images), site_format(profile.container.runtime.replace("auto", ""))
@@ -71,7 +72,15 @@ def run_import(options: argparse.Namespace) -> int:
     folder, usual = folder_of(options)
     say = say_for(options)
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    request = Request(options.image, folder, options.format or usual, options.arch or this_architecture(), options.tool, work, options.insecure)
+    request = Request(
+        options.image,
+        folder,
+        options.format or usual,
+        options.arch or this_architecture(),
+        options.tool,
+        work,
+        options.insecure,
+    )
     return make(request, options, say)
 
 
@@ -81,14 +90,16 @@ def make(request: Request, options: argparse.Namespace, say: Say) -> int:
     try:
         image, made = import_image(request, say, meter_for(options.json, say))
     except KeyboardInterrupt:
-        say(f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it")
+        say(
+            f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it"
+        )
         raise
     if options.json:
-        print(describe.to_json({**dataclasses.asdict(image), "made": made}))
+        print(wording.to_json({**dataclasses.asdict(image), "made": made}))
         return OK
-    took = f" in {describe.duration(time.monotonic() - started)}" if made else ""
-    say(f"{'made' if made else 'already there:'} {image.path} ({describe.size(image.size)}, {image.digest[:19]}){took}")
-    say(f"in a recipe: container.image: {image.path}\nwhat is in it: {describe.program()} image check {image.path}")
+    took = f" in {wording.duration(time.monotonic() - started)}" if made else ""
+    say(f"{'made' if made else 'already there:'} {image.path} ({wording.size(image.size)}, {image.digest[:19]}){took}")
+    say(f"in a recipe: container.image: {image.path}\nwhat is in it: {wording.program()} image check {image.path}")
     return OK
 
 
@@ -110,7 +121,7 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     shown = BarColumn(24) if total else SpinnerColumn()
     columns = [TextColumn("{task.description}"), shown, TextColumn("{task.fields[size]}"), TimeElapsedColumn()]
     started = time.monotonic()
-    with Progress(*columns, console=describe.console(), transient=True) as progress:
+    with Progress(*columns, console=wording.console(), transient=True) as progress:
         task = progress.add_task(title, total=total or None, size="")
         yield lambda done: progress.update(task, completed=done, size=_how_far(done, total, time.monotonic() - started))
 
@@ -118,14 +129,18 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
     started = spoke = time.monotonic()
-    say(f"{title}{f' {describe.size(total)}' if total else ''}")
+    say(f"{title}{f' {wording.size(total)}' if total else ''}")
 
     def show(done: int) -> None:
         nonlocal spoke
         now = time.monotonic()
         if now - spoke >= PLAIN_SECONDS:
             spoke = now
-            say(f"  {title}: {_how_far(done, total, now - started)}, {describe.duration(now - started)}".replace(": ,", ":"))
+            say(
+                f"  {title}: {_how_far(done, total, now - started)}, {wording.duration(now - started)}".replace(
+                    ": ,", ":"
+                )
+            )
 
     yield show
 
@@ -134,7 +149,7 @@ def _how_far(done: int, total: int, seconds: float) -> str:
     """``481.42 MB of 903.71 MB, 48.10 MB/s``; empty where nothing can be measured."""
     if not done:
         return ""
-    return f"{describe.size(done)}{f' of {describe.size(total)}' if total else ''}, {describe.size(done / max(seconds, 0.1))}/s"
+    return f"{wording.size(done)}{f' of {wording.size(total)}' if total else ''}, {wording.size(done / max(seconds, 0.1))}/s"
 
 
 # --- build ----------------------------------------------------------------------------------------------
@@ -153,7 +168,11 @@ def run_build(options: argparse.Namespace) -> int:
     base = base_of(options.base) if options.base else ""
     folder, usual = folder_of(options)
     tool, say = builder(options.tool), say_for(options)
-    arguments = {"VERSION": VERSION, **({"BASE": base} if base else {}), **({} if options.packages is None else {"PACKAGES": options.packages})}
+    arguments = {
+        "VERSION": VERSION,
+        **({"BASE": base} if base else {}),
+        **({} if options.packages is None else {"PACKAGES": options.packages}),
+    }
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
     needed = base or base_in(dockerfile)
     if needed:
@@ -168,7 +187,9 @@ def run_build(options: argparse.Namespace) -> int:
     source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
     origin = f"build on {base}" if base else "build"
-    return make(Request(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin), options, say)
+    return make(
+        Request(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin), options, say
+    )
 
 
 def base_of(text: str) -> str:
@@ -178,7 +199,9 @@ def base_of(text: str) -> str:
     except BadReference as error:
         raise BadInput(f"--base {error}") from None
     if reference.path is not None:
-        raise BadInput(f"--base {text}: a file or a folder is no base; load it (buildah pull, podman load, docker load) and give the name that it has there")
+        raise BadInput(
+            f"--base {text}: a file or a folder is no base; load it (buildah pull, podman load, docker load) and give the name that it has there"
+        )
     return reference.name
 
 
@@ -190,20 +213,34 @@ def run_list(options: argparse.Namespace) -> int:
     folder, _ = folder_of(options)
     rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
     if options.json:
-        found = [{**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None} for image, facts, checked in rows]
-        print(describe.to_json({"folder": str(folder.root), "images": found}))
+        found = [
+            {**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None}
+            for image, facts, checked in rows
+        ]
+        print(wording.to_json({"folder": str(folder.root), "images": found}))
         return OK
     if not rows:
-        print(f"no images in {folder.root}; {describe.program()} image import IMAGE brings one")
+        print(f"no images in {folder.root}; {wording.program()} image import IMAGE brings one")
         return OK
     from rich.table import Table
 
     table = Table("image", "digest", "size", "made", "made of", "checked", box=None, padding=(0, 2, 0, 0))
     for image, facts, checked in rows:
-        state = (facts.source.removeprefix("checked ") if checked else "no") if image.whole else "its file is not whole: import it again"
-        table.add_row(Path(image.path).name, short(image.digest), describe.size(image.size), image.date.replace("T", " ")[:16], image.source, state)
+        state = (
+            (facts.source.removeprefix("checked ") if checked else "no")
+            if image.whole
+            else "its file is not whole: import it again"
+        )
+        table.add_row(
+            Path(image.path).name,
+            short(image.digest),
+            wording.size(image.size),
+            image.date.replace("T", " ")[:16],
+            image.source,
+            state,
+        )
     print(folder.root)
-    describe.console().print(table)
+    wording.console().print(table)
     return OK
 
 
@@ -212,25 +249,25 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
-    from launcher import image_check  # with what doctor needs
-    from launcher.cluster import find_cluster
-    from launcher.commands.doctor import Report
-    from launcher.container import last_wins, mapped, site_mounts
-    from launcher.diagnose import BAD, worst
+    from amlaunch.launcher.commands.doctor import Report
+    from amlaunch.launcher.display.findings import BAD, worst
+    from amlaunch.launcher.images import checker  # with what doctor needs
+    from amlaunch.launcher.planning.stage_container import last_wins, mapped, site_mounts
+    from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:
         raise BadInput(f"--gpus {options.gpus}: write a number from 0 on")
     cluster = find_cluster(options.cluster or "local")
-    site, folder = image_check.site_of(cluster), image_folder(options.images, cluster.profile.images)
+    site, folder = checker.site_of(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
     try:
         reference = parse(stored.path if stored else options.image)
-        mounts = [*site_mounts(site), *(containers.parse_mount(text, Path.cwd()) for text in options.mount)]
-    except (BadReference, containers.BadMount) as error:
+        mounts = [*site_mounts(site), *(catalog.parse_mount(text, Path.cwd()) for text in options.mount)]
+    except (BadReference, catalog.BadMount) as error:
         raise BadInput(str(error)) from None
     name, place = reference.name, folder.check(stored.path if stored else options.image)
     if options.has:
-        write_json(place, image_check.said(name, options.has, read_json(place)))
+        write_json(place, checker.said(name, options.has, read_json(place)))
         print(f"written down in {place}")
         return OK
     reference = mapped(reference, site)
@@ -240,14 +277,19 @@ def run_check(options: argparse.Namespace) -> int:
         if not Path(mount.source).exists() and cluster.profile.executor == "local":
             raise BadInput(f"mount {mount.short}: there is no {mount.source} on this machine")
     say = say_for(options)
-    runtime = image_check.choose_runtime(reference, options.runtime, cluster)
-    start = image_check.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
-    seen = image_check.record(name, stored.digest if stored else reference.digest, runtime, image_check.carry_out(start, name, place.parent, meter_for(options.json, say)))
-    found = list(image_check.findings(options.image, seen, bool(options.gpus)))
+    runtime = checker.choose_runtime(reference, options.runtime, cluster)
+    start = checker.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
+    seen = checker.record(
+        name,
+        stored.digest if stored else reference.digest,
+        runtime,
+        checker.carry_out(start, name, place.parent, meter_for(options.json, say)),
+    )
+    found = list(checker.findings(options.image, seen, bool(options.gpus)))
     write_json(place, seen)
     verdict = worst(found)
     if options.json:
-        print(describe.to_json({"verdict": verdict, "record": str(place), **seen, "findings": image_check.as_json(found)}))
+        print(wording.to_json({"verdict": verdict, "record": str(place), **seen, "findings": checker.as_json(found)}))
     else:
         report = Report(json=False)
         report.begin("image", f"{name}, started by {runtime}")

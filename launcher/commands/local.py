@@ -9,23 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from launcher import describe
-from launcher.commands.status import advice
-from launcher.container_checks import check_containers
-from launcher.create import write_run
-from launcher.local import Executor
-from launcher.machine import Machine
-from launcher.plan import Plan, Stage
-from launcher.prepare import check_here, check_inside, default_recipe, notes, prepare
-from launcher.report import LiveReport, PlainReport, make_report
-from launcher.state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
-from launcher.store import run_dir_of
-from launcher.submissions import submissions_of
-from launcher.submit import known_states
-from launcher.summary import closing, exit_code, headline, stage_closing
-from recipes.errors import OK, BadInput
-from recipes.files import Lock
-from recipes.rundir import RunDir
+from amlaunch.launcher.checks.containers import check_containers
+from amlaunch.launcher.commands.status import advice
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.live_report import LiveReport, PlainReport, make_report
+from amlaunch.launcher.display.summary import closing, exit_code, headline, stage_closing
+from amlaunch.launcher.execution.local_executor import Executor
+from amlaunch.launcher.planning.resolve import check_here, check_inside, default_recipe, notes, prepare
+from amlaunch.launcher.runs.element_state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
+from amlaunch.launcher.runs.find import run_dir_of
+from amlaunch.launcher.runs.submissions import submissions_of
+from amlaunch.launcher.specs.machine import Machine
+from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.launcher.submission.run_writer import write_run
+from amlaunch.launcher.submission.slurm_submission import known_states
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.recipes.files import Lock
+from amlaunch.recipes.run_layout import RunDir
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,7 +53,9 @@ def driving(run_dir: RunDir) -> Iterator[None]:
     """Hold the run's lock. Raises BadInput where another process does, or none can."""
     lock = Lock(run_dir.lock)
     if not _acquire(lock, run_dir):
-        raise BadInput(f"{run_dir.root.name} is being run by another amlaunch; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
+        raise BadInput(
+            f"{run_dir.root.name} is being run by another amlaunch; follow it with {wording.program()} logs {wording.name_of(run_dir)} -f"
+        )
     try:
         run_dir.stop.unlink(missing_ok=True)
         yield
@@ -67,8 +69,10 @@ def _check_jobs(run_dir: RunDir, plan: Plan) -> None:
         return
     jobs = [state.job for state in known_states(run_dir, plan) if state.job and state.state in (RUNNING, QUEUED)]
     if jobs:
-        name = describe.name_of(run_dir)
-        raise BadInput(f"{plan.run_id} is on a cluster (job {jobs[0]}{', …' if len(jobs) > 1 else ''}); {describe.program()} wait {name} waits for it, cancel {name} ends it")
+        name = wording.name_of(run_dir)
+        raise BadInput(
+            f"{plan.run_id} is on a cluster (job {jobs[0]}{', …' if len(jobs) > 1 else ''}); {wording.program()} wait {name} waits for it, cancel {name} ends it"
+        )
 
 
 def _acquire(lock: Lock, run_dir: RunDir) -> bool:
@@ -79,7 +83,12 @@ def _acquire(lock: Lock, run_dir: RunDir) -> bool:
 
 
 def carry_out(
-    options: argparse.Namespace, report: PlainReport | LiveReport, plan: Plan, machine: Machine, run_dir: RunDir, stages: list[Stage]
+    options: argparse.Namespace,
+    report: PlainReport | LiveReport,
+    plan: Plan,
+    machine: Machine,
+    run_dir: RunDir,
+    stages: list[Stage],
 ) -> int:
     """Run what is not done of ``stages``, as the run directory has it, and tell; the exit code."""
     report.say(f"{plan.run_id}: {run_dir.root}")
@@ -90,7 +99,7 @@ def carry_out(
     states = [state for stage in stages for state in read_stage(run_dir, stage)]
     if options.json:
         everything = read_run(run_dir, plan)
-        print(describe.to_json(describe.as_json(run_dir, plan, everything, overall(everything))))
+        print(wording.to_json(wording.as_json(run_dir, plan, everything, overall(everything))))
     _tell(run_dir, plan, states, done, report)
     return OK if done else exit_code(states)
 
@@ -101,10 +110,14 @@ def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
     for stage in stages:
         for before in stage.after:
             if before not in chosen and any(state.state != DONE for state in read_stage(run_dir, plan.stage(before))):
-                raise BadInput(f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first")
+                raise BadInput(
+                    f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first"
+                )
 
 
-def _tell(run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, report: PlainReport | LiveReport) -> None:
+def _tell(
+    run_dir: RunDir, plan: Plan, states: list[ElementState], done: bool, report: PlainReport | LiveReport
+) -> None:
     if done:
         partly = len(states) < len(read_run(run_dir, plan))
         for line in stage_closing(run_dir, states) if partly else closing(run_dir, plan, states):

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.commands.status import goes_on, rest
-from launcher.plan import Plan, Stage
-from launcher.state import read_run
-from launcher.store import find_run, read_plan, roots
-from launcher.submissions import Submission, newest_jobs, submissions_of
-from recipes.errors import BadInput, did_you_mean
-from recipes.rundir import RunDir
+from amlaunch.launcher.commands.status import goes_on, rest
+from amlaunch.launcher.runs.element_state import read_run
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.submissions import Submission, newest_jobs, submissions_of
+from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.run_layout import RunDir
 
 FOLLOW_SECONDS = 0.3
 LOOK_SECONDS = 1.5
@@ -65,7 +65,9 @@ def run(options: argparse.Namespace) -> int:
             break
         time.sleep(rest(reading, FOLLOW_SECONDS))
     if not sources:
-        raise BadInput(f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are")
+        raise BadInput(
+            f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are"
+        )
     return 0
 
 
@@ -74,7 +76,9 @@ def _check_names(plan: Plan, options: argparse.Namespace) -> None:
     stages = [plan.stage(options.stage)] if options.stage else plan.stages
     names = [element.name for stage in stages for element in stage.elements]
     if options.element is not None and options.element not in names:
-        raise BadInput(f"{plan.run_id} has no element {options.element!r}{f' in {options.stage}' if options.stage else ''}; {did_you_mean(options.element, names)}")
+        raise BadInput(
+            f"{plan.run_id} has no element {options.element!r}{f' in {options.stage}' if options.stage else ''}; {did_you_mean(options.element, names)}"
+        )
 
 
 def _print_new(sources: Iterable[Source], *, follow: bool, flush: bool) -> float:
@@ -121,11 +125,19 @@ def _newest_stage(run_dir: RunDir, plan: Plan, follow: bool) -> list[Stage]:
     """The last stage that has logs; all of them when following, since the next may begin."""
     if follow:
         return plan.stages
-    with_logs = [stage for stage in plan.stages if any(_logs_of(run_dir, stage, element.name, None) for element in stage.elements)]
+    with_logs = [
+        stage
+        for stage in plan.stages
+        if any(_logs_of(run_dir, stage, element.name, None) for element in stage.elements)
+    ]
     if with_logs:
         return with_logs[-1:]
     submitted = submissions_of(run_dir, plan)
-    return [stage for stage in plan.stages if any(one.log(i).is_file() for one in submitted[stage.name] for i in range(len(one.elements)))][-1:]
+    return [
+        stage
+        for stage in plan.stages
+        if any(one.log(i).is_file() for one in submitted[stage.name] for i in range(len(one.elements)))
+    ][-1:]
 
 
 def _logs_of(run_dir: RunDir, stage: Stage, element: str, attempt: int | None) -> list[tuple[int, int, Path]]:

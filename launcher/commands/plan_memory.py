@@ -6,17 +6,21 @@ import argparse
 import importlib.util
 import subprocess
 
-from launcher.commands.bench import environment
-from recipes.errors import BadInput
-from recipes.process import python_command
+from amlaunch.launcher.commands.bench import environment
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.python_process import python_command
 
 
 def run(options: argparse.Namespace) -> int:
     """Predict, and return the exit code: 3 where it does not fit."""
     if importlib.util.find_spec("torch") is None:
-        raise BadInput("torch is not installed here: pip install 'amlaunch[train]' (its CPU build will do), or run this on a node that has it")
+        raise BadInput(
+            "torch is not installed here: pip install 'amlaunch[train]' (its CPU build will do), or run this on a node that has it"
+        )
     words = [options.recipe, f"--gpu-memory={options.gpu_memory}"]
     words += [f"--gpus={options.gpus}"] if options.gpus is not None else []
     words += [f"--allow-target={name}" for name in options.allow_target]
     words += ["--json"] if options.json else []
-    return subprocess.run([*python_command("trainer.plan_memory"), *words, *options.overrides], env=environment(0)).returncode
+    return subprocess.run(
+        [*python_command("amlaunch.trainer.tools.plan_memory"), *words, *options.overrides], env=environment(0)
+    ).returncode

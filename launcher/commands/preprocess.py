@@ -1,4 +1,4 @@
-"""``amlaunch preprocess``: becomes ``python -m preprocess``, for the launcher never loads what tokenises."""
+"""``amlaunch preprocess``: becomes ``python -m amlaunch.preprocess``, for the launcher never loads what tokenises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recipes.process import python_command
+from amlaunch.recipes.python_process import python_command
 
 
 def run(options: argparse.Namespace) -> NoReturn:
@@ -16,6 +16,6 @@ def run(options: argparse.Namespace) -> NoReturn:
 
 
 def become(words: Sequence[str]) -> NoReturn:
-    """Go on as ``python -m preprocess WORDS``."""
-    command = [*python_command("preprocess"), *words]
+    """Go on as ``python -m amlaunch.preprocess WORDS``."""
+    command = [*python_command("amlaunch.preprocess"), *words]
     os.execve(command[0], command, {**os.environ, "PYTHONSAFEPATH": "1"})

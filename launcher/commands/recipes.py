@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from recipes.shipped import shipped, summary
+from amlaunch.recipes.shipped import shipped, summary
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,28 +6,35 @@ import argparse
 import os
 from pathlib import Path
 
-from launcher import describe
-from launcher.cluster import Cluster, check_profile, find_cluster
-from launcher.commands.local import carry_out, driving
-from launcher.commands.retry import stages_of
-from launcher.commands.submit import finish, say_for
-from launcher.create import add_resumed, write_run
-from launcher.fit import check_cluster
-from launcher.machine import this_machine
-from launcher.plan import Plan
-from launcher.planner import Site, make_plan
-from launcher.preflight import check_disk, check_needs
-from launcher.prepare import check_here
-from launcher.report import make_report
-from launcher.site import cluster_site
-from launcher.state import ACTIVE, is_driven
-from launcher.store import find_run, read_plan, roots
-from launcher.stored import command_of, option_values, stored_recipe
-from launcher.submit import known_states, moved_note, recover, submit_run, submitting, write_environment
-from recipes.errors import BadInput
-from recipes.files import is_locked
-from recipes.loader import EXECUTION
-from recipes.rundir import RunDir
+from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs
+from amlaunch.launcher.checks.slurm_limits import check_cluster
+from amlaunch.launcher.commands.local import carry_out, driving
+from amlaunch.launcher.commands.retry import stages_of
+from amlaunch.launcher.commands.submit import finish, say_for
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.live_report import make_report
+from amlaunch.launcher.planning.partitions import cluster_site
+from amlaunch.launcher.planning.planner import Site, make_plan
+from amlaunch.launcher.planning.resolve import check_here
+from amlaunch.launcher.runs.element_state import ACTIVE, is_driven
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.stored_recipe import add_resumed, command_of, option_values, stored_recipe
+from amlaunch.launcher.specs.cluster_profile import Cluster, check_profile, find_cluster
+from amlaunch.launcher.specs.machine import this_machine
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.run_writer import write_run
+from amlaunch.launcher.submission.slurm_submission import (
+    known_states,
+    moved_note,
+    recover,
+    submit_run,
+    submitting,
+    write_environment,
+)
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import is_locked
+from amlaunch.recipes.format.loader import EXECUTION
+from amlaunch.recipes.run_layout import RunDir
 
 FIXED = ("preprocess", "sweep", "dataset", "model", "name")
 """Sections that make a run what it is: with another one it would be another run."""
@@ -46,12 +53,14 @@ def run(options: argparse.Namespace) -> int:
 def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     """Everything that can be wrong is looked for first: what is changed here is part of the run from then on."""
     if is_driven(run_dir, known_states(run_dir, plan)):
-        raise BadInput(f"{plan.run_id} runs; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+        raise BadInput(f"{plan.run_id} runs; {wording.program()} cancel {wording.name_of(run_dir)} --checkpoint first")
     loaded = stored_recipe(run_dir, options.overrides, job_start=True)
     os.chdir(plan.cwd)
     machine = this_machine()
     asked = option_values(command_of(run_dir), "--gpus")
-    site = Site(run_dir.root.parent, Path.cwd(), len(machine.gpus), machine.cpus, asked_gpus=int(asked[-1]) if asked else None)
+    site = Site(
+        run_dir.root.parent, Path.cwd(), len(machine.gpus), machine.cpus, asked_gpus=int(asked[-1]) if asked else None
+    )
     new = make_plan(loaded, site, run_dir.root.name)
     check_here(loaded, new.stages)
     with driving(run_dir):
@@ -63,7 +72,9 @@ def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
 
 def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     if is_locked(run_dir.lock):
-        raise BadInput(f"{plan.run_id} is being run by amlaunch local; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+        raise BadInput(
+            f"{plan.run_id} is being run by amlaunch local; {wording.program()} cancel {wording.name_of(run_dir)} --checkpoint first"
+        )
     cluster = find_cluster(options.cluster) if options.cluster else stored_cluster(plan)
     loaded = stored_recipe(run_dir, options.overrides)
     say = say_for(options)
@@ -78,7 +89,9 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
         recover(run_dir, plan, say)
         states = known_states(run_dir, plan)
         if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
-            raise BadInput(f"{plan.run_id} trains; {describe.program()} cancel {describe.name_of(run_dir)} --checkpoint first")
+            raise BadInput(
+                f"{plan.run_id} trains; {wording.program()} cancel {wording.name_of(run_dir)} --checkpoint first"
+            )
         moved = moved_note(run_dir, plan, cluster.name, states)
         if moved:
             say(f"note: {moved}")
@@ -101,7 +114,9 @@ def _check_fixed(overrides: list[str]) -> None:
     for word in overrides:
         section = word[2:].partition("=")[0].split(".")[0]
         if word.startswith("--") and section in FIXED:
-            raise BadInput(f"{word}: a run with another {section} is another run; amlaunch submit or local with --{section}… makes it")
+            raise BadInput(
+                f"{word}: a run with another {section} is another run; amlaunch submit or local with --{section}… makes it"
+            )
 
 
 def forget_training(run_dir: RunDir, plan: Plan, overrides: list[str]) -> None:

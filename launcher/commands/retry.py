@@ -7,22 +7,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import describe
-from launcher.cluster import check_profile
-from launcher.commands.local import carry_out, driving
-from launcher.commands.status import again_command
-from launcher.commands.submit import finish, say_for
-from launcher.machine import Machine, this_machine
-from launcher.plan import Plan, Stage
-from launcher.prepare import check_here
-from launcher.report import make_report
-from launcher.state import ACTIVE, DONE, ElementState, is_driven, overall, read_run
-from launcher.store import find_run, read_plan, roots
-from launcher.stored import command_of, option_values, stored_recipe
-from launcher.submit import recover, submit_run, submitting
-from recipes.errors import OK, BadInput
-from recipes.files import is_locked
-from recipes.rundir import RunDir
+from amlaunch.launcher.commands.local import carry_out, driving
+from amlaunch.launcher.commands.status import again_command
+from amlaunch.launcher.commands.submit import finish, say_for
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.live_report import make_report
+from amlaunch.launcher.planning.resolve import check_here
+from amlaunch.launcher.runs.element_state import ACTIVE, DONE, ElementState, is_driven, overall, read_run
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.stored_recipe import command_of, option_values, stored_recipe
+from amlaunch.launcher.specs.cluster_profile import check_profile
+from amlaunch.launcher.specs.machine import Machine, this_machine
+from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.launcher.submission.slurm_submission import recover, submit_run, submitting
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.recipes.files import is_locked
+from amlaunch.recipes.run_layout import RunDir
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
     if plan.cluster is None:
         return _here(options, run_dir, plan)
     if is_locked(run_dir.lock):
-        raise BadInput(f"{plan.run_id} is being run by amlaunch local; {describe.program()} status {describe.name_of(run_dir)}")
+        raise BadInput(
+            f"{plan.run_id} is being run by amlaunch local; {wording.program()} status {wording.name_of(run_dir)}"
+        )
     profile = check_profile(plan.cluster.get("profile") or {}, {})
     say = say_for(options)
     with submitting(run_dir, plan):
@@ -50,10 +52,14 @@ def run(options: argparse.Namespace) -> int:
 def _nothing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> str:
     """Why nothing is started, and what to type instead."""
     going = sum(state.state in ACTIVE for state in states)
-    name, program = describe.name_of(run_dir), describe.program()
+    name, program = wording.name_of(run_dir), wording.program()
     if not going and not is_locked(run_dir.lock):
         return f"{plan.run_id}: every element is done, there is nothing to start again\nnext: {program} status {name}"
-    words = f"{going} element{'s are' if going != 1 else ' is'} on {'their' if going != 1 else 'its'} way" if going else "it runs"
+    words = (
+        f"{going} element{'s are' if going != 1 else ' is'} on {'their' if going != 1 else 'its'} way"
+        if going
+        else "it runs"
+    )
     return f"{plan.run_id}: nothing to start again, {words}\nnext: {program} logs {name} -f, or {program} cancel {name} first"
 
 
@@ -62,7 +68,7 @@ def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     if is_driven(run_dir, states) or all(state.state == DONE for state in states):
         say_for(options)(_nothing(run_dir, plan, states))
         if options.json:
-            print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states, is_driven(run_dir, states)))))
+            print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states, is_driven(run_dir, states)))))
         return OK
     return again_here(options, run_dir, plan)
 
@@ -89,7 +95,9 @@ def _check_machine(run_dir: RunDir, plan: Plan, stages: list[Stage], machine: Ma
             raise BadInput(f"{path} is gone, which {plan.run_id} needs; start it anew: {again_command(run_dir, plan)}")
     wanted, there = max(stage.needs.gpus_per_node for stage in stages), len(machine.gpus)
     if wanted > there:
-        raise BadInput(f"{plan.run_id} trains on {wanted} GPUs, this machine has {there}; give its recipe to amlaunch local --gpus {there}")
+        raise BadInput(
+            f"{plan.run_id} trains on {wanted} GPUs, this machine has {there}; give its recipe to amlaunch local --gpus {there}"
+        )
     loaded = stored_recipe(run_dir, [], job_start=True)
     os.chdir(plan.cwd)  # where relative paths to data begin
     check_here(loaded, stages)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from launcher import describe
-from launcher.plan import Plan, Stage
-from launcher.prepare import notes, prepare
-from launcher.state import DONE, read_run
-from launcher.store import run_dir_of
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.planning.resolve import notes, prepare
+from amlaunch.launcher.runs.element_state import DONE, read_run
+from amlaunch.launcher.runs.find import run_dir_of
+from amlaunch.launcher.specs.plan import Plan, Stage
 
 
 def run(options: argparse.Namespace) -> int:
@@ -17,7 +17,16 @@ def run(options: argparse.Namespace) -> int:
     run_dir = run_dir_of(options, plan)
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == DONE}
     if options.json:
-        print(describe.to_json({"notes": notes(loaded, plan, machine), "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}))
+        print(
+            wording.to_json(
+                {
+                    "notes": notes(loaded, plan, machine),
+                    "recipe": loaded.tree,
+                    "plan": plan.to_json(),
+                    "done": sorted(done),
+                }
+            )
+        )
         return 0
     for note in notes(loaded, plan, machine):
         print(f"note: {note}")
@@ -34,12 +43,22 @@ def print_plan(plan: Plan, done: set[tuple[str, str]]) -> None:
     """A table of the stages."""
     from rich.table import Table
 
-    table = Table("stage", "elements", "after", "each element has", "skipped", box=None, padding=(0, 2, 0, 0), title=f"plan of {plan.run_id}", title_justify="left")
+    table = Table(
+        "stage",
+        "elements",
+        "after",
+        "each element has",
+        "skipped",
+        box=None,
+        padding=(0, 2, 0, 0),
+        title=f"plan of {plan.run_id}",
+        title_justify="left",
+    )
     for stage in plan.stages:
         skipped = sum((stage.name, element.name) in done for element in stage.elements)
         words = f"{skipped} of {len(stage.elements)} done" if skipped else ""
         table.add_row(stage.name, elements(stage), ", ".join(stage.after), needs(stage), words)
-    describe.console().print(table)
+    wording.console().print(table)
 
 
 def elements(stage: Stage) -> str:
@@ -59,5 +78,5 @@ def needs(stage: Stage) -> str:
     if given.mem:
         parts.append(given.mem)
     if given.time_minutes:
-        parts.append(describe.duration(given.time_minutes * 60))
+        parts.append(wording.duration(given.time_minutes * 60))
     return ", ".join(parts)

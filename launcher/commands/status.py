@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launcher import describe
-from launcher.plan import Plan
-from launcher.state import (
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.runs.element_state import (
     ACTIVE,
     CANCELLED,
     DIED,
@@ -30,13 +29,14 @@ from launcher.state import (
     overall,
     read_runs,
 )
-from launcher.store import find_run, list_runs, read_plan, roots
-from recipes.errors import BadInput
-from recipes.files import read_object
-from recipes.rundir import RunDir
+from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import read_object
+from amlaunch.recipes.run_layout import RunDir
 
 if TYPE_CHECKING:
-    from launcher.queue import Queue
+    from amlaunch.launcher.slurm.queue import Queue
 
 WATCH_SECONDS = 2.0
 CLUSTER_WATCH_SECONDS = 15.0
@@ -100,7 +100,7 @@ def _read(options: argparse.Namespace) -> tuple[list[Shown], list[str]]:
             _warn(error)
     if not pairs:
         return [], []
-    from launcher.queue import Queue
+    from amlaunch.launcher.slurm.queue import Queue
 
     queue = Queue()
     try:
@@ -136,13 +136,13 @@ def _plan_of(run_dir: RunDir) -> Plan:
 
 def _print(found: list[Shown], problems: list[str], options: argparse.Namespace) -> None:
     if options.json:
-        values = [describe.as_json(run_dir, plan, states, _word(run_dir, states)) for run_dir, plan, states in found]
-        print(describe.to_json(values), flush=True)
+        values = [wording.as_json(run_dir, plan, states, _word(run_dir, states)) for run_dir, plan, states in found]
+        print(wording.to_json(values), flush=True)
         return
     if not found:
-        print(f"no runs in {', '.join(map(str, roots(options.runs)))}; {describe.program()} local or submit starts one")
+        print(f"no runs in {', '.join(map(str, roots(options.runs)))}; {wording.program()} local or submit starts one")
         return
-    console = describe.console()
+    console = wording.console()
     for part in _view(found, problems, options, console.width):
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
 
@@ -156,7 +156,10 @@ def _watch(options: argparse.Namespace) -> int:
         while True:
             looked = time.monotonic()
             found, problems = _read(options)
-            parts = [Text(part) if isinstance(part, str) else part for part in _view(found, problems, options, live.console.width)]
+            parts = [
+                Text(part) if isinstance(part, str) else part
+                for part in _view(found, problems, options, live.console.width)
+            ]
             live.update(Group(*parts))
             if not any(goes_on(run_dir, states) for run_dir, _, states in found):
                 return 0
@@ -164,15 +167,20 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _view(found: list[Shown], problems: list[str], options: argparse.Namespace, width: int) -> list[Any]:
-    warnings = [f"warning: {problem}; what follows is from the run directories alone" for problem in dict.fromkeys(problems)]
+    warnings = [
+        f"warning: {problem}; what follows is from the run directories alone" for problem in dict.fromkeys(problems)
+    ]
     if not options.run:
-        return [*warnings, _list_table(found, width), f"\n{describe.program()} status RUN shows one"]
+        return [*warnings, _list_table(found, width), f"\n{wording.program()} status RUN shows one"]
     parts: list[Any] = list(warnings)
     for run_dir, plan, states in found:
         hours = sum(state.gpu_hours for state in states)
         used = f"  {hours:.2f} GPU-hours" if hours else ""
         where = f"  on {plan.cluster['name']}" if plan.cluster else ""
-        parts += [f"{plan.run_id}  {_word(run_dir, states)}{where}{used}  {run_dir.root}", _element_table(states, options.all, width)]
+        parts += [
+            f"{plan.run_id}  {_word(run_dir, states)}{where}{used}  {run_dir.root}",
+            _element_table(states, options.all, width),
+        ]
         parts += [f"\n{text}" for text in advice(run_dir, plan, states, is_driven(run_dir, states))]
     return parts
 
@@ -185,14 +193,14 @@ def _list_table(found: list[Shown], width: int) -> Any:
     rows = []
     for run_dir, plan, states in found:
         now = current(states)
-        words = describe.progress(now) if now.state == RUNNING else describe.outcome(now)
+        words = wording.progress(now) if now.state == RUNNING else wording.outcome(now)
         rows.append(
             {
                 "run": plan.run_id,
                 "state": _word(run_dir, states),
                 "stage": now.stage,
-                "last start": describe.duration(time.time() - run_dir.plan.stat().st_mtime) + " ago",
-                "progress": words or describe.progress(now),
+                "last start": wording.duration(time.time() - run_dir.plan.stat().st_mtime) + " ago",
+                "progress": words or wording.progress(now),
             }
         )
     return _table(rows, width, SPARE, short=True)
@@ -216,7 +224,9 @@ def _table(rows: Sequence[dict[str, str]], width: int, spare: Sequence[str], *, 
     least = room(rows, columns[:-1]) + NARROW // 2
     table.width = least if least > width else None  # the terminal itself breaks such lines
     for row in rows:
-        cells = [Text(row[name], style=describe.STYLES.get(row[name], "") if name == "state" else "") for name in columns]
+        cells = [
+            Text(row[name], style=wording.STYLES.get(row[name], "") if name == "state" else "") for name in columns
+        ]
         if short or row["state"] in (FAILED, DIED, UNKNOWN):
             cells[-1].no_wrap, cells[-1].overflow = True, "ellipsis"
         table.add_row(*cells)
@@ -253,11 +263,19 @@ def _element_table(states: list[ElementState], everything: bool, width: int) -> 
 
 
 def _element_row(state: ElementState) -> dict[str, str]:
-    what = describe.progress(state) if state.state == RUNNING else describe.outcome(state)
+    what = wording.progress(state) if state.state == RUNNING else wording.outcome(state)
     what = f"{state.title}: {what}" if state.title and what else what or state.title
     place = {"job": state.job, "node": state.nodes or (state.host if state.job else "")}
-    attempts, took = str(state.attempts or ""), describe.duration(state.seconds)
-    return {"stage": state.stage, "element": state.name, "state": state.state, **place, "attempts": attempts, "time": took, "what": what}
+    attempts, took = str(state.attempts or ""), wording.duration(state.seconds)
+    return {
+        "stage": state.stage,
+        "element": state.name,
+        "state": state.state,
+        **place,
+        "attempts": attempts,
+        "time": took,
+        "what": what,
+    }
 
 
 def _counted(stage: str, states: Sequence[ElementState]) -> dict[str, str]:
@@ -265,7 +283,13 @@ def _counted(stage: str, states: Sequence[ElementState]) -> dict[str, str]:
     counts = Counter(state.state for state in states)
     words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     empty = dict.fromkeys(("job", "node", "attempts", "time"), "")
-    return {"stage": stage, "element": f"{len(states)}", "state": "", **empty, "what": f"{words}; --all lists every one"}
+    return {
+        "stage": stage,
+        "element": f"{len(states)}",
+        "state": "",
+        **empty,
+        "what": f"{words}; --all lists every one",
+    }
 
 
 def notable(states: Sequence[ElementState]) -> list[ElementState]:
@@ -294,11 +318,13 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
     blocks = [_failures(run_dir, group, again) for group in groups[:MOST_KINDS]]
     if groups[MOST_KINDS:]:
         others = sum(len(group) for group in groups[MOST_KINDS:])
-        blocks.append(f"{others} more failed otherwise; {describe.program()} status {describe.name_of(run_dir)} --all lists them, {describe.program()} logs {describe.name_of(run_dir)} shows theirs")
+        blocks.append(
+            f"{others} more failed otherwise; {wording.program()} status {wording.name_of(run_dir)} --all lists them, {wording.program()} logs {wording.name_of(run_dir)} shows theirs"
+        )
     if word in (STOPPED, CANCELLED) or (word == PENDING and plan.cluster):
         blocks.append(f"next: {again}\n(goes on from what is saved)")
     if driven:
-        blocks.append(f"next: {describe.program()} logs {describe.name_of(run_dir)} -f")
+        blocks.append(f"next: {wording.program()} logs {wording.name_of(run_dir)} -f")
     if word == UNKNOWN:
         blocks += _unknown(run_dir, states, again)
     return blocks
@@ -308,8 +334,10 @@ def _unknown(run_dir: RunDir, states: Sequence[ElementState], again: str) -> lis
     """What to type where nobody can say how an element is."""
     lost = [state for state in states if is_lost(state)]
     if lost:
-        return [f"{lost[0].stage} {lost[0].name}{f' and {len(lost) - 1} more' if lost[1:] else ''}: {lost[0].reason}\nnext: {again}\n(finds their job, or submits them again)"]
-    return [f"next: {describe.program()} status {describe.name_of(run_dir)}, when Slurm answers again"]
+        return [
+            f"{lost[0].stage} {lost[0].name}{f' and {len(lost) - 1} more' if lost[1:] else ''}: {lost[0].reason}\nnext: {again}\n(finds their job, or submits them again)"
+        ]
+    return [f"next: {wording.program()} status {wording.name_of(run_dir)}, when Slurm answers again"]
 
 
 def is_lost(state: ElementState) -> bool:
@@ -339,7 +367,7 @@ def essence(state: ElementState) -> str:
 
 
 def _failures(run_dir: RunDir, group: list[ElementState], again: str) -> str:
-    lines = describe.failure(run_dir, group[0], again)
+    lines = wording.failure(run_dir, group[0], again)
     return "\n".join([lines[0], *_and_others(group), *lines[1:]])
 
 
@@ -357,11 +385,11 @@ def _and_others(group: list[ElementState]) -> list[str]:
 def again_command(run_dir: RunDir, plan: Plan) -> str:
     """What goes on with a run: on a cluster its failed elements alone, here the command that started it."""
     if plan.cluster:
-        return f"{describe.program()} retry {describe.name_of(run_dir)}"
+        return f"{wording.program()} retry {wording.name_of(run_dir)}"
     made = read_object(run_dir.provenance)
     words = made.get("command")
     if not isinstance(words, list):
         words = ["amlaunch", "local", str(run_dir.recipe)]
     folder = str(made.get("cwd") or os.getcwd())
     there = "" if folder == os.getcwd() else f"cd {shlex.quote(folder)} && "
-    return f"{there}{describe.program()} {shlex.join(map(str, words[1:]))}"
+    return f"{there}{wording.program()} {shlex.join(map(str, words[1:]))}"

@@ -9,20 +9,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import describe, sbatch, slurm, step
-from launcher.cluster import Cluster, find_cluster
-from launcher.container_checks import check_containers
-from launcher.create import write_run
-from launcher.fit import Asked, check_site, check_stages, memory_notes
-from launcher.plan import Plan, Stage
-from launcher.preflight import check_disk, check_needs, check_python
-from launcher.prepare import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
-from launcher.problems import Problems
-from launcher.slurm import SlurmError
-from launcher.state import ACTIVE, DONE, ElementState, overall, read_run
-from launcher.store import runs_root
-from launcher.submissions import Submission
-from launcher.submit import (
+from amlaunch.launcher.checks.containers import check_containers
+from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs, check_python
+from amlaunch.launcher.checks.slurm_limits import Asked, check_site, check_stages, memory_notes
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.errors import Problems, SlurmError
+from amlaunch.launcher.execution import srun_step
+from amlaunch.launcher.planning.resolve import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
+from amlaunch.launcher.runs.element_state import ACTIVE, DONE, ElementState, overall, read_run
+from amlaunch.launcher.runs.find import runs_root
+from amlaunch.launcher.runs.submissions import Submission
+from amlaunch.launcher.slurm import client, sbatch
+from amlaunch.launcher.specs.cluster_profile import Cluster, find_cluster
+from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.launcher.submission.run_writer import write_run
+from amlaunch.launcher.submission.slurm_submission import (
     Draft,
     Say,
     dependency,
@@ -35,16 +36,18 @@ from launcher.submit import (
     submitting,
     write_environment,
 )
-from recipes.errors import OK, BadInput
-from recipes.files import is_locked
-from recipes.loader import Loaded
-from recipes.rundir import RunDir
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.recipes.files import is_locked
+from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.run_layout import RunDir
 
 
 def run(options: argparse.Namespace) -> int:
     """Submit what is not done; the exit code is 0 once Slurm has it (with ``--wait``: how the run ended)."""
     if not options.recipe:
-        raise BadInput("which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch")
+        raise BadInput(
+            "which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch"
+        )
     problems = Problems()
     cluster = _cluster(options, problems)
     if cluster.profile.executor == "local":
@@ -54,7 +57,12 @@ def run(options: argparse.Namespace) -> int:
     loaded, plan, notes = _prepared(options, cluster, problems)
     run_dir = _run_dir(Path(options.runs), plan)
     stages = _chosen(plan, options)
-    for note in [*loaded.notes, *container_notes(loaded, plan, f"cluster {cluster.name}"), *memory_notes(stages), *notes]:
+    for note in [
+        *loaded.notes,
+        *container_notes(loaded, plan, f"cluster {cluster.name}"),
+        *memory_notes(stages),
+        *notes,
+    ]:
         say(f"note: {note}")
     _check_run(run_dir, plan, cluster, stages, say)
     if options.dry_run:
@@ -119,7 +127,7 @@ def _asked(options: argparse.Namespace, loaded: Loaded, plan: Plan, problems: Pr
     """The plan with what registries say of its images, and remarks; what cannot be goes to ``problems``."""
     if not any(stage.container for stage in plan.stages):
         return plan, ()
-    from launcher.image_registry import as_before, ask  # what speaks HTTP takes a while to load
+    from amlaunch.launcher.images.registry_lookup import as_before, ask  # what speaks HTTP takes a while to load
 
     run_dir = _run_dir(Path(options.runs), plan)
     if run_dir.plan.exists() and all(state.state in (DONE, *ACTIVE) for state in read_run(run_dir, plan)):
@@ -140,22 +148,24 @@ def _chosen(plan: Plan, options: argparse.Namespace) -> Sequence[Stage]:
 def finish(options: argparse.Namespace, run_dir: RunDir, plan: Plan, made: Sequence[Submission], say: Say) -> int:
     """Say what was submitted and what to type next; with ``--wait`` stay until it has ended."""
     if options.wait:
-        from launcher.commands.wait import wait_for
+        from amlaunch.launcher.commands.wait import wait_for
 
         return wait_for(run_dir, plan, options)
     states = read_run(run_dir, plan)
     if options.json:
-        print(describe.to_json(_as_json(run_dir, plan, states, made)))
+        print(wording.to_json(_as_json(run_dir, plan, states, made)))
         return OK
     say(closing(run_dir, plan))
     return OK
 
 
 def _on_this_machine(options: argparse.Namespace) -> int:
-    from launcher.commands import local
+    from amlaunch.launcher.commands import local
 
     if options.dry_run:
-        raise BadInput(f"cluster {options.cluster!r} runs on this machine, without scripts; amlaunch show prints the plan")
+        raise BadInput(
+            f"cluster {options.cluster!r} runs on this machine, without scripts; amlaunch show prints the plan"
+        )
     return local.run(options)
 
 
@@ -168,7 +178,9 @@ def say_for(options: argparse.Namespace) -> Say:
 def _check_run(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], say: Say) -> None:
     """What is there already of the run, and sbatch's own word. Nothing is written. Raises BadInput and SlurmError."""
     if is_locked(run_dir.lock):
-        raise BadInput(f"{plan.run_id} is being run by amlaunch local; follow it with {describe.program()} logs {describe.name_of(run_dir)} -f")
+        raise BadInput(
+            f"{plan.run_id} is being run by amlaunch local; follow it with {wording.program()} logs {wording.name_of(run_dir)} -f"
+        )
     _check_own(run_dir.root, "--name NAME begins another run")
     _check_own(run_dir.shared.resolve(), "--runs DIR makes shards of your own")
     states = known_states(run_dir, plan)
@@ -200,11 +212,15 @@ def _check_input(states: Sequence[ElementState], stages: Sequence[Stage]) -> Non
     before = {name for stage in stages for name in stage.after} - chosen
     for state in states:
         if state.stage in before and state.state not in (DONE, *ACTIVE):
-            raise BadInput(f"stage {', '.join(chosen)} needs stage {state.stage}, which is neither done nor on its way; submit without --stage")
+            raise BadInput(
+                f"stage {', '.join(chosen)} needs stage {state.stage}, which is neither done nor on its way; submit without --stage"
+            )
 
 
-def _drafts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], states: Sequence[ElementState]) -> list[Draft]:
-    return drafts(run_dir, plan, cluster.profile, states, stages, slurm.max_array_size())
+def _drafts(
+    run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], states: Sequence[ElementState]
+) -> list[Draft]:
+    return drafts(run_dir, plan, cluster.profile, states, stages, client.max_array_size())
 
 
 def _ask_sbatch(found: Sequence[Draft]) -> None:
@@ -218,7 +234,9 @@ def _ask_sbatch(found: Sequence[Draft]) -> None:
             raise BadInput(f"stage {draft.array.stage.name}: sbatch would refuse it: {error.message}") from None
 
 
-def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], options: argparse.Namespace) -> int:
+def _print_scripts(
+    run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequence[Stage], options: argparse.Namespace
+) -> int:
     """Exactly the scripts that would be submitted, and the options that each would be given."""
     found = _drafts(run_dir, plan, cluster, stages, known_states(run_dir, plan))
     jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in found}
@@ -230,24 +248,34 @@ def _print_scripts(run_dir: RunDir, plan: Plan, cluster: Cluster, stages: Sequen
                 "path": str(d.array.folder / "script.sh"),
                 "options": dependency(d, jobs),
                 "script": d.text,
-                "step": step.preview(run_dir, plan, d.array.stage, cluster.profile),
+                "step": srun_step.preview(run_dir, plan, d.array.stage, cluster.profile),
             }
             for d in found
         ]
-        print(describe.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
+        print(wording.to_json({"run": plan.run_id, "path": str(run_dir.root), "scripts": rows}))
         return OK
     for draft in found:
-        print(f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}")
+        print(
+            f"# ---- sbatch {' '.join([*dependency(draft, jobs), shlex.quote(str(draft.array.folder / 'script.sh'))])}"
+        )
         print(draft.text)
-        argv = step.preview(run_dir, plan, draft.array.stage, cluster.profile)
-        print(f"# the step of its first element:\n# {shlex.join(argv) or 'each node asks what it has to start containers with'}")
+        argv = srun_step.preview(run_dir, plan, draft.array.stage, cluster.profile)
+        print(
+            f"# the step of its first element:\n# {shlex.join(argv) or 'each node asks what it has to start containers with'}"
+        )
     if not found:
         print(f"# nothing to submit: every element of {plan.run_id} is done or on its way")
     return OK
 
 
 def _submit(
-    options: argparse.Namespace, loaded: Loaded, plan: Plan, cluster: Cluster, run_dir: RunDir, stages: Sequence[Stage], say: Say
+    options: argparse.Namespace,
+    loaded: Loaded,
+    plan: Plan,
+    cluster: Cluster,
+    run_dir: RunDir,
+    stages: Sequence[Stage],
+    say: Say,
 ) -> list[Submission]:
     try:
         with submitting(run_dir, plan):
@@ -257,20 +285,31 @@ def _submit(
             write_environment(run_dir, loaded, cluster.profile)
             return submit_run(run_dir, plan, cluster.profile, stages, say)
     except KeyboardInterrupt:
-        say(f"interrupted: the same command goes on; {describe.program()} cancel {describe.name_of(run_dir)} ends what Slurm has already")
+        say(
+            f"interrupted: the same command goes on; {wording.program()} cancel {wording.name_of(run_dir)} ends what Slurm has already"
+        )
         raise
 
 
 def closing(run_dir: RunDir, plan: Plan) -> str:
     """Where it lies, and what to type next."""
-    name, program = describe.name_of(run_dir), describe.program()
+    name, program = wording.name_of(run_dir), wording.program()
     lines = [f"{plan.run_id}: {run_dir.root}", "", "what to type next"]
-    commands = [("status", "what happens"), ("logs", "what the ranks write; -f follows"), ("wait", "until it has ended"), ("cancel", "end it; --checkpoint saves first")]
+    commands = [
+        ("status", "what happens"),
+        ("logs", "what the ranks write; -f follows"),
+        ("wait", "until it has ended"),
+        ("cancel", "end it; --checkpoint saves first"),
+    ]
     width = max(len(command) for command, _ in commands)
-    return "\n".join([*lines, *(f"  {program} {command} {name}{' ' * (width - len(command))}  {why}" for command, why in commands)])
+    return "\n".join(
+        [*lines, *(f"  {program} {command} {name}{' ' * (width - len(command))}  {why}" for command, why in commands)]
+    )
 
 
-def _as_json(run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]) -> dict[str, object]:
+def _as_json(
+    run_dir: RunDir, plan: Plan, states: Sequence[ElementState], made: Sequence[Submission]
+) -> dict[str, object]:
     return {
         "run": plan.run_id,
         "path": str(run_dir.root),

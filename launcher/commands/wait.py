@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 
-from launcher import describe
-from launcher.commands.status import advice, goes_on, is_lost, rest
-from launcher.plan import Plan
-from launcher.queue import Queue
-from launcher.report import make_report
-from launcher.state import DONE, UNKNOWN, ElementState, is_driven, overall, read_run
-from launcher.store import find_run, read_plan, roots
-from launcher.summary import closing, exit_code, headline
-from recipes.rundir import RunDir
+from amlaunch.launcher.commands.status import advice, goes_on, is_lost, rest
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.live_report import make_report
+from amlaunch.launcher.display.summary import closing, exit_code, headline
+from amlaunch.launcher.runs.element_state import DONE, UNKNOWN, ElementState, is_driven, overall, read_run
+from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.slurm.queue import Queue
+from amlaunch.launcher.specs.plan import Plan
+from amlaunch.recipes.run_layout import RunDir
 
 FILE_SECONDS = 1.0
-"""Between two looks at the run's files; Slurm is asked no more often than its answers are kept (launcher.queue)."""
+"""Between two looks at the run's files; Slurm is asked no more often than its answers are kept (amlaunch.launcher.slurm.queue)."""
 LOST_SECONDS = 60.0
 """How long a submit may take to write down the number of its job; whoever has not by then was interrupted."""
 
@@ -45,10 +45,14 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
                 break  # it would never return: only another submit finds out
             time.sleep(rest(time.monotonic() - looked, FILE_SECONDS))
     if options.json:
-        print(describe.to_json(describe.as_json(run_dir, plan, states, overall(states))))
+        print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states))))
         return exit_code(states)
     done = all(state.state == DONE for state in states)
-    for line in closing(run_dir, plan, states) if done else ["", headline(run_dir, plan, states), *advice(run_dir, plan, states)]:
+    for line in (
+        closing(run_dir, plan, states)
+        if done
+        else ["", headline(run_dir, plan, states), *advice(run_dir, plan, states)]
+    ):
         report.say(line)
     return exit_code(states)
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.errors import BadInput
-from trainer.attention import attend
-from trainer.models import fresh, head
+from amlaunch.recipes.errors import BadInput
+from amlaunch.trainer.models.attention import attend
+from amlaunch.trainer.models.base import fresh, head
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
+        """``(B, T, C)``, and ``documents`` as of :func:`amlaunch.trainer.models.attention.attend`, to ``(B, T, C)``."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0  # the function itself knows no eval mode
         y = self.attend(q, k, v, documents=documents, dropout_p=dropout)
@@ -139,7 +139,7 @@ class GPT2(nn.Module):
 
         ``position_ids (B, T)`` int64, all below ``n_positions``; None: 0 to T - 1.
         ``documents (B, T)`` int32, between which no attention goes; None: one.
-        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`amlaunch.trainer.loss`.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
@@ -161,7 +161,9 @@ class GPT2(nn.Module):
         count = sum(parameter.numel() for parameter in self.parameters()) - self.wpe.weight.numel()
         return 6.0 * count + 12.0 * self.settings.n_layer * self.settings.n_embd * seq_len
 
-    def hf_export(self, tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def hf_export(
+        self, tensors: dict[str, torch.Tensor], vocab_size: int
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, the vocabulary cut to ``vocab_size``."""
         renamed = {}
         for name, tensor in tensors.items():

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipes.errors import BadInput
-from trainer.attention import attend
-from trainer.models import fresh, head
+from amlaunch.recipes.errors import BadInput
+from amlaunch.trainer.models.attention import attend
+from amlaunch.trainer.models.base import fresh, head
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, T, C)``, and ``documents`` as of :func:`trainer.attention.attend`, to ``(B, T, C)``."""
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(B, T, C)``, and ``documents`` as of :func:`amlaunch.trainer.models.attention.attend`, to ``(B, T, C)``."""
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = self.attend(q, k, v, documents=documents)
@@ -125,7 +128,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -170,10 +175,12 @@ class Llama(nn.Module):
 
         ``position_ids (B, T)`` int64; None: 0 to T - 1. ``documents (B, T)``
         int32, between which no attention goes; None: one.
-        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`trainer.loss`.
+        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`amlaunch.trainer.loss`.
         """
         x = self.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
+        positions = (
+            torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
+        )
         angles = rotary_angles(positions, self.settings.head_dim, self.settings.rope_theta)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
@@ -195,7 +202,9 @@ class Llama(nn.Module):
         looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
         return 6.0 * (count - looked_up) + 12.0 * len(self.layers) * self.settings.hidden_size * seq_len
 
-    def hf_export(self, tensors: dict[str, torch.Tensor], vocab_size: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def hf_export(
+        self, tensors: dict[str, torch.Tensor], vocab_size: int
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """``config.json`` and tensors of ``transformers.LlamaForCausalLM``, the vocabulary cut to ``vocab_size``."""
         renamed = {}
         for name, tensor in tensors.items():
@@ -238,9 +247,13 @@ def build_llama_model(
     """
     key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
     if hidden_size % (2 * num_attention_heads):
-        raise BadInput(f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}")
+        raise BadInput(
+            f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}"
+        )
     if num_attention_heads % key_value_heads:
-        raise BadInput(f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}")
+        raise BadInput(
+            f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}"
+        )
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

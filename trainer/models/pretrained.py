@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes.errors import BadInput
-from recipes.files import read_json
-from trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
-from trainer.models.llama import build_llama_model
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import read_json
+from amlaunch.trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
+from amlaunch.trainer.models.llama import build_llama_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-GPT2_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "bos_token_id", "eos_token_id")
+GPT2_KEYS = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "layer_norm_epsilon",
+    "bos_token_id",
+    "eos_token_id",
+)
 LLAMA_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
@@ -36,7 +45,9 @@ def load_pretrained_model(*, path: str, vocab_size: int | None = None, dropout: 
     folder = Path(path).expanduser()
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise BadInput(f"model.path {path}: no config.json in {folder.resolve()}; a folder that save_pretrained() wrote was expected")
+        raise BadInput(
+            f"model.path {path}: no config.json in {folder.resolve()}; a folder that save_pretrained() wrote was expected"
+        )
     build = BUILDERS.get(str(config.get("model_type")))
     if build is None:
         raise BadInput(
@@ -54,16 +65,24 @@ def load_pretrained_model(*, path: str, vocab_size: int | None = None, dropout: 
 def _gpt2(config: Mapping[str, Any], dropout: float, path: str) -> nn.Module:
     known = {key: config[key] for key in GPT2_KEYS if config.get(key) is not None}
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise BadInput(f"model.path {path}: its attention or MLP is not GPT-2's; use transformers.AutoModelForCausalLM.from_pretrained")
+        raise BadInput(
+            f"model.path {path}: its attention or MLP is not GPT-2's; use transformers.AutoModelForCausalLM.from_pretrained"
+        )
     return build_gpt2_model(**known, activation=config.get("activation_function", "gelu_new"), dropout=dropout)
 
 
 def _llama(config: Mapping[str, Any], dropout: float, path: str) -> nn.Module:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    odd = rope.get("rope_type", rope.get("type", "default")) != "default" or config.get("attention_bias") or config.get("mlp_bias")
+    odd = (
+        rope.get("rope_type", rope.get("type", "default")) != "default"
+        or config.get("attention_bias")
+        or config.get("mlp_bias")
+    )
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if odd or dropout or head_dim * config["num_attention_heads"] != config["hidden_size"]:
-        raise BadInput(f"model.path {path}: scaled rotary positions, biases, dropout or odd head sizes; use transformers.AutoModelForCausalLM.from_pretrained")
+        raise BadInput(
+            f"model.path {path}: scaled rotary positions, biases, dropout or odd head sizes; use transformers.AutoModelForCausalLM.from_pretrained"
+        )
     known = {key: config[key] for key in LLAMA_KEYS if isinstance(config.get(key), (int, float))}
     return build_llama_model(**known, rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 

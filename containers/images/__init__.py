@@ -1,0 +1,1 @@
+"""Image names, registries, layers and the folder of converted images."""

@@ -1,0 +1,1 @@
+"""Wording, live progress and summaries."""

@@ -1,0 +1,134 @@
+"""The check of GPUs as a run of one element, whose ranks are ``amlaunch.trainer.tools.gpu_check``.
+
+What submits, starts, watches and explains training does so here: where this run
+works, the next one will.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.findings import BAD, OK, Finding
+from amlaunch.launcher.display.live_report import LiveReport, PlainReport
+from amlaunch.launcher.doctor.diagnosis import smallest_job
+from amlaunch.launcher.doctor.probe import Place
+from amlaunch.launcher.execution.local_executor import Executor
+from amlaunch.launcher.runs.element_state import ACTIVE, DIED, DONE, FAILED, UNKNOWN, ElementState, read_run, read_stage
+from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.slurm import client
+from amlaunch.launcher.slurm.queue import Queue
+from amlaunch.launcher.specs.cluster_profile import Cluster
+from amlaunch.launcher.specs.machine import this_machine
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
+from amlaunch.launcher.submission.slurm_submission import submit_run
+from amlaunch.recipes.files import Lock, read_json_lines, write_json
+from amlaunch.recipes.run_layout import RunDir
+
+STAGE, ELEMENT = "train", "gpu-check"
+CHECK_MINUTES = 10
+SIGNAL_SECONDS = 60
+"""Before its time limit; training's own may be as long as the whole check."""
+CPU_RANKS = 2
+"""Of a check on a machine without GPUs: the fewest that have something to reduce."""
+POLL_SECONDS = 1.0
+LATE_SECONDS = 40.0
+"""A network file system may show another machine's file only when its cache of the folder has run out."""
+
+Report = PlainReport | LiveReport
+Outcome = tuple[Mapping[str, Any], list[Finding]]
+"""What was measured, or nothing, and what can be said of the run itself."""
+
+
+def check_here(runs: Path, report: Report) -> Outcome:
+    """Measure this machine, a rank for each of its GPUs. Raises OSError."""
+    machine = this_machine()
+    gpus = len(machine.gpus)
+    run, plan = _write_run(runs, Stage(STAGE, [], [], Needs(1, gpus, gpus or CPU_RANKS, machine.cpus)))
+    lock = Lock(run.lock)
+    lock.acquire()  # the ranks end when nobody holds it any more
+    try:
+        with report:
+            Executor(run, plan, machine, report).execute(plan.stages)
+    finally:
+        lock.release()
+    [state] = read_stage(run, plan.stage(STAGE))
+    return _outcome(run, state, report)
+
+
+def check_node(cluster: Cluster, places: Sequence[Place], runs: Path, report: Report) -> Outcome:
+    """Measure a node where the profile sends training; Ctrl-C cancels the job. Raises BadInput, SlurmError and OSError."""
+    stage = smallest_job(cluster, places, STAGE)
+    if not stage.needs.gpus_per_node:
+        text = f"no job was submitted: the nodes of partition {stage.partition} have no GPUs"
+        advice = "stages: {train: {partition: NAME}} in the profile names one that has them"
+        return {}, [Finding("job", BAD, text, advice)]
+    run, plan = _write_run(runs, stage, {"name": cluster.name, "profile": dict(cluster.tree)})
+    profile = dataclasses.replace(cluster.profile, signal_seconds=SIGNAL_SECONDS)
+    [submission] = submit_run(run, plan, profile, plan.stages, report.say)
+    try:
+        with report:
+            state = _wait(run, plan, report)
+    except KeyboardInterrupt:
+        client.scancel([str(submission.job)])
+        report.say(f"job {submission.job} cancelled")
+        raise
+    found, findings = _outcome(run, state, report)
+    if found:
+        text = f"{state.nodes or state.host} wrote to {run.root}, and this machine reads it"
+        findings = [Finding("shared", OK, text)]
+    return found, findings
+
+
+def _write_run(runs: Path, stage: Stage, cluster: dict[str, Any] | None = None) -> tuple[RunDir, Plan]:
+    """A run directory beside those of recipes, where ``status`` does not list it."""
+    run = RunDir(runs / "doctor" / time.strftime(f"{ELEMENT}-%Y-%m-%dT%H-%M-%S"))
+    element = Element(ELEMENT, "amlaunch.trainer.tools.gpu_check", ["--out", str(run.element(STAGE, ELEMENT).result)])
+    needs = dataclasses.replace(stage.needs, time_minutes=CHECK_MINUTES, hang_seconds=60.0 * CHECK_MINUTES)
+    stage = dataclasses.replace(stage, elements=[element], needs=needs)
+    plan = Plan(run.root.name, [stage], data=None, cwd=str(run.root), cluster=cluster)
+    take_snapshot(run.code, None)
+    write_json(run.plan, plan.to_json())
+    return run, plan
+
+
+def _wait(run: RunDir, plan: Plan, report: Report) -> ElementState:
+    """The state of the one element, once it has ended and its files are here."""
+    late = time.monotonic() + LATE_SECONDS
+    while True:
+        [state] = read_run(run, plan, Queue())
+        report([state])
+        if state.state in (*ACTIVE, UNKNOWN):
+            late = time.monotonic() + LATE_SECONDS
+        elif state.state not in (FAILED, DIED) or _has_word(run) or time.monotonic() > late:
+            return state
+        time.sleep(POLL_SECONDS)
+
+
+def _has_word(run: RunDir) -> bool:
+    """Whether the driver's own word of how it ended is here."""
+    return any(line.get("event") == "end" for line in read_json_lines(run.element(STAGE, ELEMENT).attempts))
+
+
+def _outcome(run: RunDir, state: ElementState, report: Report) -> Outcome:
+    if state.state == DONE:
+        return state.result, []
+    log = run.element(STAGE, ELEMENT).log(state.attempts, state.rank or 0)
+    if state.log and not log.exists():
+        log = state.log
+    lines = wording.tail(log)
+    if state.state in (FAILED, DIED) and state.job and not lines:
+        text = f"nothing that the job wrote shows up in {run.root}: the node does not see it ({state.reason})"
+        advice = "choose a folder that all nodes see under the same path: runs in the profile, or AMLAUNCH_RUNS"
+        return {}, [Finding("shared", BAD, text, advice)]
+    if lines:
+        report.say("\n".join([f"last lines of {log}:", *(f"  | {line}" for line in lines)]))
+    advice = (
+        "if torch is missing: a module goes into the profile's setup, another Python into its python; "
+        "here, pip install 'amlaunch[train]'"
+    )
+    return {}, [Finding("job", BAD, f"the check {state.state} on {state.host or 'the node'}: {state.reason}", advice)]

@@ -1,0 +1,1 @@
+"""Turn a recipe and a cluster profile into a plan."""

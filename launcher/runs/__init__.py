@@ -1,0 +1,1 @@
+"""The run directory: create it, find it, read its state."""

@@ -1,0 +1,1 @@
+"""Slurm: the client that calls it, the queue, and batch scripts."""

@@ -1,0 +1,1 @@
+"""Plain data: plans, cluster profiles and machines."""

@@ -1,0 +1,1 @@
+"""Submit a run: resolve, check, write, submit."""

@@ -1,0 +1,1 @@
+"""Read a recipe: YAML, sections and their checks, overrides, placeholders and targets."""

@@ -1,0 +1,196 @@
+"""Names of NeMo AutoModel's guide, translated to ours; each translation says so in a note.
+
+What has no counterpart is an error that says what to write instead, never a
+silent drop.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.format.schema import is_named
+from amlaunch.recipes.format.targets import current_name
+from amlaunch.recipes.format.yaml_reader import KeyPath
+
+NEMO = re.compile(r"nemo_?automodel[./]", re.IGNORECASE)
+FROM_CONFIG = re.compile(r"transformers\.(?!Auto)[A-Z]\w*\.from_config")
+"""The guide writes it, but only transformers' Auto classes have it; they build what the config says."""
+TARGETS = {
+    "gpt2.build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
+    "gpt2.py:build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
+    "nanogpt_dataset.nanogptdataset": "amlaunch.trainer.data.NanogptDataset",
+    "masked_ce.maskedcrossentropy": "amlaunch.trainer.loss.MaskedCrossEntropy",
+    "linear_ce.fusedlinearcrossentropy": "amlaunch.trainer.loss.LinearCrossEntropy",
+    "nemoautomodelforcausallm.from_config": "transformers.AutoModelForCausalLM.from_config",
+}
+"""By the end of the guide's name, in lower case: its spelling of the package varies."""
+STRATEGIES = {"fsdp2manager": "fsdp2", "ddpmanager": "ddp"}
+FUSED_ADAM_ONLY = (
+    "adam_w_mode", "bias_correction", "capturable", "exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype",
+    "master_weights", "set_grad_none", "store_param_remainders", "use_decoupled_grad",
+)  # fmt: skip
+DROPPED: dict[KeyPath, str] = {
+    ("recipe",): "amlaunch has one recipe class",
+    ("dist_env", "backend"): "chosen by the device: nccl on GPU, gloo on CPU",
+    ("dataloader", "collate_fn"): "windows all have the same length",
+    ("dataloader", "drop_last"): "a step always has global_batch_size windows",
+    ("dataloader", "persistent_workers"): "the threads that read ahead stay",
+    ("dataloader", "pin_memory"): "always on with a GPU",
+    ("dataloader", "shuffle"): "dataset.shuffle_files shuffles all windows",
+}
+MOVED: dict[KeyPath, KeyPath] = {
+    ("rng", "seed"): ("seed",),
+    ("dist_env", "timeout_minutes"): ("distributed", "timeout_minutes"),
+    ("dataloader", "batch_size"): ("step_scheduler", "local_batch_size"),
+}
+
+
+class Translator:
+    """Walks one recipe tree, in place; ``lines`` follows the keys that move."""
+
+    def __init__(self, tree: dict[str, Any], lines: dict[KeyPath, str]):
+        self.tree = tree
+        self.lines = lines
+        self.notes: list[str] = []
+
+    def note(self, path: KeyPath, text: str) -> None:
+        self.notes.append(f"{self.lines.get(path, 'recipe')}: {'.'.join(path)}: {text}")
+
+    def run(self) -> list[str]:
+        for path, why in DROPPED.items():
+            self._drop(path, why)
+        self._distributed()
+        self._dataloader()
+        self._rng()
+        self._named_validation()
+        self._targets(self.tree, ())
+        self._optimizer()
+        for old, new in MOVED.items():
+            self._move(old, new)
+        for emptied in ("rng", "dist_env"):
+            if self.tree.get(emptied) == {}:
+                del self.tree[emptied]
+        return self.notes
+
+    def _section(self, path: KeyPath) -> dict[str, Any]:
+        node: Any = self.tree
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node if isinstance(node, dict) else {}
+
+    def _drop(self, path: KeyPath, why: str) -> None:
+        section = self._section(path[:-1])
+        if path[-1] in section:
+            del section[path[-1]]
+            self.note(path, f"left out: {why}")
+
+    def _move(self, old: KeyPath, new: KeyPath) -> None:
+        source = self._section(old[:-1])
+        if old[-1] not in source:
+            return
+        value = source.pop(old[-1])
+        target: Any = self.tree
+        for key in new[:-1]:
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+        if isinstance(target, dict):
+            target.setdefault(new[-1], value)
+            self.lines.setdefault(new, self.lines.get(old, "recipe"))
+            self.note(old, f"read as {'.'.join(new)}")
+
+    def _targets(self, node: Any, path: KeyPath) -> None:
+        if isinstance(node, list):
+            for i, child in enumerate(node):
+                self._targets(child, (*path, str(i)))
+        if not isinstance(node, dict):
+            return
+        name = node.get("_target_")
+        if isinstance(name, str) and NEMO.search(name):
+            node["_target_"] = self._translate(name, (*path, "_target_"))
+        elif isinstance(name, str) and current_name(name) != name:
+            node["_target_"] = current_name(name)
+        elif isinstance(name, str) and FROM_CONFIG.fullmatch(name):
+            node["_target_"] = "transformers.AutoModelForCausalLM.from_config"
+            self.note((*path, "_target_"), f"{name} is read as {node['_target_']}, which builds what the config says")
+        for key, child in node.items():
+            self._targets(child, (*path, str(key)))
+
+    def _translate(self, name: str, path: KeyPath) -> str:
+        for end, ours in TARGETS.items():
+            if name.lower().endswith(end):
+                self.note(path, f"{name} is read as {ours}")
+                return ours
+        where = self.lines.get(path, "recipe")
+        ours = ", ".join(sorted(set(TARGETS.values())))
+        raise BadInput(
+            f"{where}: {'.'.join(path)}: {name} is AutoModel's; amlaunch has no counterpart. It has {ours}; any torch or transformers callable; or your own file.py:object"
+        )
+
+    def _distributed(self) -> None:
+        section = self._section(("distributed",))
+        if isinstance(section.get("activation_checkpointing"), bool):
+            section["activation_checkpointing"] = "full" if section["activation_checkpointing"] else "none"
+        name = section.get("_target_")
+        if name is None:
+            return
+        path = ("distributed", "_target_")
+        strategy = STRATEGIES.get(str(name).lower().rpartition(".")[2])
+        if strategy is None:
+            raise BadInput(
+                f"{self.lines.get(path, 'recipe')}: distributed._target_: {name} has no counterpart; write strategy: fsdp2, ddp or none"
+            )
+        del section["_target_"]
+        section.setdefault("strategy", strategy)
+        self.note(path, f"{name} is read as strategy: {strategy}")
+
+    def _dataloader(self) -> None:
+        section = self._section(("dataloader",))
+        name = section.get("_target_")
+        path = ("dataloader", "_target_")
+        if name is None:
+            return
+        if not str(name).endswith("StatefulDataLoader"):
+            raise BadInput(
+                f"{self.lines.get(path, 'recipe')}: dataloader._target_: {name} has no counterpart; leave it out: the order of the data is a function of seed and step"
+            )
+        self._drop(path, "the order of the data is a function of seed and step, nothing to save")
+
+    def _rng(self) -> None:
+        for key in ("_target_", "ranked"):
+            self._drop(("rng", key), "randomness is a function of seed, step and rank")
+
+    def _named_validation(self) -> None:
+        """The guide's recipes have one section for each validation set: ``validation_dataset_NAME``."""
+        for key in [key for key in self.tree if str(key).startswith("validation_dataset_")]:
+            name = key.removeprefix("validation_dataset_")
+            known = self.tree.get("validation_dataset") or {}
+            named = known if not known or is_named(known) else {"default": known}
+            self.tree["validation_dataset"] = {**named, name: self.tree.pop(key)}
+            for path in [path for path in self.lines if path[:1] == (key,)]:
+                there = ("validation_dataset", name, *path[1:])
+                self.lines[there] = self.lines[path]
+            self.note((key,), f"read as validation_dataset.{name}")
+
+    def _optimizer(self) -> None:
+        section = self._section(("optimizer",))
+        name = str(section.get("_target_", ""))
+        if not (name.startswith("transformer_engine") and name.endswith("FusedAdam")):
+            return
+        path = ("optimizer", "_target_")
+        section["_target_"] = "torch.optim.AdamW"
+        self.note(
+            path, f"{name} is read as torch.optim.AdamW (fused on a GPU; float32 master weights as FSDP2 keeps them)"
+        )
+        for key in FUSED_ADAM_ONLY:
+            self._drop(("optimizer", key), "not a setting of torch.optim.AdamW")
+
+
+def translate(tree: dict[str, Any], lines: dict[KeyPath, str]) -> list[str]:
+    """Rewrite the guide's names in ``tree``, in place; a note for each change, with its line.
+
+    Raises BadInput for a name of AutoModel's that has no counterpart.
+    """
+    return Translator(tree, lines).run()

@@ -1,0 +1,1 @@
+"""Checkpoints: layout, saving, loading, and Hugging Face folders."""

@@ -1,0 +1,1 @@
+"""The training job: set-up, the loop, validation, and saving on request."""

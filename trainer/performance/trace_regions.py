@@ -1,0 +1,3 @@
+"""Names of the regions that the trainer marks in a profiler trace."""
+
+LOSS_REGION = "amlaunch.loss"

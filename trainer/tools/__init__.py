@@ -1,0 +1,1 @@
+"""Programs beside training: export, generate, benchmarks, memory planning and GPU checks."""
