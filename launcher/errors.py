@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.section_checks import refuse
+from amlaunch.recipes.format.section_checks import raise_problems
 
 
 class SlurmError(Exception):
@@ -18,7 +18,7 @@ class SlurmError(Exception):
         self.message = message
 
 
-class Problems:
+class ErrorCollector:
     """Collects the lines of every BadInput; :meth:`refuse` raises them together."""
 
     def __init__(self) -> None:
@@ -42,4 +42,4 @@ class Problems:
 
     def refuse(self) -> None:
         """Raises BadInput with all of them, each once, if there are any."""
-        refuse(self.found)
+        raise_problems(self.found)

@@ -14,7 +14,7 @@ from amlaunch.containers.runtimes.environment import of_libraries
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.planning.planner import Site, make_plan
 from amlaunch.launcher.planning.stage_container import Available, containers_of, is_seen
-from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.run_layout import RunDir
@@ -49,7 +49,10 @@ def check(tmp_path, monkeypatch) -> Check:
         inside = containers_of(loaded, Available(RUNTIMES), work)
         plan = make_plan(loaded, Site(work / "runs", work, 0, 2, 1, None, containers=inside), "inside-1")
         return check_containers(
-            loaded, plan, RunDir(work / "runs" / "inside-1"), None if roots is None else Profile(shared_roots=roots)
+            loaded,
+            plan,
+            RunDir(work / "runs" / "inside-1"),
+            None if roots is None else ClusterProfile(shared_roots=roots),
         )
 
     return made

@@ -20,7 +20,7 @@ import pytest
 from image_helpers import need
 
 from amlaunch.launcher.__main__ import main
-from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.files import read_json_lines, write_json
 from amlaunch.recipes.run_layout import RunDir
 
@@ -135,17 +135,17 @@ def docker(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 @pytest.fixture(params=["podman", "docker", "charliecloud"])
-def container(request: pytest.FixtureRequest, image: Path) -> Container:
+def container(request: pytest.FixtureRequest, image: Path) -> StageContainer:
     runtime = request.param
     if runtime == "charliecloud.sqsh":
-        return Container(
+        return StageContainer(
             str(container_pipeline.squashed(image, request.getfixturevalue("tmp_path") / "a.sqsh")), "charliecloud"
         )
     name = request.getfixturevalue("docker") if runtime == "docker" else f"file://{image}"
-    return Container(name, runtime, options=OPTIONS[runtime])
+    return StageContainer(name, runtime, options=OPTIONS[runtime])
 
 
-def make_run(folder: Path, container: Container, *words: str, tasks: int = 1) -> RunDir:
+def make_run(folder: Path, container: StageContainer, *words: str, tasks: int = 1) -> RunDir:
     """A run of one stand-in stage, planned."""
     folder.mkdir(exist_ok=True)
     run = RunDir(folder / "run")
@@ -256,7 +256,7 @@ def test_the_home_of_a_rank_is_its_own(tmp_path, image):
     home = Path(f"/tmp/amlaunch-{os.getuid()}")
     if home.is_dir():
         home.chmod(0o755)
-    run = make_run(tmp_path, Container(f"file://{image}", "charliecloud"), "--print", "HOME")
+    run = make_run(tmp_path, StageContainer(f"file://{image}", "charliecloud"), "--print", "HOME")
     assert (
         drive(run).communicate(timeout=60)[0].strip() == "done"
         and f"HOME={home}\n" in run.element("train", "0").log(1, 0).read_text()
@@ -293,7 +293,7 @@ def test_a_runtime_that_stays_the_parent_of_what_it_starts(tmp_path):
     program.parent.mkdir()
     program.write_text(STARTER)
     program.chmod(0o755)
-    run = make_run(tmp_path, Container("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), "--do", "steps")
+    run = make_run(tmp_path, StageContainer("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), "--do", "steps")
     driver = drive(run, PATH=f"{program.parent}:{Path(sys.executable).parent}:/usr/bin:/bin")
     until((run.element("train", "0").root / "steps0").exists)
     pid = int((run.element("train", "0").root / "pid0").read_text())
@@ -331,7 +331,7 @@ def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, caps
 
 
 def test_a_missing_image_of_docker(tmp_path, docker):
-    run = make_run(tmp_path, Container("localhost:1/none:1", "docker"), "--do", "ok")
+    run = make_run(tmp_path, StageContainer("localhost:1/none:1", "docker"), "--do", "ok")
     drive(run).communicate(timeout=60)
     assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(
         run
@@ -382,6 +382,6 @@ def test_nothing_goes_on_fetching_an_image_for_an_amlaunch_that_has_ended(tmp_pa
 
 def test_an_entrypoint_runs_only_where_it_is_asked_for(tmp_path, docker):
     """The image's own is /bin/false."""
-    run = make_run(tmp_path, Container(docker, "docker", entrypoint=True, options=OPTIONS["docker"]), "--do", "ok")
+    run = make_run(tmp_path, StageContainer(docker, "docker", entrypoint=True, options=OPTIONS["docker"]), "--do", "ok")
     out, _ = drive(run).communicate(timeout=60)
     assert out.strip() == "failed" and last(run)["exit_codes"] == [1]

@@ -15,7 +15,7 @@ import pytest
 from slurm_cluster import REPOSITORY, Cluster
 from slurm_runs import CPU, PROFILE, Place, attempts, element, states
 
-from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.files import read_json_lines, write_json
 from amlaunch.recipes.run_layout import RunDir
 
@@ -49,7 +49,7 @@ def image() -> Path:
     return container_image.wanted()
 
 
-def stand_in(place: Place, container: Container, needs: Needs, *words: str) -> RunDir:
+def stand_in(place: Place, container: StageContainer, needs: Needs, *words: str) -> RunDir:
     """A run of one stand-in stage in a container, planned but not submitted; its code is a copy, as in a snapshot."""
     run = RunDir(place.folder / "runs" / "test-1")
     one = Element("0", "stand_in", [*words, "--element", str(run.element("train", "0").root)])
@@ -143,7 +143,7 @@ def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: 
         if runtime != "charliecloud"
         else str(container_pipeline.squashed(image, place.folder / "a.sqsh"))
     )
-    container = Container(file, runtime, [(str(place.folder / "data"), "/data", read_only)])
+    container = StageContainer(file, runtime, [(str(place.folder / "data"), "/data", read_only)])
     inside = {
         "BOTH": "recipe",
         "FROM_IMAGE": "image",
@@ -190,7 +190,7 @@ def test_environment_mounts_and_a_signal_that_requeues(cluster: Cluster, image: 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_an_exit_code_comes_back(cluster: Cluster, image: Path, runtime: str) -> None:
     place = Place(cluster, runtime)
-    run = stand_in(place, Container(f"file://{image}", runtime), CPU, "--do", "bad")
+    run = stand_in(place, StageContainer(f"file://{image}", runtime), CPU, "--do", "bad")
     submitted(place)
     found = place.wait("test-1", 60, code=2)
     assert "model.n_layer: expected int" in element(found, "train")["reason"] and len(attempts(run, "train")) == 1
@@ -199,12 +199,14 @@ def test_an_exit_code_comes_back(cluster: Cluster, image: Path, runtime: str) ->
 @pytest.mark.parametrize(
     "container, words",
     [
-        (Container("/no/such.sqsh", "charliecloud"), ["no such image", "there is no /no/such.sqsh here"]),
-        (Container("localhost:1/none:1", "podman"), ["registry out of reach", "amlaunch image import"]),
-        (Container("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), ["no runtime", "apptainer is not installed"]),
+        (StageContainer("/no/such.sqsh", "charliecloud"), ["no such image", "there is no /no/such.sqsh here"]),
+        (StageContainer("localhost:1/none:1", "podman"), ["registry out of reach", "amlaunch image import"]),
+        (StageContainer("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), ["no runtime", "apptainer is not installed"]),
     ],
 )
-def test_what_is_missing_is_said_in_the_first_seconds(cluster: Cluster, container: Container, words: list[str]) -> None:
+def test_what_is_missing_is_said_in_the_first_seconds(
+    cluster: Cluster, container: StageContainer, words: list[str]
+) -> None:
     place = Place(cluster, "missing")
     run = stand_in(place, container, CPU, "--do", "ok")
     submitted(place)

@@ -25,9 +25,9 @@ from amlaunch.containers.runtimes.catalog import parse
 from amlaunch.containers.start_failures import FAILURES, advice
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.commands import submit
-from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.images import registry_lookup
-from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.run_layout import RunDir
@@ -250,7 +250,7 @@ def planned(
         f"container:\n  image: {images[0]}\n{(ROOT / 'recipes' / 'quickstart.yaml').read_text()}"
     )
     stages = [
-        Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, Container(image, runtime, facts={"cuda": "13.0"}))
+        Stage(f"stage{number}", [], [], Needs(1, 0, 1, 1), None, StageContainer(image, runtime, facts={"cuda": "13.0"}))
         for number, image in enumerate(images)
     ]
     return registry_lookup.ask(load(tmp_path / "r.yaml"), Plan("run", stages, None, str(tmp_path)), said, seconds)
@@ -391,7 +391,7 @@ def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
     """What was learnt the first time stays in the plan, for jobs on their way."""
     (tmp_path / "r.yaml").write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        container = Container(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:1", "pyxis", facts={"cuda": "13.0"})
+        container = StageContainer(f"127.0.0.1:{deaf.getsockname()[1]}/team/tiny:1", "pyxis", facts={"cuda": "13.0"})
         plan = Plan(
             "run", [Stage("train", [Element("0", "", [])], [], Needs(1, 0, 1, 1), None, container)], None, str(tmp_path)
         )
@@ -405,7 +405,7 @@ def test_a_submit_of_which_nothing_is_left_asks_no_registry(tmp_path):
         write_json(run.plan, stored)
         write_json(run.element("train", "0").done, {"outputs": {}})
         began = time.monotonic()
-        again, notes = submit._asked(options, loaded, plan, Problems())
+        again, notes = submit._asked(options, loaded, plan, ErrorCollector())
         assert time.monotonic() - began < 0.5 and not notes
     assert again.stages[0].container and again.stages[0].container.facts == {
         "cuda": "13.0",

@@ -10,7 +10,7 @@ from image_helpers import layer, need, write_layout
 
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.planning.stage_container import image_of
-from amlaunch.launcher.specs.plan import Container, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.run_layout import RunDir
 
 NGC = "nvcr.io/nvidia/pytorch:25.08-py3"
@@ -142,7 +142,7 @@ def test_home_is_not_mounted_by_another_name_nor_a_path_of_the_host_told_that_is
         [],
         Needs(1, 0, 1, 1),
         None,
-        Container(
+        StageContainer(
             f"file://{tmp_path}",
             "podman",
             [(str(tmp_path / "real" / "work"), "/data", False)],

@@ -21,10 +21,11 @@ from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, p
 from amlaunch.launcher.commands import cancel, clean
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
-from amlaunch.launcher.execution.local_executor import Executor
+from amlaunch.launcher.execution.local_executor import LocalExecutor
 from amlaunch.launcher.planning.planner import Site, make_plan, run_id
-from amlaunch.launcher.runs.element_state import DIED, DONE, PENDING, QUEUED, RUNNING, STOPPED, ElementState, read_run
+from amlaunch.launcher.runs.element_state import ElementState, read_run
 from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.submissions import Submission, token_of
 from amlaunch.launcher.slurm.client import JobInfo
 from amlaunch.launcher.slurm.queue import Queue, cache_file
@@ -241,7 +242,7 @@ class TestCancel:
 
     def test_it_ends_a_driver_at_once_or_has_it_save(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
-        for words, state in ([], DIED), (["--checkpoint"], STOPPED):
+        for words, state in ([], State.DIED), (["--checkpoint"], State.STOPPED):
             driver = drive(run)
             found = pids(run, 1)
             assert amlaunch(tmp_path, "cancel", "test-1", *words).returncode == 0
@@ -257,7 +258,12 @@ class TestCancel:
         launcher = launch(run)
         try:
             pids(run, 1, "preprocess")
-            assert [state.state for state in read_run(run, plan)] == [RUNNING, PENDING, PENDING, PENDING]
+            assert [state.state for state in read_run(run, plan)] == [
+                State.RUNNING,
+                State.PENDING,
+                State.PENDING,
+                State.PENDING,
+            ]
             found = amlaunch(tmp_path, "cancel", "test-1", *words)
             assert found.returncode == 0, found.stdout + found.stderr
             if words:
@@ -265,10 +271,10 @@ class TestCancel:
                 assert "preprocess 0: stopped" in found.stdout
             launcher.wait(timeout=15)
             first, *others = [state.state for state in read_run(run, plan)]
-            assert first == STOPPED or (first == DIED and not words), (
+            assert first == State.STOPPED or (first == State.DIED and not words), (
                 "the launcher may have been quicker to ask than we to kill"
             )
-            assert others == [PENDING] * 3
+            assert others == [State.PENDING] * 3
         finally:
             launcher.kill()
             launcher.wait()
@@ -283,7 +289,7 @@ class TestCancel:
         )
         try:
             with Holder(folder.lock) as driver:
-                Executor(run, plan, Machine(1, ()), lambda states: None).kill()
+                LocalExecutor(run, plan, Machine(1, ()), lambda states: None).kill()
                 assert driver.process.wait(timeout=5) == -signal.SIGKILL and victim.poll() is None
         finally:
             victim.kill()
@@ -305,7 +311,11 @@ class TestCancel:
             )
             assert found.returncode == 0 and "asked to save and stop" in found.stdout, found.stderr
             launcher.wait(timeout=60)
-            assert [state.state for state in read_run(run, plan)] == [STOPPED, PENDING, PENDING] and run.stop.exists()
+            assert [state.state for state in read_run(run, plan)] == [
+                State.STOPPED,
+                State.PENDING,
+                State.PENDING,
+            ] and run.stop.exists()
         finally:
             launcher.kill()
             launcher.wait()
@@ -375,9 +385,9 @@ def launch(run: RunDir) -> subprocess.Popen:
 
 def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
     _, plan = make_run(tmp_path, ("preprocess", [[]] * 3, ONE), ("train", [[]], ONE))
-    states = [ElementState("preprocess", str(i), "", state) for i, state in enumerate((DONE, RUNNING, DIED))] + [
-        ElementState("train", "0", "", QUEUED)
-    ]
+    states = [
+        ElementState("preprocess", str(i), "", state) for i, state in enumerate((State.DONE, State.RUNNING, State.DIED))
+    ] + [ElementState("train", "0", "", State.QUEUED)]
     assert left_alone(plan.stages[0], states, {"2"}) == [
         "preprocess: 1 of 3 already done, skipped",
         "preprocess: 1 of 3 already on their way, left alone",

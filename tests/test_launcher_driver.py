@@ -21,24 +21,14 @@ from image_helpers import leave_out
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
 from amlaunch.launcher.execution.driver import Stopping, classify
-from amlaunch.launcher.execution.local_executor import Capacity, Executor
+from amlaunch.launcher.execution.local_executor import Capacity, LocalExecutor
 from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_command, how_to_start
 from amlaunch.launcher.execution.srun_step import Step
-from amlaunch.launcher.runs.element_state import (
-    DIED,
-    DONE,
-    FAILED,
-    PENDING,
-    RUNNING,
-    STOPPED,
-    is_driven,
-    overall,
-    read_run,
-    read_stage,
-)
-from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.launcher.runs.element_state import is_driven, overall, read_run, read_stage
+from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.machine import Machine
-from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from amlaunch.recipes.run_layout import RunDir
 
@@ -100,10 +90,10 @@ def test_done_is_a_marker_with_outputs(tmp_path, monkeypatch):
         "TORCHINDUCTOR_CACHE_DIR", raising=False
     )  # which torch sets where it has compiled in this process
     run, plan = make_run(tmp_path, ("train", [["--print", "TORCHINDUCTOR_CACHE_DIR"]], TWO_RANKS))
-    assert only_state(run, plan).state == PENDING
-    assert drive(run).communicate()[0].strip() == DONE
+    assert only_state(run, plan).state == State.PENDING
+    assert drive(run).communicate()[0].strip() == State.DONE
     state = only_state(run, plan)
-    assert state.state == DONE and state.attempts == 1 and state.result["tokens"] == 7
+    assert state.state == State.DONE and state.attempts == 1 and state.result["tokens"] == 7
     log = run.element("train", "0").log(1, 1).read_text()
     assert "rank 1 of 2" in log and f"in {tmp_path} threads 1" in log
     assert f"TORCHINDUCTOR_CACHE_DIR={run.root}/compile-cache\n" in log, (
@@ -117,7 +107,7 @@ def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
     plan = replace(plan, env={"RECIPE": "${VALUE_X}", "BOTH": "${NOT_SET_X:-1}"})
     attempt = Attempt(run, plan, plan.stages[0], plan.stages[0].elements[0], Assignment(1, ()), Lock(run.lock), 1)
-    env = Step(Profile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
+    env = Step(ClusterProfile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
     assert {name: env[name] for name in ("RECIPE", "BOTH", "SITE")} == {"RECIPE": value, "BOTH": "1", "SITE": value}
 
 
@@ -125,7 +115,7 @@ def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch
     """Where its images lie may hang on it: the same when they are brought and when they are started, and nothing of it is seen inside."""
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
-    stage = replace(plan.stages[0], container=Container("x/y:1", "podman", runtime_env=["SCRATCH", "NOT_SET_X"]))
+    stage = replace(plan.stages[0], container=StageContainer("x/y:1", "podman", runtime_env=["SCRATCH", "NOT_SET_X"]))
     attempt = Attempt(
         run, replace(plan, stages=[stage]), stage, stage.elements[0], Assignment(1, ()), Lock(run.lock), 1
     )
@@ -179,15 +169,15 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     drive(run).wait()
     output = run.element("train", "0").root / "output"
     output.write_text("mad")
-    assert only_state(run, plan).state == PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
+    assert only_state(run, plan).state == State.PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
     output.unlink()
     assert "is gone" in only_state(run, plan).reason
     marker = run.element("train", "0").done
     kept = marker.rename(marker.with_name("kept"))
-    assert only_state(run, plan).state == PENDING and "marker is gone" in only_state(run, plan).reason
+    assert only_state(run, plan).state == State.PENDING and "marker is gone" in only_state(run, plan).reason
     kept.rename(marker)
     drive(run).wait()
-    assert only_state(run, plan).state == DONE
+    assert only_state(run, plan).state == State.DONE
 
 
 @pytest.mark.parametrize(
@@ -196,10 +186,10 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
 )
 def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, words):
     run, plan = make_run(tmp_path, ("train", [["--do", what, "--rank", "1"]], TWO_RANKS))
-    assert drive(run).communicate()[0].strip() == FAILED
+    assert drive(run).communicate()[0].strip() == State.FAILED
     state = only_state(run, plan)
     end = read_json_lines(run.element("train", "0").attempts)[-1]
-    assert (state.state, state.rank, end["retry"]) == (FAILED, 1, retry) and words in state.reason
+    assert (state.state, state.rank, end["retry"]) == (State.FAILED, 1, retry) and words in state.reason
 
 
 @pytest.mark.slow
@@ -210,7 +200,7 @@ def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
     os.kill(found[1], signal.SIGKILL)
     driver.communicate(timeout=20)
     state = only_state(run, plan)
-    assert state.state == FAILED and state.rank == 1 and "SIGKILL" in state.reason
+    assert state.state == State.FAILED and state.rank == 1 and "SIGKILL" in state.reason
     assert not any(psutil.pid_exists(pid) for pid in found)
 
 
@@ -222,10 +212,10 @@ def test_stop_soon_by_signal_and_by_file(tmp_path):
     ):
         driver = drive(run)
         pids(run, 2)
-        wait_until(lambda: only_state(run, plan).state == RUNNING)
+        wait_until(lambda: only_state(run, plan).state == State.RUNNING)
         ask(driver)
-        assert driver.communicate(timeout=10)[0].strip() == STOPPED
-        assert only_state(run, plan).state == STOPPED
+        assert driver.communicate(timeout=10)[0].strip() == State.STOPPED
+        assert only_state(run, plan).state == State.STOPPED
         for name in ("pid0", "pid1"):
             (run.element("train", "0").root / name).unlink()
     assert only_state(run, plan).attempts == 2
@@ -250,13 +240,13 @@ def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], TWO_RANKS))
     driver = drive(run)
     found = pids(run, 2)
-    assert only_state(run, plan).state == RUNNING
+    assert only_state(run, plan).state == State.RUNNING
     driver.kill()
     driver.wait()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in found))
     wait_until(lambda: not is_locked(run.element("train", "0").lock))
     state = only_state(run, plan)
-    assert state.state == DIED and "without a word" in state.reason
+    assert state.state == State.DIED and "without a word" in state.reason
 
 
 @pytest.mark.slow
@@ -264,8 +254,8 @@ def test_a_second_driver_leaves_a_running_element_alone(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
     first = drive(run)
     pids(run, 1)
-    assert drive(run).communicate()[0].strip() == PENDING
-    assert first.communicate()[0].strip() == DONE
+    assert drive(run).communicate()[0].strip() == State.PENDING
+    assert first.communicate()[0].strip() == State.DONE
     assert only_state(run, plan).attempts == 1
 
 
@@ -280,11 +270,11 @@ def test_an_element_stops_when_nobody_waits_for_it_any_more(tmp_path):
     assert driver.poll() is None
     holder.release()
     driver.wait(timeout=10)
-    assert only_state(run, plan).state == STOPPED
+    assert only_state(run, plan).state == State.STOPPED
 
 
-def executor(run: RunDir, plan: Plan, cpus: int = 2, gpus: tuple[str, ...] = ()) -> Executor:
-    return Executor(run, plan, Machine(cpus, gpus), lambda states: None)
+def executor(run: RunDir, plan: Plan, cpus: int = 2, gpus: tuple[str, ...] = ()) -> LocalExecutor:
+    return LocalExecutor(run, plan, Machine(cpus, gpus), lambda states: None)
 
 
 @pytest.mark.slow
@@ -293,7 +283,7 @@ def test_stages_run_in_turn_and_only_what_is_not_done(tmp_path):
     lock = Lock(run.lock)
     lock.acquire()
     assert executor(run, plan).execute(plan.stages)
-    assert [state.state for state in read_run(run, plan)] == [DONE] * 3
+    assert [state.state for state in read_run(run, plan)] == [State.DONE] * 3
     (run.element("preprocess", "1").root / "output").unlink()
     assert executor(run, plan).execute(plan.stages)
     assert [state.attempts for state in read_run(run, plan)] == [1, 2, 1]
@@ -305,7 +295,9 @@ def test_a_failed_stage_never_lets_the_next_one_start(tmp_path):
     lock.acquire()
     assert not executor(run, plan).execute(plan.stages)
     states = read_run(run, plan)
-    assert [state.state for state in states] == [DONE, FAILED, PENDING] and overall(states) == FAILED
+    assert [state.state for state in states] == [State.DONE, State.FAILED, State.PENDING] and overall(
+        states
+    ) == State.FAILED
 
 
 @pytest.mark.slow
@@ -329,7 +321,7 @@ def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_pat
     assert read_stage(run, plan.stages[0])[0].attempts == 3
 
 
-def in_thread(run: RunDir, plan: Plan) -> tuple[Executor, threading.Thread, list[bool]]:
+def in_thread(run: RunDir, plan: Plan) -> tuple[LocalExecutor, threading.Thread, list[bool]]:
     made = executor(run, plan)
     ended: list[bool] = []
     thread = threading.Thread(target=lambda: ended.append(made.execute(plan.stages)))
@@ -347,7 +339,7 @@ def test_stop_is_heard_by_an_element_that_is_just_being_started(tmp_path):
     assert not is_locked(run.element("train", "0").lock)
     made.stop()
     thread.join(timeout=15)
-    assert ended == [False] and only_state(run, plan).state == STOPPED
+    assert ended == [False] and only_state(run, plan).state == State.STOPPED
 
 
 @pytest.mark.slow
@@ -358,17 +350,17 @@ def test_a_driver_that_never_starts_is_a_failure_with_a_reason(tmp_path):
     run.plan.write_text("{")
     assert not executor(run, plan).execute(plan.stages)
     state = only_state(run, plan)
-    assert state.state == FAILED and "did not start in 3 tries" in state.reason and "plan.json" in state.reason
+    assert state.state == State.FAILED and "did not start in 3 tries" in state.reason and "plan.json" in state.reason
 
 
 def test_a_run_between_two_stages_is_running(tmp_path):
     run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
     drive(run, "preprocess").wait()
     states = read_run(run, plan)
-    assert overall(states, is_driven(run, states)) == STOPPED
+    assert overall(states, is_driven(run, states)) == State.STOPPED
     lock = Lock(run.lock)
     lock.acquire()
-    assert overall(states, is_driven(run, states)) == RUNNING
+    assert overall(states, is_driven(run, states)) == State.RUNNING
 
 
 def test_a_lock_is_seen_by_who_may_only_read_it():
@@ -425,25 +417,25 @@ def test_a_secret_of_the_containers_environment_reaches_the_ranks_and_no_file(tm
     run, plan = make_run(tmp_path, ("train", [["--print", "MY_TOKEN"]], ONE))
     write_json(run.plan, {**plan.to_json(), "env": {"MY_TOKEN": "${SECRET_X}"}})
     monkeypatch.setenv("SECRET_X", "hunter2")
-    assert drive(run).communicate()[0].strip() == DONE
+    assert drive(run).communicate()[0].strip() == State.DONE
     assert "MY_TOKEN=hunter2" in run.element("train", "0").log(1, 0).read_text()
     written = [path for path in run.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert written == [run.element("train", "0").log(1, 0)], "only where this test's program printed it"
-    assert drive(run).communicate()[0].strip() == DONE and only_state(run, plan).attempts == 1, (
+    assert drive(run).communicate()[0].strip() == State.DONE and only_state(run, plan).attempts == 1, (
         "what is done is not made again"
     )
     run.element("train", "0").done.unlink()
     monkeypatch.delenv("SECRET_X")
-    assert drive(run).communicate()[0].strip() == FAILED
+    assert drive(run).communicate()[0].strip() == State.FAILED
     assert "SECRET_X is not set" in read_json_lines(run.element("train", "0").attempts)[-1]["reason"]
 
 
 def test_an_image_that_is_left_to_a_node_without_a_runtime_is_not_done_without(tmp_path, monkeypatch):
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
-    image = Container("nvcr.io/nvidia/pytorch:25.08-py3", "auto")
+    image = StageContainer("nvcr.io/nvidia/pytorch:25.08-py3", "auto")
     write_json(run.plan, replace(plan, stages=[replace(plan.stages[0], container=image)]).to_json())
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert drive(run).communicate()[0].strip() == FAILED
+    assert drive(run).communicate()[0].strip() == State.FAILED
     state = only_state(run, plan)
     assert (
         "has nothing that starts it (" in state.reason and "container.runtime: none" in state.reason and not state.retry
@@ -508,7 +500,7 @@ def test_without_progress_it_is_not_tried_for_ever(tmp_path):
     assert not executor(run, plan).execute(plan.stages)
     state = only_state(run, plan)
     assert (
-        state.state == FAILED
+        state.state == State.FAILED
         and "no sign of life for 2 s" in state.reason
         and "no progress in 3 attempts" in state.reason
     )
@@ -518,8 +510,8 @@ def test_without_progress_it_is_not_tried_for_ever(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "first", "result", "outcome"),
     [
-        ([0, 0], None, {}, DONE), ([0, 0], None, None, FAILED), ([75, 75], None, None, STOPPED), ([0, 75], None, None, STOPPED),
-        ([1, -9], 0, {}, FAILED), ([75, -9], 1, None, FAILED), ([-6, 0], 0, {}, FAILED),
+        ([0, 0], None, {}, State.DONE), ([0, 0], None, None, State.FAILED), ([75, 75], None, None, State.STOPPED), ([0, 75], None, None, State.STOPPED),
+        ([1, -9], 0, {}, State.FAILED), ([75, -9], 1, None, State.FAILED), ([-6, 0], 0, {}, State.FAILED),
     ],
 )  # fmt: skip
 def test_exit_codes(codes, first, result, outcome):
@@ -534,5 +526,5 @@ def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):
         module="platform", arguments=["--element", str(run.element("train", "0").root)]
     )
     write_json(run.plan, plan_json)
-    assert drive(run).communicate()[0].strip() == FAILED
+    assert drive(run).communicate()[0].strip() == State.FAILED
     assert not run.element("train", "0").done.exists()

@@ -30,21 +30,10 @@ from amlaunch.launcher.execution.rank_processes import free_ports, interface_add
 from amlaunch.launcher.execution.retry_policy import futile_attempts, goes_again
 from amlaunch.launcher.execution.srun_step import first_failure
 from amlaunch.launcher.execution.stage_inputs import missing_input
-from amlaunch.launcher.runs.element_state import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    PENDING,
-    QUEUED,
-    RUNNING,
-    UNKNOWN,
-    Trace,
-    explain_end,
-    read_runs,
-    waiting_reason,
-)
+from amlaunch.launcher.runs.element_state import Trace, explain_end, read_runs, waiting_reason
 from amlaunch.launcher.runs.failure_causes import cause_of, nodes_to_avoid
 from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.submissions import Submission, next_folder, read_submission, submissions_of, token_of
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.slurm import queue as queue_module
@@ -607,10 +596,10 @@ def test_reasons_in_words() -> None:
     assert waiting_reason("ReqNodeNotAvail, UnavailableNodes:n1").startswith("nodes it asked for")
     nothing = Trace(ElementDir(Path("/nowhere")), [], None, "", {})
     assert explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), nothing) == (
-        CANCELLED,
+        State.CANCELLED,
         "a stage before it did not finish",
     )
-    assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), nothing)[0] == FAILED
+    assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), nothing)[0] == State.FAILED
     assert "0:9" in explain_end(JobInfo("1_0", "FAILED", exit_code="0:9"), nothing)[1]
 
 
@@ -654,28 +643,30 @@ class TestStates:
     def test_the_queue_is_believed_before_an_old_word_and_a_new_word_before_the_queue(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         assert (
-            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "Priority")})).state == QUEUED
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "Priority")})).state
+            == State.QUEUED
         )
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
         assert (
-            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "BeginTime")})).state == QUEUED
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING", "BeginTime")})).state
+            == State.QUEUED
         )
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == State.RUNNING
         self.attempt(run, 2, end={"outcome": "failed", "reason": "boom"})
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == FAILED, (
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == State.FAILED, (
             "the driver has spoken; Slurm still clears up"
         )
         assert (
             self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state
-            == FAILED
+            == State.FAILED
         ), "an answer from before"
 
     def test_a_start_that_is_younger_than_the_answer_is_believed(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run)
         waits = {"11_0": JobInfo("11_0", "PENDING", "Priority")}
-        assert self.state(run, plan, answers(tmp_path, waits, asked=time.time() - 60)).state == RUNNING
-        assert self.state(run, plan, answers(tmp_path, waits)).state == QUEUED, (
+        assert self.state(run, plan, answers(tmp_path, waits, asked=time.time() - 60)).state == State.RUNNING
+        assert self.state(run, plan, answers(tmp_path, waits)).state == State.QUEUED, (
             "that attempt was ended without a word, and the job waits again"
         )
 
@@ -684,40 +675,45 @@ class TestStates:
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "cancelled", "reason": "ended from outside"})
         for word, state in (
-            ("COMPLETING", RUNNING),
-            ("PENDING", QUEUED),
-            ("RUNNING", RUNNING),
-            ("CANCELLED", CANCELLED),
+            ("COMPLETING", State.RUNNING),
+            ("PENDING", State.QUEUED),
+            ("RUNNING", State.RUNNING),
+            ("CANCELLED", State.CANCELLED),
         ):
             assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", word)})).state == state, word
-        assert self.state(run, plan, answers(tmp_path, {})).state == CANCELLED
+        assert self.state(run, plan, answers(tmp_path, {})).state == State.CANCELLED
         assert (
             self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "PENDING")}, asked=time.time() - 60)).state
-            == QUEUED
+            == State.QUEUED
         )
 
     def test_a_requeued_job_that_came_to_nothing_is_not_what_it_was_before(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")})).state == CANCELLED
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")})).state == State.CANCELLED
         assert (
-            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state == FAILED
+            self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "NODE_FAIL", nodes="n1")})).state
+            == State.FAILED
         )
 
     def test_without_an_answer_a_job_that_meant_to_go_on_is_not_called_stopped(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "stopped", "again": True, "reason": "limit"})
-        assert self.state(run, plan, answers(tmp_path, None)).state == UNKNOWN
+        assert self.state(run, plan, answers(tmp_path, None)).state == State.UNKNOWN
 
     def test_without_an_answer_nothing_is_claimed(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         found = self.state(run, plan, answers(tmp_path, None))
-        assert found.state == UNKNOWN and "no sign of life yet" in found.reason and "no answer in 30 s" in found.reason
+        assert (
+            found.state == State.UNKNOWN
+            and "no sign of life yet" in found.reason
+            and "no answer in 30 s" in found.reason
+        )
         assert self.state(run, plan, answers(tmp_path, {})).state == "died"
         assert self.state(
             run, plan, answers(tmp_path, {}, {"11_0": JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1")})
         ).reason.startswith("job 11_0 on n1 ran out of memory")
-        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "COMPLETED")})).state == FAILED, (
+        assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "COMPLETED")})).state == State.FAILED, (
             "completed without a marker is not done"
         )
 
@@ -727,7 +723,7 @@ class TestStates:
         run, plan = self.run(tmp_path)
         for path in run.jobs.glob("*"):
             os.chown(path, 65534, 65534)
-        assert self.state(run, plan, answers(tmp_path, {})).state == UNKNOWN
+        assert self.state(run, plan, answers(tmp_path, {})).state == State.UNKNOWN
 
     def test_only_the_newest_submission_counts_and_abandoned_ones_do_not(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
@@ -736,9 +732,9 @@ class TestStates:
         late = Submission(folder, "train", ("0",), str(run.root), "x", token_of(folder), 0.0, job="12")
         late.write()
         jobs = {"11_0": JobInfo("11_0", "FAILED"), "12_0": JobInfo("12_0", "RUNNING")}
-        assert self.state(run, plan, answers(tmp_path, jobs)).state == RUNNING, "by its number, not by a clock"
+        assert self.state(run, plan, answers(tmp_path, jobs)).state == State.RUNNING, "by its number, not by a clock"
         Submission(folder, "train", ("0",), str(run.root), "x", late.token, 0.0, abandoned=True).write()
-        assert self.state(run, plan, answers(tmp_path, jobs)).state == FAILED
+        assert self.state(run, plan, answers(tmp_path, jobs)).state == State.FAILED
         assert next_folder(run.jobs, "train").name == "003-train", "no folder is used twice"
         (folder / "submission.json").write_text("{")
         with pytest.raises(BadInput, match="not a submission"):
@@ -754,13 +750,13 @@ class TestStates:
         monkeypatch.setattr(client, "cluster_name", lambda: "south")
         for jobs in ({}, {"11_0": JobInfo("11_0", "FAILED")}, {"11_0": JobInfo("11_0", "RUNNING")}):
             found = self.state(run, plan, answers(tmp_path, jobs))
-            assert found.state == UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
+            assert found.state == State.UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         monkeypatch.setattr(client, "squeue", dict)
         with pytest.raises(SlurmError, match="job 11_0 is not known: job 11_0 belongs to Slurm cluster north"):
             known_states(run, plan)
         self.attempt(run, end={"outcome": "failed", "reason": "boom"})
-        assert self.state(run, plan, answers(tmp_path, {})).state == FAILED, (
+        assert self.state(run, plan, answers(tmp_path, {})).state == State.FAILED, (
             "the driver's last word is on the disk that both see"
         )
 
@@ -773,7 +769,7 @@ class TestStates:
         asked: list[int] = []
         monkeypatch.setattr(client, "cluster_name", lambda: asked.append(1) or "north")
         for _ in range(3):
-            assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == RUNNING
+            assert self.state(run, plan, answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")})).state == State.RUNNING
         assert asked == [1], "an hour's worth"
 
     def test_a_run_does_not_change_its_cluster_unsaid_nor_while_jobs_of_it_are_there(self, tmp_path: Path) -> None:
@@ -817,7 +813,7 @@ class TestDrafts:
         marker = run.element("verify", "0").done
         write_json(marker, {"outputs": {}})
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
-        assert [state.state for state in states] == [PENDING, PENDING, DONE, PENDING]
+        assert [state.state for state in states] == [State.PENDING, State.PENDING, State.DONE, State.PENDING]
         found = drafts(run, plan, profile, states, plan.stages, 1000)
         assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == (
             "001-preprocess",

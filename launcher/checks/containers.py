@@ -11,11 +11,11 @@ from amlaunch.containers.images import credentials
 from amlaunch.containers.runtimes.catalog import CannotLaunch, Mount, Reference, launch, parse
 from amlaunch.containers.runtimes.environment import of_libraries
 from amlaunch.launcher.checks.files_and_disk import brings, image_problems, is_online, is_shared
-from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.stage_container import image_of, is_seen, may_mount
-from amlaunch.launcher.specs.cluster_profile import Profile
-from amlaunch.launcher.specs.plan import Container, Plan, Stage
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
+from amlaunch.launcher.specs.plan import Plan, Stage, StageContainer
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.placeholders import expand_known, variables
 from amlaunch.recipes.run_layout import RunDir
 
@@ -23,7 +23,7 @@ CERTIFICATES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
 """Paths of the host whose like an image has itself."""
 
 
-def check_containers(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile | None) -> list[str]:
+def check_containers(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: ClusterProfile | None) -> list[str]:
     """What containers of a run need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
 
     ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
@@ -31,7 +31,7 @@ def check_containers(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile |
     inside = {stage.name: stage.container for stage in plan.stages if stage.container}
     if loaded.recipe.container is None or not inside:
         return []
-    problems, notes = Problems(), []
+    problems, notes = ErrorCollector(), []
     problems.add(image_problems(loaded) if profile is None else ())
     for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
         if os.path.exists(source):
@@ -63,12 +63,12 @@ def check_containers(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile |
     return list(dict.fromkeys(notes))
 
 
-def _has_key_inside(loaded: Loaded) -> bool:
+def _has_key_inside(loaded: LoadedRecipe) -> bool:
     """Whether W&B finds its key in a container: the shell's own, or where the recipe says."""
     return bool(os.environ.get("WANDB_API_KEY")) or brings(loaded, "WANDB_API_KEY", "WANDB_MODE", "NETRC", "HOME")
 
 
-def _launch_problems(loaded: Loaded, plan: Plan, run: RunDir, profile: Profile | None) -> Iterator[str]:
+def _launch_problems(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: ClusterProfile | None) -> Iterator[str]:
     """What a runtime cannot do of what is asked of it, with the stages that ask; asked as a job will."""
     env = expand_known({**(profile.env if profile else {}), **plan.env}, variables())
     found: dict[str, list[str]] = {}
@@ -101,7 +101,7 @@ def _names(file: Path, registry: str) -> bool:
     return False
 
 
-def _home_notes(loaded: Loaded, plan: Plan, stage: Stage, container: Container) -> Iterator[str]:
+def _home_notes(loaded: LoadedRecipe, plan: Plan, stage: Stage, container: StageContainer) -> Iterator[str]:
     """Folders of Hugging Face's, W&B's and others' libraries that a container would not see."""
     mounts = [Mount(*mount) for mount in container.mounts] + [
         Mount(path, path) for path in (plan.cwd, plan.data, plan.shared) if path and may_mount(Path(path))
@@ -127,7 +127,7 @@ def _home_notes(loaded: Loaded, plan: Plan, stage: Stage, container: Container) 
         yield f"stage {stage.name} asks the Hugging Face hub, and its container does not see {folder}: {token}what is downloaded lasts where HF_HOME names a folder that container.mounts shows"
 
 
-def asks_hub(loaded: Loaded, plan: Plan, stage: Stage) -> bool:
+def asks_hub(loaded: LoadedRecipe, plan: Plan, stage: Stage) -> bool:
     """Whether a stage reads what is on the Hugging Face hub, and not in a folder."""
     if stage.name == "preprocess":
         name = loaded.recipe.preprocess.dataset if loaded.recipe.preprocess else None

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amlaunch.containers.runtimes.catalog import BadReference, parse
-from amlaunch.launcher.errors import Problems
-from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, Profile
+from amlaunch.launcher.errors import ErrorCollector
+from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import TOKENIZERS
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.run_layout import RunDir
@@ -43,9 +43,9 @@ class Written(NamedTuple):
     """What puts it elsewhere."""
 
 
-def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list[str]:
+def check_disk(loaded: LoadedRecipe, plan: Plan, runs: Path, profile: ClusterProfile) -> list[str]:
     """That the run directory and the data can be written, with room and inodes; remarks. Raises BadInput with all that is wrong."""
-    problems = Problems()
+    problems = ErrorCollector()
     needed: dict[int, int] = {}
     wanted = written(loaded, plan, runs)
     for one in wanted:
@@ -61,7 +61,7 @@ def check_disk(loaded: Loaded, plan: Plan, runs: Path, profile: Profile) -> list
     return _local_disks([*(one.folder for one in wanted), Path(plan.cwd), *_read_folders(loaded)], profile)
 
 
-def written(loaded: Loaded, plan: Plan, runs: Path) -> list[Written]:
+def written(loaded: LoadedRecipe, plan: Plan, runs: Path) -> list[Written]:
     """The folders that a run writes to."""
     made = RunDir(runs / plan.run_id).root.is_dir()
     elsewhere = loaded.recipe.checkpoint.checkpoint_dir
@@ -110,7 +110,7 @@ def _check_room(there: Path, wanted: Written, needed: int) -> None:
         raise BadInput(f"{wanted.folder}: only {inodes.f_favail} more files can be made there (inodes); {wanted.other}")
 
 
-def _read_folders(loaded: Loaded) -> Iterator[Path]:
+def _read_folders(loaded: LoadedRecipe) -> Iterator[Path]:
     """Where the recipe's own text is read from."""
     section = loaded.recipe.preprocess
     given = section.data_files if section else None
@@ -122,7 +122,7 @@ def _giga(size: float) -> str:
     return f"{size / 1e9:.1f}"
 
 
-def data_bytes(loaded: Loaded) -> int:
+def data_bytes(loaded: LoadedRecipe) -> int:
     """What the shards will take: two bytes a token (four for a vocabulary beyond 65,536)."""
     section = loaded.recipe.preprocess
     if section is None:
@@ -130,7 +130,7 @@ def data_bytes(loaded: Loaded) -> int:
     return (2 if TOKENIZERS.get(section.tokenizer, 0) <= 1 << 16 else 4) * (section.max_tokens or 0)
 
 
-def checkpoint_bytes(loaded: Loaded) -> int:
+def checkpoint_bytes(loaded: LoadedRecipe) -> int:
     """What the checkpoints of all elements will take; 0 where the model's size is not known here."""
     recipe, section = loaded.recipe, loaded.recipe.checkpoint
     best = section.keep_best and recipe.validation_dataset is not None
@@ -171,7 +171,7 @@ def _check_writable(there: Path, wanted: Written) -> None:
         raise BadInput(f"{wanted.folder}: cannot be written: {error.strerror}; {wanted.other}") from None
 
 
-def _check_visible(wanted: Written, profile: Profile) -> None:
+def _check_visible(wanted: Written, profile: ClusterProfile) -> None:
     """Raises BadInput where no other node can see a folder."""
     if profile.shared_roots and not is_shared(wanted.folder, profile):
         raise BadInput(
@@ -182,13 +182,13 @@ def _check_visible(wanted: Written, profile: Profile) -> None:
         raise BadInput(f"{wanted.folder}: lies in this machine's memory ({kind}), which no node sees; {wanted.other}")
 
 
-def is_shared(path: Path, profile: Profile) -> bool:
+def is_shared(path: Path, profile: ClusterProfile) -> bool:
     """Whether a path is below one of the profile's ``shared_roots``, itself or where its links lead."""
     roots = [Path(root).expanduser() for root in profile.shared_roots]
     return any(path.is_relative_to(root) or path.resolve().is_relative_to(root.resolve()) for root in roots)
 
 
-def _local_disks(folders: Iterable[Path], profile: Profile) -> list[str]:
+def _local_disks(folders: Iterable[Path], profile: ClusterProfile) -> list[str]:
     found = {folder: file_system(_nearest(folder)) for folder in folders if not is_shared(folder, profile)}
     mine = {folder: kind for folder, kind in found.items() if kind in LOCAL_FILE_SYSTEMS}
     if not mine:
@@ -218,7 +218,7 @@ def check_python(cluster: Cluster) -> list[str]:
     return [f"{where}: {given} is not on this machine; on a node that does not have it either, jobs end at once"]
 
 
-def _own_python(profile: Profile) -> list[str]:
+def _own_python(profile: ClusterProfile) -> list[str]:
     """An environment on a disk of this machine is seldom on the nodes; a system's Python is, as a rule."""
     here = Path(sys.prefix)
     if sys.prefix == sys.base_prefix or is_shared(here, profile) or file_system(here) not in LOCAL_FILE_SYSTEMS:
@@ -243,9 +243,9 @@ def file_system(path: Path) -> str:
     return best[1]
 
 
-def check_needs(loaded: Loaded) -> None:
+def check_needs(loaded: LoadedRecipe) -> None:
     """What jobs would miss only once they run: an image that is a file, W&B's key. Raises BadInput with all of it."""
-    problems = Problems()
+    problems = ErrorCollector()
     problems.add(image_problems(loaded))
     if (
         loaded.recipe.wandb is not None
@@ -261,7 +261,7 @@ def check_needs(loaded: Loaded) -> None:
     problems.refuse()
 
 
-def image_problems(loaded: Loaded) -> Iterator[str]:
+def image_problems(loaded: LoadedRecipe) -> Iterator[str]:
     """Images that are files, and are not there, or archives of something else."""
     section = loaded.recipe.container
     given: dict[KeyPath, str | None] = (
@@ -290,12 +290,12 @@ def _of_archive(path: Path) -> str:
     return why_no_image(path)
 
 
-def is_online(loaded: Loaded) -> bool:
+def is_online(loaded: LoadedRecipe) -> bool:
     """Whether W&B is to be reached while the run is on its way."""
     return ((loaded.recipe.wandb or {}).get("mode") or os.environ.get("WANDB_MODE", "online")) == "online"
 
 
-def brings(loaded: Loaded, *names: str) -> bool:
+def brings(loaded: LoadedRecipe, *names: str) -> bool:
     """Whether the recipe itself sets one of these variables."""
     return loaded.recipe.container is not None and any(name in loaded.recipe.container.env for name in names)
 

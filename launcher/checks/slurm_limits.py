@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.partitions import choose_partitions
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.client import Partition
@@ -15,7 +15,7 @@ from amlaunch.launcher.slurm.sbatch import option_problems
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster
 from amlaunch.launcher.specs.plan import Stage
 from amlaunch.recipes.errors import did_you_mean
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.format.loader import LoadedRecipe
 
 LITTLE_MEGA = 1000
 """Python with torch alone takes about 400."""
@@ -41,9 +41,9 @@ class Asked:
         return client.associations() or (set(), set(), "")
 
 
-def check_cluster(loaded: Loaded, cluster: Cluster, stages: Sequence[Stage]) -> None:
+def check_cluster(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage]) -> None:
     """A profile and the stages of a plan that was made with it. Raises BadInput with everything that is wrong, and SlurmError."""
-    problems, asked = Problems(), Asked()
+    problems, asked = ErrorCollector(), Asked()
     with problems.collected():
         check_site(cluster, asked)
     with problems.collected():
@@ -53,7 +53,7 @@ def check_cluster(loaded: Loaded, cluster: Cluster, stages: Sequence[Stage]) -> 
 
 def check_site(cluster: Cluster, asked: Asked) -> None:
     """What a profile names is there and the user's own, whatever the recipe. Raises BadInput with all of it, and SlurmError."""
-    problems = Problems()
+    problems = ErrorCollector()
     problems.add(option_problems(cluster))
     with problems.collected():
         choose_partitions(list(asked.partitions.values()), cluster, 0)
@@ -61,9 +61,9 @@ def check_site(cluster: Cluster, asked: Asked) -> None:
     problems.refuse()
 
 
-def check_stages(loaded: Loaded, cluster: Cluster, stages: Sequence[Stage], asked: Asked) -> None:
+def check_stages(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage], asked: Asked) -> None:
     """The stages fit the nodes and the rules of their partitions. Raises BadInput with all that does not, and SlurmError."""
-    problems, known = Problems(), asked.partitions
+    problems, known = ErrorCollector(), asked.partitions
     for stage in stages:
         part = known.get(stage.partition or "")
         if part is None:  # from one look at Slurm to the next
@@ -80,7 +80,7 @@ def check_stages(loaded: Loaded, cluster: Cluster, stages: Sequence[Stage], aske
     problems.refuse()
 
 
-def where_set(loaded: Loaded, cluster: Cluster, stage: str, key: str) -> str:
+def where_set(loaded: LoadedRecipe, cluster: Cluster, stage: str, key: str) -> str:
     """Who set a stage's ``key``, for the start of a sentence: ``r.yaml:7: resources.train.mem``, ``clusters.yaml:3: mem``; empty: nobody."""
     path = ("resources", stage, key)
     if getattr(getattr(loaded.recipe.resources, stage), key) is not None:
@@ -89,7 +89,7 @@ def where_set(loaded: Loaded, cluster: Cluster, stage: str, key: str) -> str:
 
 
 def _size_problems(
-    loaded: Loaded, cluster: Cluster, stage: Stage, part: Partition, known: Mapping[str, Partition]
+    loaded: LoadedRecipe, cluster: Cluster, stage: Stage, part: Partition, known: Mapping[str, Partition]
 ) -> Iterable[str]:
     needs, name = stage.needs, stage.name
     node = f"a node of partition {part.name} has"
@@ -112,7 +112,7 @@ def _size_problems(
 
 
 def _time_problems(
-    loaded: Loaded, cluster: Cluster, stage: Stage, part: Partition, default: int | None
+    loaded: LoadedRecipe, cluster: Cluster, stage: Stage, part: Partition, default: int | None
 ) -> Iterable[str]:
     minutes = stage.needs.time_minutes or default
     if minutes is None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
-from amlaunch.launcher.runs.element_state import ACTIVE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
+from amlaunch.launcher.runs.element_state import ElementState, read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.submissions import submissions_of
 from amlaunch.launcher.slurm import queue as queue_module
 from amlaunch.launcher.slurm.client import scancel
@@ -19,7 +20,7 @@ from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.slurm_submission import recover, submitting
 from amlaunch.recipes.errors import FAILED, OK
-from amlaunch.recipes.files import is_locked, read_json_lines, read_object, signal_holders
+from amlaunch.recipes.files import is_locked, read_json_lines, read_object, signal_lock_holders
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 SAVE_SECONDS = 300.0
@@ -35,17 +36,17 @@ def run(options: argparse.Namespace) -> int:
         states = read_run(run_dir, plan, Queue(max_age=0))
         mine = own_states(run_dir, plan, states)
         refuse_unknown(mine, "cancel", "nothing was cancelled; try again when Slurm answers")
-        going = [state for state in mine if state.state in ACTIVE]
+        going = [state for state in mine if state.state in ACTIVE_STATES]
         if not going and not is_locked(run_dir.lock):
             others = (
                 " (another run, which shares its shards, makes them)"
-                if any(state.state in ACTIVE for state in states)
+                if any(state.state in ACTIVE_STATES for state in states)
                 else ""
             )
             print(f"{plan.run_id}: nothing of it runs or waits{others}")
             return OK
         _cancel_jobs(
-            [state.job for state in going if state.job and (state.state == QUEUED or not options.checkpoint)],
+            [state.job for state in going if state.job and (state.state == State.QUEUED or not options.checkpoint)],
             run_dir,
             plan,
         )
@@ -65,13 +66,13 @@ def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> l
     return [
         state
         for state in states
-        if (state.job in jobs if state.job else state.state != RUNNING or _started_it(run_dir, state))
+        if (state.job in jobs if state.job else state.state != State.RUNNING or _started_it(run_dir, state))
     ]
 
 
 def refuse_unknown(states: Sequence[ElementState], command: str, words: str) -> None:
     """Raises SlurmError where nobody can say whether an element still runs."""
-    lost = [state for state in states if state.state == UNKNOWN]
+    lost = [state for state in states if state.state == State.UNKNOWN]
     if lost:
         more = f" (and {len(lost) - 1} more)" if lost[1:] else ""
         raise SlurmError(command, f"{lost[0].stage} {lost[0].name}{more}: {lost[0].reason}; {words}")
@@ -102,7 +103,7 @@ def _own_jobs(run_dir: RunDir, plan: Plan) -> set[str]:
 
 def _started_it(run_dir: RunDir, state: ElementState) -> bool:
     """Whether this run's launcher started an element: submitit's files of its process are in the run that did."""
-    if run_dir.home(state.stage) == run_dir.root:
+    if run_dir.stage_home(state.stage) == run_dir.root:
         return True
     lines = read_json_lines(run_dir.element(state.stage, state.name).attempts)
     job = next((line.get("job") for line in reversed(lines) if line.get("event") == "start"), None)
@@ -128,7 +129,7 @@ def _together(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
 
 def _stop_launcher(run_dir: RunDir) -> None:
     """Have amlaunch local start nothing more: by a signal, or by a file that it looks for, where it is out of reach."""
-    if signal_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):  # to it, this is Ctrl-C
+    if signal_lock_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):  # to it, this is Ctrl-C
         return
     run_dir.stop.touch()
     host, name = launcher_host(run_dir), wording.name_of(run_dir)
@@ -152,7 +153,7 @@ def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) ->
     ended = 0
     for state in states:
         folder = run_dir.element(state.stage, state.name)
-        found = 0 if save else signal_holders(folder.lock, signal.SIGKILL)
+        found = 0 if save else signal_lock_holders(folder.lock, signal.SIGKILL)
         ended += bool(found)
         if not found:
             _ask_to_leave(folder)
@@ -178,10 +179,10 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
             (state.stage, state.name): state
             for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
         }
-        going = {key: state for key, state in states.items() if state.state in (*ACTIVE, UNKNOWN)}
+        going = {key: state for key, state in states.items() if state.state in (*ACTIVE_STATES, State.UNKNOWN)}
         for key in sorted(saving - going.keys()):
             print(wording.line(states[key]), flush=True)
-        running = {key for key, state in going.items() if state.state == RUNNING}
+        running = {key for key, state in going.items() if state.state == State.RUNNING}
         if running - saving:
             new = len(running - saving)
             print(f"{new} running element{'s' * (new > 1)}: saving, then leaving", flush=True)
@@ -194,7 +195,7 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
         for stage, name in running:
             _ask_to_leave(run_dir.element(stage, name))
         _cancel_jobs(
-            [state.job for state in going.values() if state.state == QUEUED], run_dir, plan
+            [state.job for state in going.values() if state.state == State.QUEUED], run_dir, plan
         )  # requeued meanwhile
         time.sleep(1.0)
 

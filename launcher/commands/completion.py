@@ -25,9 +25,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the script; ``eval "$(amlaunch completion bash)"`` turns it on."""
     import shtab
 
-    from amlaunch.recipes.shipped import shipped
+    from amlaunch.recipes.shipped import shipped_recipes
 
-    names = " ".join(shipped())
+    names = " ".join(shipped_recipes())
     parser = options.parser
     for command in parser._subparsers._group_actions[0].choices.values():
         for action in command._actions:

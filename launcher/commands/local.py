@@ -14,10 +14,11 @@ from amlaunch.launcher.commands.status import advice
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport, make_report
 from amlaunch.launcher.display.summary import closing, exit_code, headline, stage_closing
-from amlaunch.launcher.execution.local_executor import Executor
+from amlaunch.launcher.execution.local_executor import LocalExecutor
 from amlaunch.launcher.planning.resolve import check_here, check_inside, default_recipe, notes, prepare
-from amlaunch.launcher.runs.element_state import DONE, QUEUED, RUNNING, ElementState, overall, read_run, read_stage
+from amlaunch.launcher.runs.element_state import ElementState, overall, read_run, read_stage
 from amlaunch.launcher.runs.find import run_dir_of
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.submissions import submissions_of
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Plan, Stage
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             report.say(f"no recipe given: this is {default_recipe(options.gpus)}; amlaunch recipes lists the others")
         for note in [*notes(loaded, plan, machine), *remarks]:
             report.say(f"note: {note}")
-        busy = any(state.state == RUNNING for state in read_run(run_dir, plan))
+        busy = any(state.state == State.RUNNING for state in read_run(run_dir, plan))
         write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
         return carry_out(options, report, plan, machine, run_dir, stages)
 
@@ -67,7 +68,9 @@ def _check_jobs(run_dir: RunDir, plan: Plan) -> None:
     """A run that a cluster works on is not started here too. Raises BadInput, and SlurmError where the cluster does not say."""
     if not any(submissions_of(run_dir, plan).values()):
         return
-    jobs = [state.job for state in known_states(run_dir, plan) if state.job and state.state in (RUNNING, QUEUED)]
+    jobs = [
+        state.job for state in known_states(run_dir, plan) if state.job and state.state in (State.RUNNING, State.QUEUED)
+    ]
     if jobs:
         name = wording.name_of(run_dir)
         raise BadInput(
@@ -93,7 +96,7 @@ def carry_out(
     """Run what is not done of ``stages``, as the run directory has it, and tell; the exit code."""
     report.say(f"{plan.run_id}: {run_dir.root}")
     with report:
-        executor = Executor(run_dir, plan, machine, report)
+        executor = LocalExecutor(run_dir, plan, machine, report)
         with _stopping_on_signals(executor, report):
             done = executor.execute(stages)
     states = [state for stage in stages for state in read_stage(run_dir, stage)]
@@ -109,7 +112,9 @@ def _check_input(run_dir: RunDir, plan: Plan, stages: list[Stage]) -> None:
     chosen = {stage.name for stage in stages}
     for stage in stages:
         for before in stage.after:
-            if before not in chosen and any(state.state != DONE for state in read_stage(run_dir, plan.stage(before))):
+            if before not in chosen and any(
+                state.state != State.DONE for state in read_stage(run_dir, plan.stage(before))
+            ):
                 raise BadInput(
                     f"stage {stage.name} needs stage {before}, which is not done; leave out --stage {stage.name}, or run --stage {before} first"
                 )
@@ -129,7 +134,7 @@ def _tell(
 
 
 @contextmanager
-def _stopping_on_signals(executor: Executor, report: PlainReport | LiveReport) -> Iterator[None]:
+def _stopping_on_signals(executor: LocalExecutor, report: PlainReport | LiveReport) -> Iterator[None]:
     """The first Ctrl-C saves and stops, the second ends at once."""
 
     def handle(number: int, _: FrameType | None) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from amlaunch.recipes.shipped import shipped, summary
+from amlaunch.recipes.shipped import recipe_summary, shipped_recipes
 
 
 def run(options: argparse.Namespace) -> int:
     """Print name, file and first line of each shipped recipe."""
-    found = [{"name": name, "path": str(path), "summary": summary(path)} for name, path in shipped().items()]
+    found = [
+        {"name": name, "path": str(path), "summary": recipe_summary(path)} for name, path in shipped_recipes().items()
+    ]
     if options.json:
         print(json.dumps(found, indent=2))
         return 0

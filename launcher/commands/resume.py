@@ -16,8 +16,9 @@ from amlaunch.launcher.display.live_report import make_report
 from amlaunch.launcher.planning.partitions import cluster_site
 from amlaunch.launcher.planning.planner import Site, make_plan
 from amlaunch.launcher.planning.resolve import check_here
-from amlaunch.launcher.runs.element_state import ACTIVE, is_driven
+from amlaunch.launcher.runs.element_state import is_driven
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.states import ACTIVE_STATES
 from amlaunch.launcher.runs.stored_recipe import add_resumed, command_of, option_values, stored_recipe
 from amlaunch.launcher.specs.cluster_profile import Cluster, check_profile, find_cluster
 from amlaunch.launcher.specs.machine import this_machine
@@ -33,7 +34,7 @@ from amlaunch.launcher.submission.slurm_submission import (
 )
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import is_locked
-from amlaunch.recipes.format.loader import EXECUTION
+from amlaunch.recipes.format.loader import EXECUTION_SECTIONS
 from amlaunch.recipes.run_layout import RunDir
 
 FIXED = ("preprocess", "sweep", "dataset", "model", "name")
@@ -88,7 +89,9 @@ def _on_cluster(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int
     with submitting(run_dir, new):
         recover(run_dir, plan, say)
         states = known_states(run_dir, plan)
-        if options.overrides and any(state.state in ACTIVE and state.stage in ("train", "export") for state in states):
+        if options.overrides and any(
+            state.state in ACTIVE_STATES and state.stage in ("train", "export") for state in states
+        ):
             raise BadInput(
                 f"{plan.run_id} trains; {wording.program()} cancel {wording.name_of(run_dir)} --checkpoint first"
             )
@@ -124,7 +127,9 @@ def forget_training(run_dir: RunDir, plan: Plan, overrides: list[str]) -> None:
 
     Settings that only say where a run happens leave what is done alone.
     """
-    if all(word[2:].partition("=")[0].split(".")[0] in EXECUTION for word in overrides if word.startswith("--")):
+    if all(
+        word[2:].partition("=")[0].split(".")[0] in EXECUTION_SECTIONS for word in overrides if word.startswith("--")
+    ):
         return
     for stage in plan.stages:
         for element in stage.elements if stage.name in ("train", "export") else []:

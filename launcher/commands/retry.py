@@ -13,8 +13,9 @@ from amlaunch.launcher.commands.submit import finish, say_for
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import make_report
 from amlaunch.launcher.planning.resolve import check_here
-from amlaunch.launcher.runs.element_state import ACTIVE, DONE, ElementState, is_driven, overall, read_run
+from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.stored_recipe import command_of, option_values, stored_recipe
 from amlaunch.launcher.specs.cluster_profile import check_profile
 from amlaunch.launcher.specs.machine import Machine, this_machine
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _nothing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> str:
     """Why nothing is started, and what to type instead."""
-    going = sum(state.state in ACTIVE for state in states)
+    going = sum(state.state in ACTIVE_STATES for state in states)
     name, program = wording.name_of(run_dir), wording.program()
     if not going and not is_locked(run_dir.lock):
         return f"{plan.run_id}: every element is done, there is nothing to start again\nnext: {program} status {name}"
@@ -65,7 +66,7 @@ def _nothing(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> str
 
 def _here(options: argparse.Namespace, run_dir: RunDir, plan: Plan) -> int:
     states = read_run(run_dir, plan)
-    if is_driven(run_dir, states) or all(state.state == DONE for state in states):
+    if is_driven(run_dir, states) or all(state.state == State.DONE for state in states):
         say_for(options)(_nothing(run_dir, plan, states))
         if options.json:
             print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states, is_driven(run_dir, states)))))

@@ -6,8 +6,9 @@ import argparse
 
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.planning.resolve import notes, prepare
-from amlaunch.launcher.runs.element_state import DONE, read_run
+from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.find import run_dir_of
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan, Stage
 
 
@@ -15,7 +16,7 @@ def run(options: argparse.Namespace) -> int:
     """Print what would run, and what would be skipped; nothing is written."""
     loaded, plan, machine = prepare(options, starting=False)
     run_dir = run_dir_of(options, plan)
-    done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == DONE}
+    done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == State.DONE}
     if options.json:
         print(
             wording.to_json(

@@ -13,23 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.runs.element_state import (
-    ACTIVE,
-    CANCELLED,
-    DIED,
-    DONE,
-    FAILED,
-    PENDING,
-    QUEUED,
-    RUNNING,
-    STOPPED,
-    UNKNOWN,
-    ElementState,
-    is_driven,
-    overall,
-    read_runs,
-)
+from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_runs
 from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_object
@@ -73,11 +59,13 @@ def run(options: argparse.Namespace) -> int:
 
 def goes_on(run_dir: RunDir, states: Sequence[ElementState]) -> bool:
     """Whether to go on looking: what nobody can say may well be running."""
-    return is_driven(run_dir, states) or any(state.state == UNKNOWN for state in states)
+    return is_driven(run_dir, states) or any(state.state == State.UNKNOWN for state in states)
 
 
 def _pause(found: Sequence[Shown], took: float) -> float:
-    of_slurm = any(state.job and state.state in (*ACTIVE, UNKNOWN) for _, _, states in found for state in states)
+    of_slurm = any(
+        state.job and state.state in (*ACTIVE_STATES, State.UNKNOWN) for _, _, states in found for state in states
+    )
     return rest(took, CLUSTER_WATCH_SECONDS if of_slurm else WATCH_SECONDS)
 
 
@@ -193,7 +181,7 @@ def _list_table(found: list[Shown], width: int) -> Any:
     rows = []
     for run_dir, plan, states in found:
         now = current(states)
-        words = wording.progress(now) if now.state == RUNNING else wording.outcome(now)
+        words = wording.progress(now) if now.state == State.RUNNING else wording.outcome(now)
         rows.append(
             {
                 "run": plan.run_id,
@@ -227,7 +215,7 @@ def _table(rows: Sequence[dict[str, str]], width: int, spare: Sequence[str], *, 
         cells = [
             Text(row[name], style=wording.STYLES.get(row[name], "") if name == "state" else "") for name in columns
         ]
-        if short or row["state"] in (FAILED, DIED, UNKNOWN):
+        if short or row["state"] in (State.FAILED, State.DIED, State.UNKNOWN):
             cells[-1].no_wrap, cells[-1].overflow = True, "ellipsis"
         table.add_row(*cells)
     return table
@@ -263,7 +251,7 @@ def _element_table(states: list[ElementState], everything: bool, width: int) -> 
 
 
 def _element_row(state: ElementState) -> dict[str, str]:
-    what = wording.progress(state) if state.state == RUNNING else wording.outcome(state)
+    what = wording.progress(state) if state.state == State.RUNNING else wording.outcome(state)
     what = f"{state.title}: {what}" if state.title and what else what or state.title
     place = {"job": state.job, "node": state.nodes or (state.host if state.job else "")}
     attempts, took = str(state.attempts or ""), wording.duration(state.seconds)
@@ -294,20 +282,28 @@ def _counted(stage: str, states: Sequence[ElementState]) -> dict[str, str]:
 
 def notable(states: Sequence[ElementState]) -> list[ElementState]:
     """Of many elements, those to look at: in trouble first (of those that failed alike one), then at work."""
-    order = (FAILED, DIED, UNKNOWN, CANCELLED, RUNNING)
+    order = (State.FAILED, State.DIED, State.UNKNOWN, State.CANCELLED, State.RUNNING)
     trouble = [group[0] for group in alike(states)]
-    others = [state for state in states if state.state in order and state.state not in (FAILED, DIED)]
+    others = [state for state in states if state.state in order and state.state not in (State.FAILED, State.DIED)]
     return sorted([*trouble, *others], key=lambda state: order.index(state.state))[:MOST]
 
 
 def current(states: list[ElementState]) -> ElementState:
     """The element to show for a whole run: the one in trouble or at work, else the newest that is not untouched."""
-    for wanted in (FAILED, DIED, UNKNOWN, RUNNING, QUEUED, CANCELLED, STOPPED):
+    for wanted in (
+        State.FAILED,
+        State.DIED,
+        State.UNKNOWN,
+        State.RUNNING,
+        State.QUEUED,
+        State.CANCELLED,
+        State.STOPPED,
+    ):
         for state in states:
             if state.state == wanted:
                 return state
-    train = [state for state in states if state.stage == "train" and state.state == DONE]
-    return train[-1] if train else next((state for state in states if state.state != DONE), states[-1])
+    train = [state for state in states if state.stage == "train" and state.state == State.DONE]
+    return train[-1] if train else next((state for state in states if state.state != State.DONE), states[-1])
 
 
 def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool = False) -> list[str]:
@@ -321,11 +317,11 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
         blocks.append(
             f"{others} more failed otherwise; {wording.program()} status {wording.name_of(run_dir)} --all lists them, {wording.program()} logs {wording.name_of(run_dir)} shows theirs"
         )
-    if word in (STOPPED, CANCELLED) or (word == PENDING and plan.cluster):
+    if word in (State.STOPPED, State.CANCELLED) or (word == State.PENDING and plan.cluster):
         blocks.append(f"next: {again}\n(goes on from what is saved)")
     if driven:
         blocks.append(f"next: {wording.program()} logs {wording.name_of(run_dir)} -f")
-    if word == UNKNOWN:
+    if word == State.UNKNOWN:
         blocks += _unknown(run_dir, states, again)
     return blocks
 
@@ -342,14 +338,14 @@ def _unknown(run_dir: RunDir, states: Sequence[ElementState], again: str) -> lis
 
 def is_lost(state: ElementState) -> bool:
     """Whether a submit was interrupted before it knew the number of the job; only another submit finds out."""
-    return state.state == UNKNOWN and not state.job
+    return state.state == State.UNKNOWN and not state.job
 
 
 def alike(states: Iterable[ElementState]) -> list[list[ElementState]]:
     """Failed elements, those of a stage whose reasons say the same together."""
     groups: dict[tuple[str, str], list[ElementState]] = {}
     for state in states:
-        if state.state in (FAILED, DIED):
+        if state.state in (State.FAILED, State.DIED):
             groups.setdefault((state.stage, essence(state)), []).append(state)
     return list(groups.values())
 

@@ -13,11 +13,12 @@ from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs, check_python
 from amlaunch.launcher.checks.slurm_limits import Asked, check_site, check_stages, memory_notes
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.errors import Problems, SlurmError
+from amlaunch.launcher.errors import ErrorCollector, SlurmError
 from amlaunch.launcher.execution import srun_step
 from amlaunch.launcher.planning.resolve import check_files, check_inside, container_notes, load_recipe, plan_on_cluster
-from amlaunch.launcher.runs.element_state import ACTIVE, DONE, ElementState, overall, read_run
+from amlaunch.launcher.runs.element_state import ElementState, overall, read_run
 from amlaunch.launcher.runs.find import runs_root
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.submissions import Submission
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.specs.cluster_profile import Cluster, find_cluster
@@ -38,7 +39,7 @@ from amlaunch.launcher.submission.slurm_submission import (
 )
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import is_locked
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.run_layout import RunDir
 
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput(
             "which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch"
         )
-    problems = Problems()
+    problems = ErrorCollector()
     cluster = _cluster(options, problems)
     if cluster.profile.executor == "local":
         return _on_this_machine(options)
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     return finish(options, run_dir, plan, made, say)
 
 
-def _cluster(options: argparse.Namespace, problems: Problems) -> Cluster:
+def _cluster(options: argparse.Namespace, problems: ErrorCollector) -> Cluster:
     """The cluster. Raises BadInput, with what is wrong with the recipe, too."""
     found: Cluster | None = None
     with problems.collected():
@@ -84,22 +85,24 @@ def _cluster(options: argparse.Namespace, problems: Problems) -> Cluster:
     return found
 
 
-def check_recipe(loaded: Loaded) -> None:
+def check_recipe(loaded: LoadedRecipe) -> None:
     """What a recipe needs, wherever it runs, is there. Raises BadInput with all that is not."""
-    problems = Problems()
+    problems = ErrorCollector()
     for check in (check_needs, check_files):
         with problems.collected():
             check(loaded)
     problems.refuse()
 
 
-def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems) -> tuple[Loaded, Plan, list[str]]:
+def _prepared(
+    options: argparse.Namespace, cluster: Cluster, problems: ErrorCollector
+) -> tuple[LoadedRecipe, Plan, list[str]]:
     """The recipe, its plan, and remarks. Raises BadInput with everything that is wrong with recipe, cluster and disk together.
 
     A check whose own ground is missing (no plan without a recipe) is left out; all others are made.
     """
     runs, asked = Path(options.runs), Asked()
-    made: list[tuple[Loaded, Plan]] = []
+    made: list[tuple[LoadedRecipe, Plan]] = []
     notes: list[str] = []
     with problems.collected():
         loaded, name = load_recipe(options, runs, starting=True)
@@ -123,14 +126,16 @@ def _prepared(options: argparse.Namespace, cluster: Cluster, problems: Problems)
     return *made[0], notes
 
 
-def _asked(options: argparse.Namespace, loaded: Loaded, plan: Plan, problems: Problems) -> tuple[Plan, Sequence[str]]:
+def _asked(
+    options: argparse.Namespace, loaded: LoadedRecipe, plan: Plan, problems: ErrorCollector
+) -> tuple[Plan, Sequence[str]]:
     """The plan with what registries say of its images, and remarks; what cannot be goes to ``problems``."""
     if not any(stage.container for stage in plan.stages):
         return plan, ()
     from amlaunch.launcher.images.registry_lookup import as_before, ask  # what speaks HTTP takes a while to load
 
     run_dir = _run_dir(Path(options.runs), plan)
-    if run_dir.plan.exists() and all(state.state in (DONE, *ACTIVE) for state in read_run(run_dir, plan)):
+    if run_dir.plan.exists() and all(state.state in (State.DONE, *ACTIVE_STATES) for state in read_run(run_dir, plan)):
         return as_before(run_dir, plan), ()  # nobody waits for a registry where nothing is left to submit
     seen = ask(loaded, plan, say_for(options))
     problems.add(seen.problems)
@@ -211,7 +216,7 @@ def _check_input(states: Sequence[ElementState], stages: Sequence[Stage]) -> Non
     chosen = {stage.name for stage in stages}
     before = {name for stage in stages for name in stage.after} - chosen
     for state in states:
-        if state.stage in before and state.state not in (DONE, *ACTIVE):
+        if state.stage in before and state.state not in (State.DONE, *ACTIVE_STATES):
             raise BadInput(
                 f"stage {', '.join(chosen)} needs stage {state.stage}, which is neither done nor on its way; submit without --stage"
             )
@@ -270,7 +275,7 @@ def _print_scripts(
 
 def _submit(
     options: argparse.Namespace,
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     plan: Plan,
     cluster: Cluster,
     run_dir: RunDir,
@@ -280,7 +285,7 @@ def _submit(
     try:
         with submitting(run_dir, plan):
             recover(run_dir, plan, say)
-            busy = any(state.state in ACTIVE for state in known_states(run_dir, plan))
+            busy = any(state.state in ACTIVE_STATES for state in known_states(run_dir, plan))
             write_run(run_dir, loaded, plan, options.argv, refresh_code=not busy)
             write_environment(run_dir, loaded, cluster.profile)
             return submit_run(run_dir, plan, cluster.profile, stages, say)
@@ -313,6 +318,6 @@ def _as_json(
     return {
         "run": plan.run_id,
         "path": str(run_dir.root),
-        "state": overall(states, any(state.state in ACTIVE for state in states)),
+        "state": overall(states, any(state.state in ACTIVE_STATES for state in states)),
         "submitted": [{"stage": one.stage, "job": one.job, "elements": list(one.elements)} for one in made],
     }

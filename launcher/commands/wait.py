@@ -9,8 +9,9 @@ from amlaunch.launcher.commands.status import advice, goes_on, is_lost, rest
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import make_report
 from amlaunch.launcher.display.summary import closing, exit_code, headline
-from amlaunch.launcher.runs.element_state import DONE, UNKNOWN, ElementState, is_driven, overall, read_run
+from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
@@ -47,7 +48,7 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     if options.json:
         print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states))))
         return exit_code(states)
-    done = all(state.state == DONE for state in states)
+    done = all(state.state == State.DONE for state in states)
     for line in (
         closing(run_dir, plan, states)
         if done
@@ -59,5 +60,5 @@ def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
 
 def _only_lost(run_dir: RunDir, states: list[ElementState], queue: Queue) -> bool:
     """Whether nothing else goes on than submissions that sbatch never answered, and Slurm itself answers."""
-    unknown = [state for state in states if state.state == UNKNOWN]
+    unknown = [state for state in states if state.state == State.UNKNOWN]
     return not is_driven(run_dir, states) and all(is_lost(state) for state in unknown) and queue.jobs is not None

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.runs.element_state import DONE, PENDING, QUEUED, RUNNING, ElementState
+from amlaunch.launcher.runs.element_state import ElementState
+from amlaunch.launcher.runs.states import State
 
 PLAIN_SECONDS = 5.0
 MOST_ROWS = 16
@@ -37,7 +38,7 @@ class PlainReport:
         known = {stage for stage, _ in self.before}
         for stage in dict.fromkeys(state.stage for state in states):
             mine = [state for state in states if state.stage == stage]
-            if stage not in known and all(state.state == DONE for state in mine):
+            if stage not in known and all(state.state == State.DONE for state in mine):
                 self.say(f"{stage}: {self.done_before}")
             for state in mine:
                 self._element(state, stage not in known)
@@ -46,11 +47,11 @@ class PlainReport:
         key = (state.stage, state.name)
         changed = self.before.get(key) != state.state
         self.before[key] = state.state
-        if new and state.state != RUNNING:
+        if new and state.state != State.RUNNING:
             return  # how an earlier start ended is not news
         overdue = self.seconds is not None and time.monotonic() - self.spoke.get(key, 0.0) > self.seconds
         words = wording.line(state)
-        if changed or (overdue and state.state == RUNNING and words != self.said.get(key)):
+        if changed or (overdue and state.state == State.RUNNING and words != self.said.get(key)):
             self.spoke[key] = time.monotonic()
             self.said[key] = words
             self.say(words)
@@ -92,16 +93,16 @@ def progress_table(states: Sequence[ElementState]) -> Any:
     for _ in range(3):
         table.add_column(no_wrap=True, overflow="ellipsis")
     shown = sorted(
-        (state for state in states if state.state in (RUNNING, QUEUED, PENDING)),
-        key=lambda state: state.state != RUNNING,
+        (state for state in states if state.state in (State.RUNNING, State.QUEUED, State.PENDING)),
+        key=lambda state: state.state != State.RUNNING,
     )
     for state in shown[:MOST_ROWS]:
-        beat = state.progress if state.state == RUNNING else {}
+        beat = state.progress if state.state == State.RUNNING else {}
         bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=16)
         words = (
             wording.progress(state)
             if beat
-            else ("starting" if state.state == RUNNING else wording.waiting(state) or "waiting")
+            else ("starting" if state.state == State.RUNNING else wording.waiting(state) or "waiting")
         )
         table.add_row(f"{state.stage} {state.name}", bar, words)
     if len(shown) > MOST_ROWS:

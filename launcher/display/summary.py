@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.runs.element_state import CANCELLED, DIED, DONE, FAILED, STOPPED, UNKNOWN, ElementState, overall
+from amlaunch.launcher.runs.element_state import ElementState, overall
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
-from amlaunch.recipes.errors import BAD_INPUT, GO_ON_LATER, OK
+from amlaunch.recipes.errors import BAD_INPUT, OK, RESUMABLE
 from amlaunch.recipes.errors import FAILED as EXIT_FAILED
 from amlaunch.recipes.run_layout import RunDir
 
 
 def exit_code(states: list[ElementState]) -> int:
     """0 all done, 2 some input cannot work, 1 something failed or was lost, 75 stopped or cancelled: the same command goes on."""
-    if all(state.state == DONE for state in states):
+    if all(state.state == State.DONE for state in states):
         return OK
-    failed = [state for state in states if state.state == FAILED]
+    failed = [state for state in states if state.state == State.FAILED]
     if failed:
         return BAD_INPUT if not any(state.retry for state in failed) else EXIT_FAILED
-    return EXIT_FAILED if any(state.state in (DIED, UNKNOWN) for state in states) else GO_ON_LATER
+    return EXIT_FAILED if any(state.state in (State.DIED, State.UNKNOWN) for state in states) else RESUMABLE
 
 
 HEADLINES = {
-    DONE: "is done", FAILED: "has failed", DIED: "has died", CANCELLED: "was cancelled", STOPPED: "was stopped", UNKNOWN: "is in an unknown state",
+    State.DONE: "is done", State.FAILED: "has failed", State.DIED: "has died", State.CANCELLED: "was cancelled", State.STOPPED: "was stopped", State.UNKNOWN: "is in an unknown state",
 }  # fmt: skip
 
 

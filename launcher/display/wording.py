@@ -13,24 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from amlaunch.launcher.runs.element_state import (
-    CANCELLED,
-    DIED,
-    DONE,
-    FAILED,
-    PENDING,
-    QUEUED,
-    RUNNING,
-    STOPPED,
-    UNKNOWN,
-    ElementState,
-)
+from amlaunch.launcher.runs.element_state import ElementState
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
 
-STYLES = {
-    DONE: "green", RUNNING: "cyan", QUEUED: "blue", FAILED: "bold red", DIED: "bold red", UNKNOWN: "magenta",
-    CANCELLED: "yellow", STOPPED: "yellow", PENDING: "dim",
+STYLES: dict[str, str] = {
+    State.DONE: "green", State.RUNNING: "cyan", State.QUEUED: "blue", State.FAILED: "bold red", State.DIED: "bold red", State.UNKNOWN: "magenta",
+    State.CANCELLED: "yellow", State.STOPPED: "yellow", State.PENDING: "dim",
 }  # fmt: skip
 TAIL_LINES = 15
 
@@ -98,7 +88,7 @@ def progress(state: ElementState) -> str:
         f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))
     ]
     parts.append(rate(beat.get("rate")))
-    if state.state == RUNNING and _is_number(beat.get("eta_s")):
+    if state.state == State.RUNNING and _is_number(beat.get("eta_s")):
         parts.append(f"ETA {duration(beat['eta_s'])}")
     return " · ".join(part for part in parts if part)
 
@@ -106,7 +96,7 @@ def progress(state: ElementState) -> str:
 def saved(state: ElementState) -> str:
     """Up to where the work of an element that left is kept: ``saved at step 120/400``; empty where nobody says."""
     beat = state.progress
-    if state.state == DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
+    if state.state == State.DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
         return ""
     total = f"/{beat['total']}" if beat.get("total") else ""
     return f"saved at step {beat['saved']}{total}" if beat["saved"] else "nothing saved yet"
@@ -125,11 +115,11 @@ def _is_number(value: Any) -> bool:
 
 def outcome(state: ElementState) -> str:
     """What a finished element made, or why an unfinished one is not."""
-    if state.state == QUEUED:
+    if state.state == State.QUEUED:
         return waiting(state)
-    if state.state in (STOPPED, CANCELLED, DIED):
+    if state.state in (State.STOPPED, State.CANCELLED, State.DIED):
         return " · ".join(filter(None, [state.reason or progress(state), saved(state)]))
-    if state.state != DONE:
+    if state.state != State.DONE:
         return state.reason or progress(state)
     made = state.result
     parts: list[str] = []
@@ -150,7 +140,7 @@ def outcome(state: ElementState) -> str:
 def line(state: ElementState) -> str:
     """One plain line for one element."""
     name = f"{state.stage} {state.name}"
-    if state.state == RUNNING:
+    if state.state == State.RUNNING:
         return f"{name}: {progress(state) or 'starting'}"
     took = f" ({duration(state.seconds)})" if state.seconds is not None else ""
     words = outcome(state)

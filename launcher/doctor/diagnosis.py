@@ -20,7 +20,7 @@ from amlaunch.launcher.planning.partitions import choose_partition
 from amlaunch.launcher.runs.snapshot import package_root
 from amlaunch.launcher.slurm import sbatch
 from amlaunch.launcher.slurm.sbatch import Array, option_problems
-from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, Profile
+from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
 from amlaunch.recipes.errors import BadInput, did_you_mean
 
@@ -209,7 +209,7 @@ def _python_finding(python: str) -> Finding:
     return Finding("python", OK, f"{python} has torch")
 
 
-def _account_findings(profile: Profile, site: SlurmSite) -> Iterator[Finding]:
+def _account_findings(profile: ClusterProfile, site: SlurmSite) -> Iterator[Finding]:
     stages = [profile.stage(stage) for stage in STAGES]
     for key, known in (("account", site.accounts), ("qos", site.qos)):
         for given in dict.fromkeys(getattr(own, key) for own in stages):

@@ -17,9 +17,10 @@ from amlaunch.launcher.display.findings import BAD, OK, Finding
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport
 from amlaunch.launcher.doctor.diagnosis import smallest_job
 from amlaunch.launcher.doctor.probe import Place
-from amlaunch.launcher.execution.local_executor import Executor
-from amlaunch.launcher.runs.element_state import ACTIVE, DIED, DONE, FAILED, UNKNOWN, ElementState, read_run, read_stage
+from amlaunch.launcher.execution.local_executor import LocalExecutor
+from amlaunch.launcher.runs.element_state import ElementState, read_run, read_stage
 from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.cluster_profile import Cluster
@@ -53,7 +54,7 @@ def check_here(runs: Path, report: Report) -> Outcome:
     lock.acquire()  # the ranks end when nobody holds it any more
     try:
         with report:
-            Executor(run, plan, machine, report).execute(plan.stages)
+            LocalExecutor(run, plan, machine, report).execute(plan.stages)
     finally:
         lock.release()
     [state] = read_stage(run, plan.stage(STAGE))
@@ -102,9 +103,9 @@ def _wait(run: RunDir, plan: Plan, report: Report) -> ElementState:
     while True:
         [state] = read_run(run, plan, Queue())
         report([state])
-        if state.state in (*ACTIVE, UNKNOWN):
+        if state.state in (*ACTIVE_STATES, State.UNKNOWN):
             late = time.monotonic() + LATE_SECONDS
-        elif state.state not in (FAILED, DIED) or _has_word(run) or time.monotonic() > late:
+        elif state.state not in (State.FAILED, State.DIED) or _has_word(run) or time.monotonic() > late:
             return state
         time.sleep(POLL_SECONDS)
 
@@ -115,13 +116,13 @@ def _has_word(run: RunDir) -> bool:
 
 
 def _outcome(run: RunDir, state: ElementState, report: Report) -> Outcome:
-    if state.state == DONE:
+    if state.state == State.DONE:
         return state.result, []
     log = run.element(STAGE, ELEMENT).log(state.attempts, state.rank or 0)
     if state.log and not log.exists():
         log = state.log
     lines = wording.tail(log)
-    if state.state in (FAILED, DIED) and state.job and not lines:
+    if state.state in (State.FAILED, State.DIED) and state.job and not lines:
         text = f"nothing that the job wrote shows up in {run.root}: the node does not see it ({state.reason})"
         advice = "choose a folder that all nodes see under the same path: runs in the profile, or AMLAUNCH_RUNS"
         return {}, [Finding("shared", BAD, text, advice)]

@@ -26,13 +26,14 @@ from amlaunch.launcher.execution.attempt import GRACE_SECONDS, Assignment, Attem
 from amlaunch.launcher.execution.rank_processes import check_here, free_ports, start_local
 from amlaunch.launcher.execution.retry_policy import goes_again
 from amlaunch.launcher.planning.stage_container import runtime_here
-from amlaunch.launcher.runs.element_state import DONE, FAILED, PENDING, STOPPED, missing_output, read_done
+from amlaunch.launcher.runs.element_state import missing_output, read_done
 from amlaunch.launcher.runs.failure_causes import TAIL_BYTES, cause_of, tail_of
 from amlaunch.launcher.runs.find import read_plan
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
-from amlaunch.recipes.errors import BAD_INPUT, GO_ON_LATER, HANG
+from amlaunch.recipes.errors import BAD_INPUT, HANG, RESUMABLE
 from amlaunch.recipes.files import Lock, is_locked, read_json, read_json_lines, read_object, write_json
-from amlaunch.recipes.format.placeholders import Unset
+from amlaunch.recipes.format.placeholders import UnsetVariable
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 POLL_SECONDS = 0.05
@@ -50,11 +51,11 @@ PORT_TAKEN = ("EADDRINUSE", "address already in use")
 """What rank 0 says when somebody else has the port that its peers were told."""
 
 
-Start = Callable[[Attempt, ExitStack, int], list["subprocess.Popen[bytes]"]]
+StartRanks = Callable[[Attempt, ExitStack, int], list["subprocess.Popen[bytes]"]]
 """Starts what is to be waited for: the ranks themselves, or the one srun that starts them on other nodes."""
-Check = Callable[[Attempt, ExitStack], list["subprocess.Popen[bytes]"]]
+CheckNodes = Callable[[Attempt, ExitStack], list["subprocess.Popen[bytes]"]]
 """Starts what looks at the nodes before the ranks do; an empty list where nothing has to be looked at."""
-Explain = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
+ExplainEnd = Callable[[Attempt, dict[str, Any]], dict[str, Any]]
 """Adds what only the starter of the ranks can know to how they ended."""
 
 
@@ -124,11 +125,11 @@ def run_element(
     stage_name: str,
     element_name: str,
     given: Assignment,
-    start: Start = start_local,
-    explain_more: Explain | None = None,
+    start: StartRanks = start_local,
+    explain_more: ExplainEnd | None = None,
     told: Sequence[int] = (),
     plan: Plan | None = None,
-    check: Check = check_here,
+    check: CheckNodes = check_here,
 ) -> str:
     """Carry out one attempt; returns its outcome, which is also the last line of ``attempts.jsonl``.
 
@@ -142,10 +143,10 @@ def run_element(
     folder = run.element(stage_name, element_name)
     lock = Lock(folder.lock)
     if not _acquire(lock, given.patience):
-        return PENDING
+        return State.PENDING
     done = read_done(folder)
     if done is not None and missing_output(done) is None:  # whoever asked for it again did not know yet
-        return DONE
+        return State.DONE
     stopping = Stopping(folder, Path(given.watch) if given.watch else None, given.grace, given.ends)
     for leftover in (folder.stop, folder.result, folder.done):
         leftover.unlink(missing_ok=True)
@@ -170,9 +171,9 @@ def _acquire(lock: Lock, patience: float) -> bool:
 def carry_out(
     attempt: Attempt,
     stopping: Stopping,
-    start: Start = start_local,
-    explain_more: Explain | None = None,
-    check: Check = check_here,
+    start: StartRanks = start_local,
+    explain_more: ExplainEnd | None = None,
+    check: CheckNodes = check_here,
 ) -> str:
     """Start the ranks, wait for them, and write down how it ended and whether it goes on by itself."""
     started = time.monotonic()
@@ -192,26 +193,28 @@ def carry_out(
             attempt.record("end", seconds=round(time.monotonic() - started, 3), **_with_policy(attempt, refused))
             return str(refused["outcome"])
         codes, first, hung = _run_ranks(attempt, stopping, start)
-    except (OSError, ValueError, Unset) as error:  # no such program, a full disk, a variable that is not set
-        what = f"the variable {error.name} is not set (container.env)" if isinstance(error, Unset) else str(error)
+    except (OSError, ValueError, UnsetVariable) as error:  # no such program, a full disk, a variable that is not set
+        what = (
+            f"the variable {error.name} is not set (container.env)" if isinstance(error, UnsetVariable) else str(error)
+        )
         attempt.record(
             "end",
-            outcome=FAILED,
+            outcome=State.FAILED,
             retry=not isinstance(error, CannotLaunch),
             reason=f"the ranks could not be started: {what}",
         )
-        return FAILED
+        return State.FAILED
     if any(codes) and attempt.folder.stop.exists():
         stopping.ask()  # the ranks may have seen the file before we did
     result = read_json(attempt.folder.result)
     end = explain(attempt, codes, classify(codes, first, result, stopping if stopping.since is not None else None))
     if hung:
         end = {**end, **hang_of(attempt)}
-    elif end["outcome"] == FAILED and stopping.overdue():
+    elif end["outcome"] == State.FAILED and stopping.overdue():
         end = {**end, **overdue_of(attempt, stopping)}
     end = with_cause(attempt, explain_more(attempt, end) if explain_more else end)
     seconds = round(time.monotonic() - started, 3)
-    if end["outcome"] == DONE:
+    if end["outcome"] == State.DONE:
         write_json(
             attempt.folder.done, {"time": time.time(), "attempt": attempt.number, "seconds": seconds, **(result or {})}
         )
@@ -219,7 +222,7 @@ def carry_out(
     return str(end["outcome"])
 
 
-def not_ready(attempt: Attempt, stopping: Stopping, check: Check) -> dict[str, Any] | None:
+def not_ready(attempt: Attempt, stopping: Stopping, check: CheckNodes) -> dict[str, Any] | None:
     """Why containers cannot start on the nodes of this attempt, or that it was told to stop meanwhile; None: they can.
 
     To bring an image to a node may take minutes; "stop soon" ends that.
@@ -232,14 +235,14 @@ def not_ready(attempt: Attempt, stopping: Stopping, check: Check) -> dict[str, A
         looking = check(attempt, files)
         codes, _ = wait_for(looking, stopping)
     if stopping.since is not None and looking:
-        return {"outcome": STOPPED, "reason": stopping.reason(), "again": stopping.signal is not None}
+        return {"outcome": State.STOPPED, "reason": stopping.reason(), "again": stopping.signal is not None}
     if not any(codes):
         return None
     verdict = verdict_of(verdicts) or {
         "reason": f"a node could not be looked at before the containers start (exit code {codes[0]})",
         "again": True,
     }
-    return {"outcome": FAILED, "retry": True, "rank": 0, "exit_codes": codes, **verdict}
+    return {"outcome": State.FAILED, "retry": True, "rank": 0, "exit_codes": codes, **verdict}
 
 
 def hang_of(attempt: Attempt) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def hang_of(attempt: Attempt) -> dict[str, Any]:
         f"no sign of life for {attempt.stage.needs.hang_seconds:.0f} s (resources.{attempt.stage.name}.hang_minutes)"
     )
     return {
-        "outcome": FAILED,
+        "outcome": State.FAILED,
         "kind": "hang",
         "reason": reason,
         "retry": True,
@@ -271,7 +274,7 @@ def node_name() -> str:
 
 def with_cause(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     """Say what the failed rank's log says of the cause, and whether another try, or another node, can help."""
-    if end["outcome"] != FAILED or end.get("retry") is False or "kind" in end:
+    if end["outcome"] != State.FAILED or end.get("retry") is False or "kind" in end:
         return end
     text = "\n".join(tail_of(attempt.folder.log(attempt.number, rank)) for rank in (end.get("rank") or 0, None))
     if attempt.stage.container is not None:
@@ -306,11 +309,11 @@ def _with_policy(attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
     return {**end, "again": again, "reason": f"{end.get('reason', '')}; {why}", "retry": end.get("retry", True)}
 
 
-def _run_ranks(attempt: Attempt, stopping: Stopping, start: Start) -> tuple[list[int], int | None, bool]:
+def _run_ranks(attempt: Attempt, stopping: Stopping, start: StartRanks) -> tuple[list[int], int | None, bool]:
     """:func:`wait_for` what ``start`` starts, and whether it hung; with another port where the one that the ranks were told turned out taken."""
     for port in free_ports(attempt.given.port_seed or os.getpid()):
         before = _size(attempt.log(0))
-        watch = Watch(attempt)
+        watch = RankWatch(attempt)
         with ExitStack() as files:
             codes, first = wait_for(start(attempt, files, port), stopping, watch)
         if not any(codes) or stopping.since is not None or not _said(attempt.log(0), before, PORT_TAKEN):
@@ -351,7 +354,7 @@ def _errors(log: Path) -> list[str]:
     return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
 
 
-class Watch:
+class RankWatch:
     """Looks whether ranks still do anything: a heartbeat, or a line in any of their logs."""
 
     def __init__(self, attempt: Attempt):
@@ -387,7 +390,7 @@ def _changed(path: Path) -> float:
 
 
 def wait_for(
-    ranks: list[subprocess.Popen[bytes]], stopping: Stopping, watch: Watch | None = None
+    ranks: list[subprocess.Popen[bytes]], stopping: Stopping, watch: RankWatch | None = None
 ) -> tuple[list[int], int | None]:
     """``(exit codes, the rank that failed first)``, once all have ended.
 
@@ -423,7 +426,7 @@ def _culprit(codes: Sequence[int | None]) -> int | None:
 
     A rank that loses its peer fails with an error of its own a moment later.
     """
-    kinds = (lambda c: c == BAD_INPUT, lambda c: c == HANG, lambda c: c < 0, lambda c: c not in (0, GO_ON_LATER))
+    kinds = (lambda c: c == BAD_INPUT, lambda c: c == HANG, lambda c: c < 0, lambda c: c not in (0, RESUMABLE))
     for is_kind in kinds:
         for rank, code in enumerate(codes):
             if code is not None and is_kind(code):
@@ -440,13 +443,17 @@ def classify(
     """
     if all(code == 0 for code in codes):
         if result is None:
-            return {"outcome": FAILED, "reason": "exited 0 but left no result", "rank": 0}
-        return {"outcome": DONE}
-    if first is None or all(code in (0, GO_ON_LATER) or (asked and code in UNHEARD) for code in codes):
+            return {"outcome": State.FAILED, "reason": "exited 0 but left no result", "rank": 0}
+        return {"outcome": State.DONE}
+    if first is None or all(code in (0, RESUMABLE) or (asked and code in UNHEARD) for code in codes):
         if asked is None:  # the ranks heard it, we did not: a signal to all processes of the job
-            return {"outcome": STOPPED, "reason": "the ranks were told to end (preempted, or cancelled)", "again": True}
-        return {"outcome": STOPPED, "reason": asked.reason(), "again": asked.signal is not None}
-    return {"outcome": FAILED, **failure_of(codes[first], first)}
+            return {
+                "outcome": State.STOPPED,
+                "reason": "the ranks were told to end (preempted, or cancelled)",
+                "again": True,
+            }
+        return {"outcome": State.STOPPED, "reason": asked.reason(), "again": asked.signal is not None}
+    return {"outcome": State.FAILED, **failure_of(codes[first], first)}
 
 
 def signal_name(number: int) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 
 from amlaunch.launcher.execution.attempt import Assignment
 from amlaunch.launcher.execution.driver import run_element
-from amlaunch.launcher.runs.element_state import DONE, FAILED, ElementState, read_element, read_stage
+from amlaunch.launcher.runs.element_state import ElementState, read_element, read_stage
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage
-from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, signal_holders
+from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, signal_lock_holders
 from amlaunch.recipes.run_layout import RunDir
 
 POLL_SECONDS = 0.2
@@ -61,7 +62,7 @@ class Capacity:
             self.gpus += given.gpus
 
 
-class Executor:
+class LocalExecutor:
     """Runs the stages of one plan in turn, each stage's elements side by side."""
 
     def __init__(self, run: RunDir, plan: Plan, machine: Machine, report: Report):
@@ -87,7 +88,7 @@ class Executor:
 
     def _is_ours(self, stage: Stage, name: str) -> bool:
         """Not an element of shards that another run makes for both."""
-        return self.run.home(stage.name) == self.run.root or f"{stage.name}/{name}" in self.jobs
+        return self.run.stage_home(stage.name) == self.run.root or f"{stage.name}/{name}" in self.jobs
 
     def kill(self) -> None:
         """End what this executor started at once; the next start goes on from the last checkpoint."""
@@ -99,10 +100,10 @@ class Executor:
             for element in stage.elements:
                 folder = self.run.element(stage.name, element.name)
                 if self._is_ours(stage, element.name) and is_locked(folder.lock):
-                    signal_holders(folder.lock, signal.SIGKILL)
+                    signal_lock_holders(folder.lock, signal.SIGKILL)
 
     def _stage(self, stage: Stage) -> bool:
-        waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != DONE]
+        waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != State.DONE]
         tries = dict.fromkeys(waiting, 0)
         active: dict[str, int] = {}
         self.report(read_stage(self.run, stage))
@@ -126,7 +127,7 @@ class Executor:
                     else:
                         self._give_up(stage, name)
             self.report(read_stage(self.run, stage))
-        return not waiting and all(state.state == DONE for state in read_stage(self.run, stage))
+        return not waiting and all(state.state == State.DONE for state in read_stage(self.run, stage))
 
     def _state(self, stage: Stage, name: str) -> ElementState:
         return read_element(self.run, stage, name, "")
@@ -154,7 +155,7 @@ class Executor:
     def _came_to_nothing(self, stage: Stage, name: str, attempts_before: int) -> bool:
         """Whether no attempt of ours was made: a leftover ended unfinished, or the driver never began."""
         state = self._state(stage, name)
-        return state.state != DONE and state.attempts == attempts_before
+        return state.state != State.DONE and state.attempts == attempts_before
 
     def _give_up(self, stage: Stage, name: str) -> None:
         """Write down, in the driver's stead, that it never began."""
@@ -170,7 +171,7 @@ class Executor:
         )
         append_json_line(
             folder.attempts,
-            {"event": "end", "attempt": attempt, "time": time.time(), "outcome": FAILED, "reason": reason},
+            {"event": "end", "attempt": attempt, "time": time.time(), "outcome": State.FAILED, "reason": reason},
         )
 
     def _is_active(self, stage: Stage, name: str) -> bool:

@@ -117,7 +117,7 @@ def signal_of(code: int | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class Start:
+class RankStart:
     """What is started, and with which environment."""
 
     launch: Launch
@@ -126,7 +126,7 @@ class Start:
     image: Image | None = None
 
 
-def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str, str], *, on_slurm: bool) -> Start:
+def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str, str], *, on_slurm: bool) -> RankStart:
     """The command of a rank, in its container, and the environment of what starts it. Raises Unset, OSError and CannotLaunch.
 
     ``site``: the profile's variables; a recipe's own win over them, and both over ours where it is not what holds a run together.
@@ -144,7 +144,7 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         path = [wanted.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
         fixed = {**fixed_environment(attempt, path), **meeting}
         command = [*python_command(attempt.element.module), *attempt.element.arguments]
-        return Start(
+        return RankStart(
             none.launch(Image(env={**wanted, **fixed}), command), {**host_environment(), **wanted, **fixed}, "none"
         )
     fixed = {**fixed_environment(attempt, [wanted.pop("PYTHONPATH", "")]), **meeting}
@@ -178,10 +178,10 @@ def how_to_start(attempt: Attempt, site: Mapping[str, str], meeting: Mapping[str
         }.items()
         if name not in OF_BATCH
     }
-    return Start(found, {**who(), **mine, **found.env}, runtime, image)
+    return RankStart(found, {**who(), **mine, **found.env}, runtime, image)
 
 
-def make_room(attempt: Attempt, start: Start) -> None:
+def make_room(attempt: Attempt, start: RankStart) -> None:
     """What must lie on disk before a container starts: the folders that are mounted, and the bundle, whose description may hold secrets."""
     for folder in named_folders(attempt.stage) if start.image else ():
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def fixed_environment(attempt: Attempt, path: Iterable[str]) -> dict[str, str]:
     return env if attempt.given.gpus else {**env, "AMLAUNCH_DEVICE": "cpu"}
 
 
-def check_command(attempt: Attempt, start: Start, python: str | None = None, **more: Any) -> list[str]:
+def check_command(attempt: Attempt, start: RankStart, python: str | None = None, **more: Any) -> list[str]:
     """What looks at a node before a container starts on it, and brings the image there; empty where there is no container."""
     container = attempt.stage.container
     if container is None or start.image is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amlaunch.launcher.runs.element_state import STOPPED
+from amlaunch.launcher.runs.states import State
 
 MAX_WITHOUT_PROGRESS = 3
 """Attempts in a row that may get no further than the one before."""
@@ -25,7 +25,7 @@ def goes_again(lines: Sequence[Mapping[str, Any]], end: Mapping[str, Any], done:
         return False, f"no progress in {futile} attempts"
     return True, "goes on from what is saved" if end.get(
         "outcome"
-    ) == STOPPED else f"tried again ({futile + 1} of {MAX_WITHOUT_PROGRESS} without progress)"
+    ) == State.STOPPED else f"tried again ({futile + 1} of {MAX_WITHOUT_PROGRESS} without progress)"
 
 
 def futile_attempts(lines: Sequence[Mapping[str, Any]], done: float) -> int:

@@ -25,14 +25,14 @@ from amlaunch.launcher.execution.attempt import Assignment  # noqa: E402
 from amlaunch.launcher.execution.driver import SPARE_SECONDS, run_element  # noqa: E402
 from amlaunch.launcher.execution.srun_step import Step  # noqa: E402
 from amlaunch.launcher.execution.stage_inputs import missing_input  # noqa: E402
-from amlaunch.launcher.runs.element_state import CANCELLED, DONE, PENDING, STOPPED  # noqa: E402
 from amlaunch.launcher.runs.failure_causes import nodes_to_avoid  # noqa: E402
 from amlaunch.launcher.runs.find import read_plan  # noqa: E402
+from amlaunch.launcher.runs.states import State  # noqa: E402
 from amlaunch.launcher.runs.submissions import Submission, read_submission  # noqa: E402
 from amlaunch.launcher.slurm import client  # noqa: E402  (the handlers above come first)
 from amlaunch.launcher.specs.cluster_profile import check_profile  # noqa: E402
-from amlaunch.launcher.specs.plan import Needs, Plan, container_from  # noqa: E402
-from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput  # noqa: E402
+from amlaunch.launcher.specs.plan import Needs, Plan, stage_container_from_json  # noqa: E402
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput  # noqa: E402
 from amlaunch.recipes.files import Lock, append_json_line, read_json_lines, read_object  # noqa: E402
 from amlaunch.recipes.run_layout import ElementDir, RunDir  # noqa: E402
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         print(
             f"this job is not the one that {folder} speaks of: another submit took its place; it leaves the element alone"
         )
-        return GO_ON_LATER
+        return RESUMABLE
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     needs = Needs(**submission.needs)  # what Slurm was asked for; the plan may have been changed while the job waited
     plan = with_needs(plan, submission, needs)
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
     """The plan as it was when the job was submitted, as far as that is the job's business."""
-    container = container_from(submission.container)
+    container = stage_container_from_json(submission.container)
     stages = [
         dataclasses.replace(stage, needs=needs, container=container) if stage.name == submission.stage else stage
         for stage in plan.stages
@@ -138,7 +138,7 @@ def leave(folder: ElementDir, reason: str) -> int:
             },
         )
         append_json_line(
-            folder.attempts, {"event": "end", **begun, "outcome": CANCELLED, "reason": reason, "retry": True}
+            folder.attempts, {"event": "end", **begun, "outcome": State.CANCELLED, "reason": reason, "retry": True}
         )
         lock.release()
     print(reason, flush=True)
@@ -158,15 +158,15 @@ def go_on(folder: ElementDir, outcome: str, needs: Needs, excluded: str) -> int:
         f"{folder.root.parent.name} {folder.root.name}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}",
         flush=True,
     )
-    if outcome == DONE:
+    if outcome == State.DONE:
         return OK
-    if outcome == PENDING:
+    if outcome == State.PENDING:
         return _leave_alone(lines)
     if end.get("again"):
         problem = back_into_the_queue(nodes_to_exclude(lines, needs, excluded))
         append_json_line(folder.attempts, {**end, "time": time.time(), "again": False, **_not_requeued(end, problem)})
-    if outcome == STOPPED:
-        return GO_ON_LATER
+    if outcome == State.STOPPED:
+        return RESUMABLE
     return FAILED if end.get("retry", True) else BAD_INPUT
 
 
@@ -176,13 +176,13 @@ def _leave_alone(lines: Sequence[Mapping[str, Any]]) -> int:
     print(f"somebody has had this element for {LOCK_SECONDS:.0f} s", flush=True)
     if newest.get("job") == job_id():
         back_into_the_queue(None)
-    return GO_ON_LATER
+    return RESUMABLE
 
 
 def _not_requeued(end: Mapping[str, Any], problem: str) -> dict[str, Any]:
-    if problem == CANCELLED:
+    if problem == State.CANCELLED:
         return {
-            "outcome": CANCELLED,
+            "outcome": State.CANCELLED,
             "reason": "ended from outside (cancelled, or requeued by Slurm itself); what was saved is there",
         }
     return {"reason": f"{end['reason']}; not requeued: {problem}"}
@@ -215,7 +215,7 @@ def back_into_the_queue(excluded: str | None) -> str:
     for attempt in range(REQUEUE_TRIES):
         try:
             if not client.may_be_requeued(job_id()):
-                return CANCELLED
+                return State.CANCELLED
             client.requeue(job_id())
             if excluded is not None:
                 _exclude(excluded)

@@ -18,7 +18,7 @@ from typing import Any
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
 from amlaunch.launcher.execution.rank_processes import (
     Rank,
-    Start,
+    RankStart,
     check_command,
     host_environment,
     how_to_start,
@@ -26,14 +26,14 @@ from amlaunch.launcher.execution.rank_processes import (
     meeting_place,
 )
 from amlaunch.launcher.planning.stage_container import runtime_here
-from amlaunch.launcher.runs.element_state import FAILED
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.slurm.client import expand_ranges
-from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.machine import who
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage
-from amlaunch.recipes.errors import BAD_INPUT, GO_ON_LATER, BadInput
+from amlaunch.recipes.errors import BAD_INPUT, RESUMABLE, BadInput
 from amlaunch.recipes.files import Lock
-from amlaunch.recipes.format.placeholders import Unset, expand_text, variables
+from amlaunch.recipes.format.placeholders import UnsetVariable, expand_text, variables
 from amlaunch.recipes.run_layout import RunDir
 
 SAID = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<what>.+)")
@@ -44,7 +44,7 @@ CODE = re.compile(r"Exited with exit code (\d+)")
 class Step:
     """Starts the ranks of an attempt as a step of the job that we run in."""
 
-    def __init__(self, profile: Profile):
+    def __init__(self, profile: ClusterProfile):
         self.profile = profile
 
     def start(self, attempt: Attempt, files: ExitStack, port: int) -> list[subprocess.Popen[bytes]]:
@@ -60,7 +60,7 @@ class Step:
             Srun(command, deaf=start.launch.deaf, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)
         ]
 
-    def command(self, attempt: Attempt, meeting: Mapping[str, str]) -> tuple[list[str], Start]:
+    def command(self, attempt: Attempt, meeting: Mapping[str, str]) -> tuple[list[str], RankStart]:
         """The step's argv, and what is started in it. Nothing is written. Raises OSError, Unset and CannotLaunch."""
         start = how_to_start(attempt, self._site(), meeting, on_slurm=True)
         log = attempt.folder.log(attempt.number, 0)
@@ -94,7 +94,7 @@ class Step:
 
     def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
         """Name rank and host of what ended first, from srun's own words."""
-        if end["outcome"] != FAILED or end.get("retry") is False or "kind" in end:
+        if end["outcome"] != State.FAILED or end.get("retry") is False or "kind" in end:
             return end
         said = first_failure(attempt.log(None))
         if said is None:
@@ -123,7 +123,7 @@ class Srun(Rank):
         super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
 
 
-def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: Start) -> list[str]:
+def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: RankStart) -> list[str]:
     """srun's part of the command: every rank of the element, each with a log of its own beside ``log``.
 
     Ranks in a container meet without MPI's servers, whatever the site starts by default; a container of a daemon lives as long
@@ -146,7 +146,7 @@ def first_failure(log: Path) -> tuple[str, int, str] | None:
         return None
     for match in SAID.finditer(text):
         code = CODE.search(match["what"])
-        if not code or int(code[1]) != GO_ON_LATER:
+        if not code or int(code[1]) != RESUMABLE:
             return match["host"], expand_ranges(match["ranks"])[0], match["what"]
     return None
 
@@ -157,7 +157,7 @@ def _last_words(log: Path) -> dict[str, Any]:
     return {"reason": f"the step failed: {lines[-1]}"} if lines else {}
 
 
-def preview(run: RunDir, plan: Plan, stage: Stage, profile: Profile) -> list[str]:
+def preview(run: RunDir, plan: Plan, stage: Stage, profile: ClusterProfile) -> list[str]:
     """The argv of the step that starts the first element of a stage, as a job would have it; values of variables are not in it.
 
     Empty where only nodes know what starts its container. Raises BadInput.
@@ -175,7 +175,7 @@ def preview(run: RunDir, plan: Plan, stage: Stage, profile: Profile) -> list[str
     )
     try:
         return Step(profile).command(attempt, dict.fromkeys(names, ""))[0]
-    except Unset as error:
+    except UnsetVariable as error:
         raise BadInput(
             f"stage {stage.name}: {error} (env of the recipe's container, or of the profile); export it"
         ) from None

@@ -14,9 +14,9 @@ from amlaunch.containers.images import credentials, registry
 from amlaunch.containers.images.registry import Manifest, Unanswered
 from amlaunch.containers.runtimes.catalog import Reference, parse
 from amlaunch.launcher.images.tools import Say, this_architecture
-from amlaunch.launcher.specs.plan import Container, Plan
+from amlaunch.launcher.specs.plan import Plan, StageContainer
 from amlaunch.recipes.files import fingerprint, read_object, write_json
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.version import VERSION
 
@@ -41,7 +41,7 @@ class Seen:
     notes: tuple[str, ...]
 
 
-def ask(loaded: Loaded, plan: Plan, say: Say, seconds: float = SECONDS) -> Seen:
+def ask(loaded: LoadedRecipe, plan: Plan, say: Say, seconds: float = SECONDS) -> Seen:
     """Look the images of a plan up; one that is no file, and whose registry is silent, stays as it is."""
     images = {stage.container.image: parse(stage.container.image) for stage in plan.stages if stage.container}
     asked = {text: image for text, image in images.items() if image.kind == "registry"}
@@ -75,7 +75,7 @@ def as_before(run: RunDir, plan: Plan) -> Plan:
         if (one := stage.get("container"))
     }
 
-    def of(container: Container | None) -> Container | None:
+    def of(container: StageContainer | None) -> StageContainer | None:
         facts = known.get(container.image) if container else None
         return (
             replace(container, facts={**container.facts, **{name: facts[name] for name in LEARNT if name in facts}})
@@ -146,7 +146,7 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _with_facts(container: Container, answer: Manifest | Unanswered | None) -> Container:
+def _with_facts(container: StageContainer, answer: Manifest | Unanswered | None) -> StageContainer:
     if not isinstance(answer, Manifest):
         return container
     return replace(

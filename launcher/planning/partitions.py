@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amlaunch.containers.runtimes.catalog import installed
-from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.planner import Site
 from amlaunch.launcher.planning.stage_container import Available, containers_of
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.client import Partition, oci_configuration
-from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, Profile
+from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.recipes.errors import BadInput, did_you_mean
-from amlaunch.recipes.format.loader import Loaded
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import Recipe, StageResources
 
 
-def cluster_site(options: argparse.Namespace, loaded: Loaded, cluster: Cluster, runs: Path) -> Site:
+def cluster_site(options: argparse.Namespace, loaded: LoadedRecipe, cluster: Cluster, runs: Path) -> Site:
     """The site of a recipe on a cluster. Raises BadInput (no such partition) and SlurmError."""
     profile = cluster.profile
     chosen = choose_partitions(client.partitions(), cluster, wanted_gpus(loaded.recipe, options.gpus))
@@ -37,7 +37,7 @@ def cluster_site(options: argparse.Namespace, loaded: Loaded, cluster: Cluster, 
     )
 
 
-def available_on(cluster: Cluster, loaded: Loaded) -> Available:
+def available_on(cluster: Cluster, loaded: LoadedRecipe) -> Available:
     """What starts containers on a cluster, as far as it is seen from here; nodes may have more. Raises SlurmError."""
     if loaded.recipe.container is None:
         return Available((), asks_node=True)
@@ -60,14 +60,14 @@ def wanted_gpus(recipe: Recipe, asked: int | None) -> int:
     return 1 if given is None and not recipe.resources.train.tasks_per_node else given or 0
 
 
-def _defaults(profile: Profile, stage: str) -> StageResources:
+def _defaults(profile: ClusterProfile, stage: str) -> StageResources:
     own = profile.stage(stage)
     return StageResources(cpus=own.cpus, mem=own.mem, time=own.time)
 
 
 def choose_partitions(known: Sequence[Partition], cluster: Cluster, gpus: int) -> dict[str, Partition]:
     """The partition of each stage; ``gpus``: of a node that trains. Raises BadInput with all that do not exist."""
-    problems, chosen = Problems(), {}
+    problems, chosen = ErrorCollector(), {}
     for stage in STAGES:
         with problems.collected():
             chosen[stage] = choose_partition(known, cluster, stage, gpus if stage == "train" else 0)

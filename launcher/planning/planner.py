@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amlaunch.launcher.specs.plan import Container, Element, Needs, Plan, Stage
+from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import Loaded, at_point, check_batch, check_ranks, data_name, file_targets
+from amlaunch.recipes.format.loader import (
+    LoadedRecipe,
+    check_batch,
+    check_ranks,
+    file_targets,
+    recipe_at_point,
+    shards_folder_name,
+)
 from amlaunch.recipes.format.schema import Preprocess, StageResources
 from amlaunch.recipes.run_layout import RunDir
 
@@ -38,18 +45,18 @@ class Site:
     """Name and profile of the cluster it is submitted to; None on this machine, whose CPUs an element may have all of."""
     defaults: Mapping[str, StageResources] = field(default_factory=dict)
     """What an element of a stage gets where the recipe does not say."""
-    containers: Mapping[str, Container | None] = field(default_factory=dict)
+    containers: Mapping[str, StageContainer | None] = field(default_factory=dict)
     """In what each stage runs."""
     partitions: Mapping[str, str | None] = field(default_factory=dict)
     """Where each stage is queued."""
 
 
-def run_id(loaded: Loaded) -> str:
+def run_id(loaded: LoadedRecipe) -> str:
     """The same recipe is the same run: its name and a fingerprint of what it computes."""
     return f"{loaded.recipe.name}-{loaded.fingerprint()}"
 
 
-def make_plan(loaded: Loaded, site: Site, run: str | None = None) -> Plan:
+def make_plan(loaded: LoadedRecipe, site: Site, run: str | None = None) -> Plan:
     """The plan of a recipe on a site; ``run``: the id of a run that it goes on with. Raises BadInput where they do not fit."""
     recipe = loaded.recipe
     data = data_folder(loaded, recipe.preprocess, site) if recipe.preprocess else None
@@ -78,14 +85,14 @@ def make_plan(loaded: Loaded, site: Site, run: str | None = None) -> Plan:
     )
 
 
-def data_folder(loaded: Loaded, section: Preprocess, site: Site) -> Path:
+def data_folder(loaded: LoadedRecipe, section: Preprocess, site: Site) -> Path:
     """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
     if section.output_dir:
         return (site.cwd / Path(section.output_dir).expanduser()).resolve()
-    return site.runs.resolve().parent / "data" / data_name(section, loaded.places("preprocess"))
+    return site.runs.resolve().parent / "data" / shards_folder_name(section, loaded.data_paths("preprocess"))
 
 
-def _common_arguments(loaded: Loaded, run: RunDir) -> list[str]:
+def _common_arguments(loaded: LoadedRecipe, run: RunDir) -> list[str]:
     """Arguments that every stage takes: the stored recipe, and what its targets may reach."""
     allowed = [argument for name in loaded.policy.allow for argument in ("--allow-target", name)]
     folder = run.code / "recipe" if file_targets(loaded.tree) else run.root
@@ -97,7 +104,7 @@ def _element(stage: str, name: str, module: str, arguments: Sequence[str], run: 
 
 
 def _preprocess_stages(
-    section: Preprocess, common: list[str], run: RunDir, data: Path, site: Site, loaded: Loaded
+    section: Preprocess, common: list[str], run: RunDir, data: Path, site: Site, loaded: LoadedRecipe
 ) -> list[Stage]:
     resources = loaded.recipe.resources
     workers = section.num_workers or (1 if site.cluster else max(1, site.cpus // section.elements))
@@ -122,7 +129,7 @@ def _preprocess_stages(
 
 
 def _train_stage(
-    loaded: Loaded, common: list[str], run: RunDir, data: Path | None, site: Site, after: list[str]
+    loaded: LoadedRecipe, common: list[str], run: RunDir, data: Path | None, site: Site, after: list[str]
 ) -> Stage:
     needs = _train_needs(loaded, site)
     elements = []
@@ -142,7 +149,7 @@ def _train_stage(
     return Stage("train", elements, after, needs)
 
 
-def _export_stage(loaded: Loaded, common: list[str], run: RunDir, data: Path | None, site: Site) -> Stage:
+def _export_stage(loaded: LoadedRecipe, common: list[str], run: RunDir, data: Path | None, site: Site) -> Stage:
     elements = []
     for i, point in enumerate(loaded.elements()):
         name = str(i)
@@ -167,7 +174,7 @@ def _element_id(run: RunDir, name: str, point: Mapping[str, Any]) -> str:
     return f"{run.root.name}-{name}" if point else run.root.name
 
 
-def _checkpoints(loaded: Loaded, run: RunDir, name: str, site: Site) -> Path:
+def _checkpoints(loaded: LoadedRecipe, run: RunDir, name: str, site: Site) -> Path:
     elsewhere = loaded.recipe.checkpoint.checkpoint_dir
     return (
         (site.cwd / Path(elsewhere).expanduser()).resolve() / run.root.name / name
@@ -198,7 +205,7 @@ def _needs(stage: str, given: StageResources, site: Site, cpus: int, gpus: int =
     )
 
 
-def _train_needs(loaded: Loaded, site: Site) -> Needs:
+def _train_needs(loaded: LoadedRecipe, site: Site) -> Needs:
     given = loaded.recipe.resources.train
     nodes = given.nodes or 1
     if nodes > site.nodes and not site.cluster:
@@ -210,7 +217,7 @@ def _train_needs(loaded: Loaded, site: Site) -> Needs:
     ranks = nodes * tasks
     possible = nodes <= site.nodes and gpus <= site.gpus  # else their number is what is wrong, see _gpus
     for point in loaded.elements() if possible else []:
-        recipe = at_point(loaded, point) if point else loaded.recipe
+        recipe = recipe_at_point(loaded, point) if point else loaded.recipe
         wrong = check_ranks(recipe, ranks)
         if wrong:
             raise BadInput(f"{loaded.path}: {' '.join(_override_arguments(point))} {wrong}".replace(":  ", ": "))
@@ -224,7 +231,7 @@ def _train_cpus(site: Site, gpus: int, tasks: int) -> int:
     return max(tasks, site.cpus * min(gpus, site.gpus) // site.gpus) if gpus and site.gpus else tasks
 
 
-def _gpus(loaded: Loaded, site: Site, nodes: int) -> int:
+def _gpus(loaded: LoadedRecipe, site: Site, nodes: int) -> int:
     """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch.
 
     More than a node has are an error here, and on a cluster one of those that amlaunch.launcher.checks.slurm_limits tells together.

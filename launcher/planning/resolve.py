@@ -14,16 +14,17 @@ from amlaunch.containers.runtimes.catalog import installed
 from amlaunch.launcher.planning.partitions import cluster_site
 from amlaunch.launcher.planning.planner import Site, make_plan, run_id
 from amlaunch.launcher.planning.stage_container import Available, containers_of, images_of, inside_of, notes_of
-from amlaunch.launcher.runs.element_state import DONE, read_stage
+from amlaunch.launcher.runs.element_state import read_stage
 from amlaunch.launcher.runs.find import runs_root
+from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.stored_recipe import resumed_with
 from amlaunch.launcher.specs.cluster_profile import Cluster, find_cluster
 from amlaunch.launcher.specs.machine import Machine, this_machine
 from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.format.schema import file_sections
-from amlaunch.recipes.format.section_checks import refuse
+from amlaunch.recipes.format.section_checks import raise_problems
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.shipped import find_recipe
@@ -34,7 +35,7 @@ def default_recipe(gpus: int | None) -> str:
     return "nanogpt" if gpus else "quickstart"
 
 
-def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Plan, Machine]:
+def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[LoadedRecipe, Plan, Machine]:
     """The checked recipe, its plan on this machine, and the machine.
 
     When nothing is ``starting``, what the machine lacks (nodes, the GPUs of ``--gpus``, variables) is taken to be there.
@@ -44,7 +45,7 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
     if "%" in str(runs):
         raise BadInput(f"{runs}: submitit reads a % in a path as a job's number; --runs DIR puts runs elsewhere")
 
-    def site(loaded: Loaded) -> Site:
+    def site(loaded: LoadedRecipe) -> Site:
         gpus, nodes = len(machine.gpus), 1
         if not starting:
             gpus, nodes = max(gpus, options.gpus or 0), loaded.recipe.resources.train.nodes or 1
@@ -55,19 +56,19 @@ def prepare(options: argparse.Namespace, *, starting: bool) -> tuple[Loaded, Pla
     return loaded, _plan(options, loaded, name, site(loaded)), machine
 
 
-def plan_on_cluster(options: argparse.Namespace, loaded: Loaded, name: str, cluster: Cluster, runs: Path) -> Plan:
+def plan_on_cluster(options: argparse.Namespace, loaded: LoadedRecipe, name: str, cluster: Cluster, runs: Path) -> Plan:
     """The plan of a recipe, as run ``name``, on a cluster. Raises BadInput and SlurmError."""
     return _plan(options, loaded, name, cluster_site(options, loaded, cluster, runs))
 
 
-def _plan(options: argparse.Namespace, loaded: Loaded, name: str, site: Site) -> Plan:
+def _plan(options: argparse.Namespace, loaded: LoadedRecipe, name: str, site: Site) -> Plan:
     plan = make_plan(loaded, site, name)
     if options.stage:
         plan.stage(options.stage)
     return plan
 
 
-def load_recipe(options: argparse.Namespace, runs: Path, *, starting: bool) -> tuple[Loaded, str]:
+def load_recipe(options: argparse.Namespace, runs: Path, *, starting: bool) -> tuple[LoadedRecipe, str]:
     """The checked recipe, and the id of its run; settings that the run was resumed with stay. Raises BadInput."""
     path = find_recipe(options.recipe or default_recipe(options.gpus))
     loaded = load(path, options.overrides, allow=options.allow_target, job_start=starting)
@@ -88,7 +89,7 @@ PACKAGES = {
 """What each stage imports."""
 
 
-def check_here(loaded: Loaded, stages: list[Stage]) -> None:
+def check_here(loaded: LoadedRecipe, stages: list[Stage]) -> None:
     """What can be known of this machine before anything starts: packages, and files that the recipe reads.
 
     Raises BadInput.
@@ -103,7 +104,7 @@ def check_here(loaded: Loaded, stages: list[Stage]) -> None:
     check_files(loaded)
 
 
-def check_files(loaded: Loaded) -> None:
+def check_files(loaded: LoadedRecipe) -> None:
     """The files that the recipe reads are there. Raises BadInput with all that are not."""
     recipe, missing = loaded.recipe, []
     patterns: dict[KeyPath, Any] = {
@@ -116,10 +117,10 @@ def check_files(loaded: Loaded) -> None:
                 missing.append(
                     f"{loaded.lines.get(key, loaded.path)}: {'.'.join(key)}: nothing matches {pattern!r} (seen from {Path.cwd()})"
                 )
-    refuse(missing)
+    raise_problems(missing)
 
 
-def available_here(loaded: Loaded) -> Available:
+def available_here(loaded: LoadedRecipe) -> Available:
     """What starts containers on this machine; a profile called ``local`` may say more. Raises BadInput."""
     if loaded.recipe.container is None:
         return Available(())
@@ -129,7 +130,7 @@ def available_here(loaded: Loaded) -> Available:
     )
 
 
-def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
+def notes(loaded: LoadedRecipe, plan: Plan, machine: Machine) -> list[str]:
     """What the user should know before anything starts on this machine."""
     found = [*loaded.notes, *container_notes(loaded, plan, "this machine")]
     train = plan.stage("train").needs
@@ -145,18 +146,18 @@ def notes(loaded: Loaded, plan: Plan, machine: Machine) -> list[str]:
     return found
 
 
-def container_notes(loaded: Loaded, plan: Plan, where: str) -> list[str]:
+def container_notes(loaded: LoadedRecipe, plan: Plan, where: str) -> list[str]:
     """What is to be known of the stages' containers."""
     return notes_of(loaded, {stage.name: stage.container for stage in plan.stages}, where)
 
 
-def check_inside(loaded: Loaded, plan: Plan, run: RunDir, stages: Sequence[Stage]) -> list[str]:
+def check_inside(loaded: LoadedRecipe, plan: Plan, run: RunDir, stages: Sequence[Stage]) -> list[str]:
     """Remarks on what the images of ``stages`` hold; what is done already needs nothing. Raises BadInput with all that they lack."""
     left = [
         stage
         for stage in stages
-        if stage.container and not all(state.state == DONE for state in read_stage(run, stage))
+        if stage.container and not all(state.state == State.DONE for state in read_stage(run, stage))
     ]
     inside = inside_of(loaded, left, images_of(plan))
-    refuse(list(inside.problems) if inside else [])
+    raise_problems(list(inside.problems) if inside else [])
     return list(inside.notes) if inside else []

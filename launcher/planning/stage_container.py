@@ -24,16 +24,14 @@ from amlaunch.containers.runtimes.catalog import (
     parse_mount,
 )
 from amlaunch.containers.runtimes.environment import RANK_VARIABLES, of_libraries
-from amlaunch.launcher.errors import Problems
+from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.image_folder import image_folder
 from amlaunch.launcher.specs.cluster_profile import STAGES, ContainerProfile, check_profile
-from amlaunch.launcher.specs.plan import Container, Plan, Stage
+from amlaunch.launcher.specs.plan import Plan, Stage, StageContainer
 from amlaunch.recipes.errors import BadInput, did_you_mean
-from amlaunch.recipes.format.loader import Loaded, is_secret_variable
+from amlaunch.recipes.format.loader import LoadedRecipe, is_secret_variable
 from amlaunch.recipes.format.placeholders import PLACEHOLDER, has_placeholder
-from amlaunch.recipes.format.schema import Container as Section
-from amlaunch.recipes.format.schema import Mount as LongMount
-from amlaunch.recipes.format.schema import is_own_tokenizer
+from amlaunch.recipes.format.schema import ContainerSection, MountSection, is_own_tokenizer
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.run_layout import RunDir
 
@@ -64,12 +62,12 @@ class Available:
         return f"{self.lines.get(('container', key), self.source)}: container.{key}"
 
 
-def containers_of(loaded: Loaded, available: Available, cwd: Path) -> dict[str, Container | None]:
+def containers_of(loaded: LoadedRecipe, available: Available, cwd: Path) -> dict[str, StageContainer | None]:
     """The container of each stage; None: without one. Raises BadInput with all that is wrong."""
     section = loaded.recipe.container
     if section is None:
         return dict.fromkeys(STAGES)
-    problems = Problems()
+    problems = ErrorCollector()
     known = (*catalog.RUNTIMES, "auto")
     for where, name in (
         (_at(loaded, "runtime"), section.runtime),
@@ -88,7 +86,7 @@ def containers_of(loaded: Loaded, available: Available, cwd: Path) -> dict[str, 
     mounts: list[Mount] = []
     with problems.collected():
         mounts = [*site_mounts(available), *_mounts(section.mounts, partial(_at, loaded), cwd)]
-    found: dict[str, Container | None] = {}
+    found: dict[str, StageContainer | None] = {}
     reads = list(read_paths(loaded, cwd))
     for stage in STAGES:
         with problems.collected():
@@ -99,12 +97,12 @@ def containers_of(loaded: Loaded, available: Available, cwd: Path) -> dict[str, 
     return found
 
 
-def _at(loaded: Loaded, *key: str) -> str:
+def _at(loaded: LoadedRecipe, *key: str) -> str:
     path = ("container", *key)
     return f"{next((loaded.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in loaded.lines), loaded.path)}: {'.'.join(path)}"
 
 
-def image_text(section: Section, stage: str) -> tuple[str | None, tuple[str, ...]]:
+def image_text(section: ContainerSection, stage: str) -> tuple[str | None, tuple[str, ...]]:
     """The image of a stage as the recipe writes it (None: no container), and the key that does."""
     own = getattr(section.stages, stage)
     if own in (None, "none"):
@@ -113,8 +111,13 @@ def image_text(section: Section, stage: str) -> tuple[str | None, tuple[str, ...
 
 
 def _container(
-    loaded: Loaded, section: Section, stage: str, available: Available, cwd: Path, mounts: Sequence[Mount]
-) -> Container | None:
+    loaded: LoadedRecipe,
+    section: ContainerSection,
+    stage: str,
+    available: Available,
+    cwd: Path,
+    mounts: Sequence[Mount],
+) -> StageContainer | None:
     text, key = image_text(section, stage)
     if text is None or section.runtime == "none":
         return None
@@ -128,7 +131,7 @@ def _container(
     runtime = _runtime(reference, section.runtime, available, where)
     if runtime is None or runtime == "none":
         return None
-    return Container(
+    return StageContainer(
         image=spelled(reference),
         runtime=runtime,
         mounts=[(mount.source, mount.target, mount.read_only) for mount in last_wins(mounts)],
@@ -211,7 +214,7 @@ def _runtime(reference: Reference, asked: str, available: Available, where: str)
     return None
 
 
-def inside_of(loaded: Loaded, stages: Sequence[Stage], images: str | None) -> Inside | None:
+def inside_of(loaded: LoadedRecipe, stages: Sequence[Stage], images: str | None) -> Inside | None:
     """What the stages' processes import that their images lack, and that comes with the run; None: no stage is in an image."""
     by_image: dict[str, list[str]] = {}
     for stage in stages:
@@ -240,7 +243,7 @@ def images_of(plan: Plan) -> str | None:
     return check_profile(tree, {}).images if tree else None
 
 
-def notes_of(loaded: Loaded, found: Mapping[str, Container | None], where: str) -> list[str]:
+def notes_of(loaded: LoadedRecipe, found: Mapping[str, StageContainer | None], where: str) -> list[str]:
     """What to know before anything starts: where an image is asked for and none is used, and what is odd about one."""
     section = loaded.recipe.container
     if section is None:
@@ -263,8 +266,8 @@ def notes_of(loaded: Loaded, found: Mapping[str, Container | None], where: str) 
     return list(dict.fromkeys(notes))
 
 
-def _mounts(given: Iterable[str | LongMount], where: Any, base: Path) -> list[Mount]:
-    problems, found = Problems(), []
+def _mounts(given: Iterable[str | MountSection], where: Any, base: Path) -> list[Mount]:
+    problems, found = ErrorCollector(), []
     for index, one in enumerate(given):
         try:
             if isinstance(one, str):
@@ -289,7 +292,7 @@ def last_wins(mounts: Iterable[Mount]) -> list[Mount]:
     )
 
 
-def read_paths(loaded: Loaded, cwd: Path) -> Iterator[Path]:
+def read_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[Path]:
     """Files and folders that the recipe's processes read or write beside the run directory; the same path inside as outside."""
     recipe = loaded.recipe
     texts: list[str] = []
@@ -337,7 +340,7 @@ def _values(node: Any) -> Iterator[str]:
 # --- what is started ------------------------------------------------------------------------------------
 
 
-def runtime_here(container: Container) -> str:
+def runtime_here(container: StageContainer) -> str:
     """The runtime of a stage on this node, where ``auto`` was left to it. ``none``: it has none that could."""
     if container.runtime != "auto":
         return container.runtime
@@ -419,7 +422,7 @@ def _without_repeats(mounts: Sequence[Mount]) -> Iterator[Mount]:
             yield mount
 
 
-def passed_names(container: Container, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
+def passed_names(container: StageContainer, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
     """Variables of the host that enter a container, beside those that are set inside: see :mod:`amlaunch.containers.runtimes.environment`."""
     per_task = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
     mine = {name for name in (*container.passed, *secrets) if name in os.environ}
@@ -429,7 +432,7 @@ def passed_names(container: Container, secrets: Iterable[str], *, on_slurm: bool
 
 
 def node_check(
-    container: Container, runtime: str, image: Image, launch: catalog.Launch, verdicts: Path
+    container: StageContainer, runtime: str, image: Image, launch: catalog.Launch, verdicts: Path
 ) -> dict[str, Any]:
     """What ``python -m amlaunch.containers.node_setup`` is given: nothing secret. ``verdicts``: the folder for the reasons of nodes that refuse."""
     return {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.specs.plan import Element, Plan, Stage
 from amlaunch.recipes.files import is_locked, read_json_lines, read_object
 from amlaunch.recipes.run_layout import ElementDir, RunDir
@@ -18,14 +19,9 @@ if TYPE_CHECKING:
     from amlaunch.launcher.slurm.client import JobInfo
     from amlaunch.launcher.slurm.queue import Queue
 
-PENDING, RUNNING, DONE, STOPPED, FAILED, DIED = "pending", "running", "done", "stopped", "failed", "died"
-"""``died``: an attempt that started and left no word of its end, such as one that was killed with its driver."""
-QUEUED, CANCELLED, UNKNOWN = "queued", "cancelled", "unknown"
-"""``queued``: Slurm has it and will start it; ``pending`` waits for somebody to submit it. ``unknown``: neither the
-element's files nor Slurm can say."""
-SEVERITY = (FAILED, DIED, UNKNOWN, CANCELLED, RUNNING, QUEUED, STOPPED, PENDING, DONE)
-ACTIVE = (RUNNING, QUEUED)
-"""States that change by themselves."""
+SEVERITY = tuple(State)
+ACTIVE = ACTIVE_STATES
+FAILED, DIED, UNKNOWN, CANCELLED, RUNNING, QUEUED, STOPPED, PENDING, DONE = State
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class ElementState:
     stage: str
     name: str
     title: str
-    state: str
+    state: State
     attempts: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -193,7 +189,7 @@ def _as_ended(common: dict[str, Any], end: dict[str, Any]) -> ElementState:
     }
     host = end.get("host") or common.get("host", "")
     outcome = end.get("outcome")
-    return ElementState(**{**common, "host": host}, state=outcome if outcome in SEVERITY else DIED, **known)
+    return ElementState(**{**common, "host": host}, state=State(outcome) if outcome in SEVERITY else DIED, **known)
 
 
 def _on_slurm(
@@ -317,7 +313,7 @@ ENDS = {
 }
 
 
-def explain_end(info: JobInfo, found: Trace) -> tuple[str, str]:
+def explain_end(info: JobInfo, found: Trace) -> tuple[State, str]:
     """``(state, reason)`` of a job that ended without a word from our driver, from Slurm's state for it."""
     if info.state == "CANCELLED":
         never = "DependencyNeverSatisfied" in info.reason or (not found.starts and not info.nodes)
@@ -496,7 +492,7 @@ def is_driven(run: RunDir, states: Iterable[ElementState]) -> bool:
     return is_locked(run.lock) or any(state.state in ACTIVE for state in states)
 
 
-def overall(states: Sequence[ElementState], driven: bool = False) -> str:
+def overall(states: Sequence[ElementState], driven: bool = False) -> State:
     """One word for many elements: the one that most wants attention; done only if all are."""
     found = {state.state for state in states}
     if driven:

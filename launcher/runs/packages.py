@@ -28,7 +28,7 @@ from typing import Any
 
 from amlaunch.containers.images.image_facts import ImageFacts
 from amlaunch.recipes.files import read_object, write_json
-from amlaunch.recipes.format.loader import Loaded, file_targets
+from amlaunch.recipes.format.loader import LoadedRecipe, file_targets
 from amlaunch.recipes.format.schema import Recipe, is_own_tokenizer
 from amlaunch.recipes.format.targets import split_target
 from amlaunch.recipes.version import VERSION
@@ -109,7 +109,7 @@ def canonical(name: str) -> str:
 # --- what a recipe needs --------------------------------------------------------------------------------
 
 
-def wanted(loaded: Loaded, stages: Iterable[str]) -> list[Want]:
+def wanted(loaded: LoadedRecipe, stages: Iterable[str]) -> list[Want]:
     """What the processes of ``stages`` import, beside the standard library and our own code."""
     needed: dict[str, list[str]] = {}
     helpful: dict[str, list[str]] = {}
@@ -129,7 +129,7 @@ def _words(stages: Sequence[str]) -> str:
     return f"stage{'s' * (len(stages) > 1)} {', '.join(stages[:-1])}{' and ' * (len(stages) > 1)}{stages[-1]}"
 
 
-def _of_stage(loaded: Loaded, stage: str) -> list[str]:
+def _of_stage(loaded: LoadedRecipe, stage: str) -> list[str]:
     recipe = loaded.recipe
     if stage in ("preprocess", "verify"):
         section = recipe.preprocess
@@ -153,7 +153,7 @@ def _of_tokenizer(recipe: Recipe) -> list[str]:
     return ["tokenizers"] if is_own_tokenizer(name) else ["tiktoken"]
 
 
-def _optional(loaded: Loaded, stage: str) -> list[str]:
+def _optional(loaded: LoadedRecipe, stage: str) -> list[str]:
     """A sample of text needs the tokenizer; GPT-2's vocabulary as files spares a download."""
     recipe = loaded.recipe
     gpt2 = recipe.preprocess is None or recipe.preprocess.tokenizer == "gpt2"
@@ -174,7 +174,7 @@ def _names(node: Any, start: str) -> bool:
     return isinstance(node, list) and any(_names(child, start) for child in node)
 
 
-def _of_code(loaded: Loaded) -> Iterator[tuple[str, str]]:
+def _of_code(loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
     """``(distribution, file)`` of what the recipe's own files import at their top, and those beside them that they import."""
     folder = loaded.policy.folder
     files = [folder / split_target(name)[0] for name in file_targets(loaded.tree)] if folder else []

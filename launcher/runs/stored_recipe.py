@@ -8,11 +8,11 @@ from pathlib import Path
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_object, write_json
-from amlaunch.recipes.format.loader import Loaded, file_targets, load
+from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, load
 from amlaunch.recipes.run_layout import RunDir
 
 
-def stored_recipe(run_dir: RunDir, overrides: Sequence[str], *, job_start: bool = False) -> Loaded:
+def stored_recipe(run_dir: RunDir, overrides: Sequence[str], *, job_start: bool = False) -> LoadedRecipe:
     """The run's own recipe, changed; its file targets are those of its snapshot. Raises BadInput.
 
     ``job_start`` demands a value for every ``${VAR}``; jobs have theirs from the submit before.

@@ -105,9 +105,9 @@ def _number(folder: Path) -> int:
 def submissions_of(run: RunDir, plan: Plan, *, strict: bool = False) -> dict[str, list[Submission]]:
     """``{stage: its submissions, oldest first}``, wherever the stage keeps them."""
     found: dict[str, list[Submission]] = {stage.name: [] for stage in plan.stages}
-    for home in dict.fromkeys(run.home(stage.name) for stage in plan.stages):
+    for home in dict.fromkeys(run.stage_home(stage.name) for stage in plan.stages):
         for submission in read_submissions(RunDir(home).jobs, strict=strict):
-            if submission.stage in found and run.home(submission.stage) == home:
+            if submission.stage in found and run.stage_home(submission.stage) == home:
                 found[submission.stage].append(submission)
     return found
 

@@ -26,7 +26,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.slurm.client import call, clean_environment, compress_ranges
-from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, Profile
+from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.format.loader import is_secret_variable
@@ -45,7 +45,7 @@ class Array:
     """In the job's comment: finds it again when sbatch did not say its number."""
 
 
-class Executor(submitit.SlurmExecutor):
+class ScriptExecutor(submitit.SlurmExecutor):
     """submitit's executor for a script that is already written, with sbatch options that only its submission knows."""
 
     def __init__(self, folder: Path, options: Sequence[str]):
@@ -59,7 +59,7 @@ class Executor(submitit.SlurmExecutor):
         return ["sbatch", *self.options, str(submission_file_path)]
 
 
-def script(array: Array, profile: Profile, run_root: Path, code: Path, run_id: str) -> str:
+def script(array: Array, profile: ClusterProfile, run_root: Path, code: Path, run_id: str) -> str:
     """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take, SlurmError where Slurm is not."""
     if "\n" in f"{run_root}{array.folder}":
         raise BadInput(
@@ -86,7 +86,7 @@ def _command(command: Sequence[str], code: Path) -> str:
     return f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}\nexec {shlex.join(command)}"
 
 
-def _parameters(array: Array, profile: Profile, run_id: str) -> dict[str, Any]:
+def _parameters(array: Array, profile: ClusterProfile, run_id: str) -> dict[str, Any]:
     """What submitit's ``update_parameters`` takes; what it has no name for goes through ``additional_parameters``."""
     own = profile.stage(array.stage.name)
     needs = array.stage.needs
@@ -124,7 +124,7 @@ def _escaped(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def _gpus(needs: Needs, profile: Profile) -> dict[str, str]:
+def _gpus(needs: Needs, profile: ClusterProfile) -> dict[str, str]:
     if not needs.gpus_per_node:
         return {}
     return {
@@ -135,7 +135,7 @@ def _gpus(needs: Needs, profile: Profile) -> dict[str, str]:
 def submit(text: str, options: Sequence[str]) -> str:
     """Hand a script to sbatch; the job's id. Raises SlurmError with sbatch's words."""
     with tempfile.TemporaryDirectory() as folder, job_environment(), _quiet():
-        executor = Executor(Path(folder), options)
+        executor = ScriptExecutor(Path(folder), options)
         try:
             return str(executor._submit_command(text).job_id)
         except (FailedJobError, FailedSubmissionError, UnicodeDecodeError) as error:

@@ -18,9 +18,9 @@ from amlaunch.launcher.specs.profile_files import FILE, profile_files
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.format.loader import is_secret_variable, refuse_secrets
 from amlaunch.recipes.format.placeholders import has_placeholder, variables
-from amlaunch.recipes.format.schema import Memory, Minutes, Mount, Positive
-from amlaunch.recipes.format.section_checks import Checker, refuse
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.schema import Memory, Minutes, MountSection, Positive
+from amlaunch.recipes.format.section_checks import Checker, raise_problems
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.format.yaml_reader import KeyPath, read_file
 
 OURS = {
@@ -78,7 +78,7 @@ class ContainerProfile:
     """What ``runtime: auto`` in a recipe stands for here; ``none``: no container. ``auto``: pyxis where srun has it, else what is installed."""
     images: dict[str, str] = field(default_factory=dict)
     """Files that stand for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
-    mounts: list[str | Mount] = field(default_factory=list)
+    mounts: list[str | MountSection] = field(default_factory=list)
     """For every stage in a container; a recipe's own win."""
     options: list[str] = field(default_factory=list)
     """Further arguments of the runtime (of pyxis: further flags of srun)."""
@@ -87,7 +87,7 @@ class ContainerProfile:
 
 
 @dataclass(frozen=True)
-class Profile:
+class ClusterProfile:
     """One cluster."""
 
     executor: Literal["slurm", "local"] = "slurm"
@@ -146,7 +146,7 @@ class Cluster:
     """A profile with its name and where it was found."""
 
     name: str
-    profile: Profile
+    profile: ClusterProfile
     source: str
     tree: Mapping[str, Any]
     """As written: what the run directory stores."""
@@ -213,13 +213,13 @@ def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) 
     return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {}, below)
 
 
-def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
+def check_profile(tree: Any, lines: Mapping[Any, str]) -> ClusterProfile:
     """A profile from plain data. Raises BadInput with every problem at its line."""
     visible = {
         name: value for name, value in variables().items() if not is_secret_variable(name)
     }  # scripts hold no secrets
-    checker = Checker(lines, visible, Policy(), job_start=False)
-    profile = checker.section(Profile, tree, ())
+    checker = Checker(lines, visible, TargetPolicy(), job_start=False)
+    profile = checker.section(ClusterProfile, tree, ())
     if isinstance(tree, Mapping):
         try:
             refuse_secrets(tree, lines)
@@ -242,9 +242,9 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> Profile:
             )
     if profile is not None and has_placeholder(profile.runs):
         checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
-    refuse(checker.problems)
+    raise_problems(checker.problems)
     # The shell on the node fills in what setup says, and the driver what env says: not this host, and not into a script.
-    found: Profile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
+    found: ClusterProfile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
     return found
 
 

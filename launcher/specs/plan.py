@@ -36,7 +36,7 @@ class Element:
 
 
 @dataclass(frozen=True)
-class Container:
+class StageContainer:
     """The container of a stage, as its jobs go by it."""
 
     image: str
@@ -67,7 +67,7 @@ class Stage:
     needs: Needs
     partition: str | None = None
     """On a cluster: where it is queued; None is Slurm's default."""
-    container: Container | None = None
+    container: StageContainer | None = None
     """None: the environment that submits."""
 
 
@@ -109,7 +109,7 @@ class Plan:
                 s["after"],
                 Needs(**s["needs"]),
                 s.get("partition"),
-                container_from(s.get("container")),
+                stage_container_from_json(s.get("container")),
             )
             for s in value["stages"]
         ]
@@ -124,6 +124,6 @@ class Plan:
         )
 
 
-def container_from(value: Mapping[str, Any] | None) -> Container | None:
+def stage_container_from_json(value: Mapping[str, Any] | None) -> StageContainer | None:
     """The container that was stored."""
-    return Container(**{**value, "mounts": [tuple(mount) for mount in value.get("mounts", ())]}) if value else None
+    return StageContainer(**{**value, "mounts": [tuple(mount) for mount in value.get("mounts", ())]}) if value else None

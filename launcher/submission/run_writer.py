@@ -19,7 +19,7 @@ from amlaunch.launcher.runs.stored_recipe import RESUMED, resumed_with
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json, write_text
-from amlaunch.recipes.format.loader import Loaded, file_targets, is_secret
+from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, is_secret
 from amlaunch.recipes.format.targets import split_target
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.version import VERSION
@@ -28,7 +28,7 @@ VERSIONS_OF = ("torch", "numpy", "submitit", "tiktoken", "datasets", "transforme
 MAX_DIFF = 1_000_000
 
 
-def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *, refresh_code: bool) -> None:
+def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, command: Sequence[str], *, refresh_code: bool) -> None:
     """Make or renew a run directory; each file appears whole.
 
     ``refresh_code`` is False while an element of an earlier start still runs
@@ -56,7 +56,7 @@ def write_run(run: RunDir, loaded: Loaded, plan: Plan, command: Sequence[str], *
         _link(run.shared, Path(plan.shared))
 
 
-def _check_targets(run: RunDir, loaded: Loaded) -> None:
+def _check_targets(run: RunDir, loaded: LoadedRecipe) -> None:
     """Each file that the recipe names must have come into the snapshot; absolute ones are used where they lie."""
     for name in file_targets(loaded.tree):
         copy = run.code / "recipe" / split_target(name)[0]
@@ -74,7 +74,7 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target)
 
 
-def provenance(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
+def provenance(loaded: LoadedRecipe, command: Sequence[str]) -> dict[str, Any]:
     """Who ran what, where, with which versions and which code."""
     versions = {"amlaunch": VERSION, "python": platform.python_version()}
     for name in VERSIONS_OF:

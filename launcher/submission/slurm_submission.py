@@ -17,17 +17,18 @@ from pathlib import Path
 
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
-from amlaunch.launcher.runs.element_state import ACTIVE, DONE, QUEUED, RUNNING, UNKNOWN, ElementState, read_run
+from amlaunch.launcher.runs.element_state import ElementState, read_run
+from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.submissions import Submission, next_folder, submissions_of, token_of
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.slurm import queue as queue_module
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.slurm.sbatch import Array
-from amlaunch.launcher.specs.cluster_profile import Profile
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, read_object, write_private, write_text
-from amlaunch.recipes.format.loader import Loaded, is_secret_variable
+from amlaunch.recipes.format.loader import LoadedRecipe, is_secret_variable
 from amlaunch.recipes.format.placeholders import PLACEHOLDER
 from amlaunch.recipes.run_layout import RunDir
 
@@ -72,7 +73,12 @@ class Draft:
 
 
 def drafts(
-    run: RunDir, plan: Plan, profile: Profile, states: Sequence[ElementState], stages: Sequence[Stage], max_size: int
+    run: RunDir,
+    plan: Plan,
+    profile: ClusterProfile,
+    states: Sequence[ElementState],
+    stages: Sequence[Stage],
+    max_size: int,
 ) -> list[Draft]:
     """Every array that has to be submitted, in order. Pure but for the numbers of the folders that are there."""
     found: list[Draft] = []
@@ -81,9 +87,9 @@ def drafts(
         before = ancestors(plan, stage)  # not only its own: one may be done while what it was made of is made again
         mine = [state for state in states if state.stage == stage.name]
         new_before = [draft for draft in found if draft.array.stage.name in before]
-        stale = [state for state in mine if state.state == QUEUED and state.job] if new_before else []
-        going = {state.name for state in mine if state.state in ACTIVE} - {state.name for state in stale}
-        names = [state.name for state in mine if state.state != DONE and state.name not in going]
+        stale = [state for state in mine if state.state == State.QUEUED and state.job] if new_before else []
+        going = {state.name for state in mine if state.state in ACTIVE_STATES} - {state.name for state in stale}
+        names = [state.name for state in mine if state.state != State.DONE and state.name not in going]
         if names:
             _refuse_local(states, before)
         waits = {name: _running_arrays(states, submitted[name], name) for name in before}
@@ -96,7 +102,7 @@ def drafts(
         }  # by a stage that we wait for, too
         inputs = tuple(name for name, found in waits.items() if found[1] and name not in looked_at)
         for start in range(0, len(names), max_size):
-            jobs = RunDir(run.home(stage.name)).jobs
+            jobs = RunDir(run.stage_home(stage.name)).jobs
             folder = next_folder(jobs, stage.name, sum(draft.array.folder.parent == jobs for draft in found))
             array = Array(stage, tuple(names[start : start + max_size]), folder, token_of(folder))
             text = sbatch.script(array, profile, run.root, run.code, plan.run_id)
@@ -118,7 +124,7 @@ def ancestors(plan: Plan, stage: Stage) -> list[str]:
 def _refuse_local(states: Sequence[ElementState], stages: Sequence[str]) -> None:
     """A job cannot be told to wait for a process of another machine. Raises BadInput."""
     for state in states:
-        if state.stage in stages and state.state == RUNNING and not state.job:
+        if state.stage in stages and state.state == State.RUNNING and not state.job:
             raise BadInput(
                 f"{state.stage} {state.name} is being made by amlaunch local on {state.host}, for all runs with that text; submit again when it is done"
             )
@@ -132,8 +138,8 @@ def _running_arrays(
     An array with a failed task never satisfies ``afterok``, and its tasks one by one may be thousands: of such a one
     the end is waited for.
     """
-    active = {state.job for state in states if state.stage == stage and state.state in ACTIVE}
-    fine = active | {state.job for state in states if state.stage == stage and state.state == DONE}
+    active = {state.job for state in states if state.stage == stage and state.state in ACTIVE_STATES}
+    fine = active | {state.job for state in states if state.stage == stage and state.state == State.DONE}
     well: list[str] = []
     ill: list[str] = []
     for submission in submissions:
@@ -162,7 +168,7 @@ def moved_note(run: RunDir, plan: Plan, cluster: str, states: Sequence[ElementSt
     ]
     newest = max(mine, key=lambda one: one.time).cluster if mine else cluster
     jobs = {job: one for one in mine if one.cluster != cluster for job in one.tasks().values()}
-    going = [state for state in states if state.state in ACTIVE and state.job in jobs]
+    going = [state for state in states if state.state in ACTIVE_STATES and state.job in jobs]
     if going:
         first, name = jobs[going[0].job], wording.name_of(run)
         raise BadInput(
@@ -293,14 +299,14 @@ def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
     """The states of all elements, as Slurm has them now. Raises SlurmError where it cannot say: guessing would double a job."""
     queue = Queue(max_age=0)
     states = read_run(run, plan, queue)
-    lost = [state for state in states if state.state == UNKNOWN and state.job]  # without a number: see recover
+    lost = [state for state in states if state.state == State.UNKNOWN and state.job]  # without a number: see recover
     if lost:
         why = f"{'; '.join(queue.problems)}; try again when Slurm answers" if queue.problems else lost[0].reason
         raise SlurmError("Slurm", f"what became of job {lost[0].job} is not known: {why}")
     return states
 
 
-def submit_run(run: RunDir, plan: Plan, profile: Profile, stages: Sequence[Stage], say: Say) -> list[Submission]:
+def submit_run(run: RunDir, plan: Plan, profile: ClusterProfile, stages: Sequence[Stage], say: Say) -> list[Submission]:
     """Submit what is neither done nor on its way; the run's files are there. Raises BadInput and SlurmError."""
     states = known_states(run, plan)
     made: list[Submission] = []
@@ -326,14 +332,14 @@ def submit_run(run: RunDir, plan: Plan, profile: Profile, stages: Sequence[Stage
 def left_alone(stage: Stage, states: Sequence[ElementState], submitted: Container[str]) -> list[str]:
     """What is said of the elements of a stage that are not submitted: done, or on their way."""
     mine = [state for state in states if state.stage == stage.name and state.name not in submitted]
-    done, going = sum(state.state == DONE for state in mine), sum(state.state in ACTIVE for state in mine)
+    done, going = sum(state.state == State.DONE for state in mine), sum(state.state in ACTIVE_STATES for state in mine)
     lines = [f"{stage.name}: {done} of {len(stage.elements)} already done, skipped"] if done else []
     return lines + (
         [f"{stage.name}: {going} of {len(stage.elements)} already on their way, left alone"] if going else []
     )
 
 
-def write_environment(run: RunDir, loaded: Loaded, profile: Profile) -> list[str]:
+def write_environment(run: RunDir, loaded: LoadedRecipe, profile: ClusterProfile) -> list[str]:
     """Write the secrets that jobs need into a file that only the user can read; their names.
 
     Raises BadInput for one that the profile wants and the shell does not have.
