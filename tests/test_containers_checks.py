@@ -89,7 +89,7 @@ def test_credentials_of_an_organisations_image(tmp_path, check, runtime, file, w
     put(tmp_path / "home" / other, f"nvcr.io {SECRET}")
     (note,) = check("--container.runtime", runtime)
     assert (
-        "nvcr.io/org/team/private:1: no credentials for nvcr.io are found here" in note
+        "nvcr.io/org/team/private:1: no credentials for nvcr.io found on this machine" in note
         and words in note
         and SECRET not in note
     )
@@ -113,10 +113,10 @@ def test_a_login_that_nodes_do_not_see(tmp_path, check, monkeypatch):
 def test_a_mount_that_is_not_there(tmp_path, check):
     words = ["--container.image", "nvcr.io/nvidia/pytorch:25.08-py3", "--container.mounts", f"[{tmp_path}/no:/data]"]
     assert check(*words) == [
-        f"container.mounts: {tmp_path}/no is not on this machine; on a node that does not have it either, jobs end at once"
+        f"container.mounts: {tmp_path}/no does not exist on this machine; jobs fail at once on nodes that lack it too"
     ]
     for roots in ([str(tmp_path)], None):  # what nodes and this machine see alike, and this machine alone
-        with pytest.raises(BadInput, match=f"container.mounts .*: there is no {tmp_path}/no"):
+        with pytest.raises(BadInput, match=f"container.mounts .*: {tmp_path}/no does not exist"):
             check(*words, roots=roots)
     (tmp_path / "no").mkdir()
     assert check(*words) == []
@@ -186,7 +186,7 @@ def test_what_hugging_face_keeps_in_a_home_that_is_not_mounted(tmp_path, check, 
     folder = put(tmp_path / "home" / ".cache" / "huggingface" / "token", SECRET).parent
     (note,) = check(*words)
     assert (
-        f"stage preprocess asks the Hugging Face hub, and its container does not see {folder}: export HF_TOKEN=…"
+        f"stage preprocess uses the Hugging Face Hub, but its container does not see {folder}: export HF_TOKEN=…"
         in note
         and SECRET not in note
     )
@@ -195,7 +195,7 @@ def test_what_hugging_face_keeps_in_a_home_that_is_not_mounted(tmp_path, check, 
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert "HF_TOKEN" not in check(*words)[0]
     monkeypatch.setenv("HF_HOME", str(folder))
-    assert any(f"HF_HOME={folder}: containers do not see such a path" in note for note in check(*words))
+    assert any(f"HF_HOME={folder}: not set in containers, because they do not see the path" in note for note in check(*words))
     assert check(*words, "--container.mounts", f"[{folder}:{folder}]") == []
 
 
@@ -210,7 +210,7 @@ def test_a_tar_that_is_no_image_is_refused_before_a_node_tries_it(tmp_path, chec
     (tmp_path / "work" / "image.tar").write_bytes(layer([("manifest.json", b"[]")]))
     with pytest.raises(
         BadInput,
-        match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; docker save and skopeo copy write one",
+        match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; create an image archive with docker save or skopeo copy",
     ):
         check("--container.image", str(tmp_path / "work" / "system.tar"), "--container.runtime", "podman", roots=None)
     check("--container.image", str(tmp_path / "work" / "image.tar"), "--container.runtime", "podman", roots=None)

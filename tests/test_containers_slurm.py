@@ -241,10 +241,10 @@ def test_what_a_first_run_lacks(cluster: Cluster) -> None:
     words += ["--container.mounts", "[/no/such/folder:/data]"]
     told = [place.amlaunch(*words, "--dry-run")]
     assert (
-        "no credentials for nvcr.io are found here" in told[0].stderr
+        "no credentials for nvcr.io found on this machine" in told[0].stderr
         and "podman login --username '$oauthtoken' nvcr.io" in told[0].stderr
     ), told[0].stderr
-    assert "/no/such/folder is not on this machine" in told[0].stderr
+    assert "/no/such/folder does not exist on this machine" in told[0].stderr
     secret = base64.b64encode(b"$oauthtoken:hunter2-do-not-tell").decode()
     place.env["REGISTRY_AUTH_FILE"] = str(
         place.write("auth.json", json.dumps({"auths": {"nvcr.io": {"auth": secret}}}))

@@ -841,7 +841,7 @@ class TestResume:
     def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
         made(tmp_path, {"name": "slurm", "profile": {}})
         found = amlaunch(tmp_path, "resume", "tiny", "--container.image", "/no/such/image.sif")
-        assert found.returncode == 2 and "there is no file /no/such/image.sif" in found.stderr
+        assert found.returncode == 2 and "file /no/such/image.sif does not exist" in found.stderr
 
     def test_what_is_right_goes_on(self, tmp_path):
         run = made(tmp_path)

@@ -206,8 +206,8 @@ class TestEveryProblemIsSaidAtOnce:
             "clusters.yaml:5: sbatch.nise: sbatch has no such option; did you mean 'nice'?",
             "clusters.yaml:6: stages.train.sbatch.beginn: sbatch has no such option; did you mean 'begin'?",
             "clusters.yaml:6: stages.train.partition 'gpuu' does not exist here; did you mean 'gpu'?",
-            "clusters.yaml:2: account 'labb' is not yours; did you mean 'lab'?",
-            "clusters.yaml:3: qos 'hihg' is not yours; did you mean 'high'?",
+            "clusters.yaml:2: account 'labb' is not one of your accounts; did you mean 'lab'?",
+            "clusters.yaml:3: qos 'hihg' is not one of your QOS; did you mean 'high'?",
         ]
 
     def test_of_a_profile_that_cannot_be_read_and_of_the_recipe(
@@ -241,17 +241,18 @@ class TestEveryProblemIsSaidAtOnce:
             site, capsys, profile, recipe=recipe.replace("global_batch_size: 8", "global_batch_size: 384")
         ) == [
             f"tiny.yaml:3: preprocess.data_files: nothing matches 'text/none/**/*.txt' (seen from {site})",
-            "clusters.yaml:3: time is 30:00, partition short allows 10:00",
-            "clusters.yaml:5: stages.verify.cpus is 99, a node of partition short has 32 CPUs",
-            "clusters.yaml:5: stages.verify.mem is 900G, a node of partition short has 64000 MB",
-            "tiny.yaml:27: resources.train.nodes is 3, partition short has 2",
-            "tiny.yaml:27: resources.train.tasks_per_node is 64, a node of partition short has 32 CPUs",
-            "tiny.yaml:27: resources.train.time is 5 min, and a job is told to save 300 s before its end: nothing is left to work in; give it more time, or lower the profile's signal_seconds",
+            "clusters.yaml:3: time is 30:00, but partition short allows at most 10:00",
+            "clusters.yaml:5: stages.verify.cpus is 99, but a node of partition short has at most 32 CPUs",
+            "clusters.yaml:5: stages.verify.mem is 900G, but a node of partition short has at most 64000 MB",
+            "tiny.yaml:27: resources.train.nodes is 3, but partition short has 2 nodes",
+            "tiny.yaml:27: resources.train.tasks_per_node is 64, but a node of partition short has at most 32 CPUs",
+            "tiny.yaml:27: resources.train.time is 5 min, but jobs are told to save 300 s before the limit, "
+            "which leaves no time to work; set a longer time, or a smaller signal_seconds in the profile",
         ]
 
     def test_of_gpus(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert refused(site, capsys, "lab: {partition: cpu}\n", "--gpus", "1") == [
-            "--gpus 1: a node of partition cpu has 0; partitions with GPUs: gpu (8), gpu-low (8)"
+            "--gpus is 1, but a node of partition cpu has at most 0 GPUs; partitions with GPUs: gpu (8), gpu-low (8)"
         ]
         words = [
             "--resources.train.gpus_per_node",
@@ -262,14 +263,14 @@ class TestEveryProblemIsSaidAtOnce:
             "32",
         ]
         assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith(
-            "--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, a node of partition gpu has 8"
+            "--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, but a node of partition gpu has at most 8 GPUs"
         )
 
     def test_of_a_folder_that_is_a_file_and_of_several_partitions(
         self, site: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
-        assert found[0] == "text/a.txt: is not a folder; --runs DIR puts runs elsewhere"
+        assert found[0] == "text/a.txt: not a folder; choose another folder with --runs DIR"
         assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith(
             "clusters.yaml:1: partition 'cpu,gpu' is several; write one"
         )
@@ -313,11 +314,12 @@ class TestEveryProblemIsSaidAtOnce:
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"
         assert refused(site, capsys, profile)[1].startswith(
-            "clusters.yaml:3: python: there is no venv/bin/python, here or on the nodes"
+            "clusters.yaml:3: python: venv/bin/python does not exist, here or on the nodes"
         )
         (site / "clusters.yaml").write_text("lab: {python: /nowhere/python}\n")
         assert check_python(find_cluster("lab")) == [
-            "clusters.yaml:1: python: /nowhere/python is not on this machine; on a node that does not have it either, jobs end at once"
+            "clusters.yaml:1: python: /nowhere/python does not exist on this machine; "
+            "jobs fail at once on nodes that lack it too"
         ]
 
 

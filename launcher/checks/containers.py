@@ -1,4 +1,7 @@
-"""What a first run in a container would lack, before it costs an allocation: mounts, credentials, what lies in a home that is not mounted."""
+"""Check, before an allocation is spent, what a run's containers need: mounts, credentials, paths in an unmounted home.
+
+Whether image files exist is checked in :mod:`amlaunch.launcher.checks.files_and_disk`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from amlaunch.containers.images import credentials
 from amlaunch.containers.runtimes.catalog import CannotLaunch, Mount, Reference, launch, parse
 from amlaunch.containers.runtimes.environment import of_libraries
-from amlaunch.launcher.checks.files_and_disk import brings, image_problems, is_online, is_shared
+from amlaunch.launcher.checks.files_and_disk import image_problems, is_shared, sets_variable, uses_wandb
 from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.stage_container import image_of, is_seen, may_mount
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
@@ -19,59 +22,62 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.placeholders import expand_known, variables
 from amlaunch.recipes.run_layout import RunDir
 
-CERTIFICATES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
-"""Paths of the host whose like an image has itself."""
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
+"""Paths on the host; an image has its own certificates, so these need not be mounted."""
 
 
 def check_containers(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: ClusterProfile | None) -> list[str]:
-    """What containers of a run need, as far as it is seen from here; remarks. Raises BadInput with all that is missing.
+    """Check what the containers of a run need, as far as this machine can see it.
 
-    ``profile``: of the cluster whose nodes see what is below its shared_roots; None: this machine.
+    ``profile``: the cluster's, whose nodes see what is below its shared_roots; None: this machine.
+    Returns notes. Raises BadInput with all problems.
     """
-    inside = {stage.name: stage.container for stage in plan.stages if stage.container}
-    if loaded.recipe.container is None or not inside:
+    stages = [(stage, stage.container) for stage in plan.stages if stage.container]
+    if loaded.recipe.container is None or not stages:
         return []
     problems, notes = ErrorCollector(), []
-    problems.add(image_problems(loaded) if profile is None else ())
-    for source in sorted({source for container in inside.values() for source, _, _ in container.mounts}):
-        if os.path.exists(source):
-            continue
+
+    if profile is None:
+        problems.add(image_problems(loaded))
+    sources = {source for _, container in stages for source, _, _ in container.mounts}
+    for source in sorted(source for source in sources if not os.path.exists(source)):
         if profile is None or is_shared(Path(source), profile):
-            problems.add(
-                [
-                    f"{loaded.lines.get(('container', 'mounts'), loaded.path)}: container.mounts (or those of the profile): there is no {source}"
-                ]
-            )
+            where = loaded.lines.get(("container", "mounts"), loaded.path)
+            problems.add([f"{where}: container.mounts (or the profile's): {source} does not exist"])
         else:
             notes.append(
-                f"container.mounts: {source} is not on this machine; on a node that does not have it either, jobs end at once"
+                f"container.mounts: {source} does not exist on this machine; "
+                "jobs fail at once on nodes that lack it too"
             )
-    if "train" in inside and loaded.recipe.wandb is not None and is_online(loaded) and not _has_key_inside(loaded):
+
+    trains = any(stage.name == "train" for stage, _ in stages)
+    if trains and uses_wandb(loaded) and not _container_has_wandb_key(loaded):
+        where = loaded.lines.get(("wandb",), loaded.path)
         problems.add(
             [
-                f"{loaded.lines.get(('wandb',), loaded.path)}: the key of `wandb login` lies in your home, which containers do not see; export WANDB_API_KEY=…"
+                f"{where}: the key from `wandb login` is in your home, which containers do not see; "
+                "export WANDB_API_KEY=…"
             ]
         )
     problems.add(_launch_problems(loaded, plan, run, profile))
     problems.refuse()
-    for stage in plan.stages:
-        if stage.container:
-            notes += [
-                *_credential_notes(parse(stage.container.image), stage.container.runtime, here=profile is None),
-                *_home_notes(loaded, plan, stage, stage.container),
-            ]
+
+    for stage, container in stages:
+        notes += _credential_notes(parse(container.image), container.runtime, on_this_machine=profile is None)
+        notes += _hidden_path_notes(loaded, plan, stage, container)
     return list(dict.fromkeys(notes))
 
 
-def _has_key_inside(loaded: LoadedRecipe) -> bool:
-    """Whether W&B finds its key in a container: the shell's own, or where the recipe says."""
-    return bool(os.environ.get("WANDB_API_KEY")) or brings(loaded, "WANDB_API_KEY", "WANDB_MODE", "NETRC", "HOME")
+def _container_has_wandb_key(loaded: LoadedRecipe) -> bool:
+    """Return True if the shell or the recipe gives W&B its key inside a container."""
+    names = ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "HOME")
+    return bool(os.environ.get("WANDB_API_KEY")) or sets_variable(loaded, *names)
 
 
 def _launch_problems(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: ClusterProfile | None) -> Iterator[str]:
-    """What a runtime cannot do of what is asked of it, with the stages that ask; asked as a job will."""
+    """List what the runtimes cannot do, by building the same command as a job; stages with one problem share a line."""
     env = expand_known({**(profile.env if profile else {}), **plan.env}, variables())
-    found: dict[str, list[str]] = {}
+    stages_by_problem: dict[str, list[str]] = {}
     for stage in plan.stages:
         container = stage.container
         if container is None or container.runtime == "auto":
@@ -79,60 +85,77 @@ def _launch_problems(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: Clu
         try:
             launch(container.runtime, image_of(run, plan, stage, env, (), on_slurm=profile is not None), [])
         except CannotLaunch as error:
-            found.setdefault(str(error), []).append(stage.name)
-        except (OSError, ValueError) as error:  # a bundle whose config.json is no JSON
-            found.setdefault(f"{container.image}: {error}", []).append(stage.name)
-    for problem, stages in found.items():
-        yield f"{loaded.lines.get(('container', 'image'), loaded.path)}: container of {' and '.join(stages)}: {problem}"
+            stages_by_problem.setdefault(str(error), []).append(stage.name)
+        except (OSError, ValueError) as error:
+            # For example a bundle whose config.json is not JSON.
+            stages_by_problem.setdefault(f"{container.image}: {error}", []).append(stage.name)
+
+    where = loaded.lines.get(("container", "image"), loaded.path)
+    for problem, names in stages_by_problem.items():
+        yield f"{where}: container of {' and '.join(names)}: {problem}"
 
 
-def _credential_notes(image: Reference, runtime: str, *, here: bool) -> Iterator[str]:
-    """NVIDIA's own images are for everybody; those of an organisation are not. No secret is read, only whether there is one."""
+def _credential_notes(image: Reference, runtime: str, *, on_this_machine: bool) -> Iterator[str]:
+    """Warn if an organisation's image on nvcr.io has no credentials here. Secrets are looked for, never printed."""
+    # NVIDIA's own images are public.
     if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
         return
-    if not any(_names(file, image.registry) for file in credentials.files(runtime, os.environ, here=here)):
-        yield f"{image.name}: no credentials for {image.registry} are found here; where they are needed: {credentials.where(runtime, image.registry, os.environ)}"
+    files = credentials.files(runtime, os.environ, here=on_this_machine)
+    if not any(_mentions(file, image.registry) for file in files):
+        advice = credentials.where(runtime, image.registry, os.environ)
+        yield (
+            f"{image.name}: no credentials for {image.registry} found on this machine; "
+            f"if the image needs them: {advice}"
+        )
 
 
-def _names(file: Path, registry: str) -> bool:
-    """Whether a file of credentials has an entry of a registry."""
+def _mentions(file: Path, registry: str) -> bool:
+    """Return True if a file of credentials has an entry for a registry."""
     with suppress(OSError):
         return registry in file.read_text(errors="replace")
     return False
 
 
-def _home_notes(loaded: LoadedRecipe, plan: Plan, stage: Stage, container: StageContainer) -> Iterator[str]:
-    """Folders of Hugging Face's, W&B's and others' libraries that a container would not see."""
-    mounts = [Mount(*mount) for mount in container.mounts] + [
-        Mount(path, path) for path in (plan.cwd, plan.data, plan.shared) if path and may_mount(Path(path))
-    ]
-    given = {
-        name: value
+def _hidden_path_notes(loaded: LoadedRecipe, plan: Plan, stage: Stage, container: StageContainer) -> Iterator[str]:
+    """Warn about folders of Hugging Face, W&B and other libraries that a container would not see."""
+    own_folders = [path for path in (plan.cwd, plan.data, plan.shared) if path and may_mount(Path(path))]
+    mounts = [Mount(*mount) for mount in container.mounts] + [Mount(path, path) for path in own_folders]
+    yield from _hidden_variable_notes(loaded, container, mounts)
+    yield from _hidden_cache_notes(loaded, plan, stage, mounts)
+
+
+def _hidden_variable_notes(loaded: LoadedRecipe, container: StageContainer, mounts: list[Mount]) -> Iterator[str]:
+    set_inside = (*CERTIFICATE_VARIABLES, *container.passed)
+    hidden = [
+        f"{name}={value}"
         for name, value in of_libraries(os.environ).items()
-        if name not in (*CERTIFICATES, *container.passed) and not brings(loaded, name)
-    }
-    hidden = {name: value for name, value in given.items() if not is_seen(name, value, mounts)}
+        if name not in set_inside and not sets_variable(loaded, name) and not is_seen(name, value, mounts)
+    ]
     if hidden:
-        named = ", ".join(f"{name}={value}" for name, value in hidden.items())
-        yield f"{named}: containers do not see such a path, so it is not set there; container.mounts shows it to them"
-    folder = Path(
-        os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/huggingface"
-    )
-    if asks_hub(loaded, plan, stage) and folder.exists() and not is_seen("HF_HOME", str(folder), mounts):
-        token = (
-            ""
-            if os.environ.get("HF_TOKEN") or brings(loaded, "HF_TOKEN") or not (folder / "token").exists()
-            else "export HF_TOKEN=… for what is not public; "
+        yield (
+            f"{', '.join(hidden)}: not set in containers, because they do not see the path; "
+            "to keep it, add the path to container.mounts"
         )
-        yield f"stage {stage.name} asks the Hugging Face hub, and its container does not see {folder}: {token}what is downloaded lasts where HF_HOME names a folder that container.mounts shows"
 
 
-def asks_hub(loaded: LoadedRecipe, plan: Plan, stage: Stage) -> bool:
-    """Whether a stage reads what is on the Hugging Face hub, and not in a folder."""
-    if stage.name == "preprocess":
-        name = loaded.recipe.preprocess.dataset if loaded.recipe.preprocess else None
+def _hidden_cache_notes(loaded: LoadedRecipe, plan: Plan, stage: Stage, mounts: list[Mount]) -> Iterator[str]:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    if not _uses_hub(loaded, plan, stage) or not folder.exists() or is_seen("HF_HOME", str(folder), mounts):
+        return
+
+    advice = "to keep downloads, set HF_HOME to a folder that container.mounts lists"
+    has_token = os.environ.get("HF_TOKEN") or sets_variable(loaded, "HF_TOKEN")
+    if not has_token and (folder / "token").exists():
+        advice = f"export HF_TOKEN=… for anything that is not public; {advice}"
+    yield f"stage {stage.name} uses the Hugging Face Hub, but its container does not see {folder}: {advice}"
+
+
+def _uses_hub(loaded: LoadedRecipe, plan: Plan, stage: Stage) -> bool:
+    """Return True if a stage reads a dataset or model from the Hugging Face Hub and not from a folder."""
+    name = None
+    if stage.name == "preprocess" and loaded.recipe.preprocess:
+        name = loaded.recipe.preprocess.dataset
     elif stage.name in ("train", "export"):
         name = loaded.recipe.model.get("pretrained_model_name_or_path")
-    else:
-        name = None
     return isinstance(name, str) and not Path(plan.cwd, os.path.expanduser(name)).exists()

@@ -1,9 +1,9 @@
-"""Whether a recipe fits a cluster, as far as Slurm can be asked by name: options, partitions, accounts, QOS, sizes, times."""
+"""Check that a profile and the stages of a run fit the cluster: options, partitions, accounts, QOS, sizes, times."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from amlaunch.launcher.display import wording
@@ -17,159 +17,195 @@ from amlaunch.launcher.specs.plan import Stage
 from amlaunch.recipes.errors import did_you_mean
 from amlaunch.recipes.format.loader import LoadedRecipe
 
-LITTLE_MEGA = 1000
+MIN_SENSIBLE_MEM_MB = 1000
 """Python with torch alone takes about 400."""
-MEGA = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+MB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+MIN_WORK_SECONDS = 60
+"""A job needs at least this long before it is signalled to save."""
 
 
-class Asked:
-    """What Slurm says of the site, each thing asked for once. Raises SlurmError where it is silent."""
+class SlurmFacts:
+    """Cached answers from Slurm about the cluster. Raises SlurmError if Slurm does not answer."""
 
     @cached_property
     def partitions(self) -> dict[str, Partition]:
-        """All that the user sees, by name."""
-        return {part.name: part for part in client.partitions()}
+        """Return all partitions that the user sees, by name."""
+        return {partition.name: partition for partition in client.partitions()}
 
     @cached_property
     def rules(self) -> Mapping[str, Mapping[str, str]]:
-        """Of each partition."""
+        """Return the settings of each partition, as ``scontrol show partition`` prints them."""
         return client.partition_rules()
 
     @cached_property
     def associations(self) -> tuple[set[str], set[str], str]:
-        """The user's accounts, QOS and default account; empty where accounting cannot be asked: sbatch has the last word."""
+        """Return the user's accounts, QOS and default account; empty if accounting does not answer."""
+        # Then sbatch decides.
         return client.associations() or (set(), set(), "")
 
 
 def check_cluster(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage]) -> None:
-    """A profile and the stages of a plan that was made with it. Raises BadInput with everything that is wrong, and SlurmError."""
-    problems, asked = ErrorCollector(), Asked()
+    """Check a profile and the stages planned with it. Raises BadInput with all problems, and SlurmError."""
+    problems, facts = ErrorCollector(), SlurmFacts()
     with problems.collected():
-        check_site(cluster, asked)
+        check_site(cluster, facts)
     with problems.collected():
-        check_stages(loaded, cluster, stages, asked)
+        check_stages(loaded, cluster, stages, facts)
     problems.refuse()
 
 
-def check_site(cluster: Cluster, asked: Asked) -> None:
-    """What a profile names is there and the user's own, whatever the recipe. Raises BadInput with all of it, and SlurmError."""
+def check_site(cluster: Cluster, facts: SlurmFacts) -> None:
+    """Check that the options, partitions, accounts and QOS in a profile exist and are the user's.
+
+    Raises BadInput with all problems, and SlurmError.
+    """
     problems = ErrorCollector()
     problems.add(option_problems(cluster))
     with problems.collected():
-        choose_partitions(list(asked.partitions.values()), cluster, 0)
-    problems.add(_association_problems(cluster, asked))
+        choose_partitions(list(facts.partitions.values()), cluster, 0)
+    problems.add(_association_problems(cluster, facts))
     problems.refuse()
 
 
-def check_stages(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage], asked: Asked) -> None:
-    """The stages fit the nodes and the rules of their partitions. Raises BadInput with all that does not, and SlurmError."""
-    problems, known = ErrorCollector(), asked.partitions
+def check_stages(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage], facts: SlurmFacts) -> None:
+    """Check that the stages fit the nodes and rules of their partitions.
+
+    Raises BadInput with all problems, and SlurmError.
+    """
+    problems = ErrorCollector()
     for stage in stages:
-        part = known.get(stage.partition or "")
-        if part is None:  # from one look at Slurm to the next
-            problems.add(
-                [
-                    f"{cluster.source}: partition {stage.partition!r} does not exist here; {did_you_mean(stage.partition or '', known)}"
-                ]
-            )
-            continue
-        rule = asked.rules.get(part.name, {})
-        problems.add(_size_problems(loaded, cluster, stage, part, known))
-        problems.add(_time_problems(loaded, cluster, stage, part, client.minutes_of(rule.get("DefaultTime", ""))))
-        problems.add(_rule_problems(cluster, stage, rule, asked.associations[2]))
+        problems.add(_StageCheck(loaded, cluster, stage, facts).problems())
     problems.refuse()
-
-
-def where_set(loaded: LoadedRecipe, cluster: Cluster, stage: str, key: str) -> str:
-    """Who set a stage's ``key``, for the start of a sentence: ``r.yaml:7: resources.train.mem``, ``clusters.yaml:3: mem``; empty: nobody."""
-    path = ("resources", stage, key)
-    if getattr(getattr(loaded.recipe.resources, stage), key) is not None:
-        return f"{loaded.lines.get(path, loaded.path)}: {'.'.join(path)}"
-    return cluster.where(stage, key)
-
-
-def _size_problems(
-    loaded: LoadedRecipe, cluster: Cluster, stage: Stage, part: Partition, known: Mapping[str, Partition]
-) -> Iterable[str]:
-    needs, name = stage.needs, stage.name
-    node = f"a node of partition {part.name} has"
-    if needs.nodes > part.nodes:
-        yield f"{where_set(loaded, cluster, name, 'nodes')} is {needs.nodes}, partition {part.name} has {part.nodes}"
-    if needs.gpus_per_node > part.gpus:
-        asked = needs.gpus_per_node != loaded.recipe.resources.train.gpus_per_node
-        key = (
-            f"--gpus {needs.gpus_per_node}:"
-            if asked
-            else f"{where_set(loaded, cluster, name, 'gpus_per_node')} is {needs.gpus_per_node},"
-        )
-        yield f"{key} {node} {part.gpus}; partitions with GPUs: {_with_gpus(known)}"
-    cpus = max(needs.cpus, needs.tasks_per_node)
-    if cpus > part.most_cpus and needs.gpus_per_node <= part.gpus:  # else so many come with the GPUs
-        key = "cpus" if needs.cpus > needs.tasks_per_node else "tasks_per_node"
-        yield f"{where_set(loaded, cluster, name, key) or f'resources.{name}.{key}'} is {cpus}, {node} {part.most_cpus} CPUs"
-    if needs.mem and part.most_mem_mb and megabytes(needs.mem) > part.most_mem_mb:
-        yield f"{where_set(loaded, cluster, name, 'mem')} is {needs.mem}, {node} {part.most_mem_mb} MB"
-
-
-def _time_problems(
-    loaded: LoadedRecipe, cluster: Cluster, stage: Stage, part: Partition, default: int | None
-) -> Iterable[str]:
-    minutes = stage.needs.time_minutes or default
-    if minutes is None:
-        return
-    who = (
-        where_set(loaded, cluster, stage.name, "time")
-        or f"the default time of partition {part.name} (resources.{stage.name}.time asks for another)"
-    )
-    if part.minutes is not None and minutes > part.minutes:
-        yield f"{who} is {wording.duration(minutes * 60)}, partition {part.name} allows {wording.duration(part.minutes * 60)}"
-    warning = cluster.profile.signal_seconds
-    if minutes * 60 <= warning + 60:
-        yield f"{who} is {minutes} min, and a job is told to save {warning} s before its end: nothing is left to work in; give it more time, or lower the profile's signal_seconds"
-
-
-def _rule_problems(cluster: Cluster, stage: Stage, rule: Mapping[str, str], default: str) -> Iterable[str]:
-    """Slurm says ALL where everybody may come in."""
-    own = cluster.profile.stage(stage.name)
-    if rule.get("State", "UP") != "UP":
-        yield f"partition {stage.partition} is {rule['State'].lower()}; choose another one for stage {stage.name} (stages.{stage.name}.partition)"
-    for word, key, mine in (("accounts", "AllowAccounts", own.account or default), ("qos", "AllowQos", own.qos)):
-        allowed = rule.get(key, "ALL")
-        if mine and allowed != "ALL" and mine not in allowed.split(","):
-            yield f"partition {stage.partition} is for the {word} {allowed} alone, yours is {mine}; choose another one for stage {stage.name}"
-
-
-def _with_gpus(known: Mapping[str, Partition]) -> str:
-    return ", ".join(f"{part.name} ({part.gpus})" for part in known.values() if part.gpus) or "none"
-
-
-def megabytes(text: str) -> int:
-    """``64G`` in megabytes (Slurm's default unit), rounded up; see :func:`amlaunch.recipes.format.schema.parse_memory`."""
-    unit = text[-1] if text[-1] in MEGA else ""
-    return math.ceil(int(text.removesuffix(unit)) * MEGA[unit or "M"])
-
-
-def _association_problems(cluster: Cluster, asked: Asked) -> Iterable[str]:
-    accounts, qos, _ = asked.associations
-    for stage in STAGES:
-        own = cluster.profile.stage(stage)
-        for key, given, mine in (("account", own.account, accounts), ("qos", own.qos, qos)):
-            if given and mine and given not in mine:
-                yield f"{cluster.where(stage, key)} {given!r} is not yours; {did_you_mean(given, mine)}"
 
 
 def memory_notes(stages: Sequence[Stage]) -> list[str]:
-    """Said where nobody gives a stage its memory and the site's own default is too small for anything. Raises SlurmError."""
-    default = client.config().get("DefMemPerCPU", "")
-    if not default.isdigit():
+    """Warn about stages without a mem setting if the cluster's default is too small. Raises SlurmError."""
+    default_mb = client.config().get("DefMemPerCPU", "")
+    if not default_mb.isdigit():
         return []
-    small = [
-        (stage, int(default) * max(stage.needs.cpus, stage.needs.tasks_per_node))
-        for stage in stages
-        if not stage.needs.mem
-    ]
-    return [
-        f"stage {stage.name} asks for no memory, and Slurm gives it {mega} MB; resources.{stage.name}.mem, or mem in the profile, asks for more"
-        for stage, mega in small
-        if mega < LITTLE_MEGA
-    ]
+
+    notes = []
+    for stage in stages:
+        mem_mb = int(default_mb) * _cpus(stage)
+        if not stage.needs.mem and mem_mb < MIN_SENSIBLE_MEM_MB:
+            notes.append(
+                f"{stage.name} has no mem setting, so Slurm's default of {mem_mb} MB applies; "
+                f"set resources.{stage.name}.mem, or mem in the profile"
+            )
+    return notes
+
+
+class _StageCheck:
+    """Compare one stage with its partition; each problem starts with the line that set the value."""
+
+    def __init__(self, loaded: LoadedRecipe, cluster: Cluster, stage: Stage, facts: SlurmFacts):
+        self.loaded = loaded
+        self.cluster = cluster
+        self.stage = stage
+        self.facts = facts
+
+    def problems(self) -> Iterator[str]:
+        """List everything that does not fit."""
+        partition = self.facts.partitions.get(self.stage.partition or "")
+        if partition is None:
+            # It was there when the plan was made.
+            name = self.stage.partition or ""
+            yield f"{self.cluster.source}: partition {name!r} does not exist; {self._nearest(name)}"
+            return
+        rules = self.facts.rules.get(partition.name, {})
+        yield from self._size_problems(partition)
+        yield from self._time_problems(partition, client.minutes_of(rules.get("DefaultTime", "")))
+        yield from self._rule_problems(rules)
+
+    def _nearest(self, name: str) -> str:
+        return did_you_mean(name, self.facts.partitions)
+
+    def _where(self, key: str) -> str:
+        """Return the place that set ``key`` and its name, such as ``r.yaml:7: resources.train.mem``; empty if unset."""
+        path = ("resources", self.stage.name, key)
+        if getattr(getattr(self.loaded.recipe.resources, self.stage.name), key) is not None:
+            return f"{self.loaded.lines.get(path, self.loaded.path)}: {'.'.join(path)}"
+        return self.cluster.where(self.stage.name, key)
+
+    def _size_problems(self, partition: Partition) -> Iterator[str]:
+        needs = self.stage.needs
+        node = f"a node of partition {partition.name} has at most"
+        if needs.nodes > partition.nodes:
+            count = f"{partition.nodes} node{'s' * (partition.nodes != 1)}"
+            yield f"{self._where('nodes')} is {needs.nodes}, but partition {partition.name} has {count}"
+
+        if needs.gpus_per_node > partition.gpus:
+            from_option = needs.gpus_per_node != self.loaded.recipe.resources.train.gpus_per_node
+            key = "--gpus" if from_option else self._where("gpus_per_node")
+            yield f"{key} is {needs.gpus_per_node}, but {node} {partition.gpus} GPUs; {self._gpu_partitions()}"
+        elif _cpus(self.stage) > partition.most_cpus:
+            # Reported only if the GPUs fit, because the CPUs are derived from them.
+            key = "cpus" if needs.cpus > needs.tasks_per_node else "tasks_per_node"
+            where = self._where(key) or f"resources.{self.stage.name}.{key}"
+            yield f"{where} is {_cpus(self.stage)}, but {node} {partition.most_cpus} CPUs"
+
+        if needs.mem and partition.most_mem_mb and megabytes(needs.mem) > partition.most_mem_mb:
+            yield f"{self._where('mem')} is {needs.mem}, but {node} {partition.most_mem_mb} MB"
+
+    def _gpu_partitions(self) -> str:
+        names = [f"{part.name} ({part.gpus})" for part in self.facts.partitions.values() if part.gpus]
+        return f"partitions with GPUs: {', '.join(names) or 'none'}"
+
+    def _time_problems(self, partition: Partition, default_minutes: int | None) -> Iterator[str]:
+        minutes = self.stage.needs.time_minutes or default_minutes
+        if minutes is None:
+            return
+        unset = f"partition {partition.name}'s default time (resources.{self.stage.name}.time overrides it)"
+        where = self._where("time") or unset
+        if partition.minutes is not None and minutes > partition.minutes:
+            time, limit = wording.duration(minutes * 60), wording.duration(partition.minutes * 60)
+            yield f"{where} is {time}, but partition {partition.name} allows at most {limit}"
+
+        signal_seconds = self.cluster.profile.signal_seconds
+        if minutes * 60 <= signal_seconds + MIN_WORK_SECONDS:
+            yield (
+                f"{where} is {minutes} min, but jobs are told to save {signal_seconds} s before the limit, "
+                "which leaves no time to work; set a longer time, or a smaller signal_seconds in the profile"
+            )
+
+    def _rule_problems(self, rules: Mapping[str, str]) -> Iterator[str]:
+        name, partition = self.stage.name, self.stage.partition
+        remedy = f"choose another one for stage {name} (stages.{name}.partition in the profile)"
+        state = rules.get("State", "UP")
+        if state != "UP":
+            yield f"partition {partition} is {state.lower()}; {remedy}"
+
+        settings = self.cluster.profile.stage(name)
+        account = settings.account or self.facts.associations[2]
+        for label, key, value in (("accounts", "AllowAccounts", account), ("QOS", "AllowQos", settings.qos)):
+            # Slurm prints ALL where there is no restriction.
+            allowed = rules.get(key, "ALL")
+            if value and allowed != "ALL" and value not in allowed.split(","):
+                yield f"partition {partition} accepts only these {label}: {allowed}; yours is {value}; {remedy}"
+
+
+def _association_problems(cluster: Cluster, facts: SlurmFacts) -> Iterator[str]:
+    accounts, qos, _ = facts.associations
+    for stage in STAGES:
+        settings = cluster.profile.stage(stage)
+        for key, label, value, available in (
+            ("account", "accounts", settings.account, accounts),
+            ("qos", "QOS", settings.qos, qos),
+        ):
+            if value and available and value not in available:
+                where = cluster.where(stage, key)
+                yield f"{where} {value!r} is not one of your {label}; {did_you_mean(value, available)}"
+
+
+def _cpus(stage: Stage) -> int:
+    """Return the CPUs that a job of the stage gets on each node: at least one a task."""
+    return max(stage.needs.cpus, stage.needs.tasks_per_node)
+
+
+def megabytes(text: str) -> int:
+    """Convert a Slurm memory size such as ``64G`` to megabytes, Slurm's default unit, rounded up.
+
+    See :func:`amlaunch.recipes.format.schema.parse_memory`.
+    """
+    unit = text[-1] if text[-1] in MB_PER_UNIT else ""
+    return math.ceil(int(text.removesuffix(unit)) * MB_PER_UNIT[unit or "M"])

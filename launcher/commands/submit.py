@@ -11,7 +11,7 @@ from pathlib import Path
 
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs, check_python
-from amlaunch.launcher.checks.slurm_limits import Asked, check_site, check_stages, memory_notes
+from amlaunch.launcher.checks.slurm_limits import SlurmFacts, check_site, check_stages, memory_notes
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import ErrorCollector, SlurmError
 from amlaunch.launcher.execution import srun_step
@@ -101,7 +101,7 @@ def _prepared(
 
     A check whose own ground is missing (no plan without a recipe) is left out; all others are made.
     """
-    runs, asked = Path(options.runs), Asked()
+    runs, asked = Path(options.runs), SlurmFacts()
     made: list[tuple[LoadedRecipe, Plan]] = []
     notes: list[str] = []
     with problems.collected():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amlaunch.launcher.checks.files_and_disk import MIN_INODES
+from amlaunch.launcher.checks.files_and_disk import MIN_FREE_INODES
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.findings import BAD, OK, WARN, Finding
 from amlaunch.launcher.doctor.probe import Folder, Host, Place, SlurmSite
@@ -70,7 +70,7 @@ def _runs_verdict(folder: Folder, on_cluster: bool) -> tuple[str, str]:
         return BAD, "that is this machine's memory, which no node sees"
     if folder.free_bytes < SCARCE_BYTES:
         return WARN, "room for hardly a checkpoint"
-    if folder.free_files is not None and folder.free_files < MIN_INODES:
+    if folder.free_files is not None and folder.free_files < MIN_FREE_INODES:
         return WARN, f"only {folder.free_files} more files can be made there"
     if on_cluster and not folder.network:
         return WARN, "fine if all nodes see it under the same path (--gpu tries)"
