@@ -29,7 +29,7 @@ from amlaunch.trainer.checkpoints import checkpoint
 from amlaunch.trainer.checkpoints.saver import Saver
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.parallel.world import World
-from amlaunch.trainer.process.errors import leave
+from amlaunch.trainer.process.errors import exit_process
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB; medians: " + ", ".join(f"{name} {value:.3f}" for name, value in medians.items()))
     print(f"training stands still for {medians['async stall'] / medians['sync stall']:.1%} of a synchronous save")
     shutil.rmtree(root)
-    leave(0)
+    exit_process(0)
 
 
 def nothing(found: checkpoint.Whole, out: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from amlaunch.preprocess.shards.shard_format import write_shard
-from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset, gather
+from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset, read_samples
 
 SEQ_LEN = 1024
 SAMPLES = 256
@@ -78,7 +78,7 @@ def timed(name: str, make: Any) -> Any:
     """What ``make`` makes, and how long it took said."""
     began = time.process_time()
     dataset = make()
-    print(f"{name:<8} made in {time.process_time() - began:.2f} s of CPU time: {dataset.described()}", flush=True)
+    print(f"{name:<8} made in {time.process_time() - began:.2f} s of CPU time: {dataset.describe()}", flush=True)
     return dataset
 
 
@@ -87,7 +87,7 @@ def rates(dataset: Any) -> tuple[float, float]:
     order = dataset.order(0)
     wall, own, read = time.perf_counter(), time.process_time(), 0
     for start in range(0, order.size - SAMPLES, SAMPLES):
-        arrays = gather(dataset, order.windows(np.arange(start, start + SAMPLES)))
+        arrays = read_samples(dataset, order.samples(np.arange(start, start + SAMPLES)))
         read += len(arrays[0]) * dataset.seq_len
     return read / (time.perf_counter() - wall) / 1e6, read / (time.process_time() - own) / 1e6
 

@@ -36,12 +36,12 @@ from amlaunch.preprocess.shards.shard_format import HEADER_BYTES, write_shard
 from amlaunch.recipes.shipped import find_recipe
 from amlaunch.trainer.loop.job import build_model, prepare
 from amlaunch.trainer.loop.training_loop import take_steps
-from amlaunch.trainer.parallel.world import join
+from amlaunch.trainer.parallel.world import join_world
 from amlaunch.trainer.process.arguments import parse
-from amlaunch.trainer.process.errors import leave
-from amlaunch.trainer.process.garbage_collection import Collector
-from amlaunch.trainer.process.hang_watch import Watch
-from amlaunch.trainer.process.rank_environment import Ranks
+from amlaunch.trainer.process.errors import exit_process
+from amlaunch.trainer.process.garbage_collection import StepGarbageCollector
+from amlaunch.trainer.process.hang_watch import HangWatch
+from amlaunch.trainer.process.rank_environment import RankEnvironment
 from amlaunch.trainer.process.stop_request import StopFlag
 
 VOCAB, BLOCK, BATCH = 105, 64, 12
@@ -90,7 +90,7 @@ def compare(ours_first: bool, turns: int) -> None:
                 steps.append(spent["by hand"][0] / STEPS)
         wall, cpu = (statistics.median(column) - 1 for column in zip(*ratios, strict=True))
         os.write(out, json.dumps({"wall": wall, "cpu": cpu, "ms": statistics.median(steps) * 1e3}).encode())
-        leave(0)  # as a run does: the process group is never taken down
+        exit_process(0)  # as a run does: the process group is never taken down
 
 
 def timed(loop: Callable[[int], None]) -> tuple[float, float]:
@@ -114,11 +114,11 @@ def our_loop(shard: Path, last: int, held: contextlib.ExitStack) -> Callable[[in
     options = parse("loop", "", [str(find_recipe("char")), *words])
     silent = held.enter_context(open(os.devnull, "w"))
     with contextlib.redirect_stdout(silent):
-        watch = held.enter_context(Watch(0, 600.0, 600.0))
-        collector = Collector()
-        held.callback(collector.release)
-        collector.hold()  # once a run, and so not a step's cost
-        job = prepare(options, StopFlag(), join(options.loaded.recipe.distributed, Ranks()), watch, held)
+        watch = held.enter_context(HangWatch(0, 600.0, 600.0))
+        collector = StepGarbageCollector()
+        held.callback(collector.restore)
+        collector.freeze()  # once a run, and so not a step's cost
+        job = prepare(options, StopFlag(), join_world(options.loaded.recipe.distributed, RankEnvironment()), watch, held)
 
     def run(steps: int) -> None:
         job.last_step = job.step + steps

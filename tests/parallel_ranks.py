@@ -59,12 +59,12 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
     import torch.distributed as dist
 
     from amlaunch.recipes.format.schema import Distributed
-    from amlaunch.trainer.parallel.world import join
-    from amlaunch.trainer.process.errors import leave
-    from amlaunch.trainer.process.rank_environment import from_environment
+    from amlaunch.trainer.parallel.world import join_world
+    from amlaunch.trainer.process.errors import exit_process
+    from amlaunch.trainer.process.rank_environment import read_rank_environment
 
     torch.set_num_threads(1)
-    join(Distributed(timeout_minutes=8), from_environment(os.environ))
+    join_world(Distributed(timeout_minutes=8), read_rank_environment(os.environ))
     found: dict[str, Any] = {}
     for task in tasks:
         print(f"--- {task.name}", flush=True)
@@ -76,17 +76,17 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
     (folder / f"rank{env['RANK']}.pickle").write_bytes(pickle.dumps(found))
     dist.barrier()  # the first rank has the store through which the others may still be meeting
     sys.stdout.flush()
-    leave(0)
+    exit_process(0)
 
 
 def train(run: Run, *overrides: str) -> int:
     """Train on the ranks of this group; the exit code."""
     from amlaunch.trainer.loop.job import run as train_here
     from amlaunch.trainer.process.arguments import parse
-    from amlaunch.trainer.process.errors import guarded
+    from amlaunch.trainer.process.errors import run_guarded
     from amlaunch.trainer.process.stop_request import StopFlag
 
     stop = StopFlag()
-    return guarded(
+    return run_guarded(
         lambda: train_here(parse("amlaunch.trainer", "", [*run.arguments("amlaunch.trainer")[4:], *overrides]), stop)
     )

@@ -33,7 +33,7 @@ from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.format.schema import Compile, Distributed, Fp8, Recipe
 from amlaunch.recipes.shipped import find_recipe
-from amlaunch.trainer.data.batches import StepBatches, on_device
+from amlaunch.trainer.data.batches import StepBatches, move_to_device
 from amlaunch.trainer.data.datasets import NanogptDataset
 from amlaunch.trainer.loop import training_loop
 from amlaunch.trainer.loop.job import check_graphs, paths
@@ -42,8 +42,8 @@ from amlaunch.trainer.models.llama import build_llama_model
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.performance import attention_kernels, fp8
 from amlaunch.trainer.performance.attention_kernels import BACKENDS
-from amlaunch.trainer.performance.compilation import scope_of
-from amlaunch.trainer.process.garbage_collection import Collector
+from amlaunch.trainer.performance.compilation import compile_scope
+from amlaunch.trainer.process.garbage_collection import StepGarbageCollector
 from amlaunch.trainer.process.start_time import seconds_since_start
 from amlaunch.trainer.tools import roofline
 from amlaunch.trainer.tools.bench import main, text_of
@@ -207,50 +207,50 @@ def test_products_in_eight_bits_are_near_and_exact_where_the_numbers_fit(half: b
     exact = [
         torch.randint(-1, 2, shape).float() for shape in ((16, 32), (48, 32))
     ]  # -1, 0, 1 have no rounding, and sums fit
-    product = fp8.product(*(fp8.scaled(matrix, fp8.NARROW) for matrix in exact), dtype=torch.float32)
+    product = fp8.scaled_product(*(fp8.quantize(matrix, fp8.E4M3) for matrix in exact), dtype=torch.float32)
     torch.testing.assert_close(product, exact[0] @ exact[1].t(), rtol=1e-6, atol=1e-5)
 
 
 def test_eight_bits_are_refused_where_there_are_none() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    assert fp8.use(model, Fp8(), CPU) == 0
+    assert fp8.convert_linear_layers(model, Fp8(), CPU) == 0
     with pytest.raises(BadInput, match="this is the CPU; write false"):
-        fp8.use(model, Fp8(enabled=True), CPU)
+        fp8.convert_linear_layers(model, Fp8(enabled=True), CPU)
     with pytest.raises(BadInput, match="tp_size: 1"):
-        fp8.use(model, Fp8(enabled=True), CPU, ranks_of_a_layer=2)
+        fp8.convert_linear_layers(model, Fp8(enabled=True), CPU, ranks_of_a_layer=2)
 
 
 def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "refuse", lambda *_: None)  # as if there were a GPU: which layers are chosen is the same
+    monkeypatch.setattr(fp8, "check_support", lambda *_: None)  # as if there were a GPU: which layers are chosen is the same
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     names = set(model.state_dict())
-    assert fp8.use(model, Fp8(enabled=True, exclude=["*.c_proj"]), CPU) == 4
+    assert fp8.convert_linear_layers(model, Fp8(enabled=True, exclude=["*.c_proj"]), CPU) == 4
     assert {name for name, module in model.named_modules() if type(module) is fp8.Float8Linear} == {
         f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")
     }
     assert set(model.state_dict()) == names
     with pytest.raises(BadInput, match="fits no linear layer"):
-        fp8.use(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
+        fp8.convert_linear_layers(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
     with pytest.raises(BadInput, match="multiples of 16"):
-        fp8.use(build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU)
+        fp8.convert_linear_layers(build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU)
 
 
 # --- choices --------------------------------------------------------------------------------------
 
 
 def test_a_whole_model_is_compiled_where_nothing_has_to_go_on_between_its_blocks() -> None:
-    assert scope_of(Compile(), Distributed(strategy="ddp"), 1) == "model"
-    assert scope_of(Compile(), Distributed(strategy="ddp"), 8) == "blocks"
-    assert scope_of(Compile(), Distributed(strategy="fsdp2"), 1) == "blocks"
-    assert scope_of(Compile(scope="model"), Distributed(strategy="ddp"), 8) == "model"
+    assert compile_scope(Compile(), Distributed(strategy="ddp"), 1) == "model"
+    assert compile_scope(Compile(), Distributed(strategy="ddp"), 8) == "blocks"
+    assert compile_scope(Compile(), Distributed(strategy="fsdp2"), 1) == "blocks"
+    assert compile_scope(Compile(scope="model"), Distributed(strategy="ddp"), 8) == "model"
 
 
 def test_the_backend_of_attention_is_known_and_the_cpu_chooses_itself() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    found = attention_kernels.taken(model, attention_kernels.wanted(None, CPU), 16, torch.float32, CPU)
+    found = attention_kernels.select_backend(model, attention_kernels.backend_order(None, CPU), 16, torch.float32, CPU)
     assert found is not None and found.backend in attention_kernels.BACKENDS and found.warning is None
-    assert attention_kernels.wanted(["math"], CPU) == ("math",)
-    assert attention_kernels.taken(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
+    assert attention_kernels.backend_order(["math"], CPU) == ("math",)
+    assert attention_kernels.select_backend(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
 
 
 def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,8 +266,8 @@ def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypa
     )
     gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2, dropout=0.1)
     for model in (llama, gpt2):
-        attention_kernels.taken(model, ("math",), 8, torch.float32, CPU)
-    attention_kernels.taken(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
+        attention_kernels.select_backend(model, ("math",), 8, torch.float32, CPU)
+    attention_kernels.select_backend(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
     assert [
         (call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in asked
     ] == [(4, 2, True, 0.0), (2, 2, False, 0.1), (2, 2, False, 0.1)]
@@ -290,11 +290,11 @@ def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch:
     gpu = torch.device("cuda")
     for capability, first in (((9, 0), "cudnn_attention"), ((8, 0), "flash_attention")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert attention_kernels.wanted(None, gpu)[0] == first
+        assert attention_kernels.backend_order(None, gpu)[0] == first
         for had in (first, "math"):
             monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *, found=had, **_: BACKENDS[found].value)
             with FakeTensorMode():  # as if there were a GPU
-                found = attention_kernels.taken(model, attention_kernels.wanted(None, gpu), 8, torch.bfloat16, gpu)
+                found = attention_kernels.select_backend(model, attention_kernels.backend_order(None, gpu), 8, torch.bfloat16, gpu)
             assert found is not None and found.backend == had
             assert found.warning == (
                 None if had == first else f"{first} was wanted and cannot be had: the heads are too wide"
@@ -306,19 +306,19 @@ def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_t
 ) -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
     order, gpu = ("flash_attention", "efficient_attention"), torch.device("cuda")
-    assert attention_kernels.taken(
+    assert attention_kernels.select_backend(
         model, order, 8, torch.bfloat16, gpu, packed=True, compiled=True
-    ) == attention_kernels.Taken("flex_attention", None)
+    ) == attention_kernels.AttentionBackend("flex_attention", None)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **_: BACKENDS["efficient_attention"].value)
     with FakeTensorMode():  # as if there were a GPU
-        found = attention_kernels.taken(model, order, 8, torch.bfloat16, gpu, packed=True)
+        found = attention_kernels.select_backend(model, order, 8, torch.bfloat16, gpu, packed=True)
     assert found is not None and found.backend == "efficient_attention"
     assert "compile.enabled true leaves that out" in str(found.warning)
 
 
 def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(attention_kernels, "taken", lambda *_, **more: asked.append(more))
+    monkeypatch.setattr(attention_kernels, "select_backend", lambda *_, **more: asked.append(more))
     run = Run(tmp_path / "run", recipe(tmp_path))
     for words in ([], ["--packed_sequence.packed_sequence_size=16", "--compile.enabled=true"]):
         found = load(run.folder / "recipe.yaml", words).recipe
@@ -393,7 +393,7 @@ def test_what_a_gpu_is_given_is_pinned_and_not_waited_for(tmp_path: Path, monkey
     batches = StepBatches(dataset, dataset.order(0), 4, None, World(0, 1, torch.device("cuda"), timedelta(minutes=1)))
     host = batches._read(0)
     with Copies() as copies:
-        batch = on_device(host, torch.device("meta"))  # the one device besides the CPU that is everywhere
+        batch = move_to_device(host, torch.device("meta"))  # the one device besides the CPU that is everywhere
     assert pinned == [(4, 9)] and copies.found == [True]
     assert batch.inputs.shape == (4, 8) and batch.inputs.dtype is torch.int64
 
@@ -404,7 +404,7 @@ def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
     model.h[1].register_forward_hook(lambda *args: seen.append(args[2].dtype))
     for asked in (False, True):
         if asked:
-            attention_kernels.carry_in(model, torch.bfloat16)
+            attention_kernels.cast_residual_stream(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros(1, 4, dtype=torch.int64))
     assert seen == [torch.float32, torch.bfloat16]
@@ -434,7 +434,7 @@ def test_attention_computes_in_bfloat16_all_three_of_them(how: str, packed: bool
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     for model in (gpt2, llama):
         if how == "residual":
-            attention_kernels.carry_in(model, torch.bfloat16)
+            attention_kernels.cast_residual_stream(model, torch.bfloat16)
         if how == "weights":  # as FSDP2 gathers them
             model.bfloat16()
         with torch.autocast("cpu", torch.bfloat16, enabled=how != "weights"), Attended() as attended:
@@ -504,13 +504,13 @@ def test_a_step_reads_nothing_back_and_collects_no_garbage(
 
 
 def test_garbage_waits_until_training_is_over() -> None:
-    collector = Collector()
-    collector.hold()
+    collector = StepGarbageCollector()
+    collector.freeze()
     try:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
         collector.step(1000)
     finally:
-        collector.release()
+        collector.restore()
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 

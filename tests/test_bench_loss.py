@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amlaunch.recipes.errors import OK, BadInput
-from amlaunch.trainer.loss import LinearCrossEntropy, MaskedCrossEntropy, loss_of
+from amlaunch.trainer.loss import LinearCrossEntropy, MaskedCrossEntropy, compute_loss
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
 from tests.trainer_runs import Run, recipe
@@ -120,7 +120,7 @@ def test_a_models_loss_and_gradients_are_those_of_its_logits(build: Any, tied: b
     inputs, labels = torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8))
     found = []
     for loss_fn in (LinearCrossEntropy(chunk_tokens=5), MaskedCrossEntropy()):
-        loss = loss_of(model, model, loss_fn, inputs, labels)
+        loss = compute_loss(model, model, loss_fn, inputs, labels)
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)

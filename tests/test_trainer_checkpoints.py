@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from test_trainer_runs import TIGHT, make, on_cpu, same_bits, same_weights, weights
 from trainer_runs import Run, killed_at, recipe
 
-from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK, BadInput
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.checkpoints import checkpoint
 from amlaunch.trainer.checkpoints.saver import superfluous
@@ -298,7 +298,7 @@ def test_a_run_begins_from_another_ones_checkpoint(
     other = Run(tmp_path / "other", half.tree)
     (other.folder / "stop").touch()
     wish = ("--checkpoint.restore_from", str(half.checkpoints / "step-00000008"))
-    assert other.here(*wish) == GO_ON_LATER
+    assert other.here(*wish) == RESUMABLE
     assert steps_of(other) == [8], "stopped at once, it saves what it began from"
     (other.folder / "stop").unlink()
     assert other.here(*wish) == OK

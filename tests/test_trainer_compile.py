@@ -29,13 +29,13 @@ from trainer_runs import Run
 from amlaunch.preprocess.shards.shard_format import write_shard
 from amlaunch.recipes.errors import OK
 from amlaunch.recipes.format.schema import Compile, Distributed
-from amlaunch.trainer.loss import LinearCrossEntropy, loss_and_gradient, loss_of
+from amlaunch.trainer.loss import LinearCrossEntropy, compute_loss, loss_and_gradient
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
-from amlaunch.trainer.parallel.world import World, join, micro_step, spread
+from amlaunch.trainer.parallel.world import World, join_world, micro_step, parallelize
 from amlaunch.trainer.performance.activation_checkpointing import checkpoint_activations
 from amlaunch.trainer.performance.compilation import CACHE_VARIABLE, compile_model
-from amlaunch.trainer.process.rank_environment import Ranks, from_environment
+from amlaunch.trainer.process.rank_environment import RankEnvironment, read_rank_environment
 
 pytestmark = pytest.mark.slow  # tracing takes seconds
 
@@ -80,7 +80,7 @@ def train(
     torch.manual_seed(0)
     bare = BUILDERS[family](**(sizes or TINY[family]))
     compile_model(bare, Compile(enabled=scope is not None), scope or "model")
-    model = spread(bare, section, world, seed=0)
+    model = parallelize(bare, section, world, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batch = torch.randint(0, 64, (2, 2, 17), generator=torch.Generator().manual_seed(1))
     found = []
@@ -112,7 +112,7 @@ def world() -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLAUNCH_DEVICE", "cpu")
         torch.set_num_threads(1)
-        yield join(Distributed(), Ranks())
+        yield join_world(Distributed(), RankEnvironment())
         if dist.is_initialized():  # a run in this process takes it down
             time.sleep(0.05)  # see trainer_runs
             dist.destroy_process_group()
@@ -154,7 +154,7 @@ def test_a_checkpointed_block_computes_again_through_any_forward_and_has_a_class
     checkpoint_activations(model, "full")
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     assert sorted(calls) == [0, 0, 1, 1]
-    assert len({type(block) for block in model.h[1:]}) == 1 and type(model.h[1]).__name__ == "Block"
+    assert len({type(block) for block in model.h[1:]}) == 1 and type(model.h[1]).__name__ == "GPT2Block"
 
 
 # --- two ranks --------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ TWO: dict[str, tuple[str, str, dict[str, Any]]] = {
 def compared(scope: str, family: str, keys: dict[str, Any]) -> tuple[int, list[float], list[float]]:
     """How many graphs there are, and the losses, compiled and not; DDP has a model of more than one of its buckets."""
     section = Distributed(dtype="float64", **keys)
-    world = join(section, from_environment(os.environ))
+    world = join_world(section, read_rank_environment(os.environ))
     sizes = WIDE if section.strategy == "ddp" else None
     return *graphs(world, section, scope, family, sizes), train(world, section, None, family, sizes)
 
@@ -212,8 +212,11 @@ class Reductions(TorchDispatchMode):
 def reductions(strategy: str) -> list[int]:
     """How often gradients are reduced in a step of one micro-batch, and in one of three."""
     section = Distributed(dtype="float64", strategy=strategy)
-    model = spread(
-        build_gpt2_model(**{**TINY["gpt2"], "n_layer": 2}), section, join(section, from_environment(os.environ)), seed=0
+    model = parallelize(
+        build_gpt2_model(**{**TINY["gpt2"], "n_layer": 2}),
+        section,
+        join_world(section, read_rank_environment(os.environ)),
+        seed=0,
     )
     found = []
     for count in (1, 1, 3):  # DDP finds its buckets in the first
@@ -248,7 +251,7 @@ def test_a_cache_that_cannot_be_written_is_left_with_a_warning(
 def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:
     """Red where it is: reducing with nobody, for copies of all gradients."""
     bare = build_gpt2_model(**TINY["gpt2"])
-    assert spread(bare, Distributed(strategy="ddp"), world, seed=0) is bare
+    assert parallelize(bare, Distributed(strategy="ddp"), world, seed=0) is bare
 
 
 # --- everything fast at once ------------------------------------------------------------------------------
@@ -355,5 +358,5 @@ def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch,
     model: nn.Module = build_gpt2_model(**TINY["gpt2"])
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with torch.set_grad_enabled(trains):
-        loss_of(model, model, loss_fn, tokens, tokens)
+        compute_loss(model, model, loss_fn, tokens, tokens)
     assert asked == [trains] * 4

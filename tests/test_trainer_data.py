@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from amlaunch.preprocess.shards.shard_format import write_shard
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json
-from amlaunch.trainer.data.batches import Batch, StepBatches, ValidationBatches, on_device, on_host
-from amlaunch.trainer.data.datasets import NanogptDataset, gather, sample_length
-from amlaunch.trainer.data.prefetch import Prefetcher, Turns
-from amlaunch.trainer.data.sample_order import Order, permute, share_of_step
+from amlaunch.trainer.data.batches import Batch, StepBatches, ValidationBatches, move_to_device, read_host_batch
+from amlaunch.trainer.data.datasets import NanogptDataset, read_samples, sample_length
+from amlaunch.trainer.data.prefetch import Prefetcher, PrefetcherPool
+from amlaunch.trainer.data.sample_order import SourceOrder, permute, rank_positions
 from amlaunch.trainer.data.token_stream import TokenStream
-from amlaunch.trainer.loss import IGNORED
+from amlaunch.trainer.loss import IGNORE_INDEX
 from amlaunch.trainer.parallel.world import World
 
 UINT16 = np.dtype("<u2")
@@ -75,11 +75,11 @@ def test_large_sizes_stay_in_range() -> None:
 def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(
     ranks: int, local: int, size: int, shuffle: bool, seed: int
 ) -> None:
-    order, batch = Order(size, seed, shuffle), ranks * local
+    order, batch = SourceOrder(size, seed, shuffle), ranks * local
     steps = -(-2 * size // batch)
-    shares = [order.windows(share_of_step(step, batch, rank, ranks)) for step in range(steps) for rank in range(ranks)]
+    shares = [order.samples(rank_positions(step, batch, rank, ranks)) for step in range(steps) for rank in range(ranks)]
     seen = np.concatenate(shares)
-    assert np.array_equal(seen, order.windows(np.arange(steps * batch)))
+    assert np.array_equal(seen, order.samples(np.arange(steps * batch)))
     for epoch in (0, 1):
         assert sorted(seen[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
 
@@ -101,7 +101,7 @@ def test_no_target_of_an_epoch_is_lost_or_seen_twice(tmp_path: Path) -> None:
     for name, length in (("a", 50), ("b", 3), ("c", 76)):
         shard(tmp_path / f"{name}.bin", np.arange(length) + {"a": 0, "b": 50, "c": 53}[name])
     dataset = NanogptDataset(file_pattern=str(tmp_path / "*.bin"), seq_len=8, shuffle_files=True)
-    (rows,) = dataset.batch(Order(len(dataset), 3, True).windows(np.arange(len(dataset))))
+    (rows,) = dataset.batch(SourceOrder(len(dataset), 3, True).samples(np.arange(len(dataset))))
     assert sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 129))
     assert sorted(rows[:, :-1].ravel().tolist()) == list(range(128))
 
@@ -109,7 +109,7 @@ def test_no_target_of_an_epoch_is_lost_or_seen_twice(tmp_path: Path) -> None:
 def test_tokens_become_inputs_and_labels(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.bin", np.arange(60_000, 60_017))
     dataset = NanogptDataset(file_pattern=str(path), seq_len=8)
-    batch = on_device(on_host(dataset, np.array([1, 0]), None, pin=False), torch.device("cpu"))
+    batch = move_to_device(read_host_batch(dataset, np.array([1, 0]), None, pin=False), torch.device("cpu"))
     assert batch.inputs.dtype is torch.int64
     assert batch.inputs[0].tolist() == list(range(60_008, 60_016))
     assert torch.equal(batch.labels, batch.inputs + 1)
@@ -120,7 +120,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_before_it_reaches_the_model(tm
     path = shard(tmp_path / "a.bin", np.arange(90, 107))
     dataset = NanogptDataset(file_pattern=str(path), seq_len=8)
     with pytest.raises(BadInput, match=r"token id 106, but model\.vocab_size is 97"):
-        on_host(dataset, np.array([0, 1]), 97, pin=False)
+        read_host_batch(dataset, np.array([0, 1]), 97, pin=False)
 
 
 def test_a_manifest_gives_the_shards_of_a_split(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ class Pairs:
 
 
 def test_a_users_own_data_set_brings_its_labels() -> None:
-    inputs, labels = gather(Pairs(), np.array([4, 1]))
+    inputs, labels = read_samples(Pairs(), np.array([4, 1]))
     assert inputs.tolist() == [[4, 5], [1, 2]]
     assert labels.tolist() == [[-100, 6], [-100, 3]]
     assert sample_length(Pairs()) == 2
@@ -176,7 +176,7 @@ def test_a_users_own_data_set_brings_its_labels() -> None:
 
 def test_ranks_share_a_step_out_of_the_prefetching_thread(tmp_path: Path) -> None:
     dataset = NanogptDataset(file_pattern=str(shard(tmp_path / "a.bin", np.arange(500))), seq_len=7)
-    order = Order(len(dataset), 5, True)
+    order = SourceOrder(len(dataset), 5, True)
     seen: list[Batch] = []
     for rank in range(2):
         batches = StepBatches(dataset, order, 4, None, world(rank, 2))
@@ -184,16 +184,16 @@ def test_ranks_share_a_step_out_of_the_prefetching_thread(tmp_path: Path) -> Non
         seen += [batches.next(), batches.next()]
         batches.close()
     got = torch.cat([seen[0].inputs, seen[2].inputs, seen[1].inputs, seen[3].inputs])[:, 0]
-    assert (got // 7).tolist() == order.windows(np.arange(12, 20)).tolist()
+    assert (got // 7).tolist() == order.samples(np.arange(12, 20)).tolist()
 
 
 def test_validation_gives_all_ranks_as_many_batches_and_counts_each_window_once(tmp_path: Path) -> None:
     dataset = NanogptDataset(file_pattern=str(shard(tmp_path / "a.bin", np.arange(71))), seq_len=7)  # 10 windows
     counted: list[int] = []
     for rank in range(2):
-        batches = list(ValidationBatches(dataset, Order(10, 0, False), 3, 20, None, world(rank, 2)).batches())
+        batches = list(ValidationBatches(dataset, SourceOrder(10, 0, False), 3, 20, None, world(rank, 2)).batches())
         assert [batch.inputs.shape for batch in batches] == [(3, 7)] * 2
-        counted += [int(row[0]) for batch in batches for row in batch.labels if row[0] != IGNORED]
+        counted += [int(row[0]) for batch in batches for row in batch.labels if row[0] != IGNORE_INDEX]
     assert sorted(counted) == [1 + 7 * i for i in range(10)]
 
 
@@ -265,7 +265,7 @@ def test_workers_take_turns_and_an_error_comes_out_at_its_place() -> None:
         return item
 
     for workers in range(4):
-        turns = Turns(make, range(8), workers, 2)
+        turns = PrefetcherPool(make, range(8), workers, 2)
         assert [turns.next() for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(BadInput, match="no such token"):
             turns.next()

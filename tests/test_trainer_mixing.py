@@ -17,15 +17,15 @@ from amlaunch.preprocess.shards.shard_format import write_shard
 from amlaunch.recipes.errors import BAD_INPUT, OK, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset
-from amlaunch.trainer.data.sample_order import Mixture, Order, share_of_step, whole_shares
+from amlaunch.trainer.data.sample_order import MixtureOrder, SourceOrder, rank_positions, whole_shares
 
 __all__ = ["on_cpu"]  # an autouse fixture
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 
 
-def mixture(sizes: list[int], shares: list[int], seed: int = 0, shuffle: bool = True) -> Mixture:
+def mixture(sizes: list[int], shares: list[int], seed: int = 0, shuffle: bool = True) -> MixtureOrder:
     names = tuple(f"s{k}" for k in range(len(sizes)))
-    return Mixture(names, tuple(Order(size, seed, shuffle) for size in sizes), tuple(shares))
+    return MixtureOrder(names, tuple(SourceOrder(size, seed, shuffle) for size in sizes), tuple(shares))
 
 
 @given(shares=SHARES, data=st.data(), count=st.integers(1, 3000))
@@ -36,7 +36,7 @@ def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(
 ) -> None:
     sizes = data.draw(st.lists(st.integers(1, 400), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares)
-    which = np.searchsorted(np.cumsum(sizes), mixed.windows(np.arange(count)), side="right")
+    which = np.searchsorted(np.cumsum(sizes), mixed.samples(np.arange(count)), side="right")
     for k, share in enumerate(shares):
         mine = np.cumsum(which == k)
         wanted = np.arange(1, count + 1) * share / sum(shares)
@@ -52,10 +52,10 @@ def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(
 ) -> None:
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares, 3, shuffle)
-    found = mixed.windows(np.arange(1500))
+    found = mixed.samples(np.arange(1500))
     for order, begin in zip(mixed.orders, mixed.offsets.tolist(), strict=True):
         mine = found[(found >= begin) & (found < begin + order.size)] - begin
-        assert np.array_equal(mine, order.windows(np.arange(len(mine))))
+        assert np.array_equal(mine, order.samples(np.arange(len(mine))))
 
 
 @given(ranks=st.integers(1, 64), steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=4), shares=SHARES)
@@ -64,8 +64,8 @@ def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(
 def test_ranks_and_resumes_do_not_matter(ranks: int, steps: list[int], shares: list[int]) -> None:
     mixed = mixture([97 + k for k in range(len(shares))], shares)
     for step in steps:
-        parts = [mixed.windows(share_of_step(step, 2 * ranks, rank, ranks)) for rank in range(ranks)]
-        assert np.array_equal(np.concatenate(parts), mixed.windows(np.arange(2 * ranks) + step * 2 * ranks))
+        parts = [mixed.samples(rank_positions(step, 2 * ranks, rank, ranks)) for rank in range(ranks)]
+        assert np.array_equal(np.concatenate(parts), mixed.samples(np.arange(2 * ranks) + step * 2 * ranks))
 
 
 def test_weights_are_exact_where_they_can_be() -> None:
@@ -86,14 +86,14 @@ def test_rows_come_from_their_sources(tmp_path: Path) -> None:
     }
     mixed = MixedDataset(sources=keys, seq_len=8, shuffle_files=True)
     order = mixed.order(5)
-    (rows,) = mixed.batch(order.windows(np.arange(40)))
+    (rows,) = mixed.batch(order.samples(np.arange(40)))
     assert np.bincount(rows[:, 0] // 100).tolist() == [20, 10, 10]
     assert np.all(rows[:, 1:] == rows[:, :-1] + 1)
     assert len(mixed) == order.size == 30 and order.epochs(40) == {"a": 2.0, "b": 1.0, "c": 1.0}
-    assert "a 50.0%: 10 windows" in mixed.described()
+    assert "a 50.0%: 10 windows" in mixed.describe()
     turned = MixedDataset(sources=dict(reversed(keys.items())), seq_len=8, shuffle_files=True)
     assert turned.fingerprint() == mixed.fingerprint() and np.array_equal(
-        turned.order(5).windows(np.arange(40)), order.windows(np.arange(40))
+        turned.order(5).samples(np.arange(40)), order.samples(np.arange(40))
     )
 
 
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
     assert "expected sections by name" in problem("--dataset.sources", "[]")
     assert "no preprocess section" in problem("--dataset.sources.web.file_pattern", "null")
     loaded = load(tmp_path / "r.yaml")
-    assert [Path(place).name for place in loaded.places("dataset")] == ["a.bin", "b.bin"]
+    assert [Path(place).name for place in loaded.data_paths("dataset")] == ["a.bin", "b.bin"]
     with pytest.raises(BadInput, match=r"dataset\.sources\.x: dataset\.file_pattern: nothing matches"):
         MixedDataset(sources={"x": {"file_pattern": str(tmp_path / "none*.bin")}}, seq_len=8)
 

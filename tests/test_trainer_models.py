@@ -14,8 +14,8 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.loss import MaskedCrossEntropy
-from amlaunch.trainer.models.base import blocks, context_of, flops_per_token, parameter_count, vocab_rows
-from amlaunch.trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
+from amlaunch.trainer.models.base import blocks, context_length, flops_per_token, parameter_count, vocab_rows
+from amlaunch.trainer.models.gpt2 import TRANSPOSED_IN_HF, build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
 from amlaunch.trainer.models.pretrained import load_pretrained_model
 
@@ -76,7 +76,7 @@ def test_gpt2_equals_transformers(activation: str) -> None:
     grads = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         other = grads[f"transformer.{name}"].grad
-        assert relative(parameter.grad, other.t() if name.endswith(TRANSPOSED) else other) < TIGHT, name
+        assert relative(parameter.grad, other.t() if name.endswith(TRANSPOSED_IN_HF) else other) < TIGHT, name
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -201,7 +201,7 @@ def test_transformers_models_state_their_sizes() -> None:
     from transformers import AutoModelForCausalLM, GPT2Config
 
     model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2_SIZES, bos_token_id=0, eos_token_id=0))
-    assert (vocab_rows(model), context_of(model), len(blocks(model))) == (97, 16, 2)
+    assert (vocab_rows(model), context_length(model), len(blocks(model))) == (97, 16, 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -16,12 +16,12 @@ from test_trainer_data import UINT16, world
 from amlaunch.preprocess.shards.shard_format import write_shard
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Distributed
-from amlaunch.trainer.data.batches import Batch, StepBatches, on_device, on_host, places
+from amlaunch.trainer.data.batches import Batch, StepBatches, document_positions, move_to_device, read_host_batch
 from amlaunch.trainer.data.datasets import NanogptDataset, PackedDataset, data_fingerprint
-from amlaunch.trainer.data.packing import BEGINS, UNLABELLED, cut, pack
+from amlaunch.trainer.data.packing import PIECE_BEGINS, UNLABELLED, assign_rows, cut_documents
 from amlaunch.trainer.data.token_stream import aligned_starts
-from amlaunch.trainer.loss import IGNORED, MaskedCrossEntropy
-from amlaunch.trainer.models.attention import attend, attend_by_blocks
+from amlaunch.trainer.loss import IGNORE_INDEX, MaskedCrossEntropy
+from amlaunch.trainer.models.attention import attend, flex_attend
 from amlaunch.trainer.models.base import logits_of
 from amlaunch.trainer.models.document_masks import keep_documents_apart
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
@@ -47,7 +47,7 @@ def packed_set(folder: Path, documents: list[np.ndarray], size: int, shards: int
 @given(lengths=st.lists(st.integers(1, 33), min_size=1, max_size=200), size=st.integers(33, 80))
 @settings(max_examples=100, deadline=None)
 def test_rows_hold_every_piece_once_and_are_as_few_as_best_fit_makes_them(lengths: list[int], size: int) -> None:
-    rows = pack(np.array(lengths), size)
+    rows = assign_rows(np.array(lengths), size)
     filled = np.bincount(rows, weights=lengths)
     assert filled.max() <= size and filled.min() > 0
     firsts = [rows.tolist().index(row) for row in range(len(filled))]
@@ -66,7 +66,7 @@ def test_rows_hold_every_piece_once_and_are_as_few_as_best_fit_makes_them(length
 @settings(max_examples=100, deadline=None)
 def test_documents_that_are_too_long_are_cut_and_counted(lengths: list[int], longest: int) -> None:
     starts = np.cumsum([0, *lengths[:-1]])
-    pieces = cut(starts, sum(lengths), longest, every_label=False)
+    pieces = cut_documents(starts, sum(lengths), longest, every_label=False)
     expected = [
         (begin + at, min(longest, length - at))
         for begin, length in zip(starts.tolist(), lengths, strict=True)
@@ -95,13 +95,13 @@ def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(
     dataset = packed_set(
         tmp_path_factory.mktemp("packed"), documents, size, shards, seq_len=seq_len, bos_token=0, shuffle_files=True
     )
-    inputs, labels, marks = dataset.batch(dataset.order(3).windows(np.arange(len(dataset)) + epoch * len(dataset)))
+    inputs, labels, marks = dataset.batch(dataset.order(3).samples(np.arange(len(dataset)) + epoch * len(dataset)))
     counted = marks & UNLABELLED == 0
     stream = np.concatenate(documents)
     assert sorted(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True)) == sorted(
         zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True)
     )
-    positions, _ = places(torch.from_numpy(marks & BEGINS))
+    positions, _ = document_positions(torch.from_numpy(marks & PIECE_BEGINS))
     assert int(positions.max()) < min(size, seq_len) and np.all((inputs == 0) | (positions.numpy() >= 0))
     padding = len(dataset) * size - len(stream)
     assert np.count_nonzero(~counted) == padding + 1  # nothing follows the last token
@@ -115,10 +115,10 @@ def test_without_a_beginning_token_the_last_token_of_a_document_has_no_label(tmp
     dataset = packed_set(tmp_path, [document.astype(UINT16) for document in documents], 8)
     inputs, _, marks = dataset.batch(np.arange(1))
     assert inputs.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0]]
-    assert (marks & BEGINS).tolist() == [[1, 0, 0, 1, 0, 1, 1, 1]]
-    batch = on_device(on_host(dataset, np.arange(1), 97, pin=False), torch.device("cpu"))
-    assert batch.labels.tolist() == [[2, 3, IGNORED, 5, IGNORED, IGNORED, IGNORED, IGNORED]]
-    assert "3 documents in 1 rows of 8, 75.0% filled, 0 of them cut" in dataset.described()
+    assert (marks & PIECE_BEGINS).tolist() == [[1, 0, 0, 1, 0, 1, 1, 1]]
+    batch = move_to_device(read_host_batch(dataset, np.arange(1), 97, pin=False), torch.device("cpu"))
+    assert batch.labels.tolist() == [[2, 3, IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
+    assert "3 documents in 1 rows of 8, 75.0% filled, 0 of them cut" in dataset.describe()
 
 
 MODELS = {
@@ -169,9 +169,9 @@ def test_the_loss_is_that_of_the_documents_one_by_one(tmp_path: Path, which: str
     keep_documents_apart(model, Distributed())
     documents = documents_of([5, 24, 11, 3, 17, 9, 1, 8, 60])
     dataset = packed_set(tmp_path, documents, 24)
-    batch = on_device(on_host(dataset, np.arange(len(dataset)), 97, pin=False), torch.device("cpu"))
+    batch = move_to_device(read_host_batch(dataset, np.arange(len(dataset)), 97, pin=False), torch.device("cpu"))
     loss_fn = MaskedCrossEntropy()
-    packed = loss_fn(logits_of(model(batch.inputs, **batch.more)), batch.labels)
+    packed = loss_fn(logits_of(model(batch.inputs, **batch.forward_kwargs)), batch.labels)
     packed.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
@@ -188,7 +188,7 @@ def one_by_one(documents: list[np.ndarray], longest: int) -> list[tuple[torch.Te
     """Each document, or part of one that is too long, as a batch of one; its last token is followed by the next document's BOS."""
     found = []
     for k, document in enumerate(documents):
-        labels = [*document[1:].tolist(), BOS if k + 1 < len(documents) else IGNORED]
+        labels = [*document[1:].tolist(), BOS if k + 1 < len(documents) else IGNORE_INDEX]
         for at in range(0, len(document), longest):
             found.append(
                 (
@@ -227,7 +227,7 @@ def test_models_that_would_look_across_documents_are_refused_by_name() -> None:
 @settings(max_examples=50, deadline=None)
 def test_places_count_from_each_mark(marks: list[bool]) -> None:
     row = torch.tensor([[True, *marks]]).to(torch.uint8)
-    positions, documents = places(row)
+    positions, documents = document_positions(row)
     expected, at = [], -1
     for mark in row[0].tolist():
         at = 0 if mark else at + 1
@@ -245,10 +245,10 @@ def test_micro_batches_keep_their_documents(tmp_path: Path) -> None:
     assert batch is not None
     parts = batch.split(1)
     assert all(
-        torch.equal(torch.cat([part.more[name] for part in parts]), batch.more[name])
+        torch.equal(torch.cat([part.forward_kwargs[name] for part in parts]), batch.forward_kwargs[name])
         for name in ("position_ids", "documents")
     )
-    assert Batch(batch.inputs, batch.labels).split(1)[0].more == {}
+    assert Batch(batch.inputs, batch.labels).split(1)[0].forward_kwargs == {}
 
 
 def test_attention_by_documents_is_attention_of_each_alone() -> None:
@@ -266,7 +266,7 @@ def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_aga
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v = (torch.randn(2, heads, 256, 16, dtype=torch.float64) for heads in (4, 2, 2))
-    compiled = torch.compile(attend_by_blocks, backend="eager", fullgraph=True, dynamic=False)
+    compiled = torch.compile(flex_attend, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             documents = torch.randint(0, 2, (2, 256)).cumsum(1).to(torch.int32)
@@ -333,8 +333,8 @@ def test_packing_belongs_to_what_a_checkpoint_remembers(tmp_path: Path) -> None:
 
 
 def test_a_data_set_without_documents_is_refused() -> None:
-    from amlaunch.trainer.data.datasets import packed
+    from amlaunch.trainer.data.datasets import pack_dataset
 
-    assert packed([1, 2], 0) == [1, 2]
+    assert pack_dataset([1, 2], 0) == [1, 2]
     with pytest.raises(BadInput, match="list has no documents to pack"):
-        packed([1, 2], 8)
+        pack_dataset([1, 2], 8)

@@ -28,10 +28,10 @@ from amlaunch.recipes.format.schema import Distributed
 from amlaunch.trainer.models.attention import attend
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
-from amlaunch.trainer.parallel.context_parallel import attend_over_ranks, own, pieces
-from amlaunch.trainer.parallel.tensor_parallel import heads_together
-from amlaunch.trainer.parallel.world import join, spread
-from amlaunch.trainer.process.rank_environment import from_environment
+from amlaunch.trainer.parallel.context_parallel import context_parallel_attend, local_positions, position_slices
+from amlaunch.trainer.parallel.tensor_parallel import regroup_fused_rows
+from amlaunch.trainer.parallel.world import join_world, parallelize
+from amlaunch.trainer.process.rank_environment import read_rank_environment
 
 pytestmark = pytest.mark.slow
 
@@ -251,10 +251,10 @@ def digests(named: Any) -> dict[str, str]:
 def initial(family: str, keys: dict[str, Any]) -> dict[str, str]:
     """Digests of the weights of a model that was made sharded."""
     section = Distributed(dtype="float32", **keys)
-    world = join(section, from_environment(os.environ))
+    world = join_world(section, read_rank_environment(os.environ))
     with torch.device("meta"):
         model = BUILDERS[family]()
-    sharded = spread(model, section, world, seed=7)
+    sharded = parallelize(model, section, world, seed=7)
     bare = sharded.module if hasattr(sharded, "module") else sharded
     named = [(name, p.detach()) for name, p in bare.named_parameters()]
     return digests((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in named)
@@ -281,13 +281,13 @@ def memory(field: str) -> float:
 def peak_memory() -> tuple[float, float]:
     """``(size of a model, what a rank needs to make its part)`` in MB."""
     section = Distributed(dtype="float32", tp_size=2)
-    world = join(section, from_environment(os.environ))
+    world = join_world(section, read_rank_environment(os.environ))
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     with torch.device("meta"):
         model = build_gpt2_model(vocab_size=8192, n_positions=256, n_embd=512, n_layer=15, n_head=8)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
-    spread(model, section, world, seed=7)
+    parallelize(model, section, world, seed=7)
     return size, memory("VmHWM") - before
 
 
@@ -317,12 +317,12 @@ def attention(heads: int, keys: int, length: int, packed: bool) -> float:
     documents = torch.sort(torch.randint(3, (2, length), dtype=torch.int32)).values if packed else None
     expected = attend(q, k, v, documents=documents)
     (expected * weight).sum().backward()
-    mine = [own(x.detach(), 2, rank, ranks).requires_grad_() for x in (q, k, v)]
-    mine_of = None if documents is None else own(documents, 1, rank, ranks)
-    found = attend_over_ranks(*mine, documents=mine_of, group=group)
-    (found * own(weight, 2, rank, ranks)).sum().backward()
+    mine = [local_positions(x.detach(), 2, rank, ranks).requires_grad_() for x in (q, k, v)]
+    mine_of = None if documents is None else local_positions(documents, 1, rank, ranks)
+    found = context_parallel_attend(*mine, documents=mine_of, group=group)
+    (found * local_positions(weight, 2, rank, ranks)).sum().backward()
     pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(mine, (q, k, v), strict=True))]
-    return max((a - own(b, 2, rank, ranks)).abs().max().item() for a, b in pairs)
+    return max((a - local_positions(b, 2, rank, ranks)).abs().max().item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("shape", ATTENTION)
@@ -332,7 +332,9 @@ def test_attention_over_ranks_is_attention(four: dict[str, list[Any]], shape: An
 
 @pytest.mark.parametrize(("length", "ranks"), [(16, 4), (12, 4), (8, 4), (6, 2), (1024, 8), (9, 3), (5, 1)])
 def test_pieces_cover_every_position_once_and_mirrored_ones_are_equal_work(length: int, ranks: int) -> None:
-    found = [[position for piece in mine for position in range(length)[piece]] for mine in pieces(length, ranks)]
+    found = [
+        [position for piece in mine for position in range(length)[piece]] for mine in position_slices(length, ranks)
+    ]
     assert sorted(position for mine in found for position in mine) == list(range(length))
     assert {len(mine) for mine in found} == {length // ranks}
     if length % (2 * ranks) == 0:
@@ -344,7 +346,7 @@ def fused_rows() -> bool:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole = torch.arange(3 * 8 * 5, dtype=torch.float64).view(24, 5)
     mine = whole.chunk(ranks)[rank].clone().requires_grad_()
-    found = heads_together(mine, 3, dist.group.WORLD)
+    found = regroup_fused_rows(mine, 3, dist.group.WORLD)
     weight = torch.cat([part.chunk(ranks)[rank] for part in whole.chunk(3)])
     (found * weight).sum().backward()
     return torch.equal(found, weight) and torch.equal(mine.grad, mine.detach())

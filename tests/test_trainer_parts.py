@@ -18,7 +18,7 @@ from amlaunch.launcher.execution.driver import lead_seconds
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, BadInput
 from amlaunch.recipes.files import append_json_line, sha256_file, write_json
 from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterGroup
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.trainer.checkpoints import checkpoint
 from amlaunch.trainer.checkpoints.saver import owned
@@ -29,8 +29,8 @@ from amlaunch.trainer.models.sampling import draw, generate
 from amlaunch.trainer.optim import optimizers as optim
 from amlaunch.trainer.optim.muon import ShardedMuon
 from amlaunch.trainer.parallel.world import _device
-from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed, guarded
-from amlaunch.trainer.process.rank_environment import Ranks, from_environment
+from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed, run_guarded
+from amlaunch.trainer.process.rank_environment import RankEnvironment, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 
 CPU = torch.device("cpu")
@@ -91,19 +91,19 @@ def settings(optimizers: optim.Optimizers, model: nn.Module, key: str) -> dict[s
 
 def test_only_matrices_decay_and_adamw_is_fused() -> None:
     model = small_model()
-    made = optim.build_optimizers(ADAMW, [], Policy(), model)
+    made = optim.build_optimizers(ADAMW, [], TargetPolicy(), model)
     assert settings(made, model, "weight_decay") == {
         "0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
     }  # fmt: skip
     assert [optim.can_skip(part) for part in made.parts] == [True]
-    plain = optim.build_optimizers({"_target_": "torch.optim.Rprop", "lr": 1e-3}, [], Policy(), model)
+    plain = optim.build_optimizers({"_target_": "torch.optim.Rprop", "lr": 1e-3}, [], TargetPolicy(), model)
     assert len(plain.groups) == 1 and not optim.can_skip(plain.parts[0])
 
 
 def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
     model = small_model()
     groups = [ParameterGroup("0.*", lr=5e-4, weight_decay=0.3), ParameterGroup("*.bias", lr_scale=2.0)]
-    made = optim.build_optimizers(ADAMW, groups, Policy(), model)
+    made = optim.build_optimizers(ADAMW, groups, TargetPolicy(), model)
     made.set_rate(1e-4)  # a tenth of the peak
     rates = settings(made, model, "lr")
     assert rates == pytest.approx(
@@ -119,7 +119,7 @@ def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
     with pytest.raises(
         BadInput, match=r"parameter_groups.0.match '1.wieght' fits no parameter of the model; did you mean '1.weight'"
     ):
-        optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], Policy(), model)
+        optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], TargetPolicy(), model)
 
 
 def gpt2(**more: Any) -> nn.Module:
@@ -137,7 +137,7 @@ MUON = {
 
 def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
     model = gpt2()
-    made = optim.build_optimizers(MUON, [], Policy(), model)
+    made = optim.build_optimizers(MUON, [], TargetPolicy(), model)
     muons = {id(parameter) for group in made.parts[0].param_groups for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in muons}
     assert names == {
@@ -147,7 +147,7 @@ def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
     assert {group["lr"] for group in made.parts[0].param_groups} == {0.01}
     assert [group["lr"] for group in made.parts[1].param_groups] == pytest.approx([1.5e-3] * 2)
     with pytest.raises(BadInput, match=r"add optimizer\.others for the rest"):
-        optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], Policy(), model)
+        optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], TargetPolicy(), model)
 
 
 @pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
@@ -169,7 +169,7 @@ def test_our_muon_is_torchs_on_whole_matrices(adjust: str | None) -> None:
 )
 def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> None:
     model = gpt2()
-    made = optim.build_optimizers(section, [], Policy(), model)
+    made = optim.build_optimizers(section, [], TargetPolicy(), model)
 
     def step(poison: float) -> dict[str, Any]:
         model(torch.arange(16)[None]).square().mean().backward()
@@ -224,15 +224,15 @@ def test_the_norm_is_reported_with_and_without_clipping() -> None:
 
 
 def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
-    assert from_environment({}) == Ranks()
+    assert read_rank_environment({}) == RankEnvironment()
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2", "MASTER_ADDR": "a"}
-    assert from_environment(torchrun) == from_environment({**slurm, **torchrun}) == Ranks(3, 4, 1)
-    assert from_environment(slurm) == Ranks(5, 8, 2)
+    assert read_rank_environment(torchrun) == read_rank_environment({**slurm, **torchrun}) == RankEnvironment(3, 4, 1)
+    assert read_rank_environment(slurm) == RankEnvironment(5, 8, 2)
     with pytest.raises(BadInput, match="MASTER_ADDR"):
-        from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+        read_rank_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
     with pytest.raises(BadInput, match="RANK is 'x'"):
-        from_environment({"RANK": "x"})
+        read_rank_environment({"RANK": "x"})
 
 
 @pytest.mark.parametrize(("local", "seen", "taken"), [(0, 1, 0), (7, 1, 0), (3, 4, 3), (4, 4, None), (0, 0, None)])
@@ -246,9 +246,9 @@ def test_a_rank_takes_the_gpu_that_is_its_own(
     monkeypatch.delenv("AMLAUNCH_DEVICE", raising=False)
     if taken is None:
         with pytest.raises(LocalBadInput, match=f"local rank {local}, but sees {seen} GPUs"):
-            _device(Ranks(local, 8, local))
+            _device(RankEnvironment(local, 8, local))
     else:
-        assert _device(Ranks(local, 8, local)) == torch.device("cuda", taken)
+        assert _device(RankEnvironment(local, 8, local)) == torch.device("cuda", taken)
         assert chosen == [torch.device("cuda", taken)]
 
 
@@ -274,7 +274,7 @@ def test_an_error_that_all_ranks_have_is_said_once(
         raise error
 
     monkeypatch.setenv("RANK", rank)
-    assert guarded(work) == code
+    assert run_guarded(work) == code
     assert capsys.readouterr().err == said
 
 
@@ -282,7 +282,7 @@ def test_an_unexpected_error_names_its_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "7")
-    assert guarded(lambda: 1 // 0) == FAILED
+    assert run_guarded(lambda: 1 // 0) == FAILED
     said = capsys.readouterr().err
     assert said.startswith("rank 7 on ") and "ZeroDivisionError" in said
 
@@ -293,9 +293,9 @@ def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:
         for number in before:
             flag = StopFlag()
             flag.install()
-            assert not flag.asked()
+            assert not flag.requested()
             os.kill(os.getpid(), number)
-            assert flag.asked()
+            assert flag.requested()
         with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C is meant
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -304,11 +304,11 @@ def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:
             signal.signal(number, handler)
     flag = StopFlag()
     flag.file = tmp_path / "stop"
-    assert not flag.asked()
+    assert not flag.requested()
     flag.file.touch()
-    assert flag.asked()
-    flag.looks = False  # another rank looks at every step; this one while it waits
-    assert not flag.asked() and flag.asked(look=True)
+    assert flag.requested()
+    flag.polls_file = False  # another rank looks at every step; this one while it waits
+    assert not flag.requested() and flag.requested(poll=True)
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank() -> None:

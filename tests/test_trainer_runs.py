@@ -14,12 +14,12 @@ import pytest
 import torch
 from trainer_runs import MODEL, SEQ_LEN, Run, recipe
 
-from amlaunch.recipes.errors import BAD_INPUT, FAILED, GO_ON_LATER, OK
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE
 from amlaunch.recipes.format.loader import load
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.trainer.checkpoints import checkpoint
 from amlaunch.trainer.data.datasets import NanogptDataset
-from amlaunch.trainer.data.sample_order import Order
+from amlaunch.trainer.data.sample_order import SourceOrder
 from amlaunch.trainer.loop import job
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 
@@ -108,7 +108,7 @@ def test_the_loop_is_plain_training(tmp_path: Path) -> None:
     )
     losses, norms = [], []
     for step in range(20):
-        windows = Order(len(dataset), 42, True).windows(np.arange(8 * step, 8 * step + 8))
+        windows = SourceOrder(len(dataset), 42, True).samples(np.arange(8 * step, 8 * step + 8))
         rows = torch.from_numpy(dataset.batch(windows)[0].astype(np.int64))
         labels = rows[:, 1:].clone()
         for row, window in zip(labels, windows, strict=True):
@@ -206,7 +206,7 @@ def test_losses_that_are_no_numbers_stop_training(
 def test_asked_before_it_begins_it_leaves_and_then_trains(tmp_path: Path) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 2})
     (run.folder / "stop").touch()
-    assert run.here() == GO_ON_LATER
+    assert run.here() == RESUMABLE
     (run.folder / "stop").unlink()
     assert run.here() == OK
     assert not (run.folder / "stop").exists()
@@ -412,7 +412,7 @@ def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_not
     assert np.abs(np.array(compiled.column("loss")) / plain.column("loss") - 1).max() < 1e-5
     counters.clear()
     assert compiled.export(tmp_path / "out") == OK
-    model = job.build_model(load(compiled.folder / "recipe.yaml").recipe, Policy())
+    model = job.build_model(load(compiled.folder / "recipe.yaml").recipe, TargetPolicy())
     model(torch.zeros(1, 4, dtype=torch.int64))
     assert counters["stats"]["unique_graphs"] == 0
 
@@ -479,7 +479,7 @@ def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(
 ) -> None:
     run = make(tmp_path, checkpoint={"enabled": False}, export=None)
     (run.folder / "stop").touch()
-    assert run.here() == GO_ON_LATER
+    assert run.here() == RESUMABLE
     assert "nothing is saved" in capsys.readouterr().out
 
 
@@ -494,7 +494,7 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     stopped.until_step(8)
     stopped.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
     codes, said = stopped.wait()
-    assert codes == [GO_ON_LATER] * 2, said
+    assert codes == [RESUMABLE] * 2, said
     at = checkpoint.alone(stopped.checkpoints).step
     assert at == stopped.column("step")[-1] < 60
     stopped.train(2)

@@ -16,9 +16,9 @@ from trainer_runs import SEQ_LEN, Run, recipe
 
 from amlaunch.launcher.execution.driver import _culprit
 from amlaunch.launcher.runs.failure_causes import cause_of
-from amlaunch.recipes.errors import FAILED, GO_ON_LATER, HANG, OK
+from amlaunch.recipes.errors import FAILED, HANG, OK, RESUMABLE
 from amlaunch.trainer.checkpoints import checkpoint
-from amlaunch.trainer.process.hang_watch import limits
+from amlaunch.trainer.process.hang_watch import hang_limits
 
 __all__ = ["on_cpu"]  # an autouse fixture
 BLOCKING = """
@@ -78,7 +78,7 @@ def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(t
     wait_for(lambda: "validating" in stopped.processes[1].log.read_text())
     stopped.processes[1].send_signal(signal.SIGUSR1)
     codes, said = stopped.wait(20)
-    assert codes == [GO_ON_LATER] * 2, said
+    assert codes == [RESUMABLE] * 2, said
     assert stopped.column("val_loss") == [] and checkpoint.alone(stopped.checkpoints).step == 3
     assert checkpoint.by_validation(stopped.checkpoints) == []
     stopped.train(2)
@@ -103,7 +103,7 @@ def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Pa
     wait_for(lambda: stands_still(run))
     (run.folder / "stop").touch()
     codes, said = run.wait(20)
-    assert codes == [GO_ON_LATER] * 2, said
+    assert codes == [RESUMABLE] * 2, said
     assert checkpoint.alone(run.checkpoints).step == run.column("step")[-1] < 200
     (run.folder / "stop").unlink()
     (run.folder / "block").unlink()
@@ -135,10 +135,10 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_the_watch_is_earlier_than_collectives_and_the_driver() -> None:
-    assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=None) == (540.0, 1620.0)
-    assert limits(timeout_minutes=math.inf, hang_minutes=None, hang_seconds=None) == (1620.0, 1620.0)
-    assert limits(timeout_minutes=60, hang_minutes=10, hang_seconds=None) == (540.0, 540.0)
-    assert limits(timeout_minutes=10, hang_minutes=None, hang_seconds=30) == (30.0, 1620.0)
+    assert hang_limits(timeout_minutes=10, hang_minutes=None, hang_seconds=None) == (540.0, 1620.0)
+    assert hang_limits(timeout_minutes=math.inf, hang_minutes=None, hang_seconds=None) == (1620.0, 1620.0)
+    assert hang_limits(timeout_minutes=60, hang_minutes=10, hang_seconds=None) == (540.0, 540.0)
+    assert hang_limits(timeout_minutes=10, hang_minutes=None, hang_seconds=30) == (30.0, 1620.0)
 
 
 def wait_for(what: functools.partial[bool] | Any, seconds: float = 30) -> None:

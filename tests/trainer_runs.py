@@ -93,11 +93,11 @@ def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prep
     os.environ.update(env)
     os.chdir(folder)
     from amlaunch.trainer.__main__ import main
-    from amlaunch.trainer.process.errors import leave
+    from amlaunch.trainer.process.errors import exit_process
 
     if prepare is not None:
         prepare()
-    leave(main(words))
+    exit_process(main(words))
 
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -212,13 +212,13 @@ class Run:
 
         from amlaunch.trainer.loop.job import run
         from amlaunch.trainer.process.arguments import parse
-        from amlaunch.trainer.process.errors import guarded
+        from amlaunch.trainer.process.errors import run_guarded
         from amlaunch.trainer.process.stop_request import StopFlag
 
         torch.set_num_threads(1)  # as the processes have it, for equality to the last bit
         stop = StopFlag()
         try:
-            return guarded(
+            return run_guarded(
                 lambda: run(parse("amlaunch.trainer", "", [*self.arguments("amlaunch.trainer")[4:], *overrides]), stop)
             )
         finally:

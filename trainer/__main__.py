@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.trainer.process.arguments import parse
-from amlaunch.trainer.process.errors import guarded, leave
+from amlaunch.trainer.process.errors import exit_process, run_guarded
 from amlaunch.trainer.process.stop_request import StopFlag
 
 
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> int:
 
         return run(options, stop)
 
-    return guarded(work)
+    return run_guarded(work)
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

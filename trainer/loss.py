@@ -18,9 +18,9 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.base import logits_of
 from amlaunch.trainer.performance.trace_regions import LOSS_REGION
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label that counts for nothing, everywhere in the trainer."""
-HALF = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = ("chunked", "torch")
 
 
@@ -37,7 +37,7 @@ class MaskedCrossEntropy:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """``logits (B, T, V)``, ``labels (B, T)`` int64, to a scalar; half precision is computed in float32."""
-        if self.fp32_upcast and logits.dtype in HALF:
+        if self.fp32_upcast and logits.dtype in HALF_PRECISION:
             logits = logits.float()
         if self.vocab_size is not None and self.vocab_size < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= self.vocab_size
@@ -117,7 +117,7 @@ class LinearCrossEntropy:
                     options=options,
                 )
             )
-            return (losses.float() if dtype in HALF else losses).sum()
+            return (losses.float() if dtype in HALF_PRECISION else losses).sum()
         wanted = torch.is_grad_enabled()  # within forward it never is, and needs_input_grad does not look at it
         settings = (dtype, self.chunk_tokens, self.vocab_size, self.ignore_index, self._of_chunk, wanted)
         return _Chunked.apply(rows, weight, labels, settings)
@@ -168,7 +168,7 @@ def loss_and_gradient(
 
     Columns from ``vocab`` on take no part.
     """
-    wide = logits.float() if logits.dtype in HALF else logits
+    wide = logits.float() if logits.dtype in HALF_PRECISION else logits
     if vocab is not None and vocab < wide.shape[-1]:
         wide[:, vocab:] = float("-inf")
     counts = labels != ignored
@@ -191,7 +191,7 @@ def takes_linear_loss(model: nn.Module) -> bool:
     return "linear_loss" in inspect.signature(model.forward).parameters
 
 
-def loss_of(
+def compute_loss(
     model: nn.Module, bare: nn.Module, loss_fn: Any, inputs: torch.Tensor, labels: torch.Tensor, **more: Any
 ) -> torch.Tensor:
     """Forward, and the sum of the losses; ``bare`` is the ``model`` out of its wrapper, ``more`` what else its forward takes."""

@@ -152,13 +152,13 @@ def start_point(root: Path, wish: str, identity: Identity, world: World) -> Whol
         newest = newest_whole(listed(root), world)
         return newest if newest is None and wish == "auto" else checked(_needed(newest, root, wish), identity)
     key = wish if wish == "best" else str(Path(wish).expanduser().resolve())
-    if world.from_main(read_object(root / RESTORED).get("restore_from") == key if world.main else None):
+    if world.broadcast(read_object(root / RESTORED).get("restore_from") == key if world.is_main else None):
         own = newest_whole(listed(root), world)
         if own is not None:
             return checked(own, identity)
     candidates = by_validation(root) if key == "best" else _named(Path(key))
     found = checked(_needed(newest_whole(candidates, world, set_aside=key == "best"), root, wish), identity)
-    if world.main:
+    if world.is_main:
         _go_back(root, found, key)
     world.barrier()
     return found
@@ -198,11 +198,11 @@ def newest_whole(folders: Sequence[Path], world: World, *, set_aside: bool = Tru
     is named, with the file, and set aside: the run will write that step again,
     and only then is it deleted.
     """
-    for folder in world.from_main(list(folders) if world.main else None):
-        problems = [problem for problem in world.gathered(damage(folder, world.rank, world.size)) if problem]
+    for folder in world.broadcast(list(folders) if world.is_main else None):
+        problems = [problem for problem in world.all_gather(damage(folder, world.rank, world.size)) if problem]
         if not problems:
             return _whole(folder)
-        if world.main:
+        if world.is_main:
             _warn(folder, problems[0])
             if set_aside:
                 os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))

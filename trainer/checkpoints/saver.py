@@ -108,7 +108,7 @@ class Saver:
         self.last: Outcome | None = None
         """How the newest save that has ended did so."""
         self._lock = Lock(root / LOCK)
-        problem = world.from_main(self._open() if world.main else None)
+        problem = world.broadcast(self._open() if world.is_main else None)
         if problem:
             raise BadInput(f"{root}: {problem}")
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
@@ -172,7 +172,7 @@ class Saver:
 
     def validated(self, step: int, loss: float) -> None:
         """The validation after ``step``, of which the checkpoint was already there: a stop had come between the two."""
-        if not self._world.main or step != self.saved:
+        if not self._world.is_main or step != self.saved:
             return
         try:
             write_json(folder_of(self.root, step) / VALIDATED, {"val_loss": loss})
@@ -199,13 +199,13 @@ class Saver:
             error = causes(failed) if isinstance(failed, dcp.CheckpointException) else str(failed)
         except BaseException as failed:  # the other ranks are gone, say: their silence ends the training soon enough
             error = f"rank {self._world.rank}: {causes(failed)}"
-        if error is not None and self._world.main:
+        if error is not None and self._world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
         self._outcome = Outcome(step, folder_of(self.root, step), time.perf_counter() - began, 0.0, error)
 
     def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
         self._staging.wait()
-        self._together(lambda: _fresh(temp) if self._world.main else None)
+        self._together(lambda: _fresh(temp) if self._world.is_main else None)
         if self._section.model_save_format == SAFETENSORS:
             writer = dcp.HuggingFaceStorageWriter(path=str(temp / MODEL), save_distributed=True)
             dcp.save(state["model"], storage_writer=writer, process_group=self._group)
@@ -213,15 +213,15 @@ class Saver:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temp), process_group=self._group)
         if self._section.save_consolidated:
             self._together(
-                lambda: self._consolidate(Whole(temp, meta), temp / CONSOLIDATED) if self._world.main else None
+                lambda: self._consolidate(Whole(temp, meta), temp / CONSOLIDATED) if self._world.is_main else None
             )
         parts = self._together(lambda: self._described(temp, meta))
         manifest = {name: entry for part in parts for name, entry in part.items()}
-        self._together(lambda: self._publish(temp, int(meta["step"]), manifest) if self._world.main else None)
+        self._together(lambda: self._publish(temp, int(meta["step"]), manifest) if self._world.is_main else None)
 
     def _described(self, temp: Path, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """This rank's part of the manifest, once rank 0 has added what is not a tensor."""
-        if self._world.main:
+        if self._world.is_main:
             (temp / META).write_text(json.dumps(meta, indent=2) + "\n")
             (temp / RECIPE).write_text(self._recipe_text)
         return _entries(temp, self._world.rank)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.trainer.data.datasets import gather, sample_length
-from amlaunch.trainer.data.packing import BEGINS, UNLABELLED
-from amlaunch.trainer.data.prefetch import Turns
-from amlaunch.trainer.data.sample_order import Indices, Sequenced, share_of_step
-from amlaunch.trainer.loss import IGNORED
-from amlaunch.trainer.parallel.context_parallel import own
+from amlaunch.trainer.data.datasets import read_samples, sample_length
+from amlaunch.trainer.data.packing import PIECE_BEGINS, UNLABELLED
+from amlaunch.trainer.data.prefetch import PrefetcherPool
+from amlaunch.trainer.data.sample_order import Indices, SampleOrder, rank_positions
+from amlaunch.trainer.loss import IGNORE_INDEX
+from amlaunch.trainer.parallel.context_parallel import local_positions
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.process.errors import LocalBadInput
 
@@ -36,7 +36,7 @@ class Batch:
     """The number of the document that each input lies in, int32; None: one."""
 
     @property
-    def more(self) -> dict[str, torch.Tensor]:
+    def forward_kwargs(self) -> dict[str, torch.Tensor]:
         """What a model's forward is given besides the inputs; nothing where it would be the usual."""
         given = {"position_ids": self.position_ids, "documents": self.documents}
         return {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -47,7 +47,7 @@ class Batch:
         columns = [[None] * count if tensor is None else tensor.split(size) for tensor in self._tensors]
         return [Batch(*row) for row in zip(*columns, strict=True)]
 
-    def part_of(self, world: World) -> Batch:
+    def local_to(self, world: World) -> Batch:
         """The positions that this rank computes, and the labels whose loss it computes, of a batch that its peers share."""
         batch = self
         if world.cp_size > 1:
@@ -58,7 +58,7 @@ class Batch:
                 positions if self.position_ids is None else self.position_ids,
                 self.documents,
             )
-            batch = Batch(*(None if x is None else own(x, 1, world.cp_rank, world.cp_size) for x in whole))  # type: ignore[arg-type]
+            batch = Batch(*(None if x is None else local_positions(x, 1, world.cp_rank, world.cp_size) for x in whole))  # type: ignore[arg-type]
         return (
             replace(batch, labels=batch.labels.chunk(world.tp_size, 1)[world.tp_rank]) if world.tp_size > 1 else batch
         )
@@ -68,9 +68,9 @@ class Batch:
         return (self.inputs, self.labels, self.position_ids, self.documents)
 
 
-def on_host(dataset: Any, samples: Indices, vocab: int | None, pin: bool) -> HostBatch:
+def read_host_batch(dataset: Any, samples: Indices, vocab: int | None, pin: bool) -> HostBatch:
     """Read ``samples``; a token id beyond the vocabulary is BadInput here, not an illegal address on the GPU."""
-    arrays = gather(dataset, samples)
+    arrays = read_samples(dataset, samples)
     if vocab is not None and (largest := max(int(array.max()) for array in arrays[:2])) >= vocab:
         raise LocalBadInput(
             f"the data holds the token id {largest}, but model.vocab_size is {vocab}: the tokenizer has more"
@@ -79,7 +79,7 @@ def on_host(dataset: Any, samples: Indices, vocab: int | None, pin: bool) -> Hos
     return tuple(tensor.pin_memory() for tensor in tensors) if pin else tensors
 
 
-def on_device(host: HostBatch, device: torch.device) -> Batch:
+def move_to_device(host: HostBatch, device: torch.device) -> Batch:
     """Copy first, widen to int64 there: a quarter of the bytes go over the bus."""
     tensors = [tensor.to(device, non_blocking=True) for tensor in host]
     if len(tensors) == 1:
@@ -89,10 +89,12 @@ def on_device(host: HostBatch, device: torch.device) -> Batch:
     if len(tensors) == 2:
         return Batch(inputs, labels)
     marks = tensors[2]
-    return Batch(inputs, labels.masked_fill(marks & UNLABELLED != 0, IGNORED), *places(marks & BEGINS))
+    return Batch(
+        inputs, labels.masked_fill(marks & UNLABELLED != 0, IGNORE_INDEX), *document_positions(marks & PIECE_BEGINS)
+    )
 
 
-def places(begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def document_positions(begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """From ``begins (M, L)``, 1 where a document begins: each position in its document, int64, and which that is, int32."""
     indices = torch.arange(begins.shape[1], device=begins.device)
     first = torch.where(begins == 1, indices, 0).cummax(dim=1).values
@@ -102,30 +104,30 @@ def places(begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class StepBatches:
     """This rank's part of every step's global batch, read ahead by threads."""
 
-    def __init__(self, dataset: Any, order: Sequenced, global_batch: int, vocab: int | None, world: World):
+    def __init__(self, dataset: Any, order: SampleOrder, global_batch: int, vocab: int | None, world: World):
         self.dataset = dataset
         self.order = order
         self.global_batch = global_batch
         self.step_tokens = global_batch * sample_length(dataset)
         self._vocab = vocab
         self._world = world
-        self._ahead: Turns[HostBatch] | None = None
+        self._ahead: PrefetcherPool[HostBatch] | None = None
 
     def start(self, first: int, last: int, depth: int, workers: int = 1) -> None:
         """Begin to read the steps ``first`` to ``last - 1``, counted from 0, ``depth`` of them ahead."""
-        self._ahead = Turns(self._read, range(first, last), workers, depth)
+        self._ahead = PrefetcherPool(self._read, range(first, last), workers, depth)
 
     def _read(self, step: int) -> HostBatch:
-        positions = share_of_step(step, self.global_batch, self._world.dp_rank, self._world.dp_size)
+        positions = rank_positions(step, self.global_batch, self._world.dp_rank, self._world.dp_size)
         pin = self._world.device.type == "cuda"
-        return on_host(self.dataset, self.order.windows(positions), self._vocab, pin)
+        return read_host_batch(self.dataset, self.order.samples(positions), self._vocab, pin)
 
     def next(self, given_up: Callable[[], bool] = lambda: False) -> Batch | None:
         """The next step's part, ``global_batch / ranks`` samples; None where ``given_up`` says so while it is waited for."""
         if self._ahead is None:
             raise RuntimeError("start() comes before next()")
         host = self._ahead.next(given_up)
-        return None if host is None else on_device(host, self._world.device)
+        return None if host is None else move_to_device(host, self._world.device)
 
     def epoch(self, step: int) -> float:
         """How many epochs ``step`` steps are."""
@@ -148,7 +150,7 @@ class ValidationBatches:
     ranks as many micro-batches: sharded models wait for one another in each.
     """
 
-    def __init__(self, dataset: Any, order: Sequenced, micro_batch: int, most: int, vocab: int | None, world: World):
+    def __init__(self, dataset: Any, order: SampleOrder, micro_batch: int, most: int, vocab: int | None, world: World):
         if len(dataset) == 0:
             raise BadInput("validation_dataset: not one window in it")
         self.dataset = dataset
@@ -158,7 +160,7 @@ class ValidationBatches:
         share = micro_batch * world.dp_size
         used = min(most, len(dataset))
         self.rounds = -(-used // share)
-        self._samples = order.windows(np.arange(used, dtype=np.int64))
+        self._samples = order.samples(np.arange(used, dtype=np.int64))
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches."""
@@ -169,7 +171,7 @@ class ValidationBatches:
         samples = self._samples[start : start + self._micro_batch]
         missing = self._micro_batch - len(samples)
         filled = np.concatenate([samples, np.full(missing, self._samples[0])])
-        batch = on_device(on_host(self.dataset, filled, self._vocab, pin=False), self._world.device)
+        batch = move_to_device(read_host_batch(self.dataset, filled, self._vocab, pin=False), self._world.device)
         labels = batch.labels.clone()
-        labels[len(samples) :] = IGNORED
+        labels[len(samples) :] = IGNORE_INDEX
         return replace(batch, labels=labels)

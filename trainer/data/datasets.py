@@ -16,17 +16,17 @@ import numpy as np
 
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.files import fingerprint
-from amlaunch.trainer.data.packing import Rows, cut, pack
-from amlaunch.trainer.data.sample_order import Indices, Mixture, Order, Sequenced, whole_shares
+from amlaunch.trainer.data.packing import PackedRows, assign_rows, cut_documents
+from amlaunch.trainer.data.sample_order import Indices, MixtureOrder, SampleOrder, SourceOrder, whole_shares
 from amlaunch.trainer.data.token_stream import (
     FORMATS,
     Tokens,
     TokenStream,
     aligned_starts,
+    common_first_token,
     document_starts,
-    first_token,
-    matching,
-    of_manifest,
+    open_manifest_shards,
+    open_matching_shards,
 )
 
 
@@ -64,7 +64,11 @@ class NanogptDataset:
         self.shuffle = shuffle_files
         self.bos = bos_token
         self.aligned = align_to_bos
-        self.shards = matching(file_pattern, format, split) if file_pattern else of_manifest(_folder(data_dir), split)
+        self.shards = (
+            open_matching_shards(file_pattern, format, split)
+            if file_pattern
+            else open_manifest_shards(_folder(data_dir), split)
+        )
         self.stream = TokenStream([shard.tokens for shard in self.shards])
         self.starts = aligned_starts(self._documents(), len(self.stream), seq_len) if align_to_bos else None
 
@@ -81,14 +85,14 @@ class NanogptDataset:
         """The same documents, whole, in rows of ``size`` tokens."""
         return PackedDataset(self, size)
 
-    def order(self, seed: int) -> Order:
+    def order(self, seed: int) -> SourceOrder:
         """The order of the windows. Raises BadInput where there is not one."""
         if len(self) == 0:
             more = f" and {len(self.shards) - 1} more" * (len(self.shards) > 1)
             raise BadInput(
                 f"{self.shards[0].path}{more}: {len(self.stream):,} tokens, too few for one window of seq_len {self.seq_len}"
             )
-        return Order(len(self), seed, self.shuffle)
+        return SourceOrder(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
         """What another data set would differ in."""
@@ -96,7 +100,7 @@ class NanogptDataset:
         own = {"shards": fingerprint(listed), "tokens": len(self.stream), "seq_len": self.seq_len}
         return {**own, "align_to_bos": True, "bos_token": self.bos} if self.aligned else own
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """How many samples there are, and what is not in them."""
         left_out = (
             f" ({1 - len(self) * self.seq_len / len(self.stream):.1%} of the tokens lie between them)"
@@ -137,11 +141,11 @@ class PackedDataset:
         starts = dataset._documents()
         if starts[0] > 0:  # the first shard begins within a document
             starts = np.concatenate([[0], starts])
-        bos = first_token(dataset.stream, starts[1:]) if dataset.bos is None else dataset.bos
+        bos = common_first_token(dataset.stream, starts[1:]) if dataset.bos is None else dataset.bos
         self.documents = len(starts)
-        pieces = cut(starts, len(dataset.stream), min(size, dataset.seq_len), every_label=bos is not None)
+        pieces = cut_documents(starts, len(dataset.stream), min(size, dataset.seq_len), every_label=bos is not None)
         self.pieces = len(pieces.lengths)
-        self.rows = Rows(dataset.stream, pieces, pack(pieces.lengths, size), size)
+        self.rows = PackedRows(dataset.stream, pieces, assign_rows(pieces.lengths, size), size)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -151,15 +155,15 @@ class PackedDataset:
         """Inputs, labels and marks, each ``(M, size)``; see :meth:`amlaunch.trainer.data.packing.Rows.read`."""
         return self.rows.read(rows)
 
-    def order(self, seed: int) -> Order:
+    def order(self, seed: int) -> SourceOrder:
         """The order of the rows."""
-        return Order(len(self), seed, self.shuffle)
+        return SourceOrder(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
         """What another data set would differ in."""
         return {**self._dataset.fingerprint(), "packed_sequence_size": self.seq_len}
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """How full the rows are, and how many documents did not fit."""
         filled = len(self._dataset.stream) / (len(self) * self.seq_len)
         split = self.rows.split
@@ -213,11 +217,11 @@ class MixedDataset:
                 whole = _placed(whole, source.batch(samples[here] - (self.ends[k - 1] if k else 0)), here, len(samples))
         return tuple(whole)
 
-    def order(self, seed: int) -> Mixture:
+    def order(self, seed: int) -> MixtureOrder:
         """Which sample of which source comes when."""
         sizes = {name: len(source) for name, source in self.sources.items()}
         shares = whole_shares(self.weights or sizes)
-        return Mixture(tuple(self.sources), tuple(source.order(seed) for source in self.sources.values()), shares)
+        return MixtureOrder(tuple(self.sources), tuple(source.order(seed) for source in self.sources.values()), shares)
 
     def fingerprint(self) -> dict[str, Any]:
         """What another mixture would differ in, each source's under its name."""
@@ -228,11 +232,11 @@ class MixedDataset:
         }
         return {**own, "weights": dict(zip(self.sources, self.order(0).shares, strict=True))}
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Each source's share and samples."""
         shares = self.order(0).shares
         return "; ".join(
-            f"{name} {share / sum(shares):.1%}: {source.described()}"
+            f"{name} {share / sum(shares):.1%}: {source.describe()}"
             for (name, source), share in zip(self.sources.items(), shares, strict=True)
         )
 
@@ -255,7 +259,7 @@ def _placed(whole: list[Tokens], arrays: tuple[Tokens, ...], here: Indices, coun
     return whole
 
 
-def gather(dataset: Any, indices: Indices) -> tuple[Tokens, ...]:
+def read_samples(dataset: Any, indices: Indices) -> tuple[Tokens, ...]:
     """The samples at ``indices`` as host arrays: ``((M, L + 1),)``, or inputs and labels, each ``(M, L)``, and marks,
     if there are several documents in a sample (see :mod:`amlaunch.trainer.data.packing`).
 
@@ -274,14 +278,14 @@ def sample_length(dataset: Any) -> int:
     return int(length) if length else len(dataset[0]["input_ids"])
 
 
-def order_of(dataset: Any, seed: int) -> Sequenced:
+def sample_order_of(dataset: Any, seed: int) -> SampleOrder:
     """The order of a data set's samples; one of the user's own is shuffled where it has an attribute ``shuffle`` that is true."""
     if hasattr(dataset, "order"):
         return dataset.order(seed)
-    return Order(len(dataset), seed, bool(getattr(dataset, "shuffle", False)))
+    return SourceOrder(len(dataset), seed, bool(getattr(dataset, "shuffle", False)))
 
 
-def packed(dataset: Any, size: int) -> Any:
+def pack_dataset(dataset: Any, size: int) -> Any:
     """``dataset`` with its documents packed into rows of ``size``; 0: as it is. Raises BadInput where it has no documents."""
     if not size:
         return dataset

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from amlaunch.trainer.data.sample_order import Indices
 from amlaunch.trainer.data.token_stream import Tokens, TokenStream
 
-BEGINS, UNLABELLED = 1, 2
+PIECE_BEGINS, UNLABELLED = 1, 2
 """Bits of a token's mark: a piece begins here; its label does not count."""
 
 
@@ -34,7 +34,7 @@ class Pieces:
     """Documents that are more than one piece."""
 
 
-def cut(starts: Indices, tokens: int, longest: int, *, every_label: bool) -> Pieces:
+def cut_documents(starts: Indices, tokens: int, longest: int, *, every_label: bool) -> Pieces:
     """The documents that begin at ``starts`` of a stream of ``tokens``, in pieces of at most ``longest``.
 
     ``every_label``: the first token of the next document is the label of the last one's last token.
@@ -50,7 +50,7 @@ def cut(starts: Indices, tokens: int, longest: int, *, every_label: bool) -> Pie
     return Pieces(begin, length, labelled, int(np.count_nonzero(counts > 1)))
 
 
-def pack(lengths: Indices, size: int) -> Indices:
+def assign_rows(lengths: Indices, size: int) -> Indices:
     """The row of each piece, rows of ``size`` tokens numbered by their first piece.
 
     All pieces of one length at once: the row with the least room that is enough
@@ -94,7 +94,7 @@ def pack(lengths: Indices, size: int) -> Indices:
     return np.argsort(np.argsort(first))[numbered]
 
 
-class Rows:
+class PackedRows:
     """Packed rows, read from the stream."""
 
     def __init__(self, stream: TokenStream, pieces: Pieces, rows: Indices, size: int):
@@ -128,15 +128,17 @@ class Rows:
         after = self._fill(inputs, self._starts[which], (ends - lengths).tolist(), ends.tolist())
         labels = inputs[1:].copy()
         labels[ends - 1] = after
-        marks = np.where(np.arange(self.size) >= used[:, None], BEGINS | UNLABELLED, 0).astype(np.uint8).reshape(-1)
-        marks[ends - lengths] |= BEGINS
+        marks = (
+            np.where(np.arange(self.size) >= used[:, None], PIECE_BEGINS | UNLABELLED, 0).astype(np.uint8).reshape(-1)
+        )
+        marks[ends - lengths] |= PIECE_BEGINS
         marks[ends - 1] |= np.where(self._labelled[which], 0, UNLABELLED).astype(np.uint8)
         return tuple(array.reshape(-1, self.size) for array in (inputs[:-1], labels, marks))  # type: ignore[return-value]
 
     def _fill(self, inputs: Tokens, starts: Indices, begins: list[int], ends: list[int]) -> list[int]:
         """Copy each piece to its place in ``inputs``, and give back the token that follows each (0 at the end of the stream)."""
         after = []
-        for part, offset, begin, end in zip(*self._stream.located(starts), begins, ends, strict=True):
+        for part, offset, begin, end in zip(*self._stream.locate(starts), begins, ends, strict=True):
             tokens = self._stream.parts[part]
             last = offset + end - begin
             if last < len(tokens):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-WAIT_SECONDS = 0.2
+POLL_SECONDS = 0.2
 """Between two questions whether a batch that does not come is still wanted."""
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Prefetcher(Generic[T]):
         """The next result; raises what ``make`` raised. None where ``given_up`` says so while it is waited for."""
         while True:
             try:
-                value, error = self._queue.get(timeout=WAIT_SECONDS)
+                value, error = self._queue.get(timeout=POLL_SECONDS)
                 break
             except queue.Empty:
                 if given_up():
@@ -57,7 +57,7 @@ class Prefetcher(Generic[T]):
         self._thread.join(timeout=1.0)
 
 
-class Turns(Generic[T]):
+class PrefetcherPool(Generic[T]):
     """``workers`` prefetchers, each with its turn: thread w makes the items w, w + workers, ...; without any, the caller makes them."""
 
     def __init__(self, make: Callable[[int], T], items: range, workers: int, depth: int):

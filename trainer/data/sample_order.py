@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-ROUNDS = 8
+FEISTEL_ROUNDS = 8
 """Of the Feistel network; four already give a pseudorandom permutation (Luby and Rackoff 1988)."""
-FINEST = 2**20
+MAX_SHARE_SUM = 2**20
 """Into so many parts shares are rounded where they are not whole numbers of fewer; positions up to 2**42 stay exact."""
 Indices = npt.NDArray[np.int64]
 
@@ -32,7 +32,9 @@ def permute(indices: Indices, size: int, seed: int, epoch: int) -> Indices:
     through again until it is inside (cycle walking), less than twice on average.
     """
     bits = max(2, (size - 1).bit_length())
-    keys = np.frombuffer(hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
+    keys = np.frombuffer(
+        hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * FEISTEL_ROUNDS).digest(), dtype="<u8"
+    )
     found = _feistel(indices.astype(np.uint64), bits, keys)
     while (outside := np.flatnonzero(found >= size)).size:
         found[outside] = _feistel(found[outside], bits, keys)
@@ -57,20 +59,20 @@ def _mix(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
     return x ^ x >> np.uint64(31)
 
 
-def share_of_step(step: int, batch: int, rank: int, ranks: int) -> Indices:
+def rank_positions(step: int, batch: int, rank: int, ranks: int) -> Indices:
     """Global positions that ``rank`` takes of step ``step`` (from 0): its contiguous part of [step·B, (step + 1)·B)."""
     mine = batch // ranks
     return np.arange(mine, dtype=np.int64) + (step * batch + rank * mine)
 
 
-class Sequenced(Protocol):
+class SampleOrder(Protocol):
     """An order of samples over all epochs."""
 
     @property
     def size(self) -> int:
         """Samples of an epoch."""
 
-    def windows(self, positions: Indices) -> Indices:
+    def samples(self, positions: Indices) -> Indices:
         """The samples at global positions (0 is the first that the run sees)."""
 
     def epochs(self, position: int) -> dict[str, float]:
@@ -78,14 +80,14 @@ class Sequenced(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class SourceOrder:
     """The order of the ``size`` samples of one source."""
 
     size: int
     seed: int
     shuffle: bool
 
-    def windows(self, positions: Indices) -> Indices:
+    def samples(self, positions: Indices) -> Indices:
         """As of :class:`Sequenced`."""
         epochs, indices = np.divmod(positions, self.size)
         if not self.shuffle:
@@ -101,7 +103,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOrder:
     """Several sources, interleaved: at any position each has had its share, fewer samples off than there are sources.
 
     Sample i of source k is number ``offsets[k] + i``. An epoch is as many
@@ -110,7 +112,7 @@ class Mixture:
     """
 
     names: tuple[str, ...]
-    orders: tuple[Order, ...]
+    orders: tuple[SourceOrder, ...]
     shares: tuple[int, ...]
     """In proportion to these whole numbers; see :func:`whole_shares`."""
 
@@ -124,11 +126,11 @@ class Mixture:
         """The number of each source's first sample."""
         return np.cumsum([0, *(order.size for order in self.orders[:-1])], dtype=np.int64)
 
-    def windows(self, positions: Indices) -> Indices:
+    def samples(self, positions: Indices) -> Indices:
         """As of :class:`Sequenced`."""
         found = np.empty_like(positions)
         for order, offset, (places, counts) in zip(self.orders, self.offsets, self._dealt(positions), strict=True):
-            found[places] = order.windows(counts) + offset
+            found[places] = order.samples(counts) + offset
         return found
 
     def _dealt(self, positions: Indices) -> list[tuple[Indices, Indices]]:
@@ -166,6 +168,6 @@ def whole_shares(weights: Mapping[str, float] | Sequence[float]) -> tuple[int, .
     whole = [int(value * scale) for value in exact]
     divisor = math.gcd(*whole)
     whole = [value // divisor for value in whole]
-    if sum(whole) > FINEST:
-        whole = [max(1, round(value / sum(exact) * FINEST)) for value in exact]
+    if sum(whole) > MAX_SHARE_SUM:
+        whole = [max(1, round(value / sum(exact) * MAX_SHARE_SUM)) for value in exact]
     return tuple(whole)

@@ -29,9 +29,9 @@ from amlaunch.trainer.data.sample_order import Indices
 
 Tokens = npt.NDArray[Any]
 FORMATS = ("bin", "raw")
-SCANNED = 1 << 24
+SCAN_BLOCK_TOKENS = 1 << 24
 """Tokens that are compared at once where documents are looked for."""
-SAMPLED = 1000
+MAX_SAMPLED_DOCUMENTS = 1000
 """Documents whose first tokens are looked at, to see with what documents begin."""
 
 
@@ -48,7 +48,7 @@ class Shard:
 # --- which files ----------------------------------------------------------------------------------------
 
 
-def matching(pattern: str | list[str], layout: str, split: str) -> list[Shard]:
+def open_matching_shards(pattern: str | list[str], layout: str, split: str) -> list[Shard]:
     """The shards that a glob, a list of globs, or a manifest's path names, each pattern's in the order of their names.
 
     Raises BadInput where a pattern matches nothing, or a file is no whole shard.
@@ -59,7 +59,7 @@ def matching(pattern: str | list[str], layout: str, split: str) -> list[Shard]:
         if not paths:
             raise BadInput(f"dataset.file_pattern: nothing matches {one!r} (seen from {Path.cwd()})")
         for path in paths:
-            shards += of_manifest(path.parent, split) if path.name == MANIFEST else [_opened(path, layout)]
+            shards += open_manifest_shards(path.parent, split) if path.name == MANIFEST else [_opened(path, layout)]
     return shards
 
 
@@ -86,7 +86,7 @@ def _open_raw(path: Path) -> Tokens:
     return tokens
 
 
-def of_manifest(folder: Path, split: str) -> list[Shard]:
+def open_manifest_shards(folder: Path, split: str) -> list[Shard]:
     """The shards of a split, as our manifest lists them. Raises BadInput where they are not what it counted."""
     splits = read_manifest(folder)["splits"]
     if not splits.get(split):
@@ -123,11 +123,11 @@ class TokenStream:
     def read(self, starts: Indices, length: int) -> Tokens:
         """``(M, length)`` tokens, each row from one of ``starts`` on."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
-        for row, part, offset in zip(rows, *self.located(starts), strict=True):
+        for row, part, offset in zip(rows, *self.locate(starts), strict=True):
             self.copy(row, part, offset)
         return rows
 
-    def located(self, starts: Indices) -> tuple[list[int], list[int]]:
+    def locate(self, starts: Indices) -> tuple[list[int], list[int]]:
         """In which part each of ``starts`` lies, and where in it."""
         parts = np.searchsorted(self.ends, starts, side="right")
         offsets = starts - np.where(parts > 0, self.ends[parts - 1], 0)
@@ -170,7 +170,7 @@ def document_starts(shards: Sequence[Shard], bos: int | None) -> Indices:
 def _starts(shard: Shard, bos: int | None) -> Indices:
     if index_path(shard.path) != shard.path and index_path(shard.path).exists():
         starts = np.concatenate([[0], read_ends(shard.path)[:-1].astype(np.int64)])
-        first = first_token(TokenStream([shard.tokens]), starts)
+        first = common_first_token(TokenStream([shard.tokens]), starts)
         if bos is not None and first != bos:
             seen = "different tokens" if first is None else f"token {first}"
             raise BadInput(f"{shard.path}: dataset.bos_token is {bos}, but its documents begin with {seen}")
@@ -179,20 +179,21 @@ def _starts(shard: Shard, bos: int | None) -> Indices:
         raise BadInput(
             f"{shard.path}: no index of its documents ({index_path(shard.path).name}); dataset.bos_token says with which token they begin"
         )
-    return scan(shard.tokens, bos)
+    return find_token(shard.tokens, bos)
 
 
-def scan(tokens: Tokens, bos: int) -> Indices:
+def find_token(tokens: Tokens, bos: int) -> Indices:
     """Every place of the token ``bos``."""
     blocks = [
-        np.flatnonzero(tokens[begin : begin + SCANNED] == bos) + begin for begin in range(0, len(tokens), SCANNED)
+        np.flatnonzero(tokens[begin : begin + SCAN_BLOCK_TOKENS] == bos) + begin
+        for begin in range(0, len(tokens), SCAN_BLOCK_TOKENS)
     ]
     return np.concatenate(blocks).astype(np.int64)
 
 
-def first_token(stream: TokenStream, starts: Indices) -> int | None:
+def common_first_token(stream: TokenStream, starts: Indices) -> int | None:
     """The token that documents begin with, as a sample of them shows; None where it is not always the same."""
-    firsts = stream.at(starts[:: max(1, len(starts) // SAMPLED)])
+    firsts = stream.at(starts[:: max(1, len(starts) // MAX_SAMPLED_DOCUMENTS)])
     return int(firsts[0]) if len(firsts) and np.all(firsts == firsts[0]) else None
 
 

@@ -39,7 +39,7 @@ def collect(job: Job) -> None:
 
 def _told(job: Job, outcome: Outcome | None) -> None:
     """Say how a save ended. One that failed does not stop the training: the checkpoints before are there."""
-    if outcome is None or not job.world.main:
+    if outcome is None or not job.world.is_main:
         return
     if outcome.error is not None:
         if outcome.step < job.last_step:  # else it is the run's own end, and said there

@@ -6,8 +6,8 @@ import torch
 
 from amlaunch.trainer.data.batches import Batch
 from amlaunch.trainer.loop.training_state import Job
-from amlaunch.trainer.loss import IGNORED, loss_of
-from amlaunch.trainer.parallel.world import autocast, micro_step, plain
+from amlaunch.trainer.loss import IGNORE_INDEX, compute_loss
+from amlaunch.trainer.parallel.world import autocast, micro_step, unwrap
 
 
 def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
@@ -18,14 +18,16 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
     which the factor ``world.averaged`` undoes. Each rank has the labels that no
     other has, with tensor and context parallelism, too.
     """
-    batch = batch.part_of(job.world)
-    count = job.world.sum((batch.labels != IGNORED).sum()).clamp(min=1).double()  # one over an integer would be float32
+    batch = batch.local_to(job.world)
+    count = (
+        job.world.sum((batch.labels != IGNORE_INDEX).sum()).clamp(min=1).double()
+    )  # one over an integer would be float32
     parts = batch.split(job.recipe.step_scheduler.local_batch_size)
     total = torch.zeros((), dtype=torch.float64, device=job.world.device)
     for i, part in enumerate(parts):
         with micro_step(job.model, last=i == len(parts) - 1):
             loss = batch_loss(job, part)
-            (loss * (job.world.averaged / count)).backward()
+            (loss * (job.world.gradient_average_size / count)).backward()
         total += loss.detach()
         job.watch.beat(f"in step {job.step}", steady=job.taken > 1)
     return job.world.sum(total) / count
@@ -34,4 +36,6 @@ def forward_backward(job: Job, batch: Batch) -> torch.Tensor:
 def batch_loss(job: Job, batch: Batch) -> torch.Tensor:
     """Sum of the losses of a micro-batch's labels."""
     with autocast(job.recipe.distributed, job.world):
-        return loss_of(job.model, plain(job.model), job.loss_fn, batch.inputs, batch.labels, **batch.more)
+        return compute_loss(
+            job.model, unwrap(job.model), job.loss_fn, batch.inputs, batch.labels, **batch.forward_kwargs
+        )

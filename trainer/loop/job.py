@@ -13,46 +13,46 @@ import torch
 
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import write_json
-from amlaunch.recipes.format.loader import Loaded, check_ranks
+from amlaunch.recipes.format.loader import LoadedRecipe, check_ranks
 from amlaunch.recipes.format.schema import Recipe, validation_sets
-from amlaunch.recipes.format.targets import Policy, build, resolve, signature, stable_names
+from amlaunch.recipes.format.targets import TargetPolicy, build, resolve, signature, stable_names
 from amlaunch.trainer.checkpoints import checkpoint
 from amlaunch.trainer.checkpoints.hf_folder import known_vocab, write_folder
 from amlaunch.trainer.checkpoints.saver import Saver
 from amlaunch.trainer.data.batches import StepBatches, ValidationBatches
-from amlaunch.trainer.data.datasets import data_fingerprint, order_of, packed, sample_length
+from amlaunch.trainer.data.datasets import data_fingerprint, pack_dataset, sample_length, sample_order_of
 from amlaunch.trainer.loop.training_loop import train
 from amlaunch.trainer.loop.training_state import Job
 from amlaunch.trainer.metrics.profiling import Profiler
 from amlaunch.trainer.metrics.writers import Metrics, open_tensorboard, open_wandb, peak_flops, summary
-from amlaunch.trainer.models.base import fills_itself, flops_per_token, parameter_count, vocab_rows
+from amlaunch.trainer.models.base import flops_per_token, parameter_count, supports_deferred_init, vocab_rows
 from amlaunch.trainer.models.document_masks import keep_documents_apart
 from amlaunch.trainer.optim.optimizers import Schedule, build_optimizers
-from amlaunch.trainer.parallel.world import World, compute_dtype, dump_flight_record, join, plain, spread
+from amlaunch.trainer.parallel.world import World, compute_dtype, dump_flight_record, join_world, parallelize, unwrap
 from amlaunch.trainer.performance import attention_kernels, fp8
-from amlaunch.trainer.performance.compilation import compile_loss, compile_model, scope_of
+from amlaunch.trainer.performance.compilation import compile_loss, compile_model, compile_scope
 from amlaunch.trainer.process.arguments import Options
 from amlaunch.trainer.process.errors import TrainingFailed
-from amlaunch.trainer.process.hang_watch import Watch, limits
-from amlaunch.trainer.process.rank_environment import from_environment
+from amlaunch.trainer.process.hang_watch import HangWatch, hang_limits
+from amlaunch.trainer.process.rank_environment import read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 
 
 def run(options: Options, stop: StopFlag) -> int:
-    """Train the recipe of ``options`` on this rank; the exit code is OK or GO_ON_LATER.
+    """Train the recipe of ``options`` on this rank; the exit code is OK or RESUMABLE.
 
     Raises BadInput and TrainingFailed.
     """
     recipe = options.loaded.recipe
-    ranks = from_environment(os.environ)
+    ranks = read_rank_environment(os.environ)
     wrong = check_ranks(recipe, ranks.size)
     if wrong:
         raise BadInput(f"{options.loaded.path}: {wrong}")
     timeout = recipe.distributed.timeout_minutes if ranks.size > 1 else math.inf  # alone it waits for nobody
-    steady, first = limits(timeout, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
+    steady, first = hang_limits(timeout, recipe.resources.train.hang_minutes, recipe.distributed.hang_seconds)
     record = options.element.root / f"flight-recorder.rank{ranks.rank}.pickle"
-    with Watch(ranks.rank, steady, first, also=lambda: dump_flight_record(record)) as watch, ExitStack() as held:
-        world = join(recipe.distributed, ranks)
+    with HangWatch(ranks.rank, steady, first, also=lambda: dump_flight_record(record)) as watch, ExitStack() as held:
+        world = join_world(recipe.distributed, ranks)
         job = prepare(options, stop, world, watch, held)
         try:
             code = train(job)
@@ -76,25 +76,27 @@ KEPT: list[Job] = []
 waits, holding Python's lock, for a thread that may want it (2 of 55 runs of two ranks hung so, torch 2.13)."""
 
 
-def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: ExitStack) -> Job:
+def prepare(options: Options, stop: StopFlag, world: World, watch: HangWatch, held: ExitStack) -> Job:
     """Build everything, and go to where the checkpoint that the recipe means left off; ``held`` gives back at the end."""
     recipe, policy = options.loaded.recipe, options.loaded.policy
     train_set = build_dataset(recipe.dataset, recipe, policy, options.data)
     check_length(sample_length(train_set), recipe)
     check_graphs(recipe, world)
-    order = order_of(train_set, recipe.seed)
+    order = sample_order_of(train_set, recipe.seed)
     last_step = steps_of(recipe, order.size)
-    stop.file, stop.looks = options.element.stop, world.main
+    stop.file, stop.polls_file = options.element.stop, world.is_main
     bare = build_model(recipe, policy, empty=True)
     fit_for_training(bare, recipe, world)
     held.enter_context(
-        attention_kernels.preferring(attention_kernels.wanted(recipe.sdpa_method, world.device), world.device)
+        attention_kernels.prefer_backends(
+            attention_kernels.backend_order(recipe.sdpa_method, world.device), world.device
+        )
     )
     if recipe.packed_sequence.packed_sequence_size:
         keep_documents_apart(bare, recipe.distributed)
     vocab, flops = vocab_rows(bare), flops_per_token(bare, sample_length(train_set))
-    model = spread(bare, recipe.distributed, world, recipe.seed)
-    optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, plain(model))
+    model = parallelize(bare, recipe.distributed, world, recipe.seed)
+    optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, unwrap(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
     job = Job(
         recipe=recipe,
@@ -109,7 +111,7 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
             model_identity(options.loaded), data_fingerprint(train_set, recipe.seed, batches.global_batch)
         ),
         saver=open_saver(options, model, vocab, world, held),
-        metrics=open_metrics(options, world, last_step, flops) if world.main else None,
+        metrics=open_metrics(options, world, last_step, flops) if world.is_main else None,
         stop=stop,
         watch=watch,
         profiler=Profiler(recipe.profile, options.element.root / "profile", world.rank, world.device),
@@ -121,14 +123,14 @@ def prepare(options: Options, stop: StopFlag, world: World, watch: Watch, held: 
     return job
 
 
-def build_model(recipe: Recipe, policy: Policy, *, empty: bool = False) -> torch.nn.Module:
+def build_model(recipe: Recipe, policy: TargetPolicy, *, empty: bool = False) -> torch.nn.Module:
     """The model on the CPU, its weights a function of the seed.
 
     ``empty``: on the meta device, where it can make its weights later, and then
     the same ones (:func:`amlaunch.trainer.models.base.fill`); that costs neither time nor memory.
     """
     torch.manual_seed(recipe.seed)
-    later = empty and fills_itself(resolve(recipe.model["_target_"], policy))
+    later = empty and supports_deferred_init(resolve(recipe.model["_target_"], policy))
     with torch.device("meta") if later else nullcontext():
         model = build(recipe.model, policy)
     if not isinstance(model, torch.nn.Module):
@@ -143,29 +145,29 @@ def fit_for_training(model: torch.nn.Module, recipe: Recipe, world: World) -> No
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    fp8.use(model, recipe.fp8, world.device, recipe.distributed.tp_size)
+    fp8.convert_linear_layers(model, recipe.fp8, world.device, recipe.distributed.tp_size)
     if recipe.distributed.bf16_residual and compute_dtype(recipe.distributed, world.device) is torch.bfloat16:
-        attention_kernels.carry_in(model, torch.bfloat16)
-    compile_model(model, recipe.compile, scope_of(recipe.compile, recipe.distributed, world.size))
+        attention_kernels.cast_residual_stream(model, torch.bfloat16)
+    compile_model(model, recipe.compile, compile_scope(recipe.compile, recipe.distributed, world.size))
 
 
-def model_identity(loaded: Loaded) -> dict[str, Any]:
+def model_identity(loaded: LoadedRecipe) -> dict[str, Any]:
     """The model section as checkpoints remember it: filled in, but for what may be a secret."""
     return dict(stable_names(loaded.visible(loaded.tree["model"])))
 
 
-def build_loss(recipe: Recipe, policy: Policy) -> Any:
+def build_loss(recipe: Recipe, policy: TargetPolicy) -> Any:
     """The loss, compiled where the model is."""
     return compile_loss(build(recipe.loss_fn, policy), recipe.compile)
 
 
-def build_dataset(node: dict[str, Any], recipe: Recipe, policy: Policy, data: Path | None) -> Any:
+def build_dataset(node: dict[str, Any], recipe: Recipe, policy: TargetPolicy, data: Path | None) -> Any:
     """The data set of a section, packed where the recipe says so; one that takes ``data_dir`` learns where the run's shards are."""
     takes = signature(node["_target_"], policy)
     extra: dict[str, Any] = {}
     if data is not None and takes is not None and "data_dir" in takes.parameters and "data_dir" not in node:
         extra["data_dir"] = str(data)
-    return packed(build(node, policy, **extra), recipe.packed_sequence.packed_sequence_size)
+    return pack_dataset(build(node, policy, **extra), recipe.packed_sequence.packed_sequence_size)
 
 
 def check_length(length: int, recipe: Recipe) -> None:
@@ -197,7 +199,7 @@ def build_validation(options: Options, vocab: int | None, world: World) -> dict[
     for name, node in validation_sets(recipe.validation_dataset).items():
         dataset = build_dataset(node, recipe, policy, options.data)
         found[name] = ValidationBatches(
-            dataset, order_of(dataset, recipe.seed), steps.local_batch_size, most, vocab, world
+            dataset, sample_order_of(dataset, recipe.seed), steps.local_batch_size, most, vocab, world
         )
     return found
 
@@ -240,7 +242,7 @@ def open_saver(
     def consolidate(found: checkpoint.Whole, out: Path) -> None:
         write_folder(
             out,
-            plain(model),
+            unwrap(model),
             min(known_vocab(options.data), vocab or sys.maxsize),
             "float32",
             checkpoint.full_weights(found),
@@ -260,7 +262,7 @@ def resume(job: Job, options: Options) -> None:
             job.step = found.step
             job.saver.saved = found.step if found.folder.parent == job.saver.root else 0
             job.last_loss = found.meta["loss"]
-            if job.world.main and job.saver.saved == 0:
+            if job.world.is_main and job.saver.saved == 0:
                 print(f"begins from {found.folder}", flush=True)
     if job.metrics:
         job.metrics.resume_at(job.step)
@@ -269,15 +271,15 @@ def resume(job: Job, options: Options) -> None:
 
 def introduce(job: Job) -> None:
     """Say what is about to happen."""
-    if not job.world.main:
+    if not job.world.is_main:
         return
     recipe, dataset = job.recipe, job.batches.dataset
     begin = f"going on after step {job.step}" if job.step else "beginning"
-    samples = dataset.described() if hasattr(dataset, "described") else f"{len(dataset):,} samples"
+    samples = dataset.describe() if hasattr(dataset, "described") else f"{len(dataset):,} samples"
     seen = ", ".join(f"{epoch:.2f} of {name}" for name, epoch in job.batches.epochs(job.last_step).items())
     epochs = f"{job.batches.epoch(job.last_step):.2f} epochs" + (f": {seen}" if seen else "")
     print(
-        f"{recipe.name}: {parameter_count(plain(job.model)):,} parameters, {job.world.size} x {job.world.device.type}, "
+        f"{recipe.name}: {parameter_count(unwrap(job.model)):,} parameters, {job.world.size} x {job.world.device.type}, "
         f"{recipe.distributed.strategy}; {samples}, {job.last_step:,} steps of {job.batches.step_tokens:,} tokens "
         f"({epochs}); {begin}",
         flush=True,
@@ -290,17 +292,17 @@ def paths(job: Job) -> list[str]:
     """Which fast paths the run takes, and a warning where one that is wanted cannot be had."""
     recipe, device = job.recipe, job.world.device
     dtype = compute_dtype(recipe.distributed, device)
-    order = attention_kernels.wanted(recipe.sdpa_method, device)
+    order = attention_kernels.backend_order(recipe.sdpa_method, device)
     length, packs = (
         job.batches.step_tokens // job.batches.global_batch,
         bool(recipe.packed_sequence.packed_sequence_size),
     )
-    attention = attention_kernels.taken(
-        plain(job.model), order, length, dtype, device, packed=packs, compiled=recipe.compile.enabled
+    attention = attention_kernels.select_backend(
+        unwrap(job.model), order, length, dtype, device, packed=packs, compiled=recipe.compile.enabled
     )
     said = [str(dtype).removeprefix("torch.")]
     said += (
-        [f"compiled by {scope_of(recipe.compile, recipe.distributed, job.world.size)}"]
+        [f"compiled by {compile_scope(recipe.compile, recipe.distributed, job.world.size)}"]
         if recipe.compile.enabled
         else ["not compiled"]
     )

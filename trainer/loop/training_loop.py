@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from amlaunch.recipes.errors import GO_ON_LATER
+from amlaunch.recipes.errors import RESUMABLE
 from amlaunch.trainer.data.batches import Batch
 from amlaunch.trainer.loop.checkpointing import collect, finish, save
 from amlaunch.trainer.loop.forward_backward import forward_backward
@@ -15,24 +15,24 @@ from amlaunch.trainer.loop.training_state import Job, Pending
 from amlaunch.trainer.loop.validation import validate, validate_if_missed
 from amlaunch.trainer.metrics.readback import Readback
 from amlaunch.trainer.optim import optimizers
-from amlaunch.trainer.parallel.world import noise_rank
-from amlaunch.trainer.process.garbage_collection import Collector
+from amlaunch.trainer.parallel.world import dropout_rank
+from amlaunch.trainer.process.garbage_collection import StepGarbageCollector
 
 
 def train(job: Job) -> int:
-    """Take the steps that are left. Returns OK, or GO_ON_LATER when asked to stop, everything saved.
+    """Take the steps that are left. Returns OK, or RESUMABLE when asked to stop, everything saved.
 
     Raises TrainingFailed after ``max_skipped_steps`` steps in a row whose loss or gradient is not a number.
     """
-    collector = Collector()
-    collector.hold()
+    collector = StepGarbageCollector()
+    collector.freeze()
     try:
         return take_steps(job, collector)
     finally:
-        collector.release()
+        collector.restore()
 
 
-def take_steps(job: Job, collector: Collector) -> int:
+def take_steps(job: Job, collector: StepGarbageCollector) -> int:
     """:func:`train`, while ``collector`` holds the garbage collector."""
     if not validate_if_missed(job):
         return leave(job)
@@ -62,9 +62,9 @@ def next_batch(job: Job) -> Batch | None:
     """This rank's part of the next step; None, on all ranks, where any of them was asked to stop."""
     job.watch.at(f"waiting for the data of step {job.step + 1}")
     with job.clock.part("data"):
-        batch = job.batches.next(lambda: job.stop.asked(look=True))
+        batch = job.batches.next(lambda: job.stop.requested(poll=True))
     job.watch.at(f"waiting for the other ranks before step {job.step + 1}", others=True)
-    return None if job.world.any(batch is None or job.stop.asked()) else batch
+    return None if job.world.any(batch is None or job.stop.requested()) else batch
 
 
 def take_step(job: Job, batch: Batch) -> Pending:
@@ -72,7 +72,7 @@ def take_step(job: Job, batch: Batch) -> Pending:
     job.step += 1
     job.taken += 1
     job.profiler.step(job.step)
-    seed_step(job.recipe.seed, job.step, noise_rank(job.recipe.distributed, job.world))
+    seed_step(job.recipe.seed, job.step, dropout_rank(job.recipe.distributed, job.world))
     job.model.train()
     loss = forward_backward(job, batch)
     norm = optimizers.clip(job.model.parameters(), job.recipe.clip_grad_norm).to(loss.device)
@@ -88,14 +88,14 @@ def leave(job: Job) -> int:
     settle(job)
     save(job)
     finish(job)
-    if job.world.main and job.saver is None:
+    if job.world.is_main and job.saver is None:
         print(f"stopped after step {job.step}; nothing is saved, for checkpoint.enabled is false", flush=True)
-    if job.world.main and job.skipped and job.saver is not None:
+    if job.world.is_main and job.skipped and job.saver is not None:
         print(
             f"stopped after step {job.step}, not saved: the last {job.skipped} steps were no numbers; it goes on from step {job.saver.saved}",
             flush=True,
         )
-    return GO_ON_LATER
+    return RESUMABLE
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -19,7 +19,7 @@ from amlaunch.trainer.metrics.step_timer import Clock
 from amlaunch.trainer.metrics.writers import Metrics
 from amlaunch.trainer.optim.optimizers import Optimizers, Schedule
 from amlaunch.trainer.parallel.world import World
-from amlaunch.trainer.process.hang_watch import Watch
+from amlaunch.trainer.process.hang_watch import HangWatch
 from amlaunch.trainer.process.stop_request import StopFlag
 
 
@@ -52,7 +52,7 @@ class Job:
     metrics: Metrics | None
     """On rank 0 only."""
     stop: StopFlag
-    watch: Watch
+    watch: HangWatch
     profiler: Profiler
     last_step: int
     step: int = 0

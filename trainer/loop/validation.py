@@ -12,7 +12,7 @@ from amlaunch.trainer.data.batches import Batch
 from amlaunch.trainer.loop.checkpointing import last_good
 from amlaunch.trainer.loop.forward_backward import batch_loss
 from amlaunch.trainer.loop.training_state import Job
-from amlaunch.trainer.loss import IGNORED
+from amlaunch.trainer.loss import IGNORE_INDEX
 from amlaunch.trainer.process.errors import TrainingFailed
 
 
@@ -46,11 +46,11 @@ def mean_loss(job: Job, batches: Iterable[Batch]) -> float | None:
     """Loss a label over the ``batches`` of all ranks, each with as many; None where any was asked to stop meanwhile."""
     sums = torch.zeros(2, dtype=torch.float64, device=job.world.device)
     for batch in batches:
-        if job.world.any(job.stop.asked()):
+        if job.world.any(job.stop.requested()):
             return None
-        batch = batch.part_of(job.world)
+        batch = batch.local_to(job.world)
         sums[0] += batch_loss(job, batch)
-        sums[1] += (batch.labels != IGNORED).sum()
+        sums[1] += (batch.labels != IGNORE_INDEX).sum()
         job.watch.beat(f"validating after step {job.step}", steady=job.taken > 0)
     loss, count = job.world.sum(sums).tolist()
     return loss / max(count, 1.0)
@@ -59,6 +59,6 @@ def mean_loss(job: Job, batches: Iterable[Batch]) -> float | None:
 def validate_if_missed(job: Job) -> bool:
     """Validate after the resumed step, where the run was stopped before it came to that; False: stopped again."""
     due = job.step > 0 and len(job.validation) > 0 and job.due(job.recipe.step_scheduler.val_every_steps)
-    if due and not job.world.from_main(job.metrics and job.metrics.has_validation(job.step)):
+    if due and not job.world.broadcast(job.metrics and job.metrics.has_validation(job.step)):
         return validate(job)
     return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from amlaunch.recipes.format.schema import Profile
+from amlaunch.recipes.format.schema import ProfileSection
 
 MAX_ENTRIES = 100_000
 """Allocations that a memory snapshot remembers."""
@@ -21,7 +21,7 @@ def trace_path(folder: Path, step: int, rank: int) -> Path:
 class Profiler:
     """Traces ``section.steps`` steps of this start of the run into ``folder``; does nothing without a section."""
 
-    def __init__(self, section: Profile | None, folder: Path, rank: int, device: torch.device):
+    def __init__(self, section: ProfileSection | None, folder: Path, rank: int, device: torch.device):
         self._section = section
         self._folder = folder
         self._rank = rank

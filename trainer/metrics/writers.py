@@ -23,7 +23,7 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import append_json_line, read_json_lines, read_object, write_text
 from amlaunch.recipes.format.schema import TensorBoard
 from amlaunch.recipes.run_layout import ElementDir, Heartbeat
-from amlaunch.trainer.performance.compilation import compiled
+from amlaunch.trainer.performance.compilation import compile_stats
 from amlaunch.trainer.process.start_time import seconds_since_start
 
 PEAK_FLOPS = {
@@ -256,7 +256,7 @@ class Metrics:
 
 def started() -> dict[str, Any]:
     """How long it took to get here, where the first step of a start has just ended."""
-    made = compiled()
+    made = compile_stats()
     return {
         "seconds": round(seconds_since_start(), 3),
         "compile_seconds": round(made.seconds, 3),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-BLOCKWISE = (torch.bfloat16, torch.float16, torch.float32)
+FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types that flex_attention's GPU kernels compute in."""
 
 
@@ -28,18 +28,18 @@ def attend(
     grouped = q.shape[1] != k.shape[1]
     if documents is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=grouped)
-    if torch.compiler.is_compiling() and q.is_cuda and q.dtype in BLOCKWISE and q.shape[-1] >= 16 and not dropout_p:
-        return attend_by_blocks(q, k, v, documents)
-    mask = same_document(documents).tril()
+    if torch.compiler.is_compiling() and q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= 16 and not dropout_p:
+        return flex_attend(q, k, v, documents)
+    mask = same_document_mask(documents).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, enable_gqa=grouped)
 
 
-def same_document(documents: torch.Tensor) -> torch.Tensor:
+def same_document_mask(documents: torch.Tensor) -> torch.Tensor:
     """``(B, T)`` to ``(B, 1, T, T)``: whether query and key lie in one document."""
     return (documents[:, :, None] == documents[:, None, :]).unsqueeze(1)
 
 
-def attend_by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+def flex_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
     """:func:`attend` by documents, through flex_attention (Dong et al. 2024).
 
     The mask's shapes depend on T alone, so that other documents compile nothing

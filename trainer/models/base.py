@@ -56,7 +56,7 @@ def _outer_lists(module: nn.Module) -> list[nn.ModuleList]:
     return [found for child in module.children() for found in _outer_lists(child)]
 
 
-def fresh(make: Callable[[], ModelT]) -> ModelT:
+def build_initialized(make: Callable[[], ModelT]) -> ModelT:
     """What ``make`` builds, a model with ``init_parameter``, with its initial weights; on the meta device: without any."""
     device = torch.get_default_device()
     with torch.device("meta"):
@@ -68,12 +68,12 @@ def fresh(make: Callable[[], ModelT]) -> ModelT:
                     module._parameters[name] = nn.Parameter(
                         torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     )
-        fill(model)
+        initialize_parameters(model)
     return model
 
 
 @torch.no_grad()
-def fill(model: nn.Module) -> None:
+def initialize_parameters(model: nn.Module) -> None:
     """Write the initial weights into the parameters of ``model``, whole or this rank's parts of them.
 
     They are drawn whole, one after the other, and those of all ranks from the
@@ -92,7 +92,7 @@ def fill(model: nn.Module) -> None:
             parameter.copy_(whole)
 
 
-def fills_itself(target: Any) -> bool:
+def supports_deferred_init(target: Any) -> bool:
     """Whether what ``target`` builds has ``init_parameter``: it is such a class, or is annotated to return one."""
     try:
         made = target if isinstance(target, type) else get_type_hints(target).get("return")
@@ -116,7 +116,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def setting(model: nn.Module, *names: str) -> int | None:
+def config_value(model: nn.Module, *names: str) -> int | None:
     """The first of ``names`` that the model, its ``settings``, or its Hugging Face config states as a number."""
     for place in (model, getattr(model, "settings", None), getattr(model, "config", None)):
         for name in names:
@@ -128,12 +128,12 @@ def setting(model: nn.Module, *names: str) -> int | None:
 
 def vocab_rows(model: nn.Module) -> int | None:
     """One more than the largest token id that the model takes; None where it does not say."""
-    return setting(model, "vocab_size")
+    return config_value(model, "vocab_size")
 
 
-def context_of(model: nn.Module) -> int | None:
+def context_length(model: nn.Module) -> int | None:
     """The most positions that the model takes; None where it does not say."""
-    return setting(model, "context", "max_position_embeddings", "n_positions")
+    return config_value(model, "context", "max_position_embeddings", "n_positions")
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
@@ -146,7 +146,7 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
     own = getattr(model, "flops_per_token", None)
     if own is not None:
         return float(own(seq_len))
-    width = setting(model, "hidden_size", "n_embd") or 0
+    width = config_value(model, "hidden_size", "n_embd") or 0
     return 6.0 * (parameter_count(model) - _only_looked_up(model)) + 12.0 * len(blocks(model)) * width * seq_len
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Distributed
-from amlaunch.trainer.models.attention import same_document
+from amlaunch.trainer.models.attention import same_document_mask
 
 OURS = {"position_ids", "documents"}
 HUGGING_FACE = {"position_ids", "attention_mask"}
@@ -57,5 +57,5 @@ def _as_mask(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     documents: torch.Tensor | None = keywords.pop("documents", None)
     if documents is not None:
-        keywords["attention_mask"] = same_document(documents).tril()
+        keywords["attention_mask"] = same_document_mask(documents).tril()
     return args, keywords

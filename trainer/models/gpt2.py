@@ -21,13 +21,13 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.attention import attend
-from amlaunch.trainer.models.base import fresh, head
+from amlaunch.trainer.models.base import build_initialized, head
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
 """Hugging Face's name, and torch's ``approximate``; GPT-2 was trained with the tanh form."""
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED_IN_HF = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class GPT2Config:
     eos_token_id: int
 
 
-class Attention(nn.Module):
+class GPT2Attention(nn.Module):
     """Causal self-attention with query, key and value in one projection."""
 
     def __init__(self, config: GPT2Config):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class GPT2MLP(nn.Module):
     """Two linear layers with a GELU between, four times as wide inside."""
 
     def __init__(self, config: GPT2Config):
@@ -79,15 +79,15 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
-class Block(nn.Module):
+class GPT2Block(nn.Module):
     """Attention, then MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = GPT2Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = GPT2MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class GPT2(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.head = head
 
@@ -167,7 +167,7 @@ class GPT2(nn.Module):
         """``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, the vocabulary cut to ``vocab_size``."""
         renamed = {}
         for name, tensor in tensors.items():
-            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            tensor = tensor.t() if name.endswith(TRANSPOSED_IN_HF) else tensor
             renamed[f"transformer.{name}"] = tensor[:vocab_size] if name == "wte.weight" else tensor
         settings = dataclasses.asdict(self.settings)
         dropout, activation = settings.pop("dropout"), settings.pop("activation")
@@ -224,4 +224,4 @@ def build_gpt2_model(
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
     )
-    return fresh(lambda: GPT2(config))
+    return build_initialized(lambda: GPT2(config))

@@ -20,7 +20,7 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.attention import attend
-from amlaunch.trainer.models.base import fresh, head
+from amlaunch.trainer.models.base import build_initialized, head
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-class Attention(nn.Module):
+class LlamaAttention(nn.Module):
     """Causal self-attention with fewer key-value heads than query heads."""
 
     def __init__(self, config: LlamaConfig):
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class LlamaMLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig):
@@ -118,15 +118,15 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """Attention, then MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = LlamaAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = LlamaMLP(config)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None
@@ -157,7 +157,7 @@ class Llama(nn.Module):
         self.vocab_size = config.vocab_size
         self.context = config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -269,4 +269,4 @@ def build_llama_model(
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
     )
-    return fresh(lambda: Llama(config))
+    return build_initialized(lambda: Llama(config))

@@ -14,7 +14,7 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_json
-from amlaunch.trainer.models.gpt2 import TRANSPOSED, build_gpt2_model
+from amlaunch.trainer.models.gpt2 import TRANSPOSED_IN_HF, build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def load_pretrained_model(*, path: str, vocab_size: int | None = None, dropout: 
     if vocab_size is not None and vocab_size < rows:
         raise BadInput(f"model.vocab_size {vocab_size}: {folder} has {rows} tokens; write at least as many")
     model = build({**config, "vocab_size": vocab_size or rows}, dropout, path)
-    fill(model, read_tensors(folder), folder)
+    copy_weights(model, read_tensors(folder), folder)
     return model
 
 
@@ -107,10 +107,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def copy_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Copy Hugging Face's ``tensors`` into our ``model``, whose names are theirs without the first part."""
     given = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in tensors.items()}
-    transposed = TRANSPOSED if hasattr(model, "wte") else ()
+    transposed = TRANSPOSED_IN_HF if hasattr(model, "wte") else ()
     for name, parameter in model.named_parameters():
         if name not in given:
             raise BadInput(f"{folder} has no tensor {name!r}")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterGroup
-from amlaunch.recipes.format.targets import Policy, build, resolve
+from amlaunch.recipes.format.targets import TargetPolicy, build, resolve
 from amlaunch.trainer.models.base import blocks
 
 FUSED = ("AdamW", "Adam")
@@ -148,7 +148,7 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizers(
-    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: Policy, model: nn.Module
+    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, model: nn.Module
 ) -> Optimizers:
     """The recipe's optimizer over the parameters of ``model`` (bare, or sharded by FSDP2).
 
@@ -192,7 +192,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def _one(
-    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: Policy, named: Named, rate: float
+    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, named: Named, rate: float
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """An optimizer over ``named``, and its groups' rates as multiples of ``rate``."""
     target = resolve(section["_target_"], policy)

@@ -34,7 +34,7 @@ HF_NAME = "amlaunch_context_parallel"
 # --- which positions are whose ------------------------------------------------------------------------
 
 
-def pieces(length: int, ranks: int) -> list[list[slice]]:
+def position_slices(length: int, ranks: int) -> list[list[slice]]:
     """For each rank its pieces of ``length`` positions: two where that is divisible by ``2 * ranks``, else one."""
     mirrored = length % (2 * ranks) == 0
     size = length // (2 * ranks) if mirrored else length // ranks
@@ -42,23 +42,23 @@ def pieces(length: int, ranks: int) -> list[list[slice]]:
     return [[slice(start * size, (start + 1) * size) for start in mine] for mine in starts]
 
 
-def own(x: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
+def local_positions(x: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
     """The part of ``x`` along ``dim``, all positions, that is ``rank``'s."""
-    return torch.cat([x.movedim(dim, 0)[piece] for piece in pieces(x.shape[dim], ranks)[rank]]).movedim(0, dim)
+    return torch.cat([x.movedim(dim, 0)[piece] for piece in position_slices(x.shape[dim], ranks)[rank]]).movedim(0, dim)
 
 
-def dealt(x: torch.Tensor, dim: int, ranks: int) -> torch.Tensor:
+def split_positions(x: torch.Tensor, dim: int, ranks: int) -> torch.Tensor:
     """All positions along ``dim`` to ``(n, ..., t, ...)``, the part of each rank."""
-    return torch.stack([own(x, dim, rank, ranks) for rank in range(ranks)])
+    return torch.stack([local_positions(x, dim, rank, ranks) for rank in range(ranks)])
 
 
-def in_order(parts: torch.Tensor, dim: int) -> torch.Tensor:
+def merge_positions(parts: torch.Tensor, dim: int) -> torch.Tensor:
     """``parts (n, ...)`` of all ranks, with t positions along ``dim`` of each, as one tensor in the order of positions."""
     ranks, t = parts.shape[0], parts.shape[dim + 1]
-    size = pieces(ranks * t, ranks)[0][0].stop
+    size = position_slices(ranks * t, ranks)[0][0].stop
     found = [
         (piece.start, parts[rank].narrow(dim, i * size, size))
-        for rank, mine in enumerate(pieces(ranks * t, ranks))
+        for rank, mine in enumerate(position_slices(ranks * t, ranks))
         for i, piece in enumerate(mine)
     ]
     return torch.cat([tensor for _, tensor in sorted(found, key=lambda pair: pair[0])], dim)
@@ -67,7 +67,7 @@ def in_order(parts: torch.Tensor, dim: int) -> torch.Tensor:
 # --- attention ----------------------------------------------------------------------------------------
 
 
-def attend_over_ranks(
+def context_parallel_attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -78,7 +78,7 @@ def attend_over_ranks(
 ) -> torch.Tensor:
     """:func:`amlaunch.trainer.models.attention.attend` where each rank of ``group`` has t of the positions; exact, gradients too."""
     if documents is not None:
-        documents = in_order(stack(documents, group), 1)
+        documents = merge_positions(stack(documents, group), 1)
     way = _exchanging if q.shape[1] % group.size() == 0 else _gathering
     return way(q, k, v, documents, dropout_p, group)
 
@@ -89,9 +89,9 @@ def _exchanging(
     """Positions for heads, and back; key-value heads that are too few are repeated first."""
     repeats = math.lcm(k.shape[1], group.size()) // k.shape[1]
     k, v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k, v))
-    q, k, v = (in_order(exchange(_by_heads(x, group), group), 2) for x in (q, k, v))
+    q, k, v = (merge_positions(exchange(_by_heads(x, group), group), 2) for x in (q, k, v))
     y = attend(q, k, v, documents=documents, dropout_p=dropout_p)
-    return exchange(dealt(y, 2, group.size()), group).movedim(0, 1).flatten(1, 2)
+    return exchange(split_positions(y, 2, group.size()), group).movedim(0, 1).flatten(1, 2)
 
 
 def _by_heads(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -103,8 +103,8 @@ def _gathering(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, dropout_p: float, group: Group
 ) -> torch.Tensor:
     """Own positions against all keys up to them, piece by piece."""
-    mine = pieces(q.shape[2] * group.size(), group.size())[group.rank()]
-    k, v = (in_order(stack(x, group), 2) for x in (k, v))
+    mine = position_slices(q.shape[2] * group.size(), group.size())[group.rank()]
+    k, v = (merge_positions(stack(x, group), 2) for x in (k, v))
     found = []
     for piece, queries in zip(mine, q.chunk(len(mine), 2), strict=True):
         mask = _sees(piece, documents, q.device)
@@ -130,9 +130,9 @@ def _sees(piece: slice, documents: torch.Tensor | None, device: torch.device) ->
 # --- models -------------------------------------------------------------------------------------------
 
 
-def spread_positions(model: nn.Module, group: Group) -> None:
+def apply_context_parallel(model: nn.Module, group: Group) -> None:
     """Have ``model``'s attention go over the ranks of ``group``. Raises BadInput where it cannot be replaced."""
-    over_ranks = partial(attend_over_ranks, group=group)
+    over_ranks = partial(context_parallel_attend, group=group)
     modules = [module for module in model.modules() if getattr(module, "attend", None) is attend]
     for module in modules:
         module.attend = over_ranks  # type: ignore[assignment]

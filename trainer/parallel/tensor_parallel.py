@@ -47,9 +47,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.trainer.models.base import setting
+from amlaunch.trainer.models.base import config_value
 from amlaunch.trainer.parallel.collectives import Group, exchange, gather, part, scatter, share, stack, total
-from amlaunch.trainer.performance.activation_checkpointing import keep_eager
+from amlaunch.trainer.performance.activation_checkpointing import keep_recomputed_blocks_eager
 
 HF_STYLES = {
     "colwise": "shared_column",
@@ -63,7 +63,7 @@ HF_STYLES = {
 
 
 @dataclass(frozen=True)
-class Ranks:
+class TensorParallelGroup:
     """The ranks that share the model, and how."""
 
     mesh: DeviceMesh
@@ -96,7 +96,7 @@ class Ranks:
 # --- parameters -----------------------------------------------------------------------------------------
 
 
-def deal_out(module: nn.Module, name: str, dim: int | None, ranks: Ranks, says: str) -> None:
+def shard_parameter(module: nn.Module, name: str, dim: int | None, ranks: TensorParallelGroup, says: str) -> None:
     """Make a parameter a DTensor: this rank's part along ``dim``, or whole. Raises BadInput where it does not divide."""
     parameter = module._parameters[name]
     if parameter is None or isinstance(parameter, DTensor):
@@ -113,13 +113,13 @@ def deal_out(module: nn.Module, name: str, dim: int | None, ranks: Ranks, says: 
     module._parameters[name] = nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
-Change = Callable[[torch.Tensor, Ranks], torch.Tensor]
+Change = Callable[[torch.Tensor, TensorParallelGroup], torch.Tensor]
 Forward = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
-def read_locally(
+def use_local_parameters(
     module: nn.Module,
-    ranks: Ranks,
+    ranks: TensorParallelGroup,
     partial_gradients: bool = False,
     change: Change | None = None,
     forward: Forward | None = None,
@@ -131,11 +131,11 @@ def read_locally(
     """
     module.sharers = ranks  # type: ignore[assignment] # not part of the class: a process can have several meshes, one after the other
     base: Any = type(module)
-    module.__class__ = reading_locally(base, tuple(module._parameters), partial_gradients, change, forward)
+    module.__class__ = local_parameter_class(base, tuple(module._parameters), partial_gradients, change, forward)
 
 
 @cache
-def reading_locally(
+def local_parameter_class(
     base: type[nn.Module],
     names: tuple[str, ...],
     partial_gradients: bool,
@@ -145,7 +145,7 @@ def reading_locally(
     """The class of such modules. One for all that are alike: dynamo would compile each block for classes of its own, and give up after eight."""
 
     def reader(name: str) -> property:
-        return property(lambda self: local_part(self._parameters[name], self.sharers, partial_gradients, change))
+        return property(lambda self: local_parameter(self._parameters[name], self.sharers, partial_gradients, change))
 
     more: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     if forward is not None:
@@ -153,8 +153,11 @@ def reading_locally(
     return type(base.__name__, (base,), {name: reader(name) for name in names} | more)
 
 
-def local_part(
-    parameter: torch.Tensor | None, ranks: Ranks, partial_gradients: bool = False, change: Change | None = None
+def local_parameter(
+    parameter: torch.Tensor | None,
+    ranks: TensorParallelGroup,
+    partial_gradients: bool = False,
+    change: Change | None = None,
 ) -> Any:
     """This rank's part of a parameter in the forward; outside of it, where FSDP2 has it sharded over a second dimension, it is as it is."""
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
@@ -166,32 +169,32 @@ def local_part(
 # --- styles ---------------------------------------------------------------------------------------------
 
 
-def _enter(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _enter(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     module.register_forward_pre_hook(lambda _, inputs: (ranks.enter(inputs[0]), *inputs[1:]))
 
 
-def _column(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _column(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     for parameter in ("weight", "bias"):
-        deal_out(module, parameter, 0, ranks, name)
-    read_locally(module, ranks)
+        shard_parameter(module, parameter, 0, ranks, name)
+    use_local_parameters(module, ranks)
 
 
-def _shared_column(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _shared_column(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     _column(module, name, ranks)
     _enter(module, name, ranks)
 
 
-def _fused(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _fused(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     for parameter in ("weight", "bias"):
-        deal_out(module, parameter, 0, ranks, name)
-    read_locally(module, ranks, change=_query_key_value)
+        shard_parameter(module, parameter, 0, ranks, name)
+    use_local_parameters(module, ranks, change=_query_key_value)
 
 
-def _query_key_value(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    return heads_together(rows, 3, ranks.group)
+def _query_key_value(rows: torch.Tensor, ranks: TensorParallelGroup) -> torch.Tensor:
+    return regroup_fused_rows(rows, 3, ranks.group)
 
 
-def heads_together(rows: torch.Tensor, parts: int, group: Group) -> torch.Tensor:
+def regroup_fused_rows(rows: torch.Tensor, parts: int, group: Group) -> torch.Tensor:
     """From this rank's consecutive rows ``(R / n, ...)`` of ``parts`` stacked matrices to its rows of each of them.
 
     R is divisible by ``parts * n``, so that rows move in blocks of ``R / (parts * n)``.
@@ -210,22 +213,22 @@ def heads_together(rows: torch.Tensor, parts: int, group: Group) -> torch.Tensor
     return torch.cat(mine)
 
 
-def _row(module: nn.Module, name: str, ranks: Ranks) -> None:
-    deal_out(module, "weight", 1, ranks, name)
-    deal_out(module, "bias", None, ranks, name)
-    read_locally(module, ranks, forward=_row_forward)
+def _row(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
+    shard_parameter(module, "weight", 1, ranks, name)
+    shard_parameter(module, "bias", None, ranks, name)
+    use_local_parameters(module, ranks, forward=_row_forward)
 
 
 def _row_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     y = self.sharers.leave(F.linear(x, self.weight))
-    bias = local_part(self._parameters["bias"], self.sharers, self.sharers.sequence)
+    bias = local_parameter(self._parameters["bias"], self.sharers, self.sharers.sequence)
     return y if bias is None else y + bias
 
 
-def _vocabulary(module: nn.Module, name: str, ranks: Ranks) -> None:
-    deal_out(module, "weight", 0, ranks, name)
+def _vocabulary(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
+    shard_parameter(module, "weight", 0, ranks, name)
     module.first_row = module._parameters["weight"].to_local().shape[0] * ranks.mesh.get_local_rank()  # type: ignore[union-attr]
-    read_locally(module, ranks, forward=_vocabulary_forward)
+    use_local_parameters(module, ranks, forward=_vocabulary_forward)
 
 
 def _vocabulary_forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -236,7 +239,7 @@ def _vocabulary_forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return self.sharers.leave(found * here.unsqueeze(-1))
 
 
-def _positions(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _positions(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     _whole(module, name, ranks)
     if ranks.sequence:
         module.register_forward_pre_hook(
@@ -244,41 +247,43 @@ def _positions(module: nn.Module, name: str, ranks: Ranks) -> None:
         )
 
 
-def _head(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _head(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     for parameter in ("weight", "bias"):
-        deal_out(module, parameter, 0, ranks, name)
-    read_locally(module, ranks, forward=_head_forward)
+        shard_parameter(module, parameter, 0, ranks, name)
+    use_local_parameters(module, ranks, forward=_head_forward)
 
 
 def _head_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     bias = self.bias
     return F.linear(
-        *whole_head(x, self.weight, ranks=self.sharers), None if bias is None else _rows(bias, self.sharers)
+        *gathered_head(x, self.weight, ranks=self.sharers), None if bias is None else _rows(bias, self.sharers)
     )
 
 
-def _whole(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _whole(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     for parameter in module._parameters:
-        deal_out(module, parameter, None, ranks, name)
-    read_locally(module, ranks, partial_gradients=ranks.sequence)
+        shard_parameter(module, parameter, None, ranks, name)
+    use_local_parameters(module, ranks, partial_gradients=ranks.sequence)
 
 
-def _summed(module: nn.Module, name: str, ranks: Ranks) -> None:
+def _summed(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
     for parameter in module._parameters:
-        deal_out(module, parameter, None, ranks, name)
-    read_locally(module, ranks, partial_gradients=True)
+        shard_parameter(module, parameter, None, ranks, name)
+    use_local_parameters(module, ranks, partial_gradients=True)
 
 
-def whole_head(x: torch.Tensor, weight: torch.Tensor, *, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+def gathered_head(
+    x: torch.Tensor, weight: torch.Tensor, *, ranks: TensorParallelGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of hidden states ``(B, T, C)`` and the rank's rows of the head: those that this rank computes the loss of, and all rows."""
     return ranks.own_positions(x), _rows(weight, ranks)
 
 
-def _rows(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def _rows(x: torch.Tensor, ranks: TensorParallelGroup) -> torch.Tensor:
     return stack(x, ranks.group).flatten(0, 1)
 
 
-STYLES: dict[str, Callable[[nn.Module, str, Ranks], None]] = {
+STYLES: dict[str, Callable[[nn.Module, str, TensorParallelGroup], None]] = {
     "enter": _enter,
     "column": _column,
     "shared_column": _shared_column,
@@ -295,9 +300,9 @@ STYLES: dict[str, Callable[[nn.Module, str, Ranks], None]] = {
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def share_model(model: nn.Module, ranks: Ranks) -> None:
+def apply_tensor_parallel(model: nn.Module, ranks: TensorParallelGroup) -> None:
     """Deal out the parameters of ``model`` as its plan says. Raises BadInput where it has none, or it does not divide."""
-    plan = plan_of(model, ranks)
+    plan = tensor_parallel_plan(model, ranks)
     _check_heads(model, ranks.size)
     tied = _tied(model)
     for name, module in list(model.named_modules()):
@@ -312,14 +317,14 @@ def share_model(model: nn.Module, ranks: Ranks) -> None:
     if (
         ranks.mesh.device_type == "cpu"
     ):  # torch 2.13 takes states of the CPU's generator, which attention has, for meshes of DTensors
-        keep_eager(model)
+        keep_recomputed_blocks_eager(model)
     if hasattr(model, "head"):
-        model.head = partial(whole_head, ranks=ranks)  # type: ignore[assignment]
+        model.head = partial(gathered_head, ranks=ranks)  # type: ignore[assignment]
     elif "head" not in plan.values():
         model.register_forward_hook(lambda _, __, output: _own_logits(output, ranks))
 
 
-def plan_of(model: nn.Module, ranks: Ranks) -> dict[str, str]:
+def tensor_parallel_plan(model: nn.Module, ranks: TensorParallelGroup) -> dict[str, str]:
     """Patterns of module names to styles: the model's ``tp_plan``, or what transformers' model says in ``_tp_plan``."""
     name = type(model).__name__
     own = getattr(model, "tp_plan", None) if not hasattr(model, "set_attn_implementation") else None
@@ -354,7 +359,7 @@ def _tied_embedding(model: Any) -> str | None:
 
 def _check_heads(model: nn.Module, size: int) -> None:
     for names in (("num_attention_heads", "n_head"), ("num_key_value_heads",)):
-        heads = setting(model, *names)
+        heads = config_value(model, *names)
         if heads is not None and heads % size:
             raise BadInput(
                 f"distributed.tp_size {size} does not divide model.{names[-1]} {heads}; each rank takes whole heads"
@@ -389,7 +394,7 @@ def _tie(model: nn.Module, tied: list[Places]) -> None:
             module._parameters[name] = first._parameters[own]
 
 
-def _own_logits(output: Any, ranks: Ranks) -> Any:
+def _own_logits(output: Any, ranks: TensorParallelGroup) -> Any:
     """A model whose head is whole on all ranks: the logits of this rank's positions."""
     if isinstance(output, torch.Tensor):
         return ranks.own_positions(output)

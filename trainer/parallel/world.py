@@ -19,13 +19,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from amlaunch.recipes.format.schema import Distributed
-from amlaunch.trainer.models.base import blocks, fill, parameter_count
-from amlaunch.trainer.parallel.context_parallel import spread_positions
-from amlaunch.trainer.parallel.tensor_parallel import Ranks as Sharers
-from amlaunch.trainer.parallel.tensor_parallel import share_model
+from amlaunch.trainer.models.base import blocks, initialize_parameters, parameter_count
+from amlaunch.trainer.parallel.context_parallel import apply_context_parallel
+from amlaunch.trainer.parallel.tensor_parallel import TensorParallelGroup, apply_tensor_parallel
 from amlaunch.trainer.performance.activation_checkpointing import checkpoint_activations
 from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed
-from amlaunch.trainer.process.rank_environment import Ranks, prefer_loopback
+from amlaunch.trainer.process.rank_environment import RankEnvironment, prefer_loopback
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -46,7 +45,7 @@ class World:
     cp_size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank speaks for all."""
         return self.rank == 0
 
@@ -71,7 +70,7 @@ class World:
         return self.rank % self.tp_size
 
     @property
-    def averaged(self) -> int:
+    def gradient_average_size(self) -> int:
         """Over how many ranks FSDP2 and DDP average gradients: all that have the same weights."""
         return self.size // self.tp_size
 
@@ -89,13 +88,13 @@ class World:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, on all ranks."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
@@ -106,7 +105,7 @@ class World:
         self.any(False)
 
 
-def join(section: Distributed, ranks: Ranks) -> World:
+def join_world(section: Distributed, ranks: RankEnvironment) -> World:
     """The world of this process, its process group made unless there is one.
 
     It is never taken down: that can wait for peers that are gone, or for ever
@@ -119,7 +118,7 @@ def join(section: Distributed, ranks: Ranks) -> World:
     return World(ranks.rank, ranks.size, device, timeout, section.tp_size, section.cp_size)
 
 
-def _device(ranks: Ranks) -> torch.device:
+def _device(ranks: RankEnvironment) -> torch.device:
     if os.environ.get("AMLAUNCH_DEVICE") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -133,7 +132,7 @@ def _device(ranks: Ranks) -> torch.device:
     return device
 
 
-def _init_group(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
+def _init_group(ranks: RankEnvironment, device: torch.device, timeout: timedelta) -> None:
     """Gloo for the CPU on every machine: what the ranks agree on must not wait for the GPU's queue."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL's flight recorder remembers
@@ -160,7 +159,7 @@ def compute_dtype(section: Distributed, device: torch.device) -> torch.dtype:
     return DTYPES[section.dtype]
 
 
-def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> nn.Module:
+def parallelize(model: nn.Module, section: Distributed, world: World, seed: int) -> nn.Module:
     """The model on its device, float32 master weights (float64 where asked), spread as the recipe says.
 
     All ranks come with the same weights, or without any (on the meta device):
@@ -172,12 +171,12 @@ def spread(model: nn.Module, section: Distributed, world: World, seed: int) -> n
     model.to(dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     before = parameter_count(model)
     if world.cp_size > 1:
-        spread_positions(model, _group_of(world, _cp_rows(world)))
+        apply_context_parallel(model, _group_of(world, _cp_rows(world)))
     checkpoint_activations(model, section.activation_checkpointing)
     if is_sharded(section):
         mesh = _mesh(section, world)
         if world.tp_size > 1:
-            share_model(model, Sharers(mesh["tp"], section.sequence_parallel))
+            apply_tensor_parallel(model, TensorParallelGroup(mesh["tp"], section.sequence_parallel))
         _fsdp2(model, section, mesh, dtype)
     _settle(model, section, world, seed)
     after = parameter_count(model)
@@ -197,7 +196,7 @@ def _settle(model: nn.Module, section: Distributed, world: World, seed: int) -> 
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
         torch.manual_seed(seed)
-        fill(model)
+        initialize_parameters(model)
     elif not is_sharded(section):  # FSDP2 has done it, block by block
         model.to(device)
 
@@ -258,12 +257,12 @@ def _group_of(world: World, rows: torch.Tensor) -> dist.ProcessGroup:
     return groups[mine]
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def noise_rank(section: Distributed, world: World) -> int:
+def dropout_rank(section: Distributed, world: World) -> int:
     """Ranks of one number draw the same dropout: what tensor-parallel ranks compute all alike must stay alike."""
     return world.rank if section.sequence_parallel else world.rank // world.tp_size
 

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from amlaunch.trainer.models.base import blocks
 
-KEPT = ("mm", "addmm", "bmm", "_scaled_mm")
+SAVED_OPERATORS = ("mm", "addmm", "bmm", "_scaled_mm")
 """Operators of aten that ``selective`` keeps the outputs of, besides attention."""
 ATTENTION = "_scaled_dot_product"
-COMPUTED_AGAIN = "_computed_again"
+RECOMPUTED_MARKER = "_computed_again"
 """What classes of blocks have whose forward is computed again."""
 
 
@@ -32,11 +32,11 @@ def checkpoint_activations(model: nn.Module, kind: str) -> None:
             block.forward = partial(checkpoint, block.forward, **_options(kind))
         else:
             base: Any = type(block)
-            block.__class__ = computed_again(base, kind)
+            block.__class__ = recomputing_class(base, kind)
 
 
 @cache
-def computed_again(base: type[nn.Module], kind: str) -> type[nn.Module]:
+def recomputing_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
     """A class of blocks like ``base``, whose forward is computed again in the backward.
 
     One for all blocks of a model, and no ``checkpoint`` set as a block's ``forward``:
@@ -48,14 +48,14 @@ def computed_again(base: type[nn.Module], kind: str) -> type[nn.Module]:
         return checkpoint(base.forward, self, *args, **options, **kwargs)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), {**names, "forward": forward, COMPUTED_AGAIN: True})
+    return type(base.__name__, (base,), {**names, "forward": forward, RECOMPUTED_MARKER: True})
 
 
-def keep_eager(model: nn.Module) -> None:
+def keep_recomputed_blocks_eager(model: nn.Module) -> None:
     """Leave blocks that are computed again out of ``torch.compile``, where that was asked for."""
     if any(part._compiled_call_impl is not None for part in (model, *blocks(model))):
         for block in blocks(model):
-            if hasattr(type(block), COMPUTED_AGAIN):
+            if hasattr(type(block), RECOMPUTED_MARKER):
                 block.forward = torch.compiler.disable(block.forward)
 
 
@@ -66,5 +66,5 @@ def _options(kind: str) -> dict[str, Any]:
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator._opname if isinstance(operator, torch._ops.OpOverload) else ""
-    keep = name in KEPT or name.startswith(ATTENTION)
+    keep = name in SAVED_OPERATORS or name.startswith(ATTENTION)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from amlaunch.trainer.models.attention import BLOCKWISE
-from amlaunch.trainer.models.base import blocks, setting
+from amlaunch.trainer.models.attention import FLEX_DTYPES
+from amlaunch.trainer.models.base import blocks, config_value
 
 BACKENDS = {
     "cudnn_attention": SDPBackend.CUDNN_ATTENTION,
@@ -22,19 +22,21 @@ BACKENDS = {
     "efficient_attention": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-HOPPER = ("cudnn_attention", "flash_attention", "efficient_attention", "math")
+HOPPER_ORDER = ("cudnn_attention", "flash_attention", "efficient_attention", "math")
 """cuDNN computes nearly twice as fast there as torch's FlashAttention 2 (pytorch/pytorch#142132)."""
-EARLIER = ("flash_attention", "efficient_attention", "cudnn_attention", "math")
+DEFAULT_ORDER = ("flash_attention", "efficient_attention", "cudnn_attention", "math")
 
 
-def wanted(method: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
+def backend_order(method: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
     """The backends in the order in which they are tried: the recipe's ``sdpa_method``, else by device."""
     if method is not None:
         return tuple(method)
-    return HOPPER if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else EARLIER
+    return (
+        HOPPER_ORDER if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else DEFAULT_ORDER
+    )
 
 
-def preferring(order: Sequence[str], device: torch.device) -> AbstractContextManager[Any]:
+def prefer_backends(order: Sequence[str], device: torch.device) -> AbstractContextManager[Any]:
     """Have ``scaled_dot_product_attention`` try these backends, in this order, and no other; the CPU chooses itself."""
     if device.type != "cuda":
         return nullcontext()
@@ -42,7 +44,7 @@ def preferring(order: Sequence[str], device: torch.device) -> AbstractContextMan
 
 
 @dataclass(frozen=True)
-class Taken:
+class AttentionBackend:
     """What computes attention in this run."""
 
     backend: str
@@ -50,7 +52,7 @@ class Taken:
     """Where it is not what was wanted first: what is in the way."""
 
 
-def taken(
+def select_backend(
     model: nn.Module,
     order: Sequence[str],
     length: int,
@@ -59,16 +61,16 @@ def taken(
     *,
     packed: bool = False,
     compiled: bool = False,
-) -> Taken | None:
+) -> AttentionBackend | None:
     """What computes attention over rows of ``length`` tokens; None where the model's heads are not known."""
-    heads, width = setting_of(model, "num_attention_heads", "n_head"), setting_of(model, "hidden_size", "n_embd")
+    heads, width = config_value(model, "num_attention_heads", "n_head"), config_value(model, "hidden_size", "n_embd")
     if not heads or not width or not blocks(model):
         return None
-    size, dropout = setting_of(model, "head_dim") or width // heads, _dropout(model)
+    size, dropout = config_value(model, "head_dim") or width // heads, _dropout(model)
     ours = any(hasattr(module, "attend") for module in model.modules())
-    if packed and compiled and ours and device.type == "cuda" and dtype in BLOCKWISE and size >= 16 and not dropout:
-        return Taken("flex_attention", None)  # see amlaunch.trainer.models.attention.attend
-    shared = setting_of(model, "num_key_value_heads") or heads
+    if packed and compiled and ours and device.type == "cuda" and dtype in FLEX_DTYPES and size >= 16 and not dropout:
+        return AttentionBackend("flex_attention", None)  # see amlaunch.trainer.models.attention.attend
+    shared = config_value(model, "num_key_value_heads") or heads
     if packed and not ours:  # transformers repeats keys and values where there is a mask
         shared = heads
     query, key = (
@@ -87,14 +89,14 @@ def taken(
     chosen = torch._fused_sdp_choice(**call)
     name = next((known for known, backend in BACKENDS.items() if backend.value == chosen), f"backend {chosen}")
     if device.type != "cuda":
-        return Taken(name, None)
+        return AttentionBackend(name, None)
     if packed:
         more = "; compile.enabled true leaves that out" if ours and not compiled else ""
-        return Taken(
+        return AttentionBackend(
             name,
             f"rows are packed: attention by {name} computes what lies between documents, too, and hides it by a mask{more}",
         )
-    return Taken(
+    return AttentionBackend(
         name, None if name == order[0] else f"{order[0]} was wanted and cannot be had: {_reason(call, order[0])}"
     )
 
@@ -107,13 +109,6 @@ def _dropout(model: nn.Module) -> float:
             if isinstance(value, int | float):
                 return float(value)
     return 0.0
-
-
-def setting_of(model: nn.Module, *names: str) -> int | None:
-    """A size of the model, from itself, its Hugging Face config, or our own settings."""
-    own = getattr(model, "settings", None)
-    found = (getattr(own, name, None) for name in names)
-    return setting(model, *names) or next((value for value in found if isinstance(value, int)), None)
 
 
 def _reason(call: dict[str, Any], backend: str) -> str:
@@ -130,7 +125,7 @@ def _reason(call: dict[str, Any], backend: str) -> str:
     return "; ".join(told[:3]) or said_last
 
 
-def carry_in(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_residual_stream(model: nn.Module, dtype: torch.dtype) -> None:
     """Carry the residual stream in ``dtype``: what enters the first block is cast, and all blocks add to that.
 
     Under autocast it would be float32, the type of the embeddings; sums of bfloat16 move half the bytes.

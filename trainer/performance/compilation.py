@@ -20,7 +20,7 @@ BACKWARD = ("backward._backward_impl", "entire_backward_compile")
 """What torch's own stop watch calls them: since 2.6, and before."""
 
 
-def scope_of(section: Compile, distributed: Distributed, ranks: int) -> str:
+def compile_scope(section: Compile, distributed: Distributed, ranks: int) -> str:
     """``model`` or ``blocks``: the recipe's word, else the faster of the two that can work.
 
     A whole model fuses across its blocks and pays for the graph's entry once. But
@@ -77,7 +77,7 @@ def compile_loss(loss_fn: Any, section: Compile) -> Any:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompileStats:
     """What this process has compiled so far."""
 
     seconds: float = 0.0
@@ -87,10 +87,10 @@ class Compiled:
     """Graphs that were made."""
 
 
-def compiled() -> Compiled:
+def compile_stats() -> CompileStats:
     """Time and cache hits of ``torch.compile`` in this process; nothing where it was not used."""
     if "torch._dynamo" not in sys.modules:
-        return Compiled()
+        return CompileStats()
     from torch._dynamo.utils import compilation_time_metrics, counters
 
     times = [
@@ -98,4 +98,4 @@ def compiled() -> Compiled:
         for names in (FORWARD, BACKWARD)
     ]
     graphs = counters["inductor"]
-    return Compiled(sum(map(sum, times)), graphs["fxgraph_cache_hit"], graphs["fxgraph_cache_miss"])
+    return CompileStats(sum(map(sum, times)), graphs["fxgraph_cache_hit"], graphs["fxgraph_cache_miss"])

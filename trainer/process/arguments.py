@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.recipes.shipped import find_recipe
 
@@ -16,7 +16,7 @@ from amlaunch.recipes.shipped import find_recipe
 class Options:
     """A recipe, and where its files go."""
 
-    loaded: Loaded
+    loaded: LoadedRecipe
     element: ElementDir
     """Where metrics, heartbeat and result go."""
     checkpoints: Path

@@ -24,32 +24,32 @@ class LocalBadInput(BadInput):
     """Bad input that only this rank has seen, and so must name itself."""
 
 
-def guarded(work: Callable[[], int]) -> int:
+def run_guarded(work: Callable[[], int]) -> int:
     """The exit code of ``work``; errors are said on stderr, once for all ranks where all have the same."""
     rank = rank_of(os.environ)
     try:
         return work()
     except BadInput as error:
         if rank == 0 or isinstance(error, LocalBadInput):
-            say(f"error: {error}")
+            print_error(f"error: {error}")
         return BAD_INPUT
     except TrainingFailed as error:
         if rank == 0:
-            say(f"error: {error}")
+            print_error(f"error: {error}")
         return FAILED
     except KeyboardInterrupt:  # a second Ctrl-C, or one while nothing is trained
         return INTERRUPTED
     except Exception:
-        say(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")
+        print_error(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")
         return FAILED
 
 
-def say(text: str) -> None:
+def print_error(text: str) -> None:
     """A line on stderr, at once."""
     print(text, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process without torch's own clean-up, which has nothing left to save.
 
     After an error it can wait forever for ranks that are gone; after a clean

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 
-EVERY = 1000
+STEPS_BETWEEN_COLLECTIONS = 1000
 """Steps between two collections of what is young: on all ranks after the same step, so that none waits for another."""
 
 
-class Collector:
+class StepGarbageCollector:
     """Collects between steps, and only there, from :meth:`hold` to :meth:`release`."""
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """What exists now stays, and is not looked at again."""
         gc.collect()
         gc.freeze()
@@ -19,10 +19,10 @@ class Collector:
 
     def step(self, taken: int) -> None:
         """``taken`` steps are done since the start."""
-        if taken % EVERY == 0:
+        if taken % STEPS_BETWEEN_COLLECTIONS == 0:
             gc.collect(1)
 
-    def release(self) -> None:
+    def restore(self) -> None:
         """As Python has it."""
         gc.enable()
         gc.unfreeze()

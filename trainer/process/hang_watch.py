@@ -27,7 +27,7 @@ REARM = 5.0
 """Seconds between two settings of that last resort."""
 
 
-class Watch:
+class HangWatch:
     """Ends the process when :meth:`beat` has not been called for ``limit`` seconds (``first`` before the first step)."""
 
     def __init__(self, rank: int, limit: float, first: float, also: Callable[[], None] = lambda: None):
@@ -43,7 +43,7 @@ class Watch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HangWatch:
         self._arm()
         self._thread.start()
         return self
@@ -92,7 +92,7 @@ class Watch:
             os._exit(HANG)
 
 
-def limits(
+def hang_limits(
     timeout_minutes: float, hang_minutes: float | None, hang_seconds: float | None, default_minutes: float = 30.0
 ) -> tuple[float, float]:
     """``(between steps, before the first)`` in seconds: before peers' collectives time out, and before the driver ends all."""

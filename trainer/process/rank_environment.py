@@ -12,7 +12,7 @@ LOCALHOST = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankEnvironment:
     """One process of ``size``."""
 
     rank: int = 0
@@ -26,7 +26,7 @@ def rank_of(env: Mapping[str, str]) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def from_environment(env: Mapping[str, str]) -> Ranks:
+def read_rank_environment(env: Mapping[str, str]) -> RankEnvironment:
     """As torchrun sets it (RANK, WORLD_SIZE, LOCAL_RANK), else as srun does; alone where neither did.
 
     Raises BadInput where several ranks have no MASTER_ADDR to meet at.
@@ -36,14 +36,14 @@ def from_environment(env: Mapping[str, str]) -> Ranks:
     elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
-        return Ranks()
+        return RankEnvironment()
     rank, size, local = (_number(env, name) for name in names)
     if size > 1 and "MASTER_ADDR" not in env:
         raise BadInput(
             f"{names[1]} says {size} ranks, but MASTER_ADDR does not say where they meet: "
             f"export MASTER_ADDR=<host of rank 0>, or unset {names[0]} to train on one rank"
         )
-    return Ranks(rank, size, local)
+    return RankEnvironment(rank, size, local)
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -16,7 +16,7 @@ class StopFlag:
         self._asked = False
         self.file: Path | None = None
         """Asks too, when it exists."""
-        self.looks = True
+        self.polls_file = True
         """Whether this rank looks for the file at every step: one is enough, where thousands share a file system."""
 
     def install(self) -> None:
@@ -29,6 +29,6 @@ class StopFlag:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self._asked = True
 
-    def asked(self, *, look: bool = False) -> bool:
-        """True from the first signal on, or while the file is there; ``look`` for it in any case."""
-        return self._asked or (self.file is not None and (look or self.looks) and self.file.exists())
+    def requested(self, *, poll: bool = False) -> bool:
+        """True from the first signal on, or while the file is there; ``poll`` for it in any case."""
+        return self._asked or (self.file is not None and (poll or self.polls_file) and self.file.exists())

@@ -28,13 +28,13 @@ from typing import Any, NoReturn
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, OK, BadInput
 from amlaunch.recipes.files import read_json_lines
-from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.python_process import PARENT_VARIABLE, die_with_parent, python_command
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.recipes.shipped import find_recipe
 from amlaunch.recipes.version import VERSION
-from amlaunch.trainer.process.errors import guarded, leave, say
-from amlaunch.trainer.process.rank_environment import from_environment, rank_of
+from amlaunch.trainer.process.errors import exit_process, print_error, run_guarded
+from amlaunch.trainer.process.rank_environment import rank_of, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 
 FOLDER_VARIABLE = "AMLAUNCH_BENCH_FOLDER"
@@ -59,7 +59,7 @@ CPU_SIDE, CPU_COPY, CPU_TRIES = 512, 64 << 20, 3
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and return the exit code."""
     die_with_parent()
-    return guarded(lambda: run(arguments))
+    return run_guarded(lambda: run(arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         return data(given, overrides) if given.what == "data" else train(given, overrides)
     except (Stopped, KeyboardInterrupt):
         if rank_of(os.environ) == 0:
-            say("interrupted: nothing was measured")
+            print_error("interrupted: nothing was measured")
         return INTERRUPTED
 
 
@@ -140,7 +140,7 @@ def _whole(text: str) -> int:
 class Bench:
     """A recipe as it is measured."""
 
-    loaded: Loaded
+    loaded: LoadedRecipe
     folder: Path
     synthetic: bool
     """Whether its shards are made up."""
@@ -167,7 +167,7 @@ def prepared(given: argparse.Namespace, overrides: Sequence[str], folder: Path) 
     if has_data(loaded, given.data):
         return Bench(loaded, folder, synthetic=False)
     if FOLDER_VARIABLE not in os.environ:
-        say("the recipe's data is not here: tokens are made up, which changes no speed")
+        print_error("the recipe's data is not here: tokens are made up, which changes no speed")
         write_synthetic(loaded, folder)
     return Bench(
         load(path, [*words, f"--dataset.file_pattern={folder}/[ab].bin"], allow=given.allow_target, job_start=True),
@@ -188,7 +188,7 @@ def scheduled(given: argparse.Namespace) -> list[str]:
     ]
 
 
-def has_data(loaded: Loaded, data: Path | None) -> bool:
+def has_data(loaded: LoadedRecipe, data: Path | None) -> bool:
     """Whether what the recipe reads is there; a data set of the user's own knows that itself."""
     node = loaded.recipe.dataset
     return (
@@ -198,7 +198,7 @@ def has_data(loaded: Loaded, data: Path | None) -> bool:
     )
 
 
-def write_synthetic(loaded: Loaded, folder: Path) -> None:
+def write_synthetic(loaded: LoadedRecipe, folder: Path) -> None:
     """Two shards of made-up tokens, ``a.bin`` and ``b.bin``, frequent and rare ones as in text (Zipf's law)."""
     import numpy as np
 
@@ -226,7 +226,7 @@ def train(given: argparse.Namespace, overrides: Sequence[str]) -> int:
         if report is None:
             return OK
         if given.profiled:
-            say(
+            print_error(
                 f"trace and metrics are in {folder}"
                 if given.keep
                 else "the trace is removed again; --keep DIR keeps it"
@@ -240,7 +240,7 @@ def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
     from amlaunch.trainer.loop import job as jobs
     from amlaunch.trainer.process.arguments import Options
 
-    ranks = from_environment(os.environ)
+    ranks = read_rank_environment(os.environ)
     element = ElementDir(bench.folder / f"rank{ranks.rank}")
     element.root.mkdir(exist_ok=True)
     element.metrics.unlink(missing_ok=True)
@@ -251,7 +251,7 @@ def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
         raise Stopped
     job = jobs.KEPT[-1]
     rates = rates_of(job)
-    return report_of(bench, given, job, rates, element) if job.world.main else None
+    return report_of(bench, given, job, rates, element) if job.world.is_main else None
 
 
 def rates_of(job: Any) -> dict[str, float]:
@@ -276,11 +276,11 @@ def report_of(
 
     from amlaunch.trainer.metrics.writers import peak_flops
     from amlaunch.trainer.models.base import flops_per_token, parameter_count
-    from amlaunch.trainer.parallel.world import compute_dtype, plain
-    from amlaunch.trainer.performance.attention_kernels import wanted
-    from amlaunch.trainer.performance.compilation import compiled, scope_of
+    from amlaunch.trainer.parallel.world import compute_dtype, unwrap
+    from amlaunch.trainer.performance.attention_kernels import backend_order
+    from amlaunch.trainer.performance.compilation import compile_scope, compile_stats
 
-    recipe, world, model = job.recipe, job.world, plain(job.model)
+    recipe, world, model = job.recipe, job.world, unwrap(job.model)
     lines = [line for line in read_json_lines(element.metrics) if line["step"] > given.warmup]
     steady, profiled = lines[: given.steps], lines[given.steps + 1 :]
     times = [line["step_time_s"] for line in steady]
@@ -289,7 +289,7 @@ def report_of(
     operations = flops_per_token(model, length)
     rate = job.batches.step_tokens / median
     peak = peak_flops(world.device)
-    made = compiled()
+    made = compile_stats()
     return {
         "recipe": recipe.name,
         "device": torch.cuda.get_device_name(world.device)
@@ -321,14 +321,14 @@ def report_of(
         "startup_s": job.metrics.startup["seconds"],
         "compile": {
             **asdict(recipe.compile),
-            "scope": scope_of(recipe.compile, recipe.distributed, world.size),
+            "scope": compile_scope(recipe.compile, recipe.distributed, world.size),
             **asdict(made),
         },
         "fp8": recipe.fp8.enabled,
         "bf16_residual": recipe.distributed.bf16_residual,
         "loss_fn": recipe.loss_fn["_target_"],
         "attention": {
-            "wanted": wanted(recipe.sdpa_method, world.device)[0] if world.device.type == "cuda" else None,
+            "wanted": backend_order(recipe.sdpa_method, world.device)[0] if world.device.type == "cuda" else None,
             "used": [],
         },
         "versions": versions(),
@@ -344,16 +344,16 @@ def roofline_of(
 
     from amlaunch.trainer.metrics.profiling import trace_path
     from amlaunch.trainer.models.base import flops_per_token, vocab_rows
-    from amlaunch.trainer.parallel.world import compute_dtype, is_sharded, plain
+    from amlaunch.trainer.parallel.world import compute_dtype, is_sharded, unwrap
     from amlaunch.trainer.performance import attention_kernels
     from amlaunch.trainer.tools import roofline
 
-    model, recipe, world = plain(job.model), job.recipe, job.world
+    model, recipe, world = unwrap(job.model), job.recipe, job.world
     trace = trace_path(element.root / "profile", job.step, world.rank)
     found = roofline.busy(roofline.read(trace), steps)
     length = job.batches.step_tokens // job.batches.global_batch
     matrices = flops_per_token(model, 0)
-    head = 6.0 * (vocab_rows(model) or 0) * (attention_kernels.setting_of(model, "hidden_size", "n_embd") or 0)
+    head = 6.0 * (vocab_rows(model) or 0) * (attention_kernels.config_value(model, "hidden_size", "n_embd") or 0)
     least = roofline.least_seconds(
         tokens=job.batches.step_tokens // world.size,
         block_flops=matrices - head,
@@ -377,7 +377,7 @@ def roofline_of(
         micro_batch=steps_of.local_batch_size,
         accumulates=steps_of.local_batch_size * world.dp_size < steps_of.global_batch_size,
     )
-    wanted = attention_kernels.wanted(recipe.sdpa_method, world.device)[0] if found.device else None
+    wanted = attention_kernels.backend_order(recipe.sdpa_method, world.device)[0] if found.device else None
     return {
         "attention": {"wanted": wanted, "used": list(found.backends)},
         "host_waits_per_step": found.waits,
@@ -522,7 +522,7 @@ def wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         return OK
     number, code = failed[0]
     if code not in (BAD_INPUT, INTERRUPTED):  # of which the rank has spoken
-        say(f"error: rank {number} ended with {code}; nothing was measured")
+        print_error(f"error: rank {number} ended with {code}; nothing was measured")
     return code if code > 0 else FAILED
 
 
@@ -550,14 +550,14 @@ def data_report(bench: Bench, given: argparse.Namespace, steps: int) -> dict[str
     import torch
 
     from amlaunch.trainer.data.batches import StepBatches
-    from amlaunch.trainer.data.datasets import order_of
+    from amlaunch.trainer.data.datasets import sample_order_of
     from amlaunch.trainer.loop.job import build_dataset
-    from amlaunch.trainer.parallel.world import join
+    from amlaunch.trainer.parallel.world import join_world
 
     recipe = bench.loaded.recipe
-    world = join(recipe.distributed, from_environment(os.environ))
+    world = join_world(recipe.distributed, read_rank_environment(os.environ))
     dataset = build_dataset(recipe.dataset, recipe, bench.loaded.policy, given.data)
-    order = order_of(dataset, recipe.seed)
+    order = sample_order_of(dataset, recipe.seed)
     batches = StepBatches(dataset, order, recipe.step_scheduler.global_batch_size, None, world)
     batches.start(0, steps, recipe.dataloader.prefetch_factor, recipe.dataloader.num_workers)
     times = []
@@ -584,4 +584,4 @@ def data_report(bench: Bench, given: argparse.Namespace, steps: int) -> dict[str
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.recipes.run_layout import Heartbeat
 from amlaunch.trainer.checkpoints.hf_folder import known_vocab, manifest_tokenizer, write_folder
 from amlaunch.trainer.process.arguments import Options, parse
-from amlaunch.trainer.process.errors import guarded, leave
+from amlaunch.trainer.process.errors import exit_process, run_guarded
 
 SAMPLE = "sample.txt"
 GPT2_VOCAB = 50257
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         )
 
-    return guarded(work)
+    return run_guarded(work)
 
 
 def run(options: Options) -> int:
@@ -96,7 +96,7 @@ def sample(
     model: Any, options: Options, tokenizer: dict[str, Any], vocab: int, prompt: str, seed: int | None = None
 ) -> str | None:
     """Prompt and continuation; None, with the reason on stdout, where there is no tokenizer that fits."""
-    from amlaunch.trainer.models.base import context_of
+    from amlaunch.trainer.models.base import context_length
     from amlaunch.trainer.models.sampling import generate
 
     recipe = options.loaded.recipe
@@ -120,7 +120,7 @@ def sample(
         model.float(),
         [known.bos, *known.encode(prompt).tolist()],
         section.max_new_tokens,
-        context=context_of(model) or recipe.dataset.get("seq_len", 1024),
+        context=context_length(model) or recipe.dataset.get("seq_len", 1024),
         vocab_size=min(vocab, known.n_vocab),
         temperature=section.temperature,
         top_k=section.top_k,
@@ -131,4 +131,4 @@ def sample(
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

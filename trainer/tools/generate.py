@@ -13,13 +13,13 @@ from contextlib import redirect_stdout
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.trainer.process.arguments import Options, parse
-from amlaunch.trainer.process.errors import guarded, leave
+from amlaunch.trainer.process.errors import exit_process, run_guarded
 
 
 def main(arguments: Sequence[str]) -> int:
     """Generate, and return the exit code."""
     die_with_parent()
-    return guarded(
+    return run_guarded(
         lambda: run(
             parse(
                 "python -m amlaunch.trainer.tools.generate",
@@ -49,4 +49,4 @@ def run(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

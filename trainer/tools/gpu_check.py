@@ -24,9 +24,9 @@ from amlaunch.recipes.errors import OK
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.schema import Distributed
 from amlaunch.recipes.python_process import die_with_parent
-from amlaunch.trainer.parallel.world import World, join
-from amlaunch.trainer.process.errors import guarded, leave
-from amlaunch.trainer.process.rank_environment import from_environment
+from amlaunch.trainer.parallel.world import World, join_world
+from amlaunch.trainer.process.errors import exit_process, run_guarded
+from amlaunch.trainer.process.rank_environment import read_rank_environment
 
 JOIN_MINUTES = 3
 """A node whose GPUs do not find each other says so, well before its job's time is over."""
@@ -58,15 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file that rank 0 writes")
     out = parser.parse_args(arguments).out
-    return guarded(lambda: run(out))
+    return run_guarded(lambda: run(out))
 
 
 def run(out: Path) -> int:
     """Join the other ranks, measure, and let rank 0 write the numbers to ``out``."""
-    world = join(Distributed(timeout_minutes=JOIN_MINUTES), from_environment(os.environ))
+    world = join_world(Distributed(timeout_minutes=JOIN_MINUTES), read_rank_environment(os.environ))
     sizes = ON_GPU if world.device.type == "cuda" else ON_CPU
     free, total = memory(world.device)
-    room = min(world.gathered(free)) // 8  # one size for all ranks, and for a GPU that others use too
+    room = min(world.all_gather(free)) // 8  # one size for all ranks, and for a GPU that others use too
     mine = {
         "rank": world.rank,
         "host": platform.node(),
@@ -78,8 +78,8 @@ def run(out: Path) -> int:
     mine["copy_gb_s"] = copy(world, sizes, min(sizes.copy_bytes, room))
     print(f"rank {world.rank}: {mine['gemm_tflops']:.4g} TFLOP/s, copies {mine['copy_gb_s']:.4g} GB/s", flush=True)
     reduced = all_reduce(world, sizes, min(sizes.reduce_bytes, room)) if world.size > 1 else None
-    ranks = world.gathered(mine)
-    if world.main:
+    ranks = world.all_gather(mine)
+    if world.is_main:
         measured = {**software(world.device), "side": sizes.side, "gpus": ranks, "all_reduce": reduced}
         write_json(out, {"outputs": {}, **measured})  # a result names the files that it made
     return OK
@@ -131,9 +131,9 @@ def all_reduce(world: World, sizes: Sizes, size: int) -> dict[str, Any]:
     world.sum(values)
     right = bool((values == world.size * (world.size + 1) / 2).all().item())
     values.zero_()  # sums of sums would leave the range of float32
-    seconds = max(world.gathered(median_seconds(world, sizes, lambda: world.sum(values))))
+    seconds = max(world.all_gather(median_seconds(world, sizes, lambda: world.sum(values))))
     moved = values.numel() * 4 * 2 * (world.size - 1) / world.size
-    return {"bytes": values.numel() * 4, "bus_gb_s": moved / seconds / 1e9, "right": all(world.gathered(right))}
+    return {"bytes": values.numel() * 4, "bus_gb_s": moved / seconds / 1e9, "right": all(world.all_gather(right))}
 
 
 def median_seconds(world: World, sizes: Sizes, work: Callable[[], object]) -> float:
@@ -158,4 +158,4 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

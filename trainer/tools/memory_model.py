@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import nn
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import Loaded, check_ranks
+from amlaunch.recipes.format.loader import LoadedRecipe, check_ranks
 from amlaunch.recipes.format.schema import Recipe
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.trainer.tools.compiled_memory import compiling
 from amlaunch.trainer.tools.live_tensors import Live, size_of
 
@@ -65,7 +65,7 @@ class Need:
         )
 
 
-def predict(loaded: Loaded, ranks: int, *, cuda: bool = True) -> Need:
+def predict(loaded: LoadedRecipe, ranks: int, *, cuda: bool = True) -> Need:
     """Take two steps of the recipe on one of ``ranks`` ranks, of tensors without contents.
 
     ``cuda``: as on GPUs, else as on CPUs, which compute in float32 where the recipe does not say. Raises BadInput.
@@ -96,7 +96,7 @@ def fake_ranks(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _stepped(loaded: Loaded, ranks: int, cuda: bool, live: Live) -> Need:
+def _stepped(loaded: LoadedRecipe, ranks: int, cuda: bool, live: Live) -> Need:
     from amlaunch.trainer.data.batches import Batch
     from amlaunch.trainer.data.datasets import sample_length
     from amlaunch.trainer.loop.job import build_dataset
@@ -156,7 +156,7 @@ def _in_the_type_of(recipe: Recipe, cuda: bool) -> Recipe:
     return dataclasses.replace(recipe, distributed=dataclasses.replace(recipe.distributed, dtype="bfloat16"))
 
 
-def _build(recipe: Recipe, policy: Policy, world: World, live: Live) -> tuple[nn.Module, Buckets | None]:
+def _build(recipe: Recipe, policy: TargetPolicy, world: World, live: Live) -> tuple[nn.Module, Buckets | None]:
     """The model as the trainer would have it on this rank."""
     from amlaunch.trainer.loop.job import build_model, fit_for_training
     from amlaunch.trainer.parallel.world import compute_dtype
@@ -169,7 +169,9 @@ def _build(recipe: Recipe, policy: Policy, world: World, live: Live) -> tuple[nn
     return spread_out(bare, recipe, world)
 
 
-def _job(recipe: Recipe, loaded: Loaded, world: World, model: nn.Module, optimizers: Optimizers, live: Live) -> Any:
+def _job(
+    recipe: Recipe, loaded: LoadedRecipe, world: World, model: nn.Module, optimizers: Optimizers, live: Live
+) -> Any:
     """What :func:`amlaunch.trainer.loop.training_loop.take_step` needs of a job, without watch, profile and metrics."""
     from amlaunch.trainer.loop.job import build_loss
     from amlaunch.trainer.metrics.profiling import Profiler
@@ -206,14 +208,16 @@ def spread_out(bare: nn.Module, recipe: Recipe, world: World) -> tuple[nn.Module
     """The model as :func:`amlaunch.trainer.parallel.world.spread` has it; DDP, whose reducer is not Python, by :class:`Buckets`."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from amlaunch.trainer.parallel.world import is_sharded, spread
+    from amlaunch.trainer.parallel.world import is_sharded, parallelize
 
     section = recipe.distributed
     ddp = section.strategy == "ddp" and not is_sharded(section)  # tensor parallelism's replicas are FSDP2's
     bare.to = lambda *_, **__: bare  # type: ignore[method-assign] # it is where it should be, in its type
     try:
         with unset_fake_temporarily():  # a mesh of ranks is made of real tensors
-            model = spread(bare, dataclasses.replace(section, strategy="none") if ddp else section, world, recipe.seed)
+            model = parallelize(
+                bare, dataclasses.replace(section, strategy="none") if ddp else section, world, recipe.seed
+            )
     finally:
         del bare.to
     return model, Buckets(model) if ddp and world.size > 1 else None

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amlaunch.recipes.errors import OK, BadInput
-from amlaunch.recipes.format.loader import Loaded, load
+from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.format.schema import Recipe
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.recipes.shipped import find_recipe
-from amlaunch.trainer.process.errors import guarded, leave
+from amlaunch.trainer.process.errors import exit_process, run_guarded
 from amlaunch.trainer.tools.memory_model import Need, predict
 
 DOES_NOT_FIT = 3
@@ -35,7 +35,7 @@ class Way:
     fits: bool
 
 
-def ways(reload: Callable[[Sequence[str]], Loaded], need: Need, limit: float, cuda: bool) -> list[Way]:
+def ways(reload: Callable[[Sequence[str]], LoadedRecipe], need: Need, limit: float, cuda: bool) -> list[Way]:
     """Changes that need less, each on its own; the least intrusive first, until one fits."""
     recipe = reload([]).recipe
     found = []
@@ -75,7 +75,9 @@ def changes(recipe: Recipe, need: Need) -> Iterator[tuple[str, int]]:
             yield f"{need.ranks * factor} GPUs", need.ranks * factor
 
 
-def largest_micro_batch(reload: Callable[[Sequence[str]], Loaded], need: Need, limit: float, cuda: bool) -> int | None:
+def largest_micro_batch(
+    reload: Callable[[Sequence[str]], LoadedRecipe], need: Need, limit: float, cuda: bool
+) -> int | None:
     """The most windows at once that fit, of those that divide a rank's share: memory grows by the same for each window."""
     recipe = reload([]).recipe
     share = recipe.step_scheduler.global_batch_size // _dp_size(recipe, need.ranks)
@@ -122,14 +124,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--allow-target", action="append", default=[], metavar="NAME")
     parser.add_argument("--json", action="store_true")
     given, overrides = parser.parse_known_args(arguments)
-    return guarded(lambda: run(given, overrides))
+    return run_guarded(lambda: run(given, overrides))
 
 
 def run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Predict as ``given``, and print."""
     path = find_recipe(given.recipe)
 
-    def reload(more: Sequence[str]) -> Loaded:
+    def reload(more: Sequence[str]) -> LoadedRecipe:
         return load(path, [*overrides, *more], allow=given.allow_target, job_start=True)
 
     loaded = reload([])
@@ -203,4 +205,4 @@ def text_of(report: dict[str, Any], cuda: bool) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("AMLAUNCH_DEVICE", "cpu")
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))
