@@ -22,7 +22,7 @@ from amlaunch.launcher.submission.run_writer import redact
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import load
-from amlaunch.recipes.shipped import shipped
+from amlaunch.recipes.shipped import shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,14 +97,17 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "there are none yet"),
         (["clean", "", "--yes"], "the name of the run is empty"),
-        (["frobnicate"], "no command 'frobnicate'; known here: bench"),
-        (["statu"], "no command 'statu'; did you mean 'status'?"),
-        (["--runs", "x", "status"], "unknown option --runs; the command comes first"),
+        (["frobnicate"], "unknown command 'frobnicate'; valid names: bench"),
+        (["plot", "x"], "unknown command 'plot'; valid names: bench"),
+        (["compare", "x", "y"], "unknown command 'compare'; valid names: bench"),
+        (["statu"], "unknown command 'statu'; did you mean 'status'?"),
+        (["data", "pek"], "unknown command 'data pek'; did you mean 'peek'?"),
+        (["--runs", "x", "status"], "unknown option --runs; write options after the command: amlaunch COMMAND --runs"),
         (["submit", "quickstart", "-cluster", "lab"], "unknown option -cluster; did you mean '--cluster'?"),
         (["submit", "quickstart", "--clustr", "lab"], "unknown option --clustr; did you mean '--cluster'?"),
         (["status", "--wach"], "unknown option --wach; did you mean '--watch'?"),
-        (["status", "--model.n_layer", "6"], "unknown option --model.n_layer; known here"),
-        (["logs"], "the following arguments are required: run; amlaunch logs --help says more"),
+        (["status", "--model.n_layer", "6"], "unknown option --model.n_layer; valid names"),
+        (["logs"], "the following arguments are required: run; see amlaunch logs --help"),
         (["logs", "x", "--rank", "one"], "argument --rank: invalid int value: 'one'"),
         (["completion", "fish"], "invalid choice: 'fish'"),
         (["local", "quickstart", "--runs", "/dev/null/x"], "/dev/null"),
@@ -125,7 +128,7 @@ def test_output_that_is_closed_full_or_of_another_time(tmp_path, words):
     run = [sys.executable, "-m", "amlaunch", *words]
     write_json(
         tmp_path / "runs" / "tiny-1" / "plan.json",
-        make_plan(load(shipped()["quickstart"]), Site(tmp_path / "runs", tmp_path, 0, 2)).to_json(),
+        make_plan(load(shipped_recipes()["quickstart"]), Site(tmp_path / "runs", tmp_path, 0, 2)).to_json(),
     )
     progress = {"time": 1.0, "unit": "step", "done": 3, "total": 9, "loss": 2.5}
     write_json(tmp_path / "runs" / "tiny-1" / "stages" / "train" / "0" / "progress.json", progress)
@@ -165,8 +168,7 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path):
 
 
 def test_overrides_are_told_from_arguments():
-    commands = next(action for action in build_parser()._actions if action.choices)
-    parser = commands.choices["local"]
+    parser = build_parser(["local"]).commands["local"]
     words = ["--model.n_layer", "6", "nanogpt", "--gpus", "2", "--seed=3", "--json", "--optimizer.betas.0", "-1"]
     assert split_overrides(parser, words) == (
         ["nanogpt", "--gpus", "2", "--json"],
@@ -179,31 +181,31 @@ class TestPlan:
         return Site(**{"runs": tmp_path / "runs", "cwd": tmp_path, "gpus": 0, "cpus": 4, **more})
 
     def test_it_survives_json(self, tmp_path):
-        plan = make_plan(load(shipped()["quickstart"]), self.site(tmp_path))
+        plan = make_plan(load(shipped_recipes()["quickstart"]), self.site(tmp_path))
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
     def test_a_sweep_is_an_array_that_shares_its_data(self, tmp_path):
-        loaded = load(shipped()["quickstart"], ["--sweep", "{optimizer.lr: [1e-3, 3e-3], seed: [1, 2]}"])
+        loaded = load(shipped_recipes()["quickstart"], ["--sweep", "{optimizer.lr: [1e-3, 3e-3], seed: [1, 2]}"])
         plan = make_plan(loaded, self.site(tmp_path))
         assert [len(stage.elements) for stage in plan.stages] == [2, 1, 4, 4]
         assert plan.stage("train").elements[1].arguments[-4:-2] == ["--optimizer.lr=0.001", "--seed=2"]
-        alone = make_plan(load(shipped()["quickstart"], ["--seed=5"]), self.site(tmp_path))
+        alone = make_plan(load(shipped_recipes()["quickstart"], ["--seed=5"]), self.site(tmp_path))
         assert alone.data == plan.data and alone.run_id != plan.run_id
 
     def test_gpus_are_used_as_far_as_the_batch_divides(self, tmp_path):
-        loaded = load(shipped()["quickstart"], ["--resources.train.gpus_per_node", "null"])
+        loaded = load(shipped_recipes()["quickstart"], ["--resources.train.gpus_per_node", "null"])
         assert make_plan(loaded, self.site(tmp_path, gpus=8)).stage("train").needs.tasks_per_node == 2
-        nanogpt = load(shipped()["nanogpt"])
+        nanogpt = load(shipped_recipes()["nanogpt"])
         assert make_plan(nanogpt, self.site(tmp_path, gpus=8, asked_gpus=8)).stage("train").needs.gpus_per_node == 8
         assert make_plan(nanogpt, self.site(tmp_path)).stage("train").needs.tasks_per_node == 1
 
     def test_what_does_not_fit_the_site(self, tmp_path):
         with pytest.raises(BadInput, match=r"nodes is 4, here there is 1"):
-            make_plan(load(shipped()["llama-1.3b"]), self.site(tmp_path, gpus=8))
+            make_plan(load(shipped_recipes()["llama-1.3b"]), self.site(tmp_path, gpus=8))
         with pytest.raises(BadInput, match="dp_size is 3"):
-            make_plan(load(shipped()["quickstart"], ["--distributed.dp_size=3"]), self.site(tmp_path))
+            make_plan(load(shipped_recipes()["quickstart"], ["--distributed.dp_size=3"]), self.site(tmp_path))
         with pytest.raises(BadInput, match="strategy none"):
-            make_plan(load(shipped()["quickstart"], ["--distributed.strategy=none"]), self.site(tmp_path))
+            make_plan(load(shipped_recipes()["quickstart"], ["--distributed.strategy=none"]), self.site(tmp_path))
 
 
 class TestSnapshot:

@@ -23,7 +23,7 @@ from test_e2e import TINY
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.checks.files_and_disk import check_python, checkpoint_bytes
 from amlaunch.launcher.checks.slurm_limits import megabytes
-from amlaunch.launcher.cli import sweep_overrides
+from amlaunch.launcher.commands._shared import sweep_overrides
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution.driver import failure_of, signal_name
 from amlaunch.launcher.execution.rank_processes import free_ports, interface_address

@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from amlaunch.launcher.commands._shared import RECIPE_HELP, accept_overrides, add_allow_target, add_json
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from amlaunch.recipes.format.schema import parse_count
@@ -22,6 +24,52 @@ from amlaunch.recipes.python_process import PARENT_VARIABLE, python_command
 PASSED = ("steps", "warmup", "profiled")
 BYTES_PER_TOKEN = 6
 """At most, of code: what is asked for is then there with any tokenizer that is no worse than GPT-2's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands of ``amlaunch bench`` and their arguments."""
+    targets = parser.add_subparsers(dest="what", required=True, metavar="train|data|preprocess")
+    train = _add_measurement(targets, "train", "training steps of a recipe: tokens/s, MFU, memory, time by activity")
+    train.add_argument(
+        "--profiled", type=int, metavar="N", help="steps to run under torch's profiler after those (3); 0: none"
+    )
+    train.add_argument("--keep", metavar="DIR", help="keep the trace and the metrics in this folder")
+    _add_measurement(targets, "data", "reading the batches of a recipe, without training")
+    text = "text to verified shards, as one process"
+    preprocess = targets.add_parser("preprocess", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    preprocess.add_argument(
+        "recipe", nargs="?", help="recipe whose preprocess section to use (default: Python sources of this machine)"
+    )
+    preprocess.add_argument("--max-tokens", default="20M", metavar="N", help="number of tokens (20M)")
+    preprocess.add_argument("--tokenizer", metavar="NAME", help="as for amlaunch preprocess")
+    preprocess.add_argument("--engine", choices=["auto", "tiktoken", "gigatoken"])
+    preprocess.add_argument("--num-workers", type=int, metavar="N", help="processes (one per CPU)")
+    add_json(preprocess, "print the result as JSON on stdout")
+    accept_overrides(preprocess, "[RECIPE]")  # only to say that it takes none
+    preprocess.usage = f"{preprocess.prog} [RECIPE] [options]"
+
+
+def _add_measurement(targets: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add the arguments that ``bench train`` and ``bench data`` share."""
+    parser: argparse.ArgumentParser = targets.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.add_argument("recipe", nargs="?", help=f"{RECIPE_HELP} (nanogpt)")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="ranks, each on a GPU of this machine; 0 measures the CPU (default: one GPU, if there is one)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder of shards (default: the recipe's dataset.file_pattern, else synthetic tokens)",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="steps to measure (20)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="steps before those (5)")
+    add_allow_target(parser)
+    add_json(parser, "print the result as JSON on stdout")
+    accept_overrides(parser, "[RECIPE]")
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 
+from amlaunch.launcher.commands._shared import add_run
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.runs.element_state import ElementState, read_run
@@ -25,6 +26,14 @@ from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 SAVE_SECONDS = 300.0
 """How long ranks may take to save before we stop waiting for the word that they have."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch cancel``."""
+    add_run(parser)
+    parser.add_argument(
+        "--checkpoint", action="store_true", help="let running elements save a checkpoint first, and wait for them"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -181,7 +190,7 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
         }
         going = {key: state for key, state in states.items() if state.state in (*ACTIVE_STATES, State.UNKNOWN)}
         for key in sorted(saving - going.keys()):
-            print(wording.line(states[key]), flush=True)
+            print(wording.status_line(states[key]), flush=True)
         running = {key for key, state in going.items() if state.state == State.RUNNING}
         if running - saving:
             new = len(running - saving)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from amlaunch.launcher.commands._shared import add_json, add_runs
 from amlaunch.launcher.commands.cancel import own_states, refuse_unknown
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.runs.element_state import is_driven, read_run
@@ -32,6 +33,19 @@ class Removal:
     path: Path
     size: int
     why: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch clean``."""
+    parser.add_argument(
+        "run", nargs="*", help="runs to delete (default: shards that no run uses and leftover temporary files)"
+    )
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="of the runs, delete only all but the newest checkpoint"
+    )
+    parser.add_argument("--yes", action="store_true", help="delete it")
+    add_runs(parser)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:

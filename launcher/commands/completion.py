@@ -1,10 +1,10 @@
-"""``amlaunch completion bash|zsh|tcsh``: completion of commands, options, recipes and runs, for the shell to read."""
+"""``amlaunch completion bash|zsh|tcsh``: print a script that completes commands, options, recipes and runs."""
 
 from __future__ import annotations
 
 import argparse
 
-RUNS_BASH = """\
+BASH_FUNCTIONS = """\
 _amlaunch_runs() {
   local root="${AMLAUNCH_RUNS:-runs}"
   compgen -W "$(ls -1 "$root" 2>/dev/null)" -- "$1"
@@ -15,24 +15,31 @@ _amlaunch_recipes() {
   compgen -d -S / -- "$1"
 }
 """
-RUNS_ZSH = """\
+ZSH_FUNCTIONS = """\
 _amlaunch_runs() { local -a found; found=(${AMLAUNCH_RUNS:-runs}/*(/N:t)); compadd -a found }
 _amlaunch_recipes() { compadd @RECIPES@; _files -g '*.y(a|)ml' }
 """
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch completion``."""
+    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
 def run(options: argparse.Namespace) -> int:
-    """Print the script; ``eval "$(amlaunch completion bash)"`` turns it on."""
+    """Print the script; ``eval "$(amlaunch completion bash)"`` turns completion on."""
     import shtab
 
     from amlaunch.recipes.shipped import shipped_recipes
 
-    names = " ".join(shipped_recipes())
-    parser = options.parser
-    for command in parser._subparsers._group_actions[0].choices.values():
-        for action in command._actions:
+    parser = options.build_parser()
+    for command in parser.commands.values():
+        for action in command.arguments:
             if action.dest in ("run", "recipe"):
-                action.complete = {"bash": f"_amlaunch_{action.dest}s", "zsh": f"_amlaunch_{action.dest}s"}
-    preamble = {"bash": RUNS_BASH, "zsh": RUNS_ZSH}.get(options.shell, "")
-    print(shtab.complete(parser, shell=options.shell, preamble=preamble.replace("@RECIPES@", names)))
+                function = f"_amlaunch_{action.dest}s"
+                action.complete = {"bash": function, "zsh": function}
+
+    functions = {"bash": BASH_FUNCTIONS, "zsh": ZSH_FUNCTIONS}.get(options.shell, "")
+    preamble = functions.replace("@RECIPES@", " ".join(shipped_recipes()))
+    print(shtab.complete(parser, shell=options.shell, preamble=preamble))
     return 0

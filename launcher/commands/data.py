@@ -6,6 +6,12 @@ import argparse
 from typing import NoReturn
 
 from amlaunch.launcher.commands.preprocess import become
+from amlaunch.recipes.preprocess_options import add_data_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch data``."""
+    add_data_options(parser)
 
 
 def run(options: argparse.Namespace) -> NoReturn:

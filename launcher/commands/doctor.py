@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amlaunch.launcher.commands._shared import add_json
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.findings import BAD, OK, WARN, Finding, worst
 from amlaunch.launcher.display.live_report import make_report
@@ -76,6 +77,16 @@ def _wrapped(text: str, lead: str) -> list[str]:
     return textwrap.wrap(
         text, width, initial_indent=lead, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch doctor``."""
+    parser.add_argument("--cluster", metavar="NAME", help="check this profile")
+    parser.add_argument(
+        "--gpu", action="store_true", help="run a check on one GPU node: matrix products, memory, all-reduce"
+    )
+    parser.add_argument("--save", metavar="FILE", help="write the profile to this file (default: print it)")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,11 +7,19 @@ import importlib.util
 import subprocess
 from pathlib import Path
 
+from amlaunch.launcher.commands._shared import accept_overrides, add_checkpoint
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
 from amlaunch.launcher.specs.plan import Element, Plan
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.python_process import python_command
 from amlaunch.recipes.run_layout import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch export``."""
+    add_checkpoint(parser)
+    parser.add_argument("--out", metavar="DIR", help="the folder to write (default: in the run's export folder)")
+    accept_overrides(parser, "RUN")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import argparse
 
+from amlaunch.launcher.commands._shared import add_checkpoint
 from amlaunch.launcher.commands.export import arguments_of, chosen, start, train_element
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch generate``."""
+    add_checkpoint(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning of the text")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="number of tokens to generate (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 always takes the most likely token (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens (default: the recipe's)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the sampling (default: the recipe's)")
 
 
 def run(options: argparse.Namespace) -> int:

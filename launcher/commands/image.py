@@ -17,6 +17,7 @@ from amlaunch import containers
 from amlaunch.containers.images.image_store import ImageFolder, read_json, short
 from amlaunch.containers.images.reference import BadReference, parse
 from amlaunch.containers.runtimes import catalog
+from amlaunch.launcher.commands._shared import add_json
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.images.builder import base_in, build_image, check_base, write_context
 from amlaunch.launcher.images.importer import Request, import_image
@@ -28,6 +29,108 @@ from amlaunch.recipes.version import VERSION
 
 PLAIN_SECONDS = 5.0
 Say = Callable[[str], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of ``amlaunch image`` and their arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    _add_import(_action(actions, "import", "import an image and convert it once, for all nodes"))
+    _add_build(_action(actions, "build", "build an image with amlaunch and its compiled packages, and import it"))
+    _add_list(_action(actions, "list", "list the images with their sizes and the results of checks"))
+    text = "start an image and print its contents: Python, torch, CUDA, NCCL, cuDNN, GPUs, writable mounts"
+    _add_check(_action(actions, "check", text))
+
+
+def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "image",
+        help="nvcr.io/nvidia/pytorch:25.08-py3, a tar file of docker save or of an OCI layout, oci:DIR, "
+        "a tar file of a root file system, podman://NAME, dockerd://NAME",
+    )
+    _add_conversion(parser)
+    parser.add_argument("--arch", metavar="NAME", help="amd64 or arm64, if the nodes differ from this machine")
+    parser.add_argument(
+        "--tool",
+        metavar="NAME",
+        help="tool that downloads: skopeo, podman, docker, buildah, enroot, apptainer (default: the first installed)",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="accept a registry with plain HTTP or an untrusted certificate"
+    )
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="IMAGE",
+        help="base image; add a digest to pin it: nvcr.io/nvidia/pytorch@sha256:...",
+    )
+    parser.add_argument("--file", metavar="FILE", help="another Dockerfile (default: amlaunch's own; --print shows it)")
+    parser.add_argument(
+        "--packages",
+        metavar="NAMES",
+        help="packages to install, as arguments of pip (default: those of preprocessing and wandb)",
+    )
+    parser.add_argument("--wheels", metavar="DIR", help="install from this folder of wheels, without a network")
+    parser.add_argument("--tag", metavar="NAME", help="name of the image (default: amlaunch:VERSION)")
+    parser.add_argument(
+        "--tool", metavar="NAME", help="tool that builds: buildah, podman or docker (default: the first installed)"
+    )
+    parser.add_argument("--no-import", action="store_true", help="leave the image in the storage of the tool")
+    parser.add_argument(
+        "--print", action="store_true", dest="print_only", help="print the Dockerfile and build nothing"
+    )
+    _add_conversion(parser)
+
+
+def _add_list(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    add_json(parser)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "image", help="a reference, a file, or a name or the beginning of a digest from amlaunch image list"
+    )
+    _add_folder(parser)
+    parser.add_argument("--runtime", metavar="NAME", help="container runtime (default: that of the site)")
+    parser.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="SRC:DST[:ro]",
+        help="also mount this, and report whether it is writable (repeat it)",
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --cluster: use a node with this many GPUs")
+    parser.add_argument(
+        "--has", metavar="NAMES", help="start nothing; record that the image has these packages (tiktoken,datasets)"
+    )
+    add_json(parser)
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of images (default: $AMLAUNCH_IMAGES, the profile's image_folder, or images beside the runs)",
+    )
+    parser.add_argument("--cluster", metavar="NAME", help="profile whose image folder and runtime to use")
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument(
+        "--format", choices=["sqsh", "sif"], help="format to convert to (default: sif for apptainer, else sqsh)"
+    )
+    parser.add_argument(
+        "--tmp", metavar="DIR", help="folder for downloads and temporary files (default: in the folder of images)"
+    )
+    add_json(parser, "print the image as JSON on stdout")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from amlaunch.launcher.checks.containers import check_containers
+from amlaunch.launcher.commands._shared import add_new_run, sweep_overrides
 from amlaunch.launcher.commands.status import advice
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport, make_report
@@ -29,8 +30,14 @@ from amlaunch.recipes.files import Lock
 from amlaunch.recipes.run_layout import RunDir
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch local``."""
+    add_new_run(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Run all stages that are not done; exit code as in ``amlaunch --help``."""
+    options.overrides += sweep_overrides(options.sweep)
     loaded, plan, machine = prepare(options, starting=True)
     run_dir = run_dir_of(options, plan)
     stages = [plan.stage(options.stage)] if options.stage else plan.stages

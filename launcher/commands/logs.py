@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from amlaunch.launcher.commands._shared import add_run
 from amlaunch.launcher.commands.status import goes_on, rest
 from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
@@ -42,6 +43,16 @@ class Source:
         if last and self.rest:
             lines, self.rest = [*lines, self.rest], b""
         return [self.prefix + line.decode(errors="replace") for line in lines]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch logs``."""
+    add_run(parser)
+    parser.add_argument("--stage", metavar="S", help="default: the newest that has logs")
+    parser.add_argument("--element", metavar="E", help="default: all")
+    parser.add_argument("--rank", type=int, metavar="R", help="default: all")
+    parser.add_argument("--attempt", type=int, metavar="N", help="default: the newest of each element")
+    parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,9 +6,22 @@ import argparse
 import importlib.util
 import subprocess
 
+from amlaunch.launcher.commands._shared import RECIPE_HELP, accept_overrides, add_allow_target, add_json
 from amlaunch.launcher.commands.bench import environment
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.python_process import python_command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch plan-memory``."""
+    parser.add_argument("recipe", help=RECIPE_HELP)
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks in total (default: the recipe's)")
+    parser.add_argument(
+        "--gpu-memory", default="80GB", metavar="SIZE", help="memory of each GPU, such as 80GB or 141GB (80GB)"
+    )
+    add_allow_target(parser)
+    add_json(parser)
+    accept_overrides(parser, "RECIPE")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
+from amlaunch.recipes.preprocess_options import add_preprocess_options
 from amlaunch.recipes.python_process import python_command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch preprocess``."""
+    add_preprocess_options(parser)
 
 
 def run(options: argparse.Namespace) -> NoReturn:

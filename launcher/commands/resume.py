@@ -8,6 +8,7 @@ from pathlib import Path
 
 from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs
 from amlaunch.launcher.checks.slurm_limits import check_cluster
+from amlaunch.launcher.commands._shared import accept_overrides, add_json, add_run, add_wait
 from amlaunch.launcher.commands.local import carry_out, driving
 from amlaunch.launcher.commands.retry import stages_of
 from amlaunch.launcher.commands.submit import finish, say_for
@@ -39,6 +40,15 @@ from amlaunch.recipes.run_layout import RunDir
 
 FIXED = ("preprocess", "sweep", "dataset", "model", "name")
 """Sections that make a run what it is: with another one it would be another run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch resume``."""
+    add_run(parser)
+    parser.add_argument("--cluster", metavar="NAME", help="continue on another cluster than before")
+    add_wait(parser)
+    add_json(parser, "print the result as JSON on stdout")
+    accept_overrides(parser, "RUN")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from amlaunch.launcher.commands._shared import accept_overrides, add_json, add_run, add_wait
 from amlaunch.launcher.commands.local import carry_out, driving
 from amlaunch.launcher.commands.status import again_command
 from amlaunch.launcher.commands.submit import finish, say_for
@@ -24,6 +25,15 @@ from amlaunch.launcher.submission.slurm_submission import recover, submit_run, s
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import is_locked
 from amlaunch.recipes.run_layout import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch retry``."""
+    add_run(parser)
+    add_wait(parser)
+    add_json(parser, "print the result as JSON on stdout")
+    accept_overrides(parser, "RUN")  # only to say that resume takes them
+    parser.usage = f"{parser.prog} RUN [options]"
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from amlaunch.launcher.commands._shared import add_new_run, sweep_overrides
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.planning.resolve import notes, prepare
 from amlaunch.launcher.runs.element_state import read_run
@@ -12,8 +13,14 @@ from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan, Stage
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch show``."""
+    add_new_run(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Print what would run, and what would be skipped; nothing is written."""
+    options.overrides += sweep_overrides(options.sweep)
     loaded, plan, machine = prepare(options, starting=False)
     run_dir = run_dir_of(options, plan)
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == State.DONE}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from amlaunch.launcher.commands._shared import RUN_HELP, add_json, add_runs
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_runs
 from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
@@ -42,6 +43,17 @@ NARROW = 40
 SPARE = ("job", "time", "attempts", "last start", "stage", "node")
 """Columns that a narrow terminal goes without, the first one first; of one run the stage and the node stay."""
 Shown = tuple[RunDir, Plan, list[ElementState]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch status``."""
+    parser.add_argument("run", nargs="*", help=RUN_HELP)
+    parser.add_argument("--watch", action="store_true", help="refresh until the run has ended (Ctrl-C stops watching)")
+    parser.add_argument(
+        "--all", action="store_true", help="list every element of a large stage, not only those that need attention"
+    )
+    add_runs(parser)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -363,7 +375,7 @@ def essence(state: ElementState) -> str:
 
 
 def _failures(run_dir: RunDir, group: list[ElementState], again: str) -> str:
-    lines = wording.failure(run_dir, group[0], again)
+    lines = wording.failure_report(run_dir, group[0], again)
     return "\n".join([lines[0], *_and_others(group), *lines[1:]])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.checks.files_and_disk import check_disk, check_needs, check_python
 from amlaunch.launcher.checks.slurm_limits import SlurmFacts, check_site, check_stages, memory_notes
+from amlaunch.launcher.commands._shared import add_new_run, add_wait, sweep_overrides
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import ErrorCollector, SlurmError
 from amlaunch.launcher.execution import srun_step
@@ -43,12 +44,26 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.run_layout import RunDir
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch submit``."""
+    add_new_run(parser)
+    parser.add_argument(
+        "--cluster",
+        default="slurm",
+        metavar="NAME",
+        help="a profile in clusters.yaml, a file, or a built-in profile: slurm (asks Slurm), local",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print exactly the scripts that would be submitted")
+    add_wait(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Submit what is not done; the exit code is 0 once Slurm has it (with ``--wait``: how the run ended)."""
     if not options.recipe:
         raise BadInput(
             "which recipe? amlaunch submit RECIPE --cluster NAME; amlaunch recipes lists those that come with amlaunch"
         )
+    options.overrides += sweep_overrides(options.sweep)
     problems = ErrorCollector()
     cluster = _cluster(options, problems)
     if cluster.profile.executor == "local":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from amlaunch.launcher.commands._shared import add_json, add_run
 from amlaunch.launcher.commands.status import advice, goes_on, is_lost, rest
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import make_report
@@ -22,6 +23,12 @@ LOST_SECONDS = 60.0
 """How long a submit may take to write down the number of its job; whoever has not by then was interrupted."""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``amlaunch wait``."""
+    add_run(parser)
+    add_json(parser, "print the run as JSON on stdout once it has ended")
+
+
 def run(options: argparse.Namespace) -> int:
     """Wait for one run; Ctrl-C leaves the run alone."""
     run_dir = find_run(roots(options.runs), options.run)
@@ -31,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 def wait_for(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> int:
     """Show what happens until nothing of the run goes on by itself any more."""
     alive = time.monotonic()
-    report = make_report(options.json, done_before="already done")
+    report = make_report(options.json, done_note="already done")
     with report:
         while True:
             looked = time.monotonic()
