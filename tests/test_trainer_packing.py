@@ -200,7 +200,7 @@ def one_by_one(documents: list[np.ndarray], longest: int) -> list[tuple[torch.Te
 
 
 def test_models_that_would_look_across_documents_are_refused_by_name() -> None:
-    with pytest.raises(BadInput, match="packed_sequence_size: Linear takes no documents"):
+    with pytest.raises(BadInput, match="packed_sequence_size: Linear cannot restrict attention to documents"):
         keep_documents_apart(torch.nn.Linear(2, 2), Distributed())
     transformers = pytest.importorskip("transformers")
     sizes = {
@@ -212,12 +212,12 @@ def test_models_that_would_look_across_documents_are_refused_by_name() -> None:
         "num_key_value_heads": 2,
     }
     windowed = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(sliding_window=8, **sizes))
-    with pytest.raises(BadInput, match="MistralForCausalLM has layers that do not attend to everything"):
+    with pytest.raises(BadInput, match="MistralForCausalLM has layers without full attention"):
         keep_documents_apart(windowed, Distributed())
     eager = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(attn_implementation="eager", **sizes)
     )
-    with pytest.raises(BadInput, match="attends through eager"):
+    with pytest.raises(BadInput, match="uses the attention implementation eager"):
         keep_documents_apart(eager, Distributed())
     with pytest.raises(BadInput, match="cp_size"):
         keep_documents_apart(hugging_face("Llama"), Distributed(cp_size=2))

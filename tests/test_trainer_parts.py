@@ -21,9 +21,16 @@ from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterG
 from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.trainer.checkpoints import checkpoint
-from amlaunch.trainer.checkpoints.saver import owned
+from amlaunch.trainer.checkpoints.saver import owned_by_rank
 from amlaunch.trainer.loop.training_loop import seed_step
-from amlaunch.trainer.metrics.writers import Metrics, Spikes, StepLine, open_wandb, peak_of_name, summary
+from amlaunch.trainer.metrics.writers import (
+    LossSpikeDetector,
+    Metrics,
+    StepRecord,
+    open_wandb,
+    peak_of_name,
+    summarise_metrics,
+)
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.sampling import draw, generate
 from amlaunch.trainer.optim import optimizers as optim
@@ -37,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def rates(section: LRScheduler | None, steps: list[int], last_step: int = 100) -> list[float]:
-    schedule = optim.Schedule(section, 1.0, last_step, step_tokens=1000)
+    schedule = optim.LearningRateSchedule(section, 1.0, last_step, step_tokens=1000)
     return [schedule.rate(step) for step in steps]
 
 
@@ -72,7 +79,7 @@ def test_a_schedule_in_tokens_is_one_in_steps_rounded_up() -> None:
 
 
 def test_a_decay_that_ends_before_the_warmup_is_refused_but_a_short_trial_is_not() -> None:
-    with pytest.raises(BadInput, match="the decay ends with step 5, before the warmup does, with step 10"):
+    with pytest.raises(BadInput, match="the decay ends at step 5, before the warmup ends at step 10"):
         rates(LRScheduler(lr_warmup_steps=10, lr_decay_steps=5), [1])
     assert rates(LRScheduler(lr_warmup_steps=10), [3], last_step=3) == pytest.approx([0.3])
 
@@ -95,16 +102,16 @@ def test_only_matrices_decay_and_adamw_is_fused() -> None:
     assert settings(made, model, "weight_decay") == {
         "0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
     }  # fmt: skip
-    assert [optim.can_skip(part) for part in made.parts] == [True]
+    assert [optim.can_skip_on_device(part) for part in made.members] == [True]
     plain = optim.build_optimizers({"_target_": "torch.optim.Rprop", "lr": 1e-3}, [], TargetPolicy(), model)
-    assert len(plain.groups) == 1 and not optim.can_skip(plain.parts[0])
+    assert len(plain.groups) == 1 and not optim.can_skip_on_device(plain.members[0])
 
 
 def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
     model = small_model()
     groups = [ParameterGroup("0.*", lr=5e-4, weight_decay=0.3), ParameterGroup("*.bias", lr_scale=2.0)]
     made = optim.build_optimizers(ADAMW, groups, TargetPolicy(), model)
-    made.set_rate(1e-4)  # a tenth of the peak
+    made.set_learning_rate(1e-4)  # a tenth of the peak
     rates = settings(made, model, "lr")
     assert rates == pytest.approx(
         {"0.weight": 5e-5, "1.weight": 1e-4, "1.bias": 2e-4, "2.weight": 1e-4, "2.bias": 2e-4}
@@ -117,7 +124,8 @@ def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
         "2.bias": 0.0,
     }
     with pytest.raises(
-        BadInput, match=r"parameter_groups.0.match '1.wieght' fits no parameter of the model; did you mean '1.weight'"
+        BadInput,
+        match=r"parameter_groups.0.match: '1.wieght' matches no parameter of the model; did you mean '1.weight'",
     ):
         optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], TargetPolicy(), model)
 
@@ -138,14 +146,14 @@ MUON = {
 def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
     model = gpt2()
     made = optim.build_optimizers(MUON, [], TargetPolicy(), model)
-    muons = {id(parameter) for group in made.parts[0].param_groups for parameter in group["params"]}
+    muons = {id(parameter) for group in made.members[0].param_groups for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in muons}
     assert names == {
         f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    made.set_rate(0.01)
-    assert {group["lr"] for group in made.parts[0].param_groups} == {0.01}
-    assert [group["lr"] for group in made.parts[1].param_groups] == pytest.approx([1.5e-3] * 2)
+    made.set_learning_rate(0.01)
+    assert {group["lr"] for group in made.members[0].param_groups} == {0.01}
+    assert [group["lr"] for group in made.members[1].param_groups] == pytest.approx([1.5e-3] * 2)
     with pytest.raises(BadInput, match=r"add optimizer\.others for the rest"):
         optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], TargetPolicy(), model)
 
@@ -177,7 +185,7 @@ def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> N
             model.wte.weight.grad[3, 1] = model.h[1].mlp.c_fc.weight.grad[0, 0] = poison
         made.step(torch.tensor(not poison))
         made.zero_grad()
-        states = [value for part in made.parts for state in part.state.values() for value in state.values()]
+        states = [value for part in made.members for state in part.state.values() for value in state.values()]
         return {str(i): tensor.clone() for i, tensor in enumerate([*model.parameters(), *states])}
 
     before = step(0.0)
@@ -189,7 +197,7 @@ def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> N
 
 def test_what_all_ranks_have_whole_is_written_by_one_of_them_each() -> None:
     state = {"model": {f"w{i}": torch.zeros(i + 1) for i in range(9)}, "optimizer": {"m": torch.zeros(40), "lr": 0.1}}
-    parts = [owned(state, rank, 3) for rank in range(3)]
+    parts = [owned_by_rank(state, rank, 3) for rank in range(3)]
     names = [
         name
         for part in parts
@@ -207,19 +215,19 @@ def test_what_all_ranks_have_whole_is_written_by_one_of_them_each() -> None:
 
 
 def test_a_loss_far_above_the_others_is_a_spike() -> None:
-    spikes = Spikes()
+    spikes = LossSpikeDetector()
     wobbling = [3.0 + 0.02 * (i % 5) for i in range(40)]
-    assert not any(map(spikes.is_one, wobbling))
-    assert spikes.is_one(3.5) and not spikes.is_one(3.1)
-    assert not any(map(Spikes().is_one, [*wobbling[:20], 99.0])), "too little to tell"
+    assert not any(map(spikes.is_spike, wobbling))
+    assert spikes.is_spike(3.5) and not spikes.is_spike(3.1)
+    assert not any(map(LossSpikeDetector().is_spike, [*wobbling[:20], 99.0])), "too little to tell"
 
 
 def test_the_norm_is_reported_with_and_without_clipping() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert optim.clip([parameter], None).item() == 5.0
+    assert optim.clip_gradients([parameter], None).item() == 5.0
     assert parameter.grad.tolist() == [3.0, 4.0]
-    assert optim.clip([parameter], ClipGradNorm(1.0)).item() == 5.0
+    assert optim.clip_gradients([parameter], ClipGradNorm(1.0)).item() == 5.0
     assert parameter.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -231,7 +239,7 @@ def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
     assert read_rank_environment(slurm) == RankEnvironment(5, 8, 2)
     with pytest.raises(BadInput, match="MASTER_ADDR"):
         read_rank_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
-    with pytest.raises(BadInput, match="RANK is 'x'"):
+    with pytest.raises(BadInput, match="variable RANK: expected a non-negative integer, got 'x'"):
         read_rank_environment({"RANK": "x"})
 
 
@@ -331,40 +339,40 @@ def test_peaks_are_the_dense_ones_and_the_longest_name_wins() -> None:
 
 
 def metrics(folder: Path, peak: float | None = None) -> Metrics:
-    return Metrics(ElementDir(folder), CPU, ranks=2, last_step=9, flops_per_token=1e6, peak=peak)
+    return Metrics(ElementDir(folder), CPU, ranks=2, last_step=9, flops_per_token=1e6, peak_flops=peak)
 
 
-def line(step: int, loss: float | None = None) -> StepLine:
+def line(step: int, loss: float | None = None) -> StepRecord:
     value = 4.0 - step if loss is None else loss
-    return StepLine(step, step / 4, step * 128, value, 1.0, 1e-3, step_tokens=128, step_time_s=0.5, data_time_s=0.1)
+    return StepRecord(step, step / 4, step * 128, value, 1.0, 1e-3, step_tokens=128, step_time_s=0.5, data_time_s=0.1)
 
 
 def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -> None:
     one = metrics(tmp_path)
     one.resume_at(0)
     for step in (1, 2):
-        one.step(line(step))
-    one.validation(2, {"": 3.5}, 0.1)
-    one.step(line(3, loss=math.nan))
+        one.log_step(line(step))
+    one.log_validation(2, {"": 3.5}, 0.1)
+    one.log_step(line(3, loss=math.nan))
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 4, "lo')  # a kill tears the last line
     again = metrics(tmp_path)
     again.resume_at(2)
     assert again.val_loss == 3.5
     assert again.has_validation(2) and not again.has_validation(1)
-    assert again.skipped == 0
-    again.step(line(3))
-    again.step(line(4, loss=math.inf))
+    assert again.skipped_steps == 0
+    again.log_step(line(3))
+    again.log_step(line(4, loss=math.inf))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [entry["step"] for entry in map(json.loads, text.splitlines())] == [1, 2, 2, 3, 4]
     assert "NaN" not in text and "Infinity" not in text, "strict readers know no such words"
     assert json.loads(text.splitlines()[-1])["skipped_steps"] == 1
-    found = summary(tmp_path / "metrics.jsonl")
+    found = summarise_metrics(tmp_path / "metrics.jsonl")
     assert (found["loss_first"], found["loss_last"], found["val_loss"]) == (3.0, 1.0, 3.5)
 
 
 def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics(tmp_path, peak=1e9).step(line(2))
+    metrics(tmp_path, peak=1e9).log_step(line(2))
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert entry["tokens_per_s"] == 256.0 and entry["tokens_per_s_per_gpu"] == 128.0
     assert entry["mfu"] == pytest.approx(256 * 1e6 / (2 * 1e9), abs=1e-4)
@@ -382,12 +390,12 @@ def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_heartbeat_tells_the_driver_how_long_a_step_and_a_save_take(tmp_path: Path) -> None:
     before = metrics(tmp_path)
-    before.step(line(2))
-    before.checkpoint(2, 41.5)
+    before.log_step(line(2))
+    before.checkpoint_saved(2, 41.5)
     before.close()
     assert lead_seconds(ElementDir(tmp_path)) == 2 * (0.5 + 41.5)
     after = metrics(tmp_path)
-    after.step(line(3))
+    after.log_step(line(3))
     assert lead_seconds(ElementDir(tmp_path)) == 2 * (0.5 + 41.5), "known before this start has saved anything"
 
 
@@ -399,7 +407,7 @@ def test_wandb_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyP
 
 
 def fake_checkpoint(root: Path, step: int) -> Path:
-    folder = checkpoint.folder_of(root, step)
+    folder = checkpoint.checkpoint_folder(root, step)
     folder.mkdir(parents=True)
     write_json(folder / "meta.json", {"step": step, "model": {"n": 1}, "data": {"tokens": 5}})
     (folder / "__0_0.distcp").write_bytes(bytes(range(200)))
@@ -412,23 +420,23 @@ def fake_checkpoint(root: Path, step: int) -> Path:
 def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
     folder = fake_checkpoint(tmp_path, 1)
     data = folder / "__0_0.distcp"
-    assert checkpoint.damage(folder) is None
-    for harm, word in ((b"x" * 200, "other bytes"), (bytes(range(199)), "199 bytes instead of 200")):
+    assert checkpoint.find_damage(folder) is None
+    for harm, word in ((b"x" * 200, "checksum mismatch"), (bytes(range(199)), "199 bytes instead of 200")):
         data.write_bytes(harm)
-        assert word in str(checkpoint.damage(folder))
-        assert sum(checkpoint.damage(folder, rank, 3) is not None for rank in range(3)) == 1
+        assert word in str(checkpoint.find_damage(folder))
+        assert sum(checkpoint.find_damage(folder, rank, 3) is not None for rank in range(3)) == 1
     data.unlink()
-    assert "is missing" in str(checkpoint.damage(folder))
+    assert "is missing" in str(checkpoint.find_damage(folder))
     whole = (folder / "manifest.json").read_text()
     for key in ("bytes", "sha256"):
         (folder / "manifest.json").write_text(whole.replace(key, key.upper(), 1))
-        assert "manifest.json says nothing of meta.json" in str(checkpoint.damage(folder))
+        assert "manifest.json has no valid entry for meta.json" in str(checkpoint.find_damage(folder))
     (folder / "manifest.json").write_bytes(b"\xff" + whole.encode())
-    assert "manifest.json cannot be read" in str(checkpoint.damage(folder))
+    assert "manifest.json cannot be read" in str(checkpoint.find_damage(folder))
     (folder / "manifest.json").write_text("{")
-    assert "not valid JSON" in str(checkpoint.damage(folder))
+    assert "not valid JSON" in str(checkpoint.find_damage(folder))
     (folder / "manifest.json").unlink()
-    assert "manifest.json is missing" in str(checkpoint.damage(folder))
+    assert "manifest.json is missing" in str(checkpoint.find_damage(folder))
 
 
 def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(
@@ -437,22 +445,24 @@ def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(
     for step in (9, 10, 200):
         fake_checkpoint(tmp_path, step)
     (tmp_path / "step-00000300.tmp").mkdir()
-    (checkpoint.folder_of(tmp_path, 200) / "meta.json").unlink()
-    assert checkpoint.alone(tmp_path).step == 10
+    (checkpoint.checkpoint_folder(tmp_path, 200) / "meta.json").unlink()
+    assert checkpoint.select_checkpoint(tmp_path).step == 10
     assert "step-00000200 is damaged (meta.json is missing)" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 4
-    with pytest.raises(BadInput, match="no whole checkpoint"):
-        checkpoint.alone(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="no intact checkpoint"):
+        checkpoint.select_checkpoint(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_its_keys(tmp_path: Path) -> None:
     fake_checkpoint(tmp_path, 1)
-    found = checkpoint.alone(tmp_path)
-    checkpoint.checked(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
-    with pytest.raises(BadInput, match=r"its model differs \(n: 1 there, 2 in the recipe; m: None there, 0 in"):
-        checkpoint.checked(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
-    with pytest.raises(BadInput, match=r"its data differs \(tokens: 5 there, 6"):
-        checkpoint.checked(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
+    found = checkpoint.select_checkpoint(tmp_path)
+    checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
+    with pytest.raises(
+        BadInput, match=r"its model differs \(n: 1 in the checkpoint, 2 in the recipe; m: None in the checkpoint, 0 in"
+    ):
+        checkpoint.check_identity(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
+    with pytest.raises(BadInput, match=r"its data differs \(tokens: 5 in the checkpoint, 6"):
+        checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
 
 
 class Counting(nn.Module):
@@ -487,6 +497,6 @@ def test_drawing_respects_temperature_top_k_and_seed() -> None:
 
 
 def test_a_summary_of_nothing_is_empty(tmp_path: Path) -> None:
-    assert summary(tmp_path / "none") == {}
+    assert summarise_metrics(tmp_path / "none") == {}
     append_json_line(tmp_path / "m", {"step": 1, "val_loss": 2.0})
-    assert summary(tmp_path / "m") == {"val_loss_first": 2.0, "val_loss": 2.0}
+    assert summarise_metrics(tmp_path / "m") == {"val_loss_first": 2.0, "val_loss": 2.0}

@@ -1,5 +1,5 @@
-"""Tokens to a model: data order, models, parallelism, the loop, checkpoints, metrics, export.
+"""From tokens to a trained model: data order, models, parallelism, training loop, checkpoints, metrics, export.
 
-Importing this package loads nothing heavy: ``python -m amlaunch.trainer`` installs its
-signal handlers before torch is read from disk, which takes seconds.
+Importing this package loads nothing heavy, so that ``python -m amlaunch.trainer`` can install its signal handlers
+before torch loads, which takes seconds.
 """

@@ -1,4 +1,4 @@
-"""``python -m amlaunch.trainer RECIPE``: train on this rank. Works alone, under torchrun, srun, or amlaunch's driver."""
+"""``python -m amlaunch.trainer RECIPE``: train as one rank, alone or under torchrun, srun or amlaunch's driver."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from amlaunch.trainer.process.stop_request import StopFlag
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, and return the exit code: 0 done, 75 stopped on request with everything saved, 1 or 2 an error."""
+    """Train and return the exit code: 0 done, 75 stopped on request with everything saved, 1 or 2 an error."""
     stop = StopFlag()
     stop.install()
     die_with_parent()
 
     def work() -> int:
         options = parse("python -m amlaunch.trainer", "Train the model of a recipe.", arguments)
-        from amlaunch.trainer.loop.job import (
-            run,  # torch takes seconds to load: handlers and the recipe's errors come first
-        )
+        # torch takes seconds to load: install handlers and report recipe errors first.
+        from amlaunch.trainer.loop.job import run
 
         return run(options, stop)
 

@@ -1,31 +1,28 @@
-"""What the trainer asks of a model, ours, the user's or Hugging Face's.
+"""Interface between the trainer and a model, be it ours, the user's or Hugging Face's.
 
-A model is an ``nn.Module`` whose ``forward(input_ids)`` takes ``(B, T)`` int64
-and returns logits ``(B, T, V)``, or an object that has them as ``.logits``.
-Everything else is optional:
+A model is an ``nn.Module`` whose ``forward(input_ids)`` takes ``(B, T)`` int64 and returns logits ``(B, T, V)``, or an
+object that has them as ``.logits``. Everything else is optional:
 
 ``linear_loss``, ``labels``
-    Arguments of ``forward`` by which it is given a loss that works on the last
-    hidden states: then it returns ``linear_loss.from_hidden(hidden, weight, labels)``.
+    Arguments of ``forward`` that pass a loss on the last hidden states; the model then returns
+    ``linear_loss.from_hidden(hidden, weight, labels)``.
 ``wrap_blocks``
-    Names of the ``nn.ModuleList`` whose items are sharded and compiled one by
-    one. Without it: the longest list that lies in no other.
+    Names of each ``nn.ModuleList`` whose items are sharded and compiled one by one. Default: the longest list that is
+    not inside another list.
 ``context``
-    The most positions it takes; sampling crops to it.
+    Maximum number of positions; sampling crops its input to it.
 ``flops_per_token(seq_len)``
-    Forward and backward; without it :func:`flops_per_token` estimates.
+    Forward and backward; default: the estimate of :func:`flops_per_token`.
 ``hf_export(tensors, vocab_size)``
     ``(config, tensors)`` of a Hugging Face folder; see :mod:`amlaunch.trainer.checkpoints.hf_folder`.
 ``init_parameter(name, tensor)``
-    Write a parameter's initial value into ``tensor``, float32 on the CPU, drawn
-    from torch's default generator. A model whose class has it (a target that is
-    the class, or a function annotated to return it) is built without memory,
-    each rank fills in its own part, and none ever holds the whole. It must
-    have no buffers.
+    Write a parameter's initial value into ``tensor``, float32 on the CPU, drawn from torch's default generator. If the
+    target is a class with this method, or a function annotated to return one, the model is built without memory and
+    each rank fills only its own shard. Such a model must have no buffers.
 ``forward(input_ids, position_ids, documents)`` and ``self.attend``
-    For packed documents and context parallelism; see :mod:`amlaunch.trainer.models.attention`.
+    Needed for packed documents and context parallelism; see :mod:`amlaunch.trainer.models.attention`.
 ``tp_plan``
-    For tensor parallelism; see :mod:`amlaunch.trainer.parallel.tensor_parallel`.
+    Needed for tensor parallelism; see :mod:`amlaunch.trainer.parallel.tensor_parallel`.
 """
 
 from __future__ import annotations
@@ -42,122 +39,126 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of ``model``, in order; empty where it has no ``nn.ModuleList``."""
+    """Return the transformer blocks of ``model`` in order; empty if it has no ``nn.ModuleList``."""
     names = getattr(model, "wrap_blocks", None)
     if names is not None:
         return [block for name in names for block in model.get_submodule(name).children()]
-    return max((list(found) for found in _outer_lists(model)), key=len, default=[])
+    return max((list(modules) for modules in _outer_lists(model)), key=len, default=[])
 
 
 def _outer_lists(module: nn.Module) -> list[nn.ModuleList]:
-    """The module lists that lie in no other: the experts of a mixture are part of their block."""
+    """Return the module lists that are in no other list: the experts of a mixture belong to their block."""
     if isinstance(module, nn.ModuleList):
         return [module]
-    return [found for child in module.children() for found in _outer_lists(child)]
+    return [modules for child in module.children() for modules in _outer_lists(child)]
 
 
-def build_initialized(make: Callable[[], ModelT]) -> ModelT:
-    """What ``make`` builds, a model with ``init_parameter``, with its initial weights; on the meta device: without any."""
+def build_initialized(build: Callable[[], ModelT]) -> ModelT:
+    """Build a model that has ``init_parameter`` and initialise it; on the meta device, leave it without weights."""
     device = torch.get_default_device()
     with torch.device("meta"):
-        model = make()
-    if device.type != "meta":
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                    )
-        initialize_parameters(model)
+        model = build()
+    if device.type == "meta":
+        return model
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty)
+    initialize_parameters(model)
     return model
 
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module) -> None:
-    """Write the initial weights into the parameters of ``model``, whole or this rank's parts of them.
+    """Write the initial weights into the parameters of ``model``, or into this rank's shards of them.
 
-    They are drawn whole, one after the other, and those of all ranks from the
-    same generator: so they do not depend on how the model is spread.
+    Each parameter is drawn in full, one after the other, from the same generator on all ranks. So the weights do not
+    depend on how the model is sharded.
     """
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        model.init_parameter(name, whole)  # type: ignore[operator]
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            local.copy_(whole[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))])
-        else:
-            parameter.copy_(whole)
+        full = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        model.init_parameter(name, full)  # type: ignore[operator]
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(full)
+            continue
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        shard = tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+        parameter.to_local().copy_(full[shard])
 
 
 def supports_deferred_init(target: Any) -> bool:
-    """Whether what ``target`` builds has ``init_parameter``: it is such a class, or is annotated to return one."""
+    """Return True if ``target`` is a class with ``init_parameter``, or is annotated to return one."""
     try:
-        made = target if isinstance(target, type) else get_type_hints(target).get("return")
+        model_class = target if isinstance(target, type) else get_type_hints(target).get("return")
     except (NameError, TypeError):  # annotations that only a type checker can resolve
         return False
-    return hasattr(made, "init_parameter")
+    return hasattr(model_class, "init_parameter")
 
 
-def head(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What our models multiply last, hidden states ``(B, T, C)`` and the head's ``(V, C)``; tensor parallelism puts another in its place."""
+def identity_head(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the two factors of the logits: hidden states ``(B, T, C)`` and the head's weight ``(V, C)``.
+
+    Our models call this as ``self.head``; tensor parallelism replaces it.
+    """
     return x, weight
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits ``(B, T, V)`` in what a model's forward returned."""
+    """Return the logits ``(B, T, V)`` in the output of a model's forward."""
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers the model learns; a tied tensor counts once, a sharded one with its full size."""
+    """Return the number of learned values; a tied tensor counts once, a sharded one with its full size."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def config_value(model: nn.Module, *names: str) -> int | None:
-    """The first of ``names`` that the model, its ``settings``, or its Hugging Face config states as a number."""
-    for place in (model, getattr(model, "settings", None), getattr(model, "config", None)):
+    """Return the first integer among ``names`` in the model, its ``settings``, or its Hugging Face config."""
+    for owner in (model, getattr(model, "settings", None), getattr(model, "config", None)):
         for name in names:
-            value = getattr(place, name, None)
+            value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value
     return None
 
 
 def vocab_rows(model: nn.Module) -> int | None:
-    """One more than the largest token id that the model takes; None where it does not say."""
+    """Return the number of token ids that the model accepts, padding rows included; None if unknown."""
     return config_value(model, "vocab_size")
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most positions that the model takes; None where it does not say."""
+    """Return the maximum number of positions that the model accepts; None if unknown."""
     return config_value(model, "context", "max_position_embeddings", "n_positions")
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Floating-point operations a token, forward and backward: nanoGPT's ``6N + 12 L d T``.
+    """Return the floating-point operations per token, forward and backward: nanoGPT's ``6N + 12 L d T``.
 
-    N leaves out embeddings that are only looked up. Attention counts as if it
-    were not causal, as everybody's published MFU does (karpathy/nanoGPT#464,
-    PaLM appendix B).
+    N excludes embeddings that are only looked up. Attention counts as if it were not causal, as in every published MFU
+    (karpathy/nanoGPT#464, PaLM appendix B).
     """
-    own = getattr(model, "flops_per_token", None)
-    if own is not None:
-        return float(own(seq_len))
+    override = getattr(model, "flops_per_token", None)
+    if override is not None:
+        return float(override(seq_len))
     width = config_value(model, "hidden_size", "n_embd") or 0
-    return 6.0 * (parameter_count(model) - _only_looked_up(model)) + 12.0 * len(blocks(model)) * width * seq_len
+    matrix_parameters = parameter_count(model) - _lookup_parameter_count(model)
+    return 6.0 * matrix_parameters + 12.0 * len(blocks(model)) * width * seq_len
 
 
-def _only_looked_up(model: nn.Module) -> int:
-    """Numbers in embeddings that are not the head's: of tokens where the two are not tied, and of positions.
+def _lookup_parameter_count(model: nn.Module) -> int:
+    """Count the parameters of embeddings that are not the head: untied token embeddings, and positions.
 
-    Where the model does not say what its head is, a table may be that, and all count.
+    If the model does not name its head, any table may be the head, and the count is 0.
     """
-    head_of = getattr(model, "get_output_embeddings", None)
-    last = head_of() if head_of is not None else None
-    if last is None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is None:
         return 0
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(table.numel() for key, table in tables.items() if key != id(last.weight))
+    return sum(table.numel() for key, table in tables.items() if key != id(head.weight))

@@ -1,8 +1,9 @@
-"""Documents that lie in one row do not see one another: what a model must do for that, and what it is told."""
+"""Attention masks that keep the documents of a packed row apart."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -12,50 +13,51 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Distributed
 from amlaunch.trainer.models.attention import same_document_mask
 
-OURS = {"position_ids", "documents"}
-HUGGING_FACE = {"position_ids", "attention_mask"}
+DOCUMENT_ARGUMENTS = {"position_ids", "documents"}
+HF_ARGUMENTS = {"position_ids", "attention_mask"}
 
 
 def keep_documents_apart(model: nn.Module, section: Distributed) -> None:
-    """Have ``model`` take ``documents`` (see :class:`amlaunch.trainer.data.batches.Batch`) besides ``position_ids``.
+    """Make ``model`` accept ``documents`` (see :class:`amlaunch.trainer.data.batches.Batch`) besides ``position_ids``.
 
-    Ours do, and so may a model of the user's. One of transformers that attends
-    through torch's own attention gets them as a mask ``(B, 1, T, T)``, which
-    replaces the one that it would make. Raises BadInput for any other: a model
-    that quietly looks across documents learns something else.
+    Our models accept them, and a user's model may. A model of transformers with torch's attention receives them as a
+    mask ``(B, 1, T, T)``, which replaces the mask that it would build. Raises BadInput for any other model, which would
+    silently attend across documents.
     """
-    takes = inspect.signature(model.forward).parameters.keys()
-    if takes >= OURS:
+    parameters = inspect.signature(model.forward).parameters.keys()
+    if parameters >= DOCUMENT_ARGUMENTS:
         return
-    why = _why_not(model, takes, section)
-    if why:
+    obstacle = _mask_obstacle(model, parameters, section)
+    if obstacle:
         raise BadInput(
-            f"packed_sequence.packed_sequence_size: {type(model).__name__} {why}; write 0, "
-            "or a model whose forward takes position_ids and documents (see trainer/models/document_masks.py)"
+            f"packed_sequence.packed_sequence_size: {type(model).__name__} {obstacle}. Set it to 0, "
+            "or use a model whose forward takes position_ids and documents (see trainer/models/document_masks.py)"
         )
-    model.register_forward_pre_hook(_as_mask, with_kwargs=True)
+    model.register_forward_pre_hook(_documents_to_mask, with_kwargs=True)
 
 
-def _why_not(model: nn.Module, takes: Any, section: Distributed) -> str | None:
-    """Why a mask of our own would not keep documents apart; None where it does."""
+def _mask_obstacle(model: nn.Module, parameters: Set[str], section: Distributed) -> str | None:
+    """Return the reason why a mask would not keep documents apart; None if it does."""
     config: Any = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
-    if not takes >= HUGGING_FACE or attention is None:
-        return "takes no documents between which its attention would not go"
-    if attention != "sdpa":
-        return f"attends through {attention}, which takes no mask of ours (attn_implementation: sdpa does)"
+    implementation = getattr(config, "_attn_implementation", None)
+    if not parameters >= HF_ARGUMENTS or implementation is None:
+        return "cannot restrict attention to documents"
+    if implementation != "sdpa":
+        return f"uses the attention implementation {implementation}, which ignores our mask (use sdpa)"
+
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if windowed or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "has layers that do not attend to everything before, for which a mask of ours is not enough"
+    layer_types = getattr(config, "layer_types", None) or ()
+    if windowed or any(layer_type != "full_attention" for layer_type in layer_types):
+        return "has layers without full attention, which our mask does not support"
     if section.cp_size > 1:
-        return "is of transformers, whose positions cp_size spreads without documents"
+        return "is a transformers model, which does not support documents with distributed.cp_size above 1"
     return None
 
 
-def _as_mask(
-    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+def _documents_to_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    documents: torch.Tensor | None = keywords.pop("documents", None)
+    documents: torch.Tensor | None = kwargs.pop("documents", None)
     if documents is not None:
-        keywords["attention_mask"] = same_document_mask(documents).tril()
-    return args, keywords
+        kwargs["attention_mask"] = same_document_mask(documents).tril()
+    return args, kwargs

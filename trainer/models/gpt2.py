@@ -1,9 +1,8 @@
 """GPT-2: learned positions, pre-LayerNorm blocks, GELU, tied embeddings (Radford et al. 2019).
 
-Equal to ``transformers.GPT2LMHeadModel`` from the same weights. Names follow
-that model's, but linear layers are ``nn.Linear`` (it stores them transposed),
-and the output head is the token embedding itself: no second parameter that a
-sharding or a checkpoint could untie.
+Equals ``transformers.GPT2LMHeadModel`` with the same weights. Parameters have the same names, but linear layers are
+``nn.Linear`` (transformers stores them transposed), and the output head is the token embedding itself, so sharding or
+a checkpoint cannot untie the two.
 
 Shapes: B batch, T positions, C width, H heads, V vocabulary.
 """
@@ -21,18 +20,19 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.attention import attend
-from amlaunch.trainer.models.base import build_initialized, head
+from amlaunch.trainer.models.base import build_initialized, identity_head
 
 INIT_STD = 0.02
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}
-"""Hugging Face's name, and torch's ``approximate``; GPT-2 was trained with the tanh form."""
-ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Hugging Face's names, mapped to torch's ``approximate``; GPT-2 was trained with the tanh form."""
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 TRANSPOSED_IN_HF = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""Ends of the names of parameters that transformers stores transposed."""
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The sizes of a GPT-2."""
+    """Sizes and settings of a GPT-2, named as in its ``config.json``."""
 
     vocab_size: int
     n_positions: int
@@ -58,15 +58,15 @@ class GPT2Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, T, C)``, and ``documents`` as of :func:`amlaunch.trainer.models.attention.attend`, to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``; ``documents`` as in :func:`amlaunch.trainer.models.attention.attend`."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.dropout if self.training else 0.0  # the function itself knows no eval mode
+        dropout = self.dropout if self.training else 0.0  # attend has no eval mode
         y = self.attend(q, k, v, documents=documents, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class GPT2MLP(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
+    """Two linear layers with a GELU between them; the hidden width is four times the width."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -75,7 +75,7 @@ class GPT2MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
@@ -91,16 +91,15 @@ class GPT2Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``."""
         x = x + self.drop(self.attn(self.ln_1(x), documents))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT2(nn.Module):
-    """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary.
+    """GPT-2 language model; its logits cover the vocabulary, padding rows included.
 
-    Padding rows stay in the softmax, as in nanoGPT: they learn to be
-    improbable, and the export cuts them off.
+    Padding rows take part in the softmax, as in nanoGPT: they learn to be improbable. The export removes them.
     """
 
     wrap_blocks = ("h",)
@@ -125,7 +124,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.head = head
+        self.head = identity_head
 
     def forward(
         self,
@@ -135,11 +134,11 @@ class GPT2(nn.Module):
         labels: torch.Tensor | None = None,
         linear_loss: Any = None,
     ) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``.
+        """Map token ids ``(B, T)`` int64 to logits ``(B, T, V)``, or to a loss if ``linear_loss`` is given.
 
-        ``position_ids (B, T)`` int64, all below ``n_positions``; None: 0 to T - 1.
-        ``documents (B, T)`` int32, between which no attention goes; None: one.
-        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`amlaunch.trainer.loss`.
+        ``position_ids (B, T)`` int64 are below ``n_positions``; None means 0 to T - 1. ``documents (B, T)`` int32
+        separates documents within a row; None means one. ``linear_loss`` computes the loss of ``labels``; see
+        :mod:`amlaunch.trainer.loss`.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
@@ -149,26 +148,29 @@ class GPT2(nn.Module):
         return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
-        """GPT-2's: normal(0, 0.02), and less where 2·n_layer contributions add up in the residual stream."""
+        """Initialise as GPT-2: normal(0, 0.02), scaled down where 2·n_layer projections add to the residual stream."""
         if tensor.dim() > 1:
-            residual = name.endswith("c_proj.weight")
-            tensor.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if residual else INIT_STD)
+            is_residual = name.endswith("c_proj.weight")
+            tensor.normal_(0.0, INIT_STD / math.sqrt(2 * len(self.h)) if is_residual else INIT_STD)
         else:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """nanoGPT's ``6N + 12 L d T``, N without the position table."""
+        """Return nanoGPT's ``6N + 12 L d T``, where N excludes the position table."""
         count = sum(parameter.numel() for parameter in self.parameters()) - self.wpe.weight.numel()
         return 6.0 * count + 12.0 * self.settings.n_layer * self.settings.n_embd * seq_len
 
     def hf_export(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, the vocabulary cut to ``vocab_size``."""
+        """Return ``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, with ``vocab_size`` vocabulary rows."""
         renamed = {}
         for name, tensor in tensors.items():
-            tensor = tensor.t() if name.endswith(TRANSPOSED_IN_HF) else tensor
-            renamed[f"transformer.{name}"] = tensor[:vocab_size] if name == "wte.weight" else tensor
+            if name.endswith(TRANSPOSED_IN_HF):
+                tensor = tensor.t()
+            if name == "wte.weight":
+                tensor = tensor[:vocab_size]
+            renamed[f"transformer.{name}"] = tensor
         settings = dataclasses.asdict(self.settings)
         dropout, activation = settings.pop("dropout"), settings.pop("activation")
         config = {
@@ -199,19 +201,21 @@ def build_gpt2_model(
     layer_norm_epsilon: float = 1e-5,
     activation: str = "gelu_new",
 ) -> GPT2:
-    """A GPT-2 with fresh weights; the keywords are the guide's.
+    """Build a GPT-2 with initial weights; the keywords are NeMo AutoModel's.
 
-    ``n_ctx``, where given, is ``n_positions``. ``activation`` is ``gelu_new``
-    (GPT-2's) or ``gelu`` (the exact form). Attention always goes through
-    torch's ``scaled_dot_product_attention``, which picks a flash kernel itself.
-    Raises BadInput for what it does not know.
+    ``n_ctx`` overrides ``n_positions``. ``activation`` is ``gelu_new`` (GPT-2's) or ``gelu`` (the exact form). Attention
+    always uses torch's ``scaled_dot_product_attention``, which selects a flash kernel itself. Raises BadInput for
+    unsupported values.
     """
     if n_embd % n_head:
-        raise BadInput(f"model.n_embd {n_embd} is not divisible by n_head {n_head}")
+        raise BadInput(f"model.n_embd {n_embd} is not divisible by n_head {n_head}; change one of them")
     if activation not in ACTIVATIONS:
-        raise BadInput(f"model.activation {activation!r}: write one of {', '.join(ACTIVATIONS)}")
-    if attn_implementation not in ATTENTION:
-        raise BadInput(f"model.attn_implementation {attn_implementation!r}: write sdpa, which picks the fastest kernel")
+        raise BadInput(f"model.activation {activation!r} is not supported; use one of: {', '.join(ACTIVATIONS)}")
+    if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise BadInput(
+            f"model.attn_implementation {attn_implementation!r} is not supported; "
+            "use sdpa, which selects the fastest kernel"
+        )
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=n_positions if n_ctx is None else n_ctx,

@@ -1,8 +1,7 @@
 """Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention (Touvron et al. 2023).
 
-Equal to ``transformers.LlamaForCausalLM`` from the same weights, and with the
-same parameter names. One deliberate difference: norms are computed in float32
-or better, where transformers rounds even float64 to float32.
+Equals ``transformers.LlamaForCausalLM`` with the same weights, and has the same parameter names. One deliberate
+difference: norms are computed in float32 or better, whereas transformers rounds even float64 to float32.
 
 Shapes: B batch, T positions, C width, H heads, K key-value heads, D head width, V vocabulary.
 """
@@ -20,12 +19,12 @@ from torch import nn
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.attention import attend
-from amlaunch.trainer.models.base import build_initialized, head
+from amlaunch.trainer.models.base import build_initialized, identity_head
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a Llama, under the names of its ``config.json``."""
+    """Sizes and settings of a Llama, named as in its ``config.json``."""
 
     vocab_size: int
     hidden_size: int
@@ -43,12 +42,12 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Width D of a head."""
         return self.hidden_size // self.num_attention_heads
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the width, computed in float32 or better."""
+    """Normalisation by the root mean square over the width, computed in float32 or better."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -56,23 +55,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and type as ``x``."""
+        """Return the normalised ``x``, with the same shape and type."""
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
 def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Tensor:
-    """Of ``positions (..., T)`` the angles ``(..., T, D)`` in float32, each frequency twice, as transformers computes them."""
+    """Return the angles ``(..., T, D)`` of ``positions (..., T)`` in float32, each frequency twice as in transformers."""
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
     angles = positions.float()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (d, d + D/2) of ``x (B, H, T, D)`` by the angles of their position (Su et al. 2021).
+    """Rotate the pairs (d, d + D/2) of ``x (B, H, T, D)`` by the angles of their position (Su et al. 2021).
 
-    The result has the type of ``x``: under autocast the angles are float32, and attention wants queries and keys as it has values.
+    The result has the type of ``x``: under autocast the angles are float32, but attention needs queries and keys of
+    the values' type.
     """
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
@@ -94,7 +94,7 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``(B, T, C)``, and ``documents`` as of :func:`amlaunch.trainer.models.attention.attend`, to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``; ``documents`` as in :func:`amlaunch.trainer.models.attention.attend`."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -105,7 +105,7 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """Gated MLP with SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -114,7 +114,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -131,13 +131,13 @@ class LlamaBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``(B, T, C)`` to ``(B, T, C)``."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """The language model; ``forward`` gives logits over the whole, possibly padded, vocabulary."""
+    """Llama language model; its logits cover the vocabulary, padding rows included."""
 
     wrap_blocks = ("layers",)
     tp_plan: ClassVar = {
@@ -159,9 +159,10 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head = head
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.head = identity_head
 
     def forward(
         self,
@@ -171,11 +172,10 @@ class Llama(nn.Module):
         labels: torch.Tensor | None = None,
         linear_loss: Any = None,
     ) -> torch.Tensor:
-        """``(B, T)`` int64 to logits ``(B, T, V)``.
+        """Map token ids ``(B, T)`` int64 to logits ``(B, T, V)``, or to a loss if ``linear_loss`` is given.
 
-        ``position_ids (B, T)`` int64; None: 0 to T - 1. ``documents (B, T)``
-        int32, between which no attention goes; None: one.
-        ``linear_loss``: to its loss of ``labels`` instead, see :mod:`amlaunch.trainer.loss`.
+        ``position_ids (B, T)`` int64; None means 0 to T - 1. ``documents (B, T)`` int32 separates documents within a
+        row; None means one. ``linear_loss`` computes the loss of ``labels``; see :mod:`amlaunch.trainer.loss`.
         """
         x = self.embed_tokens(input_ids)
         positions = (
@@ -185,19 +185,21 @@ class Llama(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, documents)
-        x, rows = self.head(self.norm(x), (self.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        output_layer = self.embed_tokens if self.lm_head is None else self.lm_head
+        x, rows = self.head(self.norm(x), output_layer.weight)
         return F.linear(x, rows) if linear_loss is None else linear_loss.from_hidden(x, rows, labels)
 
     def init_parameter(self, name: str, tensor: torch.Tensor) -> None:
-        """Normal, and less where 2·layers contributions add up in the residual stream, as in GPT-2."""
+        """Initialise as GPT-2: normal, scaled down where 2·layers projections add to the residual stream."""
         if tensor.dim() > 1:
-            std, residual = self.settings.initializer_range, name.endswith(("o_proj.weight", "down_proj.weight"))
-            tensor.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if residual else std)
+            std = self.settings.initializer_range
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensor.normal_(0.0, std / math.sqrt(2 * len(self.layers)) if is_residual else std)
         else:
             tensor.fill_(1.0)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """``6N + 12 L d T``, N without an embedding that is only looked up."""
+        """Return ``6N + 12 L d T``, where N excludes an embedding that is only looked up."""
         count = sum(parameter.numel() for parameter in self.parameters())
         looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
         return 6.0 * (count - looked_up) + 12.0 * len(self.layers) * self.settings.hidden_size * seq_len
@@ -205,11 +207,12 @@ class Llama(nn.Module):
     def hf_export(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """``config.json`` and tensors of ``transformers.LlamaForCausalLM``, the vocabulary cut to ``vocab_size``."""
+        """Return ``config.json`` and tensors of ``transformers.LlamaForCausalLM``, with ``vocab_size`` vocabulary rows."""
         renamed = {}
         for name, tensor in tensors.items():
-            rows = tensor[:vocab_size] if name in ("embed_tokens.weight", "lm_head.weight") else tensor
-            renamed[name if name.startswith("lm_head") else f"model.{name}"] = rows
+            if name in ("embed_tokens.weight", "lm_head.weight"):
+                tensor = tensor[:vocab_size]
+            renamed[name if name.startswith("lm_head") else f"model.{name}"] = tensor
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -219,7 +222,7 @@ class Llama(nn.Module):
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            # transformers 5 reads the base from here, earlier ones from rope_theta above
+            # transformers 5 reads the base from here, earlier versions from rope_theta above
             "rope_parameters": {"rope_type": "default", "rope_theta": self.settings.rope_theta},
         }
         return config, renamed
@@ -241,18 +244,20 @@ def build_llama_model(
     bos_token_id: int = 50256,
     eos_token_id: int = 50256,
 ) -> Llama:
-    """A Llama with fresh weights, its keywords named as in ``transformers.LlamaConfig``.
+    """Build a Llama with initial weights; the keywords are those of ``transformers.LlamaConfig``.
 
-    ``num_key_value_heads`` None: as many as query heads. Raises BadInput where the sizes do not divide.
+    ``num_key_value_heads`` None means as many as query heads. Raises BadInput if the sizes do not divide.
     """
     key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
     if hidden_size % (2 * num_attention_heads):
         raise BadInput(
-            f"model.hidden_size {hidden_size} is no even multiple of num_attention_heads {num_attention_heads}"
+            f"model.hidden_size {hidden_size} is not an even multiple of num_attention_heads {num_attention_heads}; "
+            "change one of them"
         )
     if num_attention_heads % key_value_heads:
         raise BadInput(
-            f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads {key_value_heads}"
+            f"model.num_attention_heads {num_attention_heads} is not divisible by num_key_value_heads "
+            f"{key_value_heads}; change one of them"
         )
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Text sampling from a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ def generate(
     seed: int = 0,
     stop_token: int | None = None,
 ) -> list[int]:
-    """Up to ``count`` token ids after ``prompt``, ending before ``stop_token``.
+    """Return up to ``count`` token ids after ``prompt``, ending before ``stop_token``.
 
-    The model sees the last ``context`` tokens; ids from ``vocab_size`` on
-    (padding) are never drawn. ``temperature`` 0 takes the likeliest. The whole
-    window goes through the model for each token: a sample, not a server.
+    The model sees the last ``context`` tokens. Ids from ``vocab_size`` on (padding) are never drawn. ``temperature`` 0
+    takes the most likely token. Each token needs a forward pass over the context: made for samples, not for serving.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -40,9 +39,10 @@ def generate(
 
 
 def draw(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """A token id, drawn from the ``top_k`` likeliest of ``logits (V,)``."""
+    """Draw a token id from the ``top_k`` most likely of ``logits (V,)``."""
     if temperature == 0:
         return int(logits.argmax())
-    best, ids = logits.topk(min(top_k, len(logits)))
-    chosen = torch.multinomial(torch.softmax(best / temperature, dim=-1), 1, generator=generator)
-    return int(ids[chosen])
+    top_logits, ids = logits.topk(min(top_k, len(logits)))
+    probabilities = torch.softmax(top_logits / temperature, dim=-1)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return int(ids[choice])

@@ -1,1 +1,1 @@
-"""The process of one rank: arguments, environment, stop requests, hangs, errors and exit codes."""
+"""The process of one rank: arguments, environment, stop requests, hang watch, errors and exit codes."""

@@ -1,6 +1,6 @@
-"""How a rank ends: which errors are said in one line, by whom, and with which exit code.
+"""Exit codes and error output of one rank.
 
-Standard library only, for it guards the imports of torch too.
+Uses only the standard library, because it also guards the imports of torch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from amlaunch.trainer.process.rank_environment import rank_of
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on, and the message says why; all ranks raise it together. Exit code 1."""
+    """Training cannot continue and the message says why; all ranks raise it together. Exit code 1."""
 
 
 class LocalBadInput(BadInput):
-    """Bad input that only this rank has seen, and so must name itself."""
+    """Bad input that only this rank has seen, so this rank must report it itself."""
 
 
 def run_guarded(work: Callable[[], int]) -> int:
-    """The exit code of ``work``; errors are said on stderr, once for all ranks where all have the same."""
+    """Run ``work`` and return its exit code, or print its error and return the error's exit code.
+
+    Rank 0 alone prints an error that all ranks have.
+    """
     rank = rank_of(os.environ)
     try:
         return work()
@@ -37,7 +40,7 @@ def run_guarded(work: Callable[[], int]) -> int:
         if rank == 0:
             print_error(f"error: {error}")
         return FAILED
-    except KeyboardInterrupt:  # a second Ctrl-C, or one while nothing is trained
+    except KeyboardInterrupt:  # a second Ctrl-C, or one outside the training loop
         return INTERRUPTED
     except Exception:
         print_error(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")
@@ -45,16 +48,15 @@ def run_guarded(work: Callable[[], int]) -> int:
 
 
 def print_error(text: str) -> None:
-    """A line on stderr, at once."""
+    """Print ``text`` on stderr and flush it."""
     print(text, file=sys.stderr, flush=True)
 
 
 def exit_process(code: int) -> NoReturn:
     """End the process without torch's own clean-up, which has nothing left to save.
 
-    After an error it can wait forever for ranks that are gone; after a clean
-    end it aborts now and then ("terminate called without an active exception",
-    1 of 25 runs of two gloo ranks, torch 2.13): a finished rank that exits -6.
+    After an error the clean-up can wait forever for dead ranks. After a clean end it sometimes aborts ("terminate
+    called without an active exception", 1 of 25 runs of two gloo ranks, torch 2.13), and a finished rank exits with -6.
     """
     sys.stdout.flush()
     sys.stderr.flush()

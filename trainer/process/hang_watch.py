@@ -1,8 +1,7 @@
-"""A rank that gets nowhere says where it stands, and ends the job with the exit code that means "hang".
+"""A watchdog: a rank without progress prints its thread stacks and ends the job with the exit code for hangs.
 
-Standard library only. The driver has a watch of its own, over heartbeats and
-logs (``resources.train.hang_minutes``); this one is earlier, and knows what the
-threads do: it also works under a plain torchrun.
+Uses only the standard library. The driver also watches heartbeats and logs (``resources.train.hang_minutes``); this
+watchdog fires earlier, knows the thread stacks, and also works under plain torchrun.
 """
 
 from __future__ import annotations
@@ -19,29 +18,32 @@ from typing import TextIO
 
 from amlaunch.recipes.errors import HANG
 
-LAST_RESORT = 5.0
-"""Seconds after the limit at which C code dumps the stacks, where a thread that holds Python's lock hangs."""
-COURTESY = 3.0
-"""Seconds that a rank which only waits for others leaves them to speak first."""
-REARM = 5.0
-"""Seconds between two settings of that last resort."""
+FAULTHANDLER_DELAY = 5.0
+"""Seconds after the limit until C code dumps the stacks, in case a thread hangs while it holds Python's lock."""
+PEER_GRACE = 3.0
+"""Extra seconds for a rank that only waits for others, so that the rank that hangs reports first."""
+REARM_INTERVAL = 5.0
+"""Minimum seconds between two settings of the faulthandler timer."""
 
 
 class HangWatch:
-    """Ends the process when :meth:`beat` has not been called for ``limit`` seconds (``first`` before the first step)."""
+    """Ends the process if :meth:`beat` is not called for ``limit`` seconds (``first_limit`` before the first step).
 
-    def __init__(self, rank: int, limit: float, first: float, also: Callable[[], None] = lambda: None):
+    ``on_hang`` runs after the stacks are printed.
+    """
+
+    def __init__(self, rank: int, limit: float, first_limit: float, on_hang: Callable[[], None] = lambda: None):
         self._rank = rank
         self._limit = limit
-        self._first = first
-        self._also = also
-        self._out: TextIO = sys.__stderr__ or sys.stderr
-        self._allowed = first
-        self._since = self._armed = time.monotonic()
-        self._where = "getting ready"
-        self._courtesy = 0.0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._first_limit = first_limit
+        self._on_hang = on_hang
+        self._output: TextIO = sys.__stderr__ or sys.stderr
+        self._current_limit = first_limit
+        self._last_beat = self._last_armed = time.monotonic()
+        self._activity = "starting up"
+        self._grace = 0.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> HangWatch:
         self._arm()
@@ -51,51 +53,62 @@ class HangWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._done.set()
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def at(self, where: str, *, others: bool = False) -> None:
-        """What is waited for from here on; ``others``: the other ranks, of which the one that hangs should speak first."""
-        self._where = where
-        self._courtesy = COURTESY if others else 0.0
+    def set_activity(self, activity: str, *, waits_for_ranks: bool = False) -> None:
+        """Record what the rank does from now on, without counting it as progress.
 
-    def beat(self, where: str, *, steady: bool = True) -> None:
-        """Something was done; ``where``: what comes next. Not ``steady``: it may take as long as the first step."""
-        self._where, self._courtesy = where, 0.0
-        self._allowed = self._limit if steady else self._first
-        self._since = time.monotonic()
-        if self._since - self._armed > REARM:
+        ``waits_for_ranks``: it waits for other ranks, and the one that hangs should report first.
+        """
+        self._activity = activity
+        self._grace = PEER_GRACE if waits_for_ranks else 0.0
+
+    def beat(self, activity: str, *, steady: bool = True) -> None:
+        """Record progress and the ``activity`` that comes next.
+
+        ``steady`` False: the next activity may take as long as the first step.
+        """
+        self._activity, self._grace = activity, 0.0
+        self._current_limit = self._limit if steady else self._first_limit
+        self._last_beat = time.monotonic()
+        if self._last_beat - self._last_armed > REARM_INTERVAL:
             self._arm()
 
     def _arm(self) -> None:
-        self._armed = time.monotonic()
-        faulthandler.dump_traceback_later(self._allowed + LAST_RESORT + REARM, file=self._out)
+        self._last_armed = time.monotonic()
+        delay = self._current_limit + FAULTHANDLER_DELAY + REARM_INTERVAL
+        faulthandler.dump_traceback_later(delay, file=self._output)
 
-    def _look(self) -> None:
-        while not self._done.wait(min(1.0, self._allowed / 4)):
-            silent = time.monotonic() - self._since
-            if silent > self._allowed + self._courtesy:
-                self._end(silent)
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._current_limit / 4)):
+            idle_seconds = time.monotonic() - self._last_beat
+            if idle_seconds > self._current_limit + self._grace:
+                self._end_process(idle_seconds)
 
-    def _end(self, silent: float) -> None:
-        out = self._out
+    def _end_process(self, idle_seconds: float) -> None:
+        # The launcher recognises a hang by the beginning of this line.
         print(
-            f"error: rank {self._rank} on {platform.node()} hangs: nothing done for {silent:.0f} s while {self._where}; its threads:",
-            file=out,
+            f"error: rank {self._rank} on {platform.node()} hangs: no progress for {idle_seconds:.0f} s "
+            f"while {self._activity}. Thread stacks:",
+            file=self._output,
             flush=True,
         )
-        faulthandler.dump_traceback(file=out, all_threads=True)
+        faulthandler.dump_traceback(file=self._output, all_threads=True)
         try:
-            self._also()
+            self._on_hang()
         finally:
-            out.flush()
+            self._output.flush()
             os._exit(HANG)
 
 
 def hang_limits(
     timeout_minutes: float, hang_minutes: float | None, hang_seconds: float | None, default_minutes: float = 30.0
 ) -> tuple[float, float]:
-    """``(between steps, before the first)`` in seconds: before peers' collectives time out, and before the driver ends all."""
+    """Return the limits ``(between steps, before the first step)`` in seconds.
+
+    They end before collectives time out on other ranks and before the driver ends the job.
+    """
     longest = 0.9 * 60.0 * (hang_minutes or default_minutes)
     steady = float(hang_seconds) if hang_seconds else min(longest, 0.9 * 60.0 * timeout_minutes)
     return steady, max(longest, steady)

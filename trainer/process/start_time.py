@@ -1,4 +1,4 @@
-"""How long ago this process was started. Linux only; standard library only."""
+"""Age of this process. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ _IMPORTED = time.monotonic()
 
 
 def seconds_since_start() -> float:
-    """Since the kernel made this process (proc(5), ``/proc/self/stat``, field 22); elsewhere, since this module was loaded."""
+    """Return the seconds since the kernel started this process (proc(5), ``/proc/self/stat``, field 22).
+
+    On other systems than Linux: the seconds since this module was imported.
+    """
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

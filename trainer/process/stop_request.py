@@ -1,4 +1,7 @@
-"""Being asked to stop soon: by signal or by a file. Standard library only, so that handlers stand before torch loads."""
+"""Requests to save and stop, by signal or by file.
+
+Uses only the standard library, so that the signal handlers are installed before torch loads.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Whether this process was asked to save and leave at the next step."""
+    """True once this process should save a checkpoint and stop at the next step."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._signalled = False
         self.file: Path | None = None
-        """Asks too, when it exists."""
+        """Its existence is a stop request, too."""
         self.polls_file = True
-        """Whether this rank looks for the file at every step: one is enough, where thousands share a file system."""
+        """True if this rank looks for the file at every step; one rank is enough if thousands share a file system."""
 
     def install(self) -> None:
-        """Take over SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (the time limit is near)."""
+        """Handle SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (time limit near)."""
         for number in SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        self._asked = True
+        self._signalled = True
 
     def requested(self, *, poll: bool = False) -> bool:
-        """True from the first signal on, or while the file is there; ``poll`` for it in any case."""
-        return self._asked or (self.file is not None and (poll or self.polls_file) and self.file.exists())
+        """Return True after the first signal or while the file exists; ``poll`` looks for the file on any rank."""
+        if self._signalled:
+            return True
+        return self.file is not None and (poll or self.polls_file) and self.file.exists()
