@@ -58,22 +58,22 @@ def main() -> None:
         waiting.save(step, model, [optimizer], {"loss": 0.0, "model": {}, "data": {}})
         synced = waiting.wait()
         assert outcome and synced and not outcome.error and not synced.error
-        found["async stall"].append(outcome.waited)
+        found["async stall"].append(outcome.blocked_seconds)
         found["async whole"].append(outcome.seconds)
-        found["sync stall"].append(synced.waited)
+        found["sync stall"].append(synced.blocked_seconds)
         found["slower"].append(busy / alone)
         found["torch stall"].append(torchs_own(root / "torch", model, optimizer))
         verify_and_load(root / "aside", world, model, optimizer, found)
         print(f"round {step}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()), flush=True)
     medians = {name: statistics.median(values) for name, values in found.items()}
-    size = sum(path.stat().st_size for path in checkpoint.listed(root / "aside")[0].rglob("*"))
+    size = sum(path.stat().st_size for path in checkpoint.list_checkpoints(root / "aside")[0].rglob("*"))
     print(f"{size / 1e9:.2f} GB; medians: " + ", ".join(f"{name} {value:.3f}" for name, value in medians.items()))
     print(f"training stands still for {medians['async stall'] / medians['sync stall']:.1%} of a synchronous save")
     shutil.rmtree(root)
     exit_process(0)
 
 
-def nothing(found: checkpoint.Whole, out: Path) -> None:
+def nothing(found: checkpoint.StoredCheckpoint, out: Path) -> None:
     """These checkpoints are not consolidated."""
 
 
@@ -97,7 +97,7 @@ def work(times: int) -> float:
 def torchs_own(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """How long ``dcp.async_save`` keeps its caller."""
     began = time.perf_counter()
-    future = dcp.async_save(checkpoint.state_of(model, [optimizer]), checkpoint_id=folder)
+    future = dcp.async_save(checkpoint.training_state_dict(model, [optimizer]), checkpoint_id=folder)
     seconds = time.perf_counter() - began
     future.result()
     return seconds
@@ -108,7 +108,7 @@ def verify_and_load(
 ) -> None:
     """Both parts of going on from the newest."""
     began = time.perf_counter()
-    newest = checkpoint.newest_whole(checkpoint.listed(root), world)
+    newest = checkpoint.newest_intact(checkpoint.list_checkpoints(root), world)
     verified = time.perf_counter()
     assert newest is not None
     checkpoint.load(newest, model, [optimizer])

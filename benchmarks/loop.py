@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from amlaunch.preprocess.shards.shard_format import HEADER_BYTES, write_shard
 from amlaunch.recipes.shipped import find_recipe
-from amlaunch.trainer.loop.job import build_model, prepare
+from amlaunch.trainer.loop.job import build_model, set_up
 from amlaunch.trainer.loop.training_loop import take_steps
 from amlaunch.trainer.parallel.world import join_world
 from amlaunch.trainer.process.arguments import parse
@@ -118,7 +118,7 @@ def our_loop(shard: Path, last: int, held: contextlib.ExitStack) -> Callable[[in
         collector = StepGarbageCollector()
         held.callback(collector.restore)
         collector.freeze()  # once a run, and so not a step's cost
-        job = prepare(options, StopFlag(), join_world(options.loaded.recipe.distributed, RankEnvironment()), watch, held)
+        job = set_up(options, StopFlag(), join_world(options.loaded.recipe.distributed, RankEnvironment()), watch, held)
 
     def run(steps: int) -> None:
         job.last_step = job.step + steps

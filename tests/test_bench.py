@@ -36,7 +36,7 @@ from amlaunch.recipes.shipped import find_recipe
 from amlaunch.trainer.data.batches import StepBatches, move_to_device
 from amlaunch.trainer.data.datasets import NanogptDataset
 from amlaunch.trainer.loop import training_loop
-from amlaunch.trainer.loop.job import check_graphs, paths
+from amlaunch.trainer.loop.job import check_cuda_graphs, describe_fast_paths
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
 from amlaunch.trainer.parallel.world import World
@@ -328,7 +328,7 @@ def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch
             model=nn.Linear(1, 1),
             batches=SimpleNamespace(step_tokens=64, global_batch=4),
         )
-        paths(job)
+        describe_fast_paths(job)
     assert asked == [{"packed": False, "compiled": False}, {"packed": True, "compiled": True}]
 
 
@@ -344,11 +344,11 @@ def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path
         ).recipe
 
     for mode in ("reduce-overhead", "max-autotune"):
-        with pytest.raises(BadInput, match="local_batch_size 4"):
-            check_graphs(made(mode, 2), gpu)
-        check_graphs(made(mode, 4), gpu)
-        check_graphs(made(mode, 2), World(0, 2, CPU, timedelta(minutes=1)))
-    check_graphs(made("max-autotune-no-cudagraphs", 2), gpu)
+        with pytest.raises(BadInput, match="local_batch_size to 4"):
+            check_cuda_graphs(made(mode, 2), gpu)
+        check_cuda_graphs(made(mode, 4), gpu)
+        check_cuda_graphs(made(mode, 2), World(0, 2, CPU, timedelta(minutes=1)))
+    check_cuda_graphs(made("max-autotune-no-cudagraphs", 2), gpu)
 
 
 @pytest.mark.parametrize(
@@ -782,9 +782,9 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
     for last in ("6", "12"):
         fast.start(1, "--export", "null", "--step_scheduler.max_steps", last, prepare=cached)
         codes, said = fast.wait(600.0)
-        assert codes == [OK] and "compiled by model" in said, said
+        assert codes == [OK] and "compile scope: model" in said, said
         assert re.search(
-            r"the first step was done [\d.]+ s after the start of the process, of which torch.compile took [\d.]+ s \(\d+ of \d+ graphs were in its cache\)",
+            r"first step finished [\d.]+ s after process start; torch.compile took [\d.]+ s \(\d+ of \d+ graphs were cached\)",
             said,
         )
         starts.append(fast.result()["startup"])

@@ -97,10 +97,10 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path: Path) -> None:
 
 
 def test_the_recipe_has_nanogpts_learning_rates() -> None:
-    from amlaunch.trainer.optim.optimizers import Schedule
+    from amlaunch.trainer.optim.optimizers import LearningRateSchedule
 
     recipe = load(find_recipe("char")).recipe
-    schedule = Schedule(recipe.lr_scheduler, recipe.optimizer["lr"], recipe.step_scheduler.max_steps or 0)
+    schedule = LearningRateSchedule(recipe.lr_scheduler, recipe.optimizer["lr"], recipe.step_scheduler.max_steps or 0)
     assert np.allclose(
         [schedule.rate(step + 1) for step in range(2000)],
         [nanogpt_rate(step) for step in range(2000)],

@@ -27,7 +27,7 @@ from trainer_runs import Run, killed_at, recipe
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.checkpoints import checkpoint
-from amlaunch.trainer.checkpoints.saver import superfluous
+from amlaunch.trainer.checkpoints.saver import expired_checkpoints
 from amlaunch.trainer.loop.job import build_model
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
@@ -42,7 +42,7 @@ SHORT: dict[str, Any] = {
 
 
 def steps_of(run: Run) -> list[int]:
-    return [checkpoint.step_of(folder) for folder in reversed(checkpoint.listed(run.checkpoints))]
+    return [checkpoint.step_of(folder) for folder in reversed(checkpoint.list_checkpoints(run.checkpoints))]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
         for run in some:
             run.start(prepare={0: functools.partial(killed_at, int(run.folder.name.removeprefix("killed")), 4)})
         assert [run.wait()[0] for run in some] == [[-signal.SIGKILL]] * len(some)
-        assert {checkpoint.alone(run.checkpoints).step for run in some} <= {2, 4}
+        assert {checkpoint.select_checkpoint(run.checkpoints).step for run in some} <= {2, 4}
         for run in some:
             run.start()
         assert [run.wait()[0] for run in some] == [[OK]] * len(some)
@@ -132,11 +132,11 @@ def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(
 ) -> None:
     straight, half = straight_and_half
     harmed = copy_of(half, tmp_path / "harmed")
-    damage(checkpoint.folder_of(harmed.checkpoints, 12) / "__0_0.distcp", "flip")
+    damage(checkpoint.checkpoint_folder(harmed.checkpoints, 12) / "__0_0.distcp", "flip")
     (harmed.checkpoints / "step-00000016.tmp").mkdir()
     said = harmed.train(ranks)
-    assert said.count("step-00000012 is damaged (__0_0.distcp has other bytes than were written)") == 1
-    assert "going on after step 8" in said
+    assert said.count("step-00000012 is damaged (__0_0.distcp: checksum mismatch)") == 1
+    assert "resuming after step 8" in said
     if ranks == 1:
         assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
         assert same_weights(straight, harmed)
@@ -156,12 +156,12 @@ def test_where_all_are_damaged_it_begins_anew(
 ) -> None:
     straight, half = straight_and_half
     harmed = copy_of(half, tmp_path / "harmed")
-    for folder in checkpoint.listed(harmed.checkpoints):
+    for folder in checkpoint.list_checkpoints(harmed.checkpoints):
         damage(folder / "meta.json", "flip")
     assert harmed.here("--step_scheduler.max_steps", "2", "--checkpoint.restore_from", "latest") == BAD_INPUT
-    assert "no checkpoint" in capsys.readouterr().err
+    assert "no intact checkpoint" in capsys.readouterr().err
     assert harmed.here("--step_scheduler.max_steps", "2") == OK
-    assert "; beginning" in capsys.readouterr().out
+    assert "; starting at step 1" in capsys.readouterr().out
     assert harmed.column("loss")[:2] == straight.column("loss")[:2]
 
 
@@ -186,17 +186,17 @@ def test_every_file_of_a_checkpoint_is_verified_and_named(
     in_safetensors: Run, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_of(in_safetensors, tmp_path / "copy")
-    newest, before = checkpoint.listed(run.checkpoints)
+    newest, before = checkpoint.list_checkpoints(run.checkpoints)
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     assert len(files) >= 8
     for path in files:
         kept = path.read_bytes()
         damage(path, harm)
-        assert checkpoint.alone(run.checkpoints).folder == before, path
+        assert checkpoint.select_checkpoint(run.checkpoints).folder == before, path
         said = capsys.readouterr().out
         assert f"{newest} is damaged" in said and path.name in said
         path.write_bytes(kept)
-    assert checkpoint.alone(run.checkpoints).folder == newest
+    assert checkpoint.select_checkpoint(run.checkpoints).folder == newest
 
 
 def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_other(
@@ -223,9 +223,9 @@ def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_ot
     assert crossed.column("loss") == plain.column("loss") and same_weights(plain, crossed)
     loaded = load(plain.folder / "recipe.yaml")
     ours = build_model(loaded.recipe, loaded.policy).eval()
-    checkpoint.load_weights(checkpoint.alone(plain.checkpoints), ours)
+    checkpoint.load_weights(checkpoint.select_checkpoint(plain.checkpoints), ours)
     theirs = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder_of(in_safetensors.checkpoints, 6) / "consolidated"
+        checkpoint.checkpoint_folder(in_safetensors.checkpoints, 6) / "consolidated"
     ).eval()
     ids = torch.randint(97, (2, 16))
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
@@ -248,7 +248,7 @@ def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(
     monkeypatch.setattr(dcp, "save", later)
     assert late.here() == OK
     monkeypatch.undo()
-    shutil.rmtree(checkpoint.folder_of(late.checkpoints, 8))
+    shutil.rmtree(checkpoint.checkpoint_folder(late.checkpoints, 8))
     assert same_weights(four, late)
     assert four.column("loss") == late.column("loss")[:4]
 
@@ -263,12 +263,12 @@ def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: 
     best = min(losses, key=lambda step: losses[step])
     assert steps_of(run) == sorted({9, 10, 4, 8, best})
     assert (run.checkpoints / "best").read_text() == f"step-{best:08d}\n"
-    assert checkpoint.alone(run.checkpoints, best=True).step == best
-    assert checkpoint.alone(run.checkpoints, step=4).step == 4
-    with pytest.raises(BadInput, match=r"no checkpoint after step 5; there are those after 10, 9, 8"):
-        checkpoint.alone(run.checkpoints, step=5)
+    assert checkpoint.select_checkpoint(run.checkpoints, best=True).step == best
+    assert checkpoint.select_checkpoint(run.checkpoints, step=4).step == 4
+    with pytest.raises(BadInput, match=r"no checkpoint of step 5. Available steps: 10, 9, 8"):
+        checkpoint.select_checkpoint(run.checkpoints, step=5)
     section = load(run.folder / "recipe.yaml", ["--checkpoint.keep_best", "false"]).recipe.checkpoint
-    assert checkpoint.folder_of(run.checkpoints, best) in superfluous(run.checkpoints, section) or best in (4, 8, 9, 10)
+    assert checkpoint.checkpoint_folder(run.checkpoints, best) in expired_checkpoints(run.checkpoints, section) or best in (4, 8, 9, 10)
 
 
 def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,13 +281,13 @@ def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: py
     assert run.here() == OK
     losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
     best = min((2, 4, 6), key=lambda step: losses[step])
-    shutil.rmtree(checkpoint.folder_of(run.checkpoints, 8))
+    shutil.rmtree(checkpoint.checkpoint_folder(run.checkpoints, 8))
     back = ("--checkpoint.restore_from", "best", "--optimizer.lr", "1e-3")
     assert run.here(*back, "--step_scheduler.max_steps", str(best + 2)) == OK
-    assert f"going on after step {best}" in capsys.readouterr().out
+    assert f"resuming after step {best}" in capsys.readouterr().out
     assert steps_of(run)[-1] == best + 2
     assert run.here(*back) == OK
-    assert f"going on after step {best + 2}" in capsys.readouterr().out, "not back to the best again"
+    assert f"resuming after step {best + 2}" in capsys.readouterr().out, "not back to the best again"
     assert [path.name for path in run.checkpoints.glob("*.replaced")] == []
 
 
@@ -305,16 +305,16 @@ def test_a_run_begins_from_another_ones_checkpoint(
     assert other.column("loss") == straight.column("loss")[8:]
     assert same_weights(straight, other)
     for where, words in (
-        (str(tmp_path), "no whole checkpoint there"),
-        ("bst", "write auto, latest, best, or"),
-        ("best", "was validated when it was saved"),
+        (str(tmp_path), f"no intact checkpoint at {tmp_path}"),
+        ("bst", "Set it to auto, latest, best, or"),
+        ("best", "has no validated checkpoint"),
     ):
         fresh = Run(tmp_path / f"fresh-{len(where)}", half.tree)
         assert fresh.here("--checkpoint.restore_from", where) == BAD_INPUT
         assert words in capsys.readouterr().err
     refused = make(tmp_path, "refused", **HARMED, model={"n_layer": 1})
     assert refused.here(*wish) == BAD_INPUT
-    assert "its model differs (n_layer: 2 there, 1 in the recipe)" in capsys.readouterr().err
+    assert "its model differs (n_layer: 2 in the checkpoint, 1 in the recipe)" in capsys.readouterr().err
 
 
 def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: Path) -> None:
@@ -324,11 +324,11 @@ def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: P
         checkpoint={"max_recent_checkpoints": 1},
     )
     assert run.here("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
-    assert checkpoint.by_validation(run.checkpoints) == []
+    assert checkpoint.list_by_validation_loss(run.checkpoints) == []
     assert run.here("--optimizer.lr", "30") == OK  # from here on it gets worse
     assert min(run.column("val_loss")) == run.column("val_loss")[0]
     assert (run.checkpoints / "best").read_text() == "step-00000002\n" and steps_of(run) == [2, 6]
-    assert checkpoint.alone(run.checkpoints, best=True).step == 2, "and it is whole as it was"
+    assert checkpoint.select_checkpoint(run.checkpoints, best=True).step == 2, "and it is whole as it was"
 
 
 @pytest.fixture
@@ -353,16 +353,16 @@ def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     run.checkpoints.symlink_to(small_disk)
     assert run.here("--step_scheduler.max_steps", "2") == OK
-    whole = checkpoint.alone(small_disk).step
+    whole = checkpoint.select_checkpoint(small_disk).step
     ballast = small_disk / "ballast"
     room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     ballast.write_bytes(bytes(room - 16384))
     assert run.here() == FAILED
     said, error = capsys.readouterr()
     assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
-    assert "No space left on device" in said and "the one before, of step 2, is there; training goes on" in said
-    assert "the checkpoint after step 8 could not be written" in error and "Traceback" not in said + error
-    assert whole == checkpoint.alone(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
+    assert "No space left on device" in said and "the checkpoint of step 2 is intact; training continues" in said
+    assert "cannot write the checkpoint of step 8" in error and "Traceback" not in said + error
+    assert whole == checkpoint.select_checkpoint(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
     ballast.unlink()
     assert run.here() == OK and steps_of(run) == [6, 8]
 
@@ -382,9 +382,9 @@ def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said, error = capsys.readouterr()
     assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
-    assert "error: " in said and "the checkpoint after step 4 could not be written (rank 0: " in said
-    assert "File too large" in said and "the one before, of step 2, is there; training goes on" in said
-    assert "the checkpoint after step 8 could not be written" in error and "Traceback" not in said + error
+    assert "error: " in said and "cannot write the checkpoint of step 4 (rank 0: " in said
+    assert "File too large" in said and "the checkpoint of step 2 is intact; training continues" in said
+    assert "cannot write the checkpoint of step 8" in error and "Traceback" not in said + error
     assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
     assert run.here() == OK and steps_of(run) == [6, 8]
 
@@ -408,7 +408,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step() -> None
         run.start(2, prepare={0: as_nobody, 1: as_nobody})
         codes, said = run.wait()
         assert codes == [BAD_INPUT] * 2, said
-        assert said.count("checkpoints cannot be written there (Permission denied)") == 1 and run.lines() == []
+        assert said.count("checkpoints cannot be written here (Permission denied)") == 1 and run.lines() == []
     finally:
         shutil.rmtree(folder)
 
@@ -417,7 +417,7 @@ def test_a_file_in_the_folders_place_is_said_too(tmp_path: Path, capsys: pytest.
     run = make(tmp_path)
     run.checkpoints.write_text("")
     assert run.here() == BAD_INPUT
-    assert "checkpoints cannot be written there (File exists)" in capsys.readouterr().err
+    assert "checkpoints cannot be written here (File exists)" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,7 +452,7 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_s
     for last, (ranks, keys) in ways.items():
         how = [word for key, value in keys.items() for word in (f"--distributed.{key}", str(value))]
         said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *how)
-        assert last == 4 or f"going on after step {max(step for step in ways if step < last)}" in said
+        assert last == 4 or f"resuming after step {max(step for step in ways if step < last)}" in said
     for name in ("loss", "grad_norm", "val_loss"):
         mine = {line["step"]: line[name] for line in resharded.lines() if name in line}
         for step, value in {line["step"]: line[name] for line in straight.lines() if name in line}.items():
@@ -465,7 +465,7 @@ def poison(step: int) -> None:
 
     real = forward_backward.batch_loss
 
-    def poisoned(job: forward_backward.Job, batch: Any) -> torch.Tensor:
+    def poisoned(job: forward_backward.TrainingState, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == step and torch.is_grad_enabled() else loss
 
@@ -486,7 +486,7 @@ def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_pat
     spread.start(2, prepare={1: functools.partial(poison, 3)})
     for run in (alone, spread):
         codes, said = run.wait()
-        assert codes == [OK] * len(codes) and said.count("warning: step 3 changed nothing") == 1, said
+        assert codes == [OK] * len(codes) and said.count("warning: step 3: update skipped") == 1, said
         assert run.lines()[2]["loss"] is None and run.column("skipped_steps")[-1] == 1
     finite = [i for i in range(8) if i != 2]
     mine, theirs = (np.array([run.column("loss")[i] for i in finite], dtype=float) for run in (spread, alone))
@@ -496,7 +496,7 @@ def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_pat
 
 
 def test_a_checkpoint_says_what_it_is(straight_and_half: tuple[Run, Run]) -> None:
-    folder = checkpoint.folder_of(straight_and_half[1].checkpoints, 12)
+    folder = checkpoint.checkpoint_folder(straight_and_half[1].checkpoints, 12)
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["step"], meta["world_size"], meta["format"], meta["tokens"]) == (12, 1, "torch_save", 12 * 8 * 16)
     assert meta["val_loss"] == straight_and_half[1].column("val_loss")[-1]

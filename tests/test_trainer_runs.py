@@ -74,7 +74,7 @@ def same_weights(one: Run, other: Run) -> bool:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     model = build_gpt2_model(**{key: value for key, value in run.tree["model"].items() if key != "_target_"}).double()
-    checkpoint.load_weights(checkpoint.alone(run.checkpoints), model)
+    checkpoint.load_weights(checkpoint.select_checkpoint(run.checkpoints), model)
     return dict(model.state_dict())
 
 
@@ -176,10 +176,10 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(
     run = make(tmp_path, step_scheduler={"max_steps": 2})
     assert run.here() == OK
     for override, word in (
-        (["--model.n_embd", "32"], "n_embd: 16 there, 32 in the recipe"),
-        (["--seed", "7"], "seed: 42 there, 7 in the recipe"),
-        (["--dataset.shuffle_files", "false"], "shuffle: True there, False"),
-        (["--step_scheduler.global_batch_size", "16"], "global_batch_size: 8 there, 16"),
+        (["--model.n_embd", "32"], "n_embd: 16 in the checkpoint, 32 in the recipe"),
+        (["--seed", "7"], "seed: 42 in the checkpoint, 7 in the recipe"),
+        (["--dataset.shuffle_files", "false"], "shuffle: True in the checkpoint, False"),
+        (["--step_scheduler.global_batch_size", "16"], "global_batch_size: 8 in the checkpoint, 16"),
     ):
         assert run.here(*override) == BAD_INPUT
         assert word in capsys.readouterr().err
@@ -195,9 +195,9 @@ def test_losses_that_are_no_numbers_stop_training(
     assert run.here("--optimizer.lr", "1e200") == FAILED
     said = capsys.readouterr().err
     last = 4 if when == "at once" else 6
-    assert f"error: step {last}: the loss is nan" in said and "3 steps in a row" in said
+    assert f"error: step {last}: the loss is nan" in said and "3 steps in a row were skipped" in said
     assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in said
-    assert [path.name for path in checkpoint.listed(run.checkpoints)] == (
+    assert [path.name for path in checkpoint.list_checkpoints(run.checkpoints)] == (
         [] if when == "at once" else ["step-00000002"]
     )
     assert run.column("skipped_steps")[-1] == 3 and run.column("step")[-1] == last
@@ -239,7 +239,7 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(
     assert run.column("step")[-1] == 218 // 32
     few = make(tmp_path, "few", step_scheduler={"max_steps": None, "global_batch_size": 256})
     assert few.here() == BAD_INPUT
-    assert "218 samples in 1 epochs, fewer than one step takes" in capsys.readouterr().err
+    assert "218 samples x 1 epochs (step_scheduler.num_epochs) are less than one step" in capsys.readouterr().err
 
 
 def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_an_export_gives_transformers_the_same_logits(
     assert "no sample" in capsys.readouterr().out
     loaded = load(run.folder / "recipe.yaml")
     ours = job.build_model(loaded.recipe, loaded.policy).eval()
-    checkpoint.load_weights(checkpoint.alone(run.checkpoints), ours)
+    checkpoint.load_weights(checkpoint.select_checkpoint(run.checkpoints), ours)
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(97, (3, 16))
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-6
@@ -480,7 +480,7 @@ def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(
     run = make(tmp_path, checkpoint={"enabled": False}, export=None)
     (run.folder / "stop").touch()
     assert run.here() == RESUMABLE
-    assert "nothing is saved" in capsys.readouterr().out
+    assert "nothing was saved" in capsys.readouterr().out
 
 
 def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     stopped.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
     codes, said = stopped.wait()
     assert codes == [RESUMABLE] * 2, said
-    at = checkpoint.alone(stopped.checkpoints).step
+    at = checkpoint.select_checkpoint(stopped.checkpoints).step
     assert at == stopped.column("step")[-1] < 60
     stopped.train(2)
     same_bits(straight, stopped)

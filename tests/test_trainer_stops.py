@@ -57,7 +57,7 @@ def slow_validation() -> None:
 
     real = validation.batch_loss
 
-    def slow(job: validation.Job, batch: Any) -> torch.Tensor:
+    def slow(job: validation.TrainingState, batch: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
             print("validating", flush=True)
             time.sleep(0.2)
@@ -79,13 +79,13 @@ def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(t
     stopped.processes[1].send_signal(signal.SIGUSR1)
     codes, said = stopped.wait(20)
     assert codes == [RESUMABLE] * 2, said
-    assert stopped.column("val_loss") == [] and checkpoint.alone(stopped.checkpoints).step == 3
-    assert checkpoint.by_validation(stopped.checkpoints) == []
+    assert stopped.column("val_loss") == [] and checkpoint.select_checkpoint(stopped.checkpoints).step == 3
+    assert checkpoint.list_by_validation_loss(stopped.checkpoints) == []
     stopped.train(2)
     same_bits(straight, stopped)
     third, sixth = stopped.column("val_loss")
     order = [3, 6] if third < sixth else [6, 3]
-    assert [checkpoint.step_of(folder) for folder in checkpoint.by_validation(stopped.checkpoints)] == order, (
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_by_validation_loss(stopped.checkpoints)] == order, (
         "made up for, it counts"
     )
 
@@ -104,7 +104,7 @@ def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Pa
     (run.folder / "stop").touch()
     codes, said = run.wait(20)
     assert codes == [RESUMABLE] * 2, said
-    assert checkpoint.alone(run.checkpoints).step == run.column("step")[-1] < 200
+    assert checkpoint.select_checkpoint(run.checkpoints).step == run.column("step")[-1] < 200
     (run.folder / "stop").unlink()
     (run.folder / "block").unlink()
     last = str(int(run.column("step")[-1]) + 2)
@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     codes, said = run.wait(30)
     assert codes[1] == HANG and codes[0] in (HANG, FAILED), said
     log = run.processes[1].log.read_text()
-    assert "error: rank 1 on " in log and "hangs: nothing done for 2 s while waiting for the data of step " in log
+    assert "error: rank 1 on " in log and "hangs: no progress for 2 s while waiting for the data of step " in log
     assert _culprit(codes) == 1
     assert 'blocking.py", line 13 in batch' in log, "the stack of the thread that reads"
     cause = cause_of(log)

@@ -1,11 +1,12 @@
-"""Checkpoints that exist whole or not at all: their layout, and how they are found, verified and loaded.
+"""Layout of checkpoints on disk, and how they are selected, verified and loaded.
 
-``step-N/`` holds torch.distributed.checkpoint's files, ``meta.json``,
-``recipe.yaml``, and ``manifest.json`` with the size and sha256 of each; and
-``validation.json``, where the validation came after it. It is
-written as ``step-N.tmp/`` (:mod:`amlaunch.trainer.checkpoints.saver`); ``latest`` and ``best`` name
-one. Loading checks every byte first: torch itself notices a truncated file, but
-loads one with flipped bytes without a word.
+``step-N/`` holds the files of torch.distributed.checkpoint, ``meta.json``,
+``recipe.yaml``, ``manifest.json`` with the size and SHA-256 of each of these,
+and ``validation.json`` if the step was validated only after it was saved. The
+folder is written as ``step-N.tmp/`` (:mod:`amlaunch.trainer.checkpoints.saver`)
+and then renamed, so it is either complete or absent. ``latest`` and ``best``
+each name one. Loading first verifies every byte: torch notices a truncated
+file, but silently loads one with flipped bits.
 """
 
 from __future__ import annotations
@@ -41,219 +42,231 @@ from amlaunch.trainer.process.errors import TrainingFailed
 META = "meta.json"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-VALIDATED = "validation.json"
-"""The validation loss of a checkpoint that was validated after it was saved; not in the manifest, which was made before."""
+VALIDATION = "validation.json"
+"""Validation loss of a step that was validated after it was saved; not listed in the older manifest."""
 LATEST = "latest"
 BEST = "best"
 RESTORED = "restored.json"
-"""Says that ``checkpoint.restore_from`` was done: what interrupts the run afterwards does not begin there again."""
+"""Records that ``checkpoint.restore_from`` was applied, so that a restarted run does not go back to it again."""
 MODEL = "model"
-"""Folder of the weights, where they are safetensors."""
-NAME = re.compile(r"step-(\d{8,})")
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-"""Optimizer state under each parameter's own name: independent of groups and of how it was sharded."""
+"""Folder of the weights in safetensors format."""
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+FLAT_OPTIMIZER_STATE = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Store optimizer state under parameter names, independent of parameter groups and sharding."""
 TORCH_SAVE, SAFETENSORS = "torch_save", "safetensors"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to; another model or other data cannot go on from it."""
+    """Model and data that a checkpoint belongs to; a run with other ones cannot resume from it."""
 
     model: Mapping[str, Any]
     data: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A checkpoint that has been verified."""
+class StoredCheckpoint:
+    """A checkpoint folder and its metadata."""
 
     folder: Path
     meta: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return int(self.meta["step"])
 
     @property
-    def safetensors(self) -> bool:
-        """Whether the weights are safetensors in a folder of their own."""
+    def has_safetensors(self) -> bool:
+        """True if the weights are safetensors files in their own folder."""
         return self.meta.get("format", TORCH_SAVE) == SAFETENSORS
 
 
-def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies."""
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of ``step``."""
     return root / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
 
 
-def listed(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first; leftovers under other names are none."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+def list_checkpoints(root: Path) -> list[Path]:
+    """List the checkpoint folders, newest first, without temporary and set-aside folders."""
+    folders = [path for path in root.glob("step-*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(folders, key=step_of, reverse=True)
 
 
-def by_validation(root: Path) -> list[Path]:
-    """Those of :func:`listed` that were validated when they were saved, or after a stop that came between, the best first."""
-    losses = {folder: _val_loss(folder) for folder in listed(root)}
-    known = {folder: loss for folder, loss in losses.items() if isinstance(loss, (int, float)) and math.isfinite(loss)}
-    return sorted(known, key=lambda folder: known[folder])
+def list_by_validation_loss(root: Path) -> list[Path]:
+    """List the validated checkpoints, lowest validation loss first.
+
+    The validation may have run before the save, or after a stop and restart.
+    """
+    losses = {}
+    for folder in list_checkpoints(root):
+        loss = _validation_loss(folder)
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
+            losses[folder] = loss
+    return sorted(losses, key=lambda folder: losses[folder])
 
 
-def _val_loss(folder: Path) -> Any:
+def _validation_loss(folder: Path) -> Any:
     loss = read_object(folder / META).get("val_loss")
-    return read_object(folder / VALIDATED).get("val_loss") if loss is None else loss
+    return read_object(folder / VALIDATION).get("val_loss") if loss is None else loss
 
 
-def discard(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for one."""
-    aside = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a partly deleted one is never mistaken for a checkpoint."""
+    renamed = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def causes(error: BaseException) -> str:
-    """What went wrong on which rank, without torch's tracebacks. (Its exception is a BaseException.)"""
+def describe_error(error: BaseException) -> str:
+    """Describe an error, with its rank for torch's CheckpointException (a BaseException), without tracebacks."""
     if isinstance(error, dcp.CheckpointException):
         return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
-Optimizers = Sequence[torch.optim.Optimizer]
-
-
-def state_of(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    """All that a checkpoint holds of the training itself; the rest is a function of step and seed."""
+def training_state_dict(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Return the state dict that a checkpoint stores; all other state is a function of step and seed."""
     return {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizers, options=FLAT),
+        "optimizer": get_optimizer_state_dict(model, optimizers, options=FLAT_OPTIMIZER_STATE),
     }
 
 
-# --- finding --------------------------------------------------------------------------------------
+# --- selecting ------------------------------------------------------------------------------------
 
 
-def start_point(root: Path, wish: str, identity: Identity, world: World) -> Whole | None:
-    """The checkpoint that ``checkpoint.restore_from`` means, verified; None: begin at the beginning.
+def find_start(root: Path, restore_from: str, identity: Identity, world: World) -> StoredCheckpoint | None:
+    """Return the verified checkpoint that ``checkpoint.restore_from`` selects; None to start from scratch.
 
-    ``auto``: the newest, if there is one. ``latest``: the newest. ``best``: that
-    of the lowest validation loss. Else a path: of a checkpoint, or of a folder
-    of them. The last two hold once: the run's newer checkpoints are set aside,
-    and after an interruption it goes on from what it saved itself. Raises
-    BadInput, on all ranks, where there is no such checkpoint, or it is of
-    another model or other data.
+    ``auto``: the newest one, if any. ``latest``: the newest one. ``best``: the
+    one with the lowest validation loss. Otherwise the path of a checkpoint or of
+    a folder of checkpoints. ``best`` and paths apply once: the run's newer
+    checkpoints are set aside, and after an interruption the run resumes from its
+    own newest checkpoint. Raises BadInput on all ranks if there is no such
+    checkpoint, or if it belongs to another model or other data.
     """
-    if wish in ("auto", "latest"):
-        newest = newest_whole(listed(root), world)
-        return newest if newest is None and wish == "auto" else checked(_needed(newest, root, wish), identity)
-    key = wish if wish == "best" else str(Path(wish).expanduser().resolve())
+    if restore_from in ("auto", "latest"):
+        newest = newest_intact(list_checkpoints(root), world)
+        if newest is None and restore_from == "auto":
+            return None
+        return check_identity(_require(newest, root, restore_from), identity)
+
+    key = restore_from if restore_from == "best" else str(Path(restore_from).expanduser().resolve())
     if world.broadcast(read_object(root / RESTORED).get("restore_from") == key if world.is_main else None):
-        own = newest_whole(listed(root), world)
-        if own is not None:
-            return checked(own, identity)
-    candidates = by_validation(root) if key == "best" else _named(Path(key))
-    found = checked(_needed(newest_whole(candidates, world, set_aside=key == "best"), root, wish), identity)
+        own_newest = newest_intact(list_checkpoints(root), world)
+        if own_newest is not None:
+            return check_identity(own_newest, identity)
+
+    candidates = list_by_validation_loss(root) if key == "best" else _checkpoints_at(Path(key))
+    intact = newest_intact(candidates, world, set_aside=key == "best")
+    start = check_identity(_require(intact, root, restore_from), identity)
     if world.is_main:
-        _go_back(root, found, key)
+        _rewind(root, start, key)
     world.barrier()
-    return found
+    return start
 
 
-def _needed(found: Whole | None, root: Path, wish: str) -> Whole:
-    if found is not None:
-        return found
-    if wish not in ("latest", "best"):
+def _require(checkpoint: StoredCheckpoint | None, root: Path, restore_from: str) -> StoredCheckpoint:
+    if checkpoint is not None:
+        return checkpoint
+    if restore_from not in ("latest", "best"):
         raise BadInput(
-            f"checkpoint.restore_from {wish}: no whole checkpoint there (seen from {Path.cwd()}); write auto, latest, best, or a checkpoint's folder"
+            f"checkpoint.restore_from: no intact checkpoint at {restore_from} (working directory {Path.cwd()}). "
+            "Set it to auto, latest, best, or the path of a checkpoint"
         )
-    why = "was validated when it was saved" if wish == "best" else "is whole"
-    there = ", ".join(path.name for path in listed(root)) or "none"
+    kind = "validated" if restore_from == "best" else "intact"
+    names = ", ".join(path.name for path in list_checkpoints(root)) or "none"
     raise BadInput(
-        f"checkpoint.restore_from {wish}: no checkpoint in {root} {why} (there are: {there}); auto begins anew where there is none"
+        f"checkpoint.restore_from: {restore_from}, but {root} has no {kind} checkpoint (available: {names}). "
+        "Set it to auto to start from scratch if there is none"
     )
 
 
-def _named(path: Path) -> list[Path]:
-    """A checkpoint's own folder, or all in a folder of them."""
-    return [path] if (path / MANIFEST).exists() else listed(path)
+def _checkpoints_at(path: Path) -> list[Path]:
+    """Return ``path`` if it is a checkpoint, or else all checkpoints in it."""
+    return [path] if (path / MANIFEST).exists() else list_checkpoints(path)
 
 
-def _go_back(root: Path, found: Whole, key: str) -> None:
-    """Set aside the run's checkpoints that belong to another course of events; the next save deletes them."""
-    for folder in listed(root):
-        if step_of(folder) > found.step or (found.folder.parent != root and folder != found.folder):
+def _rewind(root: Path, start: StoredCheckpoint, key: str) -> None:
+    """Set aside the run's checkpoints that do not precede ``start``; the next save deletes them."""
+    is_own = start.folder.parent == root
+    for folder in list_checkpoints(root):
+        is_newer = step_of(folder) > start.step
+        if is_newer or (not is_own and folder != start.folder):
             os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.replaced"))
-    write_json(root / RESTORED, {"restore_from": key, "step": found.step})
+    write_json(root / RESTORED, {"restore_from": key, "step": start.step})
 
 
-def newest_whole(folders: Sequence[Path], world: World, *, set_aside: bool = True) -> Whole | None:
-    """The first of ``folders`` whose every byte is as it was written; None where there is none.
+def newest_intact(folders: Sequence[Path], world: World, *, set_aside: bool = True) -> StoredCheckpoint | None:
+    """Return the first of ``folders`` whose every byte is verified; None if there is none.
 
-    All ranks share the reading and come to the same answer. One that is damaged
-    is named, with the file, and set aside: the run will write that step again,
-    and only then is it deleted.
+    All ranks share the reading and agree on the result. A damaged checkpoint is
+    reported with the file concerned, and set aside. The run will write that step
+    again, and only then is the damaged one deleted.
     """
     for folder in world.broadcast(list(folders) if world.is_main else None):
-        problems = [problem for problem in world.all_gather(damage(folder, world.rank, world.size)) if problem]
+        problems = [problem for problem in world.all_gather(find_damage(folder, world.rank, world.size)) if problem]
         if not problems:
-            return _whole(folder)
+            return _read_meta(folder)
         if world.is_main:
-            _warn(folder, problems[0])
+            _warn_damaged(folder, problems[0])
             if set_aside:
                 os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))
         world.barrier()
     return None
 
 
-def alone(root: Path, *, step: int | None = None, best: bool = False) -> Whole:
-    """A whole checkpoint for a single process that only reads: the newest, the best, or that of ``step``.
+def select_checkpoint(root: Path, *, step: int | None = None, best: bool = False) -> StoredCheckpoint:
+    """Return an intact checkpoint for a single process that only reads: the newest, the best, or that of ``step``.
 
-    The newest falls back to the one before, with a warning; what was asked for
-    by name does not. Raises BadInput where there is none.
+    If the newest or best is damaged, the next candidate is used, with a warning.
+    Raises BadInput if there is none, or if the one of ``step`` is damaged.
     """
-    folders = by_validation(root) if best else listed(root)
+    folders = list_by_validation_loss(root) if best else list_checkpoints(root)
     if step is not None:
         folders = [folder for folder in folders if step_of(folder) == step]
     for folder in folders:
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
-            return _whole(folder)
+            return _read_meta(folder)
         if step is not None:
-            raise BadInput(f"{folder} is damaged ({problem})")
-        _warn(folder, problem)
-    there = ", ".join(str(step_of(folder)) for folder in listed(root)) or "none"
+            raise BadInput(f"{folder} is damaged ({problem}). Choose another --step")
+        _warn_damaged(folder, problem)
+
+    available = ", ".join(str(step_of(folder)) for folder in list_checkpoints(root)) or "none"
     if step is not None:
-        raise BadInput(f"{root}: no checkpoint after step {step}; there are those after {there}")
+        raise BadInput(f"{root}: no checkpoint of step {step}. Available steps: {available}")
     if best:
         raise BadInput(
-            f"{root}: no checkpoint was validated when it was saved (val_every_steps, ckpt_every_steps); there are those after {there}"
+            f"{root}: no intact checkpoint has a validation loss (step_scheduler.val_every_steps, ckpt_every_steps). "
+            f"Choose a --step. Available steps: {available}"
         )
-    raise BadInput(
-        f"{root}: no whole checkpoint there; train first (python -m amlaunch.trainer RECIPE --checkpoints {root})"
-    )
+    raise BadInput(f"{root}: no intact checkpoint. Train first: python -m amlaunch.trainer RECIPE --checkpoints {root}")
 
 
-def _whole(folder: Path) -> Whole:
+def _read_meta(folder: Path) -> StoredCheckpoint:
     meta = read_json(folder / META)
     if not isinstance(meta, dict):
-        raise TrainingFailed(f"{folder / META} went away while it was read")
-    return Whole(folder, meta)
+        raise TrainingFailed(f"{folder / META} disappeared while it was being read")
+    return StoredCheckpoint(folder, meta)
 
 
-def _warn(folder: Path, problem: str) -> None:
-    print(f"warning: {folder} is damaged ({problem}); using the one before", flush=True)
+def _warn_damaged(folder: Path, problem: str) -> None:
+    print(f"warning: {folder} is damaged ({problem}); trying the next older checkpoint", flush=True)
 
 
-# --- verifying and loading ---------------------------------------------------------------------------
+# --- verifying ------------------------------------------------------------------------------------
 
 
-def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, as far as ``rank`` looks (each at its part of the files); None: nothing."""
+def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Describe the first damage that ``rank`` finds in its share of a checkpoint's files; None if intact."""
     try:
         manifest = read_json(folder / MANIFEST)
     except ValueError as error:
@@ -261,97 +274,108 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     if not isinstance(manifest, dict) or META not in manifest:
         return f"{MANIFEST} is missing"
     for name, entry in list(manifest.items())[rank::ranks]:
-        wrong = _file_damage(folder / name, entry)
-        if wrong:
-            return wrong
+        problem = _find_file_damage(folder / name, entry)
+        if problem:
+            return problem
     return None
 
 
-def _file_damage(path: Path, entry: Any) -> str | None:
+def _find_file_damage(path: Path, entry: Any) -> str | None:
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-        return f"{MANIFEST} says nothing of {path.name}"
+        return f"{MANIFEST} has no valid entry for {path.name}"
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     if sha256_file(path) != entry["sha256"]:
-        return f"{path.name} has other bytes than were written"
+        return f"{path.name}: checksum mismatch"
     return None
 
 
-def checked(found: Whole, identity: Identity) -> Whole:
-    """``found``; BadInput, naming the keys, where it is of another model or other data."""
-    for what, mine in (("model", identity.model), ("data", identity.data)):
-        theirs = found.meta.get(what, {})
-        keys = [key for key in dict.fromkeys((*theirs, *mine)) if theirs.get(key) != mine.get(key)]
+def check_identity(checkpoint: StoredCheckpoint, identity: Identity) -> StoredCheckpoint:
+    """Return ``checkpoint``. Raises BadInput with the differing keys if it belongs to another model or other data."""
+    for section, expected in (("model", identity.model), ("data", identity.data)):
+        stored = checkpoint.meta.get(section, {})
+        keys = [key for key in dict.fromkeys((*stored, *expected)) if stored.get(key) != expected.get(key)]
         if keys:
-            shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} in the recipe" for key in keys)
-            raise BadInput(
-                f"{found.folder} belongs to another run: its {what} differs ({shown}). "
-                "Use another --checkpoints folder, or the recipe that it was made with"
+            differences = "; ".join(
+                f"{key}: {stored.get(key)!r} in the checkpoint, {expected.get(key)!r} in the recipe" for key in keys
             )
-    return found
+            raise BadInput(
+                f"{checkpoint.folder} belongs to another run: its {section} differs ({differences}). "
+                "Use another --checkpoints folder, or the recipe that wrote this checkpoint"
+            )
+    return checkpoint
 
 
-def load(found: Whole, model: nn.Module, optimizers: Optimizers) -> None:
-    """Fill model and optimizers, in place, whatever number of ranks wrote the checkpoint.
+# --- loading --------------------------------------------------------------------------------------
 
-    Optimizers keep the settings of their recipe (weight decay, betas): only their state is old.
+
+def load(checkpoint: StoredCheckpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Load model and optimizers in place, whatever number of ranks wrote the checkpoint.
+
+    Only optimizer state is restored; settings such as weight decay and betas stay those of the recipe.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    state = state_of(model, optimizers)
+    state = training_state_dict(model, optimizers)
     try:
-        read(found, state)
+        read_into(checkpoint, state)
     except (dcp.CheckpointException, KeyError, RuntimeError) as error:
         raise TrainingFailed(
-            f"{found.folder} cannot be loaded into this model and optimizer: {causes(error)}"
+            f"{checkpoint.folder} cannot be loaded into this model and optimizer: {describe_error(error)}"
         ) from error
     set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=FLAT)
-    for group, mine in zip(
-        (group for optimizer in optimizers for group in optimizer.param_groups), settings, strict=True
-    ):
-        group.update(mine)
+    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=FLAT_OPTIMIZER_STATE)
+
+    # loading may replace the group dicts, so they are collected again
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, group_settings in zip(groups, settings, strict=True):
+        group.update(group_settings)
 
 
-def load_weights(found: Whole, model: nn.Module) -> None:
-    """Fill the model alone, in a single process without a process group."""
+def load_weights(checkpoint: StoredCheckpoint, model: nn.Module) -> None:
+    """Load only the model, in a single process without a process group."""
     state = {"model": get_model_state_dict(model)}
-    read(found, state, alone=True)
+    read_into(checkpoint, state, single_process=True)
     set_model_state_dict(model, state["model"])
 
 
-def full_weights(found: Whole) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint by name, on the CPU, read by this process alone."""
-    prefix = "" if found.safetensors else "model."
-    entries = _reader(found, "model").read_metadata().state_dict_metadata
-    sizes = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+def read_full_weights(checkpoint: StoredCheckpoint) -> dict[str, torch.Tensor]:
+    """Read all unsharded weights by name onto the CPU, in this process alone."""
+    prefix = "" if checkpoint.has_safetensors else "model."
+    entries = _reader(checkpoint, "model").read_metadata().state_dict_metadata
     weights = {
-        name: torch.empty(e.size, dtype=e.properties.dtype)
-        for name, e in sizes.items()
-        if isinstance(e, TensorStorageMetadata)
+        key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    read(found, {"model": weights}, alone=True)
+    read_into(checkpoint, {"model": weights}, single_process=True)
     return weights
 
 
-def read(found: Whole, state: dict[str, Any], *, alone: bool = False) -> None:
-    """Read ``state``'s parts (``model``, ``optimizer``) into its tensors; ``alone``: no other rank takes part."""
-    parts = (
-        [{"model": state["model"]}, {k: v for k, v in state.items() if k != "model"}] if found.safetensors else [state]
-    )
+def read_into(checkpoint: StoredCheckpoint, state: dict[str, Any], *, single_process: bool = False) -> None:
+    """Read the entries of ``state`` (``model``, ``optimizer``) into its tensors.
+
+    ``single_process``: no other rank takes part.
+    """
+    sections = [state]
+    if checkpoint.has_safetensors:
+        sections = [{"model": state["model"]}, {key: value for key, value in state.items() if key != "model"}]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
-        for part in parts:
-            if part:
-                bare = found.safetensors and "model" in part  # safetensors hold the weights under their own names
-                dcp.load(
-                    part["model"] if bare else part, storage_reader=_reader(found, next(iter(part))), no_dist=alone
-                )
+        # torch warns about ``no_dist``, which is intended here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        for section in filter(None, sections):
+            # safetensors store the weights under their own names, without the prefix "model."
+            is_bare = checkpoint.has_safetensors and "model" in section
+            dcp.load(
+                section["model"] if is_bare else section,
+                storage_reader=_reader(checkpoint, next(iter(section))),
+                no_dist=single_process,
+            )
 
 
-def _reader(found: Whole, part: str) -> dcp.FileSystemReader:
-    if found.safetensors and part == "model":
-        return dcp.HuggingFaceStorageReader(str(found.folder / MODEL))
-    return dcp.FileSystemReader(found.folder)
+def _reader(checkpoint: StoredCheckpoint, section: str) -> dcp.FileSystemReader:
+    if checkpoint.has_safetensors and section == "model":
+        return dcp.HuggingFaceStorageReader(str(checkpoint.folder / MODEL))
+    return dcp.FileSystemReader(checkpoint.folder)

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face's ``from_pretrained`` reads it: how a model is written as one, whole or not at all."""
+"""Write a model as a folder that Hugging Face's ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ WEIGHTS = "model.safetensors"
 
 
 def manifest_tokenizer(data: Path | None) -> dict[str, Any]:
-    """What the data's manifest says of its tokenizer; empty without data."""
+    """Return the tokenizer entry of the data's manifest; empty without data."""
     from amlaunch.preprocess.shards.shard_format import read_manifest
 
     return dict(read_manifest(data)["tokenizer"]) if data is not None else {}
 
 
 def known_vocab(data: Path | None) -> int:
-    """How many tokens the data's tokenizer has, beyond which a vocabulary is padding; unlimited where nobody says."""
+    """Return the vocabulary size of the data's tokenizer, without padding; ``sys.maxsize`` if unknown."""
     return int(manifest_tokenizer(data).get("n_vocab", sys.maxsize))
 
 
 def write_folder(out: Path, model: Any, vocab: int, dtype: str, weights: dict[str, Any] | None = None) -> None:
-    """Replace ``out`` by a Hugging Face folder of ``model``, built beside it; ``weights`` instead of its own."""
+    """Replace ``out`` atomically with a Hugging Face folder of ``model``.
+
+    ``weights`` are stored instead of the model's own if given.
+    """
     temp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
@@ -35,6 +38,7 @@ def write_folder(out: Path, model: Any, vocab: int, dtype: str, weights: dict[st
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
     fsync_folder(temp)
+
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -47,18 +51,21 @@ def write_folder(out: Path, model: Any, vocab: int, dtype: str, weights: dict[st
 def _fill(folder: Path, model: Any, vocab: int, dtype: str, weights: dict[str, Any] | None) -> None:
     import torch
 
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if hasattr(model, "save_pretrained") and weights is None:
-        model.to(kind).save_pretrained(folder)
+        model.to(torch_dtype).save_pretrained(folder)
         return
-    named = state(model) if weights is None else weights
-    tensors = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in named.items()}
+    source = cpu_state(model) if weights is None else weights
+    tensors = {
+        name: tensor.to(torch_dtype) if tensor.is_floating_point() else tensor for name, tensor in source.items()
+    }
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=tensors)
         return
     if not hasattr(model, "hf_export"):
         print(
-            f"{type(model).__name__} has no hf_export(): only {WEIGHTS} is written, under the model's own names",
+            f"note: {type(model).__name__} has no hf_export(); "
+            f"writing only {WEIGHTS}, with the model's own tensor names",
             flush=True,
         )
         _save_tensors(folder, tensors)
@@ -70,16 +77,15 @@ def _fill(folder: Path, model: Any, vocab: int, dtype: str, weights: dict[str, A
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
 
 
-def state(model: Any) -> dict[str, Any]:
-    """Parameters and persistent buffers by name, on the CPU; a tied tensor once, under its first name."""
-    first = {id(tensor): name for name, tensor in reversed(list(model.state_dict(keep_vars=True).items()))}
-    named = model.state_dict(keep_vars=True)
-    return {name: tensor.detach().cpu() for name, tensor in named.items() if first[id(tensor)] == name}
+def cpu_state(model: Any) -> dict[str, Any]:
+    """Return parameters and persistent buffers by name on the CPU; tied tensors appear once, under their first name."""
+    tensors = model.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items() if first_names[id(tensor)] == name}
 
 
 def _save_tensors(folder: Path, tensors: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
-    )
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})

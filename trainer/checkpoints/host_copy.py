@@ -1,8 +1,8 @@
-"""A copy of the training state in the host's memory, so that training goes on while it is written.
+"""A copy of the training state in host memory, so that training continues while the copy is written.
 
-One arena a run, reused by every save: memory that the kernel has not handed
-out before costs more to touch than the copy itself (docs/log.md), so it is
-touched ahead of the first save, by a thread.
+One arena per run is reused by every save. The first touch of fresh memory costs
+more than the copy itself (docs/log.md), so a thread touches the arena before
+the first save.
 """
 
 from __future__ import annotations
@@ -15,70 +15,69 @@ import torch
 from torch.distributed.tensor import DTensor
 
 ALIGNMENT = 512
-"""Bytes; any element type may begin there."""
+"""Alignment of each tensor in the arena, in bytes; suits every element type."""
 
 
-class Staging:
-    """Host buffers for a state dict; pinned where there is a GPU, so that it copies by itself."""
+class HostCopy:
+    """Host buffers for a state dict, pinned on a GPU machine so that copies run asynchronously."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._toucher: threading.Thread | None = None
+        self._allocation: threading.Thread | None = None
         self._copied: torch.cuda.Event | None = None
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Make room for ``state`` in the background; :meth:`copy` waits for it."""
-        size = sum(_room(tensor) for tensor in _tensors(state))
-        if size > self._arena.numel() and self._toucher is None:
-            self._toucher = threading.Thread(target=self._grow, args=(size,), name="staging", daemon=True)
-            self._toucher.start()
+        """Allocate room for ``state`` in the background; :meth:`copy` waits for it."""
+        size = sum(_aligned_size(tensor) for tensor in _tensors(state))
+        if size > self._arena.numel() and self._allocation is None:
+            self._allocation = threading.Thread(target=self._allocate, args=(size,), name="host copy", daemon=True)
+            self._allocation.start()
 
-    def _grow(self, size: int) -> None:
-        on_device(self._device)
+    def _allocate(self, size: int) -> None:
+        set_thread_device(self._device)
         self._arena = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         self._arena.zero_()
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """``state`` as it is now, its tensors in this rank's arena; sharded ones keep their place in the whole.
+        """Return a copy of ``state`` in this rank's arena; sharded tensors stay DTensors.
 
-        On a GPU the copies are queued behind the work that is there: :meth:`wait` before reading them.
+        On a GPU the copies are queued behind the work already submitted; call :meth:`wait` before reading them.
         """
         self.reserve(state)
-        if self._toucher is not None:
-            self._toucher.join()
-            self._toucher = None
+        if self._allocation is not None:
+            self._allocation.join()
+            self._allocation = None
         offset = 0
 
-        def staged(value: Any) -> Any:
+        def copied(value: Any) -> Any:
             nonlocal offset
             if isinstance(value, Mapping):
-                return {key: staged(child) for key, child in value.items()}
+                return {key: copied(child) for key, child in value.items()}
             if not isinstance(value, torch.Tensor):
                 return value
             local = _local(value)
-            room = (
-                self._arena[offset : offset + local.numel() * local.element_size()].view(local.dtype).view(local.shape)
-            )
-            offset += _room(value)
-            room.copy_(local, non_blocking=True)
-            return DTensor(room, value._spec, requires_grad=False) if isinstance(value, DTensor) else room
+            size = local.numel() * local.element_size()
+            target = self._arena[offset : offset + size].view(local.dtype).view(local.shape)
+            offset += _aligned_size(value)
+            target.copy_(local, non_blocking=True)
+            return DTensor(target, value._spec, requires_grad=False) if isinstance(value, DTensor) else target
 
         with torch.no_grad():
-            copied = staged(state)
+            result = copied(state)
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return dict(copied)
+        return dict(result)
 
     def wait(self) -> None:
-        """Until the newest copy is in the host's memory."""
+        """Wait until the newest copy has reached host memory."""
         if self._copied is not None:
             self._copied.synchronize()
 
 
-def on_device(device: torch.device) -> None:
-    """For a new thread, which would else make a context on the first GPU, whichever is this rank's."""
+def set_thread_device(device: torch.device) -> None:
+    """Select this rank's GPU in a new thread, which would otherwise create a CUDA context on the first GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -95,6 +94,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _room(tensor: torch.Tensor) -> int:
+def _aligned_size(tensor: torch.Tensor) -> int:
     local = _local(tensor)
     return -(-local.numel() * local.element_size() // ALIGNMENT) * ALIGNMENT

@@ -1,11 +1,12 @@
-"""Checkpoints are written beside the training, and appear whole or not at all.
+"""Write checkpoints in the background while training continues.
 
-The loop stops only to copy its state into host memory (:mod:`amlaunch.trainer.checkpoints.host_copy`).
-A thread then writes torch.distributed.checkpoint's files into ``step-N.tmp/``,
-hashes them, and meets the threads of the other ranks in a process group of
-their own: only when all have written everything is the manifest made, the
-folder renamed to ``step-N``, and ``latest`` names it. Whoever fails says so
-there, and all ranks come to the same verdict.
+The loop stops only to copy its state into host memory
+(:mod:`amlaunch.trainer.checkpoints.host_copy`). A thread then writes the files
+of torch.distributed.checkpoint into ``step-N.tmp/``, hashes them, and meets the
+threads of the other ranks in a separate process group. After all ranks have
+written everything, rank 0 writes the manifest, renames the folder to ``step-N``
+and updates ``latest``. A rank that fails reports it to the others, so that all
+ranks agree on the outcome.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,50 +43,51 @@ from amlaunch.trainer.checkpoints.checkpoint import (
     MODEL,
     RECIPE,
     SAFETENSORS,
-    VALIDATED,
-    Optimizers,
-    Whole,
-    by_validation,
-    causes,
-    discard,
-    folder_of,
-    listed,
-    state_of,
+    VALIDATION,
+    StoredCheckpoint,
+    checkpoint_folder,
+    delete_checkpoint,
+    describe_error,
+    list_by_validation_loss,
+    list_checkpoints,
     step_of,
-)  # fmt: skip
-from amlaunch.trainer.checkpoints.host_copy import Staging, on_device
+    training_state_dict,
+)
+from amlaunch.trainer.checkpoints.host_copy import HostCopy, set_thread_device
 from amlaunch.trainer.parallel.world import World
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(hours=2)
-"""How long the fastest rank's files may wait for those of the slowest."""
+"""Maximum time that the fastest rank waits for the files of the slowest."""
 CONSOLIDATED = "consolidated"
 LOCK = "lock"
-LOCK_PATIENCE, LOCK_PATIENCE_HERE = 120.0, 3.0
-"""Seconds that a lock is waited for. A network file system keeps that of a crashed host for a while, and a killed process of
-this one may still be ending."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+REMOTE_LOCK_SECONDS, LOCAL_LOCK_SECONDS = 120.0, 3.0
+"""How long to wait for a lock held by another host, or by a process of this host.
+
+A network file system keeps the lock of a crashed host for a while, and a killed local process may still be exiting.
+"""
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written, and all ranks know why."""
+    """A checkpoint could not be written; raised on all ranks."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one save ended, the same on all ranks."""
+class SaveOutcome:
+    """Outcome of one save, the same on all ranks."""
 
     step: int
     folder: Path
     seconds: float
-    """From the copy to the last rename."""
-    waited: float
-    """Of these, how long the loop stood still."""
+    """Time from the copy to the last rename."""
+    blocked_seconds: float
+    """Time during which the loop stood still."""
     error: str | None = None
 
 
 class Saver:
-    """Writes the checkpoints of a run into ``root``, which it holds alone, one at a time."""
+    """Writes the checkpoints of a run into ``root``, one at a time, and locks that folder against other runs."""
 
     def __init__(
         self,
@@ -93,20 +95,21 @@ class Saver:
         section: Checkpoint,
         world: World,
         recipe_text: str,
-        consolidate: Callable[[Whole, Path], None],
+        consolidate: Callable[[StoredCheckpoint, Path], None],
     ):
         self.root = root
-        self.saved = 0
-        """The step of the newest checkpoint that is whole."""
+        self.saved_step = 0
+        """Step of the newest complete checkpoint; 0 if there is none."""
+        self.last_outcome: SaveOutcome | None = None
+        """Outcome of the newest save that has ended."""
         self._section = section
         self._world = world
         self._recipe_text = recipe_text
         self._consolidate = consolidate
-        self._staging = Staging(world.device)
+        self._host_copy = HostCopy(world.device)
         self._thread: threading.Thread | None = None
-        self._outcome: Outcome | None = None
-        self.last: Outcome | None = None
-        """How the newest save that has ended did so."""
+        self._outcome: SaveOutcome | None = None
+        self._blocked_seconds = 0.0
         self._lock = Lock(root / LOCK)
         problem = world.broadcast(self._open() if world.is_main else None)
         if problem:
@@ -114,223 +117,250 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
     def _open(self) -> str | None:
-        """Make the folder, lock it, and delete what an interrupted save or clean-up left in it; what is wrong, if anything."""
-        advice = "name another folder, or checkpoint.enabled false"
+        """Create and lock the folder and delete leftovers of interrupted saves; return the problem, if any."""
+        advice = "Use another --checkpoints folder, or set checkpoint.enabled to false"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            other = _take(self._lock)
-            if other:
-                return f"{other} writes its checkpoints there; {advice}"
+            holder = _acquire_lock(self._lock)
+            if holder:
+                return f"{holder} is writing checkpoints here. {advice}"
             for path in (*self.root.glob("step-*.tmp"), *self.root.glob(".*.tmp")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             probe = self.root / "step-probe.tmp"
             probe.mkdir()
             probe.rmdir()
         except OSError as error:
-            return f"checkpoints cannot be written there ({error.strerror}); {advice}"
+            return f"checkpoints cannot be written here ({error.strerror}). {advice}"
         return None
 
-    def reserve(self, model: nn.Module, optimizers: Optimizers) -> None:
-        """Have the memory for a copy of the state ready when it is needed."""
+    def reserve(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Allocate the memory for a copy of the state in the background."""
         if self._section.is_async:
-            self._staging.reserve(owned(state_of(model, optimizers), self._world.rank, self._world.size))
+            self._host_copy.reserve(self._owned_state(model, optimizers))
 
-    def save(self, step: int, model: nn.Module, optimizers: Optimizers, meta: Mapping[str, Any]) -> None:
-        """Begin to write the checkpoint after ``step`` steps; the one before has ended (:meth:`wait`)."""
-        began = time.perf_counter()
-        state = owned(state_of(model, optimizers), self._world.rank, self._world.size)
+    def save(
+        self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], meta: Mapping[str, Any]
+    ) -> None:
+        """Start writing the checkpoint of ``step``; the previous save must have ended (:meth:`wait`)."""
+        started = time.perf_counter()
+        state = self._owned_state(model, optimizers)
         if self._section.is_async:
-            state = self._staging.copy(state)
-        full = {"step": step, **meta, "format": self._section.model_save_format, **_versions(self._world)}
+            state = self._host_copy.copy(state)
+        full_meta = {"step": step, **meta, "format": self._section.model_save_format, **_versions(self._world)}
         self._thread = threading.Thread(
-            target=self._run, args=(step, state, full, began), name="checkpoint", daemon=True
+            target=self._run, args=(step, state, full_meta, started), name="checkpoint", daemon=True
         )
         self._thread.start()
-        self._waited = time.perf_counter() - began
+        self._blocked_seconds = time.perf_counter() - started
         if not self._section.is_async:
             self._thread.join()
-            self._waited = time.perf_counter() - began
+            self._blocked_seconds = time.perf_counter() - started
 
-    def ended(self) -> Outcome | None:
-        """How the save ended that was begun last; None while it goes on, and once it has been told."""
+    def _owned_state(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+        return owned_by_rank(training_state_dict(model, optimizers), self._world.rank, self._world.size)
+
+    def poll(self) -> SaveOutcome | None:
+        """Return the outcome of the current save, once; None while it runs and afterwards."""
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread = None
         if self._outcome is None:
             return None
-        self.last, self._outcome = replace(self._outcome, waited=self._waited), None
-        if self.last.error is None:
-            self.saved = self.last.step
-        return self.last
+        self.last_outcome = replace(self._outcome, blocked_seconds=self._blocked_seconds)
+        self._outcome = None
+        if self.last_outcome.error is None:
+            self.saved_step = self.last_outcome.step
+        return self.last_outcome
 
-    def wait(self, beat: Callable[[], None] = lambda: None) -> Outcome | None:
-        """:meth:`ended`, when it has; ``beat`` is called now and then."""
+    def wait(self, beat: Callable[[], None] = lambda: None) -> SaveOutcome | None:
+        """Wait for the current save and return :meth:`poll`; ``beat`` is called about once a second."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(1.0)
             beat()
-        return self.ended()
+        return self.poll()
 
-    def validated(self, step: int, loss: float) -> None:
-        """The validation after ``step``, of which the checkpoint was already there: a stop had come between the two."""
-        if not self._world.is_main or step != self.saved:
+    def record_validation(self, step: int, loss: float) -> None:
+        """Store the validation loss of ``step`` if its checkpoint was saved first, before a stop."""
+        if not self._world.is_main or step != self.saved_step:
             return
         try:
-            write_json(folder_of(self.root, step) / VALIDATED, {"val_loss": loss})
-            self._name_best()
+            write_json(checkpoint_folder(self.root, step) / VALIDATION, {"val_loss": loss})
+            self._update_best()
         except OSError as error:
             print(
-                f"warning: {self.root}: the validation loss of step {step} could not be noted ({error}); it is not taken for the best",
+                f"warning: {self.root}: cannot record the validation loss of step {step} ({error}); "
+                "this step will not be considered for the best checkpoint",
                 flush=True,
             )
 
     def close(self) -> None:
-        """Give the folder back. What is still being written is not waited for: other ranks may be gone."""
+        """Release the folder without waiting for a save in progress, because other ranks may be gone."""
         self._lock.release()
 
-    # The rest runs in the thread.
+    # The methods below run in the thread.
 
-    def _run(self, step: int, state: dict[str, Any], meta: dict[str, Any], began: float) -> None:
-        on_device(self._world.device)
+    def _run(self, step: int, state: dict[str, Any], meta: dict[str, Any], started: float) -> None:
+        set_thread_device(self._world.device)
         temp = self.root / f"step-{step:08d}.tmp"
-        error = None
+        message = None
         try:
             self._write(temp, state, meta)
-        except (SaveFailed, dcp.CheckpointException) as failed:
-            error = causes(failed) if isinstance(failed, dcp.CheckpointException) else str(failed)
-        except BaseException as failed:  # the other ranks are gone, say: their silence ends the training soon enough
-            error = f"rank {self._world.rank}: {causes(failed)}"
-        if error is not None and self._world.is_main:
+        except SaveFailed as error:
+            message = str(error)
+        except dcp.CheckpointException as error:
+            message = describe_error(error)
+        except BaseException as error:
+            # for example, the other ranks are gone; their silence soon ends the training, too
+            message = f"rank {self._world.rank}: {describe_error(error)}"
+        if message is not None and self._world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
-        self._outcome = Outcome(step, folder_of(self.root, step), time.perf_counter() - began, 0.0, error)
+        seconds = time.perf_counter() - started
+        self._outcome = SaveOutcome(step, checkpoint_folder(self.root, step), seconds, 0.0, message)
 
     def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        self._staging.wait()
-        self._together(lambda: _fresh(temp) if self._world.is_main else None)
+        self._host_copy.wait()
+        self._on_main(lambda: _recreate(temp))
         if self._section.model_save_format == SAFETENSORS:
             writer = dcp.HuggingFaceStorageWriter(path=str(temp / MODEL), save_distributed=True)
             dcp.save(state["model"], storage_writer=writer, process_group=self._group)
             state = {"optimizer": state["optimizer"]}
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temp), process_group=self._group)
         if self._section.save_consolidated:
-            self._together(
-                lambda: self._consolidate(Whole(temp, meta), temp / CONSOLIDATED) if self._world.is_main else None
-            )
-        parts = self._together(lambda: self._described(temp, meta))
-        manifest = {name: entry for part in parts for name, entry in part.items()}
-        self._together(lambda: self._publish(temp, int(meta["step"]), manifest) if self._world.is_main else None)
+            self._on_main(lambda: self._consolidate(StoredCheckpoint(temp, meta), temp / CONSOLIDATED))
 
-    def _described(self, temp: Path, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """This rank's part of the manifest, once rank 0 has added what is not a tensor."""
+        entries_of_ranks = self._on_all_ranks(lambda: self._manifest_entries(temp, meta))
+        manifest = {name: entry for entries in entries_of_ranks for name, entry in entries.items()}
+        self._on_main(lambda: self._publish(temp, int(meta["step"]), manifest))
+
+    def _manifest_entries(self, temp: Path, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return this rank's manifest entries; rank 0 first writes the files that hold no tensors."""
         if self._world.is_main:
             (temp / META).write_text(json.dumps(meta, indent=2) + "\n")
             (temp / RECIPE).write_text(self._recipe_text)
-        return _entries(temp, self._world.rank)
+        return _entries_of_rank(temp, self._world.rank)
 
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` returns on every rank, when all are done with it. Raises SaveFailed on all where one fails."""
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on rank 0 and wait for it on all ranks. Raises SaveFailed on all ranks if it fails."""
+        self._on_all_ranks(lambda: work() if self._world.is_main else None)
+
+    def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank and return all results. Raises SaveFailed on all ranks if one fails."""
         try:
-            mine: tuple[T | None, str | None] = (work(), None)
+            result: tuple[T | None, str | None] = (work(), None)
         except Exception as error:
-            mine = (None, causes(error))
-        everyone: list[Any] = [None] * self._world.size
-        dist.all_gather_object(everyone, mine, group=self._group)
-        wrong = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(everyone) if error]
-        if wrong:
-            raise SaveFailed("; ".join(wrong))
-        return [value for value, _ in everyone]
+            result = (None, describe_error(error))
+        results: list[Any] = [None] * self._world.size
+        dist.all_gather_object(results, result, group=self._group)
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
+        if errors:
+            raise SaveFailed("; ".join(errors))
+        return [value for value, _ in results]
 
     def _publish(self, temp: Path, step: int, manifest: dict[str, Any]) -> None:
-        """Make ``temp`` a checkpoint, in one step that a crash cannot halve; then the pointers, then make room."""
+        """Turn ``temp`` into a checkpoint with one atomic rename, update the pointers, and delete expired ones."""
         write_json(temp / MANIFEST, manifest)
         for folder in (temp, *(path for path in temp.rglob("*") if path.is_dir())):
             fsync_folder(folder)
-        final = folder_of(self.root, step)
-        if final.exists():  # damaged, or it would have been resumed from
-            discard(final)
+        final = checkpoint_folder(self.root, step)
+        # an existing folder must be damaged, or the run would have resumed from it
+        if final.exists():
+            delete_checkpoint(final)
         os.rename(temp, final)
         fsync_folder(self.root)
         write_text(self.root / LATEST, final.name + "\n")
-        self._name_best()
-        for folder in superfluous(self.root, self._section):
-            discard(folder)
+        self._update_best()
+        for folder in expired_checkpoints(self.root, self._section):
+            delete_checkpoint(folder)
 
-    def _name_best(self) -> None:
-        best = by_validation(self.root)
-        if best and self._section.keep_best:
-            write_text(self.root / BEST, best[0].name + "\n")
+    def _update_best(self) -> None:
+        folders = list_by_validation_loss(self.root)
+        if folders and self._section.keep_best:
+            write_text(self.root / BEST, folders[0].name + "\n")
 
 
-def owned(state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """The part of a state dict (of two levels) that ``rank`` writes: its shards, and its share of what all ranks have whole.
+def owned_by_rank(state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """Return the part of a two-level state dict that ``rank`` writes.
 
-    So DDP's ranks copy and write a part each, instead of everything.
+    That is its own shards and its share of the replicated tensors, so that DDP's
+    ranks each copy and write a share instead of everything.
     """
-    whole = {(part, name): value for part, values in state.items() for name, value in values.items() if is_whole(value)}
+    replicated = {
+        (section, name): value
+        for section, values in state.items()
+        for name, value in values.items()
+        if is_replicated(value)
+    }
     load = [0] * ranks
     owner = {}
-    for place in sorted(whole, key=lambda place: (-whole[place].nbytes, place)):
-        owner[place] = load.index(min(load))
-        load[owner[place]] += whole[place].nbytes + 1
+    for key in sorted(replicated, key=lambda key: (-replicated[key].nbytes, key)):
+        owner[key] = load.index(min(load))
+        load[owner[key]] += replicated[key].nbytes + 1
     return {
-        part: {name: value for name, value in values.items() if owner.get((part, name), rank) == rank}
-        for part, values in state.items()
+        section: {name: value for name, value in values.items() if owner.get((section, name), rank) == rank}
+        for section, values in state.items()
     }
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value of a state dict is a tensor that every rank has whole."""
+def is_replicated(value: Any) -> bool:
+    """Return True if ``value`` is a tensor that every rank holds in full."""
     return isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
 
 
-def superfluous(root: Path, section: Checkpoint) -> list[Path]:
-    """What need not be kept: neither among the newest, nor the best, nor one of every so many steps; and what was set aside."""
-    folders = listed(root)
-    kept = {*folders[: section.max_recent_checkpoints], *(by_validation(root)[:1] if section.keep_best else ())}
+def expired_checkpoints(root: Path, section: Checkpoint) -> list[Path]:
+    """List the folders to delete: set-aside ones, and checkpoints that no retention rule of the recipe keeps."""
+    folders = list_checkpoints(root)
+    kept = set(folders[: section.max_recent_checkpoints])
+    if section.keep_best:
+        kept.update(list_by_validation_loss(root)[:1])
     if section.keep_every_steps:
-        kept |= {folder for folder in folders if step_of(folder) % section.keep_every_steps == 0}
-    return [
-        folder
-        for folder in (*folders, *root.glob("step-*.damaged"), *root.glob("step-*.replaced"))
-        if folder not in kept
-    ]
+        kept.update(folder for folder in folders if step_of(folder) % section.keep_every_steps == 0)
+    set_aside = [*root.glob("step-*.damaged"), *root.glob("step-*.replaced")]
+    return [folder for folder in (*folders, *set_aside) if folder not in kept]
 
 
-def _take(lock: Lock) -> str | None:
-    """Take the lock and say so in it; who has it, where another does."""
-    began = time.monotonic()
-    me = {"host": platform.node(), "pid": os.getpid()}
-    said = False
-    while not _acquired(lock):
+# --- the lock -------------------------------------------------------------------------------------
+
+
+def _acquire_lock(lock: Lock) -> str | None:
+    """Acquire the lock and write this process into it; return a description of the holder if another has it."""
+    started = time.monotonic()
+    this_process = {"host": platform.node(), "pid": os.getpid()}
+    is_announced = False
+    while not _try_acquire(lock):
         holder = read_object(lock.path)
-        here = holder.get("host") in (None, me["host"])
-        if time.monotonic() - began > (LOCK_PATIENCE_HERE if here else LOCK_PATIENCE):
-            return f"another run (process {holder.get('pid', 'unknown')} on {holder.get('host', 'some host')})"
-        if not said and not here:
-            print(f"waiting for {lock.path}, which a process on {holder['host']} holds", flush=True)
-            said = True
+        is_local = holder.get("host") in (None, this_process["host"])
+        if time.monotonic() - started > (LOCAL_LOCK_SECONDS if is_local else REMOTE_LOCK_SECONDS):
+            return f"another run (process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')})"
+        if not is_announced and not is_local:
+            print(f"waiting for {lock.path}: locked by a process on {holder['host']}", flush=True)
+            is_announced = True
         time.sleep(0.5)
     if not lock.held:
         return None
     os.ftruncate(lock.fileno(), 0)
-    os.pwrite(lock.fileno(), (json.dumps(me) + "\n").encode(), 0)
+    os.pwrite(lock.fileno(), (json.dumps(this_process) + "\n").encode(), 0)
     return None
 
 
-def _acquired(lock: Lock) -> bool:
-    """Whether the lock is ours, or the file system has none: then nobody can be kept out."""
+def _try_acquire(lock: Lock) -> bool:
+    """Return True if the lock is ours, or if the file system supports no locks."""
     try:
         return lock.acquire()
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in LOCKS_UNSUPPORTED:
             raise
         print(
-            f"warning: {lock.path}: this file system has no locks ({error.strerror}); see to it that one run alone writes there",
+            f"warning: {lock.path}: this file system does not support locks ({error.strerror}). "
+            "Make sure that only one run writes to this folder",
             flush=True,
         )
         return True
 
 
-def _fresh(folder: Path) -> None:
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _recreate(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -344,22 +374,29 @@ def _versions(world: World) -> dict[str, Any]:
     }
 
 
-def _entries(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and digest of the files that ``rank`` wrote, so that hashing is spread as writing was; they are durable then."""
-    mine = [path for path in sorted(folder.rglob("*")) if path.is_file() and _writer(path.name) == rank]
+def _entries_of_rank(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Flush the files that ``rank`` wrote to disk; return their sizes and digests.
+
+    Each rank hashes its own files, so that hashing is parallelize like writing.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and _writer_rank(path.name) == rank]
     return {
-        path.relative_to(folder).as_posix(): {"bytes": _synced_size(path), "sha256": sha256_file(path)} for path in mine
+        path.relative_to(folder).as_posix(): {"bytes": _flushed_size(path), "sha256": sha256_file(path)}
+        for path in paths
     }
 
 
-def _synced_size(path: Path) -> int:
+def _flushed_size(path: Path) -> int:
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
         return os.fstat(handle.fileno()).st_size
 
 
-def _writer(name: str) -> int:
-    """torch names a rank's files ``__<rank>_<n>.distcp`` and ``shard-<rank + 1>-…``; the rest is rank 0's."""
+def _writer_rank(name: str) -> int:
+    """Return the rank that wrote a file.
+
+    torch names a rank's files ``__<rank>_<n>.distcp`` and ``shard-<rank + 1>-…``; all others are rank 0's.
+    """
     match = re.match(r"__(\d+)_|shard-(\d+)-", name)
     if match is None:
         return 0

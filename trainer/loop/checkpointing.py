@@ -1,82 +1,90 @@
-"""The loop's part in checkpoints: when one is begun, how it ended, and leaving with everything saved."""
+"""The loop's side of checkpointing: start a save, report its outcome, and finish the last one."""
 
 from __future__ import annotations
 
 from amlaunch.recipes.errors import OK
-from amlaunch.trainer.checkpoints import checkpoint
-from amlaunch.trainer.checkpoints.saver import Outcome
-from amlaunch.trainer.loop.training_state import Job
-from amlaunch.trainer.metrics.writers import number
+from amlaunch.trainer.checkpoints.checkpoint import checkpoint_folder
+from amlaunch.trainer.checkpoints.saver import SaveOutcome
+from amlaunch.trainer.loop.training_state import TrainingState
+from amlaunch.trainer.metrics.writers import finite_or_none
 from amlaunch.trainer.process.errors import TrainingFailed
 
 
-def save(job: Job) -> None:
-    """Begin to write a checkpoint, unless the newest is already of this step, or the weights may be spoilt."""
-    if job.saver is None:
+def start_save(state: TrainingState) -> None:
+    """Start writing a checkpoint of the current step.
+
+    Does nothing if this step is already saved, or if the newest steps were
+    skipped, because the weights may be damaged then.
+    """
+    if state.saver is None:
         return
-    with job.clock.part("checkpoint"):
-        _told(job, job.saver.wait(lambda: job.watch.beat("a checkpoint is written")))
-        if job.step == job.saver.saved or (job.skipped and job.step < job.last_step):
+    with state.timer.measure("checkpoint"):
+        _report_outcome(state, state.saver.wait(lambda: state.watch.beat("writing a checkpoint")))
+        is_saved = state.step == state.saver.saved_step
+        if is_saved or (state.skipped_in_a_row and state.step < state.last_step):
             return
+        validated_step, val_loss = state.last_validation
         meta = {
-            "tokens": job.step * job.batches.step_tokens,
-            "loss": job.last_loss,
-            "val_loss": number(job.validated[1]) if job.validated[0] == job.step else None,
-            "model": dict(job.identity.model),
-            "data": dict(job.identity.data),
+            "tokens": state.step * state.batches.step_tokens,
+            "loss": state.last_loss,
+            "val_loss": finite_or_none(val_loss) if validated_step == state.step else None,
+            "model": dict(state.identity.model),
+            "data": dict(state.identity.data),
         }
-        job.saver.save(job.step, job.model, job.optimizers.parts, meta)
+        state.saver.save(state.step, state.model, state.optimizers.members, meta)
 
 
-def collect(job: Job) -> None:
-    """Hear how the save that was begun last has ended, if it has; reserve memory for the first once its size is known."""
-    if job.saver is None:
+def poll_save(state: TrainingState) -> None:
+    """Report the save in progress if it has ended; after the first step, reserve memory for the first save."""
+    if state.saver is None:
         return
-    if job.taken == 1:
-        job.saver.reserve(job.model, job.optimizers.parts)
-    _told(job, job.saver.ended())
+    if state.steps_this_start == 1:
+        state.saver.reserve(state.model, state.optimizers.members)
+    _report_outcome(state, state.saver.poll())
 
 
-def _told(job: Job, outcome: Outcome | None) -> None:
-    """Say how a save ended. One that failed does not stop the training: the checkpoints before are there."""
-    if outcome is None or not job.world.is_main:
-        return
-    if outcome.error is not None:
-        if outcome.step < job.last_step:  # else it is the run's own end, and said there
-            print(f"error: {_not_written(job, outcome)}; training goes on", flush=True)
-        return
-    if job.metrics:
-        job.metrics.checkpoint(outcome.step, outcome.seconds)
-    took = f"{outcome.seconds:.1f} s, of which training waited {outcome.waited:.2f} s"
-    print(f"step {outcome.step}/{job.last_step} | saved {outcome.folder} in {took}", flush=True)
-
-
-def _not_written(job: Job, outcome: Outcome) -> str:
-    saver = job.saver
-    before = f"the one before, of step {saver.saved}, is there" if saver and saver.saved else "there is none before"
-    return f"{outcome.folder.parent}: the checkpoint after step {outcome.step} could not be written ({outcome.error}); {before}"
-
-
-def finish(job: Job) -> int:
-    """Wait for the last save. Raises TrainingFailed where it could not be written."""
-    if job.saver is None:
+def finish_saving(state: TrainingState) -> int:
+    """Wait for the last save and return the exit code OK. Raises TrainingFailed if it could not be written."""
+    if state.saver is None:
         return OK
-    with job.clock.part("checkpoint"):
-        outcome = job.saver.wait(lambda: job.watch.beat("the last checkpoint is written"))
-    last = job.saver.last
-    if last is not None and last.error is not None and last.step == job.step:
-        raise TrainingFailed(f"{_not_written(job, last)}; once that is put right, the same command goes on from there")
-    _told(job, outcome)
+    with state.timer.measure("checkpoint"):
+        outcome = state.saver.wait(lambda: state.watch.beat("writing the last checkpoint"))
+    last = state.saver.last_outcome
+    if last is not None and last.error is not None and last.step == state.step:
+        raise TrainingFailed(f"{_save_error(state, last)}. Fix the cause, then run the same command again to resume")
+    _report_outcome(state, outcome)
     return OK
 
 
-def last_good(job: Job) -> str:
-    """What to go back to, and how, for the error that ends a run."""
-    if job.saver is not None:
-        _told(job, job.saver.wait())
-    if job.saver is None or not job.saver.saved:
-        return "no checkpoint was saved before; a lower optimizer.lr or a longer lr_scheduler.lr_warmup_steps may help"
+def recovery_advice(state: TrainingState) -> str:
+    """Name the last good checkpoint and the next command, for the error that ends a run."""
+    if state.saver is not None:
+        _report_outcome(state, state.saver.wait())
+    if state.saver is None or not state.saver.saved_step:
+        return "no checkpoint was saved. Try a lower optimizer.lr or a longer lr_scheduler.lr_warmup_steps"
+    folder = checkpoint_folder(state.saver.root, state.saver.saved_step)
     return (
-        f"the last good checkpoint is {checkpoint.folder_of(job.saver.root, job.saver.saved)}; starting again goes on from "
-        "there, and a lower optimizer.lr or clip_grad_norm.max_norm may help"
+        f"the last good checkpoint is {folder}. Run the same command again to resume from it; "
+        "a lower optimizer.lr or clip_grad_norm.max_norm may help"
     )
+
+
+def _report_outcome(state: TrainingState, outcome: SaveOutcome | None) -> None:
+    """Print how a save ended. A failed save does not stop training, because earlier checkpoints are intact."""
+    if outcome is None or not state.world.is_main:
+        return
+    if outcome.error is not None:
+        # after the last step, finish_saving raises this error instead
+        if outcome.step < state.last_step:
+            print(f"error: {_save_error(state, outcome)}; training continues", flush=True)
+        return
+    if state.metrics:
+        state.metrics.checkpoint_saved(outcome.step, outcome.seconds)
+    duration = f"{outcome.seconds:.1f} s ({outcome.blocked_seconds:.2f} s of it blocked training)"
+    print(f"step {outcome.step}/{state.last_step} | saved {outcome.folder} in {duration}", flush=True)
+
+
+def _save_error(state: TrainingState, outcome: SaveOutcome) -> str:
+    saved_step = state.saver.saved_step if state.saver else 0
+    previous = f"the checkpoint of step {saved_step} is intact" if saved_step else "there is no earlier checkpoint"
+    return f"{outcome.folder.parent}: cannot write the checkpoint of step {outcome.step} ({outcome.error}); {previous}"

@@ -1,4 +1,4 @@
-"""What a training run consists of, for the loop and those who help it."""
+"""State of a training run, shared by the loop and its helper modules."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from amlaunch.trainer.checkpoints.saver import Saver
 from amlaunch.trainer.data.batches import StepBatches, ValidationBatches
 from amlaunch.trainer.metrics.profiling import Profiler
 from amlaunch.trainer.metrics.readback import Readback
-from amlaunch.trainer.metrics.step_timer import Clock
+from amlaunch.trainer.metrics.step_timer import StepTimer
 from amlaunch.trainer.metrics.writers import Metrics
-from amlaunch.trainer.optim.optimizers import Optimizers, Schedule
+from amlaunch.trainer.optim.optimizers import LearningRateSchedule, Optimizers
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.process.hang_watch import HangWatch
 from amlaunch.trainer.process.stop_request import StopFlag
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A step whose numbers are on their way from the device."""
+class PendingStep:
+    """A finished step whose numbers are still being copied from the device."""
 
     step: int
     numbers: Readback
@@ -34,41 +34,41 @@ class Pending:
 
 
 @dataclass
-class Job:
-    """Everything that a training run consists of."""
+class TrainingState:
+    """All objects and counters of a training run on this rank."""
 
     recipe: Recipe
     world: World
     model: torch.nn.Module
     loss_fn: Any
     optimizers: Optimizers
-    schedule: Schedule
+    schedule: LearningRateSchedule
     batches: StepBatches
     validation: Mapping[str, ValidationBatches]
-    """By name; the first set's loss says which checkpoint is the best. Empty where nothing is validated."""
+    """Validation sets by name; the loss of the first one selects the best checkpoint. Empty without validation."""
     identity: Identity
     saver: Saver | None
-    """None where the recipe wants no checkpoints."""
+    """None if the recipe disables checkpoints."""
     metrics: Metrics | None
-    """On rank 0 only."""
+    """Set on rank 0 only."""
     stop: StopFlag
     watch: HangWatch
     profiler: Profiler
     last_step: int
     step: int = 0
     """Steps taken since the beginning of the run."""
-    taken: int = 0
-    """Steps taken since this start."""
+    steps_this_start: int = 0
+    """Steps taken by this process."""
     last_loss: float | None = None
-    """The newest that is a number."""
-    validated: tuple[int, float] = (-1, math.nan)
-    """The step of the newest validation, and its loss."""
-    skipped: int = 0
-    """Of the newest steps, how many in a row changed nothing."""
-    clock: Clock = field(default_factory=Clock)
-    pending: list[Pending] = field(default_factory=list)
-    """Steps that were taken, and not yet written down."""
+    """The newest finite training loss."""
+    last_validation: tuple[int, float] = (-1, math.nan)
+    """Step and loss of the newest validation."""
+    skipped_in_a_row: int = 0
+    """Number of newest consecutive steps whose update was skipped."""
+    timer: StepTimer = field(default_factory=StepTimer)
+    pending: list[PendingStep] = field(default_factory=list)
+    """Steps taken but not yet reported, oldest first."""
 
-    def due(self, every: int | None) -> bool:
-        """Whether something that happens every so many steps, and after the last one, happens now."""
+    def is_due(self, every: int | None) -> bool:
+        """Return True at every ``every``-th step and at the last step."""
         return self.step == self.last_step or (every is not None and self.step % every == 0)

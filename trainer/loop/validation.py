@@ -1,4 +1,4 @@
-"""The loss on text that is not trained on."""
+"""Validation loss on held-out text."""
 
 from __future__ import annotations
 
@@ -9,56 +9,64 @@ from collections.abc import Iterable
 import torch
 
 from amlaunch.trainer.data.batches import Batch
-from amlaunch.trainer.loop.checkpointing import last_good
+from amlaunch.trainer.loop.checkpointing import recovery_advice
 from amlaunch.trainer.loop.forward_backward import batch_loss
-from amlaunch.trainer.loop.training_state import Job
+from amlaunch.trainer.loop.training_state import TrainingState
 from amlaunch.trainer.loss import IGNORE_INDEX
 from amlaunch.trainer.process.errors import TrainingFailed
 
 
-def validate(job: Job) -> bool:
-    """The mean loss over each set's samples, always the same ones, dropout off; the first set's is the one that counts.
+def validate(state: TrainingState) -> bool:
+    """Compute and log the mean loss of each validation set, always on the same samples and without dropout.
 
-    False where the run was asked to stop meanwhile: then it is made up for when it goes on.
+    The loss of the first set selects the best checkpoint. Returns False if a
+    stop was requested meanwhile; the resumed run then repeats the validation.
+    Raises TrainingFailed if a loss is not finite.
     """
     losses: dict[str, float] = {}
-    began = time.perf_counter()
-    with job.clock.part("validation"):
-        job.model.eval()
-        for name, batches in job.validation.items():
-            loss = mean_loss(job, batches.batches())
+    started = time.perf_counter()
+    with state.timer.measure("validation"):
+        state.model.eval()
+        for name, batches in state.validation.items():
+            loss = mean_loss(state, batches.batches())
             if loss is None:
                 return False
             if not math.isfinite(loss):
-                what = f"validation loss of {name}" if name else "validation loss"
-                raise TrainingFailed(f"the {what} after step {job.step} is {loss}; {last_good(job)}")
+                label = f"validation loss of {name}" if name else "validation loss"
+                raise TrainingFailed(f"the {label} after step {state.step} is {loss}; {recovery_advice(state)}")
             losses[name] = loss
-    job.validated = (job.step, next(iter(losses.values())))
-    if job.saver is not None:
-        job.saver.validated(*job.validated)  # before it is written down: who is killed between the two does both again
-    if job.metrics:
-        job.metrics.validation(job.step, losses, time.perf_counter() - began)
+
+    state.last_validation = (state.step, next(iter(losses.values())))
+    # the checkpoint first, then the metrics: a run killed between the two repeats both
+    if state.saver is not None:
+        state.saver.record_validation(*state.last_validation)
+    if state.metrics:
+        state.metrics.log_validation(state.step, losses, time.perf_counter() - started)
     return True
 
 
 @torch.no_grad()
-def mean_loss(job: Job, batches: Iterable[Batch]) -> float | None:
-    """Loss a label over the ``batches`` of all ranks, each with as many; None where any was asked to stop meanwhile."""
-    sums = torch.zeros(2, dtype=torch.float64, device=job.world.device)
+def mean_loss(state: TrainingState, batches: Iterable[Batch]) -> float | None:
+    """Return the mean loss per label over the ``batches`` of all ranks; None if any rank was asked to stop.
+
+    Every rank must pass the same number of batches.
+    """
+    loss_and_labels = torch.zeros(2, dtype=torch.float64, device=state.world.device)
     for batch in batches:
-        if job.world.any(job.stop.requested()):
+        if state.world.any(state.stop.requested()):
             return None
-        batch = batch.local_to(job.world)
-        sums[0] += batch_loss(job, batch)
-        sums[1] += (batch.labels != IGNORE_INDEX).sum()
-        job.watch.beat(f"validating after step {job.step}", steady=job.taken > 0)
-    loss, count = job.world.sum(sums).tolist()
-    return loss / max(count, 1.0)
+        batch = batch.local_to(state.world)
+        loss_and_labels[0] += batch_loss(state, batch)
+        loss_and_labels[1] += (batch.labels != IGNORE_INDEX).sum()
+        state.watch.beat(f"validating after step {state.step}", steady=state.steps_this_start > 0)
+    loss, labels = state.world.sum(loss_and_labels).tolist()
+    return loss / max(labels, 1.0)
 
 
-def validate_if_missed(job: Job) -> bool:
-    """Validate after the resumed step, where the run was stopped before it came to that; False: stopped again."""
-    due = job.step > 0 and len(job.validation) > 0 and job.due(job.recipe.step_scheduler.val_every_steps)
-    if due and not job.world.broadcast(job.metrics and job.metrics.has_validation(job.step)):
-        return validate(job)
+def validate_if_missed(state: TrainingState) -> bool:
+    """Repeat a validation that a stop interrupted before this start; return False if stopped again."""
+    every = state.recipe.step_scheduler.val_every_steps
+    is_due = state.step > 0 and len(state.validation) > 0 and state.is_due(every)
+    if is_due and not state.world.broadcast(state.metrics and state.metrics.has_validation(state.step)):
+        return validate(state)
     return True

@@ -1,1 +1,1 @@
-"""Metrics of a step: timing, reading numbers back from the device, and where they are written."""
+"""Metrics of a training step: timing, copying numbers from the device, and writing them."""

@@ -1,4 +1,4 @@
-"""torch's profiler over a window of steps, and what the CUDA allocator did in them."""
+"""Trace a window of steps with torch's profiler, and optionally record the CUDA allocator."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from amlaunch.recipes.format.schema import ProfileSection
 
-MAX_ENTRIES = 100_000
-"""Allocations that a memory snapshot remembers."""
+MAX_MEMORY_EVENTS = 100_000
+"""Maximum number of allocator events in a memory snapshot."""
 
 
 def trace_path(folder: Path, step: int, rank: int) -> Path:
-    """Where the trace of the steps up to ``step`` is."""
+    """Return the path of a trace that ends with ``step``."""
     return folder / f"to-step-{step:08d}.rank{rank}.json.gz"
 
 
 class Profiler:
-    """Traces ``section.steps`` steps of this start of the run into ``folder``; does nothing without a section."""
+    """Traces ``section.steps`` steps of this start of the run into ``folder``; without a section it does nothing."""
 
     def __init__(self, section: ProfileSection | None, folder: Path, rank: int, device: torch.device):
         self._section = section
@@ -29,10 +29,10 @@ class Profiler:
         self._steps = 0
         self._tracer: Any = None
         if section is not None and section.memory_snapshot and not self._cuda and rank == 0:
-            print("note: profile.memory_snapshot is of CUDA's allocator, and there is no GPU here", flush=True)
+            print("note: profile.memory_snapshot is ignored: it needs a CUDA GPU, and this run has none", flush=True)
 
     def step(self, step: int) -> None:
-        """The step ``step`` is about to begin."""
+        """Start, continue or finish the trace; call this before each step."""
         if self._section is None:
             return
         self._steps += 1
@@ -44,17 +44,16 @@ class Profiler:
             self._tracer.step()
 
     def close(self, step: int) -> None:
-        """The run ends after ``step``, perhaps within the window."""
+        """Write an unfinished trace when the run ends after ``step``."""
         if self._tracer is not None:
             self._write(step + 1)
 
     def _start(self) -> None:
-        activities = [
-            torch.profiler.ProfilerActivity.CPU,
-            *([torch.profiler.ProfilerActivity.CUDA] if self._cuda else []),
-        ]
-        if self._wants_memory():
-            torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._cuda:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if self._records_memory():
+            torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
         self._tracer = torch.profiler.profile(activities=activities)
         self._tracer.start()
 
@@ -64,14 +63,15 @@ class Profiler:
         trace = trace_path(self._folder, step - 1, self._rank)
         self._tracer.export_chrome_trace(str(trace))
         self._tracer = None
-        if self._wants_memory():
-            torch.cuda.memory._dump_snapshot(str(trace.with_name(trace.name.replace(".json.gz", ".memory.pickle"))))
+        if self._records_memory():
+            snapshot = trace.with_name(trace.name.replace(".json.gz", ".memory.pickle"))
+            torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
             print(
-                f"a trace of the steps up to {step - 1} is in {self._folder} (https://ui.perfetto.dev shows it)",
+                f"wrote a trace of the steps up to {step - 1} to {self._folder}; open it at https://ui.perfetto.dev",
                 flush=True,
             )
 
-    def _wants_memory(self) -> bool:
+    def _records_memory(self) -> bool:
         return self._cuda and self._section is not None and self._section.memory_snapshot

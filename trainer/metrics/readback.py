@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host."""
+"""Copy numbers from the device to the host without stopping the GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Readback:
-    """A small tensor, copied to the host without stopping the GPU.
+    """A small tensor on its way to the host.
 
-    Reading a tensor directly waits for everything that was enqueued up to now;
-    this waits only for what came before the copy.
+    Reading a tensor directly waits for all work submitted so far; this class
+    waits only for the work that was submitted before the copy.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -22,7 +22,7 @@ class Readback:
             self._event.record()
 
     def wait(self) -> list[float]:
-        """The numbers, once they are there."""
+        """Wait for the copy and return the numbers."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()

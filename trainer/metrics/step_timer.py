@@ -1,4 +1,4 @@
-"""Where the time goes."""
+"""Measure the time between two steps, by activity."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
-    """Where the time between two steps' lines goes: steps, and kept apart waiting for data, validation and checkpoints."""
+class StepTimer:
+    """Splits the time between two reported steps into training, waiting for data, validation and checkpoints."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._parts = dict.fromkeys(("data", "validation", "checkpoint"), 0.0)
+        self._lap_start = time.perf_counter()
+        self._seconds = dict.fromkeys(("data", "validation", "checkpoint"), 0.0)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """What is done here is ``name``."""
-        began = time.perf_counter()
+    def measure(self, activity: str) -> Iterator[None]:
+        """Add the time spent in this context to ``activity``: data, validation or checkpoint."""
+        started = time.perf_counter()
         yield
-        self._parts[name] += time.perf_counter() - began
+        self._seconds[activity] += time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:
-        """Seconds since the last lap, by part; ``step`` includes the waiting for data."""
+        """Return the seconds since the last lap by activity; ``step`` includes waiting for data."""
         now = time.perf_counter()
-        parts = {"step": now - self._since - self._parts["validation"] - self._parts["checkpoint"], **self._parts}
-        self._since, self._parts = now, dict.fromkeys(self._parts, 0.0)
-        return parts
+        step = now - self._lap_start - self._seconds["validation"] - self._seconds["checkpoint"]
+        seconds = {"step": step, **self._seconds}
+        self._lap_start, self._seconds = now, dict.fromkeys(self._seconds, 0.0)
+        return seconds

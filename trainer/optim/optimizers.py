@@ -1,4 +1,4 @@
-"""The optimizers of a recipe, the learning rate as a function of the step, and clipping."""
+"""Build a recipe's optimizers, schedule the learning rate, and clip gradients."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterG
 from amlaunch.recipes.format.targets import TargetPolicy, build, resolve
 from amlaunch.trainer.models.base import blocks
 
-FUSED = ("AdamW", "Adam")
-"""Optimizers of torch whose fused kernels take "leave everything as it is" from the device, on GPU and CPU."""
-DECAYS: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "minus_sqrt": lambda done: 1.0 - math.sqrt(done),
-    "exponential": lambda done: 2.0 * 0.5**done - 1.0,
+FUSED_OPTIMIZERS = ("AdamW", "Adam")
+"""torch optimizers whose fused kernels can skip a step on the device, on GPU and CPU."""
+DECAY_STYLES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "minus_sqrt": lambda progress: 1.0 - math.sqrt(progress),
+    "exponential": lambda progress: 2.0 * 0.5**progress - 1.0,
 }
-"""What is left of the way from the peak down to the floor when a part of it, 0 to 1, is done."""
-WSD_SHARE = 0.2
-"""Of the steps, where the recipe does not say how long WSD decays (Hägele et al. 2024)."""
+"""Remaining fraction of the distance between peak and floor, as a function of progress from 0 to 1."""
+WSD_DECAY_FRACTION = 0.2
+"""Fraction of all steps in which WSD decays if the recipe does not say (Hägele et al. 2024)."""
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+ShardingMesh = tuple[DeviceMesh, tuple[int, ...]]
+"""A mesh and those of its dimensions over which a tensor is sharded."""
 
 
-# --- the rate -------------------------------------------------------------------------------------
+# --- the learning rate ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate of every step; ``section`` None is a constant rate."""
+class LearningRateSchedule:
+    """The learning rate as a function of the step; constant if ``section`` is None."""
 
     section: LRScheduler | None
     peak: float
@@ -46,38 +50,40 @@ class Schedule:
     step_tokens: int = 1
 
     def __post_init__(self) -> None:
-        if self.section and self._given("decay") and self.end < self.warmup:
+        if self.section and self._steps_of("decay") and self.end < self.warmup:
             raise BadInput(
-                f"lr_scheduler: the decay ends with step {self.end}, before the warmup does, with step {self.warmup}"
+                f"lr_scheduler: the decay ends at step {self.end}, before the warmup ends at step {self.warmup}. "
+                "Lengthen the decay or shorten the warmup"
             )
 
-    def _given(self, what: str) -> int | None:
-        """``lr_<what>_steps``, or ``lr_<what>_tokens`` as steps, rounded up."""
-        tokens = getattr(self.section, f"lr_{what}_tokens")
-        return -(-tokens // self.step_tokens) if tokens is not None else getattr(self.section, f"lr_{what}_steps")
+    def _steps_of(self, phase: str) -> int | None:
+        """Return ``lr_<phase>_steps``, or ``lr_<phase>_tokens`` converted to steps and rounded up."""
+        tokens = getattr(self.section, f"lr_{phase}_tokens")
+        return -(-tokens // self.step_tokens) if tokens is not None else getattr(self.section, f"lr_{phase}_steps")
 
     @property
     def warmup(self) -> int:
-        """The step that has the peak."""
-        return self._given("warmup") or 0
+        """The step that reaches the peak."""
+        return self._steps_of("warmup") or 0
 
     @property
     def end(self) -> int:
-        """The step that has the floor."""
-        return self._given("decay") or self.last_step
+        """The step that reaches the floor."""
+        return self._steps_of("decay") or self.last_step
 
     @property
-    def decay_begins(self) -> int:
-        """The last step that still has the peak."""
+    def decay_start(self) -> int:
+        """The last step at the peak."""
         if self.section is None or self.section.lr_decay_style != "WSD":
             return self.warmup
-        return max(self.warmup, self.end - (self._given("wsd_decay") or math.ceil(WSD_SHARE * self.end)))
+        decay_steps = self._steps_of("wsd_decay") or math.ceil(WSD_DECAY_FRACTION * self.end)
+        return max(self.warmup, self.end - decay_steps)
 
     def rate(self, step: int) -> float:
-        """The rate that step ``step`` (the first is 1) is taken with.
+        """Return the learning rate of ``step``; the first step is 1.
 
-        Linear from ``init_lr`` to the peak, reached at the end of the warmup;
-        then down to ``min_lr`` in the section's style, and it stays there.
+        Rises linearly from ``init_lr`` to the peak at the end of the warmup, then
+        decays to ``min_lr`` in the section's style and stays there.
         """
         section = self.section
         if section is None:
@@ -88,10 +94,10 @@ class Schedule:
             return self.peak
         if section.lr_decay_style == "inverse-square-root":
             return max(section.min_lr, self.peak * math.sqrt(max(1, self.warmup) / step))
-        begin = self.decay_begins
-        done = min(1.0, max(0, step - begin) / max(1, self.end - begin))
+        start = self.decay_start
+        progress = min(1.0, max(0, step - start) / max(1, self.end - start))
         style = section.lr_wsd_decay_style if section.lr_decay_style == "WSD" else section.lr_decay_style
-        return section.min_lr + (self.peak - section.min_lr) * DECAYS[style](done)
+        return section.min_lr + (self.peak - section.min_lr) * DECAY_STYLES[style](progress)
 
 
 # --- the optimizers -------------------------------------------------------------------------------
@@ -100,116 +106,124 @@ class Schedule:
 class Optimizers:
     """All optimizers of a run, stepped together.
 
-    ``scales``: what each parameter group multiplies the schedule's rate by, in their order.
+    ``lr_scales``: the factor of each parameter group on the scheduled learning rate, in order.
     """
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer], scales: Sequence[float], rate: float):
-        self.parts = list(parts)
-        self.rate = rate
-        """The recipe's own, the peak of the schedule."""
-        self._scales = list(scales)
+    def __init__(self, members: Sequence[torch.optim.Optimizer], lr_scales: Sequence[float], peak_rate: float):
+        self.members = list(members)
+        self.peak_rate = peak_rate
+        """The recipe's learning rate, which is the peak of the schedule."""
+        self._lr_scales = list(lr_scales)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all of them."""
-        return [group for part in self.parts for group in part.param_groups]
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.members for group in optimizer.param_groups]
 
-    def set_rate(self, rate: float) -> None:
-        """Use ``rate``, each group scaled, from the next step on."""
-        for group, scale in zip(self.groups, self._scales, strict=True):
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of all groups, each with its factor, for the next step."""
+        for group, scale in zip(self.groups, self._lr_scales, strict=True):
             group["lr"] = rate * scale
 
     def step(self, finite: torch.Tensor) -> None:
-        """One step, or none where ``finite`` (a bool on the device, the same on all ranks) is false.
+        """Take one step, or none if ``finite`` (a bool on the device, the same on all ranks) is false.
 
-        Fused kernels and our Muon look at it on the device; for the others it is read, which waits for a GPU.
+        Fused kernels and our Muon check it on the device. Other optimizers read it, which waits for a GPU.
         """
-        for part in self.parts:
-            if can_skip(part):
-                part.grad_scale = None  # type: ignore[attr-defined]
-                part.found_inf = (~finite).float().to(part.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
-                part.step()
-                del part.grad_scale, part.found_inf  # type: ignore[attr-defined]
+        for optimizer in self.members:
+            if can_skip_on_device(optimizer):
+                device = optimizer.param_groups[0]["params"][0].device
+                optimizer.grad_scale = None  # type: ignore[attr-defined]
+                optimizer.found_inf = (~finite).float().to(device)  # type: ignore[attr-defined]
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
             elif finite.item():
-                part.step()
+                optimizer.step()
 
     def zero_grad(self) -> None:
         """Free the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for optimizer in self.members:
+            optimizer.zero_grad(set_to_none=True)
 
 
-def can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's step can be called off on the device (torch's own protocol, made for loss scaling)."""
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if a step can be skipped on the device (torch's protocol for loss scaling)."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-Named = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizers(
     section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, model: nn.Module
 ) -> Optimizers:
-    """The recipe's optimizer over the parameters of ``model`` (bare, or sharded by FSDP2).
+    """Build the recipe's optimizer over the parameters of ``model`` (unwrap, or sharded by FSDP2).
 
-    Muon takes the hidden matrices, ``optimizer.others`` the rest. Raises
-    BadInput where a group's pattern fits no parameter.
+    Muon updates the hidden matrices, and ``optimizer.others`` the rest. Raises
+    BadInput if a group's pattern matches no parameter.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_patterns(groups, [name for name, _ in named])
     target = resolve(section["_target_"], policy)
     rate = section.get("lr", _default(target, "lr", 1e-3))
-    if target is not getattr(torch.optim, "Muon", None):
-        part, scales = _one(section, groups, policy, named, rate)
-        return Optimizers([part], scales, rate)
-    hidden = hidden_matrices(model)
+    if not _is_muon(target):
+        optimizer, scales = _build_one(section, groups, policy, named, rate)
+        return Optimizers([optimizer], scales, rate)
+
+    hidden_names = hidden_matrices(model)
+    hidden = [(name, parameter) for name, parameter in named if name in hidden_names]
+    rest = [(name, parameter) for name, parameter in named if name not in hidden_names]
     others = section.get("others")
-    if others is None and any(name not in hidden for name, _ in named):
+    if others is None and rest:
         raise BadInput(
-            "optimizer: Muon is for hidden matrices; add optimizer.others for the rest, such as {_target_: torch.optim.AdamW, lr: 3e-4}"
+            "optimizer: Muon updates only hidden matrices. Add optimizer.others for the other parameters, "
+            "such as {_target_: torch.optim.AdamW, lr: 3e-4}"
         )
-    muon = {key: value for key, value in section.items() if key != "others"}
-    first, scales = _one(muon, groups, policy, [pair for pair in named if pair[0] in hidden], rate)
+    muon_section = {key: value for key, value in section.items() if key != "others"}
+    muon, muon_scales = _build_one(muon_section, groups, policy, hidden, rate)
     if others is None:
-        return Optimizers([first], scales, rate)
-    second, more = _one(others, groups, policy, [pair for pair in named if pair[0] not in hidden], rate)
-    return Optimizers([first, second], [*scales, *more], rate)
+        return Optimizers([muon], muon_scales, rate)
+    other, other_scales = _build_one(others, groups, policy, rest, rate)
+    return Optimizers([muon, other], [*muon_scales, *other_scales], rate)
 
 
 def check_patterns(groups: Sequence[ParameterGroup], names: Sequence[str]) -> None:
-    """BadInput where a pattern fits no parameter: it would do nothing, without a word."""
+    """Raise BadInput if a group's pattern matches no parameter, because the group would have no effect."""
     for i, group in enumerate(groups):
         if not any(fnmatchcase(name, group.match) for name in names):
             raise BadInput(
-                f"parameter_groups.{i}.match {group.match!r} fits no parameter of the model; {did_you_mean(group.match, names)}"
+                f"parameter_groups.{i}.match: {group.match!r} matches no parameter of the model; "
+                f"{did_you_mean(group.match, names)}"
             )
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the two-dimensional parameters inside the blocks: neither embeddings nor the head, which Muon is not for."""
+    """Return the names of two-dimensional parameters inside the blocks, without embeddings and head."""
     inside = {id(parameter) for block in blocks(model) for parameter in block.parameters() if parameter.dim() == 2}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
-def _one(
-    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, named: Named, rate: float
+def _is_muon(target: Any) -> bool:
+    # torch before 2.9 has no Muon
+    return target is getattr(torch.optim, "Muon", None)
+
+
+def _build_one(
+    section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, named: NamedParameters, rate: float
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """An optimizer over ``named``, and its groups' rates as multiples of ``rate``."""
+    """Build one optimizer over ``named``; return it and its groups' learning rates as multiples of ``rate``."""
     target = resolve(section["_target_"], policy)
-    own = section.get("lr", _default(target, "lr", rate))
-    decays = "weight_decay" in inspect.signature(target).parameters
-    made, rates = parameter_groups(named, groups, decays, own)
-    extra: dict[str, Any] = {}
-    if (
-        target in [getattr(torch.optim, name) for name in FUSED]
-        and not {"fused", "foreach", "differentiable"} & section.keys()
-    ):
-        extra["fused"] = True
-    if target is getattr(torch.optim, "Muon", None):
+    section_rate = section.get("lr", _default(target, "lr", rate))
+    takes_weight_decay = "weight_decay" in inspect.signature(target).parameters
+    torch_groups, rates = parameter_groups(named, groups, takes_weight_decay, section_rate)
+    scales = [group_rate / rate if rate else 1.0 for group_rate in rates]
+    if _is_muon(target):
         from amlaunch.trainer.optim.muon import ShardedMuon
 
-        return ShardedMuon(made, **_keywords(section)), [mine / rate if rate else 1.0 for mine in rates]
-    return build(section, policy, made, **extra), [mine / rate if rate else 1.0 for mine in rates]
+        return ShardedMuon(torch_groups, **_keywords(section)), scales
+
+    extra: dict[str, Any] = {}
+    has_fused_kernels = target in [getattr(torch.optim, name) for name in FUSED_OPTIMIZERS]
+    if has_fused_kernels and not {"fused", "foreach", "differentiable"} & section.keys():
+        extra["fused"] = True
+    return build(section, policy, torch_groups, **extra), scales
 
 
 def _keywords(section: dict[str, Any]) -> dict[str, Any]:
@@ -218,65 +232,75 @@ def _keywords(section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _default(target: Any, name: str, otherwise: float) -> float:
-    value = getattr(inspect.signature(target).parameters.get(name), "default", otherwise)
-    return float(value) if isinstance(value, (int, float)) else otherwise
+def _default(target: Any, name: str, fallback: float) -> float:
+    value = getattr(inspect.signature(target).parameters.get(name), "default", fallback)
+    return float(value) if isinstance(value, (int, float)) else fallback
 
 
 def parameter_groups(
-    named: Named, groups: Sequence[ParameterGroup], decays: bool, rate: float
+    named: NamedParameters, groups: Sequence[ParameterGroup], takes_weight_decay: bool, rate: float
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """``(groups for the optimizer, their rates)``.
+    """Split parameters by learning rate and weight decay; return torch's groups and their learning rates.
 
-    Matrices and embeddings decay as the recipe says, vectors (norms, biases)
-    not at all, where there is weight decay. The first of ``groups`` that fits a
-    parameter's name decides over both.
+    Matrices and embeddings decay as the recipe says; vectors (norms, biases) do
+    not decay. The first of ``groups`` that matches a parameter's name overrides both.
     """
-    found: dict[tuple[float, float | None], list[nn.Parameter]] = {}
+    parameters_by_setting: dict[tuple[float, float | None], list[nn.Parameter]] = {}
     for name, parameter in named:
-        mine = next((group for group in groups if fnmatchcase(name, group.match)), None)
-        decay = mine.weight_decay if mine and mine.weight_decay is not None else None if parameter.dim() >= 2 else 0.0
-        own = rate if mine is None else mine.lr if mine.lr is not None else rate * mine.lr_scale
-        found.setdefault((own, decay if decays else None), []).append(parameter)
-    made = [{"params": found[key], **({} if key[1] is None else {"weight_decay": key[1]})} for key in found]
-    return made, [own for own, _ in found]
+        decay = None if parameter.dim() >= 2 else 0.0
+        parameter_rate = rate
+        group = next((group for group in groups if fnmatchcase(name, group.match)), None)
+        if group is not None:
+            decay = decay if group.weight_decay is None else group.weight_decay
+            parameter_rate = rate * group.lr_scale if group.lr is None else group.lr
+        setting = (parameter_rate, decay if takes_weight_decay else None)
+        parameters_by_setting.setdefault(setting, []).append(parameter)
+
+    torch_groups: list[dict[str, Any]] = []
+    for (_, decay), parameters in parameters_by_setting.items():
+        torch_groups.append({"params": parameters} if decay is None else {"params": parameters, "weight_decay": decay})
+    return torch_groups, [group_rate for group_rate, _ in parameters_by_setting]
 
 
-def clip(parameters: Iterable[nn.Parameter], section: ClipGradNorm | None) -> torch.Tensor:
-    """The 2-norm of the whole gradient, all shards together; the gradient is scaled down to ``max_norm`` where given.
+# --- clipping -------------------------------------------------------------------------------------
 
-    As ``torch.nn.utils.clip_grad_norm_``, which refuses gradients that are
-    sharded in several ways (pytorch#180346): here only local parts are touched,
-    and those of one way are summed over the ranks that share them.
+
+def clip_gradients(parameters: Iterable[nn.Parameter], section: ClipGradNorm | None) -> torch.Tensor:
+    """Return the 2-norm of the full gradient over all shards; scale the gradient down to ``max_norm`` if given.
+
+    Like ``torch.nn.utils.clip_grad_norm_``, which rejects gradients with
+    different shardings (pytorch#180346). Here only local shards are touched, and
+    shards of the same sharding are summed over the ranks that share them.
     """
-    found: dict[Any, list[torch.Tensor]] = {}
+    gradients_by_mesh: dict[ShardingMesh | None, list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            found.setdefault(_shared_by(parameter.grad), []).append(_local(parameter.grad))
-    squares = [
-        _summed(torch.stack(torch._foreach_norm(parts)).double().square().sum(), where)
-        for where, parts in found.items()
-    ]
+            gradients_by_mesh.setdefault(_sharding_mesh(parameter.grad), []).append(_local(parameter.grad))
+    squares = []
+    for mesh, gradients in gradients_by_mesh.items():
+        local_square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        squares.append(_sum_over(local_square, mesh))
     norm = torch.stack(squares).sum().sqrt()
     if section is not None:
         scale = (section.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parts in found.values():
-            torch._foreach_mul_(parts, scale.to(parts[0].dtype))
+        for gradients in gradients_by_mesh.values():
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
     return norm
 
 
-def _shared_by(gradient: torch.Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
-    """The mesh, and its dimensions over whose ranks ``gradient`` is dealt out; None: it is whole on each."""
+def _sharding_mesh(gradient: torch.Tensor) -> ShardingMesh | None:
+    """Return the mesh and dimensions over which ``gradient`` is sharded; None if every rank has all of it."""
     if not isinstance(gradient, DTensor):
         return None
-    return gradient.device_mesh, tuple(
-        i for i, placement in enumerate(gradient.placements) if not placement.is_replicate()
-    )
+    dims = tuple(i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    return gradient.device_mesh, dims
 
 
-def _summed(square: torch.Tensor, where: tuple[DeviceMesh, tuple[int, ...]] | None) -> torch.Tensor:
-    for dim in where[1] if where else ():
-        dist.all_reduce(square, group=where[0].get_group(dim))  # type: ignore[index]
+def _sum_over(square: torch.Tensor, sharding: ShardingMesh | None) -> torch.Tensor:
+    if sharding is not None:
+        mesh, dims = sharding
+        for dim in dims:
+            dist.all_reduce(square, group=mesh.get_group(dim))
     return square
 
 

@@ -249,7 +249,7 @@ def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any] | None:
     stop.install()
     if jobs.run(options, stop) != OK:
         raise Stopped
-    job = jobs.KEPT[-1]
+    job = jobs.FINISHED[-1]
     rates = rates_of(job)
     return report_of(bench, given, job, rates, element) if job.world.is_main else None
 

@@ -64,7 +64,7 @@ def run(options: Options) -> int:
         print(f"--- a sample after step {step} ---\n{text}\n---", flush=True)
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
     outputs = {str(path): path.stat().st_size for path in files}
-    if options.reports:
+    if options.writes_result:
         Heartbeat(options.element.progress).beat(unit="file", done=len(files), total=len(files), last=True)
         write_json(options.element.result, {"outputs": outputs, "sample": text, "parameters": count, "step": step})
     return OK
@@ -83,8 +83,8 @@ def load_chosen(options: Options) -> tuple[int, Any]:
     from amlaunch.trainer.checkpoints import checkpoint
     from amlaunch.trainer.loop.job import build_model, model_identity
 
-    found = checkpoint.alone(options.checkpoints, step=options.step, best=options.best)
-    checkpoint.checked(found, checkpoint.Identity(model_identity(options.loaded), found.meta["data"]))
+    found = checkpoint.select_checkpoint(options.checkpoints, step=options.step, best=options.best)
+    checkpoint.check_identity(found, checkpoint.Identity(model_identity(options.loaded), found.meta["data"]))
     model = build_model(options.loaded.recipe, options.loaded.policy)
     if options.loaded.recipe.distributed.dtype == "float64":
         model.double()

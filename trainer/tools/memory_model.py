@@ -129,7 +129,7 @@ def _stepped(loaded: LoadedRecipe, ranks: int, cuda: bool, live: Live) -> Need:
         take_step(job, Batch(tokens, tokens.clone(), *((tokens.clone(), tokens.int()) if packed else ())))
     state = sum(
         size_of(value)
-        for part in optimizers.parts
+        for part in optimizers.members
         for held in part.state.values()
         for value in held.values()
         if isinstance(value, torch.Tensor)
@@ -158,14 +158,14 @@ def _in_the_type_of(recipe: Recipe, cuda: bool) -> Recipe:
 
 def _build(recipe: Recipe, policy: TargetPolicy, world: World, live: Live) -> tuple[nn.Module, Buckets | None]:
     """The model as the trainer would have it on this rank."""
-    from amlaunch.trainer.loop.job import build_model, fit_for_training
+    from amlaunch.trainer.loop.job import build_model, apply_fast_paths
     from amlaunch.trainer.parallel.world import compute_dtype
 
     double = compute_dtype(recipe.distributed, world.device) is torch.float64
     with default_type(torch.float64 if double else torch.float32):
         bare = build_model(recipe, policy)
     with compiling(live):
-        fit_for_training(bare, dataclasses.replace(recipe, fp8=type(recipe.fp8)()), world)
+        apply_fast_paths(bare, dataclasses.replace(recipe, fp8=type(recipe.fp8)()), world)
     return spread_out(bare, recipe, world)
 
 
@@ -175,7 +175,7 @@ def _job(
     """What :func:`amlaunch.trainer.loop.training_loop.take_step` needs of a job, without watch, profile and metrics."""
     from amlaunch.trainer.loop.job import build_loss
     from amlaunch.trainer.metrics.profiling import Profiler
-    from amlaunch.trainer.optim.optimizers import Schedule
+    from amlaunch.trainer.optim.optimizers import LearningRateSchedule
 
     with compiling(live):
         loss_fn = build_loss(recipe, loaded.policy)
@@ -185,11 +185,11 @@ def _job(
         model=model,
         loss_fn=loss_fn,
         optimizers=optimizers,
-        schedule=Schedule(None, optimizers.rate, 1),
+        schedule=LearningRateSchedule(None, optimizers.peak_rate, 1),
         watch=SimpleNamespace(beat=lambda *_, **__: None, at=lambda *_, **__: None),
         profiler=Profiler(None, loaded.path, 0, world.device),
         step=0,
-        taken=0,
+        steps_this_start=0,
     )
 
 
