@@ -214,7 +214,7 @@ def test_products_in_eight_bits_are_near_and_exact_where_the_numbers_fit(half: b
 def test_eight_bits_are_refused_where_there_are_none() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     assert fp8.convert_linear_layers(model, Fp8(), CPU) == 0
-    with pytest.raises(BadInput, match="this is the CPU; write false"):
+    with pytest.raises(BadInput, match="this is the CPU; set it to false"):
         fp8.convert_linear_layers(model, Fp8(enabled=True), CPU)
     with pytest.raises(BadInput, match="tp_size: 1"):
         fp8.convert_linear_layers(model, Fp8(enabled=True), CPU, ranks_of_a_layer=2)
@@ -229,7 +229,7 @@ def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pyte
         f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")
     }
     assert set(model.state_dict()) == names
-    with pytest.raises(BadInput, match="fits no linear layer"):
+    with pytest.raises(BadInput, match="matches no linear layer"):
         fp8.convert_linear_layers(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
     with pytest.raises(BadInput, match="multiples of 16"):
         fp8.convert_linear_layers(build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU)
@@ -297,7 +297,7 @@ def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch:
                 found = attention_kernels.select_backend(model, attention_kernels.backend_order(None, gpu), 8, torch.bfloat16, gpu)
             assert found is not None and found.backend == had
             assert found.warning == (
-                None if had == first else f"{first} was wanted and cannot be had: the heads are too wide"
+                None if had == first else f"{first} is not available: the heads are too wide"
             )
 
 
@@ -313,7 +313,7 @@ def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_t
     with FakeTensorMode():  # as if there were a GPU
         found = attention_kernels.select_backend(model, order, 8, torch.bfloat16, gpu, packed=True)
     assert found is not None and found.backend == "efficient_attention"
-    assert "compile.enabled true leaves that out" in str(found.warning)
+    assert "set compile.enabled: true to avoid this" in str(found.warning)
 
 
 def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

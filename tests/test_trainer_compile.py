@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written_is_left_with_a_warning(
         monkeypatch.setenv(CACHE_VARIABLE, str(folder))
         compile_model(nn.Linear(1, 1), Compile(enabled=True), "model")
         assert (os.environ.get(CACHE_VARIABLE) == str(folder)) is there  # torch may have set its own meanwhile
-        assert ("cannot be written (Not a directory)" in capsys.readouterr().out) is not there
+        assert ("is not writable (Not a directory)" in capsys.readouterr().out) is not there
     assert list((tmp_path / "new" / "cache").iterdir()) == []
 
 
@@ -354,7 +354,7 @@ def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch,
     """Red where validation asks for gradients because parameters, as such, want them."""
     asked = []
     loss_fn = LinearCrossEntropy(chunk_tokens=4)
-    monkeypatch.setattr(loss_fn, "_of_chunk", lambda *args: (asked.append(args[-1]), loss_and_gradient(*args))[1])
+    monkeypatch.setattr(loss_fn, "_chunk_loss", lambda *args: (asked.append(args[-1]), loss_and_gradient(*args))[1])
     model: nn.Module = build_gpt2_model(**TINY["gpt2"])
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with torch.set_grad_enabled(trains):

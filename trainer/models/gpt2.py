@@ -163,7 +163,7 @@ class GPT2(nn.Module):
     def hf_export(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Return ``config.json`` and tensors of ``transformers.GPT2LMHeadModel``, with ``vocab_size`` vocabulary rows."""
+        """Return ``config.json`` and tensors of ``transformers.GPT2LMHeadModel`` with ``vocab_size`` tokens."""
         renamed = {}
         for name, tensor in tensors.items():
             if name.endswith(TRANSPOSED_IN_HF):
@@ -203,8 +203,8 @@ def build_gpt2_model(
 ) -> GPT2:
     """Build a GPT-2 with initial weights; the keywords are NeMo AutoModel's.
 
-    ``n_ctx`` overrides ``n_positions``. ``activation`` is ``gelu_new`` (GPT-2's) or ``gelu`` (the exact form). Attention
-    always uses torch's ``scaled_dot_product_attention``, which selects a flash kernel itself. Raises BadInput for
+    ``n_ctx`` overrides ``n_positions``. ``activation`` is ``gelu_new`` (GPT-2's) or ``gelu`` (the exact form).
+    Attention always uses torch's ``scaled_dot_product_attention``, which selects a flash kernel itself. Raises BadInput for
     unsupported values.
     """
     if n_embd % n_head:

@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Tensor:
-    """Return the angles ``(..., T, D)`` of ``positions (..., T)`` in float32, each frequency twice as in transformers."""
+    """Return angles ``(..., T, D)`` of ``positions (..., T)`` in float32, each frequency twice as in transformers."""
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
     angles = positions.float()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)
@@ -207,7 +207,7 @@ class Llama(nn.Module):
     def hf_export(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Return ``config.json`` and tensors of ``transformers.LlamaForCausalLM``, with ``vocab_size`` vocabulary rows."""
+        """Return ``config.json`` and tensors of ``transformers.LlamaForCausalLM`` with ``vocab_size`` tokens."""
         renamed = {}
         for name, tensor in tensors.items():
             if name in ("embed_tokens.weight", "lm_head.weight"):

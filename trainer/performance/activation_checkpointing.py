@@ -1,8 +1,7 @@
-"""Activation checkpointing: memory for compute. What a block's backward needs is computed again instead of kept.
+"""Activation checkpointing trades compute for memory: the backward pass recomputes a block's activations.
 
-``full`` keeps a block's inputs alone. ``selective`` keeps what is dear to
-compute, products of matrices and attention, and computes the rest again:
-norms, activation functions, rotations.
+``full`` keeps only the inputs of each block. ``selective`` keeps the results of expensive operators, matrix products
+and attention, and recomputes the rest: norms, activation functions, rotations.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from amlaunch.trainer.models.base import blocks
 
 SAVED_OPERATORS = ("mm", "addmm", "bmm", "_scaled_mm")
-"""Operators of aten that ``selective`` keeps the outputs of, besides attention."""
-ATTENTION = "_scaled_dot_product"
-RECOMPUTED_MARKER = "_computed_again"
-"""What classes of blocks have whose forward is computed again."""
+"""Operators of aten whose outputs ``selective`` keeps, besides attention."""
+ATTENTION_PREFIX = "_scaled_dot_product"
+RECOMPUTED_MARKER = "_is_recomputed"
+"""Attribute of block classes whose forward is recomputed."""
 
 
 def checkpoint_activations(model: nn.Module, kind: str) -> None:
-    """Have each block of ``model`` computed again in the backward, as ``kind`` says: none, full, selective."""
+    """Make the backward pass recompute each block of ``model``; ``kind`` is none, full or selective."""
     if kind == "none":
         return
     for block in blocks(model):
-        if "forward" in vars(block):  # one of its own, which hides that of any class
-            block.forward = partial(checkpoint, block.forward, **_options(kind))
+        if "forward" in vars(block):  # an instance attribute, which hides any class's forward
+            block.forward = partial(checkpoint, block.forward, **_checkpoint_options(kind))
         else:
             base: Any = type(block)
             block.__class__ = recomputing_class(base, kind)
@@ -37,12 +36,12 @@ def checkpoint_activations(model: nn.Module, kind: str) -> None:
 
 @cache
 def recomputing_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    """A class of blocks like ``base``, whose forward is computed again in the backward.
+    """Derive a class from ``base`` whose forward is recomputed in the backward pass.
 
-    One for all blocks of a model, and no ``checkpoint`` set as a block's ``forward``:
-    dynamo compiles code, which blocks of one class share, and skips frames of torch's own.
+    All blocks of a model share one class, and no block has ``checkpoint`` as its ``forward``: dynamo compiles code,
+    which blocks of one class share, and skips torch's own frames.
     """
-    options = _options(kind)
+    options = _checkpoint_options(kind)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(base.forward, self, *args, **options, **kwargs)
@@ -52,19 +51,22 @@ def recomputing_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
 
 
 def keep_recomputed_blocks_eager(model: nn.Module) -> None:
-    """Leave blocks that are computed again out of ``torch.compile``, where that was asked for."""
-    if any(part._compiled_call_impl is not None for part in (model, *blocks(model))):
-        for block in blocks(model):
-            if hasattr(type(block), RECOMPUTED_MARKER):
-                block.forward = torch.compiler.disable(block.forward)
+    """Exclude recomputed blocks from ``torch.compile`` if the model or its blocks are compiled."""
+    if all(module._compiled_call_impl is None for module in (model, *blocks(model))):
+        return
+    for block in blocks(model):
+        if hasattr(type(block), RECOMPUTED_MARKER):
+            block.forward = torch.compiler.disable(block.forward)
 
 
-def _options(kind: str) -> dict[str, Any]:
-    extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
-    return {"use_reentrant": False, **extra}
+def _checkpoint_options(kind: str) -> dict[str, Any]:
+    if kind == "selective":
+        context_fn = partial(create_selective_checkpoint_contexts, _selective_policy)
+        return {"use_reentrant": False, "context_fn": context_fn}
+    return {"use_reentrant": False}
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _selective_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator._opname if isinstance(operator, torch._ops.OpOverload) else ""
-    keep = name in SAVED_OPERATORS or name.startswith(ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    is_expensive = name in SAVED_OPERATORS or name.startswith(ATTENTION_PREFIX)
+    return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: the order in which they are tried, what was taken, and why not another one."""
+"""Attention kernels: the order in which torch tries them, the one in use, and why a better one is not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from amlaunch.trainer.models.attention import FLEX_DTYPES
+from amlaunch.trainer.models.attention import flex_supports
 from amlaunch.trainer.models.base import blocks, config_value
 
 BACKENDS = {
@@ -23,21 +23,20 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 HOPPER_ORDER = ("cudnn_attention", "flash_attention", "efficient_attention", "math")
-"""cuDNN computes nearly twice as fast there as torch's FlashAttention 2 (pytorch/pytorch#142132)."""
+"""On Hopper, cuDNN is nearly twice as fast as torch's FlashAttention 2 (pytorch/pytorch#142132)."""
 DEFAULT_ORDER = ("flash_attention", "efficient_attention", "cudnn_attention", "math")
 
 
 def backend_order(method: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
-    """The backends in the order in which they are tried: the recipe's ``sdpa_method``, else by device."""
+    """Return the backends in the order torch should try them: the recipe's ``sdpa_method``, or the device's default."""
     if method is not None:
         return tuple(method)
-    return (
-        HOPPER_ORDER if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else DEFAULT_ORDER
-    )
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return HOPPER_ORDER if is_hopper else DEFAULT_ORDER
 
 
 def prefer_backends(order: Sequence[str], device: torch.device) -> AbstractContextManager[Any]:
-    """Have ``scaled_dot_product_attention`` try these backends, in this order, and no other; the CPU chooses itself."""
+    """Let ``scaled_dot_product_attention`` try only these backends, in this order; a CPU chooses on its own."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([BACKENDS[name] for name in order], set_priority=True)
@@ -45,11 +44,11 @@ def prefer_backends(order: Sequence[str], device: torch.device) -> AbstractConte
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """What computes attention in this run."""
+    """The kernel that computes attention in this run."""
 
     backend: str
     warning: str | None
-    """Where it is not what was wanted first: what is in the way."""
+    """Reason why it is not the preferred kernel; None if it is."""
 
 
 def select_backend(
@@ -62,73 +61,78 @@ def select_backend(
     packed: bool = False,
     compiled: bool = False,
 ) -> AttentionBackend | None:
-    """What computes attention over rows of ``length`` tokens; None where the model's heads are not known."""
-    heads, width = config_value(model, "num_attention_heads", "n_head"), config_value(model, "hidden_size", "n_embd")
+    """Return the kernel that torch selects for rows of ``length`` tokens; None if the model's heads are unknown."""
+    heads = config_value(model, "num_attention_heads", "n_head")
+    width = config_value(model, "hidden_size", "n_embd")
     if not heads or not width or not blocks(model):
         return None
-    size, dropout = config_value(model, "head_dim") or width // heads, _dropout(model)
-    ours = any(hasattr(module, "attend") for module in model.modules())
-    if packed and compiled and ours and device.type == "cuda" and dtype in FLEX_DTYPES and size >= 16 and not dropout:
-        return AttentionBackend("flex_attention", None)  # see amlaunch.trainer.models.attention.attend
-    shared = config_value(model, "num_key_value_heads") or heads
-    if packed and not ours:  # transformers repeats keys and values where there is a mask
-        shared = heads
+    head_width = config_value(model, "head_dim") or width // heads
+    key_value_heads = config_value(model, "num_key_value_heads") or heads
+    dropout = _attention_dropout(model)
+    is_ours = any(hasattr(module, "attend") for module in model.modules())
+
+    # The conditions of amlaunch.trainer.models.attention.attend.
+    if packed and compiled and is_ours and device.type == "cuda" and flex_supports(dtype, head_width, dropout):
+        return AttentionBackend("flex_attention", None)
+
+    if packed and not is_ours:  # transformers repeats keys and values if there is a mask
+        key_value_heads = heads
     query, key = (
-        torch.empty(1, some, length, size, dtype=dtype, device=device, requires_grad=True) for some in (heads, shared)
+        torch.empty(1, head_count, length, head_width, dtype=dtype, device=device, requires_grad=True)
+        for head_count in (heads, key_value_heads)
     )
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device) if packed else None
     call: dict[str, Any] = {
         "query": query,
         "key": key,
         "value": key,
-        "attn_mask": mask,
+        "attn_mask": torch.ones(1, 1, length, length, dtype=torch.bool, device=device) if packed else None,
         "dropout_p": dropout,
         "is_causal": not packed,
-        "enable_gqa": shared != heads,
+        "enable_gqa": key_value_heads != heads,
     }
-    chosen = torch._fused_sdp_choice(**call)
-    name = next((known for known, backend in BACKENDS.items() if backend.value == chosen), f"backend {chosen}")
+    selected = torch._fused_sdp_choice(**call)
+    name = next((known for known, backend in BACKENDS.items() if backend.value == selected), f"backend {selected}")
     if device.type != "cuda":
         return AttentionBackend(name, None)
     if packed:
-        more = "; compile.enabled true leaves that out" if ours and not compiled else ""
+        advice = "; set compile.enabled: true to avoid this" if is_ours and not compiled else ""
         return AttentionBackend(
-            name,
-            f"rows are packed: attention by {name} computes what lies between documents, too, and hides it by a mask{more}",
+            name, f"packed rows: attention by {name} also computes the masked scores between documents{advice}"
         )
-    return AttentionBackend(
-        name, None if name == order[0] else f"{order[0]} was wanted and cannot be had: {_reason(call, order[0])}"
-    )
+    if name == order[0]:
+        return AttentionBackend(name, None)
+    return AttentionBackend(name, f"{order[0]} is not available: {_unavailable_reason(call, order[0])}")
 
 
-def _dropout(model: nn.Module) -> float:
-    """The share of its weights that attention drops in training."""
-    for place in (getattr(model, "settings", None), getattr(model, "config", None)):
+def _attention_dropout(model: nn.Module) -> float:
+    """Return the dropout probability of attention weights in training."""
+    for owner in (getattr(model, "settings", None), getattr(model, "config", None)):
         for name in ("attention_dropout", "attn_pdrop", "dropout"):
-            value = getattr(place, name, None)
+            value = getattr(owner, name, None)
             if isinstance(value, int | float):
                 return float(value)
     return 0.0
 
 
-def _reason(call: dict[str, Any], backend: str) -> str:
-    """What torch says against ``backend``, which it tells as warnings only while it tries."""
-    with warnings.catch_warnings(record=True) as said, sdpa_kernel([BACKENDS[backend]]):
+def _unavailable_reason(call: dict[str, Any], backend: str) -> str:
+    """Return torch's objections to ``backend``, which it only issues as warnings while it tries the backend."""
+    with warnings.catch_warnings(record=True) as issued, sdpa_kernel([BACKENDS[backend]]):
         warnings.simplefilter("always")
         try:
             F.scaled_dot_product_attention(**call)
         except RuntimeError as error:
-            said_last = str(error).splitlines()[0]
+            last_line = str(error).splitlines()[0]
         else:
-            return "it works alone: another backend stands before it"
-    told = [str(one.message).splitlines()[0] for one in said if "kernel not used" not in str(one.message)]
-    return "; ".join(told[:3]) or said_last
+            return "it works alone, but torch prefers another backend"
+    objections = [str(warning.message).splitlines()[0] for warning in issued]
+    objections = [text for text in objections if "kernel not used" not in text]
+    return "; ".join(objections[:3]) or last_line
 
 
 def cast_residual_stream(model: nn.Module, dtype: torch.dtype) -> None:
-    """Carry the residual stream in ``dtype``: what enters the first block is cast, and all blocks add to that.
+    """Cast the input of the first block to ``dtype``, so that all blocks add to a residual stream of that type.
 
-    Under autocast it would be float32, the type of the embeddings; sums of bfloat16 move half the bytes.
+    Under autocast the stream would have the embeddings' type, float32; bfloat16 moves half the bytes.
     """
 
     def cast(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""``torch.compile``: how much of the model at once, and what it has cost."""
+"""``torch.compile``: its scope in the model, its cache, and its cost."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from amlaunch.recipes.format.schema import Compile, Distributed
 from amlaunch.trainer.models.base import blocks
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-FORWARD = ("_compile.compile_inner", "entire_frame_compile")
-BACKWARD = ("backward._backward_impl", "entire_backward_compile")
-"""What torch's own stop watch calls them: since 2.6, and before."""
+FORWARD_TIMERS = ("_compile.compile_inner", "entire_frame_compile")
+BACKWARD_TIMERS = ("backward._backward_impl", "entire_backward_compile")
+"""Torch's own names of these timers: since 2.6, and before."""
 
 
 def compile_scope(section: Compile, distributed: Distributed, ranks: int) -> str:
-    """``model`` or ``blocks``: the recipe's word, else the faster of the two that can work.
+    """Return ``model`` or ``blocks``: the recipe's choice, or the faster of the two that work.
 
-    A whole model fuses across its blocks and pays for the graph's entry once. But
-    its gradients all come at the end of the backward pass, so that nothing of it is
-    left to hide DDP's all-reduce behind, and FSDP2's hooks between the blocks would
-    break the graph anyway: several ranks compile block by block.
+    A whole model fuses across its blocks and enters its graph once. But its gradients all arrive at the end of the
+    backward pass, so nothing overlaps with DDP's all-reduce, and FSDP2's hooks between the blocks would break the graph
+    anyway. So several ranks compile block by block.
     """
     if section.scope != "auto":
         return section.scope
@@ -34,23 +33,26 @@ def compile_scope(section: Compile, distributed: Distributed, ranks: int) -> str
 
 
 def compile_model(model: nn.Module, section: Compile, scope: str) -> None:
-    """Compile ``model`` where it stands, so that parameter names stay as they are; shapes are static."""
+    """Compile ``model`` in place with static shapes; parameter names do not change."""
     if not section.enabled:
         return
     import torch._dynamo
 
-    leave_a_cache_that_cannot_be_written()
+    drop_unwritable_cache()
 
-    # Else dynamo cuts what DDP holds into a graph for each 25 MB of gradients, a block too, so that reducing begins
-    # within a graph. By blocks it begins after each block anyway. A whole model stays whole, as the recipe asked for
-    # it: its gradients are then reduced after the backward pass, with nothing beside, once a step.
+    # By default dynamo splits what DDP wraps into a graph per 25 MB of gradients, even within a block, so that reducing
+    # begins within a graph. With blocks it begins after each block anyway. A whole model stays one graph, as the recipe
+    # requests; its gradients are then reduced after the backward pass, once a step, without overlap.
     torch._dynamo.config.optimize_ddp = False
-    for part in [model] if scope == "model" else blocks(model):
-        part.compile(mode=section.mode, dynamic=False)
+    for module in [model] if scope == "model" else blocks(model):
+        module.compile(mode=section.mode, dynamic=False)
 
 
-def leave_a_cache_that_cannot_be_written() -> None:
-    """Without the cache a start compiles again; with one that cannot be written torch ends with an error."""
+def drop_unwritable_cache() -> None:
+    """Unset the compile cache's variable if its folder is not writable.
+
+    Without the cache each start compiles again; with an unwritable one torch raises an error.
+    """
     folder = os.environ.get(CACHE_VARIABLE)
     if folder is None:
         return
@@ -61,13 +63,14 @@ def leave_a_cache_that_cannot_be_written() -> None:
     except OSError as error:
         del os.environ[CACHE_VARIABLE]
         print(
-            f"warning: {CACHE_VARIABLE} {folder} cannot be written ({error.strerror}); what is compiled is kept on this machine alone",
+            f"warning: {CACHE_VARIABLE} {folder} is not writable ({error.strerror}); "
+            "using a local compile cache on this machine",
             flush=True,
         )
 
 
 def compile_loss(loss_fn: Any, section: Compile) -> Any:
-    """The loss as fused kernels, so that float32 logits of the whole vocabulary never lie in memory."""
+    """Compile the loss into fused kernels, so that float32 logits of the whole vocabulary never exist in memory."""
     if not section.enabled:
         return loss_fn
     if hasattr(loss_fn, "from_hidden"):
@@ -78,24 +81,25 @@ def compile_loss(loss_fn: Any, section: Compile) -> Any:
 
 @dataclass(frozen=True)
 class CompileStats:
-    """What this process has compiled so far."""
+    """Compile time and cache use of this process so far."""
 
     seconds: float = 0.0
     hits: int = 0
-    """Graphs that were found in the cache."""
+    """Graphs loaded from the cache."""
     misses: int = 0
-    """Graphs that were made."""
+    """Graphs compiled."""
 
 
 def compile_stats() -> CompileStats:
-    """Time and cache hits of ``torch.compile`` in this process; nothing where it was not used."""
+    """Return the time and cache use of ``torch.compile`` in this process; zeros if it was not used."""
     if "torch._dynamo" not in sys.modules:
         return CompileStats()
     from torch._dynamo.utils import compilation_time_metrics, counters
 
-    times = [
-        next((compilation_time_metrics[name] for name in names if name in compilation_time_metrics), [])
-        for names in (FORWARD, BACKWARD)
-    ]
+    seconds = 0.0
+    for names in (FORWARD_TIMERS, BACKWARD_TIMERS):
+        timer = next((name for name in names if name in compilation_time_metrics), None)
+        if timer is not None:
+            seconds += sum(compilation_time_metrics[timer])
     graphs = counters["inductor"]
-    return CompileStats(sum(map(sum, times)), graphs["fxgraph_cache_hit"], graphs["fxgraph_cache_miss"])
+    return CompileStats(seconds, graphs["fxgraph_cache_hit"], graphs["fxgraph_cache_miss"])
