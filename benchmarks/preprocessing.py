@@ -53,7 +53,7 @@ class NoWork:
         return ready[: len(text) // 2]  # about as many tokens as it would give
 tokenizer = dataclasses.replace(load_tokenizer("gpt2"), encoding=NoWork())
 element.load_tokenizer = lambda name: tokenizer
-options, quiet, busy = Preprocess(data_files=sys.argv[1], engine="tiktoken"), Progress(say=lambda text: None), []
+options, quiet, busy = Preprocess(data_files=sys.argv[1], engine="tiktoken"), Progress(log=lambda text: None), []
 for _ in range(3):
     with tempfile.TemporaryDirectory() as out:
         began = time.process_time()

@@ -1,8 +1,7 @@
-"""Text to tokens: sources, tokenizer, shard format, manifest.
+"""Text to tokens: sources, tokenizers, shards and the manifest.
 
-The way through: :mod:`~amlaunch.preprocess.sources.source` gives one element's documents,
-:mod:`~amlaunch.preprocess.tokenizers.tokenizer` makes tokens of them, :mod:`~amlaunch.preprocess.stages.element`
-cuts them into shards (:mod:`~amlaunch.preprocess.shards.shard_format` is their format, and all that a
-reader needs), and :mod:`~amlaunch.preprocess.stages.verify` checks every shard and writes the
-manifest that the trainer reads.
+The way of a document: :mod:`~amlaunch.preprocess.sources.source` yields it,
+:mod:`~amlaunch.preprocess.tokenizers.tokenizer` tokenises it, :mod:`~amlaunch.preprocess.stages.part_writer` writes it
+to a shard (:mod:`~amlaunch.preprocess.shards.shard_format` defines the format, and is all that a reader needs), and
+:mod:`~amlaunch.preprocess.stages.verify` checks every shard and writes the manifest that the trainer reads.
 """

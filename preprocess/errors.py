@@ -1,16 +1,16 @@
-"""What went wrong outside the recipe."""
+"""Errors that the recipe did not cause."""
 
 from __future__ import annotations
 
 
-class Failure(Exception):
-    """A machine, a disk or a network let us down; the message says what, and the same command may succeed later.
+class ExternalFailure(Exception):
+    """A machine, a disk or a network failed; the message says how, and the same command may succeed later.
 
-    Unlike :class:`amlaunch.recipes.errors.BadInput`, worth a retry: exit code 1, without a traceback.
+    Unlike :class:`amlaunch.recipes.errors.BadInput` it is worth a retry: exit code 1, without a traceback.
     """
 
 
-def what_the_disk_says(error: OSError) -> str:
-    """An error of the system in words, with its file."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+def describe_os_error(error: OSError) -> str:
+    """Return the operating system's message for ``error``, preceded by the file it concerns."""
+    prefix = f"{error.filename}: " if error.filename else ""
+    return f"{prefix}{error.strerror or error}"

@@ -1,4 +1,4 @@
-"""How far an element is, for people and for ``progress.json``; and the request to stop soon."""
+"""Progress of an element, for people and for ``progress.json``; and requests to stop."""
 
 from __future__ import annotations
 
@@ -10,117 +10,124 @@ from typing import Any, NoReturn
 
 from amlaunch.recipes.run_layout import ElementDir, Heartbeat
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOG_SECONDS = 5.0
-LOOK_SECONDS = 1.0
-DRAW_SECONDS = 0.2
+"""Between two log lines."""
+HEARTBEAT_SECONDS = 1.0
+"""Between two heartbeats, and two checks for the ``stop`` file."""
+REDRAW_SECONDS = 0.2
+"""Between two updates of the bar."""
 
 
 class StopRequested(BaseException):
-    """Leave now; what is whole stays, what is half goes. Not an Exception, so that no library swallows it."""
+    """Stop now: finished files stay, partial files are removed. Not an Exception, so that no library swallows it."""
 
 
 def stop_on_signals() -> None:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into StopRequested, at once: every write is atomic, so no moment is wrong."""
+    """Raise StopRequested on SIGTERM, SIGINT or SIGUSR1, at once: every write is atomic, so any moment is safe."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        for (
-            other
-        ) in SIGNALS:  # the clean-up is not to be disturbed (SIG_IGN would have Python complain of one on its way)
-            signal.signal(other, lambda *_: None)
+        # A second signal must not interrupt the clean-up. A handler that does nothing, not SIG_IGN: Python complains
+        # about a signal that was already pending when its handler became SIG_IGN.
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, lambda *_: None)
         raise StopRequested(signal.Signals(number).name)
 
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, stop)
 
 
 class Progress:
-    """A bar on a terminal, a line every few seconds elsewhere; beats once a second, and looks for the ``stop`` file."""
+    """A progress report: a bar on a terminal, else a log line every few seconds; and a heartbeat every second."""
 
-    def __init__(self, folder: ElementDir | None = None, say: Callable[[str], None] | None = None, bar: bool = False):
+    def __init__(self, folder: ElementDir | None = None, log: Callable[[str], None] | None = None, bar: bool = False):
         self.folder = folder
-        self._say = say or (lambda text: print(text, flush=True))
+        self._log = log or (lambda text: print(text, flush=True))
         self._heartbeat = Heartbeat(folder.progress if folder else None)
-        self._started = self._looked = self._logged = self._drawn = time.monotonic()
-        self._from = 0
-        self._bar = Bar() if bar else None
+        self._bar = ProgressBar() if bar else None
+        self._done_at_start = 0
 
-    def say(self, text: str) -> None:
-        """A line for people."""
+        now = time.monotonic()
+        self._started = self._last_heartbeat = self._last_log = self._last_redraw = now
+
+    def log(self, text: str) -> None:
+        """Print a line for people, above the bar if there is one."""
         if self._bar:
-            self._bar.say(text)
+            self._bar.print_above(text)
         else:
-            self._say(text)
+            self._log(text)
 
     def begin(self, done: int) -> None:
-        """Count the rate from here: ``done`` tokens were there already."""
-        self._from = done
+        """Measure the rate from now on; ``done`` tokens existed before."""
+        self._done_at_start = done
         self._started = time.monotonic()
 
-    def update(self, done: int, total: int | None, fraction: float | None = None, **more: Any) -> None:
-        """Say that ``done`` of ``total`` tokens are there; cheap enough for every document. Raises StopRequested.
+    def update(self, done: int, total: int | None, fraction: float | None = None, **counts: Any) -> None:
+        """Report that ``done`` of ``total`` tokens are written; cheap enough to call for every document.
 
-        ``fraction``: of all the work, where there is no total. ``more``: further counts, such as documents and workers;
-        ``mb_per_s`` is megabytes of text a second.
+        ``fraction``: share of the work that is done, for when the total is unknown. ``counts``: further fields of
+        ``progress.json``, such as documents and workers; ``mb_per_s`` is megabytes of text a second. Raises
+        StopRequested if the ``stop`` file exists.
         """
         now = time.monotonic()
-        if self._bar and now - self._drawn >= DRAW_SECONDS:
-            self._drawn = now
-            self._bar.draw(
-                _line(done, total, *self._rate(done, total, fraction), more), _fraction(done, total, fraction)
-            )
-        if now - self._looked < LOOK_SECONDS:
+        if self._bar and now - self._last_redraw >= REDRAW_SECONDS:
+            self._last_redraw = now
+            text = _status_line(done, total, *self._rate_and_eta(done, total, fraction), counts)
+            self._bar.draw(text, min(1.0, done / total) if total else fraction)
+
+        if now - self._last_heartbeat < HEARTBEAT_SECONDS:
             return
-        self._looked = now
+        self._last_heartbeat = now
         if self.folder is not None and self.folder.stop.exists():
             raise StopRequested("stop file")
-        rate, eta = self._rate(done, total, fraction)
-        self._heartbeat.beat(unit="token", done=done, total=total, rate=rate, eta_s=eta, **more)
-        if not self._bar and now - self._logged >= LOG_SECONDS:
-            self._logged = now
-            self._say(_line(done, total, rate, eta, more))
 
-    def finish(self, done: int, total: int | None, message: str, **more: Any) -> None:
-        """The last word."""
-        rate, _ = self._rate(done, total, None)
+        rate, eta = self._rate_and_eta(done, total, fraction)
+        self._heartbeat.beat(unit="token", done=done, total=total, rate=rate, eta_s=eta, **counts)
+        if not self._bar and now - self._last_log >= LOG_SECONDS:
+            self._last_log = now
+            self._log(_status_line(done, total, rate, eta, counts))
+
+    def finish(self, done: int, total: int | None, message: str, **counts: Any) -> None:
+        """Write the last heartbeat, remove the bar and print ``message``."""
+        rate, _ = self._rate_and_eta(done, total, None)
         self._heartbeat.beat(
-            unit="token", done=done, total=total, rate=rate, eta_s=0.0, last=True, message=message, **more
+            unit="token", done=done, total=total, rate=rate, eta_s=0.0, last=True, message=message, **counts
         )
         self.close()
-        self.say(message)
+        self.log(message)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.close()
             self._bar = None
 
     def seconds(self) -> float:
-        """Since the work began."""
+        """Return the seconds since the work began."""
         return time.monotonic() - self._started
 
-    def _rate(self, done: int, total: int | None, fraction: float | None) -> tuple[float, float | None]:
+    def _rate_and_eta(self, done: int, total: int | None, fraction: float | None) -> tuple[float, float | None]:
         seconds = max(self.seconds(), 1e-9)
-        rate = (done - self._from) / seconds
+        rate = (done - self._done_at_start) / seconds
         if total is not None:
             return rate, (total - done) / rate if rate > 0 else None
         return rate, seconds * (1 - fraction) / fraction if fraction else None
 
 
-def _fraction(done: int, total: int | None, fraction: float | None) -> float | None:
-    return min(1.0, done / total) if total else fraction
+def _status_line(done: int, total: int | None, rate: float, eta: float | None, counts: dict[str, Any]) -> str:
+    amount = f"{done:,} tokens" if total is None else f"{done:,} of {total:,} tokens"
+    parts = [amount]
+    parts += [f"{name} {value:,}" for name, value in counts.items() if isinstance(value, int)]
+    parts.append(f"{rate:,.0f} tokens/s")
+    if "mb_per_s" in counts:
+        parts.append(f"{counts['mb_per_s']:.1f} MB/s")
+    if eta is not None:
+        parts.append(f"{eta:,.0f} s left")
+    return ", ".join(parts)
 
 
-def _line(done: int, total: int | None, rate: float, eta: float | None, more: dict[str, Any]) -> str:
-    of = f" of {total:,}" if total is not None else ""
-    left = f", {eta:,.0f} s left" if eta is not None else ""
-    text = f", {more['mb_per_s']:.1f} MB/s" if "mb_per_s" in more else ""
-    rest = "".join(f", {key} {value:,}" for key, value in more.items() if isinstance(value, int))
-    return f"{done:,}{of} tokens{rest}, {rate:,.0f} tokens/s{text}{left}"
-
-
-class Bar:
-    """One live line at the foot of a terminal."""
+class ProgressBar:
+    """One live line at the bottom of a terminal."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -130,20 +137,19 @@ class Bar:
         self._progress.start()
 
     def draw(self, text: str, fraction: float | None) -> None:
-        """Show how far it is; a bar that only moves where nobody knows."""
-        self._progress.update(
-            self._task, description=text, total=1.0 if fraction is not None else None, completed=fraction or 0.0
-        )
+        """Show ``text`` and the share of the work that is done; None animates the bar without a position."""
+        total = None if fraction is None else 1.0
+        self._progress.update(self._task, description=text, total=total, completed=fraction or 0.0)
 
-    def say(self, text: str) -> None:
-        """A line above it."""
+    def print_above(self, text: str) -> None:
+        """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._progress.stop()
 
 
-def on_a_terminal() -> bool:
-    """Whether somebody looks at stdout live."""
+def stdout_is_terminal() -> bool:
+    """Return True if stdout is a terminal."""
     return sys.stdout.isatty()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from amlaunch.preprocess.progress import Progress
-from amlaunch.preprocess.shards.output_folder import OutputDir, Part, read_part
+from amlaunch.preprocess.shards.output_folder import FinishedPart, OutputDir, read_part
 from amlaunch.preprocess.shards.shard_format import open_tokens, read_ends
 from amlaunch.preprocess.stages.element import run_element
 from amlaunch.recipes.format.schema import Preprocess
@@ -60,14 +60,14 @@ def corpus(folder: Path, documents: int = 40, seed: int = 0, words: int = 60) ->
 
 def make(
     options: Preprocess, out: Path, elements: range | None = None, lines: list[str] | None = None, workers: int = 0
-) -> list[Part]:
+) -> list[FinishedPart]:
     """Run elements, their lines of output collected, and return their parts; by default in this process."""
-    say = (lines if lines is not None else []).append
+    log = (lines if lines is not None else []).append
     indices = elements if elements is not None else range(options.elements)
-    return [part for i in indices for part in run_element(options, i, out, Progress(say=say), workers)]
+    return [part for i in indices for part in run_element(options, i, out, Progress(log=log), workers)]
 
 
-def parts_of(out: Path) -> list[Part]:
+def parts_of(out: Path) -> list[FinishedPart]:
     """All finished parts in order."""
     folder = OutputDir(out)
     found = [read_part(folder, int(path.stem.rpartition("-")[2])) for path in sorted(out.glob("part-*.json"))]

@@ -1,4 +1,4 @@
-"""``python -m amlaunch.preprocess`` as the launcher and people run it: exit codes, signals, kill -9, locks, disks that fill."""
+"""``python -m amlaunch.preprocess`` as the launcher and users run it: exit codes, signals, kill -9, locks, full disks."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, processes: list
     ]
     code, out, err = finished(words, processes)
     assert (code, out) == (2, "")
-    assert err == f"error: preprocess.data_files: no file matches '/no/*.txt' (from {Path.cwd()})\n"
+    assert err == f"error: preprocess.data_files: no file matches '/no/*.txt' (working directory: {Path.cwd()})\n"
 
 
 @pytest.mark.slow
@@ -173,10 +173,7 @@ def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
         if attempt % 4 == 3 and workers:
             os.kill(workers[0], signal.SIGKILL)
             _, err = process.communicate(timeout=30)
-            killed += (
-                process.returncode == 1
-                and "was killed by SIGKILL (did it need more memory than there is?) while it made part" in err
-            )
+            killed += process.returncode == 1 and "was killed by SIGKILL (out of memory?) while it made part" in err
         elif process.poll() is None:
             process.kill()
             killed += 1
@@ -184,7 +181,7 @@ def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
         assert gone(workers), "a worker outlived its element"
     assert killed == 20, "the corpus is too small to kill in"
     code, said, err = finished(words, processes)
-    assert (code, err) == (0, "") and "goes on after" in said
+    assert (code, err) == (0, "") and "resuming after" in said
     assert everything(tmp_path) == undisturbed
 
 
@@ -295,7 +292,7 @@ def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     os.kill(worker, signal.SIGSTOP)
     second = start(words, processes)
     assert second.stdout is not None
-    assert any("another process works on it" in line for line in second.stdout), "it ended without a word"
+    assert any("another process is working on it" in line for line in second.stdout), "it ended without a word"
     os.kill(worker, signal.SIGCONT)
     _, err = second.communicate(timeout=60)
     assert (second.returncode, err, first.wait(timeout=60)) == (0, "", 0)
@@ -323,7 +320,7 @@ def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
 
 
 def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
-    """The most memory, in MB, that a worker of a run ever had: what the kernel noted, so none is missed between two looks."""
+    """Return the peak memory of a run's worker in MB, as the kernel recorded it, so that no peak between polls is missed."""
     process = start([*words, "--num-workers", "1"], processes)
     found = 0
     while process.poll() is None:
@@ -337,8 +334,8 @@ def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
 
 
 def words_of(seed: int, size: int) -> str:
-    """So many characters of random long words, each one token of GPT-2: they compress as text does, and are tokenised fast."""
-    tokens = load_tokenizer("gpt2").parts["mergeable_ranks"]
+    """Return ``size`` characters of random long words, each one token of GPT-2: they compress like text, and tokenise fast."""
+    tokens = load_tokenizer("gpt2").vocabulary["mergeable_ranks"]
     long = sorted(
         token.decode()
         for token in tokens
@@ -350,7 +347,7 @@ def words_of(seed: int, size: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
 def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, most: int) -> None:
-    """More text in a row group and a shard does not make it grow: 8 and then 24 MB, in pages of a megabyte; nor as JSON lines."""
+    """More text in a row group and a shard does not increase it: 8, then 24 MB, in pages of a megabyte; nor as JSON lines."""
     pytest.importorskip(engine)
     text = words_of(0, 40_000)
     peaks = {}
@@ -489,13 +486,13 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["preprocess", "--data-files", "no/*.txt"], "no file matches 'no/*.txt'"),
         (
             ["preprocess", "--data-files", "x", "--num-workers", "0"],
-            "--num-workers: preprocess.num_workers: expected a whole number of at least 1",
+            "--num-workers: preprocess.num_workers: expected an integer of at least 1",
         ),
         (["preprocess", "--data-files", "x", "--engine", "fast"], "invalid choice: 'fast'"),
         (["preprocess", "quikstart"], "did you mean 'quickstart'"),
         (
             ["preprocess", "--data-files", f"{ROOT}/README.md", "--output-dir", f"{ROOT}/LICENSE"],
-            "LICENSE is a file, and a folder is wanted",
+            "LICENSE is a file, not a folder",
         ),
         (["preprocess", "--data-files", "/dev/null/*"], "no file matches"),
         (
@@ -519,7 +516,7 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     made = json.loads(amlaunch(*words, cwd=tmp_path).stdout)
     assert (made["tokens"], made["path"]) == (2000, str(next((tmp_path / "data").iterdir())))
     again = amlaunch(*words, cwd=tmp_path)
-    assert json.loads(again.stdout) == made and "goes on after" in again.stderr
+    assert json.loads(again.stdout) == made and "resuming after" in again.stderr
     shown = json.loads(amlaunch("data", "inspect", made["path"], "--json", cwd=tmp_path).stdout)
     assert shown["splits"]["val"][0]["tokens"] == made["val_tokens"] >= 100
     found = json.loads(
@@ -557,12 +554,12 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
         json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"]
         == shown["splits"]["train"][0]["documents"]
     )
-    assert "whole: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
+    assert "verified: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
     damaged = amlaunch("data", "verify", made["path"], cwd=tmp_path)
-    assert damaged.returncode == 1 and f"{shard.name}: its sha256 is not" in damaged.stderr
+    assert damaged.returncode == 1 and f"{shard.name}: checksum mismatch" in damaged.stderr
     assert amlaunch(*words, cwd=tmp_path).returncode == 1, "set aside"
     assert json.loads(amlaunch(*words, cwd=tmp_path).stdout) == made, "and made again"
 

@@ -19,22 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amlaunch.preprocess.progress import Progress, StopRequested
-from amlaunch.preprocess.shards.output_folder import START, Cursor, OutputDir
+from amlaunch.preprocess.shards.output_folder import START_CURSOR, Cursor, OutputDir
 from amlaunch.preprocess.shards.shard_format import read_header, read_manifest
-from amlaunch.preprocess.sources.records import Bad, Record, Skipped
-from amlaunch.preprocess.stages.element import result, run_element
-from amlaunch.preprocess.stages.part_writer import Documents, Limits, Written, next_shard
-from amlaunch.preprocess.stages.verify import NotWhole, verify
+from amlaunch.preprocess.sources.records import DamagedRecord, Record, SkippedRecord
+from amlaunch.preprocess.stages.element import element_result, run_element
+from amlaunch.preprocess.stages.part_writer import DocumentStream, PartLimits, ShardCounts, shard_documents
+from amlaunch.preprocess.stages.verify import IncompleteOutput, verify
 from amlaunch.preprocess.tokenizers.engine import Engine
 from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Preprocess
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.run_layout import ElementDir
 from tests.preprocess_helpers import corpus, cut, documents, everything, make, parts_of
 
 TOKENIZER = load_tokenizer("gpt2")
-QUIET = Progress(say=lambda text: None)
+QUIET = Progress(log=lambda text: None)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def shards(out: Path) -> dict[str, bytes]:
 def test_any_text_of_unicode_goes_through_whole_in_either_format(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], elements: int, engine: str, ascii_: bool
 ) -> None:
-    """From JSON lines and from Parquet: tiktoken's tokens document by document, each index entry behind it, the text back."""
+    """From JSON lines and from Parquet: tiktoken's tokens document by document, their index entries, and the text back."""
     folder = tmp_path_factory.mktemp("unicode")
     texts = ["first", *texts, "last", "one more"]  # three parts have something each
     (folder / "a.jsonl").write_text(
@@ -144,21 +144,23 @@ class Listed:
     def records(self, skip: int) -> Any:
         return iter(self.all[skip:])
 
-    def documents(self) -> Documents:
-        return Documents(self.records, Engine(TOKENIZER), skip_bad=True)
+    def documents(self) -> DocumentStream:
+        return DocumentStream(self.records, Engine(TOKENIZER), skip_damaged=True)
 
 
-def next_pieces(stream: Documents, cursor: Cursor, limits: Limits) -> tuple[list[list[int]], Cursor]:
+def next_pieces(stream: DocumentStream, cursor: Cursor, limits: PartLimits) -> tuple[list[list[int]], Cursor]:
     """The documents of the shard at a cursor, and the cursor behind them."""
-    written = Written(cursor, limits.split(cursor))
+    written = ShardCounts(cursor, limits.split_at(cursor))
     pieces = []
-    for document in next_shard(stream, cursor, limits):
+    for document in shard_documents(stream, cursor, limits):
         written.add(document)
         pieces.append(document.tokens.tolist())
     return pieces, written.cursor
 
 
-record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")), st.just(Bad("not text", "row 7")))
+record = st.one_of(
+    st.text("abc ü\n", max_size=60), st.just(SkippedRecord("null")), st.just(DamagedRecord("not text", "row 7"))
+)
 
 
 @settings(deadline=None)
@@ -169,21 +171,21 @@ record = st.one_of(st.text("abc ü\n", max_size=60), st.just(Skipped("null")), s
     st.one_of(st.none(), st.integers(41, 200)),
 )
 def test_shards_cut_a_stream_of_any_documents(records: list[Record], shard: int, val: int, total: int | None) -> None:
-    """All laws of the cut at once; each shard from a fresh stream, as after a kill, or from the running one: the same."""
-    limits = Limits(total, val, shard)
+    """All rules of the cut at once; a fresh stream, as after a kill, and the running one give the same shards."""
+    limits = PartLimits(total, val, shard)
     running = Listed(records).documents()
-    cursor, splits, joined = START, [], []
-    while limits.left(cursor) != 0:
-        running.enter(cursor)
+    cursor, splits, joined = START_CURSOR, [], []
+    while limits.tokens_left(cursor) != 0:
+        running.seek(cursor)
         pieces, behind = next_pieces(running, cursor, limits)
         fresh = Listed(records).documents()
-        fresh.enter(cursor)
+        fresh.seek(cursor)
         assert next_pieces(fresh, cursor, limits) == (pieces, behind)
         if not pieces:
             break
-        if limits.left(behind) != 0:
+        if limits.tokens_left(behind) != 0:
             assert sum(len(tokens) for tokens in pieces) <= shard or len(pieces) == 1
-        splits.append(limits.split(cursor))
+        splits.append(limits.split_at(cursor))
         joined += pieces
         cursor = behind
     expected = [token for text in records if isinstance(text, str) and text for token in encoded(text)]
@@ -245,7 +247,7 @@ class Heard(Progress):
     """Notes each (done, total)."""
 
     def __init__(self) -> None:
-        super().__init__(say=lambda text: None)
+        super().__init__(log=lambda text: None)
         self.steps: list[tuple[int, int | None]] = []
 
     def update(self, done: int, total: int | None, fraction: float | None = None, **more: Any) -> None:
@@ -281,8 +283,8 @@ def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
     options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*", max_tokens=15_000, elements=5, parts=10)
     lines_: list[str] = []
     make(options, tmp_path / "out")
-    whole = verify(options, tmp_path / "out", Progress(say=lines_.append))
-    assert whole["tokens"] == 15_000 and any("made here" in line for line in lines_)
+    whole = verify(options, tmp_path / "out", Progress(log=lines_.append))
+    assert whole["tokens"] == 15_000 and any("making it here" in line for line in lines_)
 
 
 def test_a_budget_reads_no_further_than_it_needs(tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_a_source_that_ends_before_the_budget_is_said(tmp_path: Path, texts: lis
     lines: list[str] = []
     options = recipe(tmp_path, max_tokens=10**9)
     (part,) = make(options, tmp_path / "out")
-    verify(options, tmp_path / "out", Progress(say=lines.append))
+    verify(options, tmp_path / "out", Progress(log=lines.append))
     assert any(f"the source ended at {part.cursor.tokens:,} of 1,000,000,000" in line for line in lines)
 
 
@@ -309,7 +311,7 @@ def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
     made = make(options, tmp_path / "out")
     plain = {entry.file.split("-")[1]: [] for part in made for entry in part.shards}
     for part in parts_of(tmp_path / "plain"):
-        plain[f"{part.part:05d}"] = [d for entry in part.shards for d in cut(tmp_path / "plain" / entry.file)]
+        plain[f"{part.number:05d}"] = [d for entry in part.shards for d in cut(tmp_path / "plain" / entry.file)]
     for number, all_ in plain.items():
         val, train = (
             [d for path in sorted((tmp_path / "out").glob(f"{split}-{number}-*.bin")) for d in cut(path)]
@@ -323,11 +325,11 @@ def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"max_tokens": 500, "val_tokens": 500}, "leave nothing to train on"),
+        ({"max_tokens": 500, "val_tokens": 500}, "leaves nothing to train on"),
         ({"max_tokens": 0}, "nothing to train on"),
         ({"elements": 4, "parts": 3}, "at most 3"),
-        ({"parts": 99}, "only 4 files"),
-        ({"engine": "gigatoken", "tokenizer": "byte"}, "gigatoken is used for gpt2"),
+        ({"parts": 99}, "at most 4 parts"),
+        ({"engine": "gigatoken", "tokenizer": "byte"}, "gigatoken supports only gpt2"),
         ({"shard_tokens": 2**31}, "1 to 2,147,483,647"),
         ({"shard_tokens": 0}, "1 to 2,147,483,647"),
         ({"tokenizer": "gpt-2"}, "did you mean 'gpt2'"),
@@ -346,9 +348,9 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("file", "file is a file, and a folder is wanted"),
+        ("file", "file is a file, not a folder"),
         ("file/below", "file is a file"),
-        ("locked/new", "no right to write in .*locked"),
+        ("locked/new", "no permission to write to .*locked"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
@@ -457,16 +459,16 @@ def test_a_users_iterator_is_a_source(tmp_path: Path, monkeypatch: pytest.Monkey
         "        yield None if i == 3 else {'text': f'number {i}'}\n"
         "def plain():\n    yield 'one'\n    raise KeyError('two')\n"
     )
-    policy = Policy(tmp_path)
+    policy = TargetPolicy(tmp_path)
     source = {"_target_": "mine.py:docs", "n": 9}
     options = Preprocess(source=source, parts=2)
     parts = run_element(options, 0, tmp_path / "out", QUIET, 2, policy)
     assert [part.documents for part in parts] == [5, 3] and parts[1].cursor.skipped == {"null": 1}
     assert stream(tmp_path / "out")[1] == encoded("number 2")
     verify(options, tmp_path / "out", QUIET, policy)
-    with pytest.raises(BadInput, match=r"mine.py:plain cannot give a part alone"):
+    with pytest.raises(BadInput, match=r"mine.py:plain has no parameters part and parts"):
         run_element(Preprocess(source={"_target_": "mine.py:plain"}, parts=2), 0, tmp_path / "no", QUIET, 0, policy)
-    with pytest.raises(BadInput, match=r"mine.py:plain: behind document 0 of part 0: KeyError: 'two'"):
+    with pytest.raises(BadInput, match=r"mine.py:plain: after document 0 of part 0: KeyError: 'two'"):
         run_element(Preprocess(source={"_target_": "mine.py:plain"}), 0, tmp_path / "no", QUIET, 0, policy)
     with pytest.raises(BadInput, match="add --allow-target"):
         run_element(Preprocess(source={"_target_": "os.listdir"}), 0, tmp_path / "no", QUIET, 0, policy)
@@ -492,7 +494,7 @@ def test_a_finished_element_returns_at_once_and_touches_nothing(tmp_path: Path, 
     lines: list[str] = []
     assert make(options, out, lines=lines) == [first]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    assert "goes on after 1 whole parts" in lines[0]
+    assert "resuming after 1 finished parts" in lines[0]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
@@ -527,7 +529,7 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
 ) -> None:
     options, out = recipe(tmp_path, parts=6), tmp_path / "out"
     make(options, tmp_path / "undisturbed")
-    monkeypatch.setattr("amlaunch.preprocess.progress.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("amlaunch.preprocess.progress.HEARTBEAT_SECONDS", 0.0)
     folder = ElementDir(tmp_path / "element")
     wrote: list[str] = []
 
@@ -542,7 +544,7 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     assert len(list(out.glob("part-*"))) == 2 and not list(out.glob(".*.tmp"))
     folder.stop.unlink()
     run_element(options, 0, out, Progress(folder, say), 0)
-    assert any("goes on after 2 whole parts" in line for line in wrote)
+    assert any("resuming after 2 finished parts" in line for line in wrote)
     assert everything(out) == everything(tmp_path / "undisturbed")
     beat = json.loads(folder.progress.read_text())
     assert beat["unit"] == "token" and beat["done"] == beat["total"] > 0
@@ -582,7 +584,7 @@ def test_the_result_names_every_output_with_its_size(tmp_path: Path, texts: list
     out = tmp_path / "out"
     options = recipe(tmp_path, val_tokens=100)
     (part,) = make(options, out)
-    told = result([part], options, 0, out)
+    told = element_result([part], options, 0, out)
     assert all(Path(path).stat().st_size == size for path, size in told["outputs"].items())
     assert len(told["outputs"]) == 2 * len(part.shards) + 2
     assert told["tokens"] == told["train_tokens"] + told["val_tokens"] == sum(map(len, documents(out)))
@@ -610,7 +612,7 @@ def test_the_manifest_lists_all_shards_and_is_written_once(tmp_path: Path, texts
 def test_missing_parts_are_named(tmp_path: Path, texts: list[str]) -> None:
     options = recipe(tmp_path, elements=4, parts=4)
     make(options, tmp_path / "out", range(1, 3))
-    with pytest.raises(NotWhole, match="2 of 4 elements are not finished: 0, 3"):
+    with pytest.raises(IncompleteOutput, match="2 of 4 elements are not finished: 0, 3"):
         verify(options, tmp_path / "out", QUIET)
 
 
@@ -630,10 +632,12 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
     victim = out / f"train-00001-00002{suffix}"
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin") if path.stem != victim.stem}
     damage(victim)
-    with pytest.raises(NotWhole, match=rf"(train-00001-00002\{suffix}|shards of part 1 \(element 1\) are missing)"):
+    with pytest.raises(
+        IncompleteOutput, match=rf"(train-00001-00002\{suffix}|shards of part 1 \(element 1\) are missing)"
+    ):
         verify(options, out, QUIET)
     assert not OutputDir(out).manifest.exists(), "no trainer may read it now"
-    with pytest.raises(NotWhole, match="not finished: 1"):
+    with pytest.raises(IncompleteOutput, match="not finished: 1"):
         verify(options, out, QUIET)
     make(options, out, range(1, 2))
     verify(options, out, QUIET)
@@ -659,7 +663,7 @@ def test_a_damaged_part_file_counts_as_none_and_is_written_again(
     make(options, out)
     whole = (out / "part-00000.json").read_text()
     (out / "part-00000.json").write_text(whole.replace(was, harmed, 1))
-    with pytest.raises(NotWhole, match="shards of part 0"):
+    with pytest.raises(IncompleteOutput, match="shards of part 0"):
         verify(options, out, QUIET)
     make(options, out)
     assert (out / "part-00000.json").read_text() == whole
@@ -677,7 +681,7 @@ def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[
     tokens.flush()
     for entry in (out / "part-00000.json", path.with_suffix(".json")):
         entry.write_text(entry.read_text().replace(part.shards[1].sha256, sha256_file(path)))
-    with pytest.raises(NotWhole, match="does not begin with the beginning-of-sequence"):
+    with pytest.raises(IncompleteOutput, match="does not begin with the beginning-of-sequence"):
         verify(options, out, QUIET)
 
 
@@ -688,7 +692,7 @@ def test_elements_of_two_origins_are_refused(tmp_path: Path, texts: list[str]) -
     make(options, tmp_path / "two")
     for path in (tmp_path / "two").glob("*-00001*"):
         shutil.copy(path, tmp_path / "one" / path.name)
-    with pytest.raises(BadInput, match=r"element 1 was made from something else: source\.digest"):
+    with pytest.raises(BadInput, match=r"element 1 has another source, tokenizer or options: source\.digest"):
         verify(options, tmp_path / "one", QUIET)
     with pytest.raises(BadInput, match=r"options\.shard_tokens was 700, is 800"):
         verify(dataclasses.replace(options, shard_tokens=800), tmp_path / "two", QUIET)
@@ -698,7 +702,7 @@ def test_a_shard_that_nobody_made_here_is_refused_by_name(tmp_path: Path, texts:
     options, out = recipe(tmp_path), tmp_path / "out"
     make(options, out)
     shutil.copy(out / "train-00000-00001.bin", out / "train-00007-00000.bin")
-    with pytest.raises(BadInput, match=r"no element here made these shards: train-00007-00000\.bin"):
+    with pytest.raises(BadInput, match=r"shards that no element of this recipe made: train-00007-00000\.bin"):
         verify(options, out, QUIET)
 
 
@@ -706,7 +710,7 @@ def test_nothing_to_train_on_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
     make(recipe(tmp_path), tmp_path / "out")
-    with pytest.raises(BadInput, match=r"all were left out \(1 empty\)"):
+    with pytest.raises(BadInput, match=r"all records were skipped \(1 empty\)"):
         verify(recipe(tmp_path), tmp_path / "out", QUIET)
     (tmp_path / "corpus" / "b.txt").write_text("word " * 300)
     for name, more in (("all", {"val_tokens": 10**6}), ("cut", {"max_tokens": 100, "val_tokens": 99})):
@@ -730,7 +734,7 @@ def test_more_validation_than_text_is_refused_and_a_part_may_be_validation_alone
 
 
 def test_a_part_cleans_up_after_itself_alone(tmp_path):
-    """Part 0 must not take ``train-00001-00000`` (part 1's first shard, being written) for its own."""
+    """Part 0 must not remove ``train-00001-00000`` (part 1's first shard, being written)."""
     out = OutputDir(tmp_path)
     mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json")]
     theirs = [
@@ -739,4 +743,4 @@ def test_a_part_cleans_up_after_itself_alone(tmp_path):
     ]
     for name in mine + theirs:
         (tmp_path / name).touch()
-    assert sorted(path.name for path in out.leftovers(0)) == sorted(mine)
+    assert sorted(path.name for path in out.temporary_files(0)) == sorted(mine)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from amlaunch.preprocess.errors import Failure
-from amlaunch.preprocess.sources.remote_file import TRIES, RangeReader, RemoteFile, backoff
+from amlaunch.preprocess.errors import ExternalFailure
+from amlaunch.preprocess.sources.remote_file import MAX_ATTEMPTS, RangeReader, RemoteFile, backoff
 from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 from amlaunch.recipes.errors import BadInput
 from tests.fake_hub import COMMIT, REPO, Fault, Hub, break_off, ignore_the_range, refuse, serving
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 CONTENT = bytes(i * i % 251 for i in range(3_000_000))
 
 
-def remote(hub: Hub, kept: Path | None = None, name: str = "a.bin") -> RemoteFile:
-    return RemoteFile(f"{hub.url}/datasets/{REPO}/resolve/{COMMIT}/{name}", name, len(CONTENT), kept, "hf_secret")
+def remote(hub: Hub, cache_path: Path | None = None, name: str = "a.bin") -> RemoteFile:
+    return RemoteFile(f"{hub.url}/datasets/{REPO}/resolve/{COMMIT}/{name}", name, len(CONTENT), cache_path, "hf_secret")
 
 
 @pytest.mark.parametrize(
@@ -65,34 +65,34 @@ def test_any_range_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "error", "says"),
     [
-        (refuse(404), BadInput, "404 .*no such file, or no right"),
+        (refuse(404), BadInput, "404 .*the file does not exist, or you have no access"),
         (refuse(403), BadInput, "HF_TOKEN"),
-        (refuse(418), Failure, "418"),
-        (refuse(503), Failure, f"given up after {TRIES} tries"),
+        (refuse(418), ExternalFailure, "418"),
+        (refuse(503), ExternalFailure, f"failed {MAX_ATTEMPTS} times in a row"),
     ],
 )
 def test_what_waiting_cannot_mend_is_said(fault: Fault, error: type[Exception], says: str) -> None:
     with serving(Hub({"a.bin": CONTENT})) as hub:
-        hub.faults = [fault] * TRIES
+        hub.faults = [fault] * MAX_ATTEMPTS
         with pytest.raises(error, match=says):
             RangeReader(remote(hub), lambda seconds: None).read(10)
-        assert len(hub.asked) == (TRIES if "given up" in says else 1)
+        assert len(hub.asked) == (MAX_ATTEMPTS if "in a row" in says else 1)
 
 
 def test_waits_double_are_scattered_and_end(tmp_path: Path) -> None:
-    waits = [[backoff(attempt) for _ in range(50)] for attempt in range(TRIES)]
+    waits = [[backoff(attempt) for _ in range(50)] for attempt in range(MAX_ATTEMPTS)]
     assert all(len(set(some)) > 40 for some in waits)
     assert max(waits[0]) <= 0.5 and 0.5 <= min(waits[1]) * 1.01 <= 1.01 and max(waits[-1]) <= 90
     assert sum(map(min, waits)) > 120 and sum(map(max, waits)) < 900
 
 
 def test_a_download_goes_on_where_a_killed_one_stopped_and_is_kept(tmp_path: Path) -> None:
-    kept = tmp_path / "cache" / "a.bin"
-    kept.parent.mkdir()
-    kept.with_name("a.bin.incomplete").write_bytes(CONTENT[:1_000_000])
+    cache_path = tmp_path / "cache" / "a.bin"
+    cache_path.parent.mkdir()
+    cache_path.with_name("a.bin.incomplete").write_bytes(CONTENT[:1_000_000])
     with serving(Hub({"a.bin": CONTENT})) as hub:
         for _ in range(2):
-            with remote(hub, kept).open() as handle:
+            with remote(hub, cache_path).open() as handle:
                 assert handle.read() == CONTENT
         assert hub.asked == [("a.bin", 1_000_000)]
 

@@ -28,9 +28,9 @@ from amlaunch.preprocess.shards.shard_format import (
     token_dtype,
     write_shard,
 )
-from amlaunch.preprocess.stages.element import Board, run_element
-from amlaunch.preprocess.stages.inspect_data import Shards
-from amlaunch.preprocess.stages.part_writer import histogram
+from amlaunch.preprocess.stages.element import BudgetTracker, run_element
+from amlaunch.preprocess.stages.inspect_data import ShardSequence
+from amlaunch.preprocess.stages.part_writer import length_histogram
 from amlaunch.preprocess.stages.verify import verify
 from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 from amlaunch.recipes.errors import BadInput
@@ -64,7 +64,7 @@ def test_large_vocabularies_take_four_bytes_and_nemo_s_magic(tmp_path: Path) -> 
 
 
 def as_llm_c_reads(path: Path) -> np.ndarray[Any, Any]:
-    """Its C loader: magic and version, and the file's size by the count alone; the rest of the header is never looked at."""
+    """Read as its C loader does: magic, version, and the file size from the count alone; nothing else of the header."""
     with open(path, "rb") as handle:
         header = struct.unpack("<256i", handle.read(1024))
         assert header[:2] == (20240520, 1)
@@ -97,13 +97,13 @@ def as_the_guide_s_loader_reads(path: Path) -> np.ndarray[Any, Any]:
 
 
 def made(folder: Path, **more: Any) -> list[int]:
-    """Shards of three documents, one with a literal special token, through the whole pipeline; returns the tokens of train."""
+    """Make shards of three documents, one with a literal special token, by the real pipeline; return the train tokens."""
     (folder / "x.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in ("held out", "naïve <|endoftext|> text", "東京"))
     )
     options = Preprocess(data_files=f"{folder}/x.jsonl", val_tokens=1, parts=1, **more)
-    run_element(options, 0, folder / "out", Progress(say=lambda text: None), 0)
-    verify(options, folder / "out", Progress(say=lambda text: None))
+    run_element(options, 0, folder / "out", Progress(log=lambda text: None), 0)
+    verify(options, folder / "out", Progress(log=lambda text: None))
     tokenizer = load_tokenizer(more.get("tokenizer", "gpt2"))
     return [
         token
@@ -179,8 +179,8 @@ def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, h
         ([20240520, 1, 0, 2], b"", "counts 0 tokens"),
         ([20240520, 1, -5, 2], b"", "counts -5 tokens"),
         ([20240520, 2, 3, 2], bytes(6), "version 2"),
-        ([20240520, 1, 3, 8], bytes(24), "8 bytes a token"),
-        ([278895051, 1, 3, 0], bytes(6), "0 bytes a token"),
+        ([20240520, 1, 3, 8], bytes(24), "8 bytes per token"),
+        ([278895051, 1, 3, 0], bytes(6), "0 bytes per token"),
         ([1179403647, 1, 3, 2], bytes(6), "not a token shard: begins with 1179403647"),
     ],
 )
@@ -229,7 +229,7 @@ def test_more_tokens_than_int32_counts_are_refused_and_nothing_is_left(
 
 
 def test_manifest_refusals(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"manifest.json: no such file: run the preprocess and verify"):
+    with pytest.raises(BadInput, match=r"manifest.json: no such file\. Run the preprocess and verify"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match="not valid JSON"):
@@ -259,30 +259,30 @@ def test_offsets_documents_and_budgets_past_2_to_the_32(tmp_path: Path) -> None:
         sparse_shard(path, most, [10, most - 5, most], 7 + i)
     assert read_header(paths[0]) == ShardHeader(most, 2, 3)
     assert read_ends(paths[0]).tolist() == [10, most - 5, most]
-    stream = Shards(paths, [most] * 3)
-    assert stream.at(most - 1, 2) == (paths[0], [7, 0])
-    assert stream.at(2 * most - 1, 1) == (paths[1], [8]) and 2 * most - 1 > 2**32 - 4
-    assert stream.at(3 * most - 1, 5) == (paths[2], [9])
-    assert stream.document(8, [3, 3, 3]) == (3 * most - 5, 5)
-    assert stream.document(7, [3, 3, 3]) == (2 * most + 10, most - 15)
+    stream = ShardSequence(paths, [most] * 3)
+    assert stream.read(most - 1, 2) == (paths[0], [7, 0])
+    assert stream.read(2 * most - 1, 1) == (paths[1], [8]) and 2 * most - 1 > 2**32 - 4
+    assert stream.read(3 * most - 1, 5) == (paths[2], [9])
+    assert stream.locate_document(8, [3, 3, 3]) == (3 * most - 5, 5)
+    assert stream.locate_document(7, [3, 3, 3]) == (2 * most + 10, most - 15)
     for token in (-1, 3 * most):
-        with pytest.raises(BadInput, match=f"tokens 0 to {3 * most - 1:,}"):
-            stream.at(token, 1)
+        with pytest.raises(BadInput, match=f"must be 0 to {3 * most - 1:,}"):
+            stream.read(token, 1)
 
 
 @given(st.lists(st.integers(0, 2**34), min_size=1, max_size=30), st.integers(1, 2**38))
 def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget: int) -> None:
     """Parts finished in any order, from the back: what is left for each is the budget less what is known before it."""
     source = SimpleNamespace(sizes=[4 * count for count in counts])
-    board = Board(SimpleNamespace(source=source), budget)
+    tracker = BudgetTracker(SimpleNamespace(source=source), budget)
     for part in reversed(range(len(counts))):
-        board.tokens[part] = counts[part]
-        board.complete.add(part)
+        tracker.tokens[part] = counts[part]
+        tracker.complete.add(part)
     for part in range(len(counts)):
         left = budget - sum(counts[:part])
-        assert board.left(part) == left
-        assert board.needed(part) <= (left > 0) and (
-            board.needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0
+        assert tracker.tokens_left(part) == left
+        assert tracker.is_needed(part) <= (left > 0) and (
+            tracker.is_needed(part) or sum(counts[:part]) >= 1.02 * budget or left <= 0
         )
 
 
@@ -295,14 +295,14 @@ def test_a_board_counts_to_the_token_whatever_the_size(counts: list[int], budget
 def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: int, elements: int, known: int) -> None:
     """Before anything is known, with some parts counted (any of them), and with all."""
     source = SimpleNamespace(sizes=[4 * count for count in counts])
-    board = Board(SimpleNamespace(source=source), budget)
+    tracker = BudgetTracker(SimpleNamespace(source=source), budget)
     shares = [range(element, len(counts), elements) for element in range(elements)]
-    assert abs(sum(board.expected(share) or 0 for share in shares) - budget) <= elements, "shares by size"
+    assert abs(sum(tracker.expected_tokens(share) or 0 for share in shares) - budget) <= elements, "shares by size"
     for part in [part for part in range(len(counts)) if known >> part & 1]:
-        board.tokens[part] = counts[part]
-        board.complete.add(part)
-    if board.complete:
-        expected = [board.expected(share) or 0 for share in shares]
+        tracker.tokens[part] = counts[part]
+        tracker.complete.add(part)
+    if tracker.complete:
+        expected = [tracker.expected_tokens(share) or 0 for share in shares]
         ends = [
             min(budget, end) for end in itertools.accumulate(counts, initial=0)
         ]  # the counts are a fourth of the bytes
@@ -313,5 +313,5 @@ def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: 
 def test_a_histogram_of_lengths_is_exact_at_powers_of_two(tmp_path: Path) -> None:
     lengths = [1, 2, 3, 4, 7, 8, 2**20 - 1, 2**20]
     write_shard(tmp_path / "x.bin", [np.zeros(length, dtype=np.uint16) for length in lengths], np.dtype("<u2"))
-    found = histogram(tmp_path / "x.bin")
+    found = length_histogram(tmp_path / "x.bin")
     assert {power: count for power, count in enumerate(found) if count} == {0: 1, 1: 2, 2: 2, 3: 1, 19: 1, 20: 1}

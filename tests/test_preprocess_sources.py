@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amlaunch.preprocess.sources.file_parts import Slice, cut, owners, partition, val_shares
-from amlaunch.preprocess.sources.local_files import fixed_part, glob_regex, open_files
-from amlaunch.preprocess.sources.readers import fast_json, read
-from amlaunch.preprocess.sources.records import Bad, Record, Skipped
+from amlaunch.preprocess.sources.file_parts import FileSlice, assign_parts, assign_val_tokens, cut_into_parts, partition
+from amlaunch.preprocess.sources.local_files import glob_regex, glob_root, open_files
+from amlaunch.preprocess.sources.readers import json_parser, read_slice
+from amlaunch.preprocess.sources.records import DamagedRecord, Record, SkippedRecord
 from amlaunch.preprocess.sources.source import Source, open_source
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Preprocess
@@ -29,7 +29,7 @@ def all_records(options: Preprocess, skip_bad: bool = False) -> list[Record]:
     source = open_source(options)
     records = [record for part in range(len(source.sizes)) for record in source.records(part, 0)]
     for record in records:
-        if isinstance(record, Bad) and not skip_bad:
+        if isinstance(record, DamagedRecord) and not skip_bad:
             raise BadInput(record.message)
     return records
 
@@ -106,7 +106,7 @@ def test_relative_patterns_start_where_the_process_does(tmp_path: Path, monkeypa
     ("pattern", "part"), [("/a/b/*.txt", "/a/b"), ("/a/**/c/*.txt", "/a"), ("/a/b.txt", "/a"), ("*.txt", ".")]
 )
 def test_fixed_part(pattern: str, part: str) -> None:
-    assert fixed_part(pattern) == Path(part)
+    assert glob_root(pattern) == Path(part)
 
 
 def test_one_star_stays_in_its_folder() -> None:
@@ -120,15 +120,15 @@ def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": "a"})
     with pytest.raises(BadInput, match=r"no file matches .*\*\.md"):
         open_source(Preprocess(data_files=[f"{tmp_path}/*.txt", f"{tmp_path}/*.md"]))
-    with pytest.raises(BadInput, match="is a folder: write which files"):
+    with pytest.raises(BadInput, match="is a folder"):
         open_source(Preprocess(data_files=str(tmp_path)))
-    with pytest.raises(BadInput, match="no file that exclude leaves in"):
+    with pytest.raises(BadInput, match="exclude: excludes every file that matches"):
         open_source(Preprocess(data_files=f"{tmp_path}/*.txt", exclude="a.*"))
 
 
 @pytest.mark.parametrize("given_", [{}, {"dataset": "a", "data_files": "b"}])
 def test_neither_or_both_sources_are_refused(given_: dict[str, str]) -> None:
-    with pytest.raises(BadInput, match="give one of dataset"):
+    with pytest.raises(BadInput, match="set exactly one of dataset"):
         open_source(Preprocess(**given_))
 
 
@@ -148,7 +148,7 @@ def test_parts_balance_bytes() -> None:
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40), st.integers(1, 9))
 def test_elements_are_balanced_and_begin_at_the_front(sizes: list[int], elements: int) -> None:
-    found = owners(sizes, elements)
+    found = assign_parts(sizes, elements)
     loads = [
         sum(size for size, owner in zip(sizes, found, strict=True) if owner == element) for element in range(elements)
     ]
@@ -158,7 +158,7 @@ def test_elements_are_balanced_and_begin_at_the_front(sizes: list[int], elements
 
 @given(st.lists(st.integers(0, 2**42), min_size=1, max_size=40), st.integers(0, 2**40))
 def test_validation_is_shared_out_to_the_token(sizes: list[int], val: int) -> None:
-    shares = val_shares(sizes, val)
+    shares = assign_val_tokens(sizes, val)
     assert sum(shares) == val and min(shares) >= 0
     if val <= sum(size // 8 for size in sizes):
         assert all(share <= size // 8 for share, size in zip(shares, sizes, strict=True))
@@ -169,7 +169,7 @@ class Sparse:
     """A file of any size that nobody reads."""
 
     def __init__(self, name: str, size: int):
-        self.name, self.size, self.place = name, size, name
+        self.name, self.size, self.location = name, size, name
 
 
 @given(
@@ -181,7 +181,9 @@ class Sparse:
     st.one_of(st.none(), st.integers(1, 2**43)),
 )
 def test_parts_cover_every_byte_once_whatever_the_size(files: list[tuple[str, int]], budget: int | None) -> None:
-    parts = cut([Sparse(*file) for file in files], Preprocess(max_tokens=budget, shard_tokens=10**9 + 10**12))
+    parts = cut_into_parts(
+        [Sparse(*file) for file in files], Preprocess(max_tokens=budget, shard_tokens=10**9 + 10**12)
+    )
     slices = [(piece.file, piece.begin, piece.end) for part in parts for piece in part]
     for file in {id(file): file for file, _, _ in slices}.values():
         own = [(begin, end) for other, begin, end in slices if other is file]
@@ -194,7 +196,7 @@ def test_the_number_of_parts_can_be_given_and_does_not_depend_on_elements(tmp_pa
     write(tmp_path, {f"{i}.txt": "x" * 1000 for i in range(10)})
     for options in ({"parts": 3}, {"parts": 3, "elements": 2, "num_workers": 7}):
         assert len(open_source(Preprocess(data_files=f"{tmp_path}/*", **options)).sizes) == 3
-    with pytest.raises(BadInput, match="only 10 files"):
+    with pytest.raises(BadInput, match="at most 10 parts"):
         open_source(Preprocess(data_files=f"{tmp_path}/*", parts=11))
 
 
@@ -244,7 +246,7 @@ def test_undecodable_is_an_error_with_file_and_byte_or_skipped_or_replaced(
     options = {"data_files": f"{tmp_path}/*.txt", "encoding": encoding}
     with pytest.raises(BadInput, match=f"bad.txt: .*{says}"):
         all_records(Preprocess(**options))
-    assert all_records(Preprocess(**options, encoding_errors="skip")) == [Skipped("undecodable")]
+    assert all_records(Preprocess(**options, encoding_errors="skip")) == [SkippedRecord("undecodable")]
     if "text encoding" not in says:
         assert all_records(Preprocess(**options, encoding_errors="replace")) == [raw.decode("utf-8", "replace")]
 
@@ -256,12 +258,12 @@ def test_codecs_with_errors_of_their_own_are_named_or_skipped(tmp_path: Path, en
     for errors in ("strict", "replace"):
         with pytest.raises(BadInput, match=r"bad\.txt: .*(undefined encoding|not ascii|error handling)"):
             all_records(Preprocess(**options, encoding_errors=errors))
-    assert all_records(Preprocess(**options, encoding_errors="skip")) == [Skipped("undecodable")]
+    assert all_records(Preprocess(**options, encoding_errors="skip")) == [SkippedRecord("undecodable")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-9", "hex", "pyhton"])
 def test_an_encoding_that_is_none_is_refused_before_anything_is_read(encoding: str) -> None:
-    with pytest.raises(BadInput, match="knows no text encoding"):
+    with pytest.raises(BadInput, match="unknown text encoding"):
         open_source(Preprocess(data_files="/nowhere/*", encoding=encoding))
 
 
@@ -281,7 +283,7 @@ def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
         {"a.jsonl": body, "b.jsonl.gz": gzip.compress(body), "c.jsonl.zst": pa.compress(body, "zstd", asbytes=True)},
     )
     options = Preprocess(data_files=f"{tmp_path}/*", parts=3)
-    assert all_records(options) == 3 * ["aé", Skipped("null"), "c"]
+    assert all_records(options) == 3 * ["aé", SkippedRecord("null"), "c"]
     check_entering_anywhere(open_source(options))
 
 
@@ -289,7 +291,7 @@ def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ('{"text": ', "a.jsonl:2: not valid JSON"),
-        ('["text"]', "a.jsonl:2: a JSON object is expected"),
+        ('["text"]', "a.jsonl:2: expected a JSON object"),
         ('{"txet": "x"}', "a.jsonl:2: no column 'text'.*did you mean 'txet'"),
         ('{"text": 3}', "a.jsonl:2: column 'text' holds int"),
         (b'{"text": "\xff"}', "a.jsonl:2: not valid JSON"),
@@ -311,7 +313,7 @@ def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst", "d.jsonl.zst"):
         with pytest.raises(BadInput, match=f"{name}: damaged or truncated {'gzip' if 'gz' in name else 'zstd'}"):
             all_records(Preprocess(data_files=f"{tmp_path}/{name}"))
-        assert isinstance(all_records(Preprocess(data_files=f"{tmp_path}/{name}"), skip_bad=True)[-1], Bad)
+        assert isinstance(all_records(Preprocess(data_files=f"{tmp_path}/{name}"), skip_bad=True)[-1], DamagedRecord)
 
 
 @settings(deadline=None, max_examples=60)
@@ -324,8 +326,8 @@ def test_slices_of_json_lines_give_each_line_once(
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(texts)]
     (folder / "a.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     file = open_files(Preprocess(data_files=f"{folder}/*")).files[0]
-    found = [record for i in range(count) for record in read(Slice(file, i, count), Preprocess())]
-    assert found == [Skipped("null") if text is None else text for text in texts]
+    found = [record for i in range(count) for record in read_slice(FileSlice(file, i, count), Preprocess())]
+    assert found == [SkippedRecord("null") if text is None else text for text in texts]
 
 
 def test_a_line_longer_than_a_block_and_a_bad_one_far_into_a_file_are_placed(tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_line_longer_than_a_block_and_a_bad_one_far_into_a_file_are_placed(tmp
     records = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
     assert [len(str(record)) for record in records[:2]] == [3_000_000, 1] and len(records) == 5002
     bad = records[-1]
-    assert isinstance(bad, Bad) and "a.jsonl:5002: not valid JSON" in bad.message
+    assert isinstance(bad, DamagedRecord) and "a.jsonl:5002: not valid JSON" in bad.message
 
 
 def parquet(path: Path, texts: list[str | None], group: int) -> None:
@@ -347,7 +349,7 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     texts[4] = None
     parquet(tmp_path / "a.parquet", texts[:23], 5)
     parquet(tmp_path / "b.parquet", texts[23:], 4)
-    expected = [Skipped("null") if text is None else text for text in texts]
+    expected = [SkippedRecord("null") if text is None else text for text in texts]
     for parts in (1, 2, 3, 7, 9):
         options = Preprocess(data_files=f"{tmp_path}/*.parquet", parts=parts, chunk_size=3)
         assert sorted(map(str, all_records(options))) == sorted(map(str, expected))
@@ -367,7 +369,10 @@ def test_text_of_a_parquet_file_that_is_not_utf_8_is_placed(tmp_path: Path) -> N
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     records = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
     assert [records[0], records[2]] == ["a", "b"]
-    assert isinstance(records[1], Bad) and "a.parquet: row 1: byte 0 of the text is not utf-8" in records[1].message
+    assert (
+        isinstance(records[1], DamagedRecord)
+        and "a.parquet: row 1: byte 0 of the text is not utf-8" in records[1].message
+    )
 
 
 def test_a_parquet_column_that_is_missing_or_not_text_and_damage_are_named(tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_a_parquet_column_that_is_missing_or_not_text_and_damage_are_named(tmp_p
         all_records(Preprocess(data_files=files, text_column="id"))
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(BadInput, match=r"a.parquet: damaged, or not a whole Parquet file"):
+    with pytest.raises(BadInput, match=r"a.parquet: damaged or truncated Parquet file"):
         all_records(Preprocess(data_files=files))
 
 
@@ -401,7 +406,7 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
         options = Preprocess(dataset=str(hub_folder), parts=parts)
         found = all_records(options)
         assert [text for text in found if isinstance(text, str)] == expected
-        assert found.count(Skipped("null")) == 3
+        assert found.count(SkippedRecord("null")) == 3
         check_entering_anywhere(open_source(options))
     refused = [
         ({"text_column": "txt"}, "no column 'txt'.*did you mean 'text'"),
@@ -424,9 +429,9 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
 
 
 def test_what_is_said_where_the_hub_cannot_be_reached() -> None:
-    from amlaunch.preprocess.sources.hub import unreachable
+    from amlaunch.preprocess.sources.hub import hub_unreachable_message
 
-    message = unreachable(Preprocess(dataset="HuggingFaceFW/fineweb"), ConnectionError("no route"))
+    message = hub_unreachable_message(Preprocess(dataset="HuggingFaceFW/fineweb"), ConnectionError("no route"))
     for word in ("HuggingFaceFW/fineweb", "no route", "HF_HOME", "data_files", "DIR"):
         assert word in message
 
@@ -482,20 +487,20 @@ json_like = st.recursive(
 def test_json_lines_give_the_same_with_and_without_orjson(
     tmp_path_factory: pytest.TempPathFactory, line: bytes
 ) -> None:
-    """What orjson takes, the standard library takes, and gives the same; what it refuses, the standard library decides."""
+    """The standard library accepts what orjson accepts, with the same result, and decides about what orjson rejects."""
     orjson = pytest.importorskip("orjson", reason="the extra fast is not installed")
     folder = tmp_path_factory.mktemp("json")
     (folder / "a.jsonl").write_bytes(b'{"text": "first"}\n' + line + b"\n")
-    piece = Slice(open_files(Preprocess(data_files=f"{folder}/*")).files[0])
-    found = list(read(piece, Preprocess()))
+    piece = FileSlice(open_files(Preprocess(data_files=f"{folder}/*")).files[0])
+    found = list(read_slice(piece, Preprocess()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amlaunch.preprocess.sources.readers.fast_json", lambda: json.loads)
-        assert list(read(piece, Preprocess())) == found
-    assert found[0] == "first" and len(found) == 1 + bool(line.strip()) and fast_json() is orjson.loads
+        patch.setattr("amlaunch.preprocess.sources.readers.json_parser", lambda: json.loads)
+        assert list(read_slice(piece, Preprocess())) == found
+    assert found[0] == "first" and len(found) == 1 + bool(line.strip()) and json_parser() is orjson.loads
 
 
 def test_two_objects_on_a_line_are_damage_not_two_documents(tmp_path: Path) -> None:
     """Also where an empty line makes the numbers agree."""
     write(tmp_path, {"a.jsonl": '{"text": "a"}{"text": "b"}\n\n{"text": "c"}\n'})
     bad, good = all_records(Preprocess(data_files=f"{tmp_path}/*"), skip_bad=True)
-    assert isinstance(bad, Bad) and "a.jsonl:1: not valid JSON" in bad.message and good == "c"
+    assert isinstance(bad, DamagedRecord) and "a.jsonl:1: not valid JSON" in bad.message and good == "c"

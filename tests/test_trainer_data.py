@@ -290,7 +290,7 @@ def test_files_that_are_no_whole_shards_are_refused_by_name_with_what_is_wrong(t
     assert "long.bin: longer than its header says" in damaged(tmp_path, "long.bin", whole + b"\0\0")
     assert "foreign.bin: not a token shard: begins with" in damaged(tmp_path, "foreign.bin", b"PAR1" * 500)
     header[1] = 2
-    assert "new.bin: a token shard of version 2; this reads version 1" in damaged(
+    assert "new.bin: shard format version 2 is not supported; expected version 1" in damaged(
         tmp_path, "new.bin", header.tobytes() + whole[1024:]
     )
     header[1:3] = 1, 0

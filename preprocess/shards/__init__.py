@@ -1,1 +1,1 @@
-"""The shard format, and the files of an output folder."""
+"""The shard format and the files of an output folder."""

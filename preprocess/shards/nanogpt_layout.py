@@ -1,4 +1,4 @@
-"""nanoGPT's layout: one headerless file of tokens for each split, written beside the shards."""
+"""nanoGPT's layout: one headerless file of tokens per split, written beside the shards."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from amlaunch.preprocess.shards.output_folder import OutputDir
 from amlaunch.preprocess.shards.shard_format import HEADER_BYTES
-from amlaunch.recipes.files import whole_file
+from amlaunch.recipes.files import atomic_file
 
 CHUNK_BYTES = 1 << 22
 
 
 def write_raw(folder: OutputDir, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write ``train.bin`` and ``val.bin``, the tokens of all shards of the split one after another; returns sizes and digests."""
+    """Write ``train.bin`` and ``val.bin``, the concatenated tokens of each split; return their sizes and digests."""
     return {
-        f"{split}.bin": _write(folder, f"{split}.bin", entries)
+        f"{split}.bin": _concatenate(folder, f"{split}.bin", entries)
         for split, entries in manifest["splits"].items()
         if entries
     }
 
 
-def _write(folder: OutputDir, name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _concatenate(folder: OutputDir, name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with whole_file(folder.root / name) as handle:
+    with atomic_file(folder.root / name) as handle:
         for entry in entries:
             with open(folder.root / entry["file"], "rb") as shard:
                 shard.seek(HEADER_BYTES)

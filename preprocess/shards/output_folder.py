@@ -1,4 +1,4 @@
-"""What lies in an output folder: the names, and what each shard and each finished part says of itself."""
+"""The files of an output folder: their names, and the records of finished shards and parts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from amlaunch.preprocess.shards.shard_format import MANIFEST, index_path
+from amlaunch.preprocess.shards.shard_format import INDEX_ITEM_BYTES, MANIFEST, index_path
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import fingerprint, read_json
 from amlaunch.recipes.version import VERSION
 
 PART_VERSION = 2
-ERRORS_LISTED = 100
-"""Damaged records that a shard's entry lists; the others are counted alone."""
+MAX_LISTED_ERRORS = 100
+"""Damaged records that a shard's entry lists; further ones are only counted."""
 
 
 @dataclass(frozen=True)
@@ -25,75 +25,83 @@ class OutputDir:
     root: Path
 
     def shard(self, split: str, part: int, number: int) -> Path:
-        """The tokens; ``.idx`` and ``.json`` lie beside them."""
+        """Return the path of a shard's tokens; its ``.idx`` and ``.json`` lie beside it."""
         return self.root / f"{split}-{part:05d}-{number:05d}.bin"
 
     def part(self, part: int) -> Path:
-        """Exists only when the part is whole: its shards and totals."""
+        """Return the path of a finished part's record (shards and totals); no file until the part is finished."""
         return self.root / f"part-{part:05d}.json"
 
     def element(self, element: int) -> Path:
-        """Exists only when the element has made all its parts that are needed."""
+        """Return the path of an element's record; no file until all its needed parts are finished."""
         return self.root / f"element-{element:05d}.json"
 
     def origin(self, element: int) -> Path:
-        """What the element makes its shards from; written before the first."""
+        """Return the path of an element's origin: source, tokenizer and options, written before its first shard."""
         return self.root / f"origin-{element:05d}.json"
 
     def origins(self) -> Iterator[Path]:
-        """Those of all elements that ever started here."""
+        """Yield the origin files of all elements that ever started in this folder."""
         return iter(sorted(self.root.glob("origin-*.json")))
 
     def lock(self, part: int) -> Path:
-        """Held by the process that works on the part."""
+        """Return the path of the lock that the process working on a part holds."""
         return self.root / f".lock-{part:05d}"
 
     @property
     def manifest(self) -> Path:
-        """What the trainer reads."""
+        """The manifest, which the trainer reads."""
         return self.root / MANIFEST
 
-    def leftovers(self, part: int | None = None) -> Iterator[Path]:
-        """Half files that a killed process left of this part; those of others, at work beside it, are theirs. None: of all."""
+    def temporary_files(self, part: int | None = None) -> Iterator[Path]:
+        """Yield the partial files that a killed process left of this part; None: of all parts.
+
+        Partial files of other parts may belong to a process that is at work beside this one.
+        """
         number = r"\d{5,}" if part is None else f"{part:05d}"
-        own = re.compile(rf"\.((train|val)-{number}-|part-{number}\.).*\.tmp")
-        return (path for path in self.root.glob(".*.tmp") if own.fullmatch(path.name))
+        pattern = re.compile(rf"\.((train|val)-{number}-|part-{number}\.).*\.tmp")
+        return (path for path in self.root.glob(".*.tmp") if pattern.fullmatch(path.name))
 
     def shards_on_disk(self) -> set[str]:
-        """Names of all ``.bin`` files that are named as shards are."""
+        """Return the names of all ``.bin`` files that are named like shards."""
         return {path.name for path in self.root.glob("*.bin") if re.fullmatch(r"(train|val)-\d+-\d+\.bin", path.name)}
 
 
+def part_number(name: str) -> int:
+    """Return the part of a shard, from its file name."""
+    return int(name.split("-")[1])
+
+
 class Cursor(NamedTuple):
-    """How far a part is. A whole shard's cursor is where the next one begins."""
+    """A position in a part, between two documents. The cursor of a finished shard is where the next one begins."""
 
     records: int
-    """Taken from the part, those without a document included."""
+    """Records of the part before this position, including those without a document."""
     train: int
-    """Tokens."""
+    """Training tokens before this position."""
     val: int
-    """Tokens."""
+    """Validation tokens before this position."""
     skipped: Mapping[str, int]
     """Records without a document, by reason."""
 
     @property
     def tokens(self) -> int:
-        """Of both splits."""
+        """Tokens of both splits."""
         return self.train + self.val
 
     def after(self, split: str, tokens: int, records: int, skipped: Mapping[str, int]) -> Cursor:
-        """The cursor when a document of ``tokens`` tokens went to ``split``."""
+        """Return the cursor after ``tokens`` more tokens of ``split``; ``records`` and ``skipped`` are totals."""
         if split == "val":
             return Cursor(records, self.train, self.val + tokens, skipped)
         return Cursor(records, self.train + tokens, self.val, skipped)
 
 
-START = Cursor(0, 0, 0, {})
+START_CURSOR = Cursor(0, 0, 0, {})
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A whole shard, as its ``.json``, the part and the manifest list it."""
+    """A finished shard, as its ``.json``, its part and the manifest list it."""
 
     file: str
     split: str
@@ -103,45 +111,50 @@ class ShardEntry:
     sha256: str
     idx_sha256: str
     source: str
-    """Which records of the source it holds."""
+    """Part and records of the source that it holds."""
     start: int
     """Records of the part before its first document."""
     cursor: Cursor
+    """The end of the shard."""
     cut: bool
-    """Whether the budget ended it: with a larger one it would hold more."""
+    """True if the budget ended it; with a larger budget it would hold more."""
     origin: str
-    """Fingerprint of what it was made from."""
+    """Fingerprint of its part's origin: source, tokenizer and options."""
     text_bytes: int
-    """Of the documents' text in UTF-8."""
+    """Size of its documents' text in UTF-8."""
     repaired: int
-    """Documents in which U+FFFD took the place of lone surrogates."""
+    """Documents in which U+FFFD replaced lone surrogates."""
     histogram: tuple[int, ...]
     """Documents of 1, 2 to 3, 4 to 7, 8 to 15, … tokens."""
     errors: tuple[str, ...] = ()
-    """Damaged records that were left out before or among its documents, at most ERRORS_LISTED."""
+    """Damaged records left out before or among its documents, at most ``MAX_LISTED_ERRORS``."""
     created_by: str = f"amlaunch {VERSION}"
 
     def to_json(self) -> dict[str, Any]:
-        """For the ``.json`` files."""
+        """Return the contents of the shard's ``.json``."""
         return asdict(self) | {"cursor": self.cursor._asdict()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ShardEntry:
-        """The reverse; KeyError or TypeError where it is something else."""
+        """Parse the contents of a ``.json``. Raises KeyError or TypeError if it is not a shard entry."""
         lists = {name: tuple(value[name]) for name in ("histogram", "errors")}
         return cls(**{**value, **lists, "cursor": Cursor(**value["cursor"])})
 
-    def sizes_agree(self, folder: Path) -> bool:
-        """Whether both files are there in full length: cheap, where :mod:`~amlaunch.preprocess.stages.verify` reads every byte."""
+    def has_complete_files(self, folder: Path) -> bool:
+        """Return True if both files exist with the expected size.
+
+        A cheap check; :mod:`amlaunch.preprocess.stages.verify` reads every byte.
+        """
         path = folder / self.file
         try:
-            return path.stat().st_size == self.bytes and index_path(path).stat().st_size == 8 * self.documents
+            index_size = index_path(path).stat().st_size
+            return path.stat().st_size == self.bytes and index_size == INDEX_ITEM_BYTES * self.documents
         except OSError:
             return False
 
 
 def read_entry(path: Path) -> ShardEntry | None:
-    """The entry beside the shard ``path``; None where the shard is not whole (no entry, or one that cannot be read)."""
+    """Read the entry beside the shard ``path``; None if the shard is unfinished (entry missing or unreadable)."""
     try:
         value = read_json(path.with_suffix(".json"))
         return None if value is None else ShardEntry.from_json(value)
@@ -150,67 +163,81 @@ def read_entry(path: Path) -> ShardEntry | None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A finished part."""
+class FinishedPart:
+    """A finished part: its shards, and how far into the part they reach."""
 
-    part: int
+    number: int
     origin: dict[str, Any]
-    """Options, source and tokenizer that the shards were made from."""
+    """Source, tokenizer and options that the shards were made from."""
     shards: tuple[ShardEntry, ...]
     cursor: Cursor
     complete: bool
-    """Whether the part has no more documents; else the budget ended it."""
+    """True if the shards hold the entire part; False if the budget ended it."""
     errors: tuple[str, ...] = ()
-    """Damaged records that were left out behind the last document."""
+    """Damaged records left out after the last document."""
 
     @property
     def documents(self) -> int:
-        """In both splits."""
+        """Documents of both splits."""
         return sum(entry.documents for entry in self.shards)
 
-    def fits(self, limit: int | None) -> bool:
-        """Whether it is what a run with so many tokens left would leave."""
-        return (
-            self.complete
-            if limit is None
-            else self.cursor.tokens == limit or (self.complete and self.cursor.tokens < limit)
-        )
+    @property
+    def text_bytes(self) -> int:
+        """Size of the documents' text in UTF-8."""
+        return sum(entry.text_bytes for entry in self.shards)
 
-    def whole(self, folder: Path) -> bool:
-        """Whether all its files are there in full length."""
-        return all(entry.sizes_agree(folder) for entry in self.shards)
+    def matches_budget(self, tokens_left: int | None) -> bool:
+        """Return True if a run with ``tokens_left`` tokens of its budget left (None: no budget) would end here."""
+        if tokens_left is None:
+            return self.complete
+        return self.cursor.tokens == tokens_left or (self.complete and self.cursor.tokens < tokens_left)
 
-    def consistent(self) -> bool:
-        """Whether it agrees with what its shards say of themselves."""
-        train, val = (sum(entry.tokens for entry in self.shards if entry.split == split) for split in ("train", "val"))
-        origins = {entry.origin for entry in self.shards}
-        return (train, val) == (self.cursor.train, self.cursor.val) and origins <= {fingerprint(self.origin)}
+    def has_complete_files(self, folder: Path) -> bool:
+        """Return True if all its files exist with the expected sizes."""
+        return all(entry.has_complete_files(folder) for entry in self.shards)
+
+    def agrees_with_shards(self) -> bool:
+        """Return True if its totals and origin agree with its shards' entries."""
+        tokens = {"train": 0, "val": 0}
+        for entry in self.shards:
+            tokens[entry.split] += entry.tokens
+        if tokens != {"train": self.cursor.train, "val": self.cursor.val}:
+            return False
+        return {entry.origin for entry in self.shards} <= {fingerprint(self.origin)}
 
     def to_json(self) -> dict[str, Any]:
-        """For ``part-*.json``."""
-        shards = [entry.to_json() for entry in self.shards]
-        totals = {"tokens": self.cursor.tokens, "documents": self.documents, "cursor": self.cursor._asdict()}
-        rest = {"complete": self.complete, "errors": self.errors, "origin": self.origin, "shards": shards}
-        return {"version": PART_VERSION, "part": self.part, **totals, **rest}
+        """Return the contents of ``part-*.json``."""
+        return {
+            "version": PART_VERSION,
+            "part": self.number,
+            "tokens": self.cursor.tokens,
+            "documents": self.documents,
+            "cursor": self.cursor._asdict(),
+            "complete": self.complete,
+            "errors": self.errors,
+            "origin": self.origin,
+            "shards": [entry.to_json() for entry in self.shards],
+        }
 
 
-def read_part(out: OutputDir, part: int) -> Part | None:
-    """The finished part; None where it is not finished, or its file is damaged: the next run writes it again.
+def read_part(out: OutputDir, number: int) -> FinishedPart | None:
+    """Read a part's record; None if the part is unfinished or the record is damaged (the next run rewrites it).
 
-    Raises BadInput for a part of another version.
+    Raises BadInput for a part written by another version.
     """
-    path = out.part(part)
+    path = out.part(number)
     try:
         value = read_json(path)
         if value is None:
             return None
         if value["version"] != PART_VERSION:
             raise BadInput(
-                f"{path}: made by another version of amlaunch; remove {out.root} or choose another output_dir"
+                f"{path}: written by another version of amlaunch. Remove {out.root}, or set another "
+                f"preprocess.output_dir"
             )
         shards = tuple(ShardEntry.from_json(entry) for entry in value["shards"])
         cursor = Cursor(**value["cursor"])
-        found = Part(part, value["origin"], shards, cursor, value["complete"], tuple(value["errors"]))
-        return found if found.consistent() else None
+        part = FinishedPart(number, value["origin"], shards, cursor, value["complete"], tuple(value["errors"]))
+        return part if part.agrees_with_shards() else None
     except (ValueError, TypeError, KeyError):
         return None

@@ -1,8 +1,7 @@
-"""How a source of files is cut into parts: by size, and by nothing that could differ from run to run.
+"""Cutting a source of files into parts: by size, and by nothing that could differ between runs.
 
-A large file that can be entered in the middle (Parquet, uncompressed JSON
-lines) is cut into slices; contiguous slices make up a part. Nothing is opened
-for that: which row groups or lines a slice holds is found when it is read.
+A large file that can be entered in the middle (Parquet, uncompressed JSON lines) is cut into slices; contiguous slices
+make up a part. No file is opened for that: the row groups or lines of a slice are located when it is read.
 """
 
 from __future__ import annotations
@@ -16,29 +15,30 @@ from typing import IO, Protocol
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Preprocess
 
-PARTS = 16
-"""Of a source that is small: enough for the cores of most machines."""
-SMALLEST = 1 << 16
-"""Bytes of a part below which more parts are not worth their files."""
-MOST_SLICES = 1024
-"""Of a file."""
-MOST_PARTS = 4096
-"""Of what a budget leaves over, about."""
-BYTES_A_TOKEN = 4
-"""About, of stored text. Only sizes depend on it."""
+MIN_PARTS = 16
+"""Parts of a small source: enough for the cores of most machines."""
+MIN_PART_BYTES = 1 << 16
+"""Smaller parts would not be worth their files."""
+MAX_SLICES_PER_FILE = 1024
+MAX_PARTS_BEYOND_BUDGET = 4096
+"""Parts of the data that a budget leaves unused, approximately."""
+BYTES_PER_TOKEN = 4
+"""Of stored text, approximately. Only the sizes of parts depend on it."""
+MIN_BYTES_PER_VAL_TOKEN = 8
+"""A part gives validation at most one token for so many bytes, so that it certainly has them."""
 
 
-class File(Protocol):
-    """A file to read documents from, here or elsewhere."""
+class SourceFile(Protocol):
+    """A file to read documents from, local or remote."""
 
     @property
     def name(self) -> str:
-        """Path below the source's root, with ``/``; the ending says what it is."""
+        """Path below the source's root, with ``/``; the suffix determines the format."""
         ...
 
     @property
-    def place(self) -> str:
-        """What people call it: its whole path, or its address."""
+    def location(self) -> str:
+        """The full path or URL, for messages."""
         ...
 
     @property
@@ -47,30 +47,30 @@ class File(Protocol):
         ...
 
     def open(self) -> IO[bytes]:
-        """Its bytes, seekable."""
+        """Open it as a seekable binary file."""
         ...
 
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 
 
-def kind(name: str) -> str:
-    """``parquet``, ``jsonl`` or ``text``, by the ending."""
-    if name.endswith(JSON_LINES):
+def file_format(name: str) -> str:
+    """Return ``parquet``, ``jsonl`` or ``text``, by the suffix."""
+    if name.endswith(JSON_LINES_SUFFIXES):
         return "jsonl"
     return "parquet" if name.endswith(".parquet") else "text"
 
 
-def can_be_cut(name: str) -> bool:
-    """Whether reading may begin in the middle."""
+def is_splittable(name: str) -> bool:
+    """Return True if reading may begin in the middle of the file."""
     return name.endswith((".parquet", ".jsonl", ".ndjson"))
 
 
 @dataclass(frozen=True)
-class Slice:
+class FileSlice:
     """The ``index``-th of ``count`` equal slices of a file."""
 
-    file: File
+    file: SourceFile
     index: int = 0
     count: int = 1
 
@@ -81,33 +81,42 @@ class Slice:
 
     @property
     def end(self) -> int:
-        """Byte behind the last."""
+        """Byte after the last."""
         return self.file.size * (self.index + 1) // self.count
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
 
-def cut(files: Sequence[File], options: Preprocess) -> list[tuple[Slice, ...]]:
-    """The parts of a source, in order, about a shard each, or smaller where the source or the budget is small.
 
-    A budget uses the front of the source alone, so only that is cut finely.
-    Raises BadInput where ``parts`` asks for more than there are slices.
+def cut_into_parts(files: Sequence[SourceFile], options: Preprocess) -> list[tuple[FileSlice, ...]]:
+    """Cut files into parts, in order: about one shard each, or smaller if the source or the budget is small.
+
+    A budget uses only the front of the source, so only the front is cut finely. Raises BadInput if ``parts`` exceeds
+    the number of slices.
     """
-    total = sum(file.size for file in files)
     if options.parts:
         parts = _group(files, options.parts)
         if len(parts) < options.parts:
-            raise BadInput(f"preprocess.parts: {options.parts}, but there are only {len(parts)} files to make them of")
+            raise BadInput(
+                f"preprocess.parts: {options.parts}, but these files can be cut into at most {len(parts)} parts. "
+                f"Lower it, or remove it"
+            )
         return parts
-    shard = BYTES_A_TOKEN * options.shard_tokens
-    used = total if options.max_tokens is None else min(total, 2 * BYTES_A_TOKEN * options.max_tokens)
-    front = _front(files, 2 * used)
-    return [
-        *_cut_evenly(files[:front], max(SMALLEST, min(-(-used // PARTS), shard))),
-        *_cut_evenly(files[front:], max(shard, total // MOST_PARTS)),
-    ]
+
+    total = sum(file.size for file in files)
+    shard = BYTES_PER_TOKEN * options.shard_tokens
+    used = total if options.max_tokens is None else min(total, 2 * BYTES_PER_TOKEN * options.max_tokens)
+    front = _count_front_files(files, 2 * used)
+
+    small_source = max(MIN_PART_BYTES, min(-(-used // MIN_PARTS), shard))
+    beyond_budget = max(shard, total // MAX_PARTS_BEYOND_BUDGET)
+    return [*_cut_by_size(files[:front], small_source), *_cut_by_size(files[front:], beyond_budget)]
 
 
-def _front(files: Sequence[File], size: int) -> int:
-    """How many files, from the first, it takes to have ``size`` bytes."""
+def _count_front_files(files: Sequence[SourceFile], size: int) -> int:
+    """Count the files, from the first, that it takes to reach ``size`` bytes."""
     before = 0
     for number, file in enumerate(files):
         if number and before >= size:
@@ -116,63 +125,70 @@ def _front(files: Sequence[File], size: int) -> int:
     return len(files)
 
 
-def _cut_evenly(files: Sequence[File], target: int) -> list[tuple[Slice, ...]]:
-    return _group(files, max(1, -(-sum(file.size for file in files) // target))) if files else []
+def _cut_by_size(files: Sequence[SourceFile], part_bytes: int) -> list[tuple[FileSlice, ...]]:
+    if not files:
+        return []
+    return _group(files, max(1, -(-sum(file.size for file in files) // part_bytes)))
 
 
-def _group(files: Sequence[File], wanted: int) -> list[tuple[Slice, ...]]:
-    target = max(1, sum(file.size for file in files) // wanted)
-    slices = [piece for file in files for piece in _slices(file, target)]
-    sizes = [piece.end - piece.begin for piece in slices]
-    return [tuple(slices[i] for i in range_) for range_ in partition(sizes, min(wanted, len(slices)))]
+def _group(files: Sequence[SourceFile], count: int) -> list[tuple[FileSlice, ...]]:
+    """Cut files into ``count`` parts, or fewer if there are not enough slices."""
+    part_bytes = max(1, sum(file.size for file in files) // count)
+    slices = [file_slice for file in files for file_slice in _slices(file, part_bytes)]
+    ranges = partition([file_slice.size for file_slice in slices], min(count, len(slices)))
+    return [tuple(slices[i] for i in indices) for indices in ranges]
 
 
-def _slices(file: File, target: int) -> Iterator[Slice]:
-    count = min(max(1, -(-file.size // target)), max(1, file.size), MOST_SLICES) if can_be_cut(file.name) else 1
-    return (Slice(file, index, count) for index in range(count))
+def _slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+    count = 1
+    if is_splittable(file.name):
+        count = min(max(1, -(-file.size // slice_bytes)), max(1, file.size), MAX_SLICES_PER_FILE)
+    return (FileSlice(file, index, count) for index in range(count))
 
 
 def partition(sizes: Sequence[int], parts: int) -> list[range]:
-    """Contiguous ranges over ``sizes``, none empty, as even in bytes as whole pieces allow (``len(sizes) >= parts``).
+    """Cut ``sizes`` into contiguous, nonempty index ranges, as even in bytes as entire items allow.
 
-    A piece belongs to the part in which its middle lies.
+    An item belongs to the range that contains its middle. Requires ``len(sizes) >= parts``.
     """
-    weights = [size + 1 for size in sizes]  # an empty file is work too
+    # Each item weighs one byte more than its size, because an empty file is work too.
+    weights = [size + 1 for size in sizes]
     total = sum(weights)
     doubled_middles = [2 * end - weight for end, weight in zip(accumulate(weights), weights, strict=True)]
+
     cuts = [0]
     for part in range(1, parts):
-        place = bisect_left(doubled_middles, -(-2 * total * part // parts))
-        cuts.append(min(max(place, cuts[-1] + 1), len(sizes) - (parts - part)))
-    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
+        nearest = bisect_left(doubled_middles, -(-2 * total * part // parts))
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (parts - part)))
+    return [range(begin, end) for begin, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
 
 
-def owners(sizes: Sequence[int], elements: int) -> list[int]:
-    """Which element takes each part: in order, the one with the fewest bytes so far.
+def assign_parts(sizes: Sequence[int], elements: int) -> list[int]:
+    """Return the element that makes each part: in order, the one with the fewest bytes so far.
 
-    So the elements are balanced, and all of them work on the front of the
-    source, where a budget is spent.
+    This balances the elements, and all of them work on the front of the source, where a budget is spent.
     """
-    taken = [0] * elements
-    found = []
+    assigned_bytes = [0] * elements
+    owners = []
     for size in sizes:
-        owner = min(range(elements), key=taken.__getitem__)
-        taken[owner] += size + 1
-        found.append(owner)
-    return found
+        owner = min(range(elements), key=assigned_bytes.__getitem__)
+        assigned_bytes[owner] += size + 1
+        owners.append(owner)
+    return owners
 
 
-def val_shares(sizes: Sequence[int], val: int) -> list[int]:
-    """How many tokens of each part, at least, are validation: the front of the source, an eighth of a token a byte.
+def assign_val_tokens(sizes: Sequence[int], val_tokens: int) -> list[int]:
+    """Return each part's minimum of validation tokens: the front of the source, one token per eight bytes.
 
-    Where that is not enough, all parts take their share by size.
+    If that is not enough, every part gives a share in proportion to its size.
     """
-    shares, left = [], val
+    shares, left = [], val_tokens
     for size in sizes:
-        shares.append(min(left, size // 8))
+        shares.append(min(left, size // MIN_BYTES_PER_VAL_TOKEN))
         left -= shares[-1]
-    if left:
-        total = sum(size + 1 for size in sizes)
-        marks = [val * end // total for end in accumulate((size + 1 for size in sizes), initial=0)]
-        shares = [b - a for a, b in pairwise(marks)]
-    return shares
+    if left == 0:
+        return shares
+
+    total = sum(size + 1 for size in sizes)
+    marks = [val_tokens * end // total for end in accumulate((size + 1 for size in sizes), initial=0)]
+    return [end - begin for begin, end in pairwise(marks)]

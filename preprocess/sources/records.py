@@ -1,4 +1,4 @@
-"""What a source is read into: documents, and places where one is missing for a known reason."""
+"""Records: a document's text, or the reason why a record has none."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedRecord:
     """A record without a document: ``null``, ``undecodable``, …"""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A record that is damaged; what that means, ``preprocess.on_error`` decides."""
+class DamagedRecord:
+    """A record that cannot be read; ``preprocess.on_error`` decides whether it is an error or skipped."""
 
     reason: str
-    """What is counted: ``not JSON``, ``not text``, …"""
+    """The counter it belongs to: ``not JSON``, ``not text``, …"""
     message: str
-    """Which record, and what is wrong with it."""
+    """The record's place, and the problem."""
 
 
-Record = str | Skipped | Bad
-"""A document's text, or why there is none."""
+Record = str | SkippedRecord | DamagedRecord
+"""A document's text, or the reason why there is none."""

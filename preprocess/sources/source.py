@@ -1,9 +1,8 @@
-"""Where documents come from: a source cut into parts, each a stream of records that can be entered anywhere.
+"""A source of documents, cut into parts; each part is a stream of records that can be entered anywhere.
 
-The parts are a function of the source and the recipe alone, never of who reads
-them: elements and workers take whole parts, so their numbers change nothing in
-the output. A record is a document, or a place where one is missing for a known
-reason. Records are counted, also the missing ones: the count is a part's cursor.
+The parts depend only on the source and the recipe, never on who reads them: elements and workers take entire parts, so
+their numbers do not change the output. A record is a document, or the reason why there is none. All records count: the
+count is a part's cursor.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 from amlaunch.preprocess.sources.records import Record
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Preprocess
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.targets import TargetPolicy
 
 
 class Source(Protocol):
@@ -22,30 +21,30 @@ class Source(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Bytes of each part as stored: how much work it is, about."""
+        """Stored bytes of each part: an estimate of its work."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What the source is: equal as long as it would give the same documents in the same parts."""
+        """Return a description that is equal as long as the parts hold the same documents."""
         ...
 
     def records(self, part: int, skip: int) -> Iterator[Record]:
-        """The records of a part in their fixed order, without the first ``skip``."""
+        """Yield the records of a part in their fixed order, without the first ``skip``."""
         ...
 
 
-def open_source(options: Preprocess, policy: Policy | None = None) -> Source:
-    """The source that ``options`` name.
+def open_source(options: Preprocess, policy: TargetPolicy | None = None) -> Source:
+    """Open the source that ``options`` name.
 
-    Raises BadInput where nothing matches or the options do not fit; Failure
-    where a remote source cannot be reached.
+    Raises BadInput if nothing matches or the options conflict, ExternalFailure if a remote source cannot be reached.
     """
-    given = [name for name in ("dataset", "data_files", "source") if getattr(options, name)]
-    if len(given) != 1:
+    names = [name for name in ("dataset", "data_files", "source") if getattr(options, name)]
+    if len(names) != 1:
         raise BadInput(
-            "preprocess: give one of dataset (a Hugging Face name or folder), data_files (globs of local files) and "
-            f"source (an iterator of yours, by _target_); given: {' and '.join(given) or 'none'}"
+            f"preprocess: set exactly one of dataset (a Hugging Face name or folder), data_files (globs of local files) and "
+            f"source (your own iterator, by _target_); found: {' and '.join(names) or 'none'}"
         )
+
     if options.data_files:
         from amlaunch.preprocess.sources.local_files import open_files
 
@@ -56,4 +55,4 @@ def open_source(options: Preprocess, policy: Policy | None = None) -> Source:
         return open_dataset(options)
     from amlaunch.preprocess.sources.user_iterator import open_iterator
 
-    return open_iterator(options, policy or Policy())
+    return open_iterator(options, policy or TargetPolicy())

@@ -1,1 +1,1 @@
-"""The work of the preprocess and verify stages: parts become shards, and shards a manifest."""
+"""The preprocess and verify stages, and ``amlaunch data``: parts become shards, and shards a manifest."""

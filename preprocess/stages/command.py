@@ -9,59 +9,66 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from amlaunch.preprocess.progress import Progress, on_a_terminal
-from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import data_name, load, places_of
+from amlaunch.preprocess.progress import Progress, stdout_is_terminal
+from amlaunch.recipes.errors import OK, BadInput
+from amlaunch.recipes.format.loader import data_paths_of, load, shards_folder_name
 from amlaunch.recipes.format.placeholders import variables
 from amlaunch.recipes.format.schema import Preprocess
-from amlaunch.recipes.format.section_checks import Checker, refuse
-from amlaunch.recipes.format.targets import Policy
+from amlaunch.recipes.format.section_checks import Checker, raise_problems
+from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.format.yaml_reader import KeyPath
-from amlaunch.recipes.preprocess_options import PREPROCESS
+from amlaunch.recipes.preprocess_options import PREPROCESS_OPTIONS
 from amlaunch.recipes.shipped import find_recipe
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the shards, or what is missing of them, verify them, and say what there is."""
-    options, policy, out = settings(arguments)
-    from amlaunch.preprocess.stages.element import run_element  # tiktoken comes in here, behind the signal handlers
+    """Make the missing shards, verify all of them, and print a summary; return the exit code."""
+    options, policy, out = resolve_options(arguments)
+
+    # Imports tiktoken, which takes a while: only after the signal handlers are installed.
+    from amlaunch.preprocess.stages.element import run_element
     from amlaunch.preprocess.stages.verify import verify
 
-    say = (lambda text: print(text, file=sys.stderr, flush=True)) if arguments.json else None
-    progress = Progress(say=say, bar=on_a_terminal() and not arguments.json)
+    log = (lambda text: print(text, file=sys.stderr, flush=True)) if arguments.json else None
+    progress = Progress(log=log, bar=stdout_is_terminal() and not arguments.json)
     try:
         run_element(options, 0, out, progress, policy=policy)
-        whole = verify(options, out, progress, policy)
+        manifest = verify(options, out, progress, policy)
     finally:
         progress.close()
-    print(
-        json.dumps({"path": str(out), **brief(whole)}, indent=2) if arguments.json else report(whole, out), flush=True
-    )
-    return 0
 
-
-def settings(arguments: argparse.Namespace) -> tuple[Preprocess, Policy, Path]:
-    """The section that the command line means, what its target may reach, and the folder of the shards."""
-    given = {key: value for key in (*PREPROCESS, "bos") if (value := getattr(arguments, key)) is not None}
-    if arguments.recipe:
-        overrides = [f"--preprocess.{key}={json.dumps(value)}" for key, value in given.items()]
-        loaded = load(find_recipe(arguments.recipe), overrides, allow=arguments.allow_target, job_start=True)
-        section, policy, places = loaded.recipe.preprocess, loaded.policy, loaded.places("preprocess")
-        if section is None:
-            raise BadInput(f"{arguments.recipe}: there is no preprocess section to run")
+    if arguments.json:
+        print(json.dumps({"path": str(out), **summarize_manifest(manifest)}, indent=2), flush=True)
     else:
-        section, policy = _typed(given), Policy()
-        places = places_of(given)
-    out = Path(section.output_dir) if section.output_dir else Path("data") / data_name(section, places)
+        print(format_report(manifest, out), flush=True)
+    return OK
+
+
+def resolve_options(arguments: argparse.Namespace) -> tuple[Preprocess, TargetPolicy, Path]:
+    """Return the preprocess section, the policy for its target and the output folder, as the command line says."""
+    values = {key: getattr(arguments, key) for key in (*PREPROCESS_OPTIONS, "bos")}
+    values = {key: value for key, value in values.items() if value is not None}
+    if arguments.recipe:
+        overrides = [f"--preprocess.{key}={json.dumps(value)}" for key, value in values.items()]
+        loaded = load(find_recipe(arguments.recipe), overrides, allow=arguments.allow_target, job_start=True)
+        section, policy, paths = loaded.recipe.preprocess, loaded.policy, loaded.data_paths("preprocess")
+        if section is None:
+            raise BadInput(f"{arguments.recipe}: this recipe has no preprocess section")
+    else:
+        section, policy = _check_options(values), TargetPolicy()
+        paths = data_paths_of(values)
+
+    out = Path(section.output_dir) if section.output_dir else Path("data") / shards_folder_name(section, paths)
     return dataclasses.replace(section, elements=1), policy, out.expanduser().absolute()
 
 
-def _typed(given: dict[str, Any]) -> Preprocess:
-    lines: dict[KeyPath, str] = {("preprocess", key): f"--{key.replace('_', '-')}" for key in given}
+def _check_options(values: dict[str, Any]) -> Preprocess:
+    """Return command-line options as a preprocess section. Raises BadInput that names the option."""
+    lines: dict[KeyPath, str] = {("preprocess", key): f"--{key.replace('_', '-')}" for key in values}
     lines["preprocess",] = "amlaunch preprocess"
-    checker = Checker(lines, variables(), Policy(), job_start=True)
-    section: Preprocess = checker.section(Preprocess, given, ("preprocess",))
-    refuse(checker.problems)
+    checker = Checker(lines, variables(), TargetPolicy(), job_start=True)
+    section: Preprocess = checker.section(Preprocess, values, ("preprocess",))
+    raise_problems(checker.problems)
     if not (section.dataset or section.data_files):
         raise BadInput(
             "amlaunch preprocess: give --dataset NAME, --data-files GLOB, or a recipe with a preprocess section"
@@ -69,15 +76,15 @@ def _typed(given: dict[str, Any]) -> Preprocess:
     return section
 
 
-def brief(whole: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without its lists of shards."""
-    return {key: value for key, value in whole.items() if key not in ("version", "splits")} | {
-        "shards": {split: len(entries) for split, entries in whole["splits"].items()}
-    }
+def summarize_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the number of shards instead of their lists."""
+    summary = {key: value for key, value in manifest.items() if key not in ("version", "splits")}
+    summary["shards"] = {split: len(entries) for split, entries in manifest["splits"].items()}
+    return summary
 
 
-def report(whole: dict[str, Any], out: Path) -> str:
-    """A manifest in a few lines, and what to type next."""
-    from amlaunch.preprocess.stages.inspect_data import statistics
+def format_report(manifest: dict[str, Any], out: Path) -> str:
+    """Format a manifest in a few lines, with the next command to type."""
+    from amlaunch.preprocess.stages.inspect_data import format_statistics
 
-    return "\n".join([*statistics(whole), f"{out}", f"next: amlaunch data peek {out}"])
+    return "\n".join([*format_statistics(manifest), f"{out}", f"next: amlaunch data peek {out}"])

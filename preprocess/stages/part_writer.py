@@ -1,9 +1,8 @@
-"""One part of the source, as shards.
+"""Writing one part of the source as shards.
 
-Where a shard ends is a function of the part's documents alone, and a shard's
-``.json`` is written last. So a restart, after any kill, takes every whole shard
-as it is, enters the stream behind it, and writes what an undisturbed run would
-have written, byte for byte.
+The end of a shard depends only on the part's documents, and a shard's ``.json`` is written last. So a restart after any
+kill keeps every finished shard, enters the stream after it, and writes what an uninterrupted run would have written,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -17,47 +16,48 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amlaunch.preprocess.shards.output_folder import (
-    ERRORS_LISTED,
-    START,
+    MAX_LISTED_ERRORS,
+    START_CURSOR,
     Cursor,
+    FinishedPart,
     OutputDir,
-    Part,
     ShardEntry,
+    part_number,
     read_entry,
     read_part,
 )
 from amlaunch.preprocess.shards.shard_format import Tokens, index_path, read_ends, write_shard
-from amlaunch.preprocess.sources.records import Bad, Record, Skipped
+from amlaunch.preprocess.sources.records import DamagedRecord, Record, SkippedRecord
 from amlaunch.preprocess.sources.source import Source
-from amlaunch.preprocess.tokenizers.engine import Differs, Engine
+from amlaunch.preprocess.tokenizers.engine import Engine, TokenMismatch
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, fingerprint, sha256_file, write_json
 
 REPORT_SECONDS = 0.1
-"""Between two words of how far a part is: a document takes a fraction of a millisecond."""
+"""Between two progress reports of a part: a document takes a fraction of a millisecond."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one part may write, in tokens."""
+class PartLimits:
+    """Limits of one part, in tokens."""
 
-    total: int | None
-    """Both splits; exact unless the part ends before."""
-    val: int
-    """The first whole documents, until there are so many, are validation."""
-    shard: int
+    max_tokens: int | None
+    """Tokens of both splits; the part has exactly so many unless it ends before. None: no limit."""
+    val_tokens: int
+    """The first documents go to validation until it has at least so many tokens."""
+    shard_tokens: int
 
-    def split(self, cursor: Cursor) -> str:
-        """To which split the next document goes."""
-        return "val" if cursor.val < self.val else "train"
+    def split_at(self, cursor: Cursor) -> str:
+        """Return the split of the next document."""
+        return "val" if cursor.val < self.val_tokens else "train"
 
-    def left(self, cursor: Cursor) -> int | None:
-        """Tokens until the budget is used up; None without one."""
-        return None if self.total is None else self.total - cursor.tokens
+    def tokens_left(self, cursor: Cursor) -> int | None:
+        """Return the tokens that remain of the budget; None without one."""
+        return None if self.max_tokens is None else self.max_tokens - cursor.tokens
 
 
-class Document(NamedTuple):
-    """A document's tokens, and the stream's count of records and of what it skipped, this one included."""
+class TokenizedDocument(NamedTuple):
+    """A document's tokens, with the stream's counts up to and including it."""
 
     tokens: Tokens
     records: int
@@ -65,73 +65,74 @@ class Document(NamedTuple):
     text_bytes: int
     repaired: bool
     errors: tuple[str, ...]
-    """Of the damaged records since the document before."""
+    """Damaged records since the previous document."""
 
 
-class Documents:
+class DocumentStream:
     """A part's documents as tokens, with one document of lookahead."""
 
-    def __init__(self, open_records: Callable[[int], Iterator[Record]], engine: Engine, skip_bad: bool = False):
-        self._open = open_records
+    def __init__(self, open_records: Callable[[int], Iterator[Record]], engine: Engine, skip_damaged: bool = False):
         self.engine = engine
-        self._skip_bad = skip_bad
-        self._stream: Iterator[Document] | None = None
-        self._ahead: Document | None = None
-        self._position = 0
         self.records = 0
-        """Taken from the source so far."""
+        """Records taken from the source so far."""
         self.skipped: Mapping[str, int] = {}
+        """Records without a document so far, by reason."""
         self.errors: list[str] = []
         """Damaged records since the last document."""
+        self._open_records = open_records
+        self._skip_damaged = skip_damaged
+        self._documents: Iterator[TokenizedDocument] | None = None
+        self._next_document: TokenizedDocument | None = None
+        self._position = 0
 
-    def enter(self, cursor: Cursor, afresh: bool = False) -> None:
-        """Go on behind ``cursor``; free where the stream stands there already (unless it is to be read ``afresh``)."""
-        if self._stream is not None and self._position == cursor.records and not afresh:
+    def seek(self, cursor: Cursor, reopen: bool = False) -> None:
+        """Continue after ``cursor``; costs nothing if the stream is there already, unless ``reopen``."""
+        if self._documents is not None and self._position == cursor.records and not reopen:
             return
         self._position = self.records = cursor.records
         self.skipped = cursor.skipped
         self.errors = []
-        self._stream = self._read(self._open(cursor.records))
-        self._ahead = None
+        self._documents = self._tokenize(self._open_records(cursor.records))
+        self._next_document = None
 
-    def peek(self) -> Document | None:
-        """The next document, read when it is first asked for; None at the end of the part."""
-        if self._ahead is None and self._stream is not None:
-            self._ahead = next(self._stream, None)
-        return self._ahead
+    def peek(self) -> TokenizedDocument | None:
+        """Return the next document without taking it; None at the end of the part."""
+        if self._next_document is None and self._documents is not None:
+            self._next_document = next(self._documents, None)
+        return self._next_document
 
     def advance(self) -> None:
-        """Take the document that :meth:`peek` shows."""
-        if self._ahead is None:
-            raise ValueError("there is no document to take")
-        self._position = self._ahead.records
-        self._ahead = None
+        """Take the document that :meth:`peek` returned."""
+        if self._next_document is None:
+            raise ValueError("advance() needs a document from peek()")
+        self._position = self._next_document.records
+        self._next_document = None
 
-    def _read(self, records: Iterator[Record]) -> Iterator[Document]:
+    def _tokenize(self, records: Iterator[Record]) -> Iterator[TokenizedDocument]:
         for record in records:
             self.records += 1
             if isinstance(record, str) and record:
-                size, repaired = measure(record)
+                text_bytes, repaired = measure_text(record)
                 errors, self.errors = tuple(self.errors), []
                 tokens = self.engine.encode_document(record)
-                yield Document(tokens, self.records, self.skipped, size, repaired, errors)
+                yield TokenizedDocument(tokens, self.records, self.skipped, text_bytes, repaired, errors)
             else:
-                self._count(record)
+                self._skip(record)
 
-    def _count(self, record: Record) -> None:
-        reason = record.reason if isinstance(record, (Skipped, Bad)) else "empty"
-        if isinstance(record, Bad):
-            if not self._skip_bad:
+    def _skip(self, record: Record) -> None:
+        reason = record.reason if isinstance(record, (SkippedRecord, DamagedRecord)) else "empty"
+        if isinstance(record, DamagedRecord):
+            if not self._skip_damaged:
                 raise BadInput(
-                    f"{record.message} (preprocess.on_error: skip leaves such out, and counts and lists them)"
+                    f"{record.message} (to skip, count and list damaged records, set preprocess.on_error: skip)"
                 )
-            if len(self.errors) < ERRORS_LISTED:
+            if len(self.errors) < MAX_LISTED_ERRORS:
                 self.errors.append(record.message)
         self.skipped = {**self.skipped, reason: self.skipped.get(reason, 0) + 1}
 
 
-def measure(text: str) -> tuple[int, bool]:
-    """Bytes of a text in UTF-8, and whether lone surrogates in it have to be repaired."""
+def measure_text(text: str) -> tuple[int, bool]:
+    """Return a text's size in UTF-8, and True if it has lone surrogates, which must be repaired."""
     if text.isascii():
         return len(text), False
     try:
@@ -140,43 +141,46 @@ def measure(text: str) -> tuple[int, bool]:
         return len(text.encode("utf-8", "surrogatepass")), True
 
 
-def next_shard(documents: Documents, cursor: Cursor, limits: Limits) -> Iterator[Document]:
-    """The documents of the shard that begins at ``cursor``.
+def shard_documents(stream: DocumentStream, cursor: Cursor, limits: PartLimits) -> Iterator[TokenizedDocument]:
+    """Yield the documents of the shard that begins at ``cursor``.
 
-    The shard ends before the document that would make it too large (one that is
-    too large alone has a shard to itself), where its split is complete, or
-    with the budget, which cuts the last document. That does not move the ends
-    before it: a shorter budget gives the beginning of what a longer one gives.
+    The shard ends before the document that would make it too large (a document that is too large by itself gets its own
+    shard), where its split is complete, or with the budget, which cuts the last document. That does not move earlier
+    ends: a smaller budget gives the beginning of what a larger one gives.
     """
-    left = limits.left(cursor)
-    wanted = min(limits.shard, limits.val - cursor.val) if limits.split(cursor) == "val" else limits.shard
+    left = limits.tokens_left(cursor)
+    target = limits.shard_tokens
+    if limits.split_at(cursor) == "val":
+        target = min(target, limits.val_tokens - cursor.val)
+
     size = 0
-    while size < wanted and size != left and (document := documents.peek()) is not None:
-        behind = size + len(document.tokens)
-        if size and behind > limits.shard:
+    while size < target and size != left and (document := stream.peek()) is not None:
+        size_after = size + len(document.tokens)
+        if size and size_after > limits.shard_tokens:
             return
-        documents.advance()
-        if left is not None and behind > left:
-            document, behind = document._replace(tokens=document.tokens[: left - size]), left
-        size = behind
+        stream.advance()
+        if left is not None and size_after > left:
+            document = document._replace(tokens=document.tokens[: left - size])
+            size_after = left
+        size = size_after
         yield document
 
 
-class Written:
-    """What is counted while the shard that begins at ``start`` is written."""
+class ShardCounts:
+    """Running counts of the shard that begins at ``start``, while it is written."""
 
     def __init__(self, start: Cursor, split: str):
         self.start = start
         self.split = split
-        self.last: Document | None = None
         self.tokens = 0
         self.text_bytes = 0
         self.repaired = 0
         self.errors: list[str] = []
+        self._last_document: TokenizedDocument | None = None
 
-    def add(self, document: Document) -> None:
-        """One more document."""
-        self.last = document
+    def add(self, document: TokenizedDocument) -> None:
+        """Count one more document."""
+        self._last_document = document
         self.tokens += len(document.tokens)
         self.text_bytes += document.text_bytes
         self.repaired += document.repaired
@@ -184,15 +188,15 @@ class Written:
 
     @property
     def cursor(self) -> Cursor:
-        """Behind the last document."""
-        if self.last is None:
+        """The position after the last document."""
+        if self._last_document is None:
             return self.start
-        return self.start.after(self.split, self.tokens, self.last.records, self.last.skipped)
+        return self.start.after(self.split, self.tokens, self._last_document.records, self._last_document.skipped)
 
 
 @dataclass(frozen=True)
-class Beat:
-    """How far a part is."""
+class PartProgress:
+    """Progress of a part."""
 
     part: int
     tokens: int
@@ -201,87 +205,110 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Context:
-    """Everything that all parts of a folder have in common."""
+class PreprocessContext:
+    """Everything that all parts of a folder share."""
 
     out: OutputDir
     source: Source
     tokenizer: Any
-    engine: Callable[[], Engine]
-    """Opens one for this process."""
+    open_engine: Callable[[], Engine]
+    """Creates an engine for this process."""
     origin: dict[str, Any]
-    val: list[int]
-    """Of each part."""
-    shard: int
-    skip_bad: bool
-    report: Callable[[Beat], None] = lambda beat: None
-    say: Callable[[str], None] = print
+    val_tokens: list[int]
+    """Validation tokens of each part."""
+    shard_tokens: int
+    skip_damaged: bool
+    report: Callable[[PartProgress], None] = lambda progress: None
+    log: Callable[[str], None] = print
 
 
-class Job:
-    """Makes one part."""
+class PartWriter:
+    """Writes one part."""
 
-    def __init__(self, context: Context, engine: Engine, part: int, total: int | None):
+    def __init__(self, context: PreprocessContext, engine: Engine, number: int, max_tokens: int | None):
         self.context = context
-        self.part = part
+        self.number = number
         self.out = context.out
-        self.limits = Limits(total, context.val[part], context.shard)
-        self.documents = Documents(lambda skip: context.source.records(part, skip), engine, context.skip_bad)
+        self.limits = PartLimits(max_tokens, context.val_tokens[number], context.shard_tokens)
+        self.stream = DocumentStream(lambda skip: context.source.records(number, skip), engine, context.skip_damaged)
         self.origin = fingerprint(context.origin)
         self._text_bytes = 0
-        self._reported = 0.0
+        self._last_report = 0.0
 
-    def walk(self, obtain: Callable[[Path, str, Cursor], ShardEntry | None]) -> Iterator[ShardEntry]:
-        """The part's shards in order, as ``obtain`` gives each from its path, split and first cursor, until it gives none."""
-        cursor, numbers = START, {"train": 0, "val": 0}
-        while self.limits.left(cursor) != 0:
-            split = self.limits.split(cursor)
-            entry = obtain(self.out.shard(split, self.part, numbers[split]), split, cursor)
+    def write(self) -> FinishedPart:
+        """Write all missing shards of the part, then its record; remove shards that a larger budget left behind."""
+        entries = list(self.shards())
+        cursor = entries[-1].cursor if entries else START_CURSOR
+        complete = self.limits.tokens_left(cursor) != 0
+        errors: tuple[str, ...] = ()
+        if complete:
+            # Records skipped after the last document count too.
+            cursor = cursor._replace(records=self.stream.records, skipped=self.stream.skipped)
+            errors = tuple(self.stream.errors)
+        remove_shards(self.out, self.number, {entry.file for entry in entries})
+
+        part = FinishedPart(self.number, self.context.origin, tuple(entries), cursor, complete, errors)
+        # Need not be durable: it can be rebuilt from the shards' entries, which are.
+        write_json(self.out.part(self.number), part.to_json(), durable=False)
+        return part
+
+    def shards(self) -> Iterator[ShardEntry]:
+        """Yield the part's shards in order, each from disk if it is finished, else newly written."""
+        cursor, numbers = START_CURSOR, {"train": 0, "val": 0}
+        while self.limits.tokens_left(cursor) != 0:
+            split = self.limits.split_at(cursor)
+            path = self.out.shard(split, self.number, numbers[split])
+            entry = self.finished_shard(path, cursor) or self.write_shard(path, split, cursor)
             if entry is None:
                 return
             yield entry
             numbers[split] += 1
             cursor = entry.cursor
 
-    def whole(self, path: Path, _split: str, cursor: Cursor) -> ShardEntry | None:
-        """The shard at ``path`` if it is there in full, begins at ``cursor`` and ends where it should."""
+    def finished_shard(self, path: Path, cursor: Cursor) -> ShardEntry | None:
+        """Return the entry of the shard at ``path``; None if it is incomplete, or its begin or end is wrong."""
         entry = read_entry(path)
         if entry is None or entry.start != cursor.records or entry.origin != self.origin:
             return None
-        left = self.limits.left(entry.cursor)
-        if (left is not None and left < 0) or entry.cut != (left == 0):
+        left = self.limits.tokens_left(entry.cursor)
+        exceeds_budget = left is not None and left < 0
+        if exceeds_budget or entry.cut != (left == 0):
             return None
-        return entry if entry.sizes_agree(self.out.root) else None
+        return entry if entry.has_complete_files(self.out.root) else None
 
-    def write(self, path: Path, split: str, cursor: Cursor) -> ShardEntry | None:
-        """Write the shard that begins at ``cursor``; again, with the reference, where the fast engine is found out."""
+    def write_shard(self, path: Path, split: str, cursor: Cursor) -> ShardEntry | None:
+        """Write the shard that begins at ``cursor``; start over with tiktoken if gigatoken proves to be wrong.
+
+        Returns None if the part has no more documents.
+        """
         try:
-            return self._write(path, split, cursor)
-        except Differs:
-            self.context.say(
-                f"{path.name}: gigatoken and tiktoken gave different tokens for a document: the shard is made again by "
-                f"tiktoken, and so is all that follows"
+            return self._write_shard(path, split, cursor)
+        except TokenMismatch:
+            self.context.log(
+                f"{path.name}: gigatoken and tiktoken gave different tokens for a document; rewriting this shard with "
+                f"tiktoken, and using tiktoken from here on"
             )
-            self.documents.enter(cursor, afresh=True)
-            return self._write(path, split, cursor)
+            self.stream.seek(cursor, reopen=True)
+            return self._write_shard(path, split, cursor)
 
-    def _write(self, path: Path, split: str, cursor: Cursor) -> ShardEntry | None:
-        """Write a shard, its ``.json`` last; None where the part has no more documents."""
-        self.documents.enter(cursor)
-        self.documents.engine.begin_shard()
-        if self.documents.peek() is None:
+    def _write_shard(self, path: Path, split: str, cursor: Cursor) -> ShardEntry | None:
+        self.stream.seek(cursor)
+        self.stream.engine.begin_shard()
+        if self.stream.peek() is None:
             return None
-        path.with_suffix(".json").unlink(missing_ok=True)  # it may speak of files that are about to change
-        written = Written(cursor, split)
 
-        def counted() -> Iterator[Tokens]:
-            for document in next_shard(self.documents, cursor, self.limits):
-                written.add(document)
-                self._report(written)
+        # An old entry could describe files that are about to change.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        counts = ShardCounts(cursor, split)
+
+        def counted_tokens() -> Iterator[Tokens]:
+            for document in shard_documents(self.stream, cursor, self.limits):
+                counts.add(document)
+                self._report(counts)
                 yield document.tokens
 
-        header = write_shard(path, counted(), self.context.tokenizer.dtype)
-        after = written.cursor
+        header = write_shard(path, counted_tokens(), self.context.tokenizer.dtype)
+        end = counts.cursor
         entry = ShardEntry(
             file=path.name,
             split=split,
@@ -290,87 +317,75 @@ class Job:
             bytes=path.stat().st_size,
             sha256=sha256_file(path),
             idx_sha256=sha256_file(index_path(path)),
-            source=f"part {self.part}, records {cursor.records} to {after.records}",
+            source=f"part {self.number}, records {cursor.records} to {end.records}",
             start=cursor.records,
-            cursor=after,
-            cut=self.limits.left(after) == 0,
+            cursor=end,
+            cut=self.limits.tokens_left(end) == 0,
             origin=self.origin,
-            text_bytes=written.text_bytes,
-            repaired=written.repaired,
-            histogram=histogram(path),
-            errors=tuple(written.errors[:ERRORS_LISTED]),
+            text_bytes=counts.text_bytes,
+            repaired=counts.repaired,
+            histogram=length_histogram(path),
+            errors=tuple(counts.errors[:MAX_LISTED_ERRORS]),
         )
         write_json(path.with_suffix(".json"), entry.to_json())
         self._text_bytes += entry.text_bytes
         return entry
 
-    def _report(self, written: Written) -> None:
+    def _report(self, counts: ShardCounts) -> None:
         now = time.monotonic()
-        if now - self._reported < REPORT_SECONDS:
+        if now - self._last_report < REPORT_SECONDS:
             return
-        self._reported = now
-        after = written.cursor
-        documents = after.records - sum(after.skipped.values())
-        self.context.report(Beat(self.part, after.tokens, documents, self._text_bytes + written.text_bytes))
-
-    def finish(self) -> Part:
-        """Make all shards of the part, then its own file; what a longer budget left behind them goes."""
-        entries = []
-        for entry in self.walk(lambda *where: self.whole(*where) or self.write(*where)):
-            entries.append(entry)
-        cursor = entries[-1].cursor if entries else START
-        complete = self.limits.left(cursor) != 0
-        errors: tuple[str, ...] = ()
-        if complete:  # what was skipped behind the last document counts too
-            cursor = cursor._replace(records=self.documents.records, skipped=self.documents.skipped)
-            errors = tuple(self.documents.errors)
-        remove_shards(self.out, self.part, {entry.file for entry in entries})
-        part = Part(self.part, self.context.origin, tuple(entries), cursor, complete, errors)
-        write_json(self.out.part(self.part), part.to_json(), durable=False)  # made of the shards' entries, which are
-        return part
+        self._last_report = now
+        cursor = counts.cursor
+        documents = cursor.records - sum(cursor.skipped.values())
+        text_bytes = self._text_bytes + counts.text_bytes
+        self.context.report(PartProgress(self.number, cursor.tokens, documents, text_bytes))
 
 
 def remove_shards(out: OutputDir, part: int, keep: set[str]) -> None:
-    """Take away the shards of a part that are not in ``keep``, their entries first."""
+    """Remove the shards of a part that are not in ``keep``."""
     for name in sorted(out.shards_on_disk() - keep):
-        if int(name.split("-")[1]) == part:
+        if part_number(name) == part:
             remove_shard(out.root / name)
 
 
 def remove_shard(path: Path) -> None:
-    """Take away a shard, what vouches for it first."""
+    """Remove a shard, its entry first, so that no entry ever describes missing files."""
     for file in (path.with_suffix(".json"), index_path(path), path):
         file.unlink(missing_ok=True)
 
 
-def histogram(path: Path) -> tuple[int, ...]:
-    """How many documents of a shard have 1, 2 to 3, 4 to 7, … tokens."""
+def length_histogram(path: Path) -> tuple[int, ...]:
+    """Count the documents of a shard that have 1, 2 to 3, 4 to 7, … tokens."""
     lengths = np.diff(read_ends(path).astype(np.int64), prepend=0)
     return tuple(np.bincount(np.frexp(lengths)[1] - 1).tolist())
 
 
-def make_part(context: Context, engine: Engine, part: int, total: int | None) -> Part:
-    """The part, made where it is missing; one process at a time works on it.
+def make_part(context: PreprocessContext, engine: Engine, number: int, max_tokens: int | None) -> FinishedPart:
+    """Return a part, written first if it is missing or incomplete; one process at a time works on it.
 
-    ``total``: the most tokens that are of use. Raises BadInput (a damaged record, a folder that
-    was made from something else), Failure, OSError and StopRequested; the same call then goes on.
+    ``max_tokens``: the most tokens that are needed. Raises BadInput (a damaged record, a folder with another origin),
+    ExternalFailure, OSError and StopRequested; the same call then continues.
     """
-    lock = Lock(context.out.lock(part))
+    lock = Lock(context.out.lock(number))
     if not lock.acquire():
-        context.say(f"part {part}: another process works on it in {context.out.root}; waiting until it is done")
+        context.log(f"part {number}: another process is working on it in {context.out.root}; waiting for it to finish")
         lock.acquire(wait=True)
     try:
-        if (found := whole_part(context, part)) is not None and found.fits(total):
-            return found
-        for leftover in context.out.leftovers(part):
-            leftover.unlink(missing_ok=True)
-        context.out.part(part).unlink(missing_ok=True)
-        return Job(context, engine, part, total).finish()
+        part = read_finished_part(context, number)
+        if part is not None and part.matches_budget(max_tokens):
+            return part
+        for partial in context.out.temporary_files(number):
+            partial.unlink(missing_ok=True)
+        context.out.part(number).unlink(missing_ok=True)
+        return PartWriter(context, engine, number, max_tokens).write()
     finally:
         lock.release()
 
 
-def whole_part(context: Context, part: int) -> Part | None:
-    """A part that is finished and was made from the same, if all its files are there in full length."""
-    found = read_part(context.out, part)
-    return found if found and found.origin == context.origin and found.whole(context.out.root) else None
+def read_finished_part(context: PreprocessContext, number: int) -> FinishedPart | None:
+    """Read a finished part of the same origin; None if it is unfinished or lacks files."""
+    part = read_part(context.out, number)
+    if part is None or part.origin != context.origin or not part.has_complete_files(context.out.root):
+        return None
+    return part

@@ -1,4 +1,4 @@
-"""Worker processes that share nothing: each makes whole parts, and says how far it is; no token passes between them."""
+"""Worker processes that share nothing: each makes entire parts and reports progress; no tokens pass between them."""
 
 from __future__ import annotations
 
@@ -13,171 +13,188 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from amlaunch.preprocess.errors import Failure, what_the_disk_says
+from amlaunch.preprocess.errors import ExternalFailure, describe_os_error
 from amlaunch.preprocess.progress import StopRequested, stop_on_signals
-from amlaunch.recipes.errors import GO_ON_LATER, BadInput
+from amlaunch.recipes.errors import RESUMABLE, BadInput
 from amlaunch.recipes.python_process import PARENT_VARIABLE, die_with_parent
 
 FORK = multiprocessing.get_context("fork")
-"""A worker begins with the vocabulary that its parent has loaded."""
+"""A forked worker starts with the vocabulary that its parent has loaded."""
 GRACE_SECONDS = 5.0
-"""How long workers may take to drop their shards; one that is deep in a huge text does not hear us."""
-BEAT_SECONDS = 0.25
-LOOK_SECONDS = 0.2
+"""Time for workers to drop their shards; one that is deep inside a huge text does not react to signals."""
+REPORT_SECONDS = 0.25
+"""Between two progress messages of a worker."""
+POLL_SECONDS = 0.2
+"""Longest wait for a message before ``on_idle`` is called."""
 
-Work = Callable[[Any, Callable[[str, Any], None]], Any]
-"""Carries out one task; may ``say("beat", …)`` and ``say("line", …)`` on the way."""
+Send = Callable[[str, Any], None]
+"""Sends a message (kind, value) to the parent."""
+Work = Callable[[Any, Send], Any]
+"""Runs one task and returns its result; may send ``progress`` and ``log`` messages meanwhile."""
 
 
 @dataclass
 class Worker:
-    """A process, and the way to it."""
+    """A worker process and the connection to it."""
 
     number: int
     process: BaseProcess
-    wire: connection.Connection
+    pipe: connection.Connection
     task: Any = None
 
 
-def cpus() -> int:
-    """CPUs that this process may use: what Slurm or the kernel gives it, not what the machine has."""
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(given), there) if given.isdigit() and int(given) else there
+def available_cpus() -> int:
+    """Return the CPUs that this process may use: those that Slurm or the kernel allows, not all of the machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    slurm_cpus = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(int(slurm_cpus), usable) if slurm_cpus.isdigit() and int(slurm_cpus) else usable
 
 
 def run_tasks(
     count: int,
     next_task: Callable[[], Any],
     start: Callable[[], Work],
-    hear: Callable[[int, str, Any], None],
-    idle: Callable[[], None],
+    on_message: Callable[[str, Any], None],
+    on_idle: Callable[[], None],
 ) -> None:
-    """Have ``count`` workers carry out tasks until ``next_task`` gives None.
+    """Run tasks in ``count`` workers until ``next_task`` returns None.
 
-    ``start`` runs once in each worker. ``hear`` gets (worker, kind, value): ``beat`` and ``line`` as the work says
-    them, ``done`` with its value. ``idle`` is called a few times a second and may raise to end it all.
-    Raises what a worker raised: BadInput, Failure, OSError or StopRequested. No worker outlives this call.
+    ``start`` runs once in each worker. ``on_message`` gets (kind, value): ``progress`` and ``log`` as the work sends
+    them, ``done`` with its result. ``on_idle`` is called a few times a second and may raise to stop everything. Raises
+    what a worker raised: BadInput, ExternalFailure, OSError or StopRequested. No worker outlives this call.
     """
-    with started(count, start) as workers:
-        for worker in workers:
-            _give(worker, next_task())
+    with start_workers(count, start) as workers:
+        _assign_tasks(workers, next_task)
         while busy := [worker for worker in workers if worker.task is not None]:
-            for ready in connection.wait([worker.wire for worker in busy], LOOK_SECONDS):
-                worker = next(worker for worker in busy if worker.wire is ready)
-                kind, value = _message(worker)
+            for ready in connection.wait([worker.pipe for worker in busy], POLL_SECONDS):
+                worker = next(worker for worker in busy if worker.pipe is ready)
+                kind, value = _receive(worker)
                 if kind == "failed":
                     raise value
-                hear(worker.number, kind, value)
+                on_message(kind, value)
                 if kind == "done":
                     worker.task = None
-            for worker in workers:  # what is known now may make more tasks worth doing
-                if worker.task is None:
-                    _give(worker, next_task())
-            idle()
+            # The messages may have shown that more tasks are needed.
+            _assign_tasks(workers, next_task)
+            on_idle()
 
 
-def _give(worker: Worker, task: Any) -> None:
-    if task is not None:
-        worker.task = task
-        try:
-            worker.wire.send(task)
-        except (BrokenPipeError, ConnectionResetError):
-            _message(worker)  # it has ended; says how
+def _assign_tasks(workers: list[Worker], next_task: Callable[[], Any]) -> None:
+    for worker in workers:
+        if worker.task is None and (task := next_task()) is not None:
+            worker.task = task
+            try:
+                worker.pipe.send(task)
+            except (BrokenPipeError, ConnectionResetError):
+                # The worker has ended: raise the reason.
+                _receive(worker)
 
 
-def _message(worker: Worker) -> tuple[str, Any]:
+def _receive(worker: Worker) -> tuple[str, Any]:
     try:
-        kind, value = worker.wire.recv()
+        kind, value = worker.pipe.recv()
         return kind, value
     except (EOFError, ConnectionResetError):
         worker.process.join(GRACE_SECONDS)
         code = worker.process.exitcode
-        if code == GO_ON_LATER:
-            raise StopRequested("a worker was told to stop") from None
-        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-        hint = " (did it need more memory than there is?)" if code == -signal.SIGKILL else ""
-        raise Failure(f"worker {worker.number} was {how}{hint} while it made part {worker.task[0]}") from None
+        if code == RESUMABLE:
+            raise StopRequested("a worker received a stop signal") from None
+        raise ExternalFailure(
+            f"worker {worker.number} {_describe_exit(code)} while it made part {worker.task[0]}"
+        ) from None
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exited with code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 @contextmanager
-def started(count: int, start: Callable[[], Work]) -> Iterator[list[Worker]]:
-    """Workers that wait for tasks, and are gone at the end whatever happened."""
+def start_workers(count: int, start: Callable[[], Work]) -> Iterator[list[Worker]]:
+    """Start workers that wait for tasks; on exit, none is left."""
     workers: list[Worker] = []
     try:
         for number in range(count):
-            ours, theirs = FORK.Pipe()
-            process = FORK.Process(
-                target=_serve, args=(theirs, [ours, *(w.wire for w in workers)], start, os.getpid()), daemon=True
-            )
+            parent_end, worker_end = FORK.Pipe()
+            # A fork inherits the parent's ends of all earlier pipes; the worker must close them.
+            inherited = [parent_end, *(worker.pipe for worker in workers)]
+            process = FORK.Process(target=_serve, args=(worker_end, inherited, start, os.getpid()), daemon=True)
             process.start()
-            theirs.close()
-            workers.append(Worker(number, process, ours))
+            worker_end.close()
+            workers.append(Worker(number, process, parent_end))
         yield workers
         for worker in workers:
-            worker.wire.close()
+            worker.pipe.close()
             worker.process.join(GRACE_SECONDS)
     finally:
-        end(workers)
+        stop_workers(workers)
 
 
-def end(workers: list[Worker]) -> None:
-    """Ask those that live to drop what they do, and kill those that do not listen."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def stop_workers(workers: list[Worker]) -> None:
+    """Ask live workers to drop their shards, and kill those that do not react."""
+    for stop_signal in (signal.SIGTERM, signal.SIGKILL):
         for worker in workers:
             if worker.process.is_alive() and worker.process.pid:
-                os.kill(worker.process.pid, number)
+                os.kill(worker.process.pid, stop_signal)
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
 def _serve(
-    wire: connection.Connection, others: list[connection.Connection], start: Callable[[], Work], parent: int
+    parent_end: connection.Connection,
+    inherited: list[connection.Connection],
+    start: Callable[[], Work],
+    parent: int,
 ) -> None:
-    """A worker's life."""
-    for other in others:
+    """Run in a worker: carry out tasks until the parent closes the connection."""
+    for other in inherited:
         other.close()
     try:
         stop_on_signals()
         os.environ[PARENT_VARIABLE] = str(parent)
         die_with_parent()
-        _serve_tasks(wire, start)
-        os._exit(0)  # not through the interpreter's end, where a signal would still be heard
+        _serve_tasks(parent_end, start)
+        # Skip the interpreter's shutdown, in which a signal would still be handled.
+        os._exit(0)
     except StopRequested:
-        os._exit(GO_ON_LATER)
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has no more to do, or is gone
+        os._exit(RESUMABLE)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The parent has no more tasks, or has ended.
         os._exit(0)
 
 
-def _serve_tasks(wire: connection.Connection, start: Callable[[], Work]) -> None:
+def _serve_tasks(parent_end: connection.Connection, start: Callable[[], Work]) -> None:
     try:
         work = start()
         while True:
-            task = wire.recv()
-            wire.send(("done", work(task, _speaker(wire))))
-    except (BadInput, Failure) as error:
-        wire.send(("failed", error))
+            task = parent_end.recv()
+            parent_end.send(("done", work(task, _throttled_send(parent_end))))
+    except (BadInput, ExternalFailure) as error:
+        parent_end.send(("failed", error))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except OSError as error:
-        wire.send(("failed", Failure(what_the_disk_says(error))))
+        parent_end.send(("failed", ExternalFailure(describe_os_error(error))))
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        wire.send(("failed", Failure(f"{type(error).__name__}: {error}")))
+        parent_end.send(("failed", ExternalFailure(f"{type(error).__name__}: {error}")))
 
 
-def _speaker(wire: connection.Connection) -> Callable[[str, Any], None]:
+def _throttled_send(parent_end: connection.Connection) -> Send:
+    """Return a function that sends all messages, except progress within REPORT_SECONDS of the last message."""
     last = 0.0
 
-    def say(kind: str, value: Any) -> None:
+    def send(kind: str, value: Any) -> None:
         nonlocal last
         now = time.monotonic()
-        if kind == "beat" and now - last < BEAT_SECONDS:
+        if kind == "progress" and now - last < REPORT_SECONDS:
             return
         last = now
-        wire.send((kind, value))
+        parent_end.send((kind, value))
 
-    return say
+    return send
