@@ -17,7 +17,7 @@ from slurm_cluster import Cluster
 from amlaunch.launcher.commands import doctor
 from amlaunch.launcher.display.findings import BAD, OK, WARN, worst
 from amlaunch.launcher.doctor import diagnosis, probe, profile_writer
-from amlaunch.launcher.doctor.probe import Folder, Place, SlurmSite
+from amlaunch.launcher.doctor.probe import Folder, SitePartition, SlurmSite
 from amlaunch.launcher.doctor.profile_writer import Proposal, propose, save
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.slurm import client, sbatch
@@ -160,7 +160,7 @@ def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
 def test_what_needs_slurm_says_so(tmp_path):
     assert amlaunch("doctor", "--save", "x.yaml", cwd=tmp_path, PATH="").returncode == 2
     done = amlaunch("doctor", "--cluster", "slurm", cwd=tmp_path, PATH="")
-    assert done.returncode == 1 and "sbatch: not found: is this a machine of the cluster?" in done.stdout
+    assert done.returncode == 1 and "sbatch: not found; run this on a machine of the cluster" in done.stdout
     done = amlaunch("doctor", "--cluster", "slrum", cwd=tmp_path, PATH="")
     assert done.returncode == 2 and "did you mean 'slurm'?" in done.stderr
     done = amlaunch("doctor", "--cluster", "local", cwd=tmp_path, PATH="")
@@ -232,7 +232,7 @@ def test_a_site_as_recorded(answers):
         "cpu": "OFF", "short": "OFF", "closed": "OFF", "gpu": "OFF", "gpu-low": "REQUEUE",
     }  # fmt: skip
     assert places["gpu-low"].grace_seconds == 10 and places["gpu"].usable == 2
-    assert (places["short"].limit, places["cpu"].limit, places["gpu"].gpus_each) == ("10:00", "none", "8 x h100")
+    assert (places["short"].limit, places["cpu"].limit, places["gpu"].gpu_summary) == ("10:00", "none", "8 x h100")
     assert not places["closed"].open_to(["lab"]) and places["closed"].open_to(["nobody"])
     assert site.limits == (
         "account lab: MaxJobs 10, MaxSubmit 200",
@@ -253,12 +253,12 @@ def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
     [
         ("sbatch --version", "slurm 19.05.3\n", BAD, "needs Slurm 20.02"),
         ("sinfo %R|%F", "cpu|0/2/0/2\ngpu|0/0/2/2\n", WARN, "gpu has 2 nodes, all down or drained"),
-        ("sinfo %P|%a|%l|%D|%c|%m|%G", "cpu|up|infinite|2|32|64000|(null)\n", WARN, "default none"),
+        ("sinfo %P|%a|%l|%D|%c|%m|%G", "cpu|up|infinite|2|32|64000|(null)\n", WARN, "no default"),
         ("sinfo %P|%a|%l|%D|%c|%m|%G", "cpu*|inact|infinite|2|32|64000|(null)\n", BAD, "none of 1 is up"),
         ("sacctmgr user", "", BAD, "jobs need an account, and you have none"),
         ("sacct", "!accounting storage is disabled", OK, "sacct does not answer (accounting storage is disabled)"),
-        ("scontrol show config", CONFIG.replace("= 1001", "= 0"), BAD, "job arrays are off"),
-        ("scontrol show config", CONFIG.replace("= 1\n", "= 0\n"), OK, "amlaunch asks for it"),
+        ("scontrol show config", CONFIG.replace("= 1001", "= 0"), BAD, "job arrays are disabled"),
+        ("scontrol show config", CONFIG.replace("= 1\n", "= 0\n"), OK, "amlaunch enables it for its jobs"),
         ("scontrol show config", CONFIG.replace("partition_prio", "qos"), OK, "by QOS"),
         ("scontrol show partition", RULES.replace("=REQUEUE", "=CANCEL"), WARN, "gpu-low (CANCEL, 10 s"),
     ],
@@ -326,14 +326,14 @@ def test_a_shared_root_is_written_as_runs_are(tmp_path):
 
 @pytest.mark.parametrize("name", ["on", "123", "null", "a: b", "weiß", "-x", "p#1", "1e3"])
 def test_names_that_yaml_would_misread_are_quoted(name, tmp_path):
-    part = Place(name, True, True, None, nodes=1, cpus=8, mem_mb=1, gpus=2, gpu_type=name, usable=1)
+    part = SitePartition(name, True, True, None, nodes=1, cpus=8, mem_mb=1, gpus=2, gpu_type=name, usable=1)
     site = SlurmSite("23.02.1", name, (part,), accounts=(name, "other"), default_account=name)
     profile = read_back(propose(site, [folder_of(f"/x/{name}/runs")], Path(f"/x/{name}/runs")), tmp_path).profile
     assert (profile.partition, profile.account, profile.gpu_type, profile.runs) == (name, name, name, f"/x/{name}/runs")
 
 
 def test_sites_that_lack_things_get_a_profile_too():
-    part = Place("all", default=False, up=True, minutes=60, nodes=1, cpus=8, mem_mb=1, gpus=0, usable=1)
+    part = SitePartition("all", default=False, up=True, minutes=60, nodes=1, cpus=8, mem_mb=1, gpus=0, usable=1)
     proposed = propose(SlurmSite("23.02.1", "", (part,)), [], Path("/x/runs"))
     assert proposed.name == "cluster" and proposed.cluster().profile.partition == "all" and "train" not in proposed.text
     down = propose(SlurmSite("23.02.1", "local", (replace(part, usable=0),)), [], Path("/x"))
@@ -350,7 +350,7 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
     before = file.read_text()
     with pytest.raises(
         BadInput,
-        match=r"clusters.yaml:5: there is a profile lab already, and it was left as it is; .*--save another file",
+        match=r"clusters.yaml:5: profile lab exists already and was not changed; .*choose another file with --save",
     ):
         save(proposed, file)
     flow = tmp_path / "flow.yaml"
@@ -361,7 +361,7 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no right to write")]
+    ("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no permission to write")]
 )
 def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
     (tmp_path / "file").write_text("")
@@ -375,14 +375,14 @@ def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_pat
 
 
 def test_a_file_that_cannot_be_made_is_no_traceback(answers, tmp_path):
-    with pytest.raises(BadInput, match="cannot be written"):
+    with pytest.raises(BadInput, match="not writable"):
         save(propose(probe.read_site(), [], Path("/x/runs")), Path("/proc/site.yaml"))
 
 
 def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
     assert doctor.run(options(save="site.yaml")) == 0
     text = printed(capsys)
-    job = "train: sbatch takes partition gpu with 8 GPUs"
+    job = "train: sbatch accepts partition gpu with 8 GPUs"
     for words in ("22.05.8, cluster lab", "8 x h100", job, "submit quickstart --cluster site.yaml:lab"):
         assert words in text
     assert find_cluster("site.yaml").name == "lab"
@@ -407,10 +407,10 @@ def test_a_controller_that_is_away(answers, capsys, silent):
     ("profile", "words"),
     [
         ("partition: gpuu", "train, export: partition 'gpuu' does not exist here; did you mean 'gpu'?"),
-        ("account: labb", "labb is not yours -> did you mean 'lab'?"),
-        ("qos: hihg", "hihg is not yours -> did you mean 'high'?"),
+        ("account: labb", "labb is not one of your accounts -> did you mean 'lab'?"),
+        ("qos: hihg", "hihg is not one of your QOS -> did you mean 'high'?"),
         ("sbatch: {exclusiv: true}", "sbatch has no such option; did you mean 'exclusive'?"),
-        ("shared_roots: [/shared]", "is not below a shared folder (/shared)"),
+        ("shared_roots: [/shared]", "is not below shared_roots (/shared)"),
     ],
 )
 def test_what_is_wrong_with_a_profile(answers, tmp_path, capsys, profile, words):
@@ -446,9 +446,9 @@ def measured(
     [
         (measured(), OK, "640 TFLOP/s or more (floor 500)"),
         (measured(gemm_tflops={3: 410.0}), BAD, "GPU 3: 410 TFLOP/s on n1, below the floor of 500"),
-        (measured(gemm_tflops={3: 560.0, 5: 570.0}), WARN, "GPU 3: 560, GPU 5: 570 TFLOP/s on n1, over 10 % below"),
+        (measured(gemm_tflops={3: 560.0, 5: 570.0}), WARN, "GPU 3: 560, GPU 5: 570 TFLOP/s on n1, more than 10 % below"),
         (measured(copy_gb_s={0: 1500.0}), BAD, "GPU 0: 1,500 GB/s on n1, below the floor of 2,000"),
-        (measured(memory_free_bytes={7: 40 << 30}), WARN, "in use before we came: GPU 7: 39 GiB"),
+        (measured(memory_free_bytes={7: 40 << 30}), WARN, "in use before the check: GPU 7: 39 GiB"),
         (measured(bus=50.0), BAD, "50 GB/s bus bandwidth over 8 GPUs on n1, below the floor of 250"),
         (measured(right=False), BAD, "8 GPUs on n1, and the sum was WRONG"),
         (measured(device="NVIDIA H200"), BAD, "below the floor of 3,200"),
@@ -482,7 +482,7 @@ def test_the_table_of_gpus_fits_a_terminal():
 def test_the_job_of_the_check_is_a_whole_node():
     tree = {"gpu_type": "h100", "stages": {"train": {"mem": "64G"}}}
     cluster = Profiled("c", check_profile(tree, {}), "here", tree)
-    cpu = Place("cpu", True, True, None, nodes=2, cpus=64, mem_mb=500_000, gpus=0, usable=2)
+    cpu = SitePartition("cpu", True, True, None, nodes=2, cpus=64, mem_mb=500_000, gpus=0, usable=2)
     gpu = replace(cpu, name="gpu", default=False, gpus=8, gpu_type="h100")
     train = diagnosis.smallest_job(cluster, [cpu, gpu], "train")
     assert (train.partition, train.needs) == ("gpu", Needs(1, 8, 8, 32, "64G"))
@@ -520,7 +520,7 @@ def test_the_check_on_two_processes_and_on_one(tmp_path):
 def test_the_check_on_this_machine(tmp_path):
     done = amlaunch("doctor", "--gpu", cwd=tmp_path, PATH="", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no CUDA device: CPU figures, no floor applies" in done.stdout and "2 processes (gloo)" in done.stdout
+    assert "no CUDA device, so these are CPU figures and no floor applies" in done.stdout and "2 processes (gloo)" in done.stdout
 
 
 @pytest.mark.slow
@@ -545,7 +545,7 @@ def test_doctor_on_a_cluster(cluster: Cluster):
     for name in ("cpu", "short", "gpu", "gpu-low"):
         assert name in rows
     assert "8 x h100" in rows["gpu"] and "cluster lab" in done.stdout and "sacct answers" in done.stdout
-    assert "train: sbatch takes partition gpu with 8 GPUs" in done.stdout and "sbatch refuses" not in done.stdout
+    assert "train: sbatch accepts partition gpu with 8 GPUs" in done.stdout and "sbatch refuses" not in done.stdout
     again = cluster.run(cluster.python, "-m", "amlaunch", "doctor", "--cluster", "site.yaml", cwd=folder, check=False)
     assert again.returncode == 0 and "profile lab (site.yaml)" in again.stdout, again.stdout + again.stderr
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amlaunch.containers.images import credentials
 from amlaunch.containers.runtimes.catalog import CannotLaunch, Mount, Reference, launch, parse
-from amlaunch.containers.runtimes.environment import of_libraries
+from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.files_and_disk import image_problems, is_shared, sets_variable, uses_wandb
 from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.stage_container import image_of, is_seen, may_mount
@@ -100,9 +100,9 @@ def _credential_notes(image: Reference, runtime: str, *, on_this_machine: bool) 
     # NVIDIA's own images are public.
     if image.kind != "registry" or image.registry != "nvcr.io" or image.repository.startswith("nvidia/"):
         return
-    files = credentials.files(runtime, os.environ, here=on_this_machine)
+    files = credentials.credential_files(runtime, os.environ, here=on_this_machine)
     if not any(_mentions(file, image.registry) for file in files):
-        advice = credentials.where(runtime, image.registry, os.environ)
+        advice = credentials.login_advice(runtime, image.registry, os.environ)
         yield (
             f"{image.name}: no credentials for {image.registry} found on this machine; "
             f"if the image needs them: {advice}"
@@ -128,7 +128,7 @@ def _hidden_variable_notes(loaded: LoadedRecipe, container: StageContainer, moun
     set_inside = (*CERTIFICATE_VARIABLES, *container.passed)
     hidden = [
         f"{name}={value}"
-        for name, value in of_libraries(os.environ).items()
+        for name, value in library_variables(os.environ).items()
         if name not in set_inside and not sets_variable(loaded, name) and not is_seen(name, value, mounts)
     ]
     if hidden:

@@ -50,10 +50,10 @@ class OutputFolder(NamedTuple):
     """The instruction for choosing another folder, used at the end of error messages."""
 
 
-def check_disk(loaded: LoadedRecipe, plan: Plan, runs: Path, profile: ClusterProfile) -> list[str]:
+def check_disk(loaded: LoadedRecipe, plan: Plan, runs: Path, profile: ClusterProfile | None) -> list[str]:
     """Check that nodes see every output folder, and that each is writable and large enough.
 
-    Returns notes. Raises BadInput with all problems.
+    ``profile``: the cluster's; None: the run stays on this machine. Returns notes. Raises BadInput with all problems.
     """
     problems = ErrorCollector()
     outputs = _output_folders(loaded, plan, runs)
@@ -63,6 +63,8 @@ def check_disk(loaded: LoadedRecipe, plan: Plan, runs: Path, profile: ClusterPro
         with problems.collected():
             _check_output(output, profile, bytes_by_device)
     problems.refuse()
+    if profile is None:
+        return []
 
     folders = [*(output.path for output in outputs), Path(plan.cwd), *_input_folders(loaded)]
     return _local_disk_notes(folders, profile)
@@ -141,9 +143,10 @@ def _input_folders(loaded: LoadedRecipe) -> Iterator[Path]:
         yield Path(os.path.expanduser(prefix)).absolute()
 
 
-def _check_output(output: OutputFolder, profile: ClusterProfile, bytes_by_device: dict[int, int]) -> None:
+def _check_output(output: OutputFolder, profile: ClusterProfile | None, bytes_by_device: dict[int, int]) -> None:
     """Check one output folder; ``bytes_by_device`` adds up folders on the same file system. Raises BadInput."""
-    _check_visible(output, profile)
+    if profile is not None:
+        _check_visible(output, profile)
     folder = nearest_folder(output.path)
     _check_is_folder(folder, output)
     _check_writable(folder, output)
@@ -336,9 +339,9 @@ def _problems_of_image(image: str) -> Iterator[str]:
         yield f"{'folder' if reference.kind == 'folder' else 'file'} {image} does not exist"
     elif reference.kind == "archive":
         # The archive reader is slow to import.
-        from amlaunch.containers.images.layers import why_no_image
+        from amlaunch.containers.images.layers import archive_problem
 
-        problem = why_no_image(reference.file)
+        problem = archive_problem(reference.file)
         if problem:
             yield (
                 f"{image} {problem}; create an image archive with docker save or skopeo copy, "

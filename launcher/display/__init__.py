@@ -1,1 +1,1 @@
-"""Wording, live progress and summaries."""
+"""Text, tables and JSON that commands print."""

@@ -1,4 +1,4 @@
-"""Findings of doctor and of image checks: what was looked at, a verdict and advice."""
+"""Findings of ``doctor`` and of image checks: a subject, a verdict and advice."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 OK, WARN, BAD = "ok", "warn", "bad"
+"""Verdicts: works; works with a restriction; will not work."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     verdict: str
-    """ok, warn (works, but) or bad (will not work)."""
+    """One of :data:`OK`, :data:`WARN`, :data:`BAD`."""
     text: str
     advice: str = ""
-    """What to do about it, where it is not ok."""
+    """The remedy, if the verdict is not ok."""
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The verdict on all of them together."""
-    return max((one.verdict for one in findings), key=(OK, WARN, BAD).index, default=OK)
+    """Return the worst verdict of all findings; ok if there are none."""
+    return max((finding.verdict for finding in findings), key=(OK, WARN, BAD).index, default=OK)

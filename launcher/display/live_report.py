@@ -1,4 +1,4 @@
-"""What ``amlaunch local`` shows while it runs: a live table in a terminal, plain lines in a log."""
+"""Progress of a run while a command waits for it: a live table in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from amlaunch.launcher.runs.element_state import ElementState
 from amlaunch.launcher.runs.states import State
 
 PLAIN_SECONDS = 5.0
-MOST_ROWS = 16
+"""Pause between two lines about the same running element."""
+MAX_ROWS = 16
+BAR_WIDTH = 16
 SKIPPED = "already done, skipped"
 
 
 class PlainReport:
-    """A line when an element starts or ends, and one every ``seconds`` in between (never: None)."""
+    """Print a line when an element starts or ends, and one every ``seconds`` in between (None: none in between).
 
-    def __init__(self, say: Callable[[str], None], seconds: float | None = PLAIN_SECONDS, done_before: str = SKIPPED):
+    ``done_note`` is printed for a stage that was done from the beginning.
+    """
+
+    def __init__(self, say: Callable[[str], None], seconds: float | None = PLAIN_SECONDS, done_note: str = SKIPPED):
         self.say = say
         self.seconds = seconds
-        self.done_before = done_before
-        self.before: dict[tuple[str, str], str] = {}
-        self.spoke: dict[tuple[str, str], float] = {}
-        self.said: dict[tuple[str, str], str] = {}
+        self.done_note = done_note
+        self.last_state: dict[tuple[str, str], str] = {}
+        self.last_time: dict[tuple[str, str], float] = {}
+        self.last_line: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> PlainReport:
         return self
@@ -34,38 +39,42 @@ class PlainReport:
         return None
 
     def __call__(self, states: Sequence[ElementState]) -> None:
-        """Show what has changed in one or several stages."""
-        known = {stage for stage, _ in self.before}
+        """Print what changed in one or several stages."""
+        known_stages = {stage for stage, _ in self.last_state}
         for stage in dict.fromkeys(state.stage for state in states):
-            mine = [state for state in states if state.stage == stage]
-            if stage not in known and all(state.state == State.DONE for state in mine):
-                self.say(f"{stage}: {self.done_before}")
-            for state in mine:
-                self._element(state, stage not in known)
+            stage_states = [state for state in states if state.stage == stage]
+            is_new = stage not in known_stages
+            if is_new and all(state.state == State.DONE for state in stage_states):
+                self.say(f"{stage}: {self.done_note}")
+            for state in stage_states:
+                self._report_element(state, is_new)
 
-    def _element(self, state: ElementState, new: bool) -> None:
+    def _report_element(self, state: ElementState, is_new: bool) -> None:
         key = (state.stage, state.name)
-        changed = self.before.get(key) != state.state
-        self.before[key] = state.state
-        if new and state.state != State.RUNNING:
-            return  # how an earlier start ended is not news
-        overdue = self.seconds is not None and time.monotonic() - self.spoke.get(key, 0.0) > self.seconds
-        words = wording.line(state)
-        if changed or (overdue and state.state == State.RUNNING and words != self.said.get(key)):
-            self.spoke[key] = time.monotonic()
-            self.said[key] = words
-            self.say(words)
+        changed = self.last_state.get(key) != state.state
+        self.last_state[key] = state.state
+        if is_new and state.state != State.RUNNING:
+            # The end of an earlier attempt is not news.
+            return
+
+        line = wording.status_line(state)
+        is_due = self.seconds is not None and time.monotonic() - self.last_time.get(key, 0.0) > self.seconds
+        has_progress = state.state == State.RUNNING and line != self.last_line.get(key)
+        if changed or (is_due and has_progress):
+            self.last_time[key] = time.monotonic()
+            self.last_line[key] = line
+            self.say(line)
 
 
 class LiveReport:
-    """A table of the elements that run, redrawn in place; starts and ends stay above it as lines."""
+    """Redraw a table of the active elements in place; lines about starts and ends stay above it."""
 
-    def __init__(self, done_before: str = SKIPPED) -> None:
+    def __init__(self, done_note: str = SKIPPED) -> None:
         from rich.live import Live
 
         self.console = wording.console()
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
-        self.lines = PlainReport(self.say, seconds=None, done_before=done_before)
+        self.lines = PlainReport(self.say, seconds=None, done_note=done_note)
 
     def __enter__(self) -> LiveReport:
         self.live.__enter__()
@@ -75,7 +84,7 @@ class LiveReport:
         self.live.__exit__(*error)
 
     def say(self, text: str) -> None:
-        """One line above the table."""
+        """Print one line above the table."""
         self.console.print(text, markup=False)
 
     def __call__(self, states: Sequence[ElementState]) -> None:
@@ -85,36 +94,36 @@ class LiveReport:
 
 
 def progress_table(states: Sequence[ElementState]) -> Any:
-    """A row with a bar for each element that runs or waits; of very many, as many as fit a screen."""
+    """Return a rich table with a bar for each running or waiting element, limited to one screen."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
         table.add_column(no_wrap=True, overflow="ellipsis")
-    shown = sorted(
-        (state for state in states if state.state in (State.RUNNING, State.QUEUED, State.PENDING)),
-        key=lambda state: state.state != State.RUNNING,
-    )
-    for state in shown[:MOST_ROWS]:
+
+    active = [state for state in states if state.state in (State.RUNNING, State.QUEUED, State.PENDING)]
+    active.sort(key=lambda state: state.state != State.RUNNING)
+    for state in active[:MAX_ROWS]:
         beat = state.progress if state.state == State.RUNNING else {}
-        bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=16)
-        words = (
-            wording.progress(state)
-            if beat
-            else ("starting" if state.state == State.RUNNING else wording.waiting(state) or "waiting")
-        )
-        table.add_row(f"{state.stage} {state.name}", bar, words)
-    if len(shown) > MOST_ROWS:
-        table.add_row("", "", f"and {len(shown) - MOST_ROWS} more")
+        bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=BAR_WIDTH)
+        table.add_row(f"{state.stage} {state.name}", bar, _activity(state))
+    if len(active) > MAX_ROWS:
+        table.add_row("", "", f"and {len(active) - MAX_ROWS} more")
     return table
 
 
-def make_report(json_output: bool, done_before: str = SKIPPED) -> PlainReport | LiveReport:
-    """Live in a terminal; plain otherwise; on stderr when stdout is for JSON."""
+def _activity(state: ElementState) -> str:
+    if state.state == State.RUNNING:
+        return wording.progress(state) or "starting"
+    return wording.waiting_text(state) or "waiting"
+
+
+def make_report(json_output: bool, done_note: str = SKIPPED) -> PlainReport | LiveReport:
+    """Return a live report in a terminal, else a plain one; on stderr if stdout is for JSON."""
     if not json_output and sys.stdout.isatty():
-        return LiveReport(done_before)
-    return PlainReport(_printer(sys.stderr if json_output else sys.stdout), done_before=done_before)
+        return LiveReport(done_note)
+    return PlainReport(_printer(sys.stderr if json_output else sys.stdout), done_note=done_note)
 
 
 def _printer(stream: TextIO) -> Callable[[str], None]:

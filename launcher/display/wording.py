@@ -1,4 +1,7 @@
-"""The words for what happens: shared by the live display, ``status`` and the closing summary."""
+"""Format runs, elements and numbers for people and for ``--json``.
+
+Shared by the live report, ``status`` and the closing summary.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,31 @@ from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
 
 STYLES: dict[str, str] = {
-    State.DONE: "green", State.RUNNING: "cyan", State.QUEUED: "blue", State.FAILED: "bold red", State.DIED: "bold red", State.UNKNOWN: "magenta",
-    State.CANCELLED: "yellow", State.STOPPED: "yellow", State.PENDING: "dim",
-}  # fmt: skip
+    State.DONE: "green",
+    State.RUNNING: "cyan",
+    State.QUEUED: "blue",
+    State.FAILED: "bold red",
+    State.DIED: "bold red",
+    State.UNKNOWN: "magenta",
+    State.CANCELLED: "yellow",
+    State.STOPPED: "yellow",
+    State.PENDING: "dim",
+}
+"""The rich style of each state."""
 TAIL_LINES = 15
+TAIL_BYTES = 16_384
+REDIRECTED_WIDTH = 160
+"""Columns for output that goes to a file or a pipe: enough for most lines."""
+
+
+# --- commands that a user can paste
 
 
 def program() -> str:
-    """How to call amlaunch from here: an environment that is not activated has it outside the search path."""
+    """Return the command that starts amlaunch from this shell.
+
+    An environment that is not activated is not in the search path.
+    """
     if shutil.which("amlaunch"):
         return "amlaunch"
     called = Path(sys.argv[0])
@@ -34,13 +54,16 @@ def program() -> str:
 
 
 def name_of(run: RunDir) -> str:
-    """What to type for a run: its id where that is found, else its folder."""
-    here = Path(os.environ.get("AMLAUNCH_RUNS") or "runs").expanduser().absolute()
-    return run.root.name if run.root.parent == here else shlex.quote(str(run.root))
+    """Return the argument that names a run in a command: its ID if that is enough, else its folder."""
+    default_root = Path(os.environ.get("AMLAUNCH_RUNS") or "runs").expanduser().absolute()
+    return run.root.name if run.root.parent == default_root else shlex.quote(str(run.root))
+
+
+# --- numbers
 
 
 def duration(seconds: float | None) -> str:
-    """``4.2 s``, ``3:05``, ``2:14:09``."""
+    """Format seconds: ``4.2 s``, ``3:05``, ``2:14:09``; empty for None."""
     if seconds is None:
         return ""
     if seconds < 10:
@@ -51,162 +74,187 @@ def duration(seconds: float | None) -> str:
 
 
 def count(number: float | None) -> str:
-    """``512``, ``1.25K``, ``2.00M``, ``1.50B``."""
+    """Format a count: ``512``, ``1.25K``, ``2.00M``, ``1.50B``; ``?`` for None."""
     if number is None:
         return "?"
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.2f}{suffix}"
+    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= unit:
+            return f"{number / unit:.2f}{suffix}"
     return f"{number:.0f}"
 
 
 def size(number: float) -> str:
-    """Bytes: ``512 B``, ``4.82 MB``, ``7.10 GB``."""
+    """Format bytes: ``512 B``, ``4.82 MB``, ``7.10 GB``."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= unit:
             return f"{number / unit:.2f} {name}"
     return f"{number:.0f} B"
 
 
-def rate(tokens_a_second: float | None) -> str:
-    """Tokens a second, in words."""
-    return f"{count(tokens_a_second)} tokens/s" if tokens_a_second else ""
-
-
-def progress(state: ElementState) -> str:
-    """How far a running element is: ``step 120/200 · loss 5.12 · 3.41K tokens/s · ETA 0:40``."""
-    beat = state.progress
-    if not beat:
-        return ""
-    total = beat.get("total")
-    unit = beat.get("unit", "")
-    if unit == "token":
-        parts = [f"{count(beat.get('done'))}{f'/{count(total)}' if total else ''} tokens"]
-    else:
-        parts = [f"{unit} {beat.get('done')}{f'/{total}' if total else ''}"]
-    parts += [
-        f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))
-    ]
-    parts.append(rate(beat.get("rate")))
-    if state.state == State.RUNNING and _is_number(beat.get("eta_s")):
-        parts.append(f"ETA {duration(beat['eta_s'])}")
-    return " · ".join(part for part in parts if part)
-
-
-def saved(state: ElementState) -> str:
-    """Up to where the work of an element that left is kept: ``saved at step 120/400``; empty where nobody says."""
-    beat = state.progress
-    if state.state == State.DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
-        return ""
-    total = f"/{beat['total']}" if beat.get("total") else ""
-    return f"saved at step {beat['saved']}{total}" if beat["saved"] else "nothing saved yet"
-
-
-def waiting(state: ElementState) -> str:
-    """Why a queued element waits, and when Slurm thinks that it starts."""
-    return " · ".join(
-        part for part in (state.reason, f"starts about {state.start.replace('T', ' ')}" if state.start else "") if part
-    )
+def rate(tokens_per_second: float | None) -> str:
+    """Format a throughput: ``3.41K tokens/s``; empty if unknown."""
+    return f"{count(tokens_per_second)} tokens/s" if tokens_per_second else ""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def outcome(state: ElementState) -> str:
-    """What a finished element made, or why an unfinished one is not."""
-    if state.state == State.QUEUED:
-        return waiting(state)
-    if state.state in (State.STOPPED, State.CANCELLED, State.DIED):
-        return " · ".join(filter(None, [state.reason or progress(state), saved(state)]))
-    if state.state != State.DONE:
-        return state.reason or progress(state)
-    made = state.result
-    parts: list[str] = []
-    if state.stage in ("preprocess", "verify") and "tokens" in made:
-        parts.append(
-            f"{made['tokens']:,} tokens of {made.get('documents', 0):,} documents in {made.get('shards', 0)} shards"
-        )
-    if _is_number(made.get("loss_first")) and _is_number(made.get("loss_last")):
-        parts.append(f"loss {made['loss_first']:.4f} -> {made['loss_last']:.4f}")
-    if _is_number(made.get("val_loss")):
-        parts.append(f"validation {made['val_loss']:.4f}")
-    parts.append(rate(made.get("tokens_per_s")))
-    if "parameters" in made:
-        parts.append(f"{count(made['parameters'])} parameters")
+def _join(*parts: str) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def line(state: ElementState) -> str:
-    """One plain line for one element."""
+# --- one element
+
+
+def progress(state: ElementState) -> str:
+    """Describe an element's progress: ``step 120/200 · loss 5.1200 · 3.41K tokens/s · ETA 0:40``."""
+    beat = state.progress
+    if not beat:
+        return ""
+
+    total, unit = beat.get("total"), beat.get("unit", "")
+    if unit == "token":
+        position = f"{count(beat.get('done'))}{f'/{count(total)}' if total else ''} tokens"
+    else:
+        position = f"{unit} {beat.get('done')}{f'/{total}' if total else ''}"
+
+    losses = [
+        f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))
+    ]
+    shows_eta = state.state == State.RUNNING and _is_number(beat.get("eta_s"))
+    eta = f"ETA {duration(beat['eta_s'])}" if shows_eta else ""
+    return _join(position, *losses, rate(beat.get("rate")), eta)
+
+
+def saved_progress(state: ElementState) -> str:
+    """Describe the last checkpoint of an unfinished element: ``saved at step 120/400``; empty if unknown."""
+    beat = state.progress
+    if state.state == State.DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
+        return ""
+    if not beat["saved"]:
+        return "no checkpoint yet"
+    total = f"/{beat['total']}" if beat.get("total") else ""
+    return f"saved at step {beat['saved']}{total}"
+
+
+def waiting_text(state: ElementState) -> str:
+    """Describe why a queued element waits, and Slurm's estimate of its start."""
+    estimate = f"estimated start {state.start.replace('T', ' ')}" if state.start else ""
+    return _join(state.reason, estimate)
+
+
+def outcome(state: ElementState) -> str:
+    """Describe the result of a finished element, or the reason why it is unfinished."""
+    if state.state == State.DONE:
+        return _result(state)
+    if state.state == State.QUEUED:
+        return waiting_text(state)
+    if state.state in (State.STOPPED, State.CANCELLED, State.DIED):
+        return _join(state.reason or progress(state), saved_progress(state))
+    return state.reason or progress(state)
+
+
+def _result(state: ElementState) -> str:
+    """Describe the done marker of an element."""
+    result = state.result
+    parts: list[str] = []
+    if state.stage in ("preprocess", "verify") and "tokens" in result:
+        documents, shards = result.get("documents", 0), result.get("shards", 0)
+        parts.append(f"{result['tokens']:,} tokens from {documents:,} documents in {shards} shards")
+    if _is_number(result.get("loss_first")) and _is_number(result.get("loss_last")):
+        parts.append(f"loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}")
+    if _is_number(result.get("val_loss")):
+        parts.append(f"validation loss {result['val_loss']:.4f}")
+    parts.append(rate(result.get("tokens_per_s")))
+    if "parameters" in result:
+        parts.append(f"{count(result['parameters'])} parameters")
+    return _join(*parts)
+
+
+def status_line(state: ElementState) -> str:
+    """Describe an element in one plain line."""
     name = f"{state.stage} {state.name}"
     if state.state == State.RUNNING:
         return f"{name}: {progress(state) or 'starting'}"
-    took = f" ({duration(state.seconds)})" if state.seconds is not None else ""
-    words = outcome(state)
-    return f"{name}: {state.state}{took}{': ' + words if words else ''}"
+    time_taken = f" ({duration(state.seconds)})" if state.seconds is not None else ""
+    details = outcome(state)
+    return f"{name}: {state.state}{time_taken}{': ' + details if details else ''}"
 
 
-def failure(run: RunDir, state: ElementState, next_command: str) -> list[str]:
-    """What to read when an element failed: host, rank, the last lines of the right log, the next command."""
-    folder = run.element(state.stage, state.name)
-    rank = state.rank or 0
-    log = folder.log(state.attempts, rank)
-    reason, next_command = _with_names(run, state, next_command)
-    lines = [f"{state.stage} {state.name} {state.state} on {state.host or state.nodes or 'this host'}: {reason}"]
-    text, whose = tail(log) if state.retry else [], f"rank {rank}"
-    if state.retry and not text and state.log is not None:  # it did not get as far as a rank
-        log, text, whose = state.log, tail(state.log), f"job {state.job}"
-    if text:
-        lines += [f"last lines of {whose} ({log}):", *(f"  | {part}" for part in text)]
+# --- failures
+
+
+def failure_report(run: RunDir, state: ElementState, next_command: str) -> list[str]:
+    """Explain a failed element: host, reason, the last lines of the right log, the next command."""
+    reason, next_command = _with_run_name(run, state, next_command)
+    host = state.host or state.nodes or "this host"
+    lines = [f"{state.stage} {state.name} {state.state} on {host}: {reason}"]
     if not state.retry:
-        return [*lines, f"next: correct that, then {next_command}"]
-    return [*lines, f"next: {next_command}", "(goes on from what is saved)"]
+        return [*lines, f"next: fix the cause, then run {next_command}"]
+    return [*lines, *_log_excerpt(run, state), f"next: {next_command}", "(continues from the last saved state)"]
 
 
-REMEDY = re.compile(r"amlaunch resume RUN (.+?)(?:, say)?$")
-"""What a reason ends with where the same settings would fail again (amlaunch.launcher.runs.failure_causes)."""
+def _log_excerpt(run: RunDir, state: ElementState) -> list[str]:
+    """Return the end of the failed rank's log, or of the job's own output if no rank wrote one."""
+    rank = state.rank or 0
+    log, owner = run.element(state.stage, state.name).log(state.attempts, rank), f"rank {rank}"
+    text = last_lines(log)
+    if not text and state.log is not None:
+        log, owner = state.log, f"job {state.job}"
+        text = last_lines(log)
+    return [f"last lines of {owner} ({log}):", *(f"  | {line}" for line in text)] if text else []
 
 
-def _with_names(run: RunDir, state: ElementState, next_command: str) -> tuple[str, str]:
-    """The reason with a command that can be pasted, and of a job that command as the next one."""
-    found = REMEDY.search(state.reason)
-    if found is None:
+REMEDY = re.compile(r"amlaunch resume RUN (--\S+ [^\s,;]+)(, say)?")
+"""The command in a reason if the same settings would fail again (see amlaunch.launcher.runs.failure_causes)."""
+
+
+def _with_run_name(run: RunDir, state: ElementState, next_command: str) -> tuple[str, str]:
+    """Complete the command in the reason so that it can be pasted; for a job it is the next command, too."""
+    match = REMEDY.search(state.reason)
+    if match is None:
         return state.reason, next_command
-    remedy = f"{program()} resume {name_of(run)} {found[1]}"
-    return state.reason[: found.start()] + remedy, remedy if state.job else next_command
+    remedy = f"{program()} resume {name_of(run)} {match[1]}"
+    reason = state.reason[: match.start()] + remedy + state.reason[match.end() :]
+    return reason, remedy if state.job else next_command
 
 
-def console() -> Any:
-    """A rich console that, piped into a file, does not break lines at 80 columns."""
-    from rich.console import Console
-
-    class OurConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # which amlaunch handles for all commands alike; rich would exit with 1
-
-    return OurConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _asked_width())
-
-
-def _asked_width() -> int:
-    """``COLUMNS``, where somebody exports it; else enough for most lines."""
-    asked = os.environ.get("COLUMNS", "")
-    return int(asked) if asked.isdigit() and int(asked) else 160
-
-
-def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a text file; none where there is no such file."""
+def last_lines(path: Path, lines: int = TAIL_LINES) -> list[str]:
+    """Return the last lines of a text file; empty if it cannot be read."""
     try:
         with open(path, "rb") as handle:
-            handle.seek(0, 2)
-            handle.seek(max(0, handle.tell() - 16_384))
+            handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, handle.tell() - TAIL_BYTES))
             return handle.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
 
 
+# --- output
+
+
+def console() -> Any:
+    """Return a rich console that does not wrap lines at 80 columns when its output is redirected."""
+    from rich.console import Console
+
+    class PipeSafeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would exit with 1; amlaunch handles a closed pipe alike for all commands.
+            raise BrokenPipeError
+
+    width = None if sys.stdout.isatty() else _redirected_width()
+    return PipeSafeConsole(highlight=False, soft_wrap=True, width=width)
+
+
+def _redirected_width() -> int:
+    """Return ``COLUMNS`` if it is exported, else a default."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdigit() and int(columns) else REDIRECTED_WIDTH
+
+
 def to_json(value: Any) -> str:
-    """Indented JSON; a number that JSON does not have (a loss that is NaN) is null."""
+    """Return indented JSON; numbers that JSON lacks, such as a NaN loss, become null."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
@@ -219,20 +267,18 @@ def _finite(value: Any) -> Any:
 
 
 def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: str) -> dict[str, Any]:
-    """A run for ``--json``: stable names, documented in docs/commands.md."""
-    found = list(states)
-    stages = []
-    for stage in plan.stages:
-        elements = [_element_json(state) for state in found if state.stage == stage.name]
-        stages.append({"name": stage.name, "elements": elements})
-    hours = round(sum(state.gpu_hours for state in found), 4)
-    cluster = (plan.cluster or {}).get("name")
+    """Return a run for ``--json``; the names are stable and documented in docs/commands.md."""
+    elements = list(states)
+    stages = [
+        {"name": stage.name, "elements": [_element_json(state) for state in elements if state.stage == stage.name]}
+        for stage in plan.stages
+    ]
     return {
         "run": plan.run_id,
         "path": str(run.root),
-        "cluster": cluster,
+        "cluster": (plan.cluster or {}).get("name"),
         "state": overall,
-        "gpu_hours": hours,
+        "gpu_hours": round(sum(state.gpu_hours for state in elements), 4),
         "stages": stages,
     }
 

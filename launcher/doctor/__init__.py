@@ -1,1 +1,1 @@
-"""Probe a machine and its cluster, judge what was found, and write a cluster profile."""
+"""Diagnosis of a machine and its cluster: read facts, judge them, write a profile, measure a GPU node."""

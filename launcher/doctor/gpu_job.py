@@ -1,7 +1,7 @@
-"""The check of GPUs as a run of one element, whose ranks are ``amlaunch.trainer.tools.gpu_check``.
+"""Run the GPU check as a run of one element, whose ranks are ``amlaunch.trainer.tools.gpu_check``.
 
-What submits, starts, watches and explains training does so here: where this run
-works, the next one will.
+The check is submitted, started, watched and explained by the same code as training, so that a node
+that passes it also runs training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.findings import BAD, OK, Finding
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport
 from amlaunch.launcher.doctor.diagnosis import smallest_job
-from amlaunch.launcher.doctor.probe import Place
+from amlaunch.launcher.doctor.probe import SitePartition
 from amlaunch.launcher.execution.local_executor import LocalExecutor
 from amlaunch.launcher.runs.element_state import ElementState, read_run, read_stage
 from amlaunch.launcher.runs.snapshot import take_snapshot
@@ -33,41 +33,47 @@ from amlaunch.recipes.run_layout import RunDir
 STAGE, ELEMENT = "train", "gpu-check"
 CHECK_MINUTES = 10
 SIGNAL_SECONDS = 60
-"""Before its time limit; training's own may be as long as the whole check."""
+"""Replaces the profile's signal_seconds, which may be as long as the whole check."""
 CPU_RANKS = 2
-"""Of a check on a machine without GPUs: the fewest that have something to reduce."""
+"""Ranks on a machine without GPUs: the fewest that have something to reduce."""
 POLL_SECONDS = 1.0
-LATE_SECONDS = 40.0
-"""A network file system may show another machine's file only when its cache of the folder has run out."""
+VISIBILITY_SECONDS = 40.0
+"""A network file system may show another machine's file only after its cached folder listing expires."""
 
 Report = PlainReport | LiveReport
-Outcome = tuple[Mapping[str, Any], list[Finding]]
-"""What was measured, or nothing, and what can be said of the run itself."""
+CheckResult = tuple[Mapping[str, Any], list[Finding]]
+"""The measurements, empty if there are none, and findings about the run itself."""
 
 
-def check_here(runs: Path, report: Report) -> Outcome:
-    """Measure this machine, a rank for each of its GPUs. Raises OSError."""
+def check_here(runs: Path, report: Report) -> CheckResult:
+    """Measure this machine, with a rank for each of its GPUs. Raises OSError."""
     machine = this_machine()
     gpus = len(machine.gpus)
     run, plan = _write_run(runs, Stage(STAGE, [], [], Needs(1, gpus, gpus or CPU_RANKS, machine.cpus)))
+
+    # The ranks end when nobody holds the lock any more.
     lock = Lock(run.lock)
-    lock.acquire()  # the ranks end when nobody holds it any more
+    lock.acquire()
     try:
         with report:
             LocalExecutor(run, plan, machine, report).execute(plan.stages)
     finally:
         lock.release()
     [state] = read_stage(run, plan.stage(STAGE))
-    return _outcome(run, state, report)
+    return _result(run, state, report)
 
 
-def check_node(cluster: Cluster, places: Sequence[Place], runs: Path, report: Report) -> Outcome:
-    """Measure a node where the profile sends training; Ctrl-C cancels the job. Raises BadInput, SlurmError and OSError."""
-    stage = smallest_job(cluster, places, STAGE)
+def check_node(cluster: Cluster, partitions: Sequence[SitePartition], runs: Path, report: Report) -> CheckResult:
+    """Measure a node of the partition that the profile uses for training; Ctrl-C cancels the job.
+
+    Raises BadInput, SlurmError and OSError.
+    """
+    stage = smallest_job(cluster, partitions, STAGE)
     if not stage.needs.gpus_per_node:
         text = f"no job was submitted: the nodes of partition {stage.partition} have no GPUs"
-        advice = "stages: {train: {partition: NAME}} in the profile names one that has them"
+        advice = "name a partition with GPUs in the profile: stages: {train: {partition: NAME}}"
         return {}, [Finding("job", BAD, text, advice)]
+
     run, plan = _write_run(runs, stage, {"name": cluster.name, "profile": dict(cluster.tree)})
     profile = dataclasses.replace(cluster.profile, signal_seconds=SIGNAL_SECONDS)
     [submission] = submit_run(run, plan, profile, plan.stages, report.say)
@@ -78,17 +84,19 @@ def check_node(cluster: Cluster, places: Sequence[Place], runs: Path, report: Re
         client.scancel([str(submission.job)])
         report.say(f"job {submission.job} cancelled")
         raise
-    found, findings = _outcome(run, state, report)
-    if found:
-        text = f"{state.nodes or state.host} wrote to {run.root}, and this machine reads it"
+
+    measured, findings = _result(run, state, report)
+    if measured:
+        text = f"{state.nodes or state.host} wrote to {run.root}, and this machine can read it"
         findings = [Finding("shared", OK, text)]
-    return found, findings
+    return measured, findings
 
 
 def _write_run(runs: Path, stage: Stage, cluster: dict[str, Any] | None = None) -> tuple[RunDir, Plan]:
-    """A run directory beside those of recipes, where ``status`` does not list it."""
+    """Create a run directory in ``doctor/``, where ``status`` does not list it."""
     run = RunDir(runs / "doctor" / time.strftime(f"{ELEMENT}-%Y-%m-%dT%H-%M-%S"))
-    element = Element(ELEMENT, "amlaunch.trainer.tools.gpu_check", ["--out", str(run.element(STAGE, ELEMENT).result)])
+    result = run.element(STAGE, ELEMENT).result
+    element = Element(ELEMENT, "amlaunch.trainer.tools.gpu_check", ["--out", str(result)])
     needs = dataclasses.replace(stage.needs, time_minutes=CHECK_MINUTES, hang_seconds=60.0 * CHECK_MINUTES)
     stage = dataclasses.replace(stage, elements=[element], needs=needs)
     plan = Plan(run.root.name, [stage], data=None, cwd=str(run.root), cluster=cluster)
@@ -98,38 +106,42 @@ def _write_run(runs: Path, stage: Stage, cluster: dict[str, Any] | None = None) 
 
 
 def _wait(run: RunDir, plan: Plan, report: Report) -> ElementState:
-    """The state of the one element, once it has ended and its files are here."""
-    late = time.monotonic() + LATE_SECONDS
+    """Wait until the element has ended and its files are visible here; return its state."""
+    deadline = time.monotonic() + VISIBILITY_SECONDS
     while True:
         [state] = read_run(run, plan, Queue())
         report([state])
         if state.state in (*ACTIVE_STATES, State.UNKNOWN):
-            late = time.monotonic() + LATE_SECONDS
-        elif state.state not in (State.FAILED, State.DIED) or _has_word(run) or time.monotonic() > late:
+            deadline = time.monotonic() + VISIBILITY_SECONDS
+        elif state.state not in (State.FAILED, State.DIED) or _has_end(run) or time.monotonic() > deadline:
             return state
         time.sleep(POLL_SECONDS)
 
 
-def _has_word(run: RunDir) -> bool:
-    """Whether the driver's own word of how it ended is here."""
+def _has_end(run: RunDir) -> bool:
+    """Return True if the driver's record of the attempt's end is visible."""
     return any(line.get("event") == "end" for line in read_json_lines(run.element(STAGE, ELEMENT).attempts))
 
 
-def _outcome(run: RunDir, state: ElementState, report: Report) -> Outcome:
+def _result(run: RunDir, state: ElementState, report: Report) -> CheckResult:
+    """Return the measurements, or a finding that explains why there are none."""
     if state.state == State.DONE:
         return state.result, []
+
     log = run.element(STAGE, ELEMENT).log(state.attempts, state.rank or 0)
     if state.log and not log.exists():
         log = state.log
-    lines = wording.tail(log)
+    lines = wording.last_lines(log)
     if state.state in (State.FAILED, State.DIED) and state.job and not lines:
-        text = f"nothing that the job wrote shows up in {run.root}: the node does not see it ({state.reason})"
-        advice = "choose a folder that all nodes see under the same path: runs in the profile, or AMLAUNCH_RUNS"
+        text = f"no output of the job is visible in {run.root}: the node does not see it ({state.reason})"
+        advice = "choose a folder that all nodes see under the same path: set runs in the profile, or AMLAUNCH_RUNS"
         return {}, [Finding("shared", BAD, text, advice)]
+
     if lines:
         report.say("\n".join([f"last lines of {log}:", *(f"  | {line}" for line in lines)]))
+    text = f"the check {state.state} on {state.host or 'the node'}: {state.reason}"
     advice = (
-        "if torch is missing: a module goes into the profile's setup, another Python into its python; "
-        "here, pip install 'amlaunch[train]'"
+        "if torch is missing: load a module in the profile's setup, or set python to another Python; "
+        "on this machine, run pip install 'amlaunch[train]'"
     )
-    return {}, [Finding("job", BAD, f"the check {state.state} on {state.host or 'the node'}: {state.reason}", advice)]
+    return {}, [Finding("job", BAD, text, advice)]

@@ -1,9 +1,11 @@
-"""What ``amlaunch doctor`` reads: facts about this machine, its folders and its Slurm. What they mean: amlaunch.launcher.doctor.diagnosis."""
+"""Read facts about this machine, its folders and its Slurm.
+
+:mod:`amlaunch.launcher.doctor.diagnosis` judges them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import getpass
 import importlib.util
 import os
@@ -11,26 +13,42 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlaunch.launcher.checks.files_and_disk import file_system
+from amlaunch.launcher.checks.files_and_disk import file_system, nearest_folder, write_probe
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.client import Partition, oci_configuration
 from amlaunch.launcher.specs.machine import this_machine
 
-RUNTIMES = ("enroot", "apptainer", "singularity", "docker", "podman", "ch-run")
+RUNTIME_COMMANDS = ("enroot", "apptainer", "singularity", "docker", "podman", "ch-run")
 """Container runtimes by the name of their command; ch-run is Charliecloud's."""
 SHARED_CANDIDATES = ("/shared", "/scratch", "/lustre", "/fsx", "/work")
-"""Where sites like to mount what all nodes see."""
+"""Usual mount points of shared file systems."""
 NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "glusterfs", "juicefs", "daos", "afs", "cifs",
-)  # fmt: skip
-"""Which other machines can see, too; with FUSE the type is ``fuse.NAME``."""
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "wekafs",
+    "panfs",
+    "pvfs2",
+    "glusterfs",
+    "juicefs",
+    "daos",
+    "afs",
+    "cifs",
+)
+"""Types that other machines can see, too; with FUSE the type is ``fuse.NAME``."""
+MINUTES_PER_DAY = 1440
+
+
+# --- the machine
 
 
 @dataclass(frozen=True)
@@ -45,14 +63,15 @@ class Host:
     python: str
     python_version: str
     torch: bool
+    """True if this Python can import torch."""
     runtimes: Mapping[str, str]
-    """Container runtimes in the search path, and where."""
+    """Paths of the container runtimes in the search path, by command."""
 
 
 def read_host() -> Host:
-    """What this machine has; no driver is asked and nothing heavy is imported."""
+    """Read facts about this machine, without asking a driver or importing anything heavy."""
     machine = this_machine()
-    found = {name: shutil.which(name) for name in RUNTIMES}
+    runtimes = {name: shutil.which(name) for name in RUNTIME_COMMANDS}
     return Host(
         name=platform.node(),
         cpus=machine.cpus,
@@ -62,48 +81,54 @@ def read_host() -> Host:
         python=sys.executable,
         python_version=platform.python_version(),
         torch=importlib.util.find_spec("torch") is not None,
-        runtimes={name: path for name, path in found.items() if path},
+        runtimes={name: path for name, path in runtimes.items() if path},
     )
 
 
 def gpu_models(folder: Path) -> tuple[str, ...]:
-    """The models of all GPUs, as NVIDIA's kernel module lists them."""
+    """Return the models of all GPUs, as NVIDIA's kernel module lists them in ``folder``."""
     texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*/information"))]
     return tuple(model for text in texts for model in re.findall(r"^Model:\s*(.*\S)", text, re.MULTILINE))
 
 
+# --- folders
+
+
 @dataclass(frozen=True)
 class Folder:
-    """A folder that runs could be in."""
+    """A folder that runs could be written to."""
 
     path: str
     use: str
-    """runs, home, or candidate: one of the usual places of shared file systems."""
+    """``runs``, ``home``, or ``candidate``: a usual mount point of shared file systems."""
     file_system: str
     network: bool
-    """Whether it is of a type that other machines see."""
+    """True if other machines can see this type of file system."""
     free_bytes: int
     free_files: int | None
-    """Inodes that are left; None: without limit."""
+    """Free inodes; None: no limit."""
     writable: bool
     problem: str = ""
-    """Why a locked file cannot be made in it; only the folder for runs is tried."""
+    """The error of writing and locking a file; tried only in the folder for runs."""
 
 
 def read_folders(runs: Path) -> list[Folder]:
-    """The folder for runs, the home, and the usual shared ones that exist: the user's own part, where there is one."""
-    wanted = {Path.home(): "home"}
+    """Read the folder for runs, the home folder and the usual shared folders that exist.
+
+    In a shared folder the user's own subfolder is taken if there is one.
+    """
+    uses = {Path.home(): "home"}
     for root in map(Path, SHARED_CANDIDATES):
-        own = root / getpass.getuser()
-        wanted.setdefault(own if own.is_dir() else root, "candidate")
-    wanted.pop(runs, None)
-    return [read_folder(runs, "runs"), *(read_folder(path, use) for path, use in wanted.items() if path.is_dir())]
+        user_folder = root / getpass.getuser()
+        uses.setdefault(user_folder if user_folder.is_dir() else root, "candidate")
+    uses.pop(runs, None)
+    return [read_folder(runs, "runs"), *(read_folder(path, use) for path, use in uses.items() if path.is_dir())]
 
 
 def read_folder(path: Path, use: str) -> Folder:
-    """One folder; of one that is not there yet, the folder that it would be made in."""
-    there = next(part for part in (path, *path.parents) if part.is_dir())
-    kind, space = file_system(there), os.statvfs(there)
+    """Read one folder; if it does not exist, the folder that it would be created in."""
+    folder = nearest_folder(path)
+    kind, space = file_system(folder), os.statvfs(folder)
     return Folder(
         path=str(path),
         use=use,
@@ -111,56 +136,59 @@ def read_folder(path: Path, use: str) -> Folder:
         network=kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS,
         free_bytes=space.f_bavail * space.f_frsize,
         free_files=space.f_favail if space.f_files else None,
-        writable=os.access(there, os.W_OK | os.X_OK),
-        problem=probe(there) if use == "runs" else "",
+        writable=os.access(folder, os.W_OK | os.X_OK),
+        problem=_write_problem(folder) if use == "runs" else "",
     )
 
 
-def probe(folder: Path) -> str:
-    """Why a file cannot be made and locked in ``folder``; empty where it can."""
+def _write_problem(folder: Path) -> str:
+    """Return why a file cannot be written and locked in ``folder``; empty if it can."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".amlaunch-probe-") as file:
-            file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_probe(folder)
     except OSError as error:
         return error.strerror or str(error)
     return ""
 
 
+# --- Slurm
+
+
 @dataclass(frozen=True)
-class Place(Partition):
-    """A partition, with what the controller alone says of it."""
+class SitePartition(Partition):
+    """A partition with what only the controller knows about it."""
 
     usable: int = 0
     """Nodes that are neither down nor drained."""
     preempt: str = "OFF"
-    """What happens to jobs that those of another partition push out: OFF, REQUEUE, CANCEL or SUSPEND."""
+    """The fate of jobs preempted by another partition's jobs: OFF, REQUEUE, CANCEL or SUSPEND."""
     grace_seconds: int = 0
     accounts: str = "ALL"
-    """The accounts that may use it."""
+    """The accounts that may use the partition."""
 
     @property
     def works(self) -> bool:
-        """Whether a job could start in it."""
+        """Return True if a job could start in the partition."""
         return self.up and self.usable > 0
 
     @property
     def limit(self) -> str:
-        """Its time limit: ``none``, ``3 days``, ``4:30:00``."""
+        """Format the time limit: ``none``, ``3 days``, ``4:30:00``."""
         if self.minutes is None:
             return "none"
-        days, rest = divmod(self.minutes, 1440)
-        return wording.duration(self.minutes * 60) if rest or not days else f"{days} day{'s' * (days > 1)}"
+        days, rest = divmod(self.minutes, MINUTES_PER_DAY)
+        if rest or not days:
+            return wording.duration(self.minutes * 60)
+        return f"{days} day{'s' * (days > 1)}"
 
     @property
-    def gpus_each(self) -> str:
-        """The GPUs of a node: ``8 x h100``; empty where it has none."""
-        return f"{self.gpus}{f' x {self.gpu_type}' if self.gpu_type else ''}" if self.gpus else ""
+    def gpu_summary(self) -> str:
+        """Format the GPUs of a node: ``8 x h100``; empty if it has none."""
+        if not self.gpus:
+            return ""
+        return f"{self.gpus}{f' x {self.gpu_type}' if self.gpu_type else ''}"
 
     def open_to(self, accounts: Iterable[str]) -> bool:
-        """Whether one of ``accounts`` may use it."""
+        """Return True if one of ``accounts`` may use the partition."""
         return self.accounts == "ALL" or not set(self.accounts.split(",")).isdisjoint(accounts)
 
 
@@ -170,38 +198,42 @@ class SlurmSite:
 
     version: str
     cluster: str = ""
-    partitions: tuple[Place, ...] = ()
+    partitions: tuple[SitePartition, ...] = ()
     max_array_size: int = 1001
     min_job_age_s: int = 300
-    """How long squeue knows a job that has ended; 0: for ever."""
+    """Seconds for which squeue knows an ended job; 0: forever."""
     kill_wait_s: int = 30
-    """From a job's time limit to its end."""
+    """Seconds between a job's time limit and its end."""
     requeue: bool = True
     preempt_type: str = "preempt/none"
     needs_account: bool = False
     sacct_problem: str = ""
-    """What sacct said instead of answering."""
+    """The error message of sacct; empty if it answers."""
     accounts: tuple[str, ...] = ()
     qos: tuple[str, ...] = ()
     default_account: str = ""
     limits: tuple[str, ...] = ()
     pyxis: bool = False
     oci: str = ""
-    """Slurm's own configuration of containers, where there is one."""
+    """The path of oci.conf, Slurm's own container configuration; empty if there is none."""
 
 
 def read_site() -> SlurmSite:
-    """Ask Slurm, once for each thing. Raises SlurmError where the controller is silent; accounting may be."""
+    """Read facts about the cluster, with one call to Slurm for each.
+
+    Raises SlurmError if the controller does not answer; accounting may be silent.
+    """
     version, settings = client.version(), client.config()
     preempt_type = settings.get("PreemptType", "preempt/none")
-    places = tuple(read_places(preempt_type))
-    if not places:
-        raise SlurmError("sinfo", "there is no partition that you may see")
-    accounts, qos, default = client.associations() or (set(), set(), "")
+    partitions = tuple(read_partitions(preempt_type))
+    if not partitions:
+        raise SlurmError("sinfo", "no partition is visible to you")
+
+    accounts, qos, default_account = client.associations() or (set(), set(), "")
     return SlurmSite(
         version=version,
         cluster=settings.get("ClusterName", ""),
-        partitions=places,
+        partitions=partitions,
         max_array_size=client.max_array_size(),
         min_job_age_s=_seconds(settings.get("MinJobAge", "300")),
         kill_wait_s=_seconds(settings.get("KillWait", "30")),
@@ -211,7 +243,7 @@ def read_site() -> SlurmSite:
         sacct_problem=_sacct_problem(),
         accounts=tuple(sorted(accounts)),
         qos=tuple(sorted(qos)),
-        default_account=default,
+        default_account=default_account,
         limits=_limits(),
         pyxis="container-image" in client.step_options(),
         oci=oci_configuration(settings.get("SLURM_CONF", "")),
@@ -219,30 +251,34 @@ def read_site() -> SlurmSite:
 
 
 def _seconds(setting: str) -> int:
-    """``3600 sec``."""
+    """Parse a setting such as ``3600 sec``."""
     return int(setting.split()[0])
 
 
-def read_places(preempt_type: str) -> Iterator[Place]:
-    """All partitions. Raises SlurmError."""
-    usable, rules = client.usable_nodes(), client.partition_rules()
-    for part in client.partitions():
-        own = rules.get(part.name, {})
+def read_partitions(preempt_type: str) -> Iterator[SitePartition]:
+    """Read all partitions. Raises SlurmError."""
+    usable, rules_by_name = client.usable_nodes(), client.partition_rules()
+    for partition in client.partitions():
+        rules = rules_by_name.get(partition.name, {})
+
+        # Every partition has a PreemptMode; it matters only where another partition takes precedence.
         by_partition = preempt_type == "preempt/partition_prio"
-        pushed = by_partition and any(_pushes_out(other, own) for other in rules.values())
-        yield Place(
-            **dataclasses.asdict(part),
-            usable=usable.get(part.name, part.nodes),
-            preempt=own.get("PreemptMode", "OFF") if pushed else "OFF",
-            grace_seconds=int(own.get("GraceTime", "0")),
-            accounts=own.get("AllowAccounts", "ALL"),
+        preemptible = by_partition and any(_preempts(other, rules) for other in rules_by_name.values())
+        yield SitePartition(
+            **dataclasses.asdict(partition),
+            usable=usable.get(partition.name, partition.nodes),
+            preempt=rules.get("PreemptMode", "OFF") if preemptible else "OFF",
+            grace_seconds=int(rules.get("GraceTime", "0")),
+            accounts=rules.get("AllowAccounts", "ALL"),
         )
 
 
-def _pushes_out(other: Mapping[str, str], own: Mapping[str, str]) -> bool:
-    """Whether another partition shares nodes and comes first; a PreemptMode alone means nothing, all have one."""
-    first = int(other.get("PriorityTier", "1")) > int(own.get("PriorityTier", "1"))
-    return first and not client.host_names(other.get("Nodes", "")).isdisjoint(client.host_names(own.get("Nodes", "")))
+def _preempts(other: Mapping[str, str], rules: Mapping[str, str]) -> bool:
+    """Return True if the other partition shares nodes with this one and has a higher priority tier."""
+    if int(other.get("PriorityTier", "1")) <= int(rules.get("PriorityTier", "1")):
+        return False
+    other_nodes, nodes = client.host_names(other.get("Nodes", "")), client.host_names(rules.get("Nodes", ""))
+    return not other_nodes.isdisjoint(nodes)
 
 
 def _sacct_problem() -> str:
@@ -256,5 +292,6 @@ def _sacct_problem() -> str:
 def _limits() -> tuple[str, ...]:
     try:
         return tuple(client.limits())
-    except SlurmError:  # accounting's silence is told once already
+    except SlurmError:
+        # A silent accounting service is reported once, by _sacct_problem.
         return ()
