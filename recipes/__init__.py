@@ -1,1 +1,1 @@
-"""The recipe format, the recipes that come with amlaunch, and what all processes share: files, exit codes, the layout of a run directory."""
+"""The recipe format, the shipped recipes, and what all processes share: files, exit codes, run directory layout."""

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the exit codes every amlaunch process shares."""
+"""Errors that a user can fix, the nearest valid name, and the exit codes of every amlaunch process."""
 
 from __future__ import annotations
 
@@ -7,29 +7,44 @@ from collections.abc import Iterable
 OK = 0
 FAILED = 1
 BAD_INPUT = 2
-"""The recipe, the command line or the machine cannot do what is asked: trying again changes nothing."""
+"""The recipe, the command line or the machine cannot do what you asked: a retry changes nothing."""
 HANG = 70
-"""A rank got nowhere for too long and ended itself; another try may well go on (``EX_SOFTWARE``)."""
-GO_ON_LATER = 75
-"""Stopped on request with everything saved (``EX_TEMPFAIL``): the same command goes on from there."""
+"""A rank made no progress for too long and ended itself; a retry may succeed (``EX_SOFTWARE``)."""
+RESUMABLE = 75
+"""Stopped on request with everything saved (``EX_TEMPFAIL``): the same command continues from there."""
 INTERRUPTED = 130
-"""Ended at once by Ctrl-C (128 and the signal's number, as a shell says it)."""
+"""Ended at once by Ctrl-C (128 plus the signal's number, as shells report it)."""
+
+MAX_LISTED_NAMES = 12
+SIMILARITY = 0.67
+"""Least ``difflib`` ratio of a suggestion: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
 
 
 class BadInput(Exception):
-    """Something the user gave cannot work; the message says what, where, and what to write instead."""
+    """The user's input cannot work; the message names the value, its place, and what to write instead."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of ``known``, or all of them where none is near (at most twelve)."""
-    import difflib  # here, for it makes every start slower
+    """Return a clause that names the valid name nearest to ``word``, or lists the valid names if none is near.
+
+    Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
+    similar spelling.
+    """
+    import difflib  # imported here because it slows down every start
+
+    from amlaunch.recipes.key_aliases import resolve_alias
 
     names = sorted({str(name) for name in known})
-    same = [name for name in names if name.lower() == word.lower()]
-    near = same or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]!r}?"
     if not names:
-        return "no keys are known here"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"known here: {shown}"
+        return "no names are valid here"
+
+    same = next((name for name in names if name.lower() == word.lower()), None)
+    nearest = same or resolve_alias(word, names)
+    if nearest is None:
+        similar = difflib.get_close_matches(word, names, n=1, cutoff=SIMILARITY)
+        nearest = similar[0] if similar else None
+    if nearest is not None:
+        return f"did you mean {nearest!r}?"
+
+    more = ", …" if len(names) > MAX_LISTED_NAMES else ""
+    return f"valid names: {', '.join(names[:MAX_LISTED_NAMES])}{more}"

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, locks that die with their holder, and digests.
+"""Write files atomically, lock them until the holder dies, and compute digests.
 
-Everything a run leaves behind goes through these few functions, so that a
-reader on another node never sees half a file.
+Everything that a run leaves behind goes through these few functions, so that a reader on another node never sees half
+a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (a rename is lost on power failure without it)."""
+    """Make the names in ``folder`` durable; without it a power failure can undo a rename."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,11 +27,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = True, durable_name: bool = True) -> Iterator[Any]:
-    """A binary file handle whose content becomes ``path`` on a clean exit, and nothing otherwise.
+def atomic_file(path: Path, *, durable: bool = True, durable_name: bool = True) -> Iterator[Any]:
+    """Yield a binary file handle whose content replaces ``path`` on a clean exit; on an error ``path`` is untouched.
 
-    ``durable=False`` leaves out fsync, for heartbeats that are rewritten every second; ``durable_name=False`` that of
-    the folder alone, where a file that vouches for this one is written next to it and makes both names durable.
+    ``durable=False`` skips fsync, for heartbeats that are rewritten every second. ``durable_name=False`` skips only
+    the folder's fsync, if a file that vouches for this one is written next to it and makes both names durable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
@@ -50,18 +50,18 @@ def whole_file(path: Path, *, durable: bool = True, durable_name: bool = True) -
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace ``path`` by ``text`` (UTF-8), atomically."""
-    with whole_file(path, durable=durable) as handle:
+    """Replace the content of ``path`` with ``text`` (UTF-8), atomically."""
+    with atomic_file(path, durable=durable) as handle:
         handle.write(text.encode())
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace ``path`` by ``value`` as indented JSON, atomically."""
+    """Replace the content of ``path`` with ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n", durable=durable)
 
 
 def write_private(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file that nobody else can read, at no moment of its making."""
+    """Write a JSON file that only its owner can read, from the first byte on."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temp.unlink(missing_ok=True)
     handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -73,7 +73,7 @@ def write_private(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The JSON in ``path``; None where there is no such file. A damaged file raises ``ValueError`` naming it."""
+    """Return the JSON in ``path``; None if there is no such file. Raises ValueError with the path for a damaged one."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +85,10 @@ def read_json(path: Path) -> Any | None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add ``value`` as one line with a single write; a line that a kill tore is ended first, so that it tears no other."""
+    """Append ``value`` as one line, in a single write.
+
+    If a kill left half a line at the end, that line is ended first, so that it damages no other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as handle:
         handle.seek(0, os.SEEK_END)
@@ -98,7 +101,7 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects among the lines of ``path``; what a kill tore or a disk damaged is left out."""
+    """Return the JSON objects in the lines of ``path``; skip lines that a kill or a disk damaged."""
     try:
         text = path.read_text(errors="replace")
     except (FileNotFoundError, IsADirectoryError):
@@ -115,7 +118,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty where there is none that can be read, for readers that must go on."""
+    """Return the JSON object in ``path``, or an empty one if it cannot be read: for readers that must continue."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -124,8 +127,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes (about 1.8 GB/s a core; ``hashlib.file_digest`` came with Python 3.11)."""
-    import hashlib  # brings OpenSSL with it, which status and help do without
+    """Return the hex sha256 of a file (about 1.8 GB/s a core; ``hashlib.file_digest`` came with Python 3.11)."""
+    # Imported here because it loads OpenSSL, which `status` and `--help` do not need.
+    import hashlib
 
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
@@ -135,7 +139,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Eight hex digits that stand for a JSON value, whatever the order of its keys."""
+    """Return eight hex digits that identify a JSON value, independent of the order of its keys."""
     import hashlib
 
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
@@ -143,10 +147,10 @@ def fingerprint(value: Any) -> str:
 
 
 class Lock:
-    """An exclusive ``flock`` on a file: released by the kernel when its last holder dies, never stale.
+    """An exclusive ``flock`` on a file: the kernel releases it when its last holder dies, so it is never stale.
 
-    The descriptor can be passed to children (``fileno()`` in ``pass_fds``): the
-    lock then lasts until the last of them is gone.
+    The descriptor can be passed to children (``fileno()`` in ``pass_fds``): then the lock lasts until the last of
+    them has ended.
     """
 
     def __init__(self, path: Path):
@@ -154,7 +158,7 @@ class Lock:
         self._handle: int | None = None
 
     def acquire(self, *, wait: bool = False) -> bool:
-        """Take the lock; False where another process has it (only with ``wait=False``)."""
+        """Take the lock; return False if another process holds it (only with ``wait=False``)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         if wait:
@@ -167,24 +171,24 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether this object has it."""
+        """True if this object holds the lock."""
         return self._handle is not None
 
     def fileno(self) -> int:
-        """The descriptor that carries the lock."""
+        """Return the descriptor that holds the lock. Raises ValueError if the lock is not held."""
         if self._handle is None:
             raise ValueError(f"{self.path}: the lock is not held")
         return self._handle
 
     def release(self) -> None:
-        """Give the lock back (a no-op when it is not held)."""
+        """Release the lock; does nothing if it is not held."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
 
 def _try_lock(handle: int, seconds: float = 0.3) -> bool:
-    """Several tries: :func:`is_locked` holds a shared lock for the blink of an eye."""
+    """Try to lock for ``seconds``: :func:`is_locked` holds a shared lock for a moment."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -197,9 +201,10 @@ def _try_lock(handle: int, seconds: float = 0.3) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some live process holds the lock on ``path``; never creates the file."""
+    """Return True if a live process holds the lock on ``path``; never creates the file."""
     try:
-        handle = os.open(path, os.O_RDONLY)  # other users may look, too
+        # Read-only, so that other users can ask too.
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -211,34 +216,38 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def holders(lock: Path) -> list[int]:
-    """The processes that hold a lock, as the kernel of this machine tells; none of another machine's, nor of another user's.
+def lock_holders(lock: Path) -> list[int]:
+    """Return the pids that hold a lock, as this machine's kernel reports them.
 
-    A pid that was written down says less: on another host, or after a while,
-    it is some other process.
+    Processes of other machines and of other users are not included. A pid written to a file would be less reliable:
+    on another host, or after a while, it belongs to another process.
     """
-    found = set()
+    pids = set()
     with suppress(OSError):
-        wanted = lock.stat()
+        lock_stat = lock.stat()
         for info in glob.iglob("/proc/[0-9]*/fdinfo/*"):
-            with suppress(OSError):  # it has ended meanwhile, or is somebody else's
-                if _is_lock_on(Path(info).read_text(), wanted.st_ino) and os.path.samestat(
-                    os.stat(info.replace("fdinfo", "fd")), wanted
-                ):
-                    found.add(int(info.split("/")[2]))
-    return sorted(found - {os.getpid()})
+            # The process may have ended meanwhile, or belong to another user.
+            with suppress(OSError):
+                if not _is_lock_on(Path(info).read_text(), lock_stat.st_ino):
+                    continue
+                if os.path.samestat(os.stat(info.replace("fdinfo", "fd")), lock_stat):
+                    pids.add(int(info.split("/")[2]))
+    return sorted(pids - {os.getpid()})
 
 
 def _is_lock_on(fdinfo: str, inode: int) -> bool:
-    """Whether a descriptor holds an exclusive flock on the file with this number: ``lock: 1: FLOCK ADVISORY WRITE 77 08:01:5 0 EOF``."""
-    lines = [line.split() for line in fdinfo.splitlines() if line.startswith("lock:")]
-    return any(words[2:5] == ["FLOCK", "ADVISORY", "WRITE"] and words[6].endswith(f":{inode}") for words in lines)
+    """Return True if a descriptor holds an exclusive flock on this inode.
+
+    Such a line reads ``lock: 1: FLOCK ADVISORY WRITE 77 08:01:5 0 EOF``.
+    """
+    locks = [line.split() for line in fdinfo.splitlines() if line.startswith("lock:")]
+    return any(lock[2:5] == ["FLOCK", "ADVISORY", "WRITE"] and lock[6].endswith(f":{inode}") for lock in locks)
 
 
-def signal_holders(lock: Path, number: int) -> int:
-    """Send a signal to the processes that hold a lock, and to no other; how many there were."""
-    found = holders(lock)
-    for pid in found:
+def signal_lock_holders(lock: Path, number: int) -> int:
+    """Send a signal to the processes that hold a lock; return their number."""
+    pids = lock_holders(lock)
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-    return len(found)
+    return len(pids)

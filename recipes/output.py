@@ -1,4 +1,4 @@
-"""What is printed when nobody can read it any more, or not all of it."""
+"""Output to a terminal that lacks a character, or to a reader that has gone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import sys
 
 PIPE_CLOSED = 141
-"""Whoever read our output has gone, as ``| head`` does (128 and SIGPIPE's number, as a shell says it)."""
+"""Exit code after the reader of our output has closed it, as ``| head`` does (128 plus SIGPIPE's number)."""
 
 
-def forgive_output() -> None:
-    """A terminal that cannot show a character gets a question mark, and closed output is no error of ours."""
+def tolerate_unreadable_output() -> None:
+    """Print a question mark for a character that the terminal cannot show, and accept closed output streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -1,4 +1,4 @@
-"""How amlaunch's own Python processes are started, and what keeps them from outliving their parent."""
+"""Start amlaunch's own Python processes, and end them with their parent."""
 
 from __future__ import annotations
 
@@ -11,58 +11,64 @@ from contextlib import suppress
 
 PARENT_VARIABLE = "AMLAUNCH_PARENT_PID"
 STDIN_VARIABLE = "AMLAUNCH_LIVES_ON_STDIN"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG = 1
+"""prctl(2), ``linux/prctl.h``."""
+
+RUN_MODULE = (
+    "import sys, runpy; sys.path[:1] == [''] and sys.path.pop(0); sys.argv[0] = {module!r}; "
+    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
 
 
 def python_command(module: str, python: str | None = None, *, any_version: bool = False) -> list[str]:
-    """The argv that runs ``module`` without the current folder on ``sys.path``.
+    """Return the argv that runs ``module`` without the current folder on ``sys.path``.
 
-    Our packages have plain names (``trainer``, ``launcher``); a user's own
-    ``trainer.py`` in the folder they work in must not take their place.
-    ``-P`` does that from Python 3.11 on; before, and where ``python`` may be of
-    ``any_version``, the path entry is dropped by hand (where PYTHONSAFEPATH has
-    not kept it away already: then the first one is the run's code).
+    A user's own ``numpy.py`` in the folder they work in must not shadow the package.
+    Python 3.11 and later have ``-P`` for that. For earlier versions, and if ``python`` may be of ``any_version``,
+    the command removes the path entry itself (unless PYTHONSAFEPATH did: then the first entry is the run's code).
     """
     python = python or sys.executable
     if sys.version_info >= (3, 11) and not any_version:
         return [python, "-P", "-u", "-m", module]
-    start = f"import sys, runpy; sys.path[:1] == [''] and sys.path.pop(0); sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    return [python, "-u", "-c", start]
+    return [python, "-u", "-c", RUN_MODULE.format(module=module)]
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, where the parent asked for that.
+    """Have the kernel kill this process when its parent dies, if the parent asked for it.
 
-    The parent sets ``AMLAUNCH_PARENT_PID`` to its own pid. A rank whose driver
-    was killed would otherwise train on unseen and collide with its successor.
-    In a container that a daemon started there is no such parent: what started it
-    holds our standard input open instead (``AMLAUNCH_LIVES_ON_STDIN``). Linux only; elsewhere, and in a container with its own pids, a no-op.
+    The parent asks by setting ``AMLAUNCH_PARENT_PID`` to its own pid: a rank that outlives its driver would train on
+    unseen and collide with its successor. In a container that a daemon started, our parent is not the driver; there
+    the driver holds our standard input open (``AMLAUNCH_LIVES_ON_STDIN``). Does nothing outside Linux, and in a
+    container with a pid namespace.
     """
     if os.environ.pop(STDIN_VARIABLE, None):
-        die_with_stdin()
+        exit_when_stdin_closes()
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None or not sys.platform.startswith("linux"):
         return
-    end_with_parent()
-    if os.getppid() != int(parent):  # it died before the call above
+    kill_when_parent_dies()
+    # The parent may have died before the call above.
+    if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (of a child: ``preexec_fn``). A no-op elsewhere than on Linux."""
+def kill_when_parent_dies() -> None:
+    """Have the kernel kill this process when its parent dies; usable as ``preexec_fn``. Does nothing outside Linux."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def die_with_stdin() -> None:
-    """End this process when its standard input does: nobody waits for it any more."""
+def exit_when_stdin_closes() -> None:
+    """End this process as soon as its standard input closes: then nobody waits for it any more."""
     handle = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # children are not to read from it
+    # Children must not read from it.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def wait() -> None:
         with suppress(OSError):
             while os.read(handle, 1024):
                 pass
-        os._exit(128 + signal.SIGKILL)  # a signal to oneself would mean nothing to the first process of a container
+        # The first process of a container ignores signals that it sends to itself.
+        os._exit(128 + signal.SIGKILL)
 
     threading.Thread(target=wait, name="amlaunch-stdin", daemon=True).start()

@@ -1,7 +1,7 @@
 """Every file name of a run directory, in one place.
 
-The writers (preprocess, trainer, driver) and the readers (status, logs) share
-nothing but these names: no database, no daemon.
+The writers (preprocess, trainer, driver) and the readers (status, logs) share nothing but these names: no database, no
+daemon.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ class ElementDir:
 
     @property
     def attempts(self) -> Path:
-        """One JSON line when an attempt starts and one when it ends."""
+        """One JSON line when an attempt starts, and one when it ends."""
         return self.root / "attempts.jsonl"
 
     @property
     def done(self) -> Path:
-        """Exists only when the element finished whole; names its outputs and their sizes."""
+        """Done marker: exists only if the element completed; lists its outputs and their sizes."""
         return self.root / "done.json"
 
     @property
     def progress(self) -> Path:
-        """The newest heartbeat."""
+        """The latest heartbeat."""
         return self.root / "progress.json"
 
     @property
     def verdicts(self) -> Path:
-        """A file of each node on which the newest attempt's containers could not start."""
+        """One file for each node on which the latest attempt's containers could not start."""
         return self.root / "verdicts"
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a training step."""
+        """One JSON line for each training step."""
         return self.root / "metrics.jsonl"
 
     @property
     def result(self) -> Path:
-        """What the stage itself says of its finished work; the driver copies it into ``done.json``."""
+        """The stage's own summary of its finished work; the driver copies it into ``done.json``."""
         return self.root / "result.json"
 
     @property
     def stop(self) -> Path:
-        """Asks the element to save and leave at the next boundary."""
+        """Its existence asks the element to save and stop at the next step or part."""
         return self.root / "stop"
 
     @property
     def lock(self) -> Path:
-        """Held by the driver and every process it started."""
+        """Held by the driver and by every process that it started."""
         return self.root / "lock"
 
     def log(self, attempt: int, rank: int | None = None) -> Path:
-        """Output of a rank, or of the driver itself where ``rank`` is None."""
-        who = "driver" if rank is None else f"rank{rank}"
-        return self.root / "logs" / f"attempt{attempt}.{who}.log"
+        """Return the log of a rank, or of the driver if ``rank`` is None."""
+        writer = "driver" if rank is None else f"rank{rank}"
+        return self.root / "logs" / f"attempt{attempt}.{writer}.log"
 
 
 SHARED_STAGES = ("preprocess", "verify")
-"""Stages that make the shards. Where the shards' folder is named by what they are made of, the stages' own files lie
-beside them, and every run with the same data shares them."""
+"""Stages that make the shards. If the shards' folder is named by a fingerprint of its content, these stages keep their
+files beside the shards, and all runs with the same data share them."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class RunDir:
 
     root: Path
     shards: Path | None = None
-    """Folder of shards that runs share; None: where the run's ``shared`` link leads, if it has one."""
+    """Folder of shards that runs share; None: the target of the run's ``shared`` link, if it has one."""
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, overrides included, placeholders kept."""
+        """The resolved recipe: overrides applied, placeholders kept."""
         return self.root / "recipe.yaml"
 
     @property
@@ -96,7 +96,7 @@ class RunDir:
 
     @property
     def code(self) -> Path:
-        """The snapshot of our packages that the processes run."""
+        """The code snapshot that the processes run."""
         return self.root / "code"
 
     @property
@@ -106,22 +106,22 @@ class RunDir:
 
     @property
     def stop(self) -> Path:
-        """Asks that process to save and stop, from a machine where no signal reaches it."""
+        """Its existence asks that process to save and stop, from a machine whose signals do not reach it."""
         return self.root / "stop"
 
     @property
     def jobs(self) -> Path:
-        """What was submitted: submitit's files on this machine, one folder for each array on a cluster."""
+        """Submissions: submitit's files on this machine, one folder for each job array on a cluster."""
         return self.root / "jobs"
 
     @property
     def environment(self) -> Path:
-        """Secrets that jobs on other nodes need; readable by the user alone."""
+        """Secrets that jobs on other nodes need; only the user can read it."""
         return self.root / "environment.json"
 
     @property
     def compile_cache(self) -> Path:
-        """What ``torch.compile`` made, for the next start and the other elements; torch's own files, safe for many writers."""
+        """Cache of ``torch.compile`` for later attempts and other elements; torch makes it safe for many writers."""
         return self.root / "compile-cache"
 
     @property
@@ -131,37 +131,39 @@ class RunDir:
 
     @property
     def shared(self) -> Path:
-        """Link to the folder of shards that this run shares with others."""
+        """Link to the folder of shards that this run shares with other runs."""
         return self.root / "shared"
 
-    def home(self, stage: str) -> Path:
-        """Where a stage keeps its files and its submissions: in the run, or beside the shards that runs share."""
+    def stage_home(self, stage: str) -> Path:
+        """Return the folder of a stage's files and submissions: the run, or the shards' folder if runs share it."""
         if stage not in SHARED_STAGES:
             return self.root
-        return self.shards or (self.shared if self.shared.is_symlink() else self.root)
+        if self.shards is not None:
+            return self.shards
+        return self.shared if self.shared.is_symlink() else self.root
 
     def stage(self, stage: str) -> Path:
-        """The folder of a stage's elements."""
-        return self.home(stage) / "stages" / stage
+        """Return the folder of a stage's elements."""
+        return self.stage_home(stage) / "stages" / stage
 
     def element(self, stage: str, element: str) -> ElementDir:
-        """The folder of one element."""
+        """Return the folder of one element."""
         return ElementDir(self.stage(stage) / element)
 
     def checkpoints(self, element: str) -> Path:
-        """Checkpoints of one train element."""
+        """Return the folder of one train element's checkpoints."""
         return self.root / "checkpoints" / element
 
     def export(self, element: str) -> Path:
-        """Hugging Face folder of one train element."""
+        """Return the Hugging Face folder of one train element."""
         return self.root / "export" / element
 
 
 class Heartbeat:
-    """Writes ``progress.json``, at most once in ``interval`` seconds unless it is the last word.
+    """Writer of ``progress.json``, at most once every ``interval`` seconds, except for the last heartbeat.
 
-    Fields: ``time`` (Unix seconds), ``unit`` of ``done`` and ``total``, ``rate``
-    (tokens a second), ``eta_s``, ``message``, and what the stage adds (loss, …).
+    Fields: ``time`` (Unix seconds), ``unit`` of ``done`` and ``total``, ``rate`` (tokens a second), ``eta_s``,
+    ``message``, and the stage's own (loss, …).
     """
 
     def __init__(self, path: Path | None, interval: float = 1.0):
@@ -180,7 +182,7 @@ class Heartbeat:
         last: bool = False,
         **more: Any,
     ) -> None:
-        """Say how far the element is."""
+        """Record the progress of the element."""
         now = time.time()
         if self.path is None or (not last and now - self._last < self.interval):
             return

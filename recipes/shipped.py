@@ -1,4 +1,4 @@
-"""The recipes that come with amlaunch, found by name from any folder."""
+"""Find recipes by path, or by the name of one that comes with amlaunch."""
 
 from __future__ import annotations
 
@@ -7,33 +7,44 @@ from pathlib import Path
 from amlaunch.recipes.errors import BadInput, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
+ENDINGS = (".yaml", ".yml")
 
 
-def shipped() -> dict[str, Path]:
-    """``{name: file}`` of the recipes that come with amlaunch."""
+def shipped_recipes() -> dict[str, Path]:
+    """Return ``{name: file}`` of the recipes that come with amlaunch."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path, or by the name of one that comes with amlaunch.
+    """Return the file of a recipe given by path, or by the name of one that comes with amlaunch.
 
-    ``recipes/nanogpt.yaml`` is both: a path where there is such a file, else the
-    shipped one. Raises BadInput with the nearest name.
+    A path to an existing file comes first. ``nanogpt``, ``nanogpt.yaml`` and ``recipes/nanogpt.yaml`` name the
+    shipped recipe. Otherwise the ending may be missing or mixed up: ``tiny`` and ``tiny.yml`` find ``tiny.yaml``.
+    Raises BadInput with the nearest name.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known = shipped()
-    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    if stem in known and path.parent.name in ("", "recipes"):
-        return known[stem]
+
+    shipped = shipped_recipes()
+    base = path.with_suffix("") if path.suffix in ENDINGS else path
+    if base.name in shipped and path.parent.name in ("", "recipes"):
+        return shipped[base.name]
+
+    for ending in ENDINGS:
+        candidate = base.with_name(base.name + ending) if base.name else base
+        if candidate.is_file():
+            return candidate
+
+    nearby = [other.stem for ending in ENDINGS for other in path.parent.glob(f"*{ending}")]
     raise BadInput(
-        f"there is no file {name!r} and no recipe of that name; {did_you_mean(stem, known)} (amlaunch recipes lists them)"
+        f"no recipe {name!r}: the file does not exist, and no shipped recipe has this name; "
+        f"{did_you_mean(base.name, [*shipped, *nearby])} (`amlaunch recipes` lists the shipped ones)"
     )
 
 
-def summary(path: Path) -> str:
-    """The first comment line of a recipe: what it is."""
+def recipe_summary(path: Path) -> str:
+    """Return the first comment line of a recipe, which says what it trains."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and line.strip("# "):
             return line.strip("# ").rstrip(".")

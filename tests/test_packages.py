@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from amlaunch.containers.images.image_facts import ImageFacts, of_check, of_table
+from amlaunch.containers.images.image_facts import ImageFacts, facts_from_check, facts_from_name
 from amlaunch.launcher.runs import packages
 from amlaunch.launcher.runs.packages import Inside, Want, inside, read_package, resolve, unfit, wanted
 from amlaunch.launcher.runs.snapshot import take_snapshot
-from amlaunch.recipes.format.loader import Loaded, load
-from amlaunch.recipes.shipped import shipped
+from amlaunch.recipes.format.loader import LoadedRecipe, load
+from amlaunch.recipes.shipped import shipped_recipes
 
 NGC = "nvcr.io/nvidia/pytorch:25.08-py3"
 STAGES = ("preprocess", "verify", "train", "export")
@@ -27,8 +27,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def quickstart(*overrides: str) -> Loaded:
-    return load(shipped()["quickstart"], overrides)
+def quickstart(*overrides: str) -> LoadedRecipe:
+    return load(shipped_recipes()["quickstart"], overrides)
 
 
 def installed(
@@ -83,7 +83,7 @@ def test_what_a_recipe_needs():
         want.name for want in wanted(quickstart("--wandb.project=x", "--tensorboard.log_dir=null"), ["train"])
     }
     assert [want.name for want in wanted(quickstart(), ["train"])] == ["pyyaml", "torch", "numpy", "safetensors"]
-    fineweb = load(shipped()["llama-350m"])
+    fineweb = load(shipped_recipes()["llama-350m"])
     assert {"datasets", "pyarrow"} <= {want.name for want in wanted(fineweb, ["preprocess"])}
     for tokenizer, needed in (
         ("byte", set()),
@@ -106,17 +106,19 @@ def test_the_recipes_own_code(tmp_path, site):
         "import json\nimport einsteinops\nfrom beside import part\ntry:\n    import flash\nexcept ImportError:\n    flash = None\nclass Net: ...\n"
     )
     (tmp_path / "beside.py").write_text("import helper_lib.sub\nfrom amlaunch.trainer import loss\npart = 1\n")
-    loaded = load(shipped()["quickstart"])
-    own = Loaded(loaded.path, {"model": {"_target_": "net.py:Net"}}, loaded.recipe, [], type(loaded.policy)(tmp_path))
+    loaded = load(shipped_recipes()["quickstart"])
+    own = LoadedRecipe(
+        loaded.path, {"model": {"_target_": "net.py:Net"}}, loaded.recipe, [], type(loaded.policy)(tmp_path)
+    )
     found = {want.name: want.why for want in wanted(own, ["train"]) if "own code" in want.why}
     assert found == {"einsteinops": "the recipe's own code (net.py)", "helper-lib": "the recipe's own code (beside.py)"}
-    result = resolve(wanted(own, ["train"]), of_table(NGC))
+    result = resolve(wanted(own, ["train"]), facts_from_name(NGC))
     assert {one.name for one in result.copied} == {"pyyaml", "einsteinops", "helper-lib"} and not result.problems
 
 
 def test_a_stock_image(tmp_path):
     """Of NGC's: yaml is copied without its compiled part, tiktoken is missed with all that can be done."""
-    found = resolve(wanted(quickstart(), STAGES), of_table(NGC))
+    found = resolve(wanted(quickstart(), STAGES), facts_from_name(NGC))
     assert found.copied[0].name == "pyyaml" and not any(str(name).endswith(".so") for name in found.files())
     [problem] = found.problems
     for part in (
@@ -128,14 +130,14 @@ def test_a_stock_image(tmp_path):
         f"amlaunch image check {NGC} --has tiktoken",
     ):
         assert part in problem, problem
-    trains = resolve(wanted(quickstart(), ["train", "export"]), of_table(NGC))
+    trains = resolve(wanted(quickstart(), ["train", "export"]), facts_from_name(NGC))
     assert (
         not trains.problems
         and not trains.expected
         and trains.notes
         == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
     )
-    said = of_check(NGC, {"said": ["tiktoken"]})
+    said = facts_from_check(NGC, {"said": ["tiktoken"]})
     assert not resolve(wanted(quickstart(), STAGES), said).problems
 
 
@@ -145,13 +147,13 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
         "date": "2026-11-01",
         "packages": {"torch": "2.1.0", "numpy": "1.26.4", "safetensors": "0.4.5", "pyyaml": "6.0"},
     }
-    found = resolve(wanted(quickstart(), ["train"]), of_check("mine", seen))
+    found = resolve(wanted(quickstart(), ["train"]), facts_from_check("mine", seen))
     assert found.copied == () and found.problems == (
         "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01): take a newer image",
     )
     found = resolve(
         wanted(quickstart("--wandb.project=x"), ["train"]),
-        of_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}),
+        facts_from_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}),
     )  # type: ignore[dict-item]
     [problem] = found.problems
     assert "stage train needs wandb, not in mine" in problem and "--wandb null" in problem
@@ -169,13 +171,13 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
 def test_half_a_package_is_not_copied(site):
     installed(site, "outer", needs=("inner",))
     installed(site, "inner", compiled=True)
-    facts = of_check("img", {"python": "3.11", "packages": {}})
+    facts = facts_from_check("img", {"python": "3.11", "packages": {}})
     found = resolve([Want("outer", "stage train")], facts)
     assert found.copied == () and "outer needs inner, which is compiled" in found.problems[0]
     assert [
         one.name
         for one in resolve(
-            [Want("outer", "stage train")], of_check("img", {"python": "3.11", "packages": {"inner": "1"}})
+            [Want("outer", "stage train")], facts_from_check("img", {"python": "3.11", "packages": {"inner": "1"}})
         ).copied
     ] == ["outer"]
     missing = resolve([Want("nowhere-at-all", "stage train")], facts).problems[0]
@@ -186,13 +188,13 @@ def test_versions_of_python(site, tmp_path):
     """Requires-Python first; then the grammar of the image's Python, where it is older than ours."""
     installed(site, "newer", requires_python=">=3.13")
     installed(site, "liar", code="try:\n    pass\nexcept* ValueError:\n    pass\n", requires_python=">=3.8")
-    old, new = (of_check("img", {"python": version, "packages": {}}) for version in ("3.10.4", "3.13.1"))
+    old, new = (facts_from_check("img", {"python": version, "packages": {}}) for version in ("3.10.4", "3.13.1"))
     assert (
         "newer 1.0 of this machine: it needs Python >=3.13, and the image's is 3.10"
         in resolve([Want("newer", "stage train")], old).problems[0]
     )
     assert resolve([Want("newer", "stage train")], new).copied[0].name == "newer"
-    assert "3.10 or 3.11 or 3.12" in resolve([Want("newer", "x")], of_check("i", {"packages": {}})).problems[0], (
+    assert "3.10 or 3.11 or 3.12" in resolve([Want("newer", "x")], facts_from_check("i", {"packages": {}})).problems[0], (
         "of an unknown Python, all are meant"
     )
     if sys.version_info >= (3, 11):
@@ -219,7 +221,7 @@ def test_too_large_to_copy(site, monkeypatch):
     monkeypatch.setattr(packages, "MAX_BYTES", 900)
     assert (
         "huge is too large to copy"
-        in resolve([Want("huge", "x")], of_check("i", {"python": "3.11", "packages": {}})).problems[0]
+        in resolve([Want("huge", "x")], facts_from_check("i", {"python": "3.11", "packages": {}})).problems[0]
     )
 
 
@@ -268,7 +270,7 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
 )
 def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
     """Made here, run there, with nothing installed: 3.10 to 3.13."""
-    take_snapshot(tmp_path / "code", None, resolve([Want("pyyaml", "every stage")], of_table(NGC)))
+    take_snapshot(tmp_path / "code", None, resolve([Want("pyyaml", "every stage")], facts_from_name(NGC)))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from amlaunch.recipes.format.loader import load; print(load(Path(sys.argv[1]) / 'recipes/quickstart.yaml').recipe.name)"
     run = subprocess.run(
         [python, "-I", "-S", "-c", code, str(tmp_path / "code")], capture_output=True, text=True, cwd=tmp_path
@@ -278,8 +280,8 @@ def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
 
 def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_path):
     """A submission waits for the metadata of twenty packages once, not each time."""
-    facts = of_check("img", {"python": "3.10", "packages": {}})
-    wants = [Want("einsteinops", "x"), *wanted(load(shipped()["llama-350m"]), STAGES)]
+    facts = facts_from_check("img", {"python": "3.10", "packages": {}})
+    wants = [Want("einsteinops", "x"), *wanted(load(shipped_recipes()["llama-350m"]), STAGES)]
     assert "einsteinops is not installed here" in inside(wants, facts).problems[0]
     before = time.process_time()
     again = inside(wants, facts)
@@ -299,10 +301,10 @@ def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_p
 
 def test_the_table_of_ngc():
     assert [
-        of_table(f"nvcr.io/nvidia/pytorch:{tag}").python
+        facts_from_name(f"nvcr.io/nvidia/pytorch:{tag}").python
         for tag in ("24.10-py3", "24.11-py3", "25.08-py3", "22.01-py3", "99.01-py3")
     ] == [(3, 10), (3, 12), (3, 12), None, None]
     assert (
-        of_table("nvcr.io#nvidia/pytorch:25.08-py3").cuda == "13.0"
-        and of_table("nvcr.io/nvidia/nemo:25.08").has("torch") is None
+        facts_from_name("nvcr.io#nvidia/pytorch:25.08-py3").cuda == "13.0"
+        and facts_from_name("nvcr.io/nvidia/nemo:25.08").has("torch") is None
     )

@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import check_batch, load
-from amlaunch.recipes.format.schema import parse_count, parse_memory, parse_minutes, validation_sets
+from amlaunch.recipes.format.consistency import check_batch
+from amlaunch.recipes.format.loader import load
+from amlaunch.recipes.format.schema import validation_sets
 from amlaunch.recipes.format.targets import (
     OPTIMIZER_KEYS,
     OPTIMIZERS,
-    OURS,
-    Policy,
+    OWN_TARGETS,
+    TargetPolicy,
     _tree,
     build,
     check_target,
     resolve,
     signature,
 )
-from amlaunch.recipes.shipped import find_recipe, shipped, summary
+from amlaunch.recipes.format.units import parse_count, parse_memory, parse_minutes
+from amlaunch.recipes.shipped import find_recipe, recipe_summary, shipped_recipes
 
 MINIMAL = """\
 model:
@@ -106,32 +108,36 @@ def test_defaults_make_a_short_recipe_whole(folder):
     [
         ("step_scheduler:\n  max_stps: 3\n", 9, "did you mean 'max_steps'"),
         ("step_schedule:\n  max_steps: 3\n", 8, "did you mean 'step_scheduler'"),
-        ("step_scheduler:\n  max_steps: lots\n", 9, "expected a whole number of at least 1, found 'lots'"),
+        ("step_scheduler:\n  max_steps: lots\n", 9, "expected an integer of at least 1, got 'lots'"),
         ("step_scheduler:\n  max_steps: 0\n", 9, "at least 1"),
-        ("step_scheduler:\n  max_steps: true\n", 9, "found True"),
-        ("seed: -1\n", 8, "0 or more"),
+        ("step_scheduler:\n  max_steps: true\n", 9, "got true"),
+        ("seed: -1\n", 8, "expected an integer of at least 0, got -1"),
         ("distributed:\n  strategy: fsdp\n", 9, "one of fsdp2, ddp, none"),
         ("distributed: fsdp2\n", 8, "expected a section with keys"),
         ("optimizer:\n  _target_: torch.optim.AdamW\n  learning_rate: 3\n", 10, "unknown key of torch.optim.AdamW"),
-        ("optimizer:\n  _target_: torch.optim.AdamW\n  lr: fast\n", 10, "expected float"),
-        ("step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n", 9, "do not divide"),
+        ("optimizer:\n  _target_: torch.optim.AdamW\n  lr: fast\n", 10, "expected a number, got 'fast'"),
+        (
+            "step_scheduler:\n  global_batch_size: 10\n  local_batch_size: 4\n",
+            9,
+            "10 is not a multiple of local_batch_size 4",
+        ),
         ("step_scheduler:\n  grad_acc_steps: 4\n", 9, "write global_batch_size"),
         ("distributed:\n  tp_size: 5\n", 9, "5 (tp_size x cp_size) does not divide dataset.seq_len 32"),
         ("distributed:\n  cp_size: 3\n", 9, "3 (tp_size x cp_size) does not divide dataset.seq_len"),
-        ("distributed:\n  sequence_parallel: true\n", 9, "tp_size is 1; write false"),
-        ("distributed:\n  strategy: ddp\n  dp_replicate_size: 2\n", 10, "are for strategy fsdp2, not ddp"),
-        ("distributed:\n  strategy: none\n  cp_size: 2\n", 10, "adds up no gradients"),
-        ("distributed:\n  strategy: ddp\n  cpu_offload: true\n", 10, "is for strategy fsdp2, not ddp"),
-        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "0 or more"),
+        ("distributed:\n  sequence_parallel: true\n", 9, "has no effect with tp_size 1; set false"),
+        ("distributed:\n  strategy: ddp\n  dp_replicate_size: 2\n", 10, "needs strategy fsdp2, not ddp"),
+        ("distributed:\n  strategy: none\n  cp_size: 2\n", 10, "strategy none does not sum gradients"),
+        ("distributed:\n  strategy: ddp\n  cpu_offload: true\n", 10, "needs strategy fsdp2, not ddp"),
+        ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "expected an integer of at least 0"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
-        ("preprocess:\n  tokenizer: gpt2\n", 8, "give one of dataset"),
+        ("preprocess:\n  tokenizer: gpt2\n", 8, "set one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
         ("resources:\n  train:\n    time: soon\n", 10, "04:00:00"),
         ("name: a/b\n", 8, "names a folder"),
         ("wandb:\n  api_key: abc\n", 9, "export API_KEY"),
         ("sweep:\n  optimizer.lrr: [1, 2]\n", 9, "unknown key"),
-        ("sweep:\n  optimizer.lr: []\n", 9, "empty list"),
-        ("sweep:\n  optimizer.lr: [1e-3, 2, 0.001]\n", 9, "0.001 is there twice"),
+        ("sweep:\n  optimizer.lr: []\n", 9, "the list is empty"),
+        ("sweep:\n  optimizer.lr: [1e-3, 2, 0.001]\n", 9, "0.001 is listed twice"),
         ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
     ],
 )
@@ -143,7 +149,7 @@ def test_what_is_wrong_is_named_with_its_line(folder, add, line, words):
 def test_keys_of_a_users_own_callable_are_checked_without_importing_it(folder):
     (folder / "my_models.py").write_text("raise SystemExit('imported')\n" + MODELS)
     message = problems(folder, MINIMAL, "--model.n_layr", "3", "--model.n_head=two")
-    assert "--model.n_layr=3: model.n_layr: unknown key" in message and "expected int, found 'two'" in message
+    assert "--model.n_layr=3: model.n_layr: unknown key" in message and "expected an integer, got 'two'" in message
 
 
 def test_all_problems_come_at_once(folder):
@@ -153,8 +159,8 @@ def test_all_problems_come_at_once(folder):
 
 def test_what_must_hold_between_keys(folder):
     assert "n_embd: 64 is not divisible by n_head 5" in problems(folder, MINIMAL, "--model.n_head", "5")
-    assert "beyond the model's context of 64" in problems(folder, MINIMAL, "--dataset.seq_len", "65")
-    assert "beyond the model's context of 16" in problems(folder, MINIMAL, "--model.n_positions", "16")
+    assert "exceeds the model's context of 64" in problems(folder, MINIMAL, "--dataset.seq_len", "65")
+    assert "exceeds the model's context of 16" in problems(folder, MINIMAL, "--model.n_positions", "16")
     assert "no preprocess section" in problems(folder, MINIMAL.replace("  file_pattern: data/*.bin\n", ""))
 
 
@@ -166,7 +172,7 @@ def test_the_global_batch_must_divide(folder, ranks, fits):
     message = check_batch(recipe, ranks)
     assert (message is None) == fits
     if ranks == 3:
-        assert "write 6 or 12" in message
+        assert "set 6 or 12" in message
 
 
 def test_numbers_and_none_are_what_the_guide_writes(folder):
@@ -231,7 +237,7 @@ def test_every_point_of_a_sweep_must_hold_together(folder):
 
 @pytest.mark.parametrize("key", ["preprocess.max_tokens", "name", "resources.train.cpus", "export", "wandb.project"])
 def test_a_sweep_over_what_its_elements_share_is_refused(folder, key):
-    assert "share it" in problems(folder, MINIMAL + f"sweep:\n  {key}: [1, 2]\n")
+    assert "sweep points share this setting" in problems(folder, MINIMAL + f"sweep:\n  {key}: [1, 2]\n")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_a_sweep_over_what_its_elements_share_is_refused(folder, key):
      "wandb: {api_key: '${KEY:-abc}'}"],
 )  # fmt: skip
 def test_a_literal_secret_is_refused(folder, section):
-    assert "would be written down" in problems(folder, MINIMAL + section + "\n")
+    assert "the run directory would store this secret" in problems(folder, MINIMAL + section + "\n")
 
 
 @pytest.mark.parametrize(
@@ -248,10 +254,10 @@ def test_a_literal_secret_is_refused(folder, section):
     [
         ("--model.n_head=0", "at least 1"), ("--dataset.seq_len=0", "at least 1"), ("--optimizer.lr=.nan", "at least 0"), ("--optimizer.lr=-1.0", "at least 0"),
         ("--clip_grad_norm.max_norm=-1", "above 0"), ("--export.temperature=-1", "at least 0"), ("--model.dropout=2.0", "below 1"),
-        ("--checkpoint.enabled=false", "nothing to export"), ("--seed=99999999999999999999", "64 bits"), ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
+        ("--checkpoint.enabled=false", "nothing to export"), ("--seed=99999999999999999999", "63 bits"), ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
         ("--checkpoint={enabled: false, restore_from: best}", "needs checkpoint.enabled: true"), ("--checkpoint.keep_bst=true", "did you mean 'keep_best'"),
         ("--parameter_groups=[{match: x, lr: -1.0}]", "at least 0"), ("--parameter_groups=[{mtch: x}]", "did you mean 'match'"),
-        ("--lr_scheduler={lr_decay_steps: 5, lr_decay_tokens: 1K}", "write one of them"), ("--profile.stps=3", "did you mean 'steps'"),
+        ("--lr_scheduler={lr_decay_steps: 5, lr_decay_tokens: 1K}", "remove one of them"), ("--profile.stps=3", "did you mean 'steps'"),
         ("--optimizer={_target_: torch.optim.Muon, othrs: {}}", "did you mean 'others'"),
         ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"), ("--preprocess.max_tokens=1e400M", "500M"),
     ],
@@ -302,15 +308,15 @@ class TestVariables:
             "B": "1",
             "C": f"is {value}",
         }
-        assert "container.env.A: expected text, found 1" in problems(
+        assert "container.env.A: expected text, got 1" in problems(
             folder, MINIMAL + "container: {image: x/y, env: {A: 1}}\n"
         )
 
     @pytest.mark.parametrize(
         ("key", "words"),
         [
-            ("seed", "a whole number, 0 or more"),
-            ("model.n_embd", "int"),
+            ("seed", "an integer of at least 0"),
+            ("model.n_embd", "an integer"),
             ("step_scheduler", "a section with keys"),
             ("preprocess.data_files", "a list or text"),
         ],
@@ -342,7 +348,7 @@ class TestTargets:
          "missing.py:x", "amlaunch.trainer.models.base.gpt3.build"],
     )  # fmt: skip
     def test_refused_by_name(self, folder, name):
-        assert check_target(name, Policy(folder))
+        assert check_target(name, TargetPolicy(folder))
 
     @pytest.mark.parametrize(
         "name",
@@ -351,19 +357,19 @@ class TestTargets:
     def test_refused_when_resolved(self, folder, name):
         """A library's namespace also holds what it imported."""
         with pytest.raises(BadInput, match="outside the known libraries"):
-            resolve(name, Policy(folder))
+            resolve(name, TargetPolicy(folder))
 
     def test_a_file_elsewhere_needs_permission(self, folder, tmp_path_factory):
         other = tmp_path_factory.mktemp("other") / "mine.py"
         other.write_text(MODELS)
         name = f"{other}:build"
-        assert "--allow-target" in check_target(name, Policy(folder))
-        assert check_target(name, Policy(folder, (str(other),))) is None
-        assert check_target(f"../{other.parent.name}/mine.py:build", Policy(folder))
+        assert "--allow-target" in check_target(name, TargetPolicy(folder))
+        assert check_target(name, TargetPolicy(folder, (str(other),))) is None
+        assert check_target(f"../{other.parent.name}/mine.py:build", TargetPolicy(folder))
 
     def test_permission_by_name(self, folder):
-        assert "--allow-target collections" in check_target("collections.OrderedDict", Policy(folder))
-        assert resolve("collections.OrderedDict", Policy(folder, ("collections",)))
+        assert "--allow-target collections" in check_target("collections.OrderedDict", TargetPolicy(folder))
+        assert resolve("collections.OrderedDict", TargetPolicy(folder, ("collections",)))
 
     def test_nested_targets_are_built_first(self, folder):
         node = {
@@ -371,25 +377,25 @@ class TestTargets:
             "width": {"_target_": "my_models.py:build", "n_embd": 8},
             "tag": [1, {"a": 2}],
         }
-        built = build(node, Policy(folder))
+        built = build(node, TargetPolicy(folder))
         assert built.width == ("model", 8, 2)
 
     def test_wrong_keywords_are_bad_input(self, folder):
         with pytest.raises(BadInput, match="unexpected keyword"):
-            build({"_target_": "my_models.py:Config", "width": 1, "hight": 2}, Policy(folder))
-        with pytest.raises(BadInput, match="not something to call"):
-            resolve("my_models.py:not_callable", Policy(folder))
+            build({"_target_": "my_models.py:Config", "width": 1, "hight": 2}, TargetPolicy(folder))
+        with pytest.raises(BadInput, match="cannot be called"):
+            resolve("my_models.py:not_callable", TargetPolicy(folder))
 
     def test_code_from_the_hub_needs_permission(self, folder):
         with pytest.raises(BadInput, match="trust_remote_code"):
-            build({"_target_": "my_models.py:Config", "width": 1, "trust_remote_code": True}, Policy(folder))
+            build({"_target_": "my_models.py:Config", "width": 1, "trust_remote_code": True}, TargetPolicy(folder))
 
     def test_the_tables_say_what_torch_says(self):
         """A key that torch has and we do not would be refused; one that we have and torch does not, too late."""
         import inspect
 
         for name, keys in OPTIMIZER_KEYS.items():
-            real = set(inspect.signature(resolve(name, Policy())).parameters) - {"params"}
+            real = set(inspect.signature(resolve(name, TargetPolicy())).parameters) - {"params"}
             assert set(keys) == real, name
 
     def test_the_optimizers_are_torchs(self):
@@ -401,20 +407,20 @@ class TestTargets:
             "SparseAdam",
         }
         assert set(OPTIMIZERS) == real
-        assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", Policy())
+        assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", TargetPolicy())
 
     @pytest.mark.slow
     def test_a_setting_that_a_configuration_does_not_have(self):
         node = {"_target_": "transformers.LlamaConfig", "hidden_size": 64, "num_hidden_layers": 1}
-        assert build(node, Policy()).hidden_size == 64
+        assert build(node, TargetPolicy()).hidden_size == 64
         with pytest.raises(BadInput, match="not a multiple"):
-            build({**node, "hidden_size": 8}, Policy())
+            build({**node, "hidden_size": 8}, TargetPolicy())
         with pytest.raises(BadInput, match="did you mean 'hidden_size'"):
-            build({**node, "hidden_sze": 4}, Policy())
+            build({**node, "hidden_sze": 4}, TargetPolicy())
 
     def test_our_own_targets_can_be_read(self):
-        for name in OURS:
-            assert check_target(name, Policy()) is None and signature(name, Policy()) is not None, name
+        for name in OWN_TARGETS:
+            assert check_target(name, TargetPolicy()) is None and signature(name, TargetPolicy()) is not None, name
 
 
 def test_the_guide_says_activation_checkpointing_with_true_and_false(folder):
@@ -556,14 +562,14 @@ def test_not_memory(text):
 
 class TestLibrary:
     def test_every_shipped_recipe_loads(self):
-        assert set(shipped()) >= {"quickstart", "nanogpt", "llama-350m", "llama-1.3b"}
-        for path in shipped().values():
-            assert load(path).recipe.name == path.stem and summary(path)
+        assert set(shipped_recipes()) >= {"quickstart", "nanogpt", "llama-350m", "llama-1.3b"}
+        for path in shipped_recipes().values():
+            assert load(path).recipe.name == path.stem and recipe_summary(path)
 
     @pytest.mark.parametrize("name", ["nanogpt", "nanogpt.yaml", "recipes/nanogpt.yaml"])
     def test_found_from_any_folder(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert find_recipe(name) == shipped()["nanogpt"]
+        assert find_recipe(name) == shipped_recipes()["nanogpt"]
 
     def test_a_users_file_wins(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -577,8 +583,8 @@ class TestLibrary:
 
 def test_reading_a_recipe_imports_nothing_heavy(root):
     code = (
-        "import sys; from pathlib import Path; from amlaunch.recipes.format.loader import load; from amlaunch.recipes.shipped import shipped\n"
-        "[load(path) for path in shipped().values()]\n"
+        "import sys; from pathlib import Path; from amlaunch.recipes.format.loader import load; from amlaunch.recipes.shipped import shipped_recipes\n"
+        "[load(path) for path in shipped_recipes().values()]\n"
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'amlaunch.trainer', 'amlaunch.preprocess'}\n"
         "print(heavy & set(sys.modules))"
     )
@@ -608,8 +614,8 @@ def test_validation_sets_by_name_are_data_sets_each(folder):
     assert list(sets) == ["web", "code"] and {node["_target_"] for node in sets.values()} == {
         "amlaunch.trainer.data.NanogptDataset"
     }
-    assert [Path(place).name for place in loaded.places("validation_dataset")] == ["w.bin", "c.bin"]
-    assert "validation_dataset.web.seq_len: 65 is beyond" in problems(
+    assert [Path(place).name for place in loaded.data_paths("validation_dataset")] == ["w.bin", "c.bin"]
+    assert "validation_dataset.web.seq_len: 65 exceeds" in problems(
         folder, text.replace("splt", "split"), "--validation_dataset.web.seq_len", "65"
     )
 
@@ -635,7 +641,7 @@ def test_the_guides_validation_sections_are_read_by_their_names(folder):
         + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\nvalidation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
     )
     message = problems(folder, text)
-    assert "r.yaml:13: validation_dataset.code.seq_len: 99 is beyond" in message
+    assert "r.yaml:13: validation_dataset.code.seq_len: 99 exceeds" in message
     loaded = load(write(folder, text.replace("99", "32")))
     assert list(validation_sets(loaded.recipe.validation_dataset)) == ["default", "code"]
     assert any("validation_dataset_code: read as validation_dataset.code" in note for note in loaded.notes)

@@ -37,8 +37,8 @@ def test_quotes_keep_a_string():
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("a: 1\nb: 2\na: 3\n", 3, "given twice"),
-        ("a:\n  x: 1\n  x: 2\n", 3, "a.x is given twice; first at r:2"),
+        ("a: 1\nb: 2\na: 3\n", 3, "set twice"),
+        ("a:\n  x: 1\n  x: 2\n", 3, "a.x is set twice; first at r:2"),
         ("a: !!python/object/apply:os.system [ls]\n", 1, "not allowed"),
         ("a: [1, 2\nb: 3\n", 2, "not valid YAML"),
         ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),

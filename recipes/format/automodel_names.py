@@ -1,7 +1,6 @@
-"""Names of NeMo AutoModel's guide, translated to ours; each translation says so in a note.
+"""Translate the names of NeMo AutoModel's guide into ours; each translation is reported in a note.
 
-What has no counterpart is an error that says what to write instead, never a
-silent drop.
+A name without a counterpart is an error that says what to write instead, never a silent drop.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ import re
 from typing import Any
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.schema import is_named
+from amlaunch.recipes.format.schema import has_named_datasets
 from amlaunch.recipes.format.targets import current_name
 from amlaunch.recipes.format.yaml_reader import KeyPath
 
 NEMO = re.compile(r"nemo_?automodel[./]", re.IGNORECASE)
 FROM_CONFIG = re.compile(r"transformers\.(?!Auto)[A-Z]\w*\.from_config")
-"""The guide writes it, but only transformers' Auto classes have it; they build what the config says."""
+"""The guide's spelling; only transformers' Auto classes have ``from_config``, and they build what the config says."""
 TARGETS = {
     "gpt2.build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
     "gpt2.py:build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
@@ -25,21 +24,30 @@ TARGETS = {
     "linear_ce.fusedlinearcrossentropy": "amlaunch.trainer.loss.LinearCrossEntropy",
     "nemoautomodelforcausallm.from_config": "transformers.AutoModelForCausalLM.from_config",
 }
-"""By the end of the guide's name, in lower case: its spelling of the package varies."""
+"""End of the guide's name in lower case -> our target; the guide's spelling of its package varies."""
 STRATEGIES = {"fsdp2manager": "fsdp2", "ddpmanager": "ddp"}
 FUSED_ADAM_ONLY = (
-    "adam_w_mode", "bias_correction", "capturable", "exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype",
-    "master_weights", "set_grad_none", "store_param_remainders", "use_decoupled_grad",
-)  # fmt: skip
+    "adam_w_mode",
+    "bias_correction",
+    "capturable",
+    "exp_avg_dtype",
+    "exp_avg_sq_dtype",
+    "master_weight_dtype",
+    "master_weights",
+    "set_grad_none",
+    "store_param_remainders",
+    "use_decoupled_grad",
+)
 DROPPED: dict[KeyPath, str] = {
     ("recipe",): "amlaunch has one recipe class",
-    ("dist_env", "backend"): "chosen by the device: nccl on GPU, gloo on CPU",
-    ("dataloader", "collate_fn"): "windows all have the same length",
+    ("dist_env", "backend"): "the device decides: nccl on GPUs, gloo on CPUs",
+    ("dataloader", "collate_fn"): "all windows have the same length",
     ("dataloader", "drop_last"): "a step always has global_batch_size windows",
-    ("dataloader", "persistent_workers"): "the threads that read ahead stay",
+    ("dataloader", "persistent_workers"): "the threads that read ahead always persist",
     ("dataloader", "pin_memory"): "always on with a GPU",
     ("dataloader", "shuffle"): "dataset.shuffle_files shuffles all windows",
 }
+"""Keys of the guide that have no effect here -> the reason."""
 MOVED: dict[KeyPath, KeyPath] = {
     ("rng", "seed"): ("seed",),
     ("dist_env", "timeout_minutes"): ("distributed", "timeout_minutes"),
@@ -48,7 +56,7 @@ MOVED: dict[KeyPath, KeyPath] = {
 
 
 class Translator:
-    """Walks one recipe tree, in place; ``lines`` follows the keys that move."""
+    """Rewrites one recipe tree in place; ``lines`` follows the keys that move."""
 
     def __init__(self, tree: dict[str, Any], lines: dict[KeyPath, str]):
         self.tree = tree
@@ -56,11 +64,13 @@ class Translator:
         self.notes: list[str] = []
 
     def note(self, path: KeyPath, text: str) -> None:
-        self.notes.append(f"{self.lines.get(path, 'recipe')}: {'.'.join(path)}: {text}")
+        """Record a translation of the key at ``path``."""
+        self.notes.append(f"{self._place(path)}: {'.'.join(path)}: {text}")
 
     def run(self) -> list[str]:
-        for path, why in DROPPED.items():
-            self._drop(path, why)
+        """Translate everything, and return the notes."""
+        for path, reason in DROPPED.items():
+            self._drop(path, reason)
         self._distributed()
         self._dataloader()
         self._rng()
@@ -74,17 +84,20 @@ class Translator:
                 del self.tree[emptied]
         return self.notes
 
+    def _place(self, path: KeyPath) -> str:
+        return self.lines.get(path, "recipe")
+
     def _section(self, path: KeyPath) -> dict[str, Any]:
         node: Any = self.tree
         for key in path:
             node = node.get(key) if isinstance(node, dict) else None
         return node if isinstance(node, dict) else {}
 
-    def _drop(self, path: KeyPath, why: str) -> None:
+    def _drop(self, path: KeyPath, reason: str) -> None:
         section = self._section(path[:-1])
         if path[-1] in section:
             del section[path[-1]]
-            self.note(path, f"left out: {why}")
+            self.note(path, f"ignored: {reason}")
 
     def _move(self, old: KeyPath, new: KeyPath) -> None:
         source = self._section(old[:-1])
@@ -98,7 +111,7 @@ class Translator:
             target = target[key]
         if isinstance(target, dict):
             target.setdefault(new[-1], value)
-            self.lines.setdefault(new, self.lines.get(old, "recipe"))
+            self.lines.setdefault(new, self._place(old))
             self.note(old, f"read as {'.'.join(new)}")
 
     def _targets(self, node: Any, path: KeyPath) -> None:
@@ -108,31 +121,37 @@ class Translator:
         if not isinstance(node, dict):
             return
         name = node.get("_target_")
-        if isinstance(name, str) and NEMO.search(name):
-            node["_target_"] = self._translate(name, (*path, "_target_"))
-        elif isinstance(name, str) and current_name(name) != name:
-            node["_target_"] = current_name(name)
-        elif isinstance(name, str) and FROM_CONFIG.fullmatch(name):
-            node["_target_"] = "transformers.AutoModelForCausalLM.from_config"
-            self.note((*path, "_target_"), f"{name} is read as {node['_target_']}, which builds what the config says")
+        if isinstance(name, str):
+            node["_target_"] = self._translated(name, (*path, "_target_"))
         for key, child in node.items():
             self._targets(child, (*path, str(key)))
 
-    def _translate(self, name: str, path: KeyPath) -> str:
+    def _translated(self, name: str, path: KeyPath) -> str:
+        """Return our name of a target; other names stay as they are."""
+        if NEMO.search(name):
+            return self._counterpart(name, path)
+        if FROM_CONFIG.fullmatch(name):
+            ours = "transformers.AutoModelForCausalLM.from_config"
+            self.note(path, f"{name} is read as {ours}, which builds what the config says")
+            return ours
+        return current_name(name)
+
+    def _counterpart(self, name: str, path: KeyPath) -> str:
         for end, ours in TARGETS.items():
             if name.lower().endswith(end):
                 self.note(path, f"{name} is read as {ours}")
                 return ours
-        where = self.lines.get(path, "recipe")
-        ours = ", ".join(sorted(set(TARGETS.values())))
+        counterparts = ", ".join(sorted(set(TARGETS.values())))
         raise BadInput(
-            f"{where}: {'.'.join(path)}: {name} is AutoModel's; amlaunch has no counterpart. It has {ours}; any torch or transformers callable; or your own file.py:object"
+            f"{self._place(path)}: {'.'.join(path)}: {name} is AutoModel's, and amlaunch has no counterpart. "
+            f"Write one of {counterparts}; any torch or transformers callable; or your own file.py:object"
         )
 
     def _distributed(self) -> None:
         section = self._section(("distributed",))
-        if isinstance(section.get("activation_checkpointing"), bool):
-            section["activation_checkpointing"] = "full" if section["activation_checkpointing"] else "none"
+        recompute = section.get("activation_checkpointing")
+        if isinstance(recompute, bool):
+            section["activation_checkpointing"] = "full" if recompute else "none"
         name = section.get("_target_")
         if name is None:
             return
@@ -140,38 +159,39 @@ class Translator:
         strategy = STRATEGIES.get(str(name).lower().rpartition(".")[2])
         if strategy is None:
             raise BadInput(
-                f"{self.lines.get(path, 'recipe')}: distributed._target_: {name} has no counterpart; write strategy: fsdp2, ddp or none"
+                f"{self._place(path)}: distributed._target_: {name} has no counterpart; "
+                "write strategy: fsdp2, ddp or none"
             )
         del section["_target_"]
         section.setdefault("strategy", strategy)
         self.note(path, f"{name} is read as strategy: {strategy}")
 
     def _dataloader(self) -> None:
-        section = self._section(("dataloader",))
-        name = section.get("_target_")
+        name = self._section(("dataloader",)).get("_target_")
         path = ("dataloader", "_target_")
         if name is None:
             return
         if not str(name).endswith("StatefulDataLoader"):
             raise BadInput(
-                f"{self.lines.get(path, 'recipe')}: dataloader._target_: {name} has no counterpart; leave it out: the order of the data is a function of seed and step"
+                f"{self._place(path)}: dataloader._target_: {name} has no counterpart; remove it: the order of the "
+                "data is a function of seed and step"
             )
-        self._drop(path, "the order of the data is a function of seed and step, nothing to save")
+        self._drop(path, "the order of the data is a function of seed and step, so there is no state to save")
 
     def _rng(self) -> None:
         for key in ("_target_", "ranked"):
             self._drop(("rng", key), "randomness is a function of seed, step and rank")
 
     def _named_validation(self) -> None:
-        """The guide's recipes have one section for each validation set: ``validation_dataset_NAME``."""
+        """Read the guide's one section per validation set, ``validation_dataset_NAME``, as ``validation_dataset``."""
         for key in [key for key in self.tree if str(key).startswith("validation_dataset_")]:
             name = key.removeprefix("validation_dataset_")
-            known = self.tree.get("validation_dataset") or {}
-            named = known if not known or is_named(known) else {"default": known}
+            existing = self.tree.get("validation_dataset") or {}
+            named = existing if not existing or has_named_datasets(existing) else {"default": existing}
             self.tree["validation_dataset"] = {**named, name: self.tree.pop(key)}
             for path in [path for path in self.lines if path[:1] == (key,)]:
-                there = ("validation_dataset", name, *path[1:])
-                self.lines[there] = self.lines[path]
+                new_path: KeyPath = ("validation_dataset", name, *path[1:])
+                self.lines[new_path] = self.lines[path]
             self.note((key,), f"read as validation_dataset.{name}")
 
     def _optimizer(self) -> None:
@@ -182,15 +202,16 @@ class Translator:
         path = ("optimizer", "_target_")
         section["_target_"] = "torch.optim.AdamW"
         self.note(
-            path, f"{name} is read as torch.optim.AdamW (fused on a GPU; float32 master weights as FSDP2 keeps them)"
+            path,
+            f"{name} is read as torch.optim.AdamW (fused on GPUs; with float32 master weights, as FSDP2 keeps them)",
         )
         for key in FUSED_ADAM_ONLY:
             self._drop(("optimizer", key), "not a setting of torch.optim.AdamW")
 
 
 def translate(tree: dict[str, Any], lines: dict[KeyPath, str]) -> list[str]:
-    """Rewrite the guide's names in ``tree``, in place; a note for each change, with its line.
+    """Rewrite the guide's names in ``tree``, in place; return a note with its line for each change.
 
-    Raises BadInput for a name of AutoModel's that has no counterpart.
+    Raises BadInput for an AutoModel name without a counterpart.
     """
     return Translator(tree, lines).run()

@@ -1,4 +1,4 @@
-"""``--a.b value`` and ``--a.b=value``: any key of a recipe, from the command line."""
+"""Change any key of a recipe from the command line: ``--a.b value`` and ``--a.b=value``."""
 
 from __future__ import annotations
 
@@ -9,63 +9,63 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.yaml_reader import KeyPath, parse_value
 
 
-def parse_overrides(tokens: Sequence[str]) -> list[tuple[KeyPath, Any, str]]:
-    """``(key path, value, what the user typed)`` for every override in ``tokens``.
+def parse_overrides(argv: Sequence[str]) -> list[tuple[KeyPath, Any, str]]:
+    """Return ``(key path, value, text as typed)`` for every override in ``argv``.
 
-    A value is the next token whatever it starts with, but for ``--``: ``--lr -1``
-    is a value, ``--wandb --seed 3`` is a key that lost its value. Raises BadInput.
+    A value is the next argument unless it starts with ``--``: in ``--lr -1`` it is a value, in ``--wandb --seed 3``
+    the first key lacks one. Raises BadInput.
     """
-    found = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not token.startswith("--") or token == "--":
-            raise BadInput(f"unexpected argument {token!r}: an override is --section.key value")
-        key, equals, text = token[2:].partition("=")
+    overrides = []
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise BadInput(f"unexpected argument {argument!r}; write overrides as --section.key VALUE")
+        key, equals, text = argument[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise BadInput(f"--{key} has no value: write --{key} VALUE (or --{key}=true)")
-            text = rest.pop(0)
-        path = tuple(key.split(".", 1)) if key.startswith("sweep.") else tuple(key.split("."))  # sweep's keys have dots
+            if not remaining or remaining[0].startswith("--"):
+                raise BadInput(f"--{key} has no value; write --{key} VALUE (or --{key}=true)")
+            text = remaining.pop(0)
+
+        # The keys of `sweep` contain dots themselves.
+        path = tuple(key.split(".", 1)) if key.startswith("sweep.") else tuple(key.split("."))
         if not all(path):
-            raise BadInput(f"--{key}: an override is --section.key value")
-        shown = f"--{key}={text}"
-        found.append((path, parse_value(text, shown), shown))
-    return found
+            raise BadInput(f"--{key}: an empty name in the key; write overrides as --section.key VALUE")
+        typed = f"--{key}={text}"
+        overrides.append((path, parse_value(text, typed), typed))
+    return overrides
 
 
-def apply_override(tree: dict[str, Any], path: KeyPath, value: Any, shown: str) -> None:
-    """Set ``path`` in ``tree``, in place; missing sections are made, list items must exist.
+def apply_override(tree: dict[str, Any], path: KeyPath, value: Any, typed: str) -> None:
+    """Set ``path`` in ``tree``, in place; missing sections are created, list items must exist.
 
-    Whether the key means anything is the schema's business, checked afterwards.
+    The schema checks later that the key exists. Raises BadInput that begins with ``typed``.
     """
     node: Any = tree
     for depth, key in enumerate(path[:-1]):
-        node = _child(node, key, path[: depth + 1], shown)
+        node = _child(node, key, path[: depth + 1], typed)
     if isinstance(node, list):
-        node[_index(node, path[-1], path, shown)] = value
+        node[_index(node, path[-1], path, typed)] = value
     elif path[-1].isdigit():
-        raise BadInput(
-            f"{shown}: {'.'.join(path[:-1])} has no list yet; give the whole of it: --{'.'.join(path[:-1])} '[…]'"
-        )
+        parent = ".".join(path[:-1])
+        raise BadInput(f"{typed}: {parent} is not set, so it has no items; set the whole list: --{parent} '[…]'")
     else:
         node[path[-1]] = value
 
 
-def _child(node: Any, key: str, path: KeyPath, shown: str) -> Any:
+def _child(node: Any, key: str, path: KeyPath, typed: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, key, path, shown)]
+        return node[_index(node, key, path, typed)]
     child = node.get(key)
     if child is None:
         child = node[key] = {}
     if not isinstance(child, (dict, list)):
-        raise BadInput(f"{shown}: {'.'.join(path)} is {child!r}, it has no keys below it")
+        raise BadInput(f"{typed}: {'.'.join(path)} is {child!r}, which has no keys")
     return child
 
 
-def _index(node: list[Any], key: str, path: KeyPath, shown: str) -> int:
+def _index(node: list[Any], key: str, path: KeyPath, typed: str) -> int:
     if key.isdigit() and int(key) < len(node):
         return int(key)
-    raise BadInput(
-        f"{shown}: {'.'.join(path[:-1])} is a list of {len(node)}; an item is a number from 0 to {len(node) - 1}"
-    )
+    parent = ".".join(path[:-1])
+    raise BadInput(f"{typed}: {parent} is a list of {len(node)}; write an item's number, from 0 to {len(node) - 1}")

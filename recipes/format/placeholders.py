@@ -1,4 +1,4 @@
-"""``${VAR}`` and ``${VAR:-default}``: filled in when a job starts, kept as they stand in what is stored.
+"""Expand ``${VAR}`` and ``${VAR:-default}`` when a job starts; stored recipes keep the placeholder.
 
 So a secret in the environment reaches the process that needs it and no file.
 """
@@ -16,8 +16,8 @@ from amlaunch.recipes.format.yaml_reader import scalar
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-class Unset(Exception):
-    """A variable without a value and without a default; its text says so."""
+class UnsetVariable(Exception):
+    """A placeholder's variable has no value and no default; ``name`` is the variable."""
 
     def __init__(self, name: str, known: Mapping[str, str]):
         super().__init__(f"the variable {name} is {'empty' if name in known else 'not set'}")
@@ -25,17 +25,20 @@ class Unset(Exception):
 
 
 def variables() -> Mapping[str, str]:
-    """The environment, and ``PYTHON_STDLIB``: the folder of the running Python's standard library."""
+    """Return the environment, plus ``PYTHON_STDLIB``: the folder of the running Python's standard library."""
     return {"PYTHON_STDLIB": sysconfig.get_path("stdlib"), **os.environ}
 
 
 def has_placeholder(value: Any) -> bool:
-    """Whether ``value`` is text with a ``${…}`` in it."""
+    """Return True if ``value`` is text with a ``${…}`` in it."""
     return isinstance(value, str) and PLACEHOLDER.search(value) is not None
 
 
 def expand(value: Any, known: Mapping[str, str]) -> Any:
-    """``value`` with its placeholders filled in; text that is one placeholder is read as a YAML scalar. Raises Unset."""
+    """Return ``value`` with its placeholders expanded; text that is one placeholder is read as a YAML scalar.
+
+    Raises UnsetVariable.
+    """
     if not isinstance(value, str):
         return value
     text = expand_text(value, known)
@@ -43,27 +46,27 @@ def expand(value: Any, known: Mapping[str, str]) -> Any:
 
 
 def expand_text(value: str, known: Mapping[str, str]) -> str:
-    """``value`` with its placeholders filled in, to the letter: ``007`` of a variable is no number. Raises Unset.
+    """Return ``value`` with its placeholders expanded, as text: a variable's ``007`` does not become a number.
 
-    As in a shell, an empty variable takes the default too; without one it is nothing, but never the folder
-    before a slash, which would be the root of the machine.
+    As in a shell, an empty variable takes the default. Without a default it expands to nothing, except before a
+    slash: the path would become one below the root. Raises UnsetVariable.
     """
 
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()
         if known.get(name):
             return known[name]
-        if default is None:
-            if name in known and not value.startswith("/", match.end()):
-                return ""
-            raise Unset(name, known)
-        return default
+        if default is not None:
+            return default
+        if name in known and not value.startswith("/", match.end()):
+            return ""
+        raise UnsetVariable(name, known)
 
     return PLACEHOLDER.sub(fill, value)
 
 
 def expand_known(value: Any, known: Mapping[str, str]) -> Any:
-    """:func:`expand` through mappings and lists; what has no value stays as it stands."""
+    """Expand placeholders through mappings and lists; those without a value stay as they are."""
     if isinstance(value, dict):
         return {key: expand_known(child, known) for key, child in value.items()}
     if isinstance(value, list):
@@ -72,6 +75,7 @@ def expand_known(value: Any, known: Mapping[str, str]) -> Any:
         return value
 
     def fill(match: re.Match[str]) -> str:
-        return str(known.get(match[1]) or (match[0] if match[2] is None else match[2]))
+        name, default = match.groups()
+        return str(known.get(name) or (match[0] if default is None else default))
 
     return PLACEHOLDER.sub(fill, value)

@@ -1,73 +1,17 @@
 """The sections of a recipe, one frozen dataclass each, in the vocabulary of NeMo AutoModel's guide.
 
-A field's name is the YAML key, its type is what is checked, its default is
-what an absent key means. Sections that carry a ``_target_`` stay mappings:
-their keys belong to the callable (see :mod:`amlaunch.recipes.format.targets`).
+A field's name is the YAML key, its type is checked, and its default is the value of an absent key. The docstrings of
+classes and fields are the text of ``docs/recipes.md`` (``docs/generate_recipes_page.py``). Sections with a ``_target_``
+stay mappings: their keys belong to the callable (see :mod:`amlaunch.recipes.format.targets`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_count(value: Any) -> int:
-    """``500M``, ``1.5B``, ``2_000`` or a whole number, as an int; decimal multiples as in the guide's options.
-
-    Raises ValueError for anything else, negative numbers and fractions of one included.
-    """
-    if isinstance(value, bool):
-        raise ValueError("a count such as 500M or 1.5B")
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([KMBTkmbt]?)", str(value).strip())
-    if match and len(str(value)) < 30 and float(match[1]) < 1e30:
-        number = float(match[1]) * SUFFIXES[match[2].upper()]
-        whole = (
-            int(match[1].replace("_", "")) * SUFFIXES[match[2].upper()]
-            if "." not in match[1] and "e" not in match[1].lower()
-            else round(number)
-        )
-        if whole == number or abs(number) > 2**53:
-            return whole
-    raise ValueError("a count such as 500M or 1.5B")
-
-
-MINUTES = "a time such as 90 (minutes), 04:00:00 or 1-12:00:00"
-TIME_FORMS = (
-    r"(?P<minutes>\d+)(:(?P<seconds>[0-5]?\d))?",
-    r"(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)",
-    r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d)(:(?P<seconds>[0-5]?\d))?)?",
-)
-SECONDS_OF = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-
-
-def parse_minutes(value: Any) -> int:
-    """Slurm's time formats (sbatch(1), ``--time``) as whole minutes, rounded up.
-
-    They are minutes, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM`` and ``D-HH:MM:SS``; only the first number may be
-    as large as it likes. Raises ValueError for anything else, and for no time at all, which Slurm takes for no limit.
-    """
-    text = "" if isinstance(value, bool) else str(value).strip()
-    match = next((found for form in TIME_FORMS if (found := re.fullmatch(form, text, re.ASCII))), None)
-    seconds = sum(int(number or 0) * SECONDS_OF[unit] for unit, number in match.groupdict().items()) if match else 0
-    if not seconds or seconds >= 60 * 2**31:
-        raise ValueError(MINUTES)
-    return -(-seconds // 60)
-
-
-def parse_memory(value: Any) -> str:
-    """Slurm's form of memory (sbatch(1), ``--mem``): a whole number and K, M (the default), G or T; 0: all of a node.
-
-    Raises ValueError for anything else.
-    """
-    text = "" if isinstance(value, bool) else str(value).strip().upper()
-    if not re.fullmatch(r"[0-9]{1,15}[KMGT]?", text):
-        raise ValueError("memory such as 64G or 900M (a whole number with K, M, G or T; 0 is all of a node)")
-    return text
-
+from amlaunch.recipes.format.units import Count, Memory, Minutes, Natural, Positive
 
 TOKENIZERS = {
     "gpt2": 50257,
@@ -79,151 +23,167 @@ TOKENIZERS = {
     "o200k_harmony": 201088,
     "byte": 257,
 }
-"""tiktoken's encodings and the size of their vocabularies (tiktoken 0.14), known without importing it, and our own."""
+"""Vocabulary sizes of tiktoken's encodings (tiktoken 0.14), known without importing it, and of our own."""
 
 
 def is_own_tokenizer(name: str) -> bool:
-    """Whether a tokenizer is a user's file or folder: ``char:FILE``, a path with a slash, a tokenizer.json."""
+    """Return True if a tokenizer is a user's file or folder: ``char:FILE``, a path with a slash, a tokenizer.json."""
     return name.startswith("char:") or "/" in name or name.endswith(".json")
-
-
-Count = Annotated[int, parse_count]
-Minutes = Annotated[int, parse_minutes]
-Memory = Annotated[str, parse_memory]
-Positive = Annotated[int, "positive"]
-Natural = Annotated[int, "natural"]
 
 
 @dataclass(frozen=True)
 class StepScheduler:
-    """How many steps, of how many windows, and what happens every so many of them."""
+    """Batch sizes, the number of steps, and the intervals of checkpoints and validation."""
 
     global_batch_size: Positive = 32
-    """Windows a step, over all ranks and micro-batches."""
+    """Samples (windows or packed rows) per step, over all ranks and micro-batches."""
     local_batch_size: Positive = 1
-    """Windows a rank holds at once (the micro-batch)."""
+    """Samples that a rank processes at once (the micro-batch)."""
     max_steps: Positive | None = None
-    """Where to end; None: at the end of the last epoch."""
+    """Last step. `null`: the end of the last epoch."""
     num_epochs: Positive = 1
+    """Passes over the data, if `max_steps` does not end the run earlier."""
     ckpt_every_steps: Positive | None = 1000
+    """Steps between checkpoints. `null`: only at the end."""
     val_every_steps: Positive | None = None
+    """Steps between validations. `null`: only at the end."""
     val_batches: Positive = 20
-    """Batches of ``global_batch_size`` windows in each validation: the same windows every time, on any number of ranks."""
+    """Batches of `global_batch_size` samples in each validation: always the same samples, on any number of ranks."""
     max_skipped_steps: Positive = 10
-    """So many steps in a row whose loss or gradient is not a number end the run; such a step changes nothing."""
+    """Steps in a row with a loss or gradient that is not a number, after which the run fails. Such a step changes
+    nothing."""
 
 
 @dataclass(frozen=True)
 class LRScheduler:
-    """Learning rate as a function of the step; an absent section is a constant rate."""
+    """Learning rate as a function of the step. Without this section the rate is constant."""
 
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "inverse-square-root"] = "cosine"
+    """Shape of the decay; WSD is warmup, stable, decay."""
     lr_warmup_steps: Natural = 0
+    """Steps from `init_lr` to the peak."""
     lr_warmup_tokens: Count | None = None
-    """Instead of steps; a step that is begun counts whole."""
+    """Tokens of the warmup, instead of steps; a step that has begun counts as a full step."""
     lr_decay_steps: Positive | None = None
-    """Step at which ``min_lr`` is reached; None: the last step."""
+    """Step at which the rate reaches `min_lr`. `null`: the last step."""
     lr_decay_tokens: Count | None = None
+    """Tokens until `min_lr`, instead of steps."""
     lr_wsd_decay_steps: Positive | None = None
-    """WSD (warmup, stable, decay): how many of the last steps decay; None: a fifth."""
+    """WSD: number of last steps that decay. `null`: a fifth of the steps."""
     lr_wsd_decay_tokens: Count | None = None
+    """WSD: number of last tokens that decay, instead of steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
+    """WSD: shape of the decay."""
     init_lr: float = 0.0
+    """Rate at the first step of the warmup."""
     min_lr: float = 0.0
+    """Rate at the end of the decay."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Settings of the parameters whose names fit a pattern; the first group that fits decides."""
+    """Settings of the parameters whose names match a pattern; the first group that matches applies."""
 
     match: str
-    """As in a shell: ``wte.*``, ``*.attn.*``."""
+    """Shell pattern of parameter names."""
     lr: float | None = None
-    """The peak; the schedule's rate is scaled by it. None: ``lr_scale`` times the optimizer's."""
+    """Peak rate; the schedule scales it. `null`: `lr_scale` times the optimizer's."""
     lr_scale: float = 1.0
+    """Factor of the optimizer's rate."""
     weight_decay: float | None = None
-    """None: the optimizer's on matrices, 0 on vectors."""
+    """`null`: the optimizer's on matrices, 0 on vectors."""
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """How the model is spread over the ranks."""
+    """Parallelism: how the model is spread over the ranks. See [Many GPUs](#many-gpus)."""
 
     strategy: Literal["fsdp2", "ddp", "none"] = "fsdp2"
+    """`fsdp2` shards the model over the data-parallel ranks, `ddp` replicates it, `none` trains on one data-parallel
+    rank."""
     dp_size: Positive | None = None
-    """Data-parallel ranks; None: what is left of the world."""
+    """Data-parallel ranks. `null` or `none`: all ranks that the other dimensions leave."""
     dp_replicate_size: Positive | None = None
-    """Replicas of the sharded model (HSDP); None: one."""
+    """Replicas of the sharded model (HSDP). `null`: one."""
     tp_size: Positive = 1
-    """Ranks that share every matrix."""
+    """Ranks that share every matrix (tensor parallelism)."""
     cp_size: Positive = 1
-    """Ranks that share the positions of every window."""
+    """Ranks that share the positions of every window (context parallelism)."""
     sequence_parallel: bool = False
-    """With ``tp_size``: norms, dropout and the residual stream are shared out, too, by positions."""
+    """With `tp_size`: also divide norms, dropout and the residual stream, by positions."""
     dtype: Literal["bfloat16", "float32", "float64"] | None = None
-    """Type that the model computes in; None: bfloat16 on GPU, float32 on CPU. Master weights are at least float32."""
+    """Type that the model computes in. `null`: bfloat16 on GPUs, float32 on CPUs. Master weights are at least
+    float32."""
     bf16_residual: bool = False
-    """Carry the residual stream in bfloat16 where the model computes in it, as FSDP2 always does; else it is float32."""
+    """Keep the residual stream between blocks in bfloat16 if the model computes in it, as FSDP2 always does; false:
+    float32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that FSDP2 adds up gradients in, where the model computes in bfloat16."""
+    """Type in which FSDP2 sums gradients if the model computes in bfloat16."""
     reshard_after_forward: bool = True
-    """Free a block's weights after its forward, and gather them again for its backward; false: keep them."""
+    """Free a block's weights after its forward pass and gather them again for the backward pass; false: keep them."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Compute again in the backward instead of keeping: none, whole blocks, or all but matrix products and attention."""
+    """Recompute in the backward pass instead of storing: nothing, entire blocks, or all but matrix products and
+    attention."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in the host's memory (fsdp2)."""
+    """Keep weights, gradients and optimizer state in the host's memory (fsdp2 only)."""
     timeout_minutes: Positive = 10
-    """After which a collective that does not come is an error."""
+    """Time after which a collective that does not complete is an error."""
     hang_seconds: Positive | None = None
-    """A rank that gets nowhere for so long writes down what its threads do, and ends the job; None: nine tenths of
-    ``timeout_minutes``, or of ``resources.train.hang_minutes`` where that is less."""
+    """Time without progress after which a rank writes its stacks and ends the job. `null`: 9/10 of `timeout_minutes`,
+    or of `resources.train.hang_minutes` if that is less."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how checkpoints are kept."""
+    """Checkpoints: location, number, format. See [checkpoints.md](checkpoints.md)."""
 
     enabled: bool = True
+    """Write checkpoints."""
     checkpoint_dir: str | None = None
-    """None: in the run directory; a path: ``<path>/<run-id>``."""
+    """`null`: in the run directory; a path: `<path>/<run-id>`."""
     max_recent_checkpoints: Positive = 2
+    """Latest checkpoints to keep."""
     keep_best: bool = True
-    """Keep that of the lowest validation loss, too."""
+    """Also keep the checkpoint with the lowest validation loss."""
     keep_every_steps: Positive | None = None
-    """Keep one of every so many steps for good."""
+    """Keep one checkpoint for every so many steps permanently."""
     is_async: bool = True
-    """Write beside the training, from a copy in the host's memory; false: without the copy, while training waits."""
+    """Write during training, from a copy in the host's memory; false: without the copy, while training waits."""
     model_save_format: Literal["torch_save", "safetensors"] = "torch_save"
-    """Of the weights, sharded; optimizer state is always torch.distributed.checkpoint's."""
+    """Format of the sharded weights; optimizer state always uses torch.distributed.checkpoint."""
     save_consolidated: bool = False
-    """Put a folder that transformers loads into every checkpoint."""
+    """Add a folder that transformers loads to every checkpoint."""
     restore_from: str = "auto"
-    """auto: the newest, if there is one; latest; best; or a path of a checkpoint to begin from."""
+    """`auto`: the latest, if there is one; `latest`; `best`; or the path of a checkpoint to begin from."""
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Packing of whole documents, which do not see one another, into rows of one length."""
+    """Packing of complete documents, which do not attend to one another, into rows of one length.
+
+    See [data.md](data.md#what-the-trainer-reads).
+    """
 
     packed_sequence_size: Natural = 0
-    """Tokens a row; 0: no packing, windows of ``dataset.seq_len`` are cut from the stream."""
+    """Tokens of a row. 0: no packing; the stream is cut into windows of `dataset.seq_len`."""
 
 
 @dataclass(frozen=True)
 class DataLoader:
-    """How batches get from disk to the device."""
+    """Reading of batches from disk. The order of the data does not depend on these keys."""
 
     num_workers: Natural = 1
-    """Threads that read ahead, each every so-many-th batch; 0: none does, and training waits for each batch."""
+    """Threads that read ahead. 0: none, training waits for each batch."""
     prefetch_factor: Positive = 2
-    """Batches that they keep ready, together."""
+    """Batches that all threads together keep ready."""
 
 
 @dataclass(frozen=True)
 class ClipGradNorm:
-    """Clipping by the global gradient norm."""
+    """Clipping by the global gradient norm; `clip_grad_norm: null` does not clip."""
 
     max_norm: float = 1.0
+    """Largest norm of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -231,115 +191,133 @@ class Compile:
     """``torch.compile``, with static shapes."""
 
     enabled: bool = False
+    """Compile the model."""
     scope: Literal["auto", "blocks", "model"] = "auto"
-    """How much at once; auto: the whole model on one rank, else each transformer block."""
+    """Unit of compilation; `auto`: the entire model on one rank, otherwise each transformer block."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of `torch.compile`."""
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """Products of the blocks' linear layers in 8 bits: for large models on Hopper GPUs and later."""
+    """8-bit matrix products in the blocks' linear layers, for large models on Hopper GPUs and later."""
 
     enabled: bool = False
+    """Use 8-bit products."""
     exclude: list[str] = field(default_factory=list)
-    """Patterns of the names of linear layers that stay as they are: ``*.c_proj``, ``h.0.*``."""
+    """Patterns of names of linear layers that stay in the model's type."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Text to shards, from one of ``dataset`` (Hugging Face), ``data_files`` (local files) and ``source`` (an iterator)."""
+    """Text to shards. Set one of `dataset`, `data_files` and `source`. See [data.md](data.md)."""
 
     dataset: str | None = None
     """Name on the Hugging Face hub, or a local dataset folder."""
     set_name: str | None = None
+    """Configuration of the dataset."""
     split: str = "train"
+    """Split of the dataset."""
     revision: str | None = None
-    """Commit, tag or branch of the dataset on the hub; None: the newest commit when the element starts."""
+    """Commit, tag or branch of the dataset on the hub. `null`: the latest commit when the element starts."""
     data_files: list[str] | str | None = None
-    """Globs; the ending decides: .parquet, .jsonl, .jsonl.gz, .jsonl.zst, anything else is one document a file."""
+    """Globs of local files. The ending decides: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; any other file is one
+    document."""
     exclude: list[str] | str = field(default_factory=list)
-    """Globs of files to leave out."""
+    """Globs of files to skip."""
     source: dict[str, Any] | None = None
-    """An iterable of texts by ``_target_``; a callable with parameters ``part`` and ``parts`` gives each part alone."""
+    """`_target_` of an iterable of texts; a callable with parameters `part` and `parts` yields one part."""
     data_cache_dir: str | None = None
-    """Where files of the hub are downloaded before they are read; None: they are streamed."""
+    """Folder to download the hub's files into before they are read. `null`: stream them."""
     text_column: str = "text"
+    """Column with the text."""
     encoding: str = "utf-8"
-    """Of text files; ``python`` honours a source file's coding line (PEP 263)."""
+    """Encoding of text files; `python` honours each source file's coding line (PEP 263)."""
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
-    """What a file that cannot be decoded means: an error, U+FFFD in its place, or the file left out and counted."""
+    """If a file cannot be decoded: fail, write U+FFFD, or skip the file and count it."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a damaged record or file means: the element fails and names it, or it is left out, counted and listed."""
+    """If a record or file is damaged: fail and name it, or skip, count and list it."""
     tokenizer: str = "gpt2"
-    """An encoding of tiktoken; ``byte``; ``char:FILE`` (the characters of a text file); a folder with a tokenizer.json."""
+    """A tiktoken encoding; `byte`; `char:FILE` (the characters of a text file); or a folder with a tokenizer.json."""
     bos: bool = True
-    """Begin each document with the tokenizer's beginning-of-sequence token (end-of-text where it has none)."""
+    """Begin each document with the tokenizer's beginning-of-sequence token (end-of-text if it has none)."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
-    """What tokenises; the tokens are the same. auto: gigatoken where it is installed and proven for the encoding."""
+    """Tokenising library; the tokens are the same. `auto`: gigatoken if it is installed and verified for the
+    encoding."""
     max_tokens: Count | None = None
-    """Budget: the first so many tokens of the source, validation included."""
+    """Token budget, validation included: the first so many tokens of the source. `null`: all."""
     val_tokens: Count = 0
-    """Of which at least so many (whole documents) become the validation split."""
+    """Minimum tokens of the validation split, in complete documents."""
     shard_tokens: Count = 100_000_000
-    """The most that a shard holds; a document that is longer has one to itself."""
+    """Maximum tokens of a shard; a longer document gets a shard of its own."""
     parts: Positive | None = None
-    """Pieces of the source that are worked on independently, each its own shards; None: by size. More keep more CPUs busy."""
+    """Parts of the source, processed independently, each into its own shards; more parts use more CPUs. `null`: by
+    size."""
     elements: Positive = 1
-    """Array elements; each takes some of the parts."""
+    """Array elements; each processes some of the parts."""
     num_workers: Positive | None = None
-    """Processes of an element; None: one a CPU."""
+    """Processes of an element. `null`: one per CPU."""
     chunk_size: Positive = 256
-    """The most rows that are read at once."""
+    """Maximum rows to read at once."""
     format: Literal["bin", "raw"] = "bin"
-    """raw: also train.bin and val.bin without headers, as nanoGPT reads them."""
+    """`raw` also writes train.bin and val.bin without headers, as nanoGPT reads them."""
     output_dir: str | None = None
-    """None: a folder named by the fingerprint of this section, beside the runs."""
+    """Folder of the shards. `null`: a folder beside the runs, named by a fingerprint of this section."""
 
 
-SAME_BYTES = ("data_cache_dir", "engine", "num_workers", "chunk_size")
-"""Keys of ``preprocess`` that say how the shards are made, not what is in them."""
+PREPROCESS_EXECUTION_KEYS = ("data_cache_dir", "engine", "num_workers", "chunk_size")
+"""Keys of ``preprocess`` that affect how the shards are made, not their content."""
 
 
 @dataclass(frozen=True)
 class StageResources:
-    """What one element of a stage needs."""
+    """Resources of one element of a stage: `resources.preprocess`, `.verify`, `.train` and `.export`."""
 
     nodes: Positive | None = None
+    """Nodes. `null`: one."""
     gpus_per_node: Natural | None = None
+    """GPUs per node. `null`: for `train`, those that are there and divide the batch."""
     tasks_per_node: Positive | None = None
-    """Ranks a node; None: one a GPU, or one without GPUs."""
+    """Ranks per node. `null`: one per GPU, or one without GPUs."""
     cpus: Positive | None = None
-    """CPUs a node."""
+    """CPUs per node."""
     mem: Memory | None = None
-    """Memory a node."""
+    """Memory per node."""
     time: Minutes | None = None
+    """Time limit, in Slurm's formats."""
     hang_minutes: Positive | None = None
-    """Ranks that neither step nor write a line for so long are ended and tried again; None: 30."""
+    """Time without a step or a line of output after which the ranks are ended and retried. `null`: 30."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each stage needs."""
+    """Resources of each stage."""
 
     preprocess: StageResources = StageResources()
+    """Resources of one preprocess element."""
     verify: StageResources = StageResources()
+    """Resources of the verify stage."""
     train: StageResources = StageResources()
+    """Resources of one train element."""
     export: StageResources = StageResources()
+    """Resources of one export element."""
 
 
 @dataclass(frozen=True)
-class Mount:
+class MountSection:
     """The long form of a mount."""
 
     source: str
+    """Path on the host."""
     target: str | None = None
-    """None: the same path inside."""
+    """Path inside. `null`: the same path."""
     read_only: bool = False
+    """Mount read-only."""
 
 
 @dataclass(frozen=True)
 class StageImages:
-    """Stages that do not run in ``container.image``: an image of their own, or ``none``."""
+    """Images of stages that do not run in ``container.image``; ``none``: no container."""
 
     preprocess: str | None = ""
     verify: str | None = ""
@@ -348,53 +326,62 @@ class StageImages:
 
 
 @dataclass(frozen=True)
-class Container:
-    """In which image the stages run."""
+class ContainerSection:
+    """Image and runtime of the stages; without this section they run in the environment that starts them.
+
+    See [containers.md](containers.md).
+    """
 
     image: str | None = None
-    """A name in a registry, or a .sqsh, .sif or .tar file, or the folder of an OCI bundle."""
-    mounts: list[str | Mount] = field(default_factory=list)
-    """``/host/path[:/inside][:ro]``, or ``{source: …, target: …, read_only: true}``."""
+    """A name in a registry, a .sqsh, .sif or .tar file, or the folder of an OCI bundle."""
+    mounts: list[str | MountSection] = field(default_factory=list)
+    """`/host/path[:/inside][:ro]`, or `{source: …, target: …, read_only: true}`."""
     env: dict[str, str] = field(default_factory=dict)
+    """Environment variables inside."""
     workdir: str | None = None
-    """None: the folder that submit was typed in."""
+    """Working directory inside. `null`: the folder in which you typed the command."""
     runtime: str = "auto"
-    """auto: what the site has."""
+    """Container runtime; `auto`: the site's."""
     entrypoint: bool = False
     """Run the image's own entrypoint first."""
     stages: StageImages = StageImages()
-    """``{preprocess: none}``: that stage without a container, in the environment that submits."""
+    """Image of single stages; `none`: no container, but the environment that submits."""
 
 
 @dataclass(frozen=True)
-class Profile:
-    """torch's profiler over some steps of this start of the run; traces lie beside ``metrics.jsonl``."""
+class ProfileSection:
+    """Trace of some steps with torch's profiler, in each attempt; traces lie beside `metrics.jsonl`."""
 
     start_step: Positive = 10
-    """The first step that is traced, counted from where the run goes on."""
+    """First traced step, counted from the step at which the attempt starts."""
     steps: Positive = 3
+    """Number of traced steps."""
     memory_snapshot: bool = False
-    """Also what the CUDA allocator did in these steps."""
+    """Also record the CUDA allocator's history of these steps."""
 
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """Where TensorBoard finds the numbers."""
+    """Event files for TensorBoard; `tensorboard: {}` turns them on."""
 
     log_dir: str | None = None
-    """None: ``tensorboard/`` beside ``metrics.jsonl``."""
+    """`null`: `tensorboard/` beside `metrics.jsonl`."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is written when training is done."""
+    """Hugging Face folder and text sample at the end of training; `export: null` writes none."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the exported weights."""
     prompt: str = "\n"
+    """Beginning of the text sample."""
     max_new_tokens: Natural = 64
-    """0: no sample."""
+    """Tokens of the sample. 0: no sample."""
     temperature: float = 0.8
+    """Sampling temperature."""
     top_k: Positive = 50
+    """Sample from the k most likely tokens."""
 
 
 @dataclass(frozen=True)
@@ -402,69 +389,92 @@ class Recipe:
     """One run, from raw text to a trained model."""
 
     model: dict[str, Any]
+    """`_target_` and keywords of the model."""
     dataset: dict[str, Any]
+    """Training data; see [Data sets](#data-sets)."""
     name: str = "run"
+    """Name of the run's folder. Default: the file's name."""
     validation_dataset: dict[str, Any] | None = None
-    """One data set, or several by name; see :func:`validation_sets`."""
+    """Validation data: one data set, or several by name; see [Data sets](#data-sets)."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "lr": 2e-4})
+    """`_target_` and keywords of the optimizer; see [Optimizers and rates](#optimizers-and-rates)."""
     lr_scheduler: LRScheduler | None = None
+    """Learning-rate schedule. `null`: a constant rate."""
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
+    """Own rates and weight decay for some parameters."""
     loss_fn: dict[str, Any] = field(default_factory=lambda: {"_target_": "amlaunch.trainer.loss.MaskedCrossEntropy"})
+    """`_target_` and keywords of the loss; see [Losses](#losses)."""
     step_scheduler: StepScheduler = StepScheduler()
+    """Batch sizes, number of steps, intervals."""
     distributed: Distributed = Distributed()
+    """Parallelism and types."""
     checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
     packed_sequence: PackedSequence = PackedSequence()
+    """Packing of documents."""
     dataloader: DataLoader = DataLoader()
+    """Reading ahead."""
     clip_grad_norm: ClipGradNorm | None = ClipGradNorm()
+    """Gradient clipping. `null`: none."""
     wandb: dict[str, Any] | None = None
+    """Any keyword of `wandb.init`; `mode: offline` writes beside the run, for `wandb sync`."""
     tensorboard: TensorBoard | None = None
-    profile: Profile | None = None
+    """TensorBoard. `null`: none."""
+    profile: ProfileSection | None = None
+    """Profiler traces. `null`: none."""
     seed: Natural = 42
+    """Seed of weights, data order and dropout."""
     compile: Compile = Compile()
+    """`torch.compile`."""
     fp8: Fp8 = Fp8()
+    """8-bit matrix products."""
     sdpa_method: list[Literal["cudnn_attention", "flash_attention", "efficient_attention", "math"]] | None = None
-    """Kernels of attention in the order in which they are tried; None: the fastest of the device first."""
+    """Attention kernels, in the order to try. `null`: the device's fastest first."""
     preprocess: Preprocess | None = None
+    """Text to shards. `null`: the shards exist already (`dataset.file_pattern`)."""
     resources: Resources = Resources()
-    container: Container | None = None
+    """Resources of each stage."""
+    container: ContainerSection | None = None
+    """Container. `null`: none."""
     sweep: dict[str, list[Any]] | None = None
+    """Keys and their values: one train element for each sweep point, all on the same shards."""
     export: Export | None = Export()
+    """Hugging Face export. `null`: none."""
 
 
-def is_named(node: Mapping[str, Any]) -> bool:
-    """Whether a ``validation_dataset`` section is several data sets by name: then all of its values are sections."""
-    return (
-        len(node) > 0
-        and not {"_target_", "sources"} & node.keys()
-        and all(isinstance(child, Mapping) for child in node.values())
-    )
+def has_named_datasets(node: Mapping[str, Any]) -> bool:
+    """Return True if a ``validation_dataset`` section holds several data sets by name: all its values are sections."""
+    is_one_dataset = bool({"_target_", "sources"} & node.keys())
+    return len(node) > 0 and not is_one_dataset and all(isinstance(child, Mapping) for child in node.values())
 
 
 def validation_sets(node: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The data sets of a ``validation_dataset`` section by name, that of a single one "" ; the first decides which checkpoint is best."""
+    """Return the data sets of a ``validation_dataset`` section by name; a single one is named ``""``.
+
+    The first decides which checkpoint is best.
+    """
     if not node:
         return {}
-    return dict(node) if is_named(node) else {"": dict(node)}
+    return dict(node) if has_named_datasets(node) else {"": dict(node)}
 
 
 def data_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Every data set of a recipe by the keys that lead to it: training's and validation's."""
-    found = {("dataset",): recipe.dataset}
-    return found | {
-        ("validation_dataset", *([name] if name else [])): node
-        for name, node in validation_sets(recipe.validation_dataset).items()
-    }
+    """Return every data set of a recipe by its key path: the training set, then the validation sets."""
+    sections: dict[tuple[str, ...], dict[str, Any]] = {("dataset",): recipe.dataset}
+    for name, node in validation_sets(recipe.validation_dataset).items():
+        sections[("validation_dataset", name) if name else ("validation_dataset",)] = node
+    return sections
 
 
 def file_sections(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The same, with a mixture's sources instead of itself: where shards are named."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    """Return :func:`data_sections` with each mixture replaced by its sources: the sections that name shards."""
+    sections: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, node in data_sections(recipe).items():
         sources = node.get("sources")
-        named = sources.items() if isinstance(sources, Mapping) else ()
-        found |= (
-            {path: node}
-            if sources is None
-            else {(*path, "sources", name): source for name, source in named if isinstance(source, Mapping)}
-        )
-    return found
+        if sources is None:
+            sections[path] = node
+        elif isinstance(sources, Mapping):
+            sections |= {
+                (*path, "sources", name): source for name, source in sources.items() if isinstance(source, Mapping)
+            }
+    return sections

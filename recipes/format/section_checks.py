@@ -1,4 +1,4 @@
-"""From plain data to the typed sections of a recipe, with every problem named at its line."""
+"""Turn plain data into the typed sections of a recipe, and report every problem with its line."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
 from amlaunch.recipes.errors import BadInput, did_you_mean
-from amlaunch.recipes.format.placeholders import Unset, expand, expand_text, has_placeholder
-from amlaunch.recipes.format.schema import is_named
-from amlaunch.recipes.format.targets import Policy, Signature, check_target, signature
+from amlaunch.recipes.format.placeholders import UnsetVariable, expand, expand_text, has_placeholder
+from amlaunch.recipes.format.schema import has_named_datasets
+from amlaunch.recipes.format.targets import Signature, TargetPolicy, check_target, signature
 from amlaunch.recipes.format.yaml_reader import KeyPath
+from amlaunch.recipes.key_aliases import cluster_profile_hint
 
 HINTS: dict[KeyPath, str] = {
-    (
-        "step_scheduler",
-        "grad_acc_steps",
-    ): "write global_batch_size: micro-steps x local_batch_size x data-parallel ranks",
-    ("dataset", "num_workers"): "one thread reads ahead; see dataloader.prefetch_factor",
+    ("step_scheduler", "grad_acc_steps"): (
+        "write global_batch_size: micro-steps x local_batch_size x data-parallel ranks"
+    ),
+    ("dataset", "num_workers"): "write dataloader.num_workers (threads that read ahead)",
 }
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+ANNOTATION_NAMES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "None": "null",
+    "list": "a list",
+    "list[str]": "a list of text",
+}
 TARGET_SECTIONS = ("model", "dataset", "validation_dataset", "optimizer", "loss_fn")
-DATASET, MIXTURE = (
-    {"_target_": "amlaunch.trainer.data.NanogptDataset"},
-    {"_target_": "amlaunch.trainer.data.MixedDataset"},
-)
+DATASET = {"_target_": "amlaunch.trainer.data.NanogptDataset"}
+MIXTURE = {"_target_": "amlaunch.trainer.data.MixedDataset"}
 
 
 class Checker:
-    """Collects problems while it builds; ``known`` are the variables that placeholders may use.
+    """Build typed sections, and collect the problems; ``known`` holds the variables that placeholders may use.
 
-    With ``job_start`` every placeholder must have a value. Before, one in a
-    string may stay open: it may be a secret that only the job will see.
+    With ``job_start`` every placeholder must have a value. Before that, a placeholder in text may stay unexpanded: it
+    may be a secret that only the job sees.
     """
 
-    def __init__(self, lines: Mapping[KeyPath, str], known: Mapping[str, str], policy: Policy, job_start: bool):
+    def __init__(self, lines: Mapping[KeyPath, str], known: Mapping[str, str], policy: TargetPolicy, job_start: bool):
         self.lines = lines
         self.known = known
         self.policy = policy
@@ -44,64 +51,65 @@ class Checker:
         self.problems: list[str] = []
 
     def problem(self, path: KeyPath, text: str) -> None:
-        """Note what is wrong with the value at ``path``, with the line of its nearest known parent."""
-        where = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), "recipe")
+        """Record a problem with the value at ``path``, at the line of its nearest known parent."""
+        parents = (path[:length] for length in range(len(path), -1, -1))
+        place = next((self.lines[parent] for parent in parents if parent in self.lines), "recipe")
         key = ".".join(path)
-        self.problems.append(f"{where}: {key}: {text}" if key else f"{where}: {text}")
+        self.problems.append(f"{place}: {key}: {text}" if key else f"{place}: {text}")
 
     def section(self, cls: Any, value: Any, path: KeyPath) -> Any:
-        """``value`` as the dataclass ``cls``; None where it has problems."""
+        """Return ``value`` as the dataclass ``cls``; None if it has problems."""
         if not isinstance(value, Mapping):
-            self.problem(path, f"expected a section with keys, found {_shown(value)}")
+            self.problem(path, f"expected a section with keys, got {_shown(value)}")
             return None
         fields = {field.name: field for field in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls, include_extras=True)
         built = {}
-        before = len(self.problems)
+        problems_before = len(self.problems)
         for key, child in value.items():
             if key not in fields:
-                self.problem((*path, key), f"unknown key; {HINTS.get((*path, key)) or did_you_mean(key, fields)}")
+                self.problem((*path, key), f"unknown key; {_key_hint((*path, key), fields)}")
                 continue
             if not path and key in TARGET_SECTIONS and isinstance(child, Mapping):
                 child = _with_target(fields[key], child)
             built[key] = self.value(hints[key], child, (*path, key))
         for name, field in fields.items():
-            if name not in value and field.default is field.default_factory is dataclasses.MISSING:
-                self.problem(path, f"the section {name!r} is missing" if not path else f"{name!r} is missing")
-        return cls(**built) if len(self.problems) == before else None
+            is_required = field.default is field.default_factory is dataclasses.MISSING
+            if is_required and name not in value:
+                self.problem(path, f"the key {name!r} is missing" if path else f"the section {name!r} is missing")
+        return cls(**built) if len(self.problems) == problems_before else None
 
     def value(self, hint: Any, value: Any, path: KeyPath) -> Any:
-        """``value`` as the type ``hint``, its placeholders expanded."""
+        """Return ``value`` as the type ``hint``, with its placeholders expanded."""
         options = _options(hint)
         if len(path) == 1 and path[0] in TARGET_SECTIONS and isinstance(value, Mapping):
-            if path[0] == "validation_dataset" and is_named(value):
+            if path[0] == "validation_dataset" and has_named_datasets(value):
                 return {name: self.target(node, (*path, name)) for name, node in value.items()}
             return self.target(value, path)
+
         written = value
         if has_placeholder(value):
-            value = self._expanded(
-                value,
-                path,
-                needed=not any(_base(option) in (str, Any) for option in options),
-                is_text=options == (str,),
-            )
+            may_stay = any(_base(option) in (str, Any) for option in options)
+            value = self._expanded(value, path, needed=not may_stay, is_text=options == (str,))
             if has_placeholder(value):
                 return value
             options = tuple(option for option in options if not dataclasses.is_dataclass(option))
-        if type(None) in options and (value is None or value == "none"):  # the guide writes dp_size: none
+
+        # The guide writes `dp_size: none`.
+        if type(None) in options and (value is None or value == "none"):
             return None
         for option in options:
             if option is not type(None):
-                ok, found = self._convert(option, value, path)
+                ok, converted = self._convert(option, value, path)
                 if ok:
-                    return found
-        self.problem(path, f"expected {_expected(_options(hint))}, {_found(written, value)}")
+                    return converted
+        self.problem(path, _type_problem(_options(hint), written, value))
         return None
 
     def _expanded(self, value: Any, path: KeyPath, needed: bool, is_text: bool = False) -> Any:
         try:
             return (expand_text if is_text else expand)(value, self.known)
-        except Unset as unset:
+        except UnsetVariable as unset:
             if self.job_start or needed:
                 self.problem(path, f"{unset}; export it, or write ${{{unset.name}:-default}}")
             return value
@@ -128,8 +136,8 @@ class Checker:
                 return True, rule(value)
             except ValueError:
                 return False, None
-        ok, found = _plain(base, value)
-        return ok and found >= (1 if rule == "positive" else 0), found
+        ok, number = _plain(base, value)
+        return ok and number >= (1 if rule == "positive" else 0), number
 
     def _list(self, item: Any, value: Any, path: KeyPath) -> tuple[bool, Any]:
         if not isinstance(value, (list, tuple)):
@@ -142,7 +150,7 @@ class Checker:
         return True, {str(key): self.value(item, child, (*path, str(key))) for key, child in value.items()}
 
     def open(self, value: Any, path: KeyPath) -> Any:
-        """A value whose keys belong to somebody else: expanded, nested targets checked."""
+        """Return a value whose keys belong to somebody else: placeholders expanded, nested targets checked."""
         if isinstance(value, Mapping):
             if "_target_" in value:
                 return self.target(value, path)
@@ -152,51 +160,61 @@ class Checker:
         return self._expanded(value, path, needed=False) if has_placeholder(value) else value
 
     def target(self, node: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
-        """A mapping with ``_target_``: its name must be allowed, its keys must be the callable's own."""
+        """Check a mapping with ``_target_``: its name must be allowed, and its keys must be the callable's keywords."""
         name = node.get("_target_")
-        keys = {key: self.open(child, (*path, key)) for key, child in node.items() if key != "_target_"}
+        keywords = {key: self.open(child, (*path, key)) for key, child in node.items() if key != "_target_"}
         if name is None:
-            self.problem(path, "no _target_ that says what builds it")
+            self.problem(path, "no _target_; name the callable that builds it")
             return {}
-        wrong = check_target(name, self.policy)
-        if wrong:
-            self.problem((*path, "_target_"), wrong)
+        refusal = check_target(name, self.policy)
+        if refusal:
+            self.problem((*path, "_target_"), refusal)
             return {}
-        found = signature(name, self.policy)
-        if found is not None:
-            self._keywords(name, found, node, keys, path)
-        return {"_target_": name, **keys}
+        known = signature(name, self.policy)
+        if known is not None:
+            self._check_keywords(name, known, node, keywords, path)
+        return {"_target_": name, **keywords}
 
-    def _keywords(
-        self, name: str, found: Signature, written: Mapping[str, Any], keys: Mapping[str, Any], path: KeyPath
+    def _check_keywords(
+        self, name: str, known: Signature, written: Mapping[str, Any], keywords: Mapping[str, Any], path: KeyPath
     ) -> None:
-        for key, value in keys.items():
-            known = found.parameters.get(key)
-            if known is None:
-                if not found.open:
-                    hint = HINTS.get((*path, key)) or did_you_mean(key, found.parameters)
+        for key, value in keywords.items():
+            parameter = known.parameters.get(key)
+            if parameter is None:
+                if not known.open:
+                    hint = _key_hint((*path, key), known.parameters)
                     self.problem((*path, key), f"unknown key of {name}; {hint}")
-            elif not has_placeholder(value) and not fits(value, known.annotation):
-                self.problem((*path, key), f"expected {known.annotation}, {_found(written[key], value)}")
+            elif not has_placeholder(value) and not matches_annotation(value, parameter.annotation):
+                self.problem((*path, key), annotation_problem(parameter.annotation, value, written[key]))
         if path[0] == "model":
-            for key, known in found.parameters.items():
-                if known.required and key not in keys:
+            for key, parameter in known.parameters.items():
+                if parameter.required and key not in keywords:
                     self.problem(path, f"{name} needs {key!r}")
 
 
+def _key_hint(path: KeyPath, known: typing.Iterable[str]) -> str:
+    """Return a clause that says what to write instead of an unknown key."""
+    if path in HINTS:
+        return HINTS[path]
+    is_for_slurm = len(path) == 1 or path[0] == "resources"
+    stage = path[1] if len(path) == 3 else "train"
+    return (cluster_profile_hint(path[-1], stage) if is_for_slurm else None) or did_you_mean(path[-1], known)
+
+
 def _with_target(field: dataclasses.Field[Any], section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section for which only some keys are given, and what they are added to."""
+    """Add the default ``_target_`` and keys to a section that sets only some keys."""
     if "_target_" in section:
         return section
-    if field.name == "validation_dataset" and is_named(section):
+    if field.name == "validation_dataset" and has_named_datasets(section):
         return {name: _with_target(field, node) for name, node in section.items()}
     if field.name.endswith("dataset"):
         return {**(MIXTURE if "sources" in section else DATASET), **section}
-    return {**(field.default_factory() if field.default_factory is not dataclasses.MISSING else {}), **section}
+    default = {} if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return {**default, **section}
 
 
-def fits(value: Any, annotation: str) -> bool:
-    """Whether ``value`` can be what a source annotation such as ``int | None`` says; unknown annotations fit all."""
+def matches_annotation(value: Any, annotation: str) -> bool:
+    """Return True if ``value`` matches a source annotation such as ``int | None``; unknown annotations match all."""
     checks: dict[str, Any] = {
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
         "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
@@ -208,6 +226,13 @@ def fits(value: Any, annotation: str) -> bool:
     }
     options = [option.strip() for option in annotation.split("|")]
     return any(option not in checks or checks[option](value) for option in options)
+
+
+def annotation_problem(annotation: str, value: Any, written: Any = None) -> str:
+    """Return the message for a value that does not match a source annotation."""
+    options = [option.strip() for option in annotation.split("|")]
+    wanted = " or ".join(ANNOTATION_NAMES.get(option, option) for option in options)
+    return _mismatch(wanted, bool({"int", "float"} & set(options)), written, value)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -223,29 +248,49 @@ def _plain(option: Any, value: Any) -> tuple[bool, Any]:
         return option is bool, value
     if option is float and isinstance(value, (int, float)):
         return True, float(value)
-    if option is int and isinstance(value, float) and value.is_integer():  # max_steps: 1e3
+    # max_steps: 1e3
+    if option is int and isinstance(value, float) and value.is_integer():
         return True, int(value)
     return isinstance(value, option), value
 
 
-def _expected(options: tuple[Any, ...]) -> str:
-    return " or ".join(_describe(option) for option in options if option is not type(None))
+def _type_problem(options: tuple[Any, ...], written: Any, value: Any) -> str:
+    """Return the message for a value of the wrong type."""
+    wanted = " or ".join(describe_type(option) for option in options if option is not type(None))
+    return _mismatch(wanted, any(_is_number_type(option) for option in options), written, value)
 
 
-def _describe(option: Any) -> str:
+def _mismatch(wanted: str, wants_number: bool, written: Any, value: Any) -> str:
+    """Return what was expected and what was written, with the fix for a number in quotes."""
+    is_number = isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdecimal()
+    if wants_number and is_number and not has_placeholder(written):
+        return f'expected {wanted}, got the string "{value}"; remove the quotes'
+    return f"expected {wanted}, {_got(written, value)}"
+
+
+def _is_number_type(option: Any) -> bool:
+    if typing.get_origin(option) is Annotated:
+        base, rule = typing.get_args(option)
+        return base is int and not callable(rule)
+    return option in (int, float)
+
+
+def describe_type(option: Any) -> str:
+    """Return the values that a type of the schema allows, in words."""
     origin, args = typing.get_origin(option), typing.get_args(option)
     if origin is Annotated:
         if callable(args[1]):
-            return _counted(args[1])
-        return "a whole number of at least 1" if args[1] == "positive" else "a whole number, 0 or more"
+            return _rule_text(args[1])
+        return "an integer of at least 1" if args[1] == "positive" else "an integer of at least 0"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (list, dict):
         return "a list" if origin is list else "a section with keys"
-    return WORDS.get(option, "a section with keys")
+    return TYPE_NAMES.get(option, "a section with keys")
 
 
-def _counted(rule: Any) -> str:
+def _rule_text(rule: Any) -> str:
+    """Return what a parsing rule accepts: the text of its own error."""
     try:
         rule(None)
     except ValueError as error:
@@ -253,9 +298,9 @@ def _counted(rule: Any) -> str:
     return "a value"
 
 
-def _found(written: Any, value: Any) -> str:
-    """What stands there; of a variable its name alone, for its value may be a secret."""
-    return f"which {written} is not" if has_placeholder(written) else f"found {_shown(value)}"
+def _got(written: Any, value: Any) -> str:
+    """Return the value that was written; of a variable only the name, because its value may be a secret."""
+    return f"which {written} is not" if has_placeholder(written) else f"got {_shown(value)}"
 
 
 def _shown(value: Any) -> str:
@@ -263,10 +308,12 @@ def _shown(value: Any) -> str:
         return "a section with keys"
     if isinstance(value, (list, tuple)):
         return f"a list ({', '.join(map(repr, value))[:60]})"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "nothing" if value is None else repr(value)
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise BadInput with all of ``problems``, if there are any."""
+def raise_problems(problems: list[str]) -> None:
+    """Raise BadInput with all problems, one a line; does nothing if there are none."""
     if problems:
         raise BadInput("\n".join(dict.fromkeys(problems)))

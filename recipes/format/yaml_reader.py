@@ -1,17 +1,17 @@
-"""YAML as data, with the line of every key, and YAML 1.2's idea of a scalar.
+"""Read YAML as plain data with the line of every key, and with YAML 1.2's rules for scalars.
 
-PyYAML follows YAML 1.1: ``1e-4`` is a string, ``on`` is true, a duplicate key
-wins silently. A recipe is read with PyYAML's parser and our own resolver
-(YAML 1.2.2, chapter 10.3, the core schema).
+PyYAML follows YAML 1.1: ``1e-4`` is a string, ``on`` is true, and the last of two duplicate keys wins silently. A
+recipe is read with PyYAML's parser and our own resolver (YAML 1.2.2, chapter 10.3, the core schema). Writing, and
+reading JSON, need no PyYAML: an image may lack it.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from amlaunch.recipes.errors import BadInput
 
@@ -23,9 +23,9 @@ PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}"
     for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
 }
-"""What PyYAML's resolver gives to untagged nodes."""
-_WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
+"""Tags that PyYAML's resolver gives to untagged nodes."""
+_CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _INT = re.compile(r"[-+]?[0-9]+")
 _OCTAL = re.compile(r"0o[0-7]+")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
@@ -35,9 +35,9 @@ _NAN = re.compile(r"\.(nan|NaN|NAN)")
 
 
 def scalar(text: str) -> Any:
-    """The value of a plain (unquoted) scalar: None, bool, int, float or the text itself."""
-    if text in _WORDS:
-        return _WORDS[text]
+    """Return the value of a plain (unquoted) scalar: None, bool, int, float or the text itself."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
     if _INT.fullmatch(text):
         return int(text) if len(text) < 100 else float(text)
     if _OCTAL.fullmatch(text):
@@ -54,57 +54,63 @@ def scalar(text: str) -> Any:
 
 
 class _Reader:
-    """Turns composed nodes into plain data and notes the line of every path."""
+    """Turn PyYAML's composed nodes into plain data, and record the line of every key."""
 
     def __init__(self, source: str):
         self.source = source
         self.lines: dict[KeyPath, str] = {}
-        self.open: set[int] = set()
+        self.open_nodes: set[int] = set()
         self.count = 0
 
-    def where(self, node: yaml.Node) -> str:
+    def position(self, node: Any) -> str:
         return f"{self.source}:{node.start_mark.line + 1}"
 
-    def read(self, node: yaml.Node, path: KeyPath) -> Any:
+    def read(self, node: Any, path: KeyPath) -> Any:
         self.count += 1
-        if self.count > MAX_NODES or len(self.open) > MAX_DEPTH or id(node) in self.open:
+        if self.count > MAX_NODES or len(self.open_nodes) > MAX_DEPTH or id(node) in self.open_nodes:
             raise BadInput(
-                f"{self.where(node)}: aliases that refer to themselves or grow without end, or too deeply nested"
+                f"{self.position(node)}: aliases that contain themselves or grow without end, or nesting over "
+                f"{MAX_DEPTH} levels; write the values out"
             )
         if node.tag not in PLAIN_TAGS:
-            raise BadInput(f"{self.where(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
-        self.lines.setdefault(path, self.where(node))
-        self.open.add(id(node))
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return self.mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.read(child, (*path, str(i))) for i, child in enumerate(node.value)]
-            assert isinstance(node, yaml.ScalarNode)  # there are only three kinds
-            return node.value if node.style else scalar(node.value)
-        finally:
-            self.open.discard(id(node))
+            raise BadInput(f"{self.position(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        self.lines.setdefault(path, self.position(node))
+        self.open_nodes.add(id(node))
+        try:
+            if node.id == "mapping":
+                return self.mapping(node, path)
+            if node.id == "sequence":
+                return [self.read(child, (*path, str(i))) for i, child in enumerate(node.value)]
+            is_quoted = bool(node.style)
+            return node.value if is_quoted else scalar(node.value)
+        finally:
+            self.open_nodes.discard(id(node))
+
+    def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise BadInput(f"{self.where(key_node)}: a key must be a plain word")
+            if key_node.id != "scalar":
+                raise BadInput(f"{self.position(key_node)}: a key must be a plain word, not a list or a section")
             key = str(key_node.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in values:
-                raise BadInput(f"{self.where(key_node)}: {'.'.join(here)} is given twice; first at {self.lines[here]}")
-            self.lines[here] = self.where(key_node)
-            values[key] = self.read(value_node, here)
+                raise BadInput(
+                    f"{self.position(key_node)}: {'.'.join(key_path)} is set twice; first at {self.lines[key_path]}"
+                )
+            self.lines[key_path] = self.position(key_node)
+            values[key] = self.read(value_node, key_path)
         return values
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
-    """``text`` as plain data, and ``{key path: "source:line"}``.
+    """Return ``text`` as plain data, and ``{key path: "source:line"}``.
 
-    Raises BadInput (with the line) for YAML that does not parse, a duplicate
-    key, a tag, or more than one document.
+    Raises BadInput with the line for YAML that does not parse, a duplicate key, a tag, or a second document.
     """
+    # Imported here because an image may lack it, and because every start pays for it.
+    import yaml
+
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -114,51 +120,131 @@ def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
     except yaml.YAMLError as error:
         raise BadInput(f"{source}: not valid YAML: {error}") from None
     except RecursionError:
-        raise BadInput(f"{source}: too deeply nested") from None
+        raise BadInput(f"{source}: nested too deeply") from None
     reader = _Reader(source)
     return (reader.read(node, ()) if node is not None else None), reader.lines
 
 
 def parse_value(text: str, source: str) -> Any:
-    """One value of the command line: a list, a section, or quoted text as YAML writes them, else a plain scalar.
+    """Parse one value of the command line: JSON, a YAML list, section or quoted text, else a plain scalar.
 
-    Only these are parsed, so that ``*.bin`` is a glob and not an alias.
+    Only text that begins like a list, a section or a quoted text is parsed, so that ``*.bin`` is a glob and not an
+    alias.
     """
     if text.lstrip().startswith(("[", "{", '"', "'")):
-        return parse(text, source)[0]
+        try:
+            return parse_json(text)
+        except ValueError:
+            return parse(text, source)[0]
     return scalar(text.strip()) if "\n" not in text else text
 
 
+def parse_json(text: str) -> Any:
+    """Parse strict JSON. Raises ValueError for anything else: duplicate keys, NaN, deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key is set twice")
+        return values
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
-    """:func:`parse` of a file. BadInput where it cannot be read or is not UTF-8."""
+    """Return the data of a YAML or ``.json`` file, and ``{key path: "file:line"}`` (of JSON, only the file).
+
+    Raises BadInput if the file cannot be read, is not UTF-8, or does not parse.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return parse(text, str(path))
-
-
-LINE_BREAKS = frozenset("\n\r\x85\u2028\u2029")
-"""YAML 1.1, which PyYAML writes, folds all of them in plain text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what our reader would not read back as the same string."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = isinstance(scalar(text), str) and not LINE_BREAKS & set(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-_Dumper.add_representer(str, _represent_str)
+    if path.suffix != ".json":
+        return parse(text, str(path))
+    try:
+        return json.loads(text), {(): str(path)}
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON: {error}") from None
 
 
 def dump(value: Any) -> str:
-    """Plain data as YAML that :func:`parse` reads back to the same values."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """Return plain data as YAML that :func:`parse` reads back to the same values."""
+    return "".join(f"{line}\n" for line in _block(value, ""))
+
+
+def _block(value: Any, indent: str) -> Iterator[str]:
+    """Yield the lines of a value in block style; lists of scalars, and empty values, stand on one line."""
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _entry(f"{indent}{_quoted(str(key))}:", child, indent)
+    elif isinstance(value, (list, tuple)) and value:
+        for child in value:
+            yield from _entry(f"{indent}-", child, indent)
+    else:
+        yield indent + _inline(value)
+
+
+def _entry(head: str, value: Any, indent: str) -> Iterator[str]:
+    """Yield a key or a list's dash with its value, on the same line if it is short."""
+    if _is_inline(value):
+        yield f"{head} {_inline(value)}"
+    else:
+        yield head
+        yield from _block(value, indent + "  ")
+
+
+def _is_inline(value: Any) -> bool:
+    """Return True for a scalar, an empty value, and a list of scalars."""
+    if isinstance(value, Mapping):
+        return not value
+    if isinstance(value, (list, tuple)):
+        return not any(isinstance(child, (Mapping, list, tuple)) for child in value)
+    return True
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_inline(child) for child in value)}]"
+    if isinstance(value, str):
+        return _quoted(value)
+    return _float(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _float(value: float) -> str:
+    """Return a float as YAML 1.1 and 1.2 both write it: ``1.0e-05``."""
+    if value in (float("inf"), float("-inf")):
+        return ".inf" if value > 0 else "-.inf"
+    if value != value:
+        return ".nan"
+    digits, exponent, power = repr(value).partition("e")
+    return digits + ".0" * ("." not in digits) + exponent + power
+
+
+PLAIN_TEXT = re.compile(
+    r"([A-Za-z_/$(]|\.[A-Za-z/.])([A-Za-z0-9_/.$()@+=~^%;\\ -]|:(?=[^ ]))*|[0-9]+(\.[0-9]+)?[KMGTB]"
+)
+"""Text that needs no quotes, in block and in flow style."""
+YAML_1_1_BOOLEANS = frozenset(("y", "n", "yes", "no", "on", "off"))
+NOT_PRINTABLE = re.compile(
+    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f\u2028\u2029]"
+)
+"""Characters that YAML 1.1 does not allow, or folds as line breaks: written as escapes."""
+
+
+def _quoted(text: str) -> str:
+    """Return text as a YAML scalar, with quotes unless it reads back as the same string without them."""
+    is_plain = PLAIN_TEXT.fullmatch(text) and not text.endswith(" ") and text.lower() not in YAML_1_1_BOOLEANS
+    if is_plain and isinstance(scalar(text), str):
+        return text
+    return NOT_PRINTABLE.sub(lambda match: f"\\U{ord(match[0]):08x}", json.dumps(text, ensure_ascii=False))
