@@ -1,4 +1,4 @@
-"""``python -m amlaunch.preprocess`` as the launcher and users run it: exit codes, signals, kill -9, locks, full disks."""
+"""``python -m amlaunch.preprocess`` as the launcher and users run it: exit codes, signals, kills, locks, full disks."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
 
 
 def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
-    """Return the peak memory of a run's worker in MB, as the kernel recorded it, so that no peak between polls is missed."""
+    """Return the peak memory of a run's worker in MB, as the kernel recorded it: polling would miss peaks."""
     process = start([*words, "--num-workers", "1"], processes)
     found = 0
     while process.poll() is None:
@@ -334,7 +334,7 @@ def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
 
 
 def words_of(seed: int, size: int) -> str:
-    """Return ``size`` characters of random long words, each one token of GPT-2: they compress like text, and tokenise fast."""
+    """Return ``size`` characters of random long words, each one GPT-2 token: they compress like text."""
     tokens = load_tokenizer("gpt2").vocabulary["mergeable_ranks"]
     long = sorted(
         token.decode()
@@ -347,7 +347,7 @@ def words_of(seed: int, size: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
 def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, most: int) -> None:
-    """More text in a row group and a shard does not increase it: 8, then 24 MB, in pages of a megabyte; nor as JSON lines."""
+    """More text in a row group and a shard does not increase it: 8, then 24 MB, in pages of 1 MB; nor as JSON lines."""
     pytest.importorskip(engine)
     text = words_of(0, 40_000)
     peaks = {}
@@ -500,7 +500,7 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             "unknown option --max-length; did you mean '--max-tokens'?",
         ),
         (["data", "inspect", "nowhere"], "nowhere/manifest.json: no such file"),
-        (["data", "look", "nowhere"], "no command 'data look'"),
+        (["data", "look", "nowhere"], "unknown command 'data look'"),
     ],
 )
 def test_wrong_words_are_explained_with_exit_code_2(tmp_path: Path, words: list[str], says: str) -> None:

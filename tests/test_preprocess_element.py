@@ -116,7 +116,7 @@ def shards(out: Path) -> dict[str, bytes]:
 def test_any_text_of_unicode_goes_through_whole_in_either_format(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], elements: int, engine: str, ascii_: bool
 ) -> None:
-    """From JSON lines and from Parquet: tiktoken's tokens document by document, their index entries, and the text back."""
+    """From JSON lines and from Parquet: tiktoken's tokens per document, their index entries, and the text back."""
     folder = tmp_path_factory.mktemp("unicode")
     texts = ["first", *texts, "last", "one more"]  # three parts have something each
     (folder / "a.jsonl").write_text(

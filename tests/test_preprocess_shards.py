@@ -97,7 +97,7 @@ def as_the_guide_s_loader_reads(path: Path) -> np.ndarray[Any, Any]:
 
 
 def made(folder: Path, **more: Any) -> list[int]:
-    """Make shards of three documents, one with a literal special token, by the real pipeline; return the train tokens."""
+    """Make shards of three documents, one with a literal special token, as the stages do; return the train tokens."""
     (folder / "x.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in ("held out", "naïve <|endoftext|> text", "東京"))
     )

@@ -41,8 +41,8 @@ def open_source(options: Preprocess, policy: TargetPolicy | None = None) -> Sour
     names = [name for name in ("dataset", "data_files", "source") if getattr(options, name)]
     if len(names) != 1:
         raise BadInput(
-            f"preprocess: set exactly one of dataset (a Hugging Face name or folder), data_files (globs of local files) and "
-            f"source (your own iterator, by _target_); found: {' and '.join(names) or 'none'}"
+            f"preprocess: set exactly one of dataset (Hugging Face name or folder), data_files (globs of local files) "
+            f"and source (your own iterator, by _target_); found: {' and '.join(names) or 'none'}"
         )
 
     if options.data_files:
