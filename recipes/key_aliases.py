@@ -105,8 +105,9 @@ def resolve_alias(word: str, known: Iterable[str]) -> str | None:
     if dashes + RECIPE_SECTION in names:
         return dashes + key
     last = key.rpartition(".")[2]
-    # Options of `amlaunch preprocess` are keys of one section, with dashes for underscores.
-    return next((name for name in (dashes + last, dashes + last.replace("_", "-")) if name in names), None)
+    # Options of a command are spelled with dashes for underscores.
+    spellings = (dashes + last.replace("_", "-"), dashes + last) if dashes else (last,)
+    return next((spelling for spelling in spellings if spelling in names), None)
 
 
 def cluster_profile_hint(key: str, stage: str = "train") -> str | None:
