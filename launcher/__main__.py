@@ -1,41 +1,41 @@
-"""``amlaunch`` and ``python -m amlaunch.launcher``."""
+"""Entry point of ``amlaunch`` and ``python -m amlaunch.launcher``."""
 
 from __future__ import annotations
 
 import sys
 
-from amlaunch.recipes.errors import BAD_INPUT, FAILED, BadInput
-from amlaunch.recipes.output import PIPE_CLOSED, forgive_output
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, BadInput
+from amlaunch.recipes.output import PIPE_CLOSED, tolerate_unreadable_output
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input is a message and exit code 2, never a traceback."""
+    """Run one command and return its exit code; invalid input is one message and exit code 2, never a traceback."""
     from amlaunch.launcher.cli import run
 
-    forgive_output()
+    tolerate_unreadable_output()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where what goes wrong is told
+        sys.stdout.flush()  # here, where errors are still reported
         return code
     except BadInput as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # amlaunch logs … | head
         sys.stderr.close()
         return PIPE_CLOSED
-    except OSError as error:  # a full disk, a folder that went away
+    except OSError as error:  # a full disk, a folder that was deleted
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        from amlaunch.launcher.errors import SlurmError  # most commands never call Slurm
+        from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled  # most commands never call Slurm
 
         if not isinstance(error, SlurmError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if "not found" in error.message else FAILED
+        return BAD_INPUT if isinstance(error, SlurmNotInstalled) else FAILED
 
 
 if __name__ == "__main__":

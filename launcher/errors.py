@@ -1,4 +1,4 @@
-"""Errors of the launcher: Slurm's own, and a collector that reports the problems of several checks together."""
+"""Errors of the launcher: Slurm's own, and a collector that reports the errors of several checks together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from amlaunch.recipes.format.section_checks import raise_problems
 
 
 class SlurmError(Exception):
-    """A command of Slurm failed, is missing, or did not answer in time; the message is its own."""
+    """A Slurm command failed or did not answer in time; ``message`` is its own."""
 
     def __init__(self, command: str, message: str):
         super().__init__(f"{command}: {message}")
@@ -18,28 +18,42 @@ class SlurmError(Exception):
         self.message = message
 
 
+class SlurmNotInstalled(SlurmError):
+    """This machine does not have a Slurm command."""
+
+    def __init__(self, command: str):
+        super().__init__(command, "not found; run this on a machine of the cluster")
+
+
+class SlurmTimeout(SlurmError):
+    """A Slurm command did not answer in time."""
+
+    def __init__(self, command: str, seconds: float):
+        super().__init__(command, f"no answer in {seconds:.0f} s")
+
+
 class ErrorCollector:
-    """Collects the lines of every BadInput; :meth:`refuse` raises them together."""
+    """Collects the lines of several BadInput; :meth:`refuse` raises them together."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.errors: list[str] = []
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Takes over what is raised inside, and goes on. A silent Slurm is raised unless something is wrong already."""
+        """Collect a BadInput raised inside and continue. A SlurmError is raised unless there are errors already."""
         try:
             yield
         except BadInput as error:
             self.add(str(error).splitlines())
         except SlurmError as error:
-            if not self.found:
+            if not self.errors:
                 raise
             self.add([str(error)])
 
     def add(self, lines: Iterable[str]) -> None:
-        """Note further problems, a line each."""
-        self.found += lines
+        """Add further errors, one line each."""
+        self.errors += lines
 
     def refuse(self) -> None:
-        """Raises BadInput with all of them, each once, if there are any."""
-        raise_problems(self.found)
+        """Raise one BadInput with all errors, each once, if there are any."""
+        raise_problems(self.errors)

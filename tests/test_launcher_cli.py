@@ -95,7 +95,7 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["local", "quickstart", "--stage", "train"], "needs stage verify, which is not done"),
         (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
         (["status", "nothing"], "no run 'nothing'"),
-        (["logs", "nothing"], "there are none yet"),
+        (["logs", "nothing"], "start one: amlaunch local or submit"),
         (["clean", "", "--yes"], "the name of the run is empty"),
         (["frobnicate"], "unknown command 'frobnicate'; valid names: bench"),
         (["plot", "x"], "unknown command 'plot'; valid names: bench"),

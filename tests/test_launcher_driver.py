@@ -20,10 +20,12 @@ from image_helpers import leave_out
 
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
-from amlaunch.launcher.execution.driver import Stopping, classify
+from amlaunch.launcher.execution.attempt_end import classify
 from amlaunch.launcher.execution.local_executor import Capacity, LocalExecutor
-from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_command, how_to_start
-from amlaunch.launcher.execution.srun_step import Step
+from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_command, rank_start
+from amlaunch.launcher.execution.rank_wait import RanksEnd
+from amlaunch.launcher.execution.srun_step import SrunStep
+from amlaunch.launcher.execution.stop_request import StopRequest
 from amlaunch.launcher.runs.element_state import is_driven, overall, read_run, read_stage
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
@@ -107,7 +109,7 @@ def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
     plan = replace(plan, env={"RECIPE": "${VALUE_X}", "BOTH": "${NOT_SET_X:-1}"})
     attempt = Attempt(run, plan, plan.stages[0], plan.stages[0].elements[0], Assignment(1, ()), Lock(run.lock), 1)
-    env = Step(ClusterProfile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
+    env = SrunStep(ClusterProfile(env={"SITE": "${VALUE_X}", "BOTH": "site"})).command(attempt, {})[1].env
     assert {name: env[name] for name in ("RECIPE", "BOTH", "SITE")} == {"RECIPE": value, "BOTH": "1", "SITE": value}
 
 
@@ -119,7 +121,7 @@ def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch
     attempt = Attempt(
         run, replace(plan, stages=[stage]), stage, stage.elements[0], Assignment(1, ()), Lock(run.lock), 1
     )
-    start = how_to_start(attempt, {}, {}, on_slurm=False)
+    start = rank_start(attempt, {}, {}, on_slurm=False)
     assert start.env["SCRATCH"] == "/scratch/me" and "SCRATCH" not in start.launch.argv
     assert "SCRATCH" in json.loads(check_command(attempt, start)[-1])["passed"]
 
@@ -171,10 +173,10 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     output.write_text("mad")
     assert only_state(run, plan).state == State.PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
     output.unlink()
-    assert "is gone" in only_state(run, plan).reason
+    assert "is missing" in only_state(run, plan).reason
     marker = run.element("train", "0").done
     kept = marker.rename(marker.with_name("kept"))
-    assert only_state(run, plan).state == State.PENDING and "marker is gone" in only_state(run, plan).reason
+    assert only_state(run, plan).state == State.PENDING and "done marker is missing" in only_state(run, plan).reason
     kept.rename(marker)
     drive(run).wait()
     assert only_state(run, plan).state == State.DONE
@@ -225,14 +227,16 @@ def test_stop_soon_by_signal_and_by_file(tmp_path):
 def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_path):
     """Twice a step and a save before the time limit, by the newest heartbeat; never in the first half of the job."""
     folder = make_run(tmp_path, ("train", [[]], ONE))[0].element("train", "0")
-    assert not Stopping(folder, ends=time.time() + 0.1).look(), "without a heartbeat, Slurm's own warning has to do"
+    assert not StopRequest(folder, job_end=time.time() + 0.1).poll(), (
+        "without a heartbeat, Slurm's own warning has to do"
+    )
     write_json(folder.progress, {"step_seconds": 0.3, "save_seconds": 0.2})
-    slow, patient = Stopping(folder, ends=time.time() + 2.5), Stopping(folder, ends=time.time() + 3.0)
-    wait_until(slow.look)
-    assert slow.signal == signal.SIGUSR1 and "time limit" in slow.reason() and 0.0 < slow.ends - time.time() < 1.0
+    slow, patient = StopRequest(folder, job_end=time.time() + 2.5), StopRequest(folder, job_end=time.time() + 3.0)
+    wait_until(slow.poll)
+    assert slow.signal == signal.SIGUSR1 and "time limit" in slow.reason and 0.0 < slow.job_end - time.time() < 1.0
     write_json(folder.progress, {"step_seconds": 60.0, "save_seconds": 300.0})
-    wait_until(patient.look)
-    assert patient.ends - time.time() < 1.5
+    wait_until(patient.poll)
+    assert patient.job_end - time.time() < 1.5
 
 
 @pytest.mark.slow
@@ -246,7 +250,7 @@ def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in found))
     wait_until(lambda: not is_locked(run.element("train", "0").lock))
     state = only_state(run, plan)
-    assert state.state == State.DIED and "without a word" in state.reason
+    assert state.state == State.DIED and "without recording a result" in state.reason
 
 
 @pytest.mark.slow
@@ -438,7 +442,9 @@ def test_an_image_that_is_left_to_a_node_without_a_runtime_is_not_done_without(t
     assert drive(run).communicate()[0].strip() == State.FAILED
     state = only_state(run, plan)
     assert (
-        "has nothing that starts it (" in state.reason and "container.runtime: none" in state.reason and not state.retry
+        "has no runtime for nvcr.io/nvidia/pytorch:25.08-py3 (tried " in state.reason
+        and "container.runtime: none" in state.reason
+        and not state.retry
     )
     assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
@@ -446,12 +452,12 @@ def test_an_image_that_is_left_to_a_node_without_a_runtime_is_not_done_without(t
 def test_gpus_are_given_out_once(tmp_path):
     capacity = Capacity(4, 4, ["0", "1", "2", "3"])
     needs = Needs(1, 2, 2, 1)
-    first, second = capacity.take("a", needs, ""), capacity.take("b", needs, "")
+    first, second = capacity.acquire("a", needs, ""), capacity.acquire("b", needs, "")
     assert set(first.gpus) | set(second.gpus) == {"0", "1", "2", "3"}
-    assert capacity.take("c", needs, "") is None
-    capacity.give_back("a")
-    assert capacity.take("c", needs, "").gpus == first.gpus
-    assert Capacity(2, 2, []).take("d", Needs(1, 0, 1, 64), "").cpus == 2, (
+    assert capacity.acquire("c", needs, "") is None
+    capacity.release("a")
+    assert capacity.acquire("c", needs, "").gpus == first.gpus
+    assert Capacity(2, 2, []).acquire("d", Needs(1, 0, 1, 64), "").cpus == 2, (
         "an element may ask for more CPUs than there are"
     )
 
@@ -515,7 +521,7 @@ def test_without_progress_it_is_not_tried_for_ever(tmp_path):
     ],
 )  # fmt: skip
 def test_exit_codes(codes, first, result, outcome):
-    assert classify(codes, first, result)["outcome"] == outcome
+    assert classify(RanksEnd(tuple(codes), first), result).outcome == outcome
 
 
 def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):

@@ -25,15 +25,17 @@ from amlaunch.launcher.checks.files_and_disk import check_python, checkpoint_byt
 from amlaunch.launcher.checks.slurm_limits import megabytes
 from amlaunch.launcher.commands._shared import sweep_overrides
 from amlaunch.launcher.errors import SlurmError
-from amlaunch.launcher.execution.driver import failure_of, signal_name
-from amlaunch.launcher.execution.rank_processes import free_ports, interface_address
-from amlaunch.launcher.execution.retry_policy import futile_attempts, goes_again
-from amlaunch.launcher.execution.srun_step import first_failure
+from amlaunch.launcher.execution.attempt_end import failure_of, signal_name
+from amlaunch.launcher.execution.rendezvous import free_ports, interface_address
+from amlaunch.launcher.execution.retry_policy import apply_retry_policy, futile_attempts
+from amlaunch.launcher.execution.srun_step import TaskFailure, first_failure
 from amlaunch.launcher.execution.stage_inputs import missing_input
-from amlaunch.launcher.runs.element_state import Trace, explain_end, read_runs, waiting_reason
-from amlaunch.launcher.runs.failure_causes import cause_of, nodes_to_avoid
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
+from amlaunch.launcher.runs.element_state import read_runs
+from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.launcher.runs.slurm_reasons import JobEnd, explain_end, pending_reason
 from amlaunch.launcher.runs.snapshot import take_snapshot
-from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.runs.states import Outcome, State
 from amlaunch.launcher.runs.submissions import Submission, next_folder, read_submission, submissions_of, token_of
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.slurm import queue as queue_module
@@ -42,11 +44,12 @@ from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.slurm.sbatch import Array, job_environment, script, submission_environment
 from amlaunch.launcher.specs.cluster_profile import find_cluster
 from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
-from amlaunch.launcher.submission.slurm_submission import dependency, drafts, known_states, moved_note
+from amlaunch.launcher.submission.array_drafts import dependency_options, draft_arrays
+from amlaunch.launcher.submission.slurm_submission import check_moved, known_states
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import append_json_line, fingerprint, write_json
 from amlaunch.recipes.format.loader import load
-from amlaunch.recipes.run_layout import ElementDir, RunDir
+from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.shipped import find_recipe
 
 
@@ -113,7 +116,7 @@ class TestProfiles:
         [
             ("lab: {partitoin: x}", "clusters.yaml:1: partitoin: unknown key; did you mean 'partition'"),
             ("lab:\n  stages: {trian: {}}", "stages.trian: unknown key; did you mean 'train'"),
-            ("lab: {throttle: 0}", "throttle: expected a whole number of at least 1"),
+            ("lab: {throttle: 0}", "throttle: expected an integer of at least 1"),
             ("lab: {sbatch: {job-name: x}}", "amlaunch sets it (the run's name makes it)"),
             ("lab: {stages: {train: {sbatch: {output: x}}}}", "stages.train.sbatch.output: amlaunch sets it"),
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
@@ -123,7 +126,7 @@ class TestProfiles:
                 'lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}',
                 "stages.train.account: expected one line of text",
             ),
-            ("lab: {stages: [a]}", "stages: expected a section with keys, found a list"),
+            ("lab: {stages: [a]}", "stages: expected a section with keys, got a list"),
             ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
             ("lab: {shared_roots: [.]}", "shared_roots: '.': expected a path from the root"),
             ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch takes 65535 at most"),
@@ -386,7 +389,7 @@ class TestDryRunsOfContainers:
         monkeypatch.delenv("WORD_X", raising=False)
         assert main([*self.WORDS, "podman"]) == 2
         assert (
-            "the variable WORD_X is not set (env of the recipe's container, or of the profile)"
+            "the variable WORD_X is not set (container.env, or env of the profile); export it"
             in capsys.readouterr().err
         )
 
@@ -505,30 +508,36 @@ def test_jobs_inherit_neither_the_job_that_submits_nor_its_secrets(monkeypatch: 
 
 
 class TestRetries:
-    def lines(self, *done: int, budget: str = "1_0") -> list[dict]:
-        return [{"event": "start", "attempt": i + 1, "done": value, "budget": budget} for i, value in enumerate(done)]
+    def history(self, *done: int, budget: str = "1_0") -> AttemptHistory:
+        starts = [AttemptStart(i + 1, done=value, budget=budget) for i, value in enumerate(done)]
+        return AttemptHistory(tuple(starts))
 
     def test_progress_resets_the_budget(self) -> None:
-        assert futile_attempts(self.lines(0, 10, 20), 30) == 0
-        assert futile_attempts(self.lines(0, 10, 10, 10), 10) == 3
-        assert futile_attempts(self.lines(0, 0, budget="1_0") + self.lines(0, budget="2_0"), 0) == 1, (
-            "another submit, another budget"
-        )
+        assert futile_attempts(self.history(0, 10, 20), 30) == 0
+        assert futile_attempts(self.history(0, 10, 10, 10), 10) == 3
+        earlier, later = self.history(0, 0, budget="1_0"), self.history(0, budget="2_0")
+        both = AttemptHistory(earlier.starts + later.starts)
+        assert futile_attempts(both, 0) == 1, "another submit has its own budget"
 
-    def test_who_goes_again(self) -> None:
-        stopped = {"outcome": "stopped", "again": True}
-        assert goes_again(self.lines(0, 10), stopped, 20) == (True, "goes on from what is saved")
-        assert goes_again(self.lines(5, 5, 5), stopped, 5) == (False, "no progress in 3 attempts")
-        assert goes_again(self.lines(5, 5), {"outcome": "failed", "again": True}, 5)[0]
-        assert not goes_again(self.lines(5), {"outcome": "failed", "again": False}, 5)[0]
+    def test_only_some_ends_are_restarted(self) -> None:
+        stopped = AttemptEnd(Outcome.STOPPED, "limit", restart=True)
+        continued = apply_retry_policy(self.history(0, 10), stopped, 20)
+        assert continued.restart and continued.reason == "limit; continues automatically from the saved state"
+        futile = apply_retry_policy(self.history(5, 5, 5), stopped, 5)
+        assert not futile.restart and futile.reason == "limit; no progress in 3 attempts"
+        killed = AttemptEnd(Outcome.FAILED, "killed", restart=True)
+        retried = apply_retry_policy(self.history(5, 5), killed, 5)
+        assert retried.restart and retried.reason == "killed; retried automatically (3 of 3 without progress)"
+        final = AttemptEnd(Outcome.FAILED, "boom")
+        assert apply_retry_policy(self.history(5), final, 5) == final
 
     def test_a_signal_without_a_name(self) -> None:
         assert signal_name(9) == "SIGKILL" and signal_name(60).startswith(("signal 60", "SIG"))
-        assert failure_of(-127, 0)["again"]
+        assert failure_of(-127, 0).restart
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "again", "elsewhere"),
+    ("text", "kind", "restart", "avoid_host"),
     [
         ("RuntimeError: [enforce fail] No space left on device", "full disk", False, False),
         ("OSError: [Errno 122] Disk quota exceeded: 'x'", "full disk", False, False),
@@ -541,9 +550,9 @@ class TestRetries:
         ("OSError: [Errno 116] Stale file handle", "node", True, True),
     ],
 )
-def test_causes(text: str, kind: str, again: bool, elsewhere: bool) -> None:
+def test_causes(text: str, kind: str, restart: bool, avoid_host: bool) -> None:
     found = cause_of(f"Traceback\n  line\n{text}\nmore")
-    assert found is not None and (found.kind, found.again, found.elsewhere) == (kind, again, elsewhere)
+    assert found is not None and (found.kind, found.restart, found.avoid_host) == (kind, restart, avoid_host)
     assert cause_of("ValueError: boom in step 3") is None
 
 
@@ -560,7 +569,7 @@ def test_a_job_without_its_python_says_so(text: str) -> None:
     assert (
         found is not None
         and found.kind == "no environment"
-        and "python and setup in the profile" in found.advice("train")
+        and "python and setup in the cluster profile" in found.remedy
     )
     assert cause_of("FileNotFoundError: [Errno 2] No such file or directory: 'text.txt'") is None
 
@@ -571,11 +580,10 @@ def test_nodes_are_avoided_for_an_hour() -> None:
         {"event": "end", "elsewhere": True, "host": "n2", "time": 4000.0},
         {"event": "end", "host": "n3", "time": 4000.0},
     ]
-    assert (
-        nodes_to_avoid(lines, now=4100.0) == ["n1", "n2"]
-        and nodes_to_avoid(lines, now=4700.0) == ["n2"]
-        and nodes_to_avoid(lines, now=9000.0) == []
-    )
+    history = AttemptHistory.from_json(lines)
+    assert history.hosts_to_avoid(now=4100.0) == ["n1", "n2"]
+    assert history.hosts_to_avoid(now=4700.0) == ["n2"]
+    assert history.hosts_to_avoid(now=9000.0) == []
 
 
 def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
@@ -583,26 +591,21 @@ def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
     log.write_text(
         "srun: error: n1: tasks 0-1: Exited with exit code 75\nsrun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n"
     )
-    assert first_failure(log) == ("n2", 3, "Exited with exit code 1")
+    assert first_failure(log) == TaskFailure("n2", 3, "Exited with exit code 1")
     log.write_text("srun: error: gpu-a.site: tasks 4,6-7: Segmentation fault (core dumped)\n")
-    assert first_failure(log) == ("gpu-a.site", 4, "Segmentation fault (core dumped)")
+    assert first_failure(log) == TaskFailure("gpu-a.site", 4, "Segmentation fault (core dumped)")
     log.write_text("srun: error: Unable to create step\n")
     assert first_failure(log) is None
 
 
-def test_reasons_in_words() -> None:
-    assert (
-        waiting_reason("Dependency") == "waits for the stage before it"
-        and waiting_reason("SomethingNew") == "SomethingNew"
-    )
-    assert waiting_reason("ReqNodeNotAvail, UnavailableNodes:n1").startswith("nodes it asked for")
-    nothing = Trace(ElementDir(Path("/nowhere")), [], None, "", {})
-    assert explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), nothing) == (
-        State.CANCELLED,
-        "a stage before it did not finish",
-    )
-    assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), nothing)[0] == State.FAILED
-    assert "0:9" in explain_end(JobInfo("1_0", "FAILED", exit_code="0:9"), nothing)[1]
+def test_slurm_reasons_are_explained() -> None:
+    assert pending_reason("Dependency") == "waiting for the stage before it"
+    assert pending_reason("SomethingNew") == "SomethingNew"
+    assert pending_reason("ReqNodeNotAvail, UnavailableNodes:n1") == "the requested nodes are not available"
+    cancelled = explain_end(JobInfo("1_0", "CANCELLED", "Dependency"), started=False)
+    assert cancelled == JobEnd(State.CANCELLED, "an earlier stage did not finish", dependency_failed=True)
+    assert explain_end(JobInfo("1_0", "TIMEOUT", nodes="n1"), started=False).state == State.FAILED
+    assert "0:9" in explain_end(JobInfo("1_0", "FAILED", exit_code="0:9"), started=False).reason
 
 
 def answers(
@@ -739,7 +742,7 @@ class TestStates:
         assert self.state(run, plan, answers(tmp_path, jobs)).state == State.FAILED
         assert next_folder(run.jobs, "train").name == "003-train", "no folder is used twice"
         (folder / "submission.json").write_text("{")
-        with pytest.raises(BadInput, match="not a submission"):
+        with pytest.raises(BadInput, match="the submission is damaged"):
             submissions_of(run, plan, strict=True)
 
     def test_a_job_of_another_cluster_is_neither_dead_nor_somebody_elses(
@@ -755,7 +758,7 @@ class TestStates:
             assert found.state == State.UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         monkeypatch.setattr(client, "squeue", dict)
-        with pytest.raises(SlurmError, match="job 11_0 is not known: job 11_0 belongs to Slurm cluster north"):
+        with pytest.raises(SlurmError, match="the state of job 11_0 is unknown: job 11_0 belongs to Slurm cluster north"):
             known_states(run, plan)
         self.attempt(run, end={"outcome": "failed", "reason": "boom"})
         assert self.state(run, plan, answers(tmp_path, {})).state == State.FAILED, (
@@ -777,18 +780,18 @@ class TestStates:
     def test_a_run_does_not_change_its_cluster_unsaid_nor_while_jobs_of_it_are_there(self, tmp_path: Path) -> None:
         run, plan = self.run(tmp_path)
         states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "RUNNING")}))[0]
-        assert moved_note(run, plan, "x", states) == ""
+        assert check_moved(run, plan, "x", states) == ""
         with pytest.raises(
-            BadInput, match=r"is on its way on cluster x \(train 0: job 11_0\); go on with --cluster x, or end it first"
+            BadInput, match=r"is active on cluster x \(train 0: job 11_0\); continue with --cluster x, or stop it first"
         ):
-            moved_note(run, plan, "y", states)
+            check_moved(run, plan, "y", states)
         states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")}))[0]
         assert (
-            moved_note(run, plan, "y", states) == "r-1 was on cluster x before; what is done stays, the rest goes to y"
+            check_moved(run, plan, "y", states) == "r-1 moves from cluster x to y; finished elements are kept"
         )
         folder = next_folder(run.jobs, "train")
         Submission(folder, "train", ("0",), str(run.root), "y", token_of(folder), time.time(), job="12").write()
-        assert moved_note(run, plan, "y", states) == "", "it has been said"
+        assert check_moved(run, plan, "y", states) == "", "it has been said"
 
     def test_submissions_survive_the_disk(self, tmp_path: Path) -> None:
         folder = tmp_path / "001-train"
@@ -806,7 +809,7 @@ class TestDrafts:
         plan = make_plan(run, ("preprocess", 2), ("verify", 1), ("train", 1))
         profile = find_cluster("slurm").profile
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
-        found = drafts(run, plan, profile, states, plan.stages, 1000)
+        found = draft_arrays(run, plan, profile, states, plan.stages, 1000)
         assert [(draft.array.stage.name, draft.after_drafts) for draft in found] == [
             ("preprocess", ()),
             ("verify", ("001-preprocess",)),
@@ -816,7 +819,7 @@ class TestDrafts:
         write_json(marker, {"outputs": {}})
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
         assert [state.state for state in states] == [State.PENDING, State.PENDING, State.DONE, State.PENDING]
-        found = drafts(run, plan, profile, states, plan.stages, 1000)
+        found = draft_arrays(run, plan, profile, states, plan.stages, 1000)
         assert [draft.array.stage.name for draft in found] == ["preprocess", "train"] and found[1].after_drafts == (
             "001-preprocess",
         ), "verify is done, its input is not"
@@ -835,19 +838,19 @@ class TestDrafts:
         jobs = {f"{job}_{i}": JobInfo(f"{job}_{i}", "RUNNING") for job in ("11", "12") for i in range(2500)}
         jobs["11_7"] = JobInfo("11_7", "FAILED")
         states = read_runs([(run, plan)], answers(tmp_path, jobs))[0]
-        found = drafts(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
+        found = draft_arrays(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
         assert [(draft.array.stage.name, draft.array.elements) for draft in found] == [
             ("preprocess", ("7",)),
             ("verify", ("0",)),
             ("train", ("0", "1", "2")),
         ]
         numbers = {draft.array.folder.name: str(20 + i) for i, draft in enumerate(found)}
-        assert [dependency(draft, numbers) for draft in found] == [
+        assert [dependency_options(draft, numbers) for draft in found] == [
             [],
             ["--dependency=afterok:12:20,afterany:11"],
             ["--dependency=afterok:12:20:21,afterany:11"],
         ]
-        assert [draft.inputs for draft in found] == [(), ("preprocess",), ()], (
+        assert [draft.after.checked_stages for draft in found] == [(), ("preprocess",), ()], (
             "train waits for verify, which has looked"
         )
         submission = Submission(tmp_path, "verify", ("0",), str(run.root), "x", "t", 0.0, inputs=("preprocess",))
@@ -855,7 +858,7 @@ class TestDrafts:
             marker = run.element("preprocess", name).done
             marker.parent.mkdir(parents=True)
             marker.write_text('{"outputs": {}}')
-        assert missing_input(run, plan, submission) == "a stage before it did not finish: preprocess 4999 is not done"
+        assert missing_input(run, plan, submission) == "an earlier stage did not finish: preprocess 4999 is not done"
         write_json(run.element("preprocess", "4999").done, {"outputs": {str(tmp_path / "gone"): 4}})
         assert missing_input(run, plan, submission), "nor is it while its output is not there"
         write_json(run.element("preprocess", "4999").done, {"outputs": {}})
@@ -865,7 +868,7 @@ class TestDrafts:
         run = RunDir(tmp_path / "runs" / "r-1")
         plan = make_plan(run, ("preprocess", 25))
         states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
-        found = drafts(run, plan, find_cluster("slurm").profile, states, plan.stages, 10)
+        found = draft_arrays(run, plan, find_cluster("slurm").profile, states, plan.stages, 10)
         assert [len(draft.array.elements) for draft in found] == [10, 10, 5]
         assert len({draft.array.folder for draft in found}) == len({draft.array.token for draft in found}) == 3
 
@@ -885,7 +888,7 @@ def test_answers_are_shared_until_something_changes(tmp_path: Path, monkeypatch:
 
     assert Queue().jobs == Queue().jobs and calls() == 1
     assert Queue().jobs["1_0"].comment == "odd | comment"
-    queue_module.forget()
+    queue_module.invalidate_cache()
     time.sleep(0.02)
     assert Queue().jobs and calls() == 2
     assert Queue(max_age=0).jobs and calls() == 3
@@ -914,7 +917,7 @@ def test_ports_that_are_taken_are_passed_over() -> None:
 
 def test_the_address_of_an_interface() -> None:
     assert interface_address("lo") == "127.0.0.1"
-    with pytest.raises(OSError, match=r"no interface 'nope0' with an address; it has .*lo"):
+    with pytest.raises(OSError, match=r"no interface 'nope0' with an address; its interfaces: .*lo"):
         interface_address("nope0")
 
 
@@ -962,7 +965,7 @@ def test_completion_scripts_are_for_the_shell() -> None:
 
 def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
     """USR1 in the first instant of a job would end Python."""
-    code = "import amlaunch.launcher.execution.slurm_job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(amlaunch.launcher.execution.slurm_job.EARLY)"
+    code = "import amlaunch.launcher.execution.slurm_job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(amlaunch.launcher.execution.slurm_job.EARLY_SIGNALS)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from amlaunch.launcher.execution.driver import lead_seconds
+from amlaunch.launcher.execution.stop_request import lead_seconds
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, BadInput
 from amlaunch.recipes.files import append_json_line, sha256_file, write_json
 from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterGroup

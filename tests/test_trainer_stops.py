@@ -14,7 +14,7 @@ import torch
 from test_trainer_runs import make, on_cpu, same_bits
 from trainer_runs import SEQ_LEN, Run, recipe
 
-from amlaunch.launcher.execution.driver import _culprit
+from amlaunch.launcher.execution.rank_wait import first_failed_rank
 from amlaunch.launcher.runs.failure_causes import cause_of
 from amlaunch.recipes.errors import FAILED, HANG, OK, RESUMABLE
 from amlaunch.trainer.checkpoints import checkpoint
@@ -126,7 +126,7 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     assert codes[1] == HANG and codes[0] in (HANG, FAILED), said
     log = run.processes[1].log.read_text()
     assert "error: rank 1 on " in log and "hangs: no progress for 2 s while waiting for the data of step " in log
-    assert _culprit(codes) == 1
+    assert first_failed_rank(codes) == 1
     assert 'blocking.py", line 13 in batch' in log, "the stack of the thread that reads"
     cause = cause_of(log)
     assert cause is not None and (cause.kind, cause.again, cause.elsewhere) == ("hang", True, True)

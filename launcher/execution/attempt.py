@@ -1,14 +1,13 @@
-"""One start of one element: what it was given on this host, and where it keeps its word."""
+"""One attempt to run one element: its resources on this host, and its files."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart, append_attempt
 from amlaunch.launcher.specs.plan import Element, Plan, Stage
-from amlaunch.recipes.files import Lock, append_json_line, read_object
+from amlaunch.recipes.files import Lock, read_object
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 GRACE_SECONDS = 120.0
@@ -16,62 +15,73 @@ GRACE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one start of an element was given on this host."""
+    """The resources and limits of one attempt on this host."""
 
     cpus: int
     gpus: tuple[str, ...]
-    watch: str | None = None
-    """A lock that its starter holds; when nobody does any more, the element stops soon."""
+    """Values for ``CUDA_VISIBLE_DEVICES``."""
+    launcher_lock: str | None = None
+    """A lock that the launcher holds. Once nobody holds it, the element saves and stops."""
     job: str | None = None
-    """Slurm's number of the job, or of the task of an array."""
+    """Slurm job ID, of one task of an array."""
     budget: str = ""
-    """Which retries count together: those of one job, or of one launcher."""
+    """Attempts with the same budget (one job, or one launcher) count together towards the retry limit."""
     port_seed: int = 0
-    """Where to begin to look for a free port; 0: at our own pid."""
-    grace: float = GRACE_SECONDS
-    """How long ranks may take to save after "stop soon"."""
-    ends: float | None = None
-    """When the time limit of the job is reached, in seconds since the epoch."""
-    patience: float = 0.0
-    """How long to wait for the element's lock."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What else is worth a place in ``attempts.jsonl``: nodes, restarts."""
+    """The search for a free port starts here; 0: at this process's ID."""
+    grace_seconds: float = GRACE_SECONDS
+    """Time for ranks to save after they are asked to stop."""
+    job_end: float | None = None
+    """The job's time limit in Unix seconds."""
+    lock_seconds: float = 0.0
+    """Time to wait for the element's lock."""
+    total_gpus: int = 0
+    """Number of GPUs on all nodes."""
+    nodes: str = ""
+    """Slurm node list."""
+    restarts: int | None = None
+    """Number of times Slurm has requeued the job."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of one element."""
+    """One attempt to run one element."""
 
     run: RunDir
     plan: Plan
     stage: Stage
     element: Element
-    given: Assignment
+    assignment: Assignment
     lock: Lock
     number: int
 
     @property
     def folder(self) -> ElementDir:
-        """Where the element keeps its files."""
+        """The folder of the element."""
         return self.run.element(self.stage.name, self.element.name)
 
     @property
     def ranks(self) -> int:
-        """How many there are, over all nodes."""
+        """The number of ranks on all nodes."""
         return self.stage.needs.nodes * self.stage.needs.tasks_per_node
 
     def log(self, rank: int | None) -> Path:
-        """The log of a rank, or of what started the ranks; its folder is there."""
+        """Return the log of a rank, or of the driver if ``rank`` is None; its folder exists afterwards."""
         path = self.folder.log(self.number, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def record(self, event: str, **more: Any) -> None:
+    def record(self, line: AttemptStart | AttemptEnd) -> None:
         """Add a line to ``attempts.jsonl``."""
-        append_json_line(self.folder.attempts, {"event": event, "attempt": self.number, "time": time.time(), **more})
+        append_attempt(self.folder.attempts, line)
 
-    def progress(self) -> float:
-        """How far the element would go on from, in its own unit: what is saved, where the stage says so."""
-        beat = read_object(self.folder.progress)
-        done = beat.get("saved", beat.get("done"))
-        return done if isinstance(done, (int, float)) else 0
+    @property
+    def history(self) -> AttemptHistory:
+        """The attempts of the element so far, this one included."""
+        return AttemptHistory.read(self.folder.attempts)
+
+    @property
+    def saved_progress(self) -> float:
+        """The progress from which the element would continue, in the stage's own unit."""
+        heartbeat = read_object(self.folder.progress)
+        saved = heartbeat.get("saved", heartbeat.get("done"))
+        return saved if isinstance(saved, (int, float)) else 0

@@ -1,7 +1,7 @@
-"""The local executor: elements of a plan as processes of this machine, through submitit.
+"""Run the elements of a plan as processes of this machine, through submitit.
 
-A queue gives each element its CPUs and its own GPUs. What is done is skipped;
-what an earlier, killed launcher left running is waited for, not started twice.
+A queue gives each element its CPUs and its own GPUs. Finished elements are skipped; an element that an earlier, killed
+launcher left running is waited for, not started twice.
 """
 
 from __future__ import annotations
@@ -13,53 +13,61 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from amlaunch.launcher.execution.attempt import Assignment
 from amlaunch.launcher.execution.driver import run_element
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart, append_attempt
 from amlaunch.launcher.runs.element_state import ElementState, read_element, read_stage
-from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.runs.states import Outcome, State
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage
-from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, signal_lock_holders
-from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.files import is_locked, signal_lock_holders
+from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 POLL_SECONDS = 0.2
-MAX_TRIES = 3
-"""Starts of an element that never got as far as an attempt."""
+MAX_LAUNCHES = 3
+"""Number of times to launch a driver that never begins an attempt."""
 NO_TIME_LIMIT = 60 * 24 * 365
-"""Minutes; submitit's local jobs end after two unless told otherwise."""
+"""In minutes; submitit's local jobs end after two by default."""
 
 Report = Callable[[list[ElementState]], None]
 
 
 @dataclass
 class Capacity:
-    """CPUs and GPUs not in use."""
+    """Free CPUs and GPUs of this machine."""
 
     total_cpus: int
     cpus: int
     gpus: list[str]
-    taken: dict[str, Assignment] = field(default_factory=dict)
+    assignments: dict[str, Assignment] = field(default_factory=dict)
+    """By the name of the element."""
 
-    def take(self, name: str, needs: Needs, watch: str) -> Assignment | None:
-        """Resources for an element; None where they are not free. More CPUs than there are means all of them."""
+    def acquire(self, name: str, needs: Needs, launcher_lock: str) -> Assignment | None:
+        """Take resources for an element; None if they are not free. A request for too many CPUs gets all of them."""
         cpus = min(needs.cpus, self.total_cpus)
         if cpus > self.cpus or needs.gpus_per_node > len(self.gpus):
             return None
-        budget, facts = f"{platform.node()}:{os.getpid()}", {"gpus": needs.gpus_per_node}
-        given = Assignment(cpus, tuple(self.gpus[: needs.gpus_per_node]), watch, budget=budget, facts=facts)
+        assignment = Assignment(
+            cpus,
+            tuple(self.gpus[: needs.gpus_per_node]),
+            launcher_lock,
+            budget=f"{platform.node()}:{os.getpid()}",
+            total_gpus=needs.gpus_per_node,
+        )
         self.cpus -= cpus
         del self.gpus[: needs.gpus_per_node]
-        self.taken[name] = given
-        return given
+        self.assignments[name] = assignment
+        return assignment
 
-    def give_back(self, name: str) -> None:
-        """Free what an element had."""
-        given = self.taken.pop(name, None)
-        if given:
-            self.cpus += given.cpus
-            self.gpus += given.gpus
+    def release(self, name: str) -> None:
+        """Free the resources of an element."""
+        assignment = self.assignments.pop(name, None)
+        if assignment:
+            self.cpus += assignment.cpus
+            self.gpus += assignment.gpus
 
 
 class LocalExecutor:
@@ -71,108 +79,103 @@ class LocalExecutor:
         self.report = report
         self.capacity = Capacity(machine.cpus, machine.cpus, list(machine.gpus))
         self.jobs: dict[str, Any] = {}
+        """submitit jobs by ``stage/element``."""
         self.stopping = False
 
     def execute(self, stages: list[Stage]) -> bool:
-        """Run ``stages`` until all is done (True), or one fails or :meth:`stop` was called (False)."""
-        return all(self._stage(stage) for stage in stages)
+        """Run ``stages``; True once all is done, False after a failure or :meth:`stop`."""
+        return all(self._run_stage(stage) for stage in stages)
 
     def stop(self) -> None:
-        """Ask what runs to save and leave, and start nothing more."""
+        """Ask running elements to save and stop, and start no more."""
         self.stopping = True
-        for stage in self.plan.stages:
-            for element in stage.elements:
-                folder = self.run.element(stage.name, element.name)
-                if self._is_ours(stage, element.name) and is_locked(folder.lock):
-                    folder.stop.touch()
-
-    def _is_ours(self, stage: Stage, name: str) -> bool:
-        """Not an element of shards that another run makes for both."""
-        return self.run.stage_home(stage.name) == self.run.root or f"{stage.name}/{name}" in self.jobs
+        for folder in self._running_elements():
+            folder.stop.touch()
 
     def kill(self) -> None:
-        """End what this executor started at once; the next start goes on from the last checkpoint."""
+        """End everything that this executor started at once; the next start continues from the last checkpoint."""
         for job in self.jobs.values():
-            if not job.done():  # our own child: its number is nobody else's before we have seen its end
+            # A child of ours: nobody else gets its process ID before we have seen its end.
+            if not job.done():
                 with suppress(ProcessLookupError):
                     os.kill(int(job.job_id), signal.SIGKILL)
+        for folder in self._running_elements():
+            signal_lock_holders(folder.lock, signal.SIGKILL)
+
+    def _running_elements(self) -> Iterator[ElementDir]:
+        """Yield the running elements, except those that another run makes for shards that both share."""
         for stage in self.plan.stages:
             for element in stage.elements:
                 folder = self.run.element(stage.name, element.name)
-                if self._is_ours(stage, element.name) and is_locked(folder.lock):
-                    signal_lock_holders(folder.lock, signal.SIGKILL)
+                is_own = self.run.stage_home(stage.name) == self.run.root or f"{stage.name}/{element.name}" in self.jobs
+                if is_own and is_locked(folder.lock):
+                    yield folder
 
-    def _stage(self, stage: Stage) -> bool:
+    def _run_stage(self, stage: Stage) -> bool:
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != State.DONE]
-        tries = dict.fromkeys(waiting, 0)
-        active: dict[str, int] = {}
+        launches = dict.fromkeys(waiting, 0)
+        active: dict[str, int] = {}  # the number of attempts before the launch, by element
         self.report(read_stage(self.run, stage))
         while (waiting and not self.stopping) or active:
             for name in list(waiting):
                 attempts = self._state(stage, name).attempts
-                if not self.stopping and self._start(stage, name):
+                if not self.stopping and self._launch(stage, name):
                     waiting.remove(name)
                     active[name] = attempts
             time.sleep(POLL_SECONDS)
             if self.stopping or self.run.stop.exists():
-                self.stop()  # again: one that was just being started has only now become able to hear it
+                self.stop()  # again: an element that was just being launched can only now be asked
             for name in [name for name in active if not self._is_active(stage, name)]:
-                before = active.pop(name)
-                if self._goes_again(stage, name, before):
+                attempts = active.pop(name)
+                if self._restarts(stage, name, attempts):
                     waiting.append(name)
-                elif self._came_to_nothing(stage, name, before) and not self.stopping:
-                    tries[name] += 1
-                    if tries[name] < MAX_TRIES:
+                elif self._never_began(stage, name, attempts) and not self.stopping:
+                    launches[name] += 1
+                    if launches[name] < MAX_LAUNCHES:
                         waiting.append(name)
                     else:
-                        self._give_up(stage, name)
+                        self._record_launch_failure(stage, name)
             self.report(read_stage(self.run, stage))
         return not waiting and all(state.state == State.DONE for state in read_stage(self.run, stage))
 
     def _state(self, stage: Stage, name: str) -> ElementState:
-        return read_element(self.run, stage, name, "")
+        return read_element(self.run, stage.name, name)
 
-    def _start(self, stage: Stage, name: str) -> bool:
+    def _history(self, stage: Stage, name: str) -> AttemptHistory:
+        return AttemptHistory.read(self.run.element(stage.name, name).attempts)
+
+    def _launch(self, stage: Stage, name: str) -> bool:
+        """Launch the driver of an element; False if there are no free resources for it."""
         if is_locked(self.run.element(stage.name, name).lock):
-            return True  # left over from a launcher that was killed: it is waited for
-        given = self.capacity.take(f"{stage.name}/{name}", stage.needs, str(self.run.lock))
-        if given is None:
+            return True  # left by a killed launcher: wait for it
+        assignment = self.capacity.acquire(f"{stage.name}/{name}", stage.needs, str(self.run.lock))
+        if assignment is None:
             return False
-        self.jobs[f"{stage.name}/{name}"] = submit(self.run, stage.name, name, given)
+        self.jobs[f"{stage.name}/{name}"] = launch_driver(self.run, stage.name, name, assignment)
         return True
 
-    def _goes_again(self, stage: Stage, name: str, attempts_before: int) -> bool:
-        """Whether our own attempt ended in a way that the driver would have Slurm requeue it for: the same rules here."""
-        if self.stopping or self._state(stage, name).attempts == attempts_before:
+    def _restarts(self, stage: Stage, name: str, attempts_before: int) -> bool:
+        """Return True if our own attempt ended in a way for which a driver on Slurm would requeue its job."""
+        history = self._history(stage, name)
+        if self.stopping or len(history.starts) == attempts_before:
             return False
-        ends = [
-            line for line in read_json_lines(self.run.element(stage.name, name).attempts) if line.get("event") == "end"
-        ]
-        return (
-            bool(ends) and ends[-1].get("attempt") == self._state(stage, name).attempts and bool(ends[-1].get("again"))
-        )
+        return history.newest_end is not None and history.newest_end.restart
 
-    def _came_to_nothing(self, stage: Stage, name: str, attempts_before: int) -> bool:
-        """Whether no attempt of ours was made: a leftover ended unfinished, or the driver never began."""
+    def _never_began(self, stage: Stage, name: str, attempts_before: int) -> bool:
+        """Return True if we made no attempt: the driver did not begin, or a killed launcher's element ended unfinished."""
         state = self._state(stage, name)
         return state.state != State.DONE and state.attempts == attempts_before
 
-    def _give_up(self, stage: Stage, name: str) -> None:
-        """Write down, in the driver's stead, that it never began."""
-        folder = self.run.element(stage.name, name)
-        logs = sorted((self.run.jobs / stage.name / name).glob("*_log.err"), key=lambda path: path.stat().st_mtime)
-        words = [
-            line.strip() for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()
-        ]
-        reason = f"the driver did not start in {MAX_TRIES} tries{': ' + words[-1] if words else ''} (logs in {self.run.jobs})"
-        attempt = self._state(stage, name).attempts + 1
-        append_json_line(
-            folder.attempts, {"event": "start", "attempt": attempt, "time": time.time(), "host": platform.node()}
+    def _record_launch_failure(self, stage: Stage, name: str) -> None:
+        """Record a failed attempt in place of the driver, which never began."""
+        attempts = self.run.element(stage.name, name).attempts
+        number = AttemptHistory.read(attempts).next_number
+        error = _last_error(self.run.jobs / stage.name / name)
+        reason = (
+            f"the driver did not start in {MAX_LAUNCHES} tries{': ' + error if error else ''} (logs: {self.run.jobs})"
         )
-        append_json_line(
-            folder.attempts,
-            {"event": "end", "attempt": attempt, "time": time.time(), "outcome": State.FAILED, "reason": reason},
-        )
+        append_attempt(attempts, AttemptStart(number, host=platform.node()))
+        append_attempt(attempts, AttemptEnd(Outcome.FAILED, reason, attempt=number))
 
     def _is_active(self, stage: Stage, name: str) -> bool:
         key = f"{stage.name}/{name}"
@@ -180,16 +183,23 @@ class LocalExecutor:
         if (job is not None and not job.done()) or is_locked(self.run.element(stage.name, name).lock):
             return True
         self.jobs.pop(key, None)
-        self.capacity.give_back(key)
+        self.capacity.release(key)
         return False
+
+
+def _last_error(jobs: Path) -> str:
+    """Return the last line on standard error of the newest submitit job in a folder; empty if there is none."""
+    logs = sorted(jobs.glob("*_log.err"), key=lambda path: path.stat().st_mtime)
+    lines = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
 
 
 @contextmanager
 def _job_environment(run: RunDir) -> Iterator[None]:
-    """What a submitit process inherits: the run's code first on the path, and no share in our Ctrl-C.
+    """Set the environment that a submitit process inherits: the run's code first on the path, and no Ctrl-C.
 
-    Blocked signals stay blocked in children, who are asked to stop by a file;
-    ours that come meanwhile are delivered afterwards.
+    Blocked signals stay blocked in children, which are asked to stop by a file; the launcher's own are delivered
+    afterwards.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     before = dict(os.environ)
@@ -203,12 +213,12 @@ def _job_environment(run: RunDir) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def submit(run: RunDir, stage: str, name: str, given: Assignment) -> Any:
+def launch_driver(run: RunDir, stage: str, name: str, assignment: Assignment) -> Any:
     """Start the driver of one element as a submitit job of this machine."""
     import submitit
 
     folder = run.jobs / stage / name
     with _job_environment(run):
         executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=NO_TIME_LIMIT)  # the driver itself gives the ranks their GPUs
-        return executor.submit(run_element, str(run.root), stage, name, given)
+        executor.update_parameters(timeout_min=NO_TIME_LIMIT)  # without GPUs: the driver itself assigns them to ranks
+        return executor.submit(run_element, str(run.root), stage, name, assignment)

@@ -1,39 +1,39 @@
-"""Whether an element that ended unfinished is started again by itself. Pure: decided from its own record alone."""
+"""Decide whether an unfinished element is restarted automatically. Pure: depends on the element's own record alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
-from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory
+from amlaunch.launcher.runs.states import Outcome
 
 MAX_WITHOUT_PROGRESS = 3
-"""Attempts in a row that may get no further than the one before."""
+"""Number of consecutive attempts that may end without progress."""
 
 
-def goes_again(lines: Sequence[Mapping[str, Any]], end: Mapping[str, Any], done: float) -> tuple[bool, str]:
-    """``(whether to start again, why or why not)``, from ``attempts.jsonl``, how the newest attempt ended, and its progress.
+def apply_retry_policy(history: AttemptHistory, end: AttemptEnd, progress: float) -> AttemptEnd:
+    """Return the end of the newest attempt with the decision in ``restart``, and the explanation in ``reason``.
 
-    Stopped by a signal (time limit, preemption): again, with what was saved. Ended from outside (a killed rank, a lost
-    node): again. An error of the recipe or the code, or a stop that somebody asked for: not. Never for ever: not when
-    :data:`MAX_WITHOUT_PROGRESS` attempts in a row got no further.
+    An attempt that was stopped by a signal (time limit, preemption) or ended from outside (a killed rank, a lost node)
+    is restarted; an error of the recipe or the code, or a stop on request, is not. Restarts end after
+    :data:`MAX_WITHOUT_PROGRESS` consecutive attempts without progress.
     """
-    if not end.get("again"):
-        return False, ""
-    futile = futile_attempts(lines, done)
+    if not end.restart:
+        return end
+    futile = futile_attempts(history, progress)
     if futile >= MAX_WITHOUT_PROGRESS:
-        return False, f"no progress in {futile} attempts"
-    return True, "goes on from what is saved" if end.get(
-        "outcome"
-    ) == State.STOPPED else f"tried again ({futile + 1} of {MAX_WITHOUT_PROGRESS} without progress)"
+        return replace(end, restart=False, reason=f"{end.reason}; no progress in {futile} attempts")
+    if end.outcome == Outcome.STOPPED:
+        return replace(end, reason=f"{end.reason}; continues automatically from the saved state")
+    count = f"{futile + 1} of {MAX_WITHOUT_PROGRESS} without progress"
+    return replace(end, reason=f"{end.reason}; retried automatically ({count})")
 
 
-def futile_attempts(lines: Sequence[Mapping[str, Any]], done: float) -> int:
-    """How many attempts of this job or launcher in a row, the newest included, began where the element still is."""
+def futile_attempts(history: AttemptHistory, progress: float) -> int:
+    """Count the newest consecutive attempts of one budget that began where the element still is."""
     count = 0
-    starts = [line for line in lines if line.get("event") == "start"]
-    for start in reversed(starts):
-        if start.get("done", 0) < done or start.get("budget") != starts[-1].get("budget"):
+    for start in reversed(history.starts):
+        if start.done < progress or start.budget != history.starts[-1].budget:
             break
         count += 1
     return count

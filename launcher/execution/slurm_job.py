@@ -1,7 +1,7 @@
-"""``python -m amlaunch.launcher.execution.slurm_job RUN ARRAY``: what a job of Slurm runs on its first node: the driver of one element.
+"""Run the driver of one element in a Slurm job: ``python -m amlaunch.launcher.execution.slurm_job RUN SUBMISSION``.
 
-It is the batch script's own process, so Slurm's warning of the time limit
-reaches it. It decides how the job goes on: done, back into the queue, or over.
+It is the batch script's own process on the job's first node, so Slurm's warning of the time limit reaches it. It decides
+whether the job is done, goes back into the queue, or fails.
 """
 
 from __future__ import annotations
@@ -11,42 +11,48 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-EARLY: list[int] = []
-"""Signals that came before the driver could listen: Python takes a moment to start, and USR1 would end it."""
+EARLY_SIGNALS: list[int] = []
+"""Signals received before the driver could handle them: Python takes a moment to start, and USR1 would end it."""
 
 for _number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(_number, lambda number, _: EARLY.append(number))
+    signal.signal(_number, lambda number, _: EARLY_SIGNALS.append(number))
 
+# The signal handlers above come before all other imports.
 from amlaunch.launcher.execution.attempt import Assignment  # noqa: E402
-from amlaunch.launcher.execution.driver import SPARE_SECONDS, run_element  # noqa: E402
-from amlaunch.launcher.execution.srun_step import Step  # noqa: E402
+from amlaunch.launcher.execution.driver import run_element  # noqa: E402
+from amlaunch.launcher.execution.srun_step import SrunStep  # noqa: E402
 from amlaunch.launcher.execution.stage_inputs import missing_input  # noqa: E402
-from amlaunch.launcher.runs.failure_causes import nodes_to_avoid  # noqa: E402
+from amlaunch.launcher.execution.stop_request import SPARE_SECONDS  # noqa: E402
+from amlaunch.launcher.runs.attempt_record import (  # noqa: E402
+    AttemptEnd,
+    AttemptHistory,
+    AttemptStart,
+    append_attempt,
+)
 from amlaunch.launcher.runs.find import read_plan  # noqa: E402
-from amlaunch.launcher.runs.states import State  # noqa: E402
+from amlaunch.launcher.runs.states import Outcome  # noqa: E402
 from amlaunch.launcher.runs.submissions import Submission, read_submission  # noqa: E402
-from amlaunch.launcher.slurm import client  # noqa: E402  (the handlers above come first)
-from amlaunch.launcher.specs.cluster_profile import check_profile  # noqa: E402
+from amlaunch.launcher.slurm import client  # noqa: E402
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile, check_profile  # noqa: E402
 from amlaunch.launcher.specs.plan import Needs, Plan, stage_container_from_json  # noqa: E402
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput  # noqa: E402
-from amlaunch.recipes.files import Lock, append_json_line, read_json_lines, read_object  # noqa: E402
+from amlaunch.recipes.files import Lock, read_object  # noqa: E402
 from amlaunch.recipes.run_layout import ElementDir, RunDir  # noqa: E402
 
 REQUEUE_TRIES = 8
 LOCK_SECONDS = 180.0
-"""How long to wait for the element's lock: a crashed host's lock on NFS lives for the server's lease, 90 s by default."""
-MIN_GRACE = 30.0
-"""Ranks have from the warning to SPARE_SECONDS before the time limit to save, and never less than this."""
-LEAVE_SECONDS = 120.0
-"""How long Slurm may take to end a job that it has put back into the queue."""
+"""Time to wait for the element's lock: a crashed host's lock on NFS lives for the server's lease, 90 s by default."""
+MIN_GRACE_SECONDS = 30.0
+"""Ranks may save from the warning until SPARE_SECONDS before the time limit, and for at least this long."""
+REQUEUE_SECONDS = 120.0
+"""Time for Slurm to end a job that it has put back into the queue."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Carry out the element that this task of the array stands for; the exit code of the job."""
+    """Run the element that this array task stands for; return the exit code of the job."""
     run, folder = RunDir(Path(arguments[0])), Path(arguments[1])
     os.environ.update({name: str(value) for name, value in read_object(run.environment).items()})
     try:
@@ -57,45 +63,44 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     if submission is None:
-        print(
-            f"this job is not the one that {folder} speaks of: another submit took its place; it leaves the element alone"
-        )
+        print(f"Stale job: {folder} records another job ID. Exiting without running.")
         return RESUMABLE
+    return _run_submitted(run, plan, profile, submission)
+
+
+def _run_submitted(run: RunDir, plan: Plan, profile: ClusterProfile, submission: Submission) -> int:
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
-    needs = Needs(**submission.needs)  # what Slurm was asked for; the plan may have been changed while the job waited
+    element_dir = run.element(submission.stage, element)
+    needs = Needs(**submission.needs)  # as submitted: the plan may have been changed while the job waited
     plan = with_needs(plan, submission, needs)
-    missing = missing_input(run, plan, submission)
-    if missing:
-        return leave(run.element(submission.stage, element), missing)
-    step = Step(profile)
-    given = Assignment(
+    problem = missing_input(run, plan, submission)
+    if problem:
+        return cancel_attempt(element_dir, problem)
+    step = SrunStep(profile)
+    assignment = _assignment(needs, profile.signal_seconds)
+    outcome = run_element(str(run.root), submission.stage, element, assignment, step, EARLY_SIGNALS, plan)
+    excluded_nodes = str(profile.stage(submission.stage).sbatch.get("exclude", ""))
+    return finish_job(element_dir, outcome, needs, excluded_nodes)
+
+
+def _assignment(needs: Needs, signal_seconds: int) -> Assignment:
+    return Assignment(
         cpus=needs.cpus,
         gpus=tuple(map(str, range(needs.gpus_per_node))),
         job=job_id(),
         budget=job_id(),
         port_seed=int(os.environ["SLURM_JOB_ID"]),
-        grace=max(MIN_GRACE, profile.signal_seconds - SPARE_SECONDS),
-        ends=float(os.environ.get("SLURM_JOB_END_TIME", "0")) or None,
-        patience=LOCK_SECONDS,
-        facts={"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "gpus": needs.nodes * needs.gpus_per_node},
-    )  # fmt: skip
-    outcome = run_element(
-        str(run.root),
-        submission.stage,
-        element,
-        given,
-        step.start,
-        step.explain,
-        told=EARLY,
-        plan=plan,
-        check=step.check,
+        grace_seconds=max(MIN_GRACE_SECONDS, signal_seconds - SPARE_SECONDS),
+        job_end=float(os.environ.get("SLURM_JOB_END_TIME", "0")) or None,
+        lock_seconds=LOCK_SECONDS,
+        total_gpus=needs.nodes * needs.gpus_per_node,
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )
-    excluded = str(profile.stage(submission.stage).sbatch.get("exclude", ""))
-    return go_on(run.element(submission.stage, element), outcome, needs, excluded)
 
 
 def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
-    """The plan as it was when the job was submitted, as far as that is the job's business."""
+    """Return the plan with what the job was submitted with: resources, container and environment of its stage."""
     container = stage_container_from_json(submission.container)
     stages = [
         dataclasses.replace(stage, needs=needs, container=container) if stage.name == submission.stage else stage
@@ -105,134 +110,132 @@ def with_needs(plan: Plan, submission: Submission, needs: Needs) -> Plan:
 
 
 def own_submission(folder: Path) -> Submission | None:
-    """What this job was submitted for; None where another job is on record for it.
+    """Return this job's submission; None if another job is recorded for it.
 
-    A submitter that was killed before sbatch answered has left no number: the
-    job writes down its own. So a job that nobody knows of finds its work, and of
-    two that were submitted for the same work only one does it.
+    A submitter that was killed before sbatch answered has recorded no job ID; then the job records its own. So a job
+    that nobody knows of finds its work, and of two jobs for the same work only one does it.
     """
     submission = read_submission(folder)
-    mine = os.environ["SLURM_ARRAY_JOB_ID"]
+    own_id = os.environ["SLURM_ARRAY_JOB_ID"]
     if submission.abandoned:
         return None
     if submission.job is None:
-        submission = dataclasses.replace(submission, job=mine)
+        submission = dataclasses.replace(submission, job=own_id)
         submission.write()
-    return submission if submission.job == mine else None
+    return submission if submission.job == own_id else None
 
 
-def leave(folder: ElementDir, reason: str) -> int:
-    """Say why the element was not begun; the exit code of the job, with which what waits for it never starts."""
+def job_id() -> str:
+    """Return the ID of this array task. A requeue must never name the array, whose ID the last task shares."""
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def cancel_attempt(folder: ElementDir, reason: str) -> int:
+    """Record why the element was not run; return an exit code with which dependent jobs never start."""
     lock = Lock(folder.lock)
-    if lock.acquire():  # else somebody makes it all the same, and has the word
-        lines = read_json_lines(folder.attempts)
-        begun = {"attempt": 1 + sum(line.get("event") == "start" for line in lines), "time": time.time()}
-        append_json_line(
-            folder.attempts,
-            {
-                "event": "start",
-                **begun,
-                "job": job_id(),
-                "budget": job_id(),
-                "host": os.environ.get("SLURMD_NODENAME", ""),
-            },
-        )
-        append_json_line(
-            folder.attempts, {"event": "end", **begun, "outcome": State.CANCELLED, "reason": reason, "retry": True}
-        )
+    if lock.acquire():  # otherwise another driver runs the element all the same
+        number = AttemptHistory.read(folder.attempts).next_number
+        host = os.environ.get("SLURMD_NODENAME", "")
+        append_attempt(folder.attempts, AttemptStart(number, host=host, job=job_id(), budget=job_id()))
+        append_attempt(folder.attempts, AttemptEnd(Outcome.CANCELLED, reason, attempt=number))
         lock.release()
     print(reason, flush=True)
     return FAILED
 
 
-def job_id() -> str:
-    """Of this task of the array: a requeue must never name the whole array, whose number the last task has for its own, too."""
-    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-
-
-def go_on(folder: ElementDir, outcome: str, needs: Needs, excluded: str) -> int:
-    """Back into the queue where the driver's own record says so; the exit code otherwise."""
-    lines = read_json_lines(folder.attempts)
-    end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "end"), {})
-    print(
-        f"{folder.root.parent.name} {folder.root.name}: {outcome}{': ' + end['reason'] if end.get('reason') else ''}",
-        flush=True,
-    )
-    if outcome == State.DONE:
+def finish_job(folder: ElementDir, outcome: Outcome, needs: Needs, excluded_nodes: str) -> int:
+    """Requeue the job if the driver's record says so; otherwise return its exit code."""
+    history = AttemptHistory.read(folder.attempts)
+    end = history.newest_end
+    reason = f": {end.reason}" if end and end.reason else ""
+    print(f"{folder.root.parent.name} {folder.root.name}: {outcome}{reason}", flush=True)
+    if outcome == Outcome.DONE:
         return OK
-    if outcome == State.PENDING:
-        return _leave_alone(lines)
-    if end.get("again"):
-        problem = back_into_the_queue(nodes_to_exclude(lines, needs, excluded))
-        append_json_line(folder.attempts, {**end, "time": time.time(), "again": False, **_not_requeued(end, problem)})
-    if outcome == State.STOPPED:
+    if outcome == Outcome.LOCKED:
+        return _leave_locked(history)
+    if end is not None and end.restart:
+        problem = requeue(nodes_to_exclude(history, needs, excluded_nodes))
+        append_attempt(folder.attempts, _not_requeued(end, problem))
+    if outcome == Outcome.STOPPED:
         return RESUMABLE
-    return FAILED if end.get("retry", True) else BAD_INPUT
+    return FAILED if end is None or end.retryable else BAD_INPUT
 
 
-def _leave_alone(lines: Sequence[Mapping[str, Any]]) -> int:
-    """The element's lock is held: by another job, which then has it, or still in the name of a crashed node that had this one."""
-    newest: Mapping[str, Any] = next((line for line in reversed(lines) if line.get("event") == "start"), {})
-    print(f"somebody has had this element for {LOCK_SECONDS:.0f} s", flush=True)
-    if newest.get("job") == job_id():
-        back_into_the_queue(None)
+def _leave_locked(history: AttemptHistory) -> int:
+    """Exit without running the element: another job has it, or a crashed node still holds the lock for this job."""
+    print(f"another driver has held this element's lock for {LOCK_SECONDS:.0f} s; exiting", flush=True)
+    newest = history.newest_start
+    if newest is not None and newest.job == job_id():
+        requeue(None)
     return RESUMABLE
 
 
-def _not_requeued(end: Mapping[str, Any], problem: str) -> dict[str, Any]:
-    if problem == State.CANCELLED:
-        return {
-            "outcome": State.CANCELLED,
-            "reason": "ended from outside (cancelled, or requeued by Slurm itself); what was saved is there",
-        }
-    return {"reason": f"{end['reason']}; not requeued: {problem}"}
+@dataclasses.dataclass(frozen=True)
+class RequeueProblem:
+    """The reason why Slurm did not requeue this job."""
+
+    message: str = ""
+    job_cancelled: bool = False
+    """True if the job was cancelled, or requeued by Slurm itself."""
 
 
-def nodes_to_exclude(lines: Sequence[Mapping[str, Any]], needs: Needs, excluded: str) -> str | None:
-    """The nodes that the next try keeps away from: the profile's and those that failed; None where nothing has to be changed."""
-    bad = nodes_to_avoid(lines)
+def _not_requeued(end: AttemptEnd, problem: RequeueProblem) -> AttemptEnd:
+    end = dataclasses.replace(end, time=time.time(), restart=False)
+    if problem.job_cancelled:
+        reason = "ended from outside (cancelled, or requeued by Slurm); saved progress is kept"
+        return dataclasses.replace(end, outcome=Outcome.CANCELLED, reason=reason)
+    return dataclasses.replace(end, reason=f"{end.reason}; not requeued: {problem.message}")
+
+
+def nodes_to_exclude(history: AttemptHistory, needs: Needs, excluded_nodes: str) -> str | None:
+    """Return the nodes that the next attempt avoids: the profile's and failed ones; None if nothing changes."""
+    failed = history.hosts_to_avoid()
+    if _partition_nodes() - len(failed) < needs.nodes:
+        failed = []  # too few nodes would remain
+    # An earlier list may have run out, and must then be replaced.
+    has_list = failed or any(end.avoid_host for end in history.ends)
+    return ",".join(filter(None, [excluded_nodes, *failed])) if has_list else None
+
+
+def _partition_nodes() -> int:
+    """Return the number of nodes in this job's partition; 0 if Slurm does not answer."""
     try:
-        here = next(
-            (part.nodes for part in client.partitions() if part.name == os.environ.get("SLURM_JOB_PARTITION")), 0
-        )
+        partitions = client.partitions()
     except client.SlurmError:
-        here = 0
-    if here - len(bad) < needs.nodes:
-        bad = []  # too few would be left to start at all
-    changed = bad or any(line.get("elsewhere") for line in lines)  # an older list has run out
-    return ",".join(filter(None, [excluded, *bad])) if changed else None
+        return 0
+    return next((part.nodes for part in partitions if part.name == os.environ.get("SLURM_JOB_PARTITION")), 0)
 
 
-def back_into_the_queue(excluded: str | None) -> str:
-    """Requeue this task, to start on none of the nodes ``excluded``, and wait for Slurm to end it; why not, where that cannot be.
+def requeue(excluded_nodes: str | None) -> RequeueProblem:
+    """Requeue this task, to start on none of the excluded nodes, and wait for Slurm to end it.
 
-    A job that was cancelled stays cancelled: its ranks were told to end, too,
-    and looked just like preempted ones.
+    Returns only if that fails. A job that was cancelled stays cancelled: its ranks were asked to stop, too, and looked
+    just like preempted ones.
     """
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # which Slurm now sends to all of the job, and scontrol below would die of
+    # Slurm now sends SIGTERM to all processes of the job, of which scontrol below would die.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    problem = RequeueProblem()
     for attempt in range(REQUEUE_TRIES):
         try:
             if not client.may_be_requeued(job_id()):
-                return State.CANCELLED
+                return RequeueProblem(job_cancelled=True)
             client.requeue(job_id())
-            if excluded is not None:
-                _exclude(excluded)
+            if excluded_nodes is not None:
+                _exclude(excluded_nodes)
         except client.SlurmError as error:  # the controller restarts, or is busy
-            problem = str(error)
+            problem = RequeueProblem(str(error))
             time.sleep(min(2.0**attempt, 30.0))
             continue
-        time.sleep(LEAVE_SECONDS)  # Slurm ends us here
-        return "Slurm accepted it and let the job run on"
+        time.sleep(REQUEUE_SECONDS)  # Slurm ends this process here
+        return RequeueProblem("Slurm accepted the requeue but did not end the job")
     return problem
 
 
 def _exclude(nodes: str) -> None:
-    """Only a job that waits can be given a list of nodes; this one waits from the moment of its requeue, while it still ends."""
+    """Exclude nodes from the next start; only pending jobs accept that, and this one is pending from its requeue on."""
     try:
         client.exclude(job_id(), nodes)
-    except client.SlurmError as error:  # it may start on the same node once more; the budget of tries has the last word
+    except client.SlurmError as error:  # it may fail on the same node once more; the retry limit ends that
         print(f"could not exclude {nodes}: {error}", flush=True)
 
 

@@ -1,7 +1,7 @@
-"""How an element's ranks are started in a job of Slurm: one ``srun`` step, whose words say which rank on which node failed.
+"""Start an element's ranks in a Slurm job as one ``srun`` step, and read from its output which rank failed on which node.
 
-What srun does with signals was seen on Slurm 22.05: SIGTERM to srun kills the
-tasks at once ("forcing job termination"), SIGUSR1 is passed on to all of them.
+Behaviour of srun on signals, as observed on Slurm 22.05: SIGTERM to srun kills the tasks at once ("forcing job
+termination"); SIGUSR1 is forwarded to all of them.
 """
 
 from __future__ import annotations
@@ -12,70 +12,85 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
 from amlaunch.launcher.execution.rank_processes import (
-    Rank,
+    RankProcess,
     RankStart,
     check_command,
-    host_environment,
-    how_to_start,
-    make_room,
-    meeting_place,
+    check_environment,
+    create_folders,
+    rank_start,
 )
+from amlaunch.launcher.execution.rank_wait import Processes
+from amlaunch.launcher.execution.rendezvous import job_rendezvous
 from amlaunch.launcher.planning.stage_container import runtime_here
-from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.slurm.client import expand_ranges
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
-from amlaunch.launcher.specs.machine import who
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage
 from amlaunch.recipes.errors import BAD_INPUT, RESUMABLE, BadInput
 from amlaunch.recipes.files import Lock
 from amlaunch.recipes.format.placeholders import UnsetVariable, expand_text, variables
 from amlaunch.recipes.run_layout import RunDir
 
-SAID = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<what>.+)")
-"""srun's line for tasks that did not exit with 0."""
-CODE = re.compile(r"Exited with exit code (\d+)")
+TASK_ERROR = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<problem>.+)")
+"""srun's message about tasks that did not exit with 0."""
+EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+KILLED = ("Killed", "Out Of Memory")
+"""srun's words for a task that was killed, perhaps for lack of memory."""
 
 
-class Step:
-    """Starts the ranks of an attempt as a step of the job that we run in."""
+class SrunStep:
+    """Starts the ranks of an attempt as a step of the current Slurm job."""
 
     def __init__(self, profile: ClusterProfile):
         self.profile = profile
 
-    def start(self, attempt: Attempt, files: ExitStack, port: int) -> list[subprocess.Popen[bytes]]:
-        """The one srun that stands for all ranks; it writes a log for each. Raises OSError, Unset and CannotLaunch."""
-        needs = attempt.stage.needs
-        meeting = {**meeting_place(needs.nodes, self.profile.interface, os.environ), "MASTER_PORT": str(port)}
-        command, start = self.command(attempt, meeting)
-        make_room(attempt, start)
-        # srun creates a rank's log when it starts it; ours must be there for what comes before.
-        output = files.enter_context(open(attempt.log(None), "ab"))
+    def start(self, attempt: Attempt, files: ExitStack, port: int) -> Processes:
+        """Start the srun that stands for all ranks and writes a log for each.
+
+        Raises OSError, UnsetVariable and CannotLaunch.
+        """
+        nodes = attempt.stage.needs.nodes
+        address = job_rendezvous(nodes, self.profile.interface, os.environ)
+        command, start = self.command(attempt, {**address, "MASTER_PORT": str(port)})
+        create_folders(attempt, start)
         stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
+        # srun creates a rank's log when it starts the rank; the driver's log takes what srun says before.
+        output = files.enter_context(open(attempt.log(None), "ab"))
         return [
-            Srun(command, deaf=start.launch.deaf, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, env=start.env)
+            SrunProcess(
+                command,
+                ignores_signals=start.launch.ignores_signals,
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=start.env,
+            )
         ]
 
-    def command(self, attempt: Attempt, meeting: Mapping[str, str]) -> tuple[list[str], RankStart]:
-        """The step's argv, and what is started in it. Nothing is written. Raises OSError, Unset and CannotLaunch."""
-        start = how_to_start(attempt, self._site(), meeting, on_slurm=True)
-        log = attempt.folder.log(attempt.number, 0)
-        return [*srun(attempt.stage.needs, log, self.profile.srun, attempt.plan.cwd, start), *start.launch.argv], start
+    def command(self, attempt: Attempt, rendezvous: Mapping[str, str]) -> tuple[list[str], RankStart]:
+        """Return the step's argv, and the ranks that it starts. Writes nothing.
 
-    def check(self, attempt: Attempt, files: ExitStack) -> list[subprocess.Popen[bytes]]:
-        """A look at every node before containers start there, as a step of its own; nothing where there are none."""
-        start = how_to_start(attempt, self._site(), {}, on_slurm=True)
-        make_room(attempt, start)
-        argv = check_command(attempt, start, self.profile.python)
-        if not argv:
+        Raises OSError, UnsetVariable and CannotLaunch.
+        """
+        start = rank_start(attempt, self._environment(), rendezvous, on_slurm=True)
+        log = attempt.folder.log(attempt.number, 0)
+        srun = srun_command(attempt.stage.needs, log, self.profile.srun, attempt.plan.cwd, start)
+        return [*srun, *start.launch.argv], start
+
+    def check_nodes(self, attempt: Attempt, files: ExitStack) -> Processes:
+        """Start a step that checks every node before containers start there; empty without a container."""
+        start = rank_start(attempt, self._environment(), {}, on_slurm=True)
+        create_folders(attempt, start)
+        check = check_command(attempt, start, self.profile.python)
+        if not check:
             return []
         nodes = attempt.stage.needs.nodes
-        output = files.enter_context(open(attempt.log(None), "ab"))
-        command = [
+        srun = [
             "srun",
             f"--nodes={nodes}",
             f"--ntasks={nodes}",
@@ -86,98 +101,122 @@ class Step:
             "--wait=0",
             *self.profile.srun,
         ]
-        env = {**who(), **host_environment(), "PYTHONPATH": str(attempt.run.code), "PYTHONSAFEPATH": "1"}
-        return [Srun([*command, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)]
+        output = files.enter_context(open(attempt.log(None), "ab"))
+        env = check_environment(attempt)
+        return [
+            SrunProcess([*srun, *check], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
+        ]
 
-    def _site(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         return {key: expand_text(value, variables()) for key, value in self.profile.env.items()}
 
-    def explain(self, attempt: Attempt, end: dict[str, Any]) -> dict[str, Any]:
-        """Name rank and host of what ended first, from srun's own words."""
-        if end["outcome"] != State.FAILED or end.get("retry") is False or "kind" in end:
+    def explain(self, attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
+        """Name the rank and the host that failed first, from srun's own messages."""
+        if not end.is_unexplained:
             return end
-        said = first_failure(attempt.log(None))
-        if said is None:
-            return {**end, "reason": end["reason"].replace("rank 0", "the step", 1), **_last_words(attempt.log(None))}
-        host, rank, what = said
-        code = CODE.search(what)
-        if code:
-            bad = int(code[1]) == BAD_INPUT
-            return {
-                **end,
-                "rank": rank,
-                "host": host,
-                "reason": f"rank {rank} exited with code {code[1]}",
-                "again": False,
-                "retry": not bad,
-            }
-        hint = " (out of memory?)" if what.startswith(("Killed", "Out Of Memory")) else ""
-        return {**end, "rank": rank, "host": host, "reason": f"rank {rank} ended: {what}{hint}", "again": True}
+        log = attempt.log(None)
+        failure = first_failure(log)
+        if failure is None:
+            return replace(end, reason=_step_failure(log, end), killed=False)
+        end = replace(end, rank=failure.rank, host=failure.host)
+        if failure.exit_code is None:
+            reason = f"rank {failure.rank} ended: {failure.problem}"
+            return replace(end, reason=reason, restart=True, killed=failure.problem.startswith(KILLED))
+        reason = f"rank {failure.rank} exited with code {failure.exit_code}"
+        retryable = failure.exit_code != BAD_INPUT
+        return replace(end, reason=reason, restart=False, killed=False, retryable=retryable)
 
 
-class Srun(Rank):
-    """srun as the driver's "rank": asked to stop by the signal that reaches its tasks; its exit code in Python's terms."""
+class SrunProcess(RankProcess):
+    """srun as the driver's only "rank": a request to stop becomes the signal that srun forwards to its tasks."""
 
     def send_signal(self, sig: int) -> None:
-        """SIGTERM, which would kill the tasks, becomes SIGUSR1, which they hear as "save and leave"."""
+        """Send SIGUSR1 ("save and stop") instead of SIGTERM, with which srun would kill the tasks."""
         super().send_signal(signal.SIGUSR1 if sig == signal.SIGTERM else sig)
 
 
-def srun(needs: Needs, log: Path, more: list[str], cwd: str, start: RankStart) -> list[str]:
-    """srun's part of the command: every rank of the element, each with a log of its own beside ``log``.
+def srun_command(needs: Needs, log: Path, extra: list[str], cwd: str, start: RankStart) -> list[str]:
+    """Return srun's part of the step: all ranks of the element, each with its own log beside ``log``.
 
-    Ranks in a container meet without MPI's servers, whatever the site starts by default; a container of a daemon lives as long
-    as its input, which comes from here. Tasks and CPUs are said again: since 22.05 srun does not take ``cpus-per-task`` over from sbatch.
+    Ranks in a container meet without MPI's servers, whatever the site starts by default. A container of a daemon lives
+    as long as its standard input. Tasks and CPUs are repeated because srun has not taken ``cpus-per-task`` from sbatch
+    since Slurm 22.05.
     """
     pattern = str(log.parent).replace("%", "%%") + "/" + log.name.replace("rank0", "rank%t")
     return [
-        "srun", f"--nodes={needs.nodes}", f"--ntasks={needs.nodes * needs.tasks_per_node}", f"--ntasks-per-node={needs.tasks_per_node}",
-        f"--cpus-per-task={max(1, needs.cpus // needs.tasks_per_node)}", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered",
-        f"--input={'all' if start.launch.stdin else 'none'}", "--open-mode=append", f"--output={pattern}", f"--chdir={cwd}",
-        *(["--mpi=none"] if start.image else []), *more, *start.launch.srun,
-    ]  # fmt: skip
+        "srun",
+        f"--nodes={needs.nodes}",
+        f"--ntasks={needs.nodes * needs.tasks_per_node}",
+        f"--ntasks-per-node={needs.tasks_per_node}",
+        f"--cpus-per-task={max(1, needs.cpus // needs.tasks_per_node)}",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        "--unbuffered",
+        f"--input={'all' if start.launch.stdin else 'none'}",
+        "--open-mode=append",
+        f"--output={pattern}",
+        f"--chdir={cwd}",
+        *(["--mpi=none"] if start.spec else []),
+        *extra,
+        *start.launch.srun,
+    ]
 
 
-def first_failure(log: Path) -> tuple[str, int, str] | None:
-    """``(host, rank, what)`` of the first task that srun saw end otherwise than done or saved."""
+@dataclass(frozen=True)
+class TaskFailure:
+    """A task that srun saw fail."""
+
+    host: str
+    rank: int
+    problem: str
+    """srun's own words."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """The task's exit code; None if a signal or Slurm ended it."""
+        match = EXIT_CODE.search(self.problem)
+        return int(match[1]) if match else None
+
+
+def first_failure(log: Path) -> TaskFailure | None:
+    """Return the first task in srun's output that neither finished nor saved and stopped."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return None
-    for match in SAID.finditer(text):
-        code = CODE.search(match["what"])
-        if not code or int(code[1]) != RESUMABLE:
-            return match["host"], expand_ranges(match["ranks"])[0], match["what"]
+    for match in TASK_ERROR.finditer(text):
+        failure = TaskFailure(match["host"], expand_ranges(match["ranks"])[0], match["problem"])
+        if failure.exit_code != RESUMABLE:
+            return failure
     return None
 
 
-def _last_words(log: Path) -> dict[str, Any]:
-    """Where srun itself failed (no such node, no such shell): its last line."""
+def _step_failure(log: Path, end: AttemptEnd) -> str:
+    """Return the reason of a failure of srun itself (no such node, no such shell): the last line of its output."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return {"reason": f"the step failed: {lines[-1]}"} if lines else {}
+    if lines:
+        return f"the step failed: {lines[-1]}"
+    return f"the step failed without output (srun exit codes: {', '.join(map(str, end.exit_codes))})"
 
 
 def preview(run: RunDir, plan: Plan, stage: Stage, profile: ClusterProfile) -> list[str]:
-    """The argv of the step that starts the first element of a stage, as a job would have it; values of variables are not in it.
+    """Return the argv of the step that a job would start for a stage's first element, without values of variables.
 
-    Empty where only nodes know what starts its container. Raises BadInput.
+    Empty if only the nodes know which container runtime they have. Raises BadInput.
     """
     if stage.container and stage.container.runtime == "auto" and runtime_here(stage.container) == "none":
         return []
     needs = stage.needs
-    given = Assignment(needs.cpus, tuple(map(str, range(needs.gpus_per_node))))
-    attempt = Attempt(run, plan, stage, stage.elements[0], given, Lock(run.root / "lock"), 1)
-    names = (
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        *(("GLOO_SOCKET_IFNAME",) if needs.nodes == 1 or profile.interface else ()),
-        *(("NCCL_SOCKET_IFNAME",) if needs.nodes > 1 and profile.interface else ()),
-    )
+    assignment = Assignment(needs.cpus, tuple(map(str, range(needs.gpus_per_node))))
+    attempt = Attempt(run, plan, stage, stage.elements[0], assignment, Lock(run.root / "lock"), 1)
+    names = ["MASTER_ADDR", "MASTER_PORT"]
+    if needs.nodes == 1 or profile.interface:
+        names.append("GLOO_SOCKET_IFNAME")
+    if needs.nodes > 1 and profile.interface:
+        names.append("NCCL_SOCKET_IFNAME")
     try:
-        return Step(profile).command(attempt, dict.fromkeys(names, ""))[0]
+        return SrunStep(profile).command(attempt, dict.fromkeys(names, ""))[0]
     except UnsetVariable as error:
-        raise BadInput(
-            f"stage {stage.name}: {error} (env of the recipe's container, or of the profile); export it"
-        ) from None
-    except (OSError, ValueError) as error:  # CannotLaunch, for one
+        raise BadInput(f"stage {stage.name}: {error} (container.env, or env of the profile); export it") from None
+    except (OSError, ValueError) as error:  # CannotLaunch, for example
         raise BadInput(f"stage {stage.name}: {error}") from None

@@ -1,32 +1,33 @@
-"""What happened to an element: its marker first, then its lock or its job, then its newest attempt. Absent never means completed."""
+"""Determine the state of elements: done marker first, then the lock or the Slurm job, then the newest attempt.
+
+Absence of information never means completion.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlaunch.launcher.runs.states import ACTIVE_STATES, State
-from amlaunch.launcher.specs.plan import Element, Plan, Stage
-from amlaunch.recipes.files import is_locked, read_json_lines, read_object
+from amlaunch.launcher.runs.attempt_record import AttemptEnd
+from amlaunch.launcher.runs.element_files import ElementFiles, read_element_files
+from amlaunch.launcher.runs.states import ACTIVE_STATES, BROKEN_STATES, Outcome, State
+from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.recipes.files import is_locked
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a list of runs that never were on a cluster needs none of them
     from amlaunch.launcher.runs.submissions import Submission
     from amlaunch.launcher.slurm.client import JobInfo
     from amlaunch.launcher.slurm.queue import Queue
 
-SEVERITY = tuple(State)
-ACTIVE = ACTIVE_STATES
-FAILED, DIED, UNKNOWN, CANCELLED, RUNNING, QUEUED, STOPPED, PENDING, DONE = State
-
 
 @dataclass(frozen=True)
 class ElementState:
-    """One element, now."""
+    """The current state of one element."""
 
     stage: str
     name: str
@@ -34,264 +35,282 @@ class ElementState:
     state: State
     attempts: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
+    """The newest heartbeat."""
     result: dict[str, Any] = field(default_factory=dict)
+    """The done marker of a finished element."""
     reason: str = ""
     rank: int | None = None
+    """The rank whose log explains a failure."""
     retry: bool = True
-    """Whether the same command can end otherwise."""
+    """False if the same command would fail again."""
     host: str = ""
     seconds: float | None = None
-    """How long the newest attempt took, or takes so far."""
+    """Duration of the newest attempt so far."""
     job: str = ""
-    """Slurm's number of it, ``123_4``."""
+    """Slurm job ID, ``123_4``."""
     nodes: str = ""
     start: str = ""
-    """When a queued one will start, in Slurm's estimate."""
+    """Slurm's estimate of the start of a queued element."""
     gpu_hours: float = 0.0
-    """GPUs x hours over all attempts."""
+    """GPUs times hours over all attempts."""
     ran: tuple[tuple[float, float], ...] = ()
-    """When each attempt began and ended, in Unix seconds; of one without an end, its last sign of life."""
+    """Start and end of each attempt in Unix seconds; without a recorded end, its last sign of life."""
     log: Path | None = None
-    """What to read where no rank of the newest attempt has a log: the job's own output."""
+    """The job's own output, for the case that no rank of the newest attempt has a log."""
+    resume_options: str = ""
+    """Options of ``amlaunch resume`` without which the element would fail again."""
+    dependency_failed: bool = False
+    """True if Slurm cancelled the job because an earlier stage did not finish."""
+
+
+def read_element(run: RunDir, stage: str, name: str, title: str = "") -> ElementState:
+    """Return the state of one element from the files and locks that this machine sees, without asking Slurm."""
+    folder = run.element(stage, name)
+    return _local_state(_ElementRecord(stage, name, title, folder, read_element_files(folder)))
+
+
+def read_stage(run: RunDir, stage: Stage) -> list[ElementState]:
+    """Return the states of a stage's elements, without asking Slurm."""
+    return [read_element(run, stage.name, element.name, element.title) for element in stage.elements]
+
+
+def read_run(run: RunDir, plan: Plan, queue: Queue | None = None) -> list[ElementState]:
+    """Return the states of a run's elements, in the order of the plan."""
+    if queue is None:
+        from amlaunch.launcher.slurm.queue import Queue
+
+        queue = Queue()
+    return read_runs([(run, plan)], queue)[0]
+
+
+def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[ElementState]]:
+    """Return the states of the elements of several runs, with one squeue and at most one sacct for all of them."""
+    from amlaunch.launcher.runs.submissions import submissions_of
+
+    inputs = [(run, plan, submissions_of(run, plan)) for run, plan in runs]
+    if any(submissions for _, _, by_stage in inputs for submissions in by_stage.values()):
+        # Ask before reading files: a job that ends in between has left its marker. The other order would lose it.
+        _ = queue.jobs
+    records = [list(_read_records(run, plan, by_stage)) for run, plan, by_stage in inputs]
+    queue.ask_past(_unexplained_arrays([record for of_run in records for record in of_run], queue))
+    return [_explain_dependencies([_state(record, queue) for record in of_run]) for of_run in records]
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the files of one element say."""
+class _ElementRecord:
+    """What is known of an element before Slurm is asked about it."""
 
+    stage: str
+    name: str
+    title: str
     folder: ElementDir
-    lines: list[dict[str, Any]]
-    done: dict[str, Any] | None
-    """The marker, where its outputs are as it says."""
-    missing: str
-    """What of a marker's outputs is not."""
-    progress: dict[str, Any]
+    files: ElementFiles
+    submitted: tuple[Submission, int] | None = None
+    """The newest submission that contains the element, and its index in the array."""
+
+    def state(self, state: State, **known: Any) -> ElementState:
+        """Return an ElementState with what the files say, changed and completed by ``known``."""
+        start = self.files.history.newest_start
+        from_files = {
+            "stage": self.stage,
+            "name": self.name,
+            "title": self.title,
+            "attempts": len(self.files.history.starts),
+            "progress": self.files.progress,
+            "host": start.host if start else "",
+            "nodes": start.nodes if start else "",
+            "ran": self.files.attempt_spans,
+            "gpu_hours": self.files.gpu_hours,
+        }
+        return ElementState(**{**from_files, **known}, state=state)
 
     @property
-    def starts(self) -> list[dict[str, Any]]:
-        """The attempts, oldest first."""
-        return [line for line in self.lines if line.get("event") == "start" and "attempt" in line and "time" in line]
-
-    @property
-    def end(self) -> dict[str, Any] | None:
-        """How the newest attempt ended; None while nobody has said so."""
-        starts = self.starts
-        return _end_of(self.lines, starts[-1]["attempt"]) if starts else None
+    def ran_here_since(self) -> bool:
+        """Return True if the newest attempt was made on this machine after the submission."""
+        start = self.files.history.newest_start
+        if self.submitted is None or start is None:
+            return False
+        return start.time > self.submitted[0].time and not start.is_array_task
 
 
-def trace(folder: ElementDir) -> Trace:
-    """Read the files of one element."""
-    done = read_done(folder)
-    missing = missing_output(done) if done is not None else None
-    marker = _sound(done, RESULT) if done is not None and missing is None else None
-    lines = [_sound(line, RECORD) for line in read_json_lines(folder.attempts)]
-    return Trace(folder, lines, marker, missing or "", _sound(read_object(folder.progress), RECORD))
+def _read_records(run: RunDir, plan: Plan, submissions: dict[str, list[Submission]]) -> Iterator[_ElementRecord]:
+    from amlaunch.launcher.runs.submissions import newest_jobs
+
+    for stage in plan.stages:
+        jobs = newest_jobs(submissions[stage.name])
+        folder = run.stage(stage.name)
+        begun = set(os.listdir(folder)) if folder.is_dir() else set()  # one listing instead of a look at each element
+        for element in stage.elements:
+            place = ElementDir(folder / element.name)
+            files = read_element_files(place) if element.name in begun else ElementFiles()
+            yield _ElementRecord(stage.name, element.name, element.title, place, files, jobs.get(element.name))
 
 
-NUMBER = (int, float)
-Kinds = dict[str, type | tuple[type, ...]]
-RECORD: Kinds = {
-    **dict.fromkeys(("time", "seconds", "gpus", "done", "total", "rate", "eta_s", "loss", "val_loss", "saved"), NUMBER),
-    **dict.fromkeys(("attempt", "rank"), int),
-    **dict.fromkeys(("host", "nodes", "reason", "outcome", "unit"), str),
-}
-"""What attempts.jsonl and progress.json have."""
-RESULT: Kinds = {
-    **dict.fromkeys(
-        ("time", "seconds", "tokens", "documents", "shards", "parameters", "tokens_per_s", "loss_first", "loss_last"),
-        NUMBER,
-    ),
-    **dict.fromkeys(("sample", "checkpoint"), str),
-}
-"""What is shown of a marker; the rest is the stage's own."""
-OPEN = ("total", "rate", "eta_s", "loss", "val_loss", "rank", "sample", "tokens_per_s", "loss_first", "loss_last")
-"""Which may be null: nobody knows yet."""
+def _state(record: _ElementRecord, queue: Queue) -> ElementState:
+    if record.submitted is None or record.ran_here_since:
+        return _local_state(record)
+    return _slurm_state(record, *record.submitted, queue)
 
 
-def _sound(found: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """Without values that are not what they should be: a damaged file of one element hides none of the others."""
-    return {
-        key: value
-        for key, value in found.items()
-        if key not in kinds or isinstance(value, kinds[key]) or (value is None and key in OPEN)
-    }
+# --- elements of this machine ---------------------------------------------------------------------------
 
 
-def read_element(run: RunDir, stage: Stage, name: str, title: str) -> ElementState:
-    """The state of one element on this machine: its marker, then the lock of a live driver, then its newest attempt."""
-    return _on_this_machine(stage.name, name, title, trace(run.element(stage.name, name)))
+def _local_state(record: _ElementRecord) -> ElementState:
+    files = record.files
+    if files.done is not None:
+        return record.state(State.DONE, result=files.done.record, seconds=files.done.seconds)
+    start = files.history.newest_start
+    if is_locked(record.folder.lock):
+        return record.state(State.RUNNING, seconds=time.time() - start.time if start else 0.0)
+    if files.missing_output:
+        return _pending_again(record)
+    if files.history.newest_end is not None:
+        return _ended(record, files.history.newest_end)
+    if start is None:
+        return record.state(State.PENDING)
+    reason = f"attempt {start.attempt} ended without recording a result (killed, or the machine went down)"
+    return record.state(State.DIED, reason=reason)
 
 
-def _common(stage: str, name: str, title: str, found: Trace) -> dict[str, Any]:
-    starts = found.starts
-    common: dict[str, Any] = {
-        "stage": stage,
-        "name": name,
-        "title": title,
-        "attempts": len(starts),
-        "progress": found.progress,
-    }
-    if starts:
-        common |= {"host": starts[-1].get("host", ""), "nodes": starts[-1].get("nodes", "")}
-        common["ran"] = _spans(found)
-        hours = [
-            (start.get("gpus") or 0) * (end - begun) / 3600
-            for start, (begun, end) in zip(starts, common["ran"], strict=True)
-        ]
-        common["gpu_hours"] = round(sum(hours), 4)
-    return common
+def _pending_again(record: _ElementRecord, **known: Any) -> ElementState:
+    return record.state(State.PENDING, reason=f"finished earlier, but {record.files.missing_output}", **known)
 
 
-def _spans(found: Trace) -> tuple[tuple[float, float], ...]:
-    """Beginning and end of each attempt; one without an end lasted to the element's last sign of life."""
-    ends = {line.get("attempt"): line.get("time", 0.0) for line in found.lines if line.get("event") == "end"}
-    begun = [start["time"] for start in found.starts]
-    signs = [*begun[1:], found.progress.get("time", 0.0)]  # the next attempt is one, too
-    return tuple(
-        (began, max(began, ends.get(start["attempt"]) or sign))
-        for start, began, sign in zip(found.starts, begun, signs, strict=False)
+def _ended(record: _ElementRecord, end: AttemptEnd, **known: Any) -> ElementState:
+    """Return the state of an element whose newest attempt recorded its end."""
+    if end.outcome == Outcome.DONE:  # only the marker makes an element done
+        return record.state(State.PENDING, reason="finished earlier, but its done marker is missing", **known)
+    if end.host:
+        known["host"] = end.host
+    if end.kind:
+        from amlaunch.launcher.runs.failure_causes import resume_options_for
+
+        known["resume_options"] = resume_options_for(end.kind, record.stage)
+    return record.state(
+        State(end.outcome.value), reason=end.reason, rank=end.rank, retry=end.retryable, seconds=end.seconds, **known
     )
 
 
-def _on_this_machine(stage: str, name: str, title: str, found: Trace) -> ElementState:
-    common = _common(stage, name, title, found)
-    if found.done is not None:
-        return ElementState(**common, state=DONE, result=found.done, seconds=found.done.get("seconds"))
-    if is_locked(found.folder.lock):
-        since = found.starts[-1]["time"] if found.starts else time.time()
-        return ElementState(**common, state=RUNNING, seconds=time.time() - since)
-    return _as_left(common, found)
+# --- elements that were submitted to Slurm --------------------------------------------------------------
 
 
-def _as_left(common: dict[str, Any], found: Trace) -> ElementState:
-    """How an element that nobody works on was left."""
-    if found.missing:
-        return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
-    if found.end is not None:
-        return _as_ended(common, found.end)
-    if found.starts:
-        return ElementState(
-            **common,
-            state=DIED,
-            reason=f"attempt {found.starts[-1]['attempt']} ended without a word (killed, or the machine went down)",
-        )
-    return ElementState(**common, state=PENDING)
-
-
-def _as_ended(common: dict[str, Any], end: dict[str, Any]) -> ElementState:
-    if end.get("outcome") == DONE:  # only the marker says so, and it is not there any more
-        return ElementState(**common, state=PENDING, reason="was done once; its marker is gone")
-    known = {
-        "reason": end.get("reason", ""),
-        "rank": end.get("rank"),
-        "retry": end.get("retry", True),
-        "seconds": end.get("seconds"),
-    }
-    host = end.get("host") or common.get("host", "")
-    outcome = end.get("outcome")
-    return ElementState(**{**common, "host": host}, state=State(outcome) if outcome in SEVERITY else DIED, **known)
-
-
-def _on_slurm(
-    stage: str, name: str, title: str, found: Trace, submission: Submission, index: int, queue: Queue
-) -> ElementState:
-    """The state of an element that was submitted: marker, queue, its own last word, accounting; else ``unknown``."""
-    common = _common(stage, name, title, found)
-    if found.done is not None:
-        return ElementState(
-            **common, state=DONE, result=found.done, seconds=found.done.get("seconds"), job=submission.task(index)
-        )
+def _slurm_state(record: _ElementRecord, submission: Submission, index: int, queue: Queue) -> ElementState:
+    """Return the state of a submitted element: marker, queue, its driver's record, accounting; else ``unknown``."""
+    files = record.files
+    if files.done is not None:
+        job = submission.task(index) if submission.job else ""
+        return record.state(State.DONE, result=files.done.record, seconds=files.done.seconds, job=job)
     if submission.job is None:
-        return ElementState(
-            **common, state=UNKNOWN, reason="handed to sbatch, which did not answer; the same submit finds out"
-        )
+        reason = "sbatch did not answer; run the same submit command again to find out whether it accepted the job"
+        return record.state(State.UNKNOWN, reason=reason)
+
     job = submission.task(index)
-    common |= {"job": job, "log": submission.log(index)}
-    word = _left_word(found, job)
+    known: dict[str, Any] = {"job": job, "log": submission.log(index)}
+    end = _end_in_job(record, job)
+    is_final = end is not None and not end.restart
     if queue.is_elsewhere(submission.slurm):
-        return (
-            _as_ended(common, word)
-            if word and not word.get("again")
-            else _on_another_cluster(common, found, submission)
-        )
+        if end is not None and is_final:
+            return _ended(record, end, **known)
+        return _on_other_cluster(record, submission.slurm, known)
+
     info = queue.job(job)
-    final = word is not None and not word.get("again")  # a driver that goes on by itself has not said its last
-    sure = (
-        final and word and word.get("outcome") != CANCELLED
-    )  # one that was ended from outside cannot know whether Slurm requeues it
-    if (
-        info is not None
-        and info.active
-        and not (sure and word and (not info.waiting or word.get("time", 0.0) > queue.time))
-    ):
-        return _active(common, found, info, queue.time)
-    if word is not None and (final or (info is None and queue.jobs is not None)):
-        return _as_ended(common, word)
-    if found.missing:
-        return ElementState(**common, state=PENDING, reason=f"was done, but {found.missing}")
+    if info is not None and info.active and not _overrules_queue(end, info, queue):
+        return _active(record, info, queue.time, known)
+    if end is not None and (is_final or (info is None and queue.jobs is not None)):
+        return _ended(record, end, **known)
+    if files.missing_output:
+        return _pending_again(record, **known)
     if info is not None:
-        state, reason = explain_end(info, found)
-        from amlaunch.launcher.runs.failure_causes import cause_of, tail_of
-
-        said = f"{'Out Of Memory' if info.state == 'OUT_OF_MEMORY' else ''}\n{tail_of(submission.log(index))}"
-        cause = cause_of(said) if state == FAILED else None
-        reason = cause.explain(reason, stage) if cause else reason
-        return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=state, reason=reason)
-    return _untold(common, found, job, queue)
+        return _ended_according_to_slurm(record, info, known)
+    return _unexplained(record, queue, known)
 
 
-def _left_word(found: Trace, job: str) -> dict[str, Any] | None:
-    """The end that the driver wrote in this job; of another job it says nothing about this one."""
-    starts = found.starts
-    return found.end if starts and starts[-1].get("job") == job else None
+def _end_in_job(record: _ElementRecord, job: str) -> AttemptEnd | None:
+    """Return the end that the driver recorded in this job; an end in another job says nothing about this one."""
+    start = record.files.history.newest_start
+    return record.files.history.newest_end if start and start.job == job else None
 
 
-def _active(common: dict[str, Any], found: Trace, info: JobInfo, asked: float) -> ElementState:
-    newest = found.starts[-1] if found.starts else {}
-    started_since = newest.get("job") == info.id and newest["time"] > asked and found.end is None
+def _overrules_queue(end: AttemptEnd | None, info: JobInfo, queue: Queue) -> bool:
+    """Return True if the driver's record is newer than Slurm's answer that the job is active.
+
+    A driver that was ended from outside cannot know whether Slurm requeues the job.
+    """
+    if end is None or end.restart or end.outcome == Outcome.CANCELLED:
+        return False
+    return not info.waiting or end.time > queue.time
+
+
+def _active(record: _ElementRecord, info: JobInfo, asked: float, known: dict[str, Any]) -> ElementState:
+    """Return the state of a job that Slurm knows; ``asked``: the time of Slurm's answer."""
+    start, end = record.files.history.newest_start, record.files.history.newest_end
+    is_own_start = start is not None and start.job == info.id
+    started_since = start is not None and is_own_start and start.time > asked and end is None
     if info.waiting and not started_since:
-        earlier = found.end["reason"] if found.end and found.end.get("again") else ""
-        reason = waiting_reason(info.reason) + (f" (before: {earlier})" if earlier else "")
-        return ElementState(**common, state=QUEUED, reason=reason, start=info.start)
-    began = found.starts[-1]["time"] if found.starts and found.starts[-1].get("job") == info.id else None
-    seconds = time.time() - began if began else None
-    return ElementState(**{**common, "nodes": info.nodes or common.get("nodes", "")}, state=RUNNING, seconds=seconds)
+        reason = _pending_reason(info.reason, end)
+        return record.state(State.QUEUED, reason=reason, start=info.start, **known)
+    if info.nodes:
+        known["nodes"] = info.nodes
+    seconds = time.time() - start.time if start and is_own_start else None
+    return record.state(State.RUNNING, seconds=seconds, **known)
 
 
-def _on_another_cluster(common: dict[str, Any], found: Trace, submission: Submission) -> ElementState:
-    """Its number means another job here, or none."""
-    words = f"job {common['job']} belongs to Slurm cluster {submission.slurm}, which is not the one of this machine: ask there; {_last_sign(found)}"
-    return ElementState(**common, state=UNKNOWN, reason=words)
+def _pending_reason(slurm_reason: str, end: AttemptEnd | None) -> str:
+    from amlaunch.launcher.runs.slurm_reasons import pending_reason
+
+    reason = pending_reason(slurm_reason)
+    return f"{reason} (previous attempt: {end.reason})" if end and end.restart and end.reason else reason
 
 
-def _last_sign(found: Trace) -> str:
-    signs = max([found.progress.get("time", 0.0), *(line.get("time", 0.0) for line in found.lines)])
-    return (
-        f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(signs))}"
-        if signs
-        else "no sign of life yet"
+def _ended_according_to_slurm(record: _ElementRecord, info: JobInfo, known: dict[str, Any]) -> ElementState:
+    """Return the state of a job that ended before its driver recorded a result."""
+    from amlaunch.launcher.runs.failure_causes import cause_of, cause_with, resume_options_for, tail_of
+    from amlaunch.launcher.runs.slurm_reasons import explain_end
+
+    job_end = explain_end(info, started=bool(record.files.history.starts))
+    reason = job_end.reason
+    if job_end.state == State.FAILED:
+        cause = cause_with(job_end.kind) or cause_of(tail_of(known["log"]))
+        if cause is not None:
+            reason = cause.explain(reason, record.stage, is_named=cause.kind == job_end.kind)
+            known["resume_options"] = resume_options_for(cause.kind, record.stage)
+    if info.nodes:
+        known["nodes"] = info.nodes
+    return record.state(job_end.state, reason=reason, dependency_failed=job_end.dependency_failed, **known)
+
+
+def _on_other_cluster(record: _ElementRecord, cluster: str, known: dict[str, Any]) -> ElementState:
+    """Return ``unknown``: this cluster's job with the same number is another job."""
+    reason = (
+        f"job {known['job']} belongs to Slurm cluster {cluster}, which this machine cannot ask; "
+        f"run the command there; {_last_sign(record)}"
     )
+    return record.state(State.UNKNOWN, reason=reason, **known)
 
 
-def _untold(common: dict[str, Any], found: Trace, job: str, queue: Queue) -> ElementState:
-    owner = _other_owner(common["log"])
+def _unexplained(record: _ElementRecord, queue: Queue, known: dict[str, Any]) -> ElementState:
+    """Return the state of a job that neither recorded an end nor is known to Slurm."""
+    job = known["job"]
+    owner = _other_owner(known["log"])
     if owner:
-        return ElementState(
-            **common,
-            state=UNKNOWN,
-            reason=f"job {job} is {owner}'s, and Slurm shows everybody his own: squeue -j {job.split('_')[0]}",
-        )
+        reason = f"job {job} belongs to {owner}, and Slurm shows you only your own; try: squeue -j {job.split('_')[0]}"
+        return record.state(State.UNKNOWN, reason=reason, **known)
     if queue.jobs is None:
-        return ElementState(
-            **common,
-            state=UNKNOWN,
-            reason=f"Slurm does not answer ({'; '.join(dict.fromkeys(queue.problems))}); {_last_sign(found)}",
-        )
-    return ElementState(**common, state=DIED, reason=f"Slurm no longer knows job {job}, and it left no word of its end")
+        problems = "; ".join(dict.fromkeys(queue.problems))
+        reason = f"Slurm does not answer ({problems}); {_last_sign(record)}"
+        return record.state(State.UNKNOWN, reason=reason, **known)
+    return record.state(State.DIED, reason=f"Slurm no longer knows job {job}, which recorded no result", **known)
+
+
+def _last_sign(record: _ElementRecord) -> str:
+    seen = record.files.last_sign_of_life
+    if not seen:
+        return "no sign of life yet"
+    return f"last sign of life {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seen))}"
 
 
 def _other_owner(log: Path) -> str:
-    """Who submitted the job, if not we did; its folder is his."""
+    """Return the user who submitted the job, from the owner of its folder; empty if it is this user."""
     import pwd
 
     try:
@@ -301,202 +320,57 @@ def _other_owner(log: Path) -> str:
         return ""
 
 
-BEFORE = "a stage before it did not finish"
-ENDS = {
-    "TIMEOUT": "reached its time limit before it had saved; give resources a longer time, or checkpoint more often",
-    "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "ran out of memory",
-    "BOOT_FAIL": "its node did not boot",
-    "DEADLINE": "its deadline passed",
-    "PREEMPTED": "was preempted and not requeued",
-    "REVOKED": "was revoked by another cluster",
-}
-
-
-def explain_end(info: JobInfo, found: Trace) -> tuple[State, str]:
-    """``(state, reason)`` of a job that ended without a word from our driver, from Slurm's state for it."""
-    if info.state == "CANCELLED":
-        never = "DependencyNeverSatisfied" in info.reason or (not found.starts and not info.nodes)
-        return (
-            CANCELLED,
-            BEFORE if "Dependency" in info.reason else "cancelled before it started" if never else "cancelled",
-        )
-    where = f" on {info.nodes}" if info.nodes else ""
-    if info.state in ENDS:
-        return FAILED, f"job {info.id}{where} {ENDS[info.state]}"
-    code = f", exit code {info.exit_code}" if info.exit_code else ""
-    return FAILED, f"job {info.id}{where} ended ({info.state}{code}) without a word from the driver"
-
-
-WAITING = {
-    "Priority": "jobs with a higher priority are before it",
-    "Resources": "waits for free nodes",
-    "Dependency": "waits for the stage before it",
-    "DependencyNeverSatisfied": "a stage before it failed: it will not start",
-    "BeginTime": "starts again in a moment (requeued)",
-    "JobArrayTaskLimit": "waits for its siblings (throttle)",
-    "PartitionDown": "its partition is down",
-    "PartitionInactive": "its partition is inactive",
-    "PartitionTimeLimit": "asks for more time than its partition allows",
-    "PartitionNodeLimit": "asks for more nodes than its partition allows",
-    "ReqNodeNotAvail": "nodes it asked for are not available",
-    "NodeDown": "a node it needs is down",
-    "Licenses": "waits for a licence",
-    "Reservation": "waits for its reservation",
-    "AssocGrpGRES": "your account has as many GPUs in use as it may",
-    "QOSMaxGRESPerUser": "you have as many GPUs in use as the QOS allows",
-    "QOSMaxJobsPerUserLimit": "you have as many jobs running as the QOS allows",
-    "QOSMaxCpuPerUserLimit": "you have as many CPUs in use as the QOS allows",
-    "AssocGrpCpuLimit": "your account has as many CPUs in use as it may",
-    "AssocMaxJobsLimit": "you have as many jobs running as your account allows",
-    "JobHeldUser": "held by you: scontrol release JOB",
-    "JobHeldAdmin": "held by an administrator",
-    "launch failed requeued held": "held after failing to start; an administrator can tell why: scontrol release JOB",
-}
-
-
-def waiting_reason(reason: str) -> str:
-    """Slurm's reason for waiting, in words; one that is not known here, as Slurm writes it (squeue(1), JOB REASON CODES)."""
-    return WAITING.get(reason) or next((words for key, words in WAITING.items() if reason.startswith(key)), reason)
-
-
-def read_done(folder: ElementDir) -> dict[str, Any] | None:
-    """The marker of a finished element; a damaged one does not count."""
-    done = read_object(folder.done)
-    return done if isinstance(done.get("outputs"), dict) else None
-
-
-def missing_output(done: dict[str, Any]) -> str | None:
-    """What is no longer as the marker says; None where all outputs are there at their sizes."""
-    for name, size in done["outputs"].items():
-        try:
-            found = os.stat(name)
-        except OSError:
-            return f"{name} is gone"
-        if found.st_size != size:
-            return f"{name} has {found.st_size} bytes instead of {size}"
-    return None
-
-
-def _end_of(lines: Sequence[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    return next(
-        (line for line in reversed(lines) if line.get("event") == "end" and line.get("attempt") == attempt), None
-    )
-
-
-def read_stage(run: RunDir, stage: Stage) -> list[ElementState]:
-    """All elements of a stage, as far as this machine's files and locks say: what the local executor goes by."""
-    return [read_element(run, stage, element.name, element.title) for element in stage.elements]
-
-
-def read_run(run: RunDir, plan: Plan, queue: Queue | None = None) -> list[ElementState]:
-    """All elements of a run, in the order of the plan."""
-    if queue is None:
-        from amlaunch.launcher.slurm.queue import Queue
-
-        queue = Queue()
-    return read_runs([(run, plan)], queue)[0]
-
-
-@dataclass(frozen=True)
-class _Found:
-    stage: str
-    element: Element
-    trace: Trace
-    submitted: tuple[Submission, int] | None
-
-
-def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[ElementState]]:
-    """All elements of several runs, with one squeue and at most one sacct for all of them."""
-    from amlaunch.launcher.runs.submissions import (
-        submissions_of,  # here, like all that a list without runs can do without
-    )
-
-    pairs = [(run, plan, submissions_of(run, plan)) for run, plan in runs]
-    if any(submissions for _, _, submitted in pairs for submissions in submitted.values()):
-        _ = queue.jobs  # before the files: a job that ends in between has left its marker, not the other way round
-    found = [list(_read_files(run, plan, submitted)) for run, plan, submitted in pairs]
-    queue.ask_past(_unexplained([one for elements in found for one in elements], queue))
-    return [_with_causes([_state(one, queue) for one in elements]) for elements in found]
-
-
-def _with_causes(states: list[ElementState]) -> list[ElementState]:
-    """Why Slurm cancelled what waited: it says the same whether the stage before failed, or was cancelled together with it."""
-    if not any(state.reason == BEFORE for state in states):
-        return states
-    broken = {state.stage for state in states if state.state in (FAILED, DIED, UNKNOWN)}
-    stopped = {state.stage for state in states if state.state == STOPPED}
-    words: dict[str, str] = {}
-    for stage in dict.fromkeys(state.stage for state in states):  # in the plan's order: what comes first was waited for
-        earlier = words.keys()
-        words[stage] = (
-            BEFORE
-            if broken & earlier
-            else "a stage before it was stopped"
-            if stopped & earlier
-            else "cancelled before it started"
-        )
-    return [replace(state, reason=words[state.stage]) if state.reason == BEFORE else state for state in states]
-
-
-def _read_files(run: RunDir, plan: Plan, submitted: dict[str, list[Submission]]) -> Iterable[_Found]:
-    from amlaunch.launcher.runs.submissions import newest_jobs
-
-    for stage in plan.stages:
-        jobs = newest_jobs(submitted[stage.name])
-        folder = run.stage(stage.name)
-        there = set(os.listdir(folder)) if folder.is_dir() else set()
-        for element in stage.elements:
-            place = ElementDir(folder / element.name)
-            yield _Found(
-                stage.name,
-                element,
-                trace(place) if element.name in there else Trace(place, [], None, "", {}),
-                jobs.get(element.name),
-            )
-
-
-def _unexplained(found: Iterable[_Found], queue: Queue) -> set[str]:
-    """The arrays of jobs that left no marker and no word, and that the queue does not know (or cannot be asked about)."""
+def _unexplained_arrays(records: Iterable[_ElementRecord], queue: Queue) -> set[str]:
+    """Return the arrays to ask accounting about: no marker, no recorded end, and not in the queue."""
     arrays = set()
-    for one in found:
-        if (
-            one.submitted is None
-            or one.submitted[0].job is None
-            or one.trace.done is not None
-            or queue.is_elsewhere(one.submitted[0].slurm)
-        ):
+    for record in records:
+        if record.submitted is None or record.files.done is not None:
             continue
-        submission, index = one.submitted
+        submission, index = record.submitted
+        if submission.job is None or queue.is_elsewhere(submission.slurm):
+            continue
         job = submission.task(index)
-        if job not in (queue.jobs or {}) and not _left_word(one.trace, job):
-            arrays.add(submission.job or "")
+        if job not in (queue.jobs or {}) and not _end_in_job(record, job):
+            arrays.add(submission.job)
     return arrays
 
 
-def _state(one: _Found, queue: Queue) -> ElementState:
-    if one.submitted is None or _taken_over(one):
-        return _on_this_machine(one.stage, one.element.name, one.element.title, one.trace)
-    return _on_slurm(one.stage, one.element.name, one.element.title, one.trace, *one.submitted, queue)
+# --- several elements -----------------------------------------------------------------------------------
 
 
-def _taken_over(one: _Found) -> bool:
-    """Whether the newest attempt was made on this machine, after the job."""
-    assert one.submitted is not None
-    starts = one.trace.starts
-    return bool(starts) and starts[-1]["time"] > one.submitted[0].time and "_" not in str(starts[-1].get("job"))
+def _explain_dependencies(states: list[ElementState]) -> list[ElementState]:
+    """Correct the reason of jobs that Slurm cancelled for a dependency.
+
+    Slurm gives the same reason if the earlier stage failed, was stopped, or was cancelled together with them.
+    """
+    from amlaunch.launcher.runs.slurm_reasons import NEVER_STARTED, PREDECESSOR_FAILED
+
+    if not any(state.dependency_failed for state in states):
+        return states
+    broken = {state.stage for state in states if state.state in BROKEN_STATES}
+    stopped = {state.stage for state in states if state.state == State.STOPPED}
+    reasons: dict[str, str] = {}
+    for stage in dict.fromkeys(state.stage for state in states):  # in the plan's order: each waits for those before it
+        if broken & reasons.keys():
+            reasons[stage] = PREDECESSOR_FAILED
+        elif stopped & reasons.keys():
+            reasons[stage] = "an earlier stage was stopped"
+        else:
+            reasons[stage] = NEVER_STARTED
+    return [replace(state, reason=reasons[state.stage]) if state.dependency_failed else state for state in states]
 
 
 def is_driven(run: RunDir, states: Iterable[ElementState]) -> bool:
-    """Whether the run goes on by itself: a launcher that is between two stages counts, and a job that waits in the queue."""
-    return is_locked(run.lock) or any(state.state in ACTIVE for state in states)
+    """Return True if the run advances without help: a local launcher drives it, or an element is running or queued."""
+    return is_locked(run.lock) or any(state.state in ACTIVE_STATES for state in states)
 
 
 def overall(states: Sequence[ElementState], driven: bool = False) -> State:
-    """One word for many elements: the one that most wants attention; done only if all are."""
-    found = {state.state for state in states}
+    """Return the state of a run: the most urgent state of its elements; done only if all are done."""
+    present = {state.state for state in states}
     if driven:
-        return QUEUED if QUEUED in found and RUNNING not in found else RUNNING
-    if DONE in found and PENDING in found and not found & {FAILED, DIED, UNKNOWN, CANCELLED, *ACTIVE}:
-        return STOPPED
-    return next(state for state in SEVERITY if state in found) if found else PENDING
+        return State.QUEUED if State.QUEUED in present and State.RUNNING not in present else State.RUNNING
+    troubled = present & {*BROKEN_STATES, State.CANCELLED, *ACTIVE_STATES}
+    if State.DONE in present and State.PENDING in present and not troubled:
+        return State.STOPPED
+    return next((state for state in State if state in present), State.PENDING)

@@ -1,21 +1,16 @@
-"""What made a rank fail, from the last lines of its log: whether another try can help, and whether it must be elsewhere.
+"""Classify a rank's failure from the tail of its log: is it retryable, and must the retry avoid this node?
 
-The words are those that PyTorch, NCCL, CUDA, glibc and Slurm print; a cause
-that is not known here is an error of the code, which another try repeats.
+The patterns match messages of PyTorch, NCCL, CUDA, glibc and Slurm. A cause that is not known here is taken for an
+error of the code, which a retry would repeat.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-AVOID_SECONDS = 3600.0
-"""How long a node that failed a job is left alone by the next tries of that element."""
 TAIL_BYTES = 65536
 
 
@@ -24,68 +19,139 @@ class Cause:
     """One kind of failure."""
 
     kind: str
-    pattern: str
-    """A regular expression, whatever the case."""
-    again: bool
-    """Whether another try can end otherwise."""
-    elsewhere: bool
-    """Whether it must not be on the same node."""
-    hint: str
-    """For people; ``{stage}`` stands for the stage's name."""
+    patterns: tuple[str, ...]
+    """Regular expressions; case is ignored."""
+    explanation: str
+    remedy: str = ""
+    """Advice to the user; ``{stage}`` stands for the stage's name."""
+    resume_options: str = ""
+    """Options of ``amlaunch resume`` with which the element can succeed."""
+    restart: bool = False
+    """True if a retry can succeed."""
+    avoid_host: bool = False
+    """True if the retry must run on another node."""
 
-    def advice(self, stage: str) -> str:
-        """The hint for one stage."""
-        return self.hint.replace("{stage}", stage)
-
-    def explain(self, reason: str, stage: str) -> str:
-        """A reason with the hint; what both say is said once: ``killed (out of memory?)`` and ``out of memory; give more``."""
-        reason = reason.removesuffix(f" ({self.kind}?)")
-        what, _, advice = self.advice(stage).partition("; ")
-        return (
-            f"{reason}; {advice}" if what in reason and advice else f"{reason}: {what}{'; ' if advice else ''}{advice}"
-        )
+    def explain(self, reason: str, stage: str, *, is_named: bool = False) -> str:
+        """Return a reason completed by explanation and remedy; ``is_named``: the reason names the cause already."""
+        remedy = self.remedy.replace("{stage}", stage)
+        parts = [reason if is_named else f"{reason}: {self.explanation}", remedy]
+        return "; ".join(part for part in parts if part)
 
 
 CAUSES = (
-    Cause("hang", r"(^|\n)error: rank \d+ on \S+ hangs: ", True, True,
-          "a rank got nowhere and ended itself; what its threads did is in its log"),
-    Cause("full disk", r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b", False, False,
-          "the disk is full, or your quota on it; amlaunch clean shows what can go"),
-    Cause("out of GPU memory", r"CUDA out of memory|OutOfMemoryError", False, False,
-          "out of GPU memory; a smaller step_scheduler.local_batch_size needs less"),
-    Cause("out of memory", r"oom[-_ ]kill|Out Of Memory|exceeded (job|step) memory limit|Exceeded .{0,40}memory limit|DefaultCPUAllocator: can't allocate|\bMemoryError\b", False, False,
-          "out of memory; give resources more mem: amlaunch resume RUN --resources.{stage}.mem 64G, say"),
-    Cause("no environment", r"slurm_script: line \d+: .*: (No such file or directory|Permission denied|cannot execute)|exec: .*: (not found|cannot execute)|ModuleNotFoundError: No module named", False, False,
-          "Python or a package of it is not there; python and setup in the profile say which environment jobs have, amlaunch image check IMAGE what an image has"),
-    Cause("broken GPU", r"uncorrectable ECC|ECC error|\bXid\b|GPU has fallen off the bus|unspecified launch failure|CUDA error: (unknown|hardware|an illegal instruction)|no CUDA-capable device", True, True,
-          "the GPU or its driver failed"),
-    Cause("network", r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL (error|WARN.*failed)|Watchdog caught collective operation timeout|Connection (closed|reset) by peer|Connection refused|Socket closed|recvValue failed|Broken pipe|No route to host|Network is unreachable", True, True,
-          "ranks lost each other"),
-    Cause("node", r"Stale file handle|Input/output error|Transport endpoint is not connected|Bus error", True, True,
-          "the node or its file system failed"),
-)  # fmt: skip
-"""Looked for in this order: a full disk breaks connections, too."""
+    Cause(
+        "hang",
+        (r"(^|\n)error: rank \d+ on \S+ hangs: ",),
+        "a rank made no progress and ended itself; its log shows what its threads were doing",
+        restart=True,
+        avoid_host=True,
+    ),
+    Cause(
+        "full disk",
+        (r"No space left on device", r"Errno 28\b", r"Disk quota exceeded", r"Errno 122\b"),
+        "the disk or your quota is full",
+        "find what to delete: amlaunch clean",
+    ),
+    Cause(
+        "out of GPU memory",
+        (r"CUDA out of memory", r"OutOfMemoryError"),
+        "out of GPU memory",
+        "reduce step_scheduler.local_batch_size",
+    ),
+    Cause(
+        "out of memory",
+        (
+            r"oom[-_ ]kill",
+            r"Out Of Memory",
+            r"exceeded (job|step) memory limit",
+            r"Exceeded .{0,40}memory limit",
+            r"DefaultCPUAllocator: can't allocate",
+            r"\bMemoryError\b",
+        ),
+        "out of memory",
+        "raise resources.{stage}.mem",
+        resume_options="--resources.{stage}.mem 64G",
+    ),
+    Cause(
+        "no environment",
+        (
+            r"slurm_script: line \d+: .*: (No such file or directory|Permission denied|cannot execute)",
+            r"exec: .*: (not found|cannot execute)",
+            r"ModuleNotFoundError: No module named",
+        ),
+        "Python or one of its packages is missing",
+        "set python and setup in the cluster profile, or check the image: amlaunch image check IMAGE",
+    ),
+    Cause(
+        "broken GPU",
+        (
+            r"uncorrectable ECC",
+            r"ECC error",
+            r"\bXid\b",
+            r"GPU has fallen off the bus",
+            r"unspecified launch failure",
+            r"CUDA error: (unknown|hardware|an illegal instruction)",
+            r"no CUDA-capable device",
+        ),
+        "the GPU or its driver failed",
+        restart=True,
+        avoid_host=True,
+    ),
+    Cause(
+        "network",
+        (
+            r"ncclSystemError",
+            r"ncclRemoteError",
+            r"ncclInternalError",
+            r"NCCL (error|WARN.*failed)",
+            r"Watchdog caught collective operation timeout",
+            r"Connection (closed|reset) by peer",
+            r"Connection refused",
+            r"Socket closed",
+            r"recvValue failed",
+            r"Broken pipe",
+            r"No route to host",
+            r"Network is unreachable",
+        ),
+        "ranks lost their connection to each other",
+        restart=True,
+        avoid_host=True,
+    ),
+    Cause(
+        "node",
+        (r"Stale file handle", r"Input/output error", r"Transport endpoint is not connected", r"Bus error"),
+        "the node or its file system failed",
+        restart=True,
+        avoid_host=True,
+    ),
+)
+"""Searched in this order, because a full disk breaks connections, too."""
 
 
 def cause_of(text: str) -> Cause | None:
-    """The first cause whose words are in ``text``."""
-    return next((cause for cause in CAUSES if re.search(cause.pattern, text, re.IGNORECASE)), None)
+    """Return the first cause that matches ``text``."""
+    for cause in CAUSES:
+        if re.search("|".join(cause.patterns), text, re.IGNORECASE):
+            return cause
+    return None
+
+
+def cause_with(kind: str) -> Cause | None:
+    """Return the cause of this kind; None if there is none."""
+    return next((cause for cause in CAUSES if cause.kind == kind), None)
+
+
+def resume_options_for(kind: str, stage: str) -> str:
+    """Return the options of ``amlaunch resume`` that remedy a kind of failure; empty if there are none."""
+    cause = cause_with(kind)
+    return cause.resume_options.replace("{stage}", stage) if cause else ""
 
 
 def tail_of(log: Path) -> str:
-    """The last part of a log; empty where there is none."""
+    """Return the last part of a log; empty if there is no such file."""
     try:
         with open(log, "rb") as handle:
             handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL_BYTES))
             return handle.read().decode(errors="replace")
     except OSError:
         return ""
-
-
-def nodes_to_avoid(lines: Iterable[Mapping[str, Any]], now: float | None = None) -> list[str]:
-    """The nodes where an element failed for the node's own sake within :data:`AVOID_SECONDS`, from ``attempts.jsonl``."""
-    oldest = (time.time() if now is None else now) - AVOID_SECONDS
-    bad = [
-        line for line in lines if line.get("event") == "end" and line.get("elsewhere") and line.get("time", 0) > oldest
-    ]
-    return sorted({str(line["host"]) for line in bad if line.get("host")})

@@ -1,8 +1,7 @@
-"""Run directories: find one, list them, read a plan."""
+"""Find run directories, list them, and read their plans."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,85 +14,87 @@ from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.version import VERSION
 
 
-def runs_root(given: str | None = None, site: str | None = None) -> Path:
-    """``--runs``, else ``AMLAUNCH_RUNS``, else the ``runs`` of a cluster's profile, else ``./runs``; absolute."""
-    return Path(given or os.environ.get("AMLAUNCH_RUNS") or site or "runs").expanduser().absolute()
+def runs_root(option: str | None = None, profile_runs: str | None = None) -> Path:
+    """Return the absolute folder of new runs: ``--runs``, else ``AMLAUNCH_RUNS``, else the profile's, else ``./runs``."""
+    return Path(option or os.environ.get("AMLAUNCH_RUNS") or profile_runs or "runs").expanduser().absolute()
 
 
-def roots(given: str | None = None) -> list[Path]:
-    """Where to look for runs: :func:`runs_root`, and where the profiles of clusters put theirs."""
-    if given:
-        return [runs_root(given)]
+def roots(option: str | None = None) -> list[Path]:
+    """Return the folders in which to look for runs: :func:`runs_root`, and those of all cluster profiles."""
+    if option:
+        return [runs_root(option)]
     return list(dict.fromkeys([runs_root(), *(Path(folder).expanduser().absolute() for folder in _profile_roots())]))
 
 
 def _profile_roots() -> list[str]:
     files = profile_files()
     if not files:
-        return []  # and nothing that reads YAML is loaded
+        return []  # without loading what reads YAML
     from amlaunch.launcher.specs.cluster_profile import check_profile
     from amlaunch.recipes.format.yaml_reader import read_file
 
-    found = []
+    folders = []
     for path in files:
         try:
             tree, _ = read_file(path)
-            found += [check_profile(profile or {}, {}).runs for profile in tree.values()]
+            folders += [check_profile(profile or {}, {}).runs for profile in tree.values()]
         except (BadInput, AttributeError):
-            continue  # whoever uses that profile is told what is wrong with it
-    return [folder for folder in found if folder]
+            continue  # reported to whoever uses that profile
+    return [folder for folder in folders if folder]
 
 
-def run_dir_of(options: argparse.Namespace, plan: Plan) -> RunDir:
-    """The run directory of a plan that was just made."""
-    return RunDir(runs_root(options.runs) / plan.run_id, Path(plan.shared) if plan.shared else None)
-
-
-def list_runs(*places: Path) -> list[RunDir]:
-    """All runs below ``places``, newest first."""
-    found: list[RunDir] = []
-    for root in places:
+def list_runs(*folders: Path) -> list[RunDir]:
+    """Return all runs below ``folders``, the newest first."""
+    runs: list[RunDir] = []
+    for folder in folders:
         try:
-            found += [RunDir(path) for path in root.iterdir() if _is_run(path)]
+            runs += [RunDir(path) for path in folder.iterdir() if _is_run(path)]
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-    return sorted(found, key=lambda run: run.plan.stat().st_mtime, reverse=True)
+    return sorted(runs, key=lambda run: run.plan.stat().st_mtime, reverse=True)
 
 
 def _is_run(path: Path) -> bool:
     try:
         return (path / "plan.json").is_file()
-    except PermissionError:  # of a colleague who keeps it to himself; it hides none of the others
+    except PermissionError:  # a colleague's private run must not hide the others
         return False
 
 
-def find_run(places: Iterable[Path], name: str) -> RunDir:
-    """A run by its id, the start of one, its recipe's name (the newest), or its path. BadInput with the nearest."""
-    if not name.strip():  # an unset variable of a shell, which would stand for any run
+def find_run(folders: Iterable[Path], name: str) -> RunDir:
+    """Find a run by its ID, the start of its ID, its recipe's name (the newest), or its path.
+
+    Raises BadInput with the nearest name.
+    """
+    if not name.strip():  # an unset shell variable would match any run
         raise BadInput("the name of the run is empty")
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())
-    places = list(places)
-    runs = list_runs(*places)
-    exact = [run for run in runs if run.root.name == name or run.root.name.rpartition("-")[0] == name]
-    starts = exact or [run for run in runs if run.root.name.startswith(name)]
-    if not starts:
-        hint = (
-            did_you_mean(name, [run.root.name for run in runs])
-            if runs
-            else "there are none yet: amlaunch local or submit starts one"
-        )
-        raise BadInput(f"no run {name!r} in {', '.join(map(str, places))}; {hint}")
-    names = {run.root.name.rpartition("-")[0] for run in starts}
-    if len(names) > 1:
-        raise BadInput(f"{name!r} fits several runs: {', '.join(run.root.name for run in starts)}")
-    return starts[0]
+    folders = list(folders)
+    runs = list_runs(*folders)
+    matches = [run for run in runs if name in (run.root.name, _recipe_name(run))]
+    matches = matches or [run for run in runs if run.root.name.startswith(name)]
+    if not matches:
+        hint = "start one: amlaunch local or submit"
+        if runs:
+            hint = did_you_mean(name, [run.root.name for run in runs])
+        raise BadInput(f"no run {name!r} in {', '.join(map(str, folders))}; {hint}")
+    if len({_recipe_name(run) for run in matches}) > 1:
+        raise BadInput(f"{name!r} matches several runs: {', '.join(run.root.name for run in matches)}")
+    return matches[0]
+
+
+def _recipe_name(run: RunDir) -> str:
+    return run.root.name.rpartition("-")[0]
 
 
 def read_plan(run: RunDir) -> Plan:
-    """The plan stored in a run directory. BadInput where it is damaged."""
+    """Read the plan of a run. Raises BadInput if it is damaged."""
     try:
         return Plan.from_json(read_json(run.plan) or {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{run.plan}: not a plan that amlaunch {VERSION} can read ({error})") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f"{run.plan}: amlaunch {VERSION} cannot read this plan ({error!r}); start the run again with the command "
+            f"in {run.provenance}"
+        ) from None

@@ -1,4 +1,4 @@
-"""The code that a run executes: a copy taken when it is started, whatever is edited later."""
+"""Copy the code that a run executes, so that later edits do not affect the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,53 +19,75 @@ if TYPE_CHECKING:  # only a run in an image needs it
     from amlaunch.launcher.runs.packages import Inside
 
 PARTS = ("recipes", "containers", "preprocess", "trainer", "launcher")
-EXTRA = Path("packages")
-"""Where a snapshot has what its image lacks; amlaunch/__init__.py puts it at the end of ``sys.path``."""
+PACKAGES_FOLDER = Path("packages")
+"""Folder of a snapshot for packages that the image lacks; ``amlaunch/__init__.py`` adds it to the end of ``sys.path``."""
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "env", "runs", "data", "checkpoints"}
+"""Names of folders that are not copied."""
 MAX_FILES = 500
 MAX_BYTES = 20_000_000
+MAX_LISTED_FILES = 3
+GIT_SECONDS = 60
 
 
 def package_root() -> Path:
-    """Return the folder that holds the package ``amlaunch``: what a process has on its path."""
+    """Return the folder that contains the package ``amlaunch``: the entry of ``sys.path``."""
     return Path(amlaunch.__file__).absolute().parents[1]
 
 
 def checkout() -> Path:
-    """Return the root of the repository, if amlaunch runs from one: the parts of the package are links to its folders."""
+    """Return the root of the repository if amlaunch runs from one: the parts of the package are links to its folders."""
     return Path(__file__).resolve().parents[2]
 
 
 def take_snapshot(target: Path, recipe_folder: Path | None, inside: Inside | None = None) -> None:
-    """Copy our packages to ``target``, the code beside the recipe (``recipe_folder``) to ``target/recipe``, and what an
-    image lacks (``inside``) to ``target/packages``.
+    """Copy the package to ``target``, the recipe's folder to ``target/recipe``, and ``inside`` to ``target/packages``.
 
-    Appears whole (built aside, then renamed); a snapshot that is the same already stays as it is.
-    Raises BadInput where the recipe's folder holds too much to be its code.
+    ``inside``: the packages that an image lacks. The snapshot appears atomically; an identical one is left as it is.
+    Raises BadInput if the recipe's folder holds too much to be its code.
     """
     files = {source.relative_to(package_root()): source for source in _package_files()}
     if recipe_folder is not None:
         files |= {Path("recipe") / source.relative_to(recipe_folder): source for source in _user_files(recipe_folder)}
     record = ""
     if inside is not None:
-        files |= {EXTRA / name: source for name, source in inside.files().items()}
+        files |= {PACKAGES_FOLDER / name: source for name, source in inside.files().items()}
         record = json.dumps(inside.record(), indent=2) + "\n"
     digest = _digest(files, record)
     mark = target / ".digest"
     if mark.is_file() and mark.read_text() == digest:
         return
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    _copy(files, new)
+    if record:
+        (new / PACKAGES_FOLDER).mkdir(exist_ok=True)
+        (new / PACKAGES_FOLDER / PACKAGES_FILE).write_text(record)
+    (new / ".digest").write_text(digest)
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)
+
+
+def upgrade_snapshot(code: Path) -> bool:
+    """Add the package to a snapshot from before amlaunch was one package; return True if that was necessary.
+
+    Such a snapshot has ``launcher/``, ``trainer/`` etc. at its top. They stay for jobs that are still queued.
+    """
+    package = code / "amlaunch"
+    if not code.is_dir() or package.exists():
+        return False
+    new = code / f".amlaunch.{os.getpid()}"
+    shutil.rmtree(new, ignore_errors=True)
+    _copy({source.relative_to(package_root() / "amlaunch"): source for source in _package_files()}, new)
+    new.rename(package)
+    return True
+
+
+def _copy(files: Mapping[Path, Path], target: Path) -> None:
     for name, source in files.items():
-        copy = aside / name
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
-    if record:
-        (aside / EXTRA).mkdir(exist_ok=True)
-        (aside / EXTRA / PACKAGES_FILE).write_text(record)
-    (aside / ".digest").write_text(digest)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
 
 
 def _package_files() -> Iterable[Path]:
@@ -78,42 +100,44 @@ def _package_files() -> Iterable[Path]:
 
 
 def _user_files(folder: Path) -> list[Path]:
-    """The code beside a recipe: of a git checkout every file that is not ignored (uncommitted and untracked ones
-    included), else the Python files.
+    """Return the code beside a recipe: in a git checkout all files that are not ignored, otherwise the Python files.
 
-    Raises BadInput where that is more than the code of a recipe can be.
+    Uncommitted and untracked files count. Raises BadInput if that is more than the code of a recipe can be.
     """
-    found = _of_git(folder)
-    found = list(_python_files(folder)) if found is None else found
-    sizes = {path: path.stat().st_size for path in found}
-    if len(found) > MAX_FILES or sum(sizes.values()) > MAX_BYTES:
-        largest = ", ".join(
-            f"{path.relative_to(folder)} ({sizes[path] / 1e6:.1f} MB)"
-            for path in sorted(found, key=lambda path: -sizes[path])[:3]
-        )
-        raise BadInput(
-            f"{folder} holds {len(found)} files of {sum(sizes.values()) / 1e6:.0f} MB, too much to copy for each run (at most {MAX_FILES} and "
-            f"{MAX_BYTES // 10**6} MB); put the recipe and the files it names into a folder of their own, or have git ignore the rest. The largest: {largest}"
-        )
-    return found
+    files = _git_files(folder)
+    if files is None:
+        files = list(_python_files(folder))
+    sizes = {path: path.stat().st_size for path in files}
+    if len(files) <= MAX_FILES and sum(sizes.values()) <= MAX_BYTES:
+        return files
+    largest = sorted(files, key=lambda path: -sizes[path])[:MAX_LISTED_FILES]
+    shown = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 1e6:.1f} MB)" for path in largest)
+    raise BadInput(
+        f"{folder} holds {len(files)} files of {sum(sizes.values()) / 1e6:.0f} MB, too much to copy for each run "
+        f"(limit: {MAX_FILES} files and {MAX_BYTES // 10**6} MB); move the recipe and the files that it names into "
+        f"their own folder, or let git ignore the rest. The largest: {shown}"
+    )
 
 
-def _of_git(folder: Path) -> list[Path] | None:
-    """What git would not ignore below ``folder``; None where it is no checkout, or there is no git."""
-    tracked, untracked = _listed(folder, "--cached"), _listed(folder, "--others", "--exclude-standard")
+def _git_files(folder: Path) -> list[Path] | None:
+    """Return the files below ``folder`` that git does not ignore; None without git, or if it is no checkout."""
+    tracked, untracked = _git_list(folder, "--cached"), _git_list(folder, "--others", "--exclude-standard")
     if tracked is None or untracked is None:
         return None
-    new = [name for name in untracked if not SKIPPED & set(name.split("/"))]  # such as our own ./runs
-    paths = (folder / name for name in [*tracked, *new])
-    return sorted({path for path in paths if path.is_file() and not path.is_symlink()})  # deleted ones are listed, too
+    untracked_code = [name for name in untracked if not SKIPPED & set(name.split("/"))]  # without our own ./runs
+    paths = (folder / name for name in [*tracked, *untracked_code])
+    return sorted({path for path in paths if path.is_file() and not path.is_symlink()})  # git lists deleted files, too
 
 
-def _listed(folder: Path, *options: str) -> list[str] | None:
+def _git_list(folder: Path, *options: str) -> list[str] | None:
+    command = ["git", "-C", str(folder), "ls-files", "-z", *options]
     try:
-        found = subprocess.run(["git", "-C", str(folder), "ls-files", "-z", *options], capture_output=True, timeout=60)
+        process = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if found.returncode else [os.fsdecode(name) for name in found.stdout.split(b"\0") if name]
+    if process.returncode:
+        return None
+    return [os.fsdecode(name) for name in process.stdout.split(b"\0") if name]
 
 
 def _python_files(folder: Path) -> Iterable[Path]:
@@ -124,11 +148,11 @@ def _python_files(folder: Path) -> Iterable[Path]:
             if name.endswith(".py"):
                 yield Path(root) / name
                 count += 1
-        if count > MAX_FILES:  # somebody's home: it is said before all of it is read
+        if count > MAX_FILES:  # somebody's home: report that before all of it is read
             return
 
 
-def _digest(files: dict[Path, Path], record: str) -> str:
+def _digest(files: Mapping[Path, Path], record: str) -> str:
     digest = hashlib.sha256(record.encode())
     for name in sorted(files):
         content = files[name].read_bytes()

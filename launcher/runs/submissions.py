@@ -1,4 +1,4 @@
-"""What was submitted: one folder for each array, written before sbatch is asked and completed when it has answered."""
+"""The record of submissions: one folder for each array, written before sbatch is called and completed by its answer."""
 
 from __future__ import annotations
 
@@ -16,85 +16,82 @@ from amlaunch.recipes.run_layout import RunDir
 
 @dataclass(frozen=True)
 class Submission:
-    """One array: which elements of which stage, for which run, and the job's number."""
+    """One submitted array of a stage."""
 
     folder: Path
     stage: str
     elements: tuple[str, ...]
     """By their index in the array."""
     run: str
-    """The run directory that it was submitted for; runs that share its shards see it, too."""
+    """The run directory that submitted it; runs that share its shards see it, too."""
     cluster: str
+    """The name of the cluster profile."""
     token: str
     time: float
     after: tuple[str, ...] = ()
-    """What Slurm was told to wait for: ``afterok:11:12``, ``afterany:7``."""
+    """Clauses of sbatch's ``--dependency``: ``afterok:11:12``, ``afterany:7``."""
     job: str | None = None
-    """Slurm's number of the array; None: sbatch has not answered (yet)."""
+    """Slurm job ID of the array; None: sbatch has not answered."""
     abandoned: bool = False
-    """Slurm did not know of it when somebody looked: a job that comes up late finds another one in its place, and leaves."""
+    """Slurm did not know the job when a later submit looked for it. If it appears after all, it exits at once."""
     needs: dict[str, Any] = field(default_factory=dict)
-    """What its jobs were given: the run's plan may be another one by the time that they start."""
+    """The resources of its jobs: the run's plan may have changed by the time they start."""
     profile: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     container: dict[str, Any] | None = None
-    """In what its jobs run; None: without a container."""
     inputs: tuple[str, ...] = ()
-    """Stages of which Slurm only waits for the end (``afterany``): the job looks itself whether they are done."""
+    """Stages for whose end alone Slurm waits (``afterany``): the job itself checks that they are done."""
     slurm: str = ""
-    """The ClusterName of the Slurm that has it; on another cluster its number is somebody else's."""
+    """The ClusterName of the Slurm that has the job; on another cluster its ID is another job."""
 
     def task(self, index: int) -> str:
-        """Slurm's name of one element's job."""
+        """Return the Slurm job ID of one element."""
         return f"{self.job}_{index}"
 
     def tasks(self) -> dict[str, str]:
-        """``{element: job}``."""
+        """Return the Slurm job IDs by element."""
         return {element: self.task(index) for index, element in enumerate(self.elements)}
 
     @property
     def file(self) -> Path:
-        """Where it is written."""
+        """The file of this record."""
         return self.folder / "submission.json"
 
     def write(self) -> None:
-        """Make it durable."""
+        """Write the record, atomically."""
         value = dataclasses.asdict(self)
         del value["folder"]
         write_json(self.file, value)
 
     def log(self, index: int) -> Path:
-        """What the job itself wrote: what happened before, around and after the driver."""
+        """Return the output of the job itself: what happened before, around and after the driver."""
         return self.folder / f"{self.job}_{index}.log"
 
 
 def read_submission(folder: Path) -> Submission:
-    """The submission in ``folder``. Raises ValueError where it is damaged or missing."""
+    """Read the submission in ``folder``. Raises ValueError if it is damaged or missing."""
     value = read_object(folder / "submission.json")
     try:
-        listed = {name: tuple(value.get(name, ())) for name in ("elements", "after", "inputs")}
-        return Submission(folder, **{**value, **listed})
+        tuples = {name: tuple(value.get(name, ())) for name in ("elements", "after", "inputs")}
+        return Submission(folder, **{**value, **tuples})
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{folder}: not a submission that this amlaunch can read (damaged, or of another version)"
-        ) from None
+        raise ValueError(f"{folder}: the submission is damaged, or from another version of amlaunch") from None
 
 
 def read_submissions(jobs: Path, *, strict: bool = False) -> list[Submission]:
-    """All submissions below a ``jobs`` folder, oldest first, without abandoned ones.
+    """Read all submissions below a ``jobs`` folder, the oldest first, without abandoned ones.
 
-    Damaged ones are left out; with ``strict`` they are a BadInput, for whoever would submit their work again.
+    Damaged ones are left out; with ``strict`` they raise BadInput, because their work would be submitted again.
     """
-    found = []
-    for path in sorted(
-        jobs.glob("[0-9]*-*/submission.json"), key=lambda path: _number(path.parent)
-    ):  # not by clocks, which differ
+    submissions = []
+    # Sorted by number, not by time: clocks of different hosts differ.
+    for path in sorted(jobs.glob("[0-9]*-*/submission.json"), key=lambda path: _number(path.parent)):
         try:
-            found.append(read_submission(path.parent))
+            submissions.append(read_submission(path.parent))
         except ValueError as error:
             if strict:
-                raise BadInput(f"{error}; if its jobs are over, remove {path.parent}") from None
-    return [submission for submission in found if not submission.abandoned]
+                raise BadInput(f"{error}; once its jobs have ended, delete {path.parent}") from None
+    return [submission for submission in submissions if not submission.abandoned]
 
 
 def _number(folder: Path) -> int:
@@ -103,27 +100,28 @@ def _number(folder: Path) -> int:
 
 
 def submissions_of(run: RunDir, plan: Plan, *, strict: bool = False) -> dict[str, list[Submission]]:
-    """``{stage: its submissions, oldest first}``, wherever the stage keeps them."""
-    found: dict[str, list[Submission]] = {stage.name: [] for stage in plan.stages}
+    """Return the submissions of each stage, the oldest first, including those of shared stages."""
+    by_stage: dict[str, list[Submission]] = {stage.name: [] for stage in plan.stages}
     for home in dict.fromkeys(run.stage_home(stage.name) for stage in plan.stages):
         for submission in read_submissions(RunDir(home).jobs, strict=strict):
-            if submission.stage in found and run.stage_home(submission.stage) == home:
-                found[submission.stage].append(submission)
-    return found
+            if submission.stage in by_stage and run.stage_home(submission.stage) == home:
+                by_stage[submission.stage].append(submission)
+    return by_stage
 
 
 def newest_jobs(submissions: Iterable[Submission]) -> dict[str, tuple[Submission, int]]:
-    """``{element: (its newest submission, its index there)}``; later ones replace earlier ones."""
+    """Return each element's newest submission and its index there; ``submissions``: the oldest first."""
     return {
         element: (submission, index) for submission in submissions for index, element in enumerate(submission.elements)
     }
 
 
-def next_folder(jobs: Path, stage: str, taken: int = 0) -> Path:
-    """The folder of the next submission below ``jobs``; ``taken``: so many more are already promised."""
-    return jobs / f"{max(map(_number, jobs.glob('[0-9]*-*')), default=0) + 1 + taken:03}-{stage}"
+def next_folder(jobs: Path, stage: str, reserved: int = 0) -> Path:
+    """Return the folder of the next submission below ``jobs``, after ``reserved`` folders that are still to be made."""
+    newest = max(map(_number, jobs.glob("[0-9]*-*")), default=0)
+    return jobs / f"{newest + 1 + reserved:03}-{stage}"
 
 
 def token_of(folder: Path) -> str:
-    """What finds the job of this submission among all jobs of the user."""
+    """Return the job comment that identifies this submission among all jobs of the user."""
     return f"amlaunch:{folder.name}:{fingerprint(str(folder.absolute()))}"

@@ -1,4 +1,4 @@
-"""What Slurm says of the user's jobs: one squeue and at most one sacct for everything, shared by all calls for ten seconds."""
+"""Slurm's view of the user's jobs: one squeue and at most one sacct for everything, shared by all calls for ten seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,112 +16,121 @@ from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.client import JobInfo
 from amlaunch.recipes.files import Lock, fingerprint, read_object, write_json
 
-MAX_AGE = 10.0
-"""Seconds that an answer is good for."""
+MAX_AGE_SECONDS = 10.0
+"""An answer is reused for this long."""
 KEPT_SECONDS = 3600.0
-CHANGED = "changed"
-"""A file whose time says when this user last changed something."""
+CHANGED_FILE = "changed"
+"""A file whose modification time says when this user last submitted or cancelled something."""
+
+Jobs = dict[str, JobInfo]
 
 
 class Queue:
     """A view of the queue, no older than ``max_age`` seconds; nothing is asked before it is needed.
 
-    Several processes share it through a file, so that ten terminals with
-    ``amlaunch status`` are one squeue.
+    Several processes share it through a file, so that ten terminals with ``amlaunch status`` cause one squeue.
     """
 
-    def __init__(self, max_age: float = MAX_AGE, cache: Path | None = None):
+    def __init__(self, max_age: float = MAX_AGE_SECONDS, cache: Path | None = None):
         self.max_age = max_age
         self.file = cache or cache_file()
         self.problems: list[str] = []
-        """What did not answer, and what it said."""
+        """Messages of the commands that failed or did not answer."""
         self.time = 0.0
-        """When the answer that :attr:`jobs` gives was asked for."""
-        self._jobs: dict[str, JobInfo] | None = None
-        self._asked = False
-        self._past: dict[str, JobInfo] = {}
+        """The time at which the answer in :attr:`jobs` was requested."""
+        self._jobs: Jobs | None = None
+        self._has_asked = False
+        self._past: Jobs = {}
         self._past_asked: set[str] = set()
         self._cluster: str | None = None
 
     @property
-    def jobs(self) -> dict[str, JobInfo] | None:
-        """All jobs that Slurm still knows, by id; None where squeue does not answer."""
-        if not self._asked:
-            self._asked = True
+    def jobs(self) -> Jobs | None:
+        """All jobs that Slurm still knows, by ID; None if squeue does not answer."""
+        if not self._has_asked:
+            self._has_asked = True
             self._jobs = self._shared("squeue", "", client.squeue)
         return self._jobs
 
     def is_elsewhere(self, cluster: str) -> bool:
-        """Whether jobs of a cluster by this name are not those that :attr:`jobs` speaks of. A silent Slurm is not another one."""
+        """Return True if :attr:`jobs` belong to another cluster than ``cluster``; False if Slurm does not answer."""
         if self._cluster is None and cluster:
-            self._cluster = self._name()
+            self._cluster = self._cluster_name()
         return bool(cluster and self._cluster and cluster != self._cluster)
 
-    def _name(self) -> str:
-        """What the cluster that is asked is called; it is kept for an hour. Empty where Slurm does not answer."""
-        kept = self.file.with_name("name.json")
-        old = read_object(kept)
-        if 0 <= time.time() - old.get("time", 0.0) < KEPT_SECONDS and isinstance(old.get("name"), str):
-            return str(old["name"])
+    def _cluster_name(self) -> str:
+        """Return the name of the current cluster, cached for an hour; empty if Slurm does not answer."""
+        cache = self.file.with_name("name.json")
+        cached = read_object(cache)
+        if 0 <= time.time() - cached.get("time", 0.0) < KEPT_SECONDS and isinstance(cached.get("name"), str):
+            return str(cached["name"])
+        if self.jobs is None:  # do not wait twice for a Slurm that does not answer
+            return ""
         try:
-            name = client.cluster_name() if self.jobs is not None else ""  # whoever is silent is not waited for twice
+            name = client.cluster_name()
         except SlurmError:
             return ""
         if name:
             with suppress(OSError):
-                write_json(kept, {"time": time.time(), "name": name}, durable=False)
+                write_json(cache, {"time": time.time(), "name": name}, durable=False)
         return name
 
     def ask_past(self, arrays: Iterable[str]) -> None:
-        """One sacct for all ``arrays`` that have not been asked for yet."""
+        """Ask accounting about the arrays that it has not been asked about yet, with one sacct."""
         wanted = sorted(set(arrays) - self._past_asked)
         if wanted:
             self._past_asked.update(wanted)
             self._past.update(self._shared("sacct", ",".join(wanted), lambda: client.sacct(wanted)) or {})
 
     def past(self, job: str) -> JobInfo | None:
-        """What accounting said of a job (see :meth:`ask_past`)."""
+        """Return accounting's record of a job (see :meth:`ask_past`)."""
         return self._past.get(job)
 
     def job(self, job: str) -> JobInfo | None:
-        """What is known of a job, from the queue or else from accounting."""
+        """Return what the queue, or else accounting, knows of a job."""
         return (self.jobs or {}).get(job) or self.past(job)
 
-    def _shared(self, name: str, question: str, ask: Any) -> dict[str, JobInfo] | None:
-        """The answer of another call that is still fresh, else a new one, kept for others."""
-        lock = Lock(self.file.with_name(f"{name}.lock"))
-        kept = self.file.with_name(f"{name}-{fingerprint(question)}.json")
+    def _shared(self, command: str, question: str, ask: Callable[[], Jobs]) -> Jobs | None:
+        """Return another call's answer if it is still fresh, or else a new one, which is kept for others."""
+        lock = Lock(self.file.with_name(f"{command}.lock"))
+        cache = self.file.with_name(f"{command}-{fingerprint(question)}.json")
         try:
-            lock.acquire(wait=True)  # who comes meanwhile gets our answer
-        except OSError:
-            return self._asking(ask)[0]  # no home to keep anything in
+            lock.acquire(wait=True)  # whoever waits for the lock gets our answer
+        except OSError:  # no home to keep anything in
+            return self._ask(ask)[0]
         try:
-            old = read_object(kept)
-            if old.get("question") == question and self._is_fresh(old.get("time", 0.0)):
-                answer, problem = old.get("jobs"), old.get("problem")
-                self.problems += [problem] if problem else []
-                self.time = max(self.time, old["time"])
-                return None if answer is None else {row[0]: JobInfo(*row) for row in answer}
-            asked = self.time = time.time()  # what happens while Slurm answers may not be in the answer
-            jobs, problem = self._asking(ask)
+            cached = read_object(cache)
+            if cached.get("question") == question and self._is_fresh(cached.get("time", 0.0)):
+                return self._cached_jobs(cached)
+            # Taken before the call: what happens while Slurm answers may not be in the answer.
+            self.time = time.time()
+            jobs, problem = self._ask(ask)
             rows = None if jobs is None else [dataclasses.astuple(job) for job in jobs.values()]
-            write_json(kept, {"time": asked, "question": question, "problem": problem, "jobs": rows}, durable=False)
-            _drop_old(kept.parent)
+            record = {"time": self.time, "question": question, "problem": problem, "jobs": rows}
+            write_json(cache, record, durable=False)
+            _delete_old(cache.parent)
             return jobs
         except OSError:
-            return self._asking(ask)[0]
+            return self._ask(ask)[0]
         finally:
             lock.release()
 
+    def _cached_jobs(self, cached: dict[str, Any]) -> Jobs | None:
+        if cached.get("problem"):
+            self.problems.append(cached["problem"])
+        self.time = max(self.time, cached["time"])
+        rows = cached.get("jobs")
+        return None if rows is None else {row[0]: JobInfo(*row) for row in rows}
+
     def _is_fresh(self, asked: float) -> bool:
-        """Whether an answer is young enough, and was asked for after the last change that we made ourselves."""
+        """Return True if an answer is young enough, and was requested after this user's last change."""
         try:
-            changed = self.file.with_name(CHANGED).stat().st_mtime
+            changed = self.file.with_name(CHANGED_FILE).stat().st_mtime
         except OSError:
             changed = 0.0
         return 0 <= time.time() - asked < self.max_age and asked > changed
 
-    def _asking(self, ask: Any) -> tuple[dict[str, JobInfo] | None, str]:
+    def _ask(self, ask: Callable[[], Jobs]) -> tuple[Jobs | None, str]:
         try:
             return ask(), ""
         except SlurmError as error:
@@ -130,26 +139,22 @@ class Queue:
 
 
 def cache_file() -> Path:
-    """Where answers are kept: by user, and by the cluster that is asked; machines of several clusters may share one home."""
+    """Return where answers are cached, by user and cluster; machines of several clusters may share one home."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (
-        root
-        / "amlaunch"
-        / f"cluster-{fingerprint([client.configured_name() or platform.node(), *(os.environ.get(name) for name in client.KEPT_VARIABLES)])}"
-        / "queue"
-    )
+    cluster = [client.configured_name() or platform.node(), *map(os.environ.get, client.KEPT_VARIABLES)]
+    return root / "amlaunch" / f"cluster-{fingerprint(cluster)}" / "queue"
 
 
-def _drop_old(folder: Path) -> None:
-    """Answers to questions that nobody asks any more."""
+def _delete_old(folder: Path) -> None:
+    """Delete answers to questions that nobody asks any more."""
     for path in folder.glob("s*-*.json"):
         if time.time() - path.stat().st_mtime > KEPT_SECONDS:
             path.unlink(missing_ok=True)
 
 
-def forget() -> None:
-    """Have the next question asked anew, also one that another process is asking just now: something was submitted or cancelled."""
-    changed = cache_file().with_name(CHANGED)
+def invalidate_cache() -> None:
+    """Discard cached answers, and answers being fetched by other processes: something was submitted or cancelled."""
+    changed = cache_file().with_name(CHANGED_FILE)
     with suppress(OSError):
         changed.parent.mkdir(parents=True, exist_ok=True)
         changed.touch()

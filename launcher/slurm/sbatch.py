@@ -1,9 +1,8 @@
-"""From one array of a stage to the script that Slurm runs, and its submission: both through submitit.
+"""Render the batch script of one array of a stage, and submit it; both through submitit.
 
-submitit renders the ``#SBATCH`` lines and hands the script to sbatch. What the
-script starts is our driver (:mod:`amlaunch.launcher.execution.slurm_job`), not a pickle: that is renamed
-only after sbatch has answered, and a job whose submitter was killed in between
-would wait for it in vain.
+submitit renders the ``#SBATCH`` lines and hands the script to sbatch. The script starts our driver
+(:mod:`amlaunch.launcher.execution.slurm_job`) and not a pickle: submitit renames its pickle only after sbatch has
+answered, and a job whose submitter was killed in between would wait for it in vain.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled
 from amlaunch.launcher.slurm.client import call, clean_environment, compress_ranges
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
@@ -40,13 +39,13 @@ class Array:
     stage: Stage
     elements: tuple[str, ...]
     folder: Path
-    """Its own folder in the run directory: the script, what was submitted, the jobs' own output."""
+    """The array's folder in the run directory: the script, the submission, and the jobs' own output."""
     token: str
-    """In the job's comment: finds it again when sbatch did not say its number."""
+    """The job's comment, which finds the job if sbatch did not return its ID."""
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
-    """submitit's executor for a script that is already written, with sbatch options that only its submission knows."""
+    """submitit's executor for a complete script, with additional options for sbatch."""
 
     def __init__(self, folder: Path, options: Sequence[str]):
         super().__init__(folder)
@@ -60,54 +59,53 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
 
 def script(array: Array, profile: ClusterProfile, run_root: Path, code: Path, run_id: str) -> str:
-    """The batch script of an array, complete. Raises BadInput for paths that Slurm cannot take, SlurmError where Slurm is not."""
+    """Return the complete batch script of an array.
+
+    Raises BadInput for paths that Slurm cannot take, and SlurmNotInstalled on a machine without Slurm.
+    """
     if "\n" in f"{run_root}{array.folder}":
-        raise BadInput(
-            f"{run_root!r}: a path with a line break cannot be given to sbatch; --runs DIR puts runs elsewhere"
-        )
-    parameters = _parameters(array, profile, run_id)
+        raise BadInput(f"{str(run_root)!r}: sbatch does not accept a path with a line break; use another: --runs DIR")
     try:
         renderer = submitit.SlurmExecutor(array.folder.parent)
     except RuntimeError:  # it looks for srun
-        raise SlurmError("srun", "not found: is this a machine of the cluster?") from None
-    renderer.update_parameters(**parameters)
+        raise SlurmNotInstalled("srun") from None
+    renderer.update_parameters(**_parameters(array, profile, run_id))
     python = os.path.expanduser(profile.python) if profile.python else sys.executable
-    command = [
-        *python_command("amlaunch.launcher.execution.slurm_job", python, any_version=profile.python is not None),
-        str(run_root),
-        str(array.folder),
-    ]
-    return renderer._make_submission_file_text(_command(command, code), "")
+    driver = python_command("amlaunch.launcher.execution.slurm_job", python, any_version=profile.python is not None)
+    return renderer._make_submission_file_text(_command([*driver, str(run_root), str(array.folder)], code), "")
 
 
 def _command(command: Sequence[str], code: Path) -> str:
-    """``exec``: the driver becomes the batch shell itself, which is who Slurm sends the warning of the time limit to."""
+    """Return the script's last lines. ``exec``: Slurm sends its warning of the time limit to the batch shell alone."""
     path = shlex.quote(str(code))
     return f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}\nexec {shlex.join(command)}"
 
 
 def _parameters(array: Array, profile: ClusterProfile, run_id: str) -> dict[str, Any]:
-    """What submitit's ``update_parameters`` takes; what it has no name for goes through ``additional_parameters``."""
-    own = profile.stage(array.stage.name)
+    """Return the arguments of submitit's ``update_parameters``; ``additional_parameters`` takes what it has no name for."""
+    settings = profile.stage(array.stage.name)
     needs = array.stage.needs
-    options = {str(key).replace("_", "-"): value for key, value in own.sbatch.items() if value not in (None, False)}
-    throttle = f"%{own.throttle}" if own.throttle else ""
-    # Where the job starts, and the output: Slurm reads % as a pattern, and %% as one percent sign.
-    more = {
+    options = {
+        str(key).replace("_", "-"): value for key, value in settings.sbatch.items() if value not in (None, False)
+    }
+    throttle = f"%{settings.throttle}" if settings.throttle else ""
+    additional = {
         "array": compress_ranges(range(len(array.elements))) + throttle,
-        "output": f"{_escaped(array.folder)}/%A_%a.log",
+        # Slurm reads % in a path as the start of a pattern, and %% as a percent sign.
+        "output": f"{str(array.folder).replace('%', '%%')}/%A_%a.log",
         "signal": f"B:USR1@{profile.signal_seconds}",
         "requeue": True,
         "kill-on-invalid-dep": "yes",
-        **({} if "gres" in options else _gpus(needs, profile)),
+        **({} if "gres" in options else _gpu_options(needs, profile)),
         **options,
+        **({"mem": needs.mem} if needs.mem else {}),
     }
     return {
         "job_name": f"{run_id}.{array.stage.name}",
         "comment": array.token,
         "partition": array.stage.partition,
-        "account": own.account,
-        "qos": own.qos,
+        "account": settings.account,
+        "qos": settings.qos,
         "time": needs.time_minutes,
         "nodes": needs.nodes,
         "ntasks_per_node": needs.tasks_per_node,
@@ -116,58 +114,52 @@ def _parameters(array: Array, profile: ClusterProfile, run_id: str) -> dict[str,
         "setup": profile.setup or None,
         "use_srun": False,
         "wckey": None,
-        "additional_parameters": {**more, **({"mem": needs.mem} if needs.mem else {})},
+        "additional_parameters": additional,
     }
 
 
-def _escaped(path: Path) -> str:
-    return str(path).replace("%", "%%")
-
-
-def _gpus(needs: Needs, profile: ClusterProfile) -> dict[str, str]:
+def _gpu_options(needs: Needs, profile: ClusterProfile) -> dict[str, str]:
     if not needs.gpus_per_node:
         return {}
-    return {
-        "gpus-per-node": f"{profile.gpu_type}:{needs.gpus_per_node}" if profile.gpu_type else str(needs.gpus_per_node)
-    }
+    count = str(needs.gpus_per_node)
+    return {"gpus-per-node": f"{profile.gpu_type}:{count}" if profile.gpu_type else count}
 
 
 def submit(text: str, options: Sequence[str]) -> str:
-    """Hand a script to sbatch; the job's id. Raises SlurmError with sbatch's words."""
-    with tempfile.TemporaryDirectory() as folder, job_environment(), _quiet():
+    """Submit a script; return the job ID. Raises SlurmError with sbatch's message."""
+    with tempfile.TemporaryDirectory() as folder, job_environment(), _without_stderr():
         executor = ScriptExecutor(Path(folder), options)
         try:
             return str(executor._submit_command(text).job_id)
         except (FailedJobError, FailedSubmissionError, UnicodeDecodeError) as error:
-            raise SlurmError("sbatch", _plain(str(error)) or "ended without a word") from None
+            raise SlurmError("sbatch", _sbatch_message(str(error)) or "failed without a message") from None
 
 
 def test_only(text: str, options: Sequence[str] = ()) -> str:
-    """What sbatch would say to a script: its estimate of when it starts. Raises SlurmError where it would refuse."""
+    """Return sbatch's estimate of a script's start without submitting it. Raises SlurmError if sbatch would refuse it."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
-        env = submission_environment()
-        return call("sbatch", "--test-only", *options, file.name, env=env)
+        return call("sbatch", "--test-only", *options, file.name, env=submission_environment())
 
 
-def _plain(text: str) -> str:
+def _sbatch_message(text: str) -> str:
     lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines)
 
 
 def submission_environment() -> dict[str, str]:
-    """What jobs inherit: this shell, without the job it may run in, and without its secrets.
+    """Return the environment that jobs inherit: this shell's, without an enclosing job's variables and without secrets.
 
-    Slurm keeps a job's environment in its own files and data base, so secrets
-    travel in a file that only the user can read (``RunDir.environment``).
+    Slurm keeps a job's environment in its own files and database, so secrets travel in a file that only the user can
+    read (``RunDir.environment``).
     """
     return {name: value for name, value in clean_environment(os.environ).items() if not is_secret_variable(name)}
 
 
 @contextmanager
 def job_environment() -> Iterator[None]:
-    """:func:`submission_environment` as this process' own, for libraries that start sbatch themselves."""
+    """Use :func:`submission_environment` as this process's own, for libraries that start sbatch themselves."""
     before, during = dict(os.environ), submission_environment()
     os.environ.clear()
     os.environ.update(during)
@@ -179,24 +171,25 @@ def job_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """submitit prints sbatch's errors; they are in what it raises, too."""
+def _without_stderr() -> Iterator[None]:
+    """Suppress sbatch's errors on standard error: submitit prints them and raises them, too."""
     with redirect_stderr(io.StringIO()):
         yield
 
 
 @cache
 def sbatch_options() -> frozenset[str]:
-    """The long names of all options that this site's sbatch knows. Raises SlurmError."""
+    """Return the long names of all options of this site's sbatch. Raises SlurmError."""
     return frozenset(re.findall(r"--([a-z][a-z-]+)", call("sbatch", "--help")))
 
 
 def option_problems(cluster: Cluster) -> Iterator[str]:
-    """What sbatch does not know of a profile's ``sbatch`` sections, with the nearest name. Raises SlurmError."""
+    """Yield an error for each option in a profile's ``sbatch`` sections that sbatch does not have. Raises SlurmError."""
     profile = cluster.profile
     sections: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("sbatch",), profile.sbatch)]
     sections += [(("stages", name, "sbatch"), getattr(profile.stages, name).sbatch) for name in STAGES]
-    for path, given in sections:
-        for key in given:
+    for path, options in sections:
+        for key in options:
             if str(key).replace("_", "-") not in sbatch_options():
-                yield f"{cluster.at((*path, str(key)))}: sbatch has no such option; {did_you_mean(str(key), sbatch_options())}"
+                place, hint = cluster.at((*path, str(key))), did_you_mean(str(key), sbatch_options())
+                yield f"{place}: sbatch has no such option; {hint}"

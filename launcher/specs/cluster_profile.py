@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from amlaunch.launcher.specs.profile_files import FILE, profile_files
 from amlaunch.recipes.errors import BadInput, did_you_mean
-from amlaunch.recipes.format.loader import is_secret_variable, refuse_secrets
 from amlaunch.recipes.format.placeholders import has_placeholder, variables
-from amlaunch.recipes.format.schema import Memory, Minutes, MountSection, Positive
+from amlaunch.recipes.format.schema import MountSection
+from amlaunch.recipes.format.secret_keys import is_secret_variable, refuse_secrets
 from amlaunch.recipes.format.section_checks import Checker, raise_problems
 from amlaunch.recipes.format.targets import TargetPolicy
+from amlaunch.recipes.format.units import Memory, Minutes, Positive
 from amlaunch.recipes.format.yaml_reader import KeyPath, read_file
 
 OURS = {

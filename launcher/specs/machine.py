@@ -1,4 +1,4 @@
-"""What this machine has to give: the CPUs we may use, and its GPUs."""
+"""Resources of this machine: the CPUs that this process may use, and the GPUs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Machine:
 
     cpus: int
     gpus: tuple[str, ...]
-    """Ids as CUDA_VISIBLE_DEVICES writes them."""
+    """IDs as in ``CUDA_VISIBLE_DEVICES``."""
 
 
 def this_machine() -> Machine:
-    """CPUs of our affinity mask and cgroup (not of the whole node), GPUs that CUDA_VISIBLE_DEVICES leaves us."""
+    """Return the CPUs of our affinity mask and cgroup, and the GPUs that ``CUDA_VISIBLE_DEVICES`` allows."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(max(1, min(cpus, _cgroup_cpus() or cpus)), _visible_gpus())
 
 
 def _cgroup_cpus() -> int | None:
-    """The CPU quota of a container, in whole CPUs (cgroup v2)."""
+    """Return the CPU quota of a container in complete CPUs (cgroup v2); None without a quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -35,23 +35,27 @@ def _cgroup_cpus() -> int | None:
 
 
 def _visible_gpus() -> tuple[str, ...]:
-    """Device nodes, not nvidia-smi: asking the driver takes a second on an 8-GPU node."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1", "NoDevFiles"))
-    numbers = [int(path.name[6:]) for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    return tuple(str(number) for number in sorted(numbers))
+    """Return GPU IDs from device nodes: asking the driver (nvidia-smi) takes a second on an 8-GPU node."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        ids = (part.strip() for part in visible.split(","))
+        return tuple(gpu for gpu in ids if gpu not in ("", "-1", "NoDevFiles"))
+    devices = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return tuple(str(number) for number in sorted(int(device[1]) for device in devices if device))
 
 
-def who() -> dict[str, str]:
-    """The user's name: ch-run ends without, and so does what looks for a cache of one's own inside, where no /etc/passwd has it."""
+def user_variables() -> dict[str, str]:
+    """Return ``USER`` and ``LOGNAME``, as set or from the user database.
+
+    ch-run fails without them, and so do libraries in a container without our user that look for a cache folder.
+    """
     try:
         name = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         name = str(os.getuid())
-    return {"USER": name, "LOGNAME": name, **given(("USER", "LOGNAME"))}
+    return {"USER": name, "LOGNAME": name, **set_variables(("USER", "LOGNAME"))}
 
 
-def given(names: Iterable[str]) -> dict[str, str]:
-    """What the user has set of ``names``."""
+def set_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of the named environment variables that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}

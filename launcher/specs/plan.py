@@ -1,4 +1,4 @@
-"""What a run consists of: stages, array elements, dependencies, resources. Plain data, as ``plan.json`` stores it."""
+"""The plan of a run: stages, array elements, dependencies, resources. Plain data, stored as ``plan.json``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from typing import Any
 
 from amlaunch.recipes.errors import BadInput
 
+RENAMED_MODULES = {
+    "preprocess": "amlaunch.preprocess",
+    "trainer": "amlaunch.trainer",
+    "trainer.export": "amlaunch.trainer.tools.export",
+    "trainer.gpucheck": "amlaunch.trainer.tools.gpu_check",
+}
+"""Modules of an element in plans that amlaunch wrote before it was one package."""
+
 
 @dataclass(frozen=True)
 class Needs:
-    """What one element of a stage is given."""
+    """The resources of one element of a stage."""
 
     nodes: int
     gpus_per_node: int
     tasks_per_node: int
     cpus: int
+    """Per node."""
     mem: str | None = None
+    """Per node."""
     time_minutes: int | None = None
     hang_seconds: float | None = None
-    """Silence for longer than this means that the ranks hang; None: they are never suspected."""
+    """Ranks that show no sign of life for longer are ended as hanging; None: never."""
 
 
 @dataclass(frozen=True)
@@ -32,90 +42,80 @@ class Element:
     module: str
     arguments: list[str]
     title: str = ""
-    """What sets it apart from its siblings: a point of the sweep, a part of the source."""
+    """The difference from the other elements of the stage: a sweep point, or a part of the source."""
 
 
 @dataclass(frozen=True)
 class StageContainer:
-    """The container of a stage, as its jobs go by it."""
+    """The container of a stage, as its jobs use it."""
 
     image: str
-    """Of which :func:`containers.parse` makes a reference again; a path is absolute."""
+    """A reference for :func:`amlaunch.containers.images.reference.parse`; paths are absolute."""
     runtime: str
-    """auto: the node's own, which was not known when it was submitted."""
+    """``auto``: each node uses its own, which is not known at submission."""
     mounts: list[tuple[str, str, bool]] = dataclasses.field(default_factory=list)
-    """``(source, target, read only)``, beside what every stage of a run needs."""
+    """``(source, target, read only)``, besides the mounts that every stage of a run needs."""
     workdir: str | None = None
     entrypoint: bool = False
     options: list[str] = dataclasses.field(default_factory=list)
-    """Further arguments of the runtime, as the profile says."""
+    """Further arguments of the runtime, from the profile."""
     runtime_env: list[str] = dataclasses.field(default_factory=list)
-    """Variables of the host that the runtime itself is left with, as the profile says."""
+    """Variables of the host that the runtime itself can see, from the profile."""
     passed: list[str] = dataclasses.field(default_factory=list)
-    """Variables that the recipe names (``${NAME}``), which the processes inside look up."""
+    """Variables that the recipe names (``${NAME}``) and that the processes inside look up."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What is known of the image: ``architecture``, ``cuda``."""
+    """Known properties of the image: ``architecture``, ``cuda``."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Elements that may run side by side, after all of ``after`` are done."""
+    """Elements that can run side by side, once all stages of ``after`` are done."""
 
     name: str
     elements: list[Element]
     after: list[str]
     needs: Needs
     partition: str | None = None
-    """On a cluster: where it is queued; None is Slurm's default."""
+    """The Slurm partition; None: Slurm's default."""
     container: StageContainer | None = None
-    """None: the environment that submits."""
+    """None: the stage runs in the environment that submits."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run, as it is carried out and as ``plan.json`` stores it."""
+    """The plan of a complete run."""
 
     run_id: str
     stages: list[Stage]
     data: str | None
-    """Folder of the shards that the preprocess stage makes."""
+    """The folder of the shards that the preprocess stage writes."""
     cwd: str
-    """Relative paths in the recipe start here."""
+    """The folder from which relative paths in the recipe start."""
     env: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Of the recipe's container section."""
+    """The environment from the recipe's container section."""
     cluster: dict[str, Any] | None = None
-    """Where it is submitted: the ``name`` of a cluster and its ``profile``; None on this machine."""
+    """The ``name`` of the cluster and its ``profile``; None for a run on this machine."""
     shared: str | None = None
-    """``data``, where its name says what it is made of, so that runs share it and the stages that make it."""
+    """``data`` if its name identifies its content, so that runs share it and the stages that write it."""
 
     def stage(self, name: str) -> Stage:
-        """The stage called ``name``; BadInput names those there are."""
+        """Return a stage by its name. Raises BadInput with the names of all stages."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise BadInput(f"{self.run_id} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+        names = ", ".join(stage.name for stage in self.stages)
+        raise BadInput(f"{self.run_id} has no stage {name!r}; its stages: {names}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``plan.json``."""
+        """Return plain data for ``plan.json``."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Plan:
-        """The inverse of :meth:`to_json`."""
-        stages = [
-            Stage(
-                s["name"],
-                [Element(**e) for e in s["elements"]],
-                s["after"],
-                Needs(**s["needs"]),
-                s.get("partition"),
-                stage_container_from_json(s.get("container")),
-            )
-            for s in value["stages"]
-        ]
+        """Build a plan from ``plan.json``. Raises KeyError, TypeError or ValueError if it is damaged."""
         return Plan(
             value["run_id"],
-            stages,
+            [_stage_from_json(stage) for stage in value["stages"]],
             value["data"],
             value["cwd"],
             value.get("env", {}),
@@ -124,6 +124,24 @@ class Plan:
         )
 
 
+def _stage_from_json(value: Mapping[str, Any]) -> Stage:
+    return Stage(
+        value["name"],
+        [_element_from_json(element) for element in value["elements"]],
+        value["after"],
+        Needs(**value["needs"]),
+        value.get("partition"),
+        stage_container_from_json(value.get("container")),
+    )
+
+
+def _element_from_json(value: Mapping[str, Any]) -> Element:
+    element = Element(**value)
+    return dataclasses.replace(element, module=RENAMED_MODULES.get(element.module, element.module))
+
+
 def stage_container_from_json(value: Mapping[str, Any] | None) -> StageContainer | None:
-    """The container that was stored."""
-    return StageContainer(**{**value, "mounts": [tuple(mount) for mount in value.get("mounts", ())]}) if value else None
+    """Build a stage's container from stored data; None without one."""
+    if not value:
+        return None
+    return StageContainer(**{**value, "mounts": [tuple(mount) for mount in value.get("mounts", ())]})

@@ -1,4 +1,4 @@
-"""Where the profiles of clusters are kept. What is in them: amlaunch.launcher.specs.cluster_profile."""
+"""Locate cluster profile files. Their content: :mod:`amlaunch.launcher.specs.cluster_profile`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FILE = "clusters.yaml"
 
 
 def config_folder() -> Path:
-    """The user's own settings."""
+    """Return the folder of the user's settings."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "amlaunch"
 
 
 def profile_files() -> list[Path]:
-    """The files of profiles that are there, the nearest first."""
+    """Return the existing profile files, the nearest first."""
     return [path for path in (Path(FILE), config_folder() / FILE) if path.is_file()]

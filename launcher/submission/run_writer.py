@@ -1,4 +1,4 @@
-"""Make a run directory: recipe, plan, code snapshot, provenance."""
+"""Write a run directory: recipe, plan, code snapshot, provenance, and the secrets that jobs need."""
 
 from __future__ import annotations
 
@@ -13,43 +13,81 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
 from amlaunch.launcher.planning.stage_container import images_of, inside_of
-from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, take_snapshot
-from amlaunch.launcher.runs.stored_recipe import RESUMED, resumed_with
+from amlaunch.launcher.runs.element_state import ElementState
+from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, take_snapshot, upgrade_snapshot
+from amlaunch.launcher.runs.states import ACTIVE_STATES
+from amlaunch.launcher.runs.stored_recipe import RESUMED, add_resumed, resumed_with
+from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.preflight import Say
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import write_json, write_text
-from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, is_secret
+from amlaunch.recipes.files import read_object, write_json, write_private, write_text
+from amlaunch.recipes.format.loader import LoadedRecipe, file_targets
+from amlaunch.recipes.format.placeholders import PLACEHOLDER
+from amlaunch.recipes.format.secret_keys import is_secret, is_secret_variable
 from amlaunch.recipes.format.targets import split_target
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.version import VERSION
 
-VERSIONS_OF = ("torch", "numpy", "submitit", "tiktoken", "datasets", "transformers", "safetensors", "pyyaml", "rich")
-MAX_DIFF = 1_000_000
+RECORDED_PACKAGES = (
+    "torch", "numpy", "submitit", "tiktoken", "datasets", "transformers", "safetensors", "pyyaml", "rich",
+)  # fmt: skip
+"""Packages whose versions the provenance records."""
+MAX_DIFF_CHARACTERS = 1_000_000
+LIBRARY_SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Secrets that our libraries read from the environment by themselves."""
 
 
-def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, command: Sequence[str], *, refresh_code: bool) -> None:
-    """Make or renew a run directory; each file appears whole.
+def write_start(run: ResolvedRun, argv: Sequence[str], states: Sequence[ElementState], say: Say) -> None:
+    """Write what a start changes in the run directory; a retry changes nothing but a snapshot of an old layout.
 
-    ``refresh_code`` is False while an element of an earlier start still runs
-    on the snapshot that is there.
+    ``states`` are the current ones: while an element is active, its code snapshot stays.
+    """
+    if upgrade_snapshot(run.run_dir.code):
+        say(f"note: this run is from an earlier version of amlaunch; added version {VERSION} to {run.run_dir.code}")
+    if run.kind is StartKind.RETRY:
+        return
+    if run.kind is StartKind.RESUME:
+        _set_done_markers_aside(run)
+        write_run(run.run_dir, run.loaded, run.plan, argv, refresh_code=False)
+        add_resumed(run.run_dir, run.overrides)
+        return
+
+    is_active = any(state.state in ACTIVE_STATES for state in states)
+    write_run(run.run_dir, run.loaded, run.plan, argv, refresh_code=not is_active)
+    if is_active:
+        # The snapshot and its provenance stay, but retry and resume follow the newest command.
+        provenance = read_object(run.run_dir.provenance)
+        write_json(run.run_dir.provenance, {**provenance, "command": redact(argv), "cwd": os.getcwd()})
+
+
+def _set_done_markers_aside(run: ResolvedRun) -> None:
+    """Rename the done markers of the stages that continue; checkpoints stay."""
+    for stage in run.plan.stages:
+        for element in stage.elements if stage.name in run.restarted_stages else []:
+            marker = run.run_dir.element(stage.name, element.name).done
+            if marker.exists():
+                marker.replace(marker.with_name(f"done.before-{int(marker.stat().st_mtime)}.json"))
+
+
+def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, argv: Sequence[str], *, refresh_code: bool) -> None:
+    """Create or update a run directory; each file is replaced atomically.
+
+    ``refresh_code`` replaces the code snapshot. Raises BadInput if the recipe's own code cannot be copied.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     if refresh_code or not run.code.is_dir():
-        take_snapshot(
-            run.code,
-            loaded.policy.folder if file_targets(loaded.tree) else None,
-            inside_of(loaded, plan.stages, images_of(plan)),
-        )
+        recipe_folder = loaded.policy.folder if file_targets(loaded.tree) else None
+        take_snapshot(run.code, recipe_folder, inside_of(loaded, plan.stages, images_of(plan)))
         _check_targets(run, loaded)
-    write_text(
-        run.recipe,
-        f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n"
-        + loaded.text(),
-    )
+
+    header = f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n"
+    write_text(run.recipe, header + loaded.text())
     write_json(run.plan, plan.to_json())
-    if not run.provenance.exists() or refresh_code:
-        write_json(run.provenance, {**provenance(loaded, command), RESUMED: resumed_with(run)})
+    if refresh_code or not run.provenance.exists():
+        write_json(run.provenance, {**provenance_of(loaded, argv), RESUMED: resumed_with(run)})
     if plan.data:
         _link(run.data, Path(plan.data))
     if plan.shared:
@@ -57,12 +95,13 @@ def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, command: Sequence[s
 
 
 def _check_targets(run: RunDir, loaded: LoadedRecipe) -> None:
-    """Each file that the recipe names must have come into the snapshot; absolute ones are used where they lie."""
+    """Raise BadInput if a file that the recipe names is missing in the snapshot; absolute paths are used in place."""
     for name in file_targets(loaded.tree):
         copy = run.code / "recipe" / split_target(name)[0]
         if not copy.is_file():
             raise BadInput(
-                f"{name!r}: its folder is not one that is copied for a run (hidden, or one of {', '.join(sorted(SKIPPED))}); move the file"
+                f"{name!r}: its folder is not copied for a run (it is hidden, or one of {', '.join(sorted(SKIPPED))}); "
+                "move the file to another folder"
             )
 
 
@@ -74,57 +113,80 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target)
 
 
-def provenance(loaded: LoadedRecipe, command: Sequence[str]) -> dict[str, Any]:
-    """Who ran what, where, with which versions and which code."""
+def provenance_of(loaded: LoadedRecipe, argv: Sequence[str]) -> dict[str, Any]:
+    """Return who started what, where, with which versions and which code."""
     versions = {"amlaunch": VERSION, "python": platform.python_version()}
-    for name in VERSIONS_OF:
+    for name in RECORDED_PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
         "time": time.time(),
-        "command": redact(command),
+        "command": redact(argv),
         "recipe": str(loaded.path.resolve()),
         "cwd": os.getcwd(),
-        "user": getpass.getuser() if _has_user() else str(os.getuid()),
+        "user": _user_name(),
         "host": platform.node(),
         "python": sys.executable,
         "versions": versions,
-        "git": _git(checkout()),
+        "git": _git_state(checkout()),
     }
 
 
-def _has_user() -> bool:
+def _user_name() -> str:
     try:
-        getpass.getuser()
-    except (KeyError, OSError):  # a container that runs under a bare number
-        return False
-    return True
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container that runs under a user ID without a name
+        return str(os.getuid())
 
 
-def redact(command: Sequence[str]) -> list[str]:
-    """The command line with the values of secret-looking options blotted out."""
-    shown: list[str] = []
-    hide = False
-    for word in command:
+def redact(argv: Sequence[str]) -> list[str]:
+    """Return a command line with the values of secrets replaced by ``***``."""
+    redacted: list[str] = []
+    hide_next = False
+    for word in argv:
         option, equals, _ = word.partition("=")
-        secret = word.startswith("--") and is_secret(option[2:].rpartition(".")[2])
-        shown.append("***" if hide else f"{option}=***" if secret and equals else word)
-        hide = secret and not equals
-    return shown
+        is_secret_option = word.startswith("--") and is_secret(option[2:].rpartition(".")[2])
+        if hide_next:
+            redacted.append("***")
+        elif is_secret_option and equals:
+            redacted.append(f"{option}=***")
+        else:
+            redacted.append(word)
+        hide_next = is_secret_option and not equals
+    return redacted
 
 
-def _git(folder: Path) -> dict[str, str] | None:
-    """Commit and uncommitted changes of the checkout that amlaunch runs from; None for an installed package."""
-
-    def ask(*arguments: str) -> str:
-        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-        return found.stdout if found.returncode == 0 else ""
-
+def _git_state(folder: Path) -> dict[str, str] | None:
+    """Return the commit and the uncommitted changes of amlaunch's checkout; None for an installed package."""
     if not (folder / ".git").exists():
         return None
+
+    def git(*arguments: str) -> str:
+        process = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        return process.stdout if process.returncode == 0 else ""
+
     try:
-        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD")[:MAX_DIFF]}
+        return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:MAX_DIFF_CHARACTERS]}
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def write_environment(run: RunDir, loaded: LoadedRecipe, profile: ClusterProfile) -> list[str]:
+    """Write the secrets that jobs need into a file that only the user can read; return their names.
+
+    Raises BadInput if the profile requires a variable that neither the shell nor an earlier start has set.
+    """
+    stored = read_object(run.environment)
+    placeholders = PLACEHOLDER.findall(loaded.text()) + PLACEHOLDER.findall("\n".join(profile.env.values()))
+    names = {name for name, _ in placeholders if is_secret_variable(name)} | set(LIBRARY_SECRETS)
+    for name in profile.pass_env:
+        if name not in os.environ and name not in stored:
+            raise BadInput(f"the profile's pass_env lists {name}, which is not set in this shell; export {name}=…")
+        names.add(name)
+
+    values = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    # Jobs of an earlier submit may still need theirs.
+    write_private(run.environment, {**stored, **values})
+    return list(values)
