@@ -1,4 +1,4 @@
-"""``amlaunch doctor``: what it reads off a site, the profile it writes, and the check of a GPU node."""
+"""Test ``amlaunch doctor``: the facts it reads, the profile it writes, and the check of a GPU node."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from amlaunch.recipes.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RECORDED = {  # of tests/slurm/cluster.sh, Slurm 22.05.8
+# Recorded on the cluster of tests/slurm/cluster.sh, Slurm 22.05.8.
+RECORDED = {
     "sbatch --version": "slurm-wlm 22.05.8\n",
     "scontrol show config": (
         "Configuration data as of 2026-11-24T19:28:20\n"
@@ -81,11 +82,11 @@ def question(argv: tuple[str, ...]) -> str:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """A Slurm that says what a real one said; an answer that starts with ``!`` is an error's words."""
-    told = dict(RECORDED)
+    """Replace Slurm by recorded answers; an answer that starts with ``!`` is raised as an error message."""
+    recorded = dict(RECORDED)
 
     def call(*argv: str, **_: Any) -> str:
-        answer = told[question(argv)]
+        answer = recorded[question(argv)]
         if answer.startswith("!"):
             raise SlurmError(argv[0], answer[1:])
         return answer
@@ -101,24 +102,24 @@ def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.chdir(tmp_path)
     client.config.cache_clear()
     sbatch.sbatch_options.cache_clear()
-    yield told
+    yield recorded
     client.config.cache_clear()
     sbatch.sbatch_options.cache_clear()
 
 
-def options(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"cluster": None, "gpu": False, "save": None, "json": False, **given})
+def options(**changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"cluster": None, "gpu": False, "save": None, "json": False, **changes})
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed, however its lines were broken."""
+    """Return the printed text as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
-def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "amlaunch", *words]
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=surroundings)
+def amlaunch(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "amlaunch", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
 # --- a machine without Slurm
@@ -134,7 +135,7 @@ def test_a_machine_without_slurm(tmp_path):
     cpus = f"{len(os.sched_getaffinity(0))} CPUs"
     for word in (cpus, sys.executable, "apptainer", str(tmp_path / "runs"), "amlaunch local"):
         assert word in done.stdout
-    assert not list(tmp_path.glob("runs*")), "looking leaves nothing behind"
+    assert not list(tmp_path.glob("runs*")), "a diagnosis must leave no files behind"
 
 
 def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
@@ -149,15 +150,15 @@ def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PATH": ""},
     )
-    found = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     assert done.returncode == 0 and "HEAVY []" in done.stderr
-    assert set(found) == {"verdict", "machine", "folders", "slurm", "profile", "findings"}
-    assert found["slurm"] is found["profile"] is None
-    assert {one["topic"] for one in found["findings"]} == {"machine", "folders", "slurm"}
+    assert set(report) == {"verdict", "machine", "folders", "slurm", "profile", "findings"}
+    assert report["slurm"] is report["profile"] is None
+    assert {finding["topic"] for finding in report["findings"]} == {"machine", "folders", "slurm"}
 
 
 @pytest.mark.slow
-def test_what_needs_slurm_says_so(tmp_path):
+def test_options_that_need_slurm_are_refused_without_it(tmp_path):
     assert amlaunch("doctor", "--save", "x.yaml", cwd=tmp_path, PATH="").returncode == 2
     done = amlaunch("doctor", "--cluster", "slurm", cwd=tmp_path, PATH="")
     assert done.returncode == 1 and "sbatch: not found; run this on a machine of the cluster" in done.stdout
@@ -194,8 +195,8 @@ def test_folders_and_file_systems(tmp_path, monkeypatch):
 )
 def test_the_verdict_on_a_folder_for_runs(change, verdict):
     folder = replace(folder_of("/x/runs", kind="nfs4"), **change)
-    [found] = diagnosis.folder_findings([folder], on_cluster=True)
-    assert found.verdict == verdict and bool(found.advice) == (verdict != OK)
+    [finding] = diagnosis.folder_findings([folder], on_cluster=True)
+    assert finding.verdict == verdict and bool(finding.advice) == (verdict != OK)
 
 
 @pytest.mark.parametrize(("kind", "network"), [("ext4", False), ("lustre", True), ("fuse.juicefs", True), ("", False)])
@@ -213,16 +214,16 @@ def test_gpu_models_of_the_kernel_module(tmp_path):
     assert probe.gpu_models(tmp_path / "nowhere") == ()
 
 
-# --- a site, from what its commands say
+# --- a site, from recorded answers
 
 
-def test_names_of_hosts():
+def test_host_lists_are_expanded():
     assert client.host_names("gpu[1-2,5],login") == {"gpu1", "gpu2", "gpu5", "login"}
     assert client.host_names("r[1-2]n[1-2],x") == {"r[1-2]n[1-2]", "x"}
     assert client.host_names("(null)") == {"(null)"}
 
 
-def test_a_site_as_recorded(answers):
+def test_a_recorded_site_is_read(answers):
     site = probe.read_site()
     assert (site.version, site.cluster, site.default_account) == ("22.05.8", "lab", "lab")
     assert (site.accounts, site.qos) == (("lab",), ("high", "low", "normal"))
@@ -263,21 +264,21 @@ def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
         ("scontrol show partition", RULES.replace("=REQUEUE", "=CANCEL"), WARN, "gpu-low (CANCEL, 10 s"),
     ],
 )  # fmt: skip
-def test_what_a_site_lacks(answers, key, answer, verdict, words):
+def test_problems_of_a_site(answers, key, answer, verdict, words):
     answers[key] = answer
     findings = list(diagnosis.site_findings(probe.read_site()))
     assert worst(findings) == verdict
-    [found] = [one for one in findings if words in f"{one.text} {one.advice}"]
-    assert found.verdict == verdict and (found.advice or verdict == OK), "what is wrong comes with what to do"
+    [finding] = [finding for finding in findings if words in f"{finding.text} {finding.advice}"]
+    assert finding.verdict == verdict and (finding.advice or verdict == OK), "every problem needs advice"
 
 
-def test_accounting_that_is_away_is_not_taken_for_having_no_account(answers):
+def test_silent_accounting_does_not_mean_that_the_user_has_no_account(answers):
     answers["sacct"] = answers["sacctmgr user"] = "!Unable to contact slurmdbd"
-    found = {one.name: one for one in diagnosis.site_findings(probe.read_site())}
-    assert found["accounts"].verdict == WARN and found["accounting"].verdict == OK
+    by_name = {finding.name: finding for finding in diagnosis.site_findings(probe.read_site())}
+    assert by_name["accounts"].verdict == WARN and by_name["accounting"].verdict == OK
 
 
-def test_short_memory_of_ended_jobs_without_accounting(answers):
+def test_a_short_min_job_age_without_accounting(answers):
     answers["sacct"] = "!Slurm accounting storage is disabled"
     answers["scontrol show config"] = CONFIG.replace("3600 sec", "2 sec")
     assert worst(diagnosis.site_findings(probe.read_site())) == WARN
@@ -295,11 +296,11 @@ def read_back(proposed: Proposal, folder: Path) -> Profiled:
     return find_cluster(str(folder / "site.yaml"))
 
 
-def test_a_ready_profile_loads_again(answers, tmp_path):
+def test_a_saved_profile_can_be_loaded(answers, tmp_path):
     site = probe.read_site()
-    found = read_back(propose(site, [folder_of("/home/ann/runs")], Path("/home/ann/runs")), tmp_path)
-    profile = found.profile
-    assert (found.name, profile.account, profile.runs) == ("lab", "lab", "/home/ann/runs")
+    cluster = read_back(propose(site, [folder_of("/home/ann/runs")], Path("/home/ann/runs")), tmp_path)
+    profile = cluster.profile
+    assert (cluster.name, profile.account, profile.runs) == ("lab", "lab", "/home/ann/runs")
     assert (profile.partition, profile.stages.train.partition, profile.gpu_type) == ("cpu", "gpu", "h100")
     assert profile.shared_roots == [] and profile.interface is None and profile.gpus_per_node is None
 
@@ -310,14 +311,14 @@ def test_a_profile_puts_runs_where_all_nodes_see_them(answers, tmp_path, monkeyp
     here = folder_of("/var/ann/runs")
     home = folder_of("/home/ann", "home", "nfs4", 10**14)
     scratch = folder_of("/scratch/ann", "candidate", "lustre")
-    found = read_back(propose(site, [here, home, scratch], Path(here.path)), tmp_path)
-    assert found.profile.runs == "/scratch/ann/runs" and found.profile.shared_roots == ["/scratch", "/home"]
+    cluster = read_back(propose(site, [here, home, scratch], Path(here.path)), tmp_path)
+    assert cluster.profile.runs == "/scratch/ann/runs" and cluster.profile.shared_roots == ["/scratch", "/home"]
     on_network = replace(here, file_system="gpfs", network=True)
     assert propose(site, [on_network, home, scratch], Path(here.path)).cluster().profile.runs == here.path
     assert propose(site, [here, home], Path(here.path)).cluster().profile.runs == "/home/ann/runs"
 
 
-def test_a_shared_root_is_written_as_runs_are(tmp_path):
+def test_a_shared_root_is_spelled_like_the_path_of_runs(tmp_path):
     assert Path("/dev/shm").is_mount()
     (tmp_path / "home").symlink_to("/dev/shm")
     assert profile_writer.shared_root(Path("/dev/shm/ann/runs")) == Path("/dev/shm")
@@ -332,7 +333,7 @@ def test_names_that_yaml_would_misread_are_quoted(name, tmp_path):
     assert (profile.partition, profile.account, profile.gpu_type, profile.runs) == (name, name, name, f"/x/{name}/runs")
 
 
-def test_sites_that_lack_things_get_a_profile_too():
+def test_a_profile_is_proposed_for_sites_with_few_features():
     part = SitePartition("all", default=False, up=True, minutes=60, nodes=1, cpus=8, mem_mb=1, gpus=0, usable=1)
     proposed = propose(SlurmSite("23.02.1", "", (part,)), [], Path("/x/runs"))
     assert proposed.name == "cluster" and proposed.cluster().profile.partition == "all" and "train" not in proposed.text
@@ -361,25 +362,27 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "words"), [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no permission to write")]
+    ("place", "words"),
+    [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no permission to write")],
 )
-def test_where_it_cannot_be_saved_is_said_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
+def test_a_bad_save_path_is_refused_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
     (tmp_path / "file").write_text("")
     (tmp_path / "shut").mkdir(mode=0o555)
-    if os.geteuid() == 0 and place.startswith("shut"):  # whom nothing stops
+    if os.geteuid() == 0 and place.startswith("shut"):
+        # Permissions do not stop root.
         monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(probe, "read_site", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr(probe, "read_site", lambda: pytest.fail("Slurm was asked"))
     with pytest.raises(BadInput, match=words):
         doctor.run(options(save=str(tmp_path / place)))
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_file_that_cannot_be_made_is_no_traceback(answers, tmp_path):
+def test_a_profile_that_cannot_be_written_is_bad_input(answers, tmp_path):
     with pytest.raises(BadInput, match="not writable"):
         save(propose(probe.read_site(), [], Path("/x/runs")), Path("/proc/site.yaml"))
 
 
-def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
+def test_the_command_on_a_recorded_site(answers, tmp_path, capsys):
     assert doctor.run(options(save="site.yaml")) == 0
     text = printed(capsys)
     job = "train: sbatch accepts partition gpu with 8 GPUs"
@@ -387,16 +390,17 @@ def test_the_whole_command_on_a_recorded_site(answers, tmp_path, capsys):
         assert words in text
     assert find_cluster("site.yaml").name == "lab"
     assert doctor.run(options(cluster="site.yaml", json=True)) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["slurm"]["partitions"][3] == {
+    report = json.loads(capsys.readouterr().out)
+    assert report["slurm"]["partitions"][3] == {
         "name": "gpu", "default": False, "up": True, "minutes": None, "nodes": 2, "cpus": 32, "mem_mb": 64000,
-        "gpus": 8, "gpu_type": "h100", "most_cpus": 32, "most_mem_mb": 64000, "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
+        "gpus": 8, "gpu_type": "h100", "most_cpus": 32, "most_mem_mb": 64000,
+        "usable": 2, "preempt": "OFF", "grace_seconds": 0, "accounts": "ALL",
     }  # fmt: skip
-    assert found["slurm"]["min_job_age_s"] == 3600 and found["profile"]["name"] == "lab"
+    assert report["slurm"]["min_job_age_s"] == 3600 and report["profile"]["name"] == "lab"
 
 
 @pytest.mark.parametrize("silent", ["scontrol show config", "sinfo %P|%a|%l|%D|%c|%m|%G"])
-def test_a_controller_that_is_away(answers, capsys, silent):
+def test_a_controller_that_does_not_answer(answers, capsys, silent):
     answers[silent] = "!Unable to contact slurm controller (connect failure)"
     assert doctor.run(options(gpu=True)) == 1
     text = printed(capsys)
@@ -413,13 +417,13 @@ def test_a_controller_that_is_away(answers, capsys, silent):
         ("shared_roots: [/shared]", "is not below shared_roots (/shared)"),
     ],
 )
-def test_what_is_wrong_with_a_profile(answers, tmp_path, capsys, profile, words):
+def test_problems_of_a_profile(answers, tmp_path, capsys, profile, words):
     (tmp_path / "site.yaml").write_text(f"mine:\n  {profile}\n")
     assert doctor.run(options(cluster="site.yaml")) == 1
     assert words in printed(capsys)
 
 
-def test_sbatch_has_the_last_word(answers, tmp_path, capsys):
+def test_sbatch_decides(answers, tmp_path, capsys):
     answers["sbatch --test-only"] = "!allocation failure: Invalid account or account/partition combination specified"
     assert doctor.run(options(cluster="slurm")) == 1
     assert "sbatch refuses partition cpu: allocation failure: Invalid account" in printed(capsys)
@@ -431,9 +435,9 @@ def test_sbatch_has_the_last_word(answers, tmp_path, capsys):
 def measured(
     device: str = "NVIDIA H100 80GB HBM3", bus: float = 400.0, right: bool = True, **changed: dict[int, float]
 ) -> dict[str, Any]:
-    """What gpucheck says of eight healthy GPUs; ``changed``: a number of some of them."""
-    usual = {"gemm_tflops": 640.0, "copy_gb_s": 2600.0, "memory_free_bytes": 78 << 30, "memory_total_bytes": 79 << 30}
-    gpus: list[dict[str, Any]] = [{"rank": rank, "host": "n1", "device": device, **usual} for rank in range(8)]
+    """Return measurements of eight healthy GPUs; ``changed`` overrides a figure of some of them."""
+    healthy = {"gemm_tflops": 640.0, "copy_gb_s": 2600.0, "memory_free_bytes": 78 << 30, "memory_total_bytes": 79 << 30}
+    gpus: list[dict[str, Any]] = [{"rank": rank, "host": "n1", "device": device, **healthy} for rank in range(8)]
     for key, values in changed.items():
         for rank, value in values.items():
             gpus[rank][key] = value
@@ -442,11 +446,15 @@ def measured(
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict", "words"),
+    ("measurements", "verdict", "words"),
     [
         (measured(), OK, "640 TFLOP/s or more (floor 500)"),
         (measured(gemm_tflops={3: 410.0}), BAD, "GPU 3: 410 TFLOP/s on n1, below the floor of 500"),
-        (measured(gemm_tflops={3: 560.0, 5: 570.0}), WARN, "GPU 3: 560, GPU 5: 570 TFLOP/s on n1, more than 10 % below"),
+        (
+            measured(gemm_tflops={3: 560.0, 5: 570.0}),
+            WARN,
+            "GPU 3: 560, GPU 5: 570 TFLOP/s on n1, more than 10 % below",
+        ),
         (measured(copy_gb_s={0: 1500.0}), BAD, "GPU 0: 1,500 GB/s on n1, below the floor of 2,000"),
         (measured(memory_free_bytes={7: 40 << 30}), WARN, "in use before the check: GPU 7: 39 GiB"),
         (measured(bus=50.0), BAD, "50 GB/s bus bandwidth over 8 GPUs on n1, below the floor of 250"),
@@ -456,10 +464,10 @@ def measured(
         (measured(device="NVIDIA H100 PCIe", bus=20.0), OK, "no floor is known for it"),
     ],
 )
-def test_the_verdict_on_gpus(found, verdict, words):
-    findings = list(diagnosis.gpu_findings(found))
+def test_the_verdict_on_gpus(measurements, verdict, words):
+    findings = list(diagnosis.gpu_findings(measurements))
     assert worst(findings) == verdict
-    assert any(words in one.text and one.verdict == verdict for one in findings), findings
+    assert any(words in finding.text and finding.verdict == verdict for finding in findings), findings
 
 
 def test_floors_go_by_the_model():
@@ -479,7 +487,7 @@ def test_the_table_of_gpus_fits_a_terminal():
     assert len(lines) == 10 and " ".join(lines[-1].split()) == "7 NVIDIA H100 80GB HBM3 640 2,600 78.0 of 79.0"
 
 
-def test_the_job_of_the_check_is_a_whole_node():
+def test_the_gpu_check_takes_all_gpus_of_a_node():
     tree = {"gpu_type": "h100", "stages": {"train": {"mem": "64G"}}}
     cluster = Profiled("c", check_profile(tree, {}), "here", tree)
     cpu = SitePartition("cpu", True, True, None, nodes=2, cpus=64, mem_mb=500_000, gpus=0, usable=2)
@@ -492,18 +500,18 @@ def test_the_job_of_the_check_is_a_whole_node():
 
 def gpucheck(out: Path, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "amlaunch.trainer.tools.gpu_check", "--out", str(out)]
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "AMLAUNCH_DEVICE": "cpu", **env}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "AMLAUNCH_DEVICE": "cpu", **env}
     return subprocess.Popen(
-        command, cwd=out.parent, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=out.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 @pytest.mark.slow
 def test_the_check_on_two_processes_and_on_one(tmp_path):
-    from amlaunch.launcher.execution.rank_processes import free_ports
+    from amlaunch.launcher.execution.rendezvous import free_ports
 
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports(os.getpid())))}
-    ranks = [gpucheck(tmp_path / "two.json", RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports(os.getpid())))}
+    ranks = [gpucheck(tmp_path / "two.json", RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous) for rank in range(2)]
     for process in ranks:
         assert process.wait(timeout=120) == 0, process.stdout.read()
     assert gpucheck(tmp_path / "one.json").wait(timeout=120) == 0
@@ -512,7 +520,7 @@ def test_the_check_on_two_processes_and_on_one(tmp_path):
     assert two["all_reduce"]["right"] and two["all_reduce"]["bus_gb_s"] > 0
     assert one["all_reduce"] is None and one["cuda"] is False
     assert one["gpus"][0]["gemm_tflops"] > 0 and one["gpus"][0]["copy_gb_s"] > 0
-    assert [found.name for found in diagnosis.gpu_findings(one)] == ["device"]
+    assert [finding.name for finding in diagnosis.gpu_findings(one)] == ["device"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
 
 
@@ -520,11 +528,14 @@ def test_the_check_on_two_processes_and_on_one(tmp_path):
 def test_the_check_on_this_machine(tmp_path):
     done = amlaunch("doctor", "--gpu", cwd=tmp_path, PATH="", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no CUDA device, so these are CPU figures and no floor applies" in done.stdout and "2 processes (gloo)" in done.stdout
+    assert (
+        "no CUDA device, so these are CPU figures and no floor applies" in done.stdout
+        and "2 processes (gloo)" in done.stdout
+    )
 
 
 @pytest.mark.slow
-def test_a_check_that_fails_shows_why(tmp_path):
+def test_a_failed_check_shows_the_reason(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nif '-c' not in sys.argv: sys.modules['torch'] = None\n")
     path = f"{tmp_path}{os.pathsep}{ROOT}/src"
     done = amlaunch("doctor", "--gpu", cwd=tmp_path, PATH="", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
@@ -556,17 +567,17 @@ def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
     command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu", "--cluster", "slurm", "--json"]
     done = cluster.run(*command, cwd=folder, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    gpus = found["gpu_check"]["gpus"]
+    report = json.loads(done.stdout)
+    gpus = report["gpu_check"]["gpus"]
     assert len(gpus) == 8 and all(gpu["gemm_tflops"] > 0 and gpu["host"].startswith("gpu") for gpu in gpus)
-    assert found["gpu_check"]["all_reduce"]["right"]
-    said = {one["name"]: one for one in found["findings"] if one["topic"] == "gpu"}
-    assert said["shared"]["verdict"] == OK and "no CUDA device" in said["device"]["text"]
-    assert str(folder / "runs" / "doctor") in said["shared"]["text"]
+    assert report["gpu_check"]["all_reduce"]["right"]
+    by_name = {finding["name"]: finding for finding in report["findings"] if finding["topic"] == "gpu"}
+    assert by_name["shared"]["verdict"] == OK and "no CUDA device" in by_name["device"]["text"]
+    assert str(folder / "runs" / "doctor") in by_name["shared"]["text"]
 
 
 @pytest.mark.slow
-def test_a_node_that_does_not_see_the_folder(cluster: Cluster):
+def test_a_node_that_cannot_see_the_folder(cluster: Cluster):
     command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu"]
     far = {"AMLAUNCH_RUNS": "/dev/shm/doctor/runs"}
     done = cluster.run(*command, cwd=cluster.folder("doctor-far"), env=far, timeout=150, check=False)
