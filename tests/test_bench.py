@@ -46,8 +46,17 @@ from amlaunch.trainer.performance.compilation import compile_scope
 from amlaunch.trainer.process.garbage_collection import StepGarbageCollector
 from amlaunch.trainer.process.start_time import seconds_since_start
 from amlaunch.trainer.tools import roofline
-from amlaunch.trainer.tools.bench import main, text_of
-from amlaunch.trainer.tools.roofline import Row, advice, busy, least_seconds, length, part_of, rows, self_times
+from amlaunch.trainer.tools.bench import format_report, main
+from amlaunch.trainer.tools.roofline import (
+    StepPart,
+    advise,
+    covered_time,
+    least_seconds,
+    part_of,
+    self_times,
+    step_parts,
+    summarise_trace,
+)
 from benchmarks import gpu_suite
 from tests.trainer_runs import VOCAB, Run, recipe, write_tokens
 
@@ -102,12 +111,12 @@ def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts()
         event("pytorch_flash::flash_fwd_kernel", 18.5, 0.5),
         event("cudaDeviceSynchronize", 19.0, 0.5, "cuda_runtime"),
     ]
-    found = busy(trace, 2)
-    assert found.device and found.backends == ("flash_attention",) and found.waits == 0.5
-    assert found.parts == pytest.approx(
+    found = summarise_trace(trace, 2)
+    assert found.on_gpu and found.backends == ("flash_attention",) and found.host_waits == 0.5
+    assert found.seconds == pytest.approx(
         {"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25}
     )
-    parts = {row.part: row for row in rows(found, 5.0, 0.25, {"matrix products": 0.75})}
+    parts = {row.part: row for row in step_parts(found, 5.0, 0.25, {"matrix products": 0.75})}
     assert parts["gaps"].seconds == pytest.approx(5.0 - 0.25 - 4.25) and parts["matrix products"].least == 0.75
     assert sum(row.share for row in parts.values()) == pytest.approx(1.0)
 
@@ -121,16 +130,16 @@ def test_time_on_a_cpu_is_what_operators_spend_themselves_on_the_thread_that_tra
         event("amlaunch.loss", 8.0, 2.0, "user_annotation"),
         event("aten::mm", 8.5, 1.0, "cpu_op"),
     ]
-    found = busy(trace, 1)
-    assert not found.device
-    assert found.parts == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
+    found = summarise_trace(trace, 1)
+    assert not found.on_gpu
+    assert found.seconds == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
     assert found.wall == pytest.approx(10.0)
-    parts = {row.part: row.seconds for row in rows(found, 5.5, 0.5, {})}  # the profiler made it twice as slow
+    parts = {row.part: row.seconds for row in step_parts(found, 5.5, 0.5, {})}  # the profiler made it twice as slow
     assert parts["matrix products"] == pytest.approx(2.0) and parts["gaps"] == pytest.approx(1.5)
 
 
 def test_spans_and_self_times() -> None:
-    assert length([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
+    assert covered_time([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
     nested = self_times([event("a", 0, 10), event("b", 1, 4), event("c", 2, 1), event("d", 6, 2)])
     assert {one["name"]: own / 1e6 for one, own in nested} == pytest.approx({"a": 4, "b": 3, "c": 1, "d": 2})
 
@@ -145,42 +154,43 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
 @pytest.mark.parametrize(
     ("shares", "said"),
     [
-        ({"waiting for data": 0.2}, "waits for data"),
-        ({"gaps": 0.3}, "stands still for 30%"),
-        ({"gaps": 0.3, "waits": 2.0}, "the host waits for the device 2 times a step"),
-        ({"communication": 0.2}, "communication that nothing hides"),
-        ({"elementwise": 0.4}, "compile.enabled true"),
+        ({"waiting for data": 0.2}, "waiting for data"),
+        ({"gaps": 0.3}, "idle for 30%"),
+        ({"gaps": 0.3, "waits": 2.0}, "the host waits for the device 2 times per step"),
+        ({"communication": 0.2}, "communication that does not overlap"),
+        ({"elementwise": 0.4}, "Set compile.enabled to true"),
         ({"optimizer": 0.2}, "global_batch_size"),
-        ({"matrix products": 0.9}, "nothing stands out: matrix products reach 50%"),
+        ({"matrix products": 0.9}, "no bottleneck stands out; matrix products reach 50%"),
     ],
 )
 def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
     found = [
-        Row(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None) for part in roofline.PARTS
+        StepPart(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None)
+        for part in roofline.PARTS
     ]
-    told = advice(
+    told = advise(
         found,
         compiled=False,
-        device=True,
+        on_gpu=True,
         backends=["cudnn_attention"],
         micro_batch=4,
         accumulates=True,
-        waits=shares.get("waits", 0.0),
+        host_waits=shares.get("waits", 0.0),
     )
     assert said in told and "reduce-overhead" not in told
 
 
 def test_what_is_on_already_is_not_advised() -> None:
-    found = [Row(part, 1.0, {"elementwise": 0.4}.get(part, 0.0), None) for part in roofline.PARTS]
+    found = [StepPart(part, 1.0, {"elementwise": 0.4}.get(part, 0.0), None) for part in roofline.PARTS]
     keys: dict[str, Any] = {
         "compiled": True,
-        "device": True,
+        "on_gpu": True,
         "backends": ["cudnn_attention"],
         "micro_batch": 4,
         "accumulates": False,
     }
-    assert "bf16_residual true" in advice(found, **keys, narrow=False)
-    assert advice(found, **keys, narrow=True) == "nothing stands out"
+    assert "distributed.bf16_residual to true" in advise(found, **keys, has_float32_residual=True)
+    assert advise(found, **keys, has_float32_residual=False) == "no bottleneck stands out"
 
 
 # --- 8-bit products -------------------------------------------------------------------------------
@@ -221,7 +231,9 @@ def test_eight_bits_are_refused_where_there_are_none() -> None:
 
 
 def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "check_support", lambda *_: None)  # as if there were a GPU: which layers are chosen is the same
+    monkeypatch.setattr(
+        fp8, "check_support", lambda *_: None
+    )  # as if there were a GPU: which layers are chosen is the same
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     names = set(model.state_dict())
     assert fp8.convert_linear_layers(model, Fp8(enabled=True, exclude=["*.c_proj"]), CPU) == 4
@@ -232,7 +244,9 @@ def test_eight_bits_are_for_the_blocks_linear_layers_that_suit(monkeypatch: pyte
     with pytest.raises(BadInput, match="matches no linear layer"):
         fp8.convert_linear_layers(model, Fp8(enabled=True, exclude=["nothing"]), CPU)
     with pytest.raises(BadInput, match="multiples of 16"):
-        fp8.convert_linear_layers(build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU)
+        fp8.convert_linear_layers(
+            build_gpt2_model(vocab_size=64, n_positions=16, n_embd=20, n_layer=1, n_head=2), Fp8(enabled=True), CPU
+        )
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -294,11 +308,11 @@ def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch:
         for had in (first, "math"):
             monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *, found=had, **_: BACKENDS[found].value)
             with FakeTensorMode():  # as if there were a GPU
-                found = attention_kernels.select_backend(model, attention_kernels.backend_order(None, gpu), 8, torch.bfloat16, gpu)
+                found = attention_kernels.select_backend(
+                    model, attention_kernels.backend_order(None, gpu), 8, torch.bfloat16, gpu
+                )
             assert found is not None and found.backend == had
-            assert found.warning == (
-                None if had == first else f"{first} is not available: the heads are too wide"
-            )
+            assert found.warning == (None if had == first else f"{first} is not available: the heads are too wide")
 
 
 def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(
@@ -593,20 +607,20 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     assert found["attention"]["used"] and found["advice"] and found["mfu"] is None
     assert found["startup_s"] > 0 and found["versions"]["torch"] == torch.__version__
     assert found["host_waits_per_step"] is None, "there is no device to wait for"
-    shown = text_of(found)
+    shown = format_report(found)
     for words in (
         "2 x CPU",
         f"{found['tokens_per_s']:,.0f} (",
         "(median of 4; ",
-        "not known for a CPU",
+        "unknown for this device (CPU)",
         f"{found['peak_memory_gib']:.2f} GiB",
-        "s to the first step, of which compiling 0.0 s",
+        "s to the first step, including 0.0 s of compilation",
         f"torch {torch.__version__}",
         "matrix products",
         "advice: ",
     ):
         assert words in shown, words
-    shown = text_of(
+    shown = format_report(
         {
             **found,
             "mfu": 0.512,
@@ -615,9 +629,9 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
         }
     )
     for words in (
-        "51.2% (6N + 12LTd operations a token",
-        "math; warning: cudnn_attention was wanted",
-        "2.0 times a step for the device",
+        "51.2% (6N + 12LTd operations per token",
+        "math; warning: cudnn_attention is unavailable",
+        "2.0 per step for the device",
     ):
         assert words in shown, words
 
@@ -718,8 +732,8 @@ def test_a_value_is_not_taken_for_the_recipe(
     ("words", "said"),
     [
         (["train", "nanogtp"], "did you mean 'nanogpt'?"),
-        (["train", "--steps", "0"], "argument --steps: '0' is no whole number above 0"),
-        (["train", "--profiled=-1"], "argument --profiled: '-1' is no whole number from 0 on"),
+        (["train", "--steps", "0"], "argument --steps: expected an integer of at least 1, got '0'"),
+        (["train", "--profiled=-1"], "argument --profiled: expected an integer of at least 0, got '-1'"),
         (["train", "nanogpt", "--ranks", "2", "--model.n_embed", "3"], "did you mean 'n_embd'?"),
     ],
 )

@@ -13,7 +13,8 @@ import torch
 
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import write_json
-from amlaunch.recipes.format.loader import LoadedRecipe, check_ranks
+from amlaunch.recipes.format.consistency import check_ranks
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import Recipe, validation_sets
 from amlaunch.recipes.format.targets import TargetPolicy, build, resolve, signature, stable_names
 from amlaunch.trainer.checkpoints import checkpoint

@@ -1,1 +1,1 @@
-"""Programs beside training: export, generate, benchmarks, memory planning and GPU checks."""
+"""Tools beside training: export, text generation, benchmarks, memory planning and GPU checks."""

@@ -1,8 +1,9 @@
-"""What a compiled part would hold at each moment, of tensors without contents: inductor's graphs without its kernels.
+"""Estimate the memory of compiled code on fake tensors, with inductor's graphs but without its kernels.
 
-Inductor itself takes the model to two graphs, forward and backward, and decides what the one keeps for the other. There
-it ends: which results its kernels would write to memory is an estimate, by the rules that it follows for the most part.
-A result that other kernels' inputs are made of on the way is nowhere in memory.
+Inductor itself splits the model into a forward and a backward graph and decides
+what the forward keeps for the backward. This module stops there and estimates
+which results the kernels would write to memory, by the main rules that inductor
+follows. A result that is computed inside the kernels that use it is not in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator
+from enum import Enum, auto
 from functools import partial
 from typing import Any
 
@@ -17,13 +19,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from amlaunch.trainer.tools.live_tensors import Live, size_of
+from amlaunch.trainer.tools.live_tensors import MemoryCounter, local_bytes
 
-MOST_READS = 4
-"""Computed again for each kernel that wants it is what reads no more than that (inductor's ``realize_reads_threshold``)."""
-LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", "convolution_backward"}
-"""Lowered by inductor, but to kernels that take their inputs from memory."""
-WRITTEN = {
+MAX_RECOMPUTED_READS = 4
+"""A result is recomputed in every kernel that uses it if it reads no more inputs (``realize_reads_threshold``)."""
+LIBRARY_OPERATORS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", "convolution_backward"}
+"""Operators that inductor lowers to kernels that read their inputs from memory."""
+SCATTER_OPERATORS = {
     "index_put",
     "_unsafe_index_put",
     "scatter",
@@ -31,151 +33,174 @@ WRITTEN = {
     "index_add",
     "_unsafe_masked_index_put_accumulate",
 }
-"""Parts of kernels that write to memory in any case."""
+"""Operators in fused kernels that always write to memory."""
 REDUCTIONS = {"sum", "mean", "var_mean", "amax", "amin", "max", "min", "any", "prod"}
 
 
+class NodeKind(Enum):
+    """How inductor implements a node of a graph."""
+
+    INPUT = auto()
+    """An input or attribute of the graph."""
+    VIEW = auto()
+    """Shares the memory of its input."""
+    FUSED = auto()
+    """Part of a generated kernel."""
+    LIBRARY = auto()
+    """A library kernel, which reads and writes memory."""
+
+
 @contextlib.contextmanager
-def compiling(live: Live) -> Iterator[None]:
-    """Have what ``torch.compile`` is given here compiled to what ``live`` can count."""
+def count_compiled(counter: MemoryCounter) -> Iterator[None]:
+    """Make ``torch.compile`` produce code whose memory ``counter`` can count."""
     from torch._inductor.compile_fx import compile_fx
 
-    def fused(graph: GraphModule, *_: Any, **__: Any) -> Any:
-        return Fused(graph, live)
+    def compile_graph(graph: GraphModule, *_: Any, **__: Any) -> Any:
+        return CountedGraph(graph, counter)
 
-    backend = partial(compile_fx, inner_compile=fused)
-    real: Any = torch.compile
-    torch.compile = lambda model, *, dynamic=None, **_: real(model, backend=backend, dynamic=dynamic)  # type: ignore[assignment]
+    backend = partial(compile_fx, inner_compile=compile_graph)
+    original: Any = torch.compile
+
+    def compile_with_backend(model: Any, *, dynamic: Any = None, **_: Any) -> Any:
+        return original(model, backend=backend, dynamic=dynamic)
+
+    torch.compile = compile_with_backend  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.compile = real
+        torch.compile = original
 
 
-class Fused:
-    """A graph as a function of a list of tensors, which it takes out of the list, as inductor's are."""
+class CountedGraph:
+    """A graph as a function of a list of tensors, which it empties, as inductor's compiled graphs do."""
 
-    def __init__(self, module: GraphModule, live: Live):
-        self._boxed_call = True  # AOTAutograd's word for it; of the object, for torch copies what an object has
+    def __init__(self, module: GraphModule, counter: MemoryCounter):
+        # AOTAutograd looks for this on the object, because torch copies an object's attributes
+        self._boxed_call = True
         self._module = module
-        self._live = live
+        self._counter = counter
         self._nodes = list(module.graph.nodes)
-        self._given = [node for node in self._nodes if node.op == "placeholder"]
-        self._stored = stored(self._nodes)
-        self._over = over(self._nodes, self._stored)
+        self._inputs = [node for node in self._nodes if node.op == "placeholder"]
+        self._stored = stored_nodes(self._nodes)
+        self._dead_after = dead_after(self._nodes, self._stored)
 
     def __call__(self, args: list[Any]) -> Any:
-        """The graph's outputs; counts what its kernels would have in memory."""
-        env: dict[Node, Any] = dict(zip(self._given, args, strict=True))
+        """Return the graph's outputs, and count the results that its kernels would have in memory."""
+        values: dict[Node, Any] = dict(zip(self._inputs, args, strict=True))
         args.clear()
         for node in self._nodes:
             if node.op == "output":
-                return torch.fx.map_arg(node.args[0], env.__getitem__)
+                return torch.fx.map_arg(node.args[0], values.__getitem__)
             if node.op == "get_attr":
-                env[node] = operator.attrgetter(node.target)(self._module)
+                values[node] = operator.attrgetter(node.target)(self._module)
             elif node.op != "placeholder":
-                with self._live.aside():
-                    found = node.target(
-                        *torch.fx.map_arg(node.args, env.__getitem__), **torch.fx.map_arg(node.kwargs, env.__getitem__)
-                    )
-                self._keep(node, found, env)
-            for left in self._over.get(node, ()):
-                env.pop(left, None)
+                node_args = torch.fx.map_arg(node.args, values.__getitem__)
+                node_kwargs = torch.fx.map_arg(node.kwargs, values.__getitem__)
+                with self._counter.flops_only():
+                    result = node.target(*node_args, **node_kwargs)
+                # the arguments must not outlive this step
+                del node_args, node_kwargs
+                self._store(node, result, values)
+                del result
+            for dead in self._dead_after.get(node, ()):
+                values.pop(dead, None)
         return None
 
-    def _keep(self, node: Node, found: Any, env: dict[Node, Any]) -> None:
-        """Count a result that lies in memory; a kernel writes it where an input lay that is as large and wanted no more."""
-        env[node] = found
+    def _store(self, node: Node, result: Any, values: dict[Node, Any]) -> None:
+        """Keep a result and count it if it is in memory.
+
+        A fused kernel reuses the memory of an input of the same size that is not needed afterwards.
+        """
+        values[node] = result
         if node not in self._stored:
             return
-        tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-        if kind_of(node) == "fused":
-            size = sum(map(size_of, tensors))
-            for left in self._over.get(node, ()):
-                if (
-                    left is not node
-                    and left in env
-                    and isinstance(env[left], torch.Tensor)
-                    and size_of(env[left]) == size
-                ):
-                    del env[left]
-                    break
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if kind_of(node) is NodeKind.FUSED:
+            reused = self._reusable_input(node, sum(map(local_bytes, tensors)), values)
+            if reused is not None:
+                del values[reused]
         for tensor in tensors:
-            self._live.note(tensor)
+            self._counter.track(tensor)
+
+    def _reusable_input(self, node: Node, size: int, values: dict[Node, Any]) -> Node | None:
+        for dead in self._dead_after.get(node, ()):
+            value = None if dead is node else values.get(dead)
+            if isinstance(value, torch.Tensor) and local_bytes(value) == size:
+                return dead
+        return None
 
 
-def kind_of(node: Node) -> str:
-    """``given`` to the graph or of it, ``same`` memory as an input, part of a ``fused`` kernel, or of a ``library``."""
+def kind_of(node: Node) -> NodeKind:
+    """Return how inductor implements ``node``."""
     from torch._inductor.lowering import fallbacks, lowerings
 
     if node.op != "call_function":
-        return "given"
+        return NodeKind.INPUT
     target: Any = node.target
-    if target is operator.getitem or getattr(target, "is_view", False) or name_of(node) == "_unsafe_view":
-        return "same"
-    return "fused" if target in lowerings and target not in fallbacks and name_of(node) not in LIBRARY else "library"
+    if target is operator.getitem or getattr(target, "is_view", False) or operator_name(node) == "_unsafe_view":
+        return NodeKind.VIEW
+    is_lowered = target in lowerings and target not in fallbacks
+    return NodeKind.FUSED if is_lowered and operator_name(node) not in LIBRARY_OPERATORS else NodeKind.LIBRARY
 
 
-def stored(nodes: list[Node]) -> set[Node]:
-    """Those whose results lie in memory of their own."""
-    reads, stages = _reads(nodes), _stages(nodes)
-    wanted: set[Node] = set()
+def stored_nodes(nodes: list[Node]) -> set[Node]:
+    """Return the nodes whose results get their own memory."""
+    reads, stages = _kernel_reads(nodes), _stages(nodes)
+    in_memory: set[Node] = set()
     for node in reversed(nodes):
-        always = kind_of(node) == "library" or name_of(node) in WRITTEN
-        if always or any(_from_memory(user, node, user in wanted, reads, stages) for user in node.users):
-            wanted.add(node)
-    return {node for node in wanted if kind_of(node) in ("fused", "library")}
+        always_stored = kind_of(node) is NodeKind.LIBRARY or operator_name(node) in SCATTER_OPERATORS
+        if always_stored or any(_reads_memory(user, node, user in in_memory, reads, stages) for user in node.users):
+            in_memory.add(node)
+    return {node for node in in_memory if kind_of(node) in (NodeKind.FUSED, NodeKind.LIBRARY)}
 
 
-def _from_memory(user: Node, node: Node, wanted: bool, reads: dict[Node, set[Node]], stages: dict[Node, int]) -> bool:
-    """Whether ``user``, itself ``wanted`` in memory or not, takes ``node`` from there: another kernel, for which it is too dear to compute again."""
+def _reads_memory(
+    user: Node, node: Node, is_user_stored: bool, reads: dict[Node, set[Node]], stages: dict[Node, int]
+) -> bool:
+    """Return True if ``user`` reads ``node`` from memory: it is in another kernel, and recomputing costs too much."""
     kind = kind_of(user)
-    if kind == "same":
-        return wanted
-    return kind != "fused" or (stages[user] != stages[node] and reads[node] == {node})
+    if kind is NodeKind.VIEW:
+        return is_user_stored
+    return kind is not NodeKind.FUSED or (stages[user] != stages[node] and reads[node] == {node})
 
 
-def _reads(nodes: list[Node]) -> dict[Node, set[Node]]:
-    """What a kernel would read that computes each on the way; itself, where it lies in memory instead."""
-    found: dict[Node, set[Node]] = {}
+def _kernel_reads(nodes: list[Node]) -> dict[Node, set[Node]]:
+    """Return the nodes that a kernel would read to compute each node; the node itself if it is in memory."""
+    reads: dict[Node, set[Node]] = {}
     for node in nodes:
-        inputs = set().union(*(found[source] for source in node.all_input_nodes))
-        often = len(node.users) > 1 and len(inputs) > MOST_READS
-        passed = kind_of(node) == "same" or (kind_of(node) == "fused" and not _reduces(node) and not often)
-        found[node] = inputs if passed else {node}
-    return found
+        inputs = set().union(*(reads[source] for source in node.all_input_nodes))
+        kind = kind_of(node)
+        is_expensive = len(node.users) > 1 and len(inputs) > MAX_RECOMPUTED_READS
+        is_inlined = kind is NodeKind.FUSED and operator_name(node) not in REDUCTIONS and not is_expensive
+        reads[node] = inputs if kind is NodeKind.VIEW or is_inlined else {node}
+    return reads
 
 
 def _stages(nodes: list[Node]) -> dict[Node, int]:
-    """How many kernels of libraries each comes after, one after the other."""
-    found: dict[Node, int] = {}
+    """Return the length of the longest chain of library kernels before each node."""
+    stages: dict[Node, int] = {}
     for node in nodes:
-        found[node] = max(
-            (found[source] + (kind_of(source) == "library") for source in node.all_input_nodes), default=0
-        )
-    return found
+        before = (stages[source] + (kind_of(source) is NodeKind.LIBRARY) for source in node.all_input_nodes)
+        stages[node] = max(before, default=0)
+    return stages
 
 
-def name_of(node: Node) -> str:
-    """The operator's name, without its namespace and overload."""
+def operator_name(node: Node) -> str:
+    """Return the operator's name without namespace and overload."""
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
-def _reduces(node: Node) -> bool:
-    return name_of(node) in REDUCTIONS
-
-
-def over(nodes: list[Node], kept: set[Node]) -> dict[Node, list[Node]]:
-    """After each, what is wanted no more: neither itself nor what is made of it on the way."""
+def dead_after(nodes: list[Node], stored: set[Node]) -> dict[Node, list[Node]]:
+    """Map each node to the nodes that are not needed after it, neither directly nor through recomputation."""
     index = {node: i for i, node in enumerate(nodes)}
-    last: dict[Node, int] = {}
+    last_use: dict[Node, int] = {}
     for node in reversed(nodes):
-        passed = [
-            last[user] if user not in kept and kind_of(user) in ("same", "fused") else index[user]
+        uses = [
+            last_use[user] if user not in stored and kind_of(user) in (NodeKind.VIEW, NodeKind.FUSED) else index[user]
             for user in node.users
         ]
-        last[node] = max(passed, default=index[node])
-    found: dict[Node, list[Node]] = {}
-    for node, i in last.items():
-        found.setdefault(nodes[i], []).append(node)
-    return found
+        last_use[node] = max(uses, default=index[node])
+    dead: dict[Node, list[Node]] = {}
+    for node, i in last_use.items():
+        dead.setdefault(nodes[i], []).append(node)
+    return dead

@@ -1,7 +1,9 @@
-"""``python -m amlaunch.trainer.tools.generate RECIPE --checkpoints DIR --prompt TEXT``: text that a checkpoint's model writes.
+"""Generate text from a checkpoint.
 
-The text alone goes to stdout, everything else to stderr. How it is drawn is
-the recipe's ``export`` section (``--export.max_new_tokens 200``).
+``python -m amlaunch.trainer.tools.generate RECIPE --checkpoints DIR --prompt TEXT``
+
+Only the text goes to stdout, everything else to stderr. The recipe's ``export``
+section controls sampling (``--export.max_new_tokens 200``).
 """
 
 from __future__ import annotations
@@ -17,33 +19,32 @@ from amlaunch.trainer.process.errors import exit_process, run_guarded
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Generate, and return the exit code."""
+    """Generate text and return the exit code."""
     die_with_parent()
-    return run_guarded(
-        lambda: run(
-            parse(
-                "python -m amlaunch.trainer.tools.generate",
-                "Write text with a checkpoint's model.",
-                arguments,
-                kind="generate",
-            )
-        )
-    )
+
+    def work() -> int:
+        program = "python -m amlaunch.trainer.tools.generate"
+        return run(parse(program, "Generate text with a checkpoint's model.", arguments, kind="generate"))
+
+    return run_guarded(work)
 
 
 def run(options: Options) -> int:
-    """Print prompt and continuation. Raises BadInput where there is no whole checkpoint, or no tokenizer that fits."""
+    """Print the prompt and its continuation.
+
+    Raises BadInput if there is no intact checkpoint or no matching tokenizer.
+    """
     from amlaunch.trainer.checkpoints.hf_folder import known_vocab, manifest_tokenizer
     from amlaunch.trainer.models.base import vocab_rows
-    from amlaunch.trainer.tools.export import load_chosen, sample
+    from amlaunch.trainer.tools.export import load_selected, sample
 
     with redirect_stdout(sys.stderr):
-        step, model = load_chosen(options)
+        step, model = load_selected(options)
         vocab = min(known_vocab(options.data), vocab_rows(model) or sys.maxsize)
-        print(f"the model after step {step} writes", flush=True)
+        print(f"generating with the checkpoint of step {step}", flush=True)
         text = sample(model, options, manifest_tokenizer(options.data), vocab, options.prompt, options.sample_seed)
     if text is None:
-        raise BadInput("without a tokenizer there is no text")
+        raise BadInput("text generation needs a tokenizer; the note above says why there is none")
     print(text, flush=True)
     return OK
 

@@ -1,4 +1,7 @@
-"""``python -m amlaunch.trainer.tools.plan_memory RECIPE``: what a recipe needs of each GPU, whether it fits, and what would make it fit."""
+"""Predict a recipe's memory on each GPU, and suggest changes if it does not fit.
+
+``python -m amlaunch.trainer.tools.plan_memory RECIPE``
+"""
 
 from __future__ import annotations
 
@@ -16,190 +19,209 @@ from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.format.schema import Recipe
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.recipes.shipped import find_recipe
-from amlaunch.trainer.process.errors import exit_process, run_guarded
-from amlaunch.trainer.tools.memory_model import Need, predict
+from amlaunch.trainer.process.errors import exit_process, print_error, run_guarded
+from amlaunch.trainer.tools.memory_model import MemoryNeed, predict
 
 DOES_NOT_FIT = 3
-"""The exit code where the prediction is above the memory there is."""
+"""Exit code if the prediction exceeds the available memory."""
 GIB = 2.0**30
+
+Reload = Callable[[Sequence[str]], LoadedRecipe]
+"""Loads the recipe with more overrides."""
+
 
 # --- advising -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Way:
-    """A change of the recipe, and what it would need then."""
+class Alternative:
+    """A change of the recipe, and the memory that it would need."""
 
     override: str
     gib: float
     fits: bool
 
 
-def ways(reload: Callable[[Sequence[str]], LoadedRecipe], need: Need, limit: float, cuda: bool) -> list[Way]:
-    """Changes that need less, each on its own; the least intrusive first, until one fits."""
-    recipe = reload([]).recipe
-    found = []
-    for override, ranks in changes(recipe, need):
+def find_alternatives(reload: Reload, need: MemoryNeed, limit: float, cuda: bool) -> list[Alternative]:
+    """Try single changes that need less memory, the least intrusive first, until one fits in ``limit`` bytes."""
+    alternatives = []
+    for override, ranks in candidate_changes(reload([]).recipe, need):
+        overrides = [override] if override.startswith("--") else []
         try:
-            other = predict(reload([override] if override.startswith("--") else []), ranks, cuda=cuda)
+            total = predict(reload(overrides), ranks, cuda=cuda).total(cuda)
         except BadInput:
             continue
-        found.append(Way(override, other.total(cuda) / GIB, other.total(cuda) <= limit))
-        if found[-1].fits:
+        alternatives.append(Alternative(override, total / GIB, total <= limit))
+        if total <= limit:
             break
-    return found
+    return alternatives
 
 
-def changes(recipe: Recipe, need: Need) -> Iterator[tuple[str, int]]:
-    """``(override, ranks)`` of what might help, the least intrusive first."""
+def candidate_changes(recipe: Recipe, need: MemoryNeed) -> Iterator[tuple[str, int]]:
+    """Yield ``(override, ranks)`` of changes that may help, the least intrusive first."""
+    distributed, ranks = recipe.distributed, need.ranks
+    is_fsdp = distributed.strategy == "fsdp2"
     if recipe.loss_fn["_target_"] == "amlaunch.trainer.loss.MaskedCrossEntropy":
-        yield "--loss_fn._target_=amlaunch.trainer.loss.LinearCrossEntropy", need.ranks
-    size = recipe.step_scheduler.local_batch_size
-    while size > 1:
-        size = next(
-            divisor for divisor in range(size // 2, 0, -1) if recipe.step_scheduler.local_batch_size % divisor == 0
-        )
-        yield f"--step_scheduler.local_batch_size={size}", need.ranks
-    if recipe.distributed.strategy == "fsdp2" and not recipe.distributed.reshard_after_forward and need.ranks > 1:
-        yield "--distributed.reshard_after_forward=true", need.ranks
-    if recipe.distributed.activation_checkpointing == "none":
-        yield "--distributed.activation_checkpointing=selective", need.ranks
-    if recipe.distributed.activation_checkpointing != "full":
-        yield "--distributed.activation_checkpointing=full", need.ranks
-    if recipe.distributed.strategy != "fsdp2" and need.ranks > 1:
-        yield "--distributed.strategy=fsdp2", need.ranks
-    if recipe.distributed.strategy == "fsdp2" and not recipe.distributed.cpu_offload:
-        yield "--distributed.cpu_offload=true", need.ranks
-    if recipe.distributed.strategy == "fsdp2":
+        yield "--loss_fn._target_=amlaunch.trainer.loss.LinearCrossEntropy", ranks
+    for size in smaller_micro_batches(recipe.step_scheduler.local_batch_size):
+        yield f"--step_scheduler.local_batch_size={size}", ranks
+    if is_fsdp and not distributed.reshard_after_forward and ranks > 1:
+        yield "--distributed.reshard_after_forward=true", ranks
+    if distributed.activation_checkpointing == "none":
+        yield "--distributed.activation_checkpointing=selective", ranks
+    if distributed.activation_checkpointing != "full":
+        yield "--distributed.activation_checkpointing=full", ranks
+    if not is_fsdp and ranks > 1:
+        yield "--distributed.strategy=fsdp2", ranks
+    if is_fsdp and not distributed.cpu_offload:
+        yield "--distributed.cpu_offload=true", ranks
+    if is_fsdp:
         for factor in (2, 4, 8, 16):
-            yield f"{need.ranks * factor} GPUs", need.ranks * factor
+            yield f"{ranks * factor} GPUs", ranks * factor
 
 
-def largest_micro_batch(
-    reload: Callable[[Sequence[str]], LoadedRecipe], need: Need, limit: float, cuda: bool
-) -> int | None:
-    """The most windows at once that fit, of those that divide a rank's share: memory grows by the same for each window."""
+def smaller_micro_batches(local_batch_size: int) -> Iterator[int]:
+    """Yield divisors of ``local_batch_size``, each at most half of the previous one."""
+    size = local_batch_size
+    while size > 1:
+        size = next(divisor for divisor in range(size // 2, 0, -1) if local_batch_size % divisor == 0)
+        yield size
+
+
+def largest_micro_batch(reload: Reload, need: MemoryNeed, limit: float, cuda: bool) -> int | None:
+    """Return the largest micro-batch that fits in ``limit`` bytes and divides a rank's share of a step; None if none.
+
+    Memory grows linearly with the micro-batch, so a second prediction is enough.
+    """
     recipe = reload([]).recipe
-    share = recipe.step_scheduler.global_batch_size // _dp_size(recipe, need.ranks)
-    divisors = [size for size in range(1, share + 1) if share % size == 0]
-    other = max((size for size in divisors if size < need.local_batch_size), default=None)
-    if other is None:
-        other = next((size for size in divisors if size > need.local_batch_size), None)
-    if other is None:
-        return need.local_batch_size if need.total(cuda) <= limit else None
-    second = predict(reload([f"--step_scheduler.local_batch_size={other}"]), need.ranks, cuda=cuda)
-    each = (need.total(cuda) - second.total(cuda)) / (need.local_batch_size - other)
-    return max(
-        (size for size in divisors if need.total(cuda) + each * (size - need.local_batch_size) <= limit), default=None
-    )
+    dp_size = need.ranks // (recipe.distributed.tp_size * recipe.distributed.cp_size)
+    rank_batch = recipe.step_scheduler.global_batch_size // dp_size
+    divisors = [size for size in range(1, rank_batch + 1) if rank_batch % size == 0]
+    smaller = [size for size in divisors if size < need.local_batch_size]
+    larger = [size for size in divisors if size > need.local_batch_size]
+    total = need.total(cuda)
+    if not smaller and not larger:
+        return need.local_batch_size if total <= limit else None
 
-
-def _dp_size(recipe: Recipe, ranks: int) -> int:
-    return ranks // (recipe.distributed.tp_size * recipe.distributed.cp_size)
+    other_size = smaller[-1] if smaller else larger[0]
+    other = predict(reload([f"--step_scheduler.local_batch_size={other_size}"]), need.ranks, cuda=cuda)
+    bytes_per_sample = (total - other.total(cuda)) / (need.local_batch_size - other_size)
+    fitting = [size for size in divisors if total + bytes_per_sample * (size - need.local_batch_size) <= limit]
+    return max(fitting, default=None)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
 def parse_bytes(text: str) -> float:
-    """``80GB`` (decimal) or ``80GiB`` as bytes. Raises argparse's error for anything else."""
+    """Parse a size such as ``80GB`` (decimal) or ``80GiB``. Raises argparse's error for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.I)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: a size such as 80GB or 79GiB was expected")
-    return float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+        raise argparse.ArgumentTypeError(f"expected a size such as 80GB or 79GiB, got {text!r}")
+    number, prefix, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Predict, print, and return the exit code: 0 it fits, 3 it does not."""
+    """Predict, print, and return the exit code: 0 if the recipe fits, 3 if not."""
     die_with_parent()
     parser = argparse.ArgumentParser(
-        prog="amlaunch plan-memory", description="Predict a recipe's memory.", allow_abbrev=False
+        prog="amlaunch plan-memory", description="Predict a recipe's memory on each GPU.", allow_abbrev=False
     )
-    parser.add_argument("recipe")
-    parser.add_argument("--gpus", type=int, help="ranks in all (default: as the recipe says)")
-    parser.add_argument("--gpu-memory", type=parse_bytes, default=80e9, help="of each GPU (80GB)")
+    parser.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    parser.add_argument("--gpus", type=int, help="number of ranks (default: the recipe's)")
+    parser.add_argument("--gpu-memory", type=parse_bytes, default=80e9, help="memory of each GPU (80GB)")
+    parser.add_argument("--on-cpu", action="store_true", help="predict for CPUs: no CUDA, float32 by default")
     parser.add_argument(
-        "--on-cpu", action="store_true", help="as on CPUs: no CUDA, float32 where the recipe does not say"
+        "--allow-target", action="append", default=[], metavar="NAME", help="allow a _target_ to load NAME"
     )
-    parser.add_argument("--allow-target", action="append", default=[], metavar="NAME")
-    parser.add_argument("--json", action="store_true")
-    given, overrides = parser.parse_known_args(arguments)
-    return run_guarded(lambda: run(given, overrides))
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options, overrides = parser.parse_known_args(arguments)
+    return run_guarded(lambda: run(options, overrides))
 
 
-def run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Predict as ``given``, and print."""
-    path = find_recipe(given.recipe)
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Predict and print."""
+    path = find_recipe(options.recipe)
 
-    def reload(more: Sequence[str]) -> LoadedRecipe:
-        return load(path, [*overrides, *more], allow=given.allow_target, job_start=True)
+    def reload(more_overrides: Sequence[str]) -> LoadedRecipe:
+        return load(path, [*overrides, *more_overrides], allow=options.allow_target, job_start=True)
 
     loaded = reload([])
-    ranks = given.gpus or ranks_of(loaded.recipe)
-    cuda = not given.on_cpu
-    told = sys.stderr
-    print(f"{loaded.recipe.name}: taking a step on rank 0 of {ranks}, without contents …", file=told, flush=True)
+    ranks = options.gpus or default_ranks(loaded.recipe)
+    cuda = not options.on_cpu
+    limit = options.gpu_memory
+
+    print_error(f"{loaded.recipe.name}: simulating a step on rank 0 of {ranks} (no memory is allocated) …")
     need = predict(loaded, ranks, cuda=cuda)
-    fits = need.total(cuda) <= given.gpu_memory
-    print("looking for the largest micro-batch …", file=told, flush=True)
-    largest = largest_micro_batch(reload, need, given.gpu_memory, cuda)
-    found = []
+    fits = need.total(cuda) <= limit
+    print_error("searching for the largest micro-batch that fits …")
+    largest = largest_micro_batch(reload, need, limit, cuda)
+    alternatives = []
     if not fits:
-        print("looking for what would make it fit …", file=told, flush=True)
-        found = ways(reload, need, given.gpu_memory, cuda)
+        print_error("searching for changes that make it fit …")
+        alternatives = find_alternatives(reload, need, limit, cuda)
+
     report = {
         "recipe": loaded.recipe.name,
         **asdict(need),
         "total": need.total(cuda),
-        "gpu_memory": given.gpu_memory,
+        "gpu_memory": limit,
         "fits": fits,
         "largest_local_batch_size": largest,
-        "ways": [asdict(way) for way in found],
+        "ways": [asdict(alternative) for alternative in alternatives],
     }
-    print(json.dumps(report, indent=2) if given.json else text_of(report, cuda), flush=True)
+    print(json.dumps(report, indent=2) if options.json else format_report(report, cuda), flush=True)
     return OK if fits else DOES_NOT_FIT
 
 
-def ranks_of(recipe: Recipe) -> int:
-    """Ranks of the train stage where nothing else is said."""
+def default_ranks(recipe: Recipe) -> int:
+    """Return the number of ranks of the recipe's train stage."""
     train = recipe.resources.train
     return (train.nodes or 1) * (train.tasks_per_node or train.gpus_per_node or 1)
 
 
-def text_of(report: dict[str, Any], cuda: bool) -> str:
-    """The prediction, for people."""
-    lines = [
-        f"{report['recipe']} on {report['ranks']} GPU{'s' * (report['ranks'] > 1)}, {report['local_batch_size']} windows at once; GiB on each GPU"
+def format_report(report: dict[str, Any], cuda: bool) -> str:
+    """Format the prediction for the console."""
+    device = "GPU" if cuda else "CPU rank"
+    plural = "s" * (report["ranks"] > 1)
+    rows = [
+        ("parameters", report["parameters"]),
+        ("gradients", report["gradients"]),
+        ("optimizer state", report["optimizer"]),
+        ("activations and temporary buffers", report["activations"]),
+        ("peak", report["peak"]),
     ]
-    names = ("parameters", "gradients", "optimizer", "activations")
-    lines += [
-        f"  {name + (' and all else in a step' if name == 'activations' else ''):<36}{report[name] / GIB:>8.2f}"
-        for name in names
-    ]
-    lines.append(f"  {'peak':<36}{report['peak'] / GIB:>8.2f}")
     if report["on_host"] and cuda:
-        lines.append(f"  {'of which in the memory of the host':<36}{report['on_host'] / GIB:>8.2f}")
+        rows.append(("of which in host memory", report["on_host"]))
     if cuda:
-        lines.append(
-            f"  {'with CUDA, NCCL and the allocator':<36}{report['total'] / GIB:>8.2f}   (round figures are assumed for these)"
-        )
-    lines.append(f"  {'there is':<36}{report['gpu_memory'] / GIB:>8.2f}")
-    lines.append(
-        f"a step of {report['tokens']:,} tokens: {report['flops'] / 1e12:,.1f} TFLOP in matrix products and attention, over all GPUs"
-    )
+        rows.append(("total with CUDA, NCCL and allocator", report["total"]))
+    rows.append(("available", report["gpu_memory"]))
+
     largest = report["largest_local_batch_size"]
+    lines = [
+        f"{report['recipe']} on {report['ranks']} {device}{plural}, micro-batches of {report['local_batch_size']}; "
+        f"GiB on each {device}",
+        *(f"  {name:<36}{size / GIB:>8.2f}" for name, size in rows),
+    ]
+    if cuda:
+        lines.append("CUDA, NCCL and the allocator are estimated")
     lines.append(
-        f"largest step_scheduler.local_batch_size that fits: {largest}"
-        if largest
-        else "no step_scheduler.local_batch_size fits"
+        f"a step of {report['tokens']:,} tokens takes {report['flops'] / 1e12:,.1f} TFLOP "
+        f"in matrix products and attention, over all {device}s"
     )
+    if largest:
+        lines.append(f"largest step_scheduler.local_batch_size that fits: {largest}")
+    else:
+        lines.append("no step_scheduler.local_batch_size fits")
     if report["fits"]:
         return "\n".join([*lines, "it fits"])
     lines.append("it does not fit")
-    lines += [
-        f"  {way['override']}: {way['gib']:.2f} GiB, which {'fits' if way['fits'] else 'is still too much'}"
-        for way in report["ways"]
-    ]
+    if report["ways"]:
+        lines.append("changes tried, one at a time:")
+    for alternative in report["ways"]:
+        verdict = "fits" if alternative["fits"] else "does not fit"
+        lines.append(f"  {alternative['override']}: {alternative['gib']:.2f} GiB, {verdict}")
     return "\n".join(lines)
 
 

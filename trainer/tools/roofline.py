@@ -1,9 +1,9 @@
-"""Where the time of a step goes, from a trace of torch's profiler, against what the device can do.
+"""Split the time of a step by activity, from a trace of torch's profiler, and compare it with the device's limits.
 
-``python -m amlaunch.trainer.tools.roofline TRACE.json.gz STEPS`` says the first half of any trace
-that a run's ``profile`` section wrote. On a GPU the kernels are counted, each
-under what it computes; on the CPU the time that operators spend themselves, on
-the thread that trains.
+``python -m amlaunch.trainer.tools.roofline TRACE.json.gz STEPS`` prints the time
+by activity for any trace that a run's ``profile`` section wrote. On a GPU,
+kernels are counted by what they compute. On a CPU, the self time of operators
+on the training thread is counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amlaunch.recipes.errors import BAD_INPUT, OK
 from amlaunch.trainer.performance.trace_regions import LOSS_REGION
 
 PARTS = (
@@ -32,191 +33,217 @@ PARTS = (
     "gaps",
 )
 OPTIMIZER_REGION = re.compile(r"Optimizer\.(step|zero_grad)#")
-RULES = (
+MATRIX_OPERATORS = r"aten::(mm|addmm|bmm|addbmm|baddbmm|matmul|linear|_scaled_mm)\b"
+PART_PATTERNS = (
     ("communication", re.compile(r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter", re.I)),
     ("attention", re.compile(r"flash|fmha|sdpa|attention|cudnn_generated.*(fprop|bprop)", re.I)),
     ("optimizer", re.compile(r"multi_tensor_apply|fused_adam|_foreach_|LpNorm|linalg_vector_norm", re.I)),
     ("loss", re.compile(r"log_softmax|nll_loss|cross_entropy|logsumexp", re.I)),
-    ("matrix products", re.compile(r"gemm|nvjet|cutlass|cublas|aten::(mm|addmm|bmm|addbmm|baddbmm|matmul|linear|_scaled_mm)\b|mkl(dnn)?_?linear|xmma|s16816|splitK", re.I)),
-)  # fmt: skip
-"""By the first that fits a kernel's or an operator's name; what fits none is elementwise."""
-BACKENDS = (
+    (
+        "matrix products",
+        re.compile(rf"gemm|nvjet|cutlass|cublas|{MATRIX_OPERATORS}|mkl(dnn)?_?linear|xmma|s16816|splitK", re.I),
+    ),
+)
+"""The first pattern that matches a kernel's or operator's name decides; all others are elementwise."""
+BACKEND_PATTERNS = (
     ("cudnn_attention", re.compile(r"cudnn.*(sdpa|flash|fprop|bprop)|_scaled_dot_product_cudnn", re.I)),
     ("flash_attention", re.compile(r"flash_(fwd|bwd)|pytorch_flash|_scaled_dot_product_flash_attention", re.I)),
     ("efficient_attention", re.compile(r"fmha_cutlass|_scaled_dot_product_efficient", re.I)),
     ("math", re.compile(r"_scaled_dot_product_attention_math", re.I)),
 )
+HOST_WAIT_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+"""Calls that block the host until the device has finished all its work; waiting for one event is not among them."""
+OPTIMIZER_BYTES_PER_PARAMETER = 28.0
+"""Bytes that AdamW in float32 reads and writes per parameter."""
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
-"""Calls in which the host stands still until the device has done all that it was given; a late number's event is none of them."""
-
+Event = dict[str, Any]
+"""One event of a trace; times are in microseconds."""
 Span = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Busy:
-    """Seconds a step, by part; ``exposed`` communication only: what no other kernel ran beside."""
+# --- reading a trace ------------------------------------------------------------------------------
 
-    parts: dict[str, float]
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """Seconds per step by part; communication counts only if no other kernel ran at the same time."""
+
+    seconds: dict[str, float]
     wall: float
-    """Of the trace, which profiling makes longer."""
-    device: bool
-    """Whether these are kernels of a GPU."""
+    """Duration of a step in the trace, which profiling makes longer."""
+    on_gpu: bool
+    """True if the trace has GPU kernels."""
     backends: tuple[str, ...]
-    """Of attention, as the names of what ran say."""
-    waits: float | None = None
-    """How often a step the host waited for the device, between two kernels; None on a CPU."""
+    """Attention backends, recognised by kernel names."""
+    host_waits: float | None = None
+    """Number of times per step that the host waited for the device; None on a CPU."""
 
 
 def part_of(name: str) -> str:
-    """Under which of ``PARTS`` a kernel or operator is counted."""
-    return next((part for part, rule in RULES if rule.search(name)), "elementwise")
+    """Return the part (see ``PARTS``) that a kernel or operator belongs to."""
+    return next((part for part, pattern in PART_PATTERNS if pattern.search(name)), "elementwise")
 
 
-def read(trace: Path) -> list[dict[str, Any]]:
-    """The events of a trace that have a duration."""
-    with gzip.open(trace, "rt") as file:
+def read_trace(path: Path) -> list[Event]:
+    """Read the events of a trace that have a duration."""
+    with gzip.open(path, "rt") as file:
         events = json.load(file)["traceEvents"]
     return [event for event in events if event.get("ph") == "X" and "dur" in event]
 
 
-def busy(events: Sequence[dict[str, Any]], steps: int) -> Busy:
-    """What the device, or the training thread of the CPU, did in ``steps`` steps."""
+def summarise_trace(events: Sequence[Event], steps: int) -> TraceSummary:
+    """Summarise the activity of the GPU, or of the CPU's training thread, during ``steps`` steps."""
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     names = {str(event["name"]) for event in events}
-    backends = tuple(backend for backend, rule in BACKENDS if any(rule.search(name) for name in names))
-    parts, wall = _of_gpu(kernels, events) if kernels else _of_cpu(events)
-    waits = host_waits(events) / steps if kernels else None
-    return Busy(
-        {part: seconds / steps / 1e6 for part, seconds in parts.items()},
-        wall / steps / 1e6,
-        bool(kernels),
-        backends,
-        waits,
+    backends = [backend for backend, pattern in BACKEND_PATTERNS if any(pattern.search(name) for name in names)]
+    microseconds, wall = _summarise_gpu(kernels, events) if kernels else _summarise_cpu(events)
+    return TraceSummary(
+        seconds={part: duration / steps / 1e6 for part, duration in microseconds.items()},
+        wall=wall / steps / 1e6,
+        on_gpu=bool(kernels),
+        backends=tuple(backends),
+        host_waits=count_host_waits(events) / steps if kernels else None,
     )
 
 
-def host_waits(events: Sequence[dict[str, Any]]) -> int:
-    """How often the host waited while it was still giving work to a GPU: the profiler's own waiting is before and after that."""
+def count_host_waits(events: Sequence[Event]) -> int:
+    """Count the host's waits between the first and last kernel launch, which leaves out the profiler's own waits."""
     calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     launches = [event["ts"] for event in calls if "Launch" in event["name"]]
-    return (
-        sum(event["name"] in WAITS and min(launches) < event["ts"] < max(launches) for event in calls)
-        if launches
-        else 0
-    )
+    if not launches:
+        return 0
+    first, last = min(launches), max(launches)
+    return sum(event["name"] in HOST_WAIT_CALLS and first < event["ts"] < last for event in calls)
 
 
-def _of_gpu(kernels: list[dict[str, Any]], events: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float]:
+def _summarise_gpu(kernels: list[Event], events: Sequence[Event]) -> tuple[dict[str, float], float]:
+    """Return the kernels' time by part, and the time from the first to the last kernel, in microseconds."""
     regions = Regions(events)
     launches = {
         event["args"]["correlation"]: event
         for event in events
         if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
     }
-    parts: dict[str, float] = defaultdict(float)
-    spans: dict[bool, list[Span]] = {True: [], False: []}
+    durations: dict[str, float] = defaultdict(float)
+    communication: list[Span] = []
+    computation: list[Span] = []
     for kernel in kernels:
         launch = launches.get(kernel.get("args", {}).get("correlation"))
-        part = (launch and regions.around(launch)) or part_of(kernel["name"])
+        part = (launch and regions.part_at(launch)) or part_of(kernel["name"])
         span = (kernel["ts"], kernel["ts"] + kernel["dur"])
-        spans[part == "communication"].append(span)
-        if part != "communication":
-            parts[part] += kernel["dur"]
-    parts["communication"] = length([*spans[True], *spans[False]]) - length(spans[False])
-    everything = [*spans[True], *spans[False]]
-    return dict(parts), max(end for _, end in everything) - min(begin for begin, _ in everything)
+        if part == "communication":
+            communication.append(span)
+        else:
+            computation.append(span)
+            durations[part] += kernel["dur"]
+    all_spans = [*communication, *computation]
+    durations["communication"] = covered_time(all_spans) - covered_time(computation)
+    return dict(durations), max(end for _, end in all_spans) - min(begin for begin, _ in all_spans)
 
 
-def _of_cpu(events: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float]:
-    """Self time of what runs on the thread that does most; time between operators is nobody's."""
+def _summarise_cpu(events: Sequence[Event]) -> tuple[dict[str, float], float]:
+    """Return the operators' self time by part on the busiest thread, and that thread's duration, in microseconds."""
     threads = Counter((event["pid"], event["tid"]) for event in events if event.get("cat") == "cpu_op")
     if not threads:
         return {}, 0.0
-    main = threads.most_common(1)[0][0]
-    mine = [
+    training_thread = threads.most_common(1)[0][0]
+    thread_events = [
         event
         for event in events
-        if (event["pid"], event["tid"]) == main and event.get("cat") in ("cpu_op", "user_annotation")
+        if (event["pid"], event["tid"]) == training_thread and event.get("cat") in ("cpu_op", "user_annotation")
     ]
-    regions = Regions(mine)
-    parts: dict[str, float] = defaultdict(float)
-    for event, own in self_times(mine):
+    regions = Regions(thread_events)
+    durations: dict[str, float] = defaultdict(float)
+    for event, self_time in self_times(thread_events):
         if event["cat"] == "cpu_op" or "Torch-Compiled Region" in event["name"]:
-            parts[regions.around(event) or part_of(event["name"])] += own
-    return dict(parts), max(event["ts"] + event["dur"] for event in mine) - min(event["ts"] for event in mine)
+            durations[regions.part_at(event) or part_of(event["name"])] += self_time
+    begin = min(event["ts"] for event in thread_events)
+    end = max(event["ts"] + event["dur"] for event in thread_events)
+    return dict(durations), end - begin
 
 
 class Regions:
-    """The loss and the optimizer as the trace has them: stretches of time on a thread."""
+    """Time ranges of the loss and the optimizer on each thread of a trace."""
 
-    def __init__(self, events: Iterable[dict[str, Any]]):
-        found: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
+    def __init__(self, events: Iterable[Event]):
+        regions: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
         for event in events:
-            part = (
-                "loss"
-                if event["name"] == LOSS_REGION
-                else "optimizer"
-                if OPTIMIZER_REGION.match(event["name"])
-                else None
-            )
-            if part and event.get("cat") == "user_annotation":
-                found[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"], part))
-        self._found = {thread: sorted(regions) for thread, regions in found.items()}
+            part = self._region_part(event)
+            if part is not None:
+                regions[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"], part))
+        self._regions = {thread: sorted(ranges) for thread, ranges in regions.items()}
 
-    def around(self, event: dict[str, Any]) -> str | None:
-        """The part in whose region an event begins."""
-        regions = self._found.get((event["pid"], event["tid"]), [])
-        at = bisect_right(regions, (event["ts"], float("inf"), "")) - 1
-        return regions[at][2] if at >= 0 and event["ts"] < regions[at][1] else None
+    @staticmethod
+    def _region_part(event: Event) -> str | None:
+        if event.get("cat") != "user_annotation":
+            return None
+        if event["name"] == LOSS_REGION:
+            return "loss"
+        return "optimizer" if OPTIMIZER_REGION.match(event["name"]) else None
 
-
-def self_times(events: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Each event of one thread with its duration less that of the events within it."""
-    found: list[list[Any]] = []
-    open_ones: list[int] = []
-    for event in sorted(events, key=lambda one: (one["ts"], -one["dur"])):
-        while open_ones and event["ts"] >= found[open_ones[-1]][0]["ts"] + found[open_ones[-1]][0]["dur"]:
-            open_ones.pop()
-        if open_ones:
-            found[open_ones[-1]][1] -= event["dur"]
-        open_ones.append(len(found))
-        found.append([event, event["dur"]])
-    return [(event, max(0.0, own)) for event, own in found]
+    def part_at(self, event: Event) -> str | None:
+        """Return the part of the region in which an event begins; None outside all regions."""
+        ranges = self._regions.get((event["pid"], event["tid"]), [])
+        index = bisect_right(ranges, (event["ts"], float("inf"), "")) - 1
+        if index < 0:
+            return None
+        _, end, part = ranges[index]
+        return part if event["ts"] < end else None
 
 
-def length(spans: Iterable[Span]) -> float:
-    """How much time ``spans`` cover together."""
-    total, reached = 0.0, float("-inf")
+def self_times(events: Sequence[Event]) -> list[tuple[Event, float]]:
+    """Return the events of one thread with their self times: duration without nested events."""
+    ordered = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
+    times = [event["dur"] for event in ordered]
+    open_events: list[int] = []
+    for i, event in enumerate(ordered):
+        while open_events and event["ts"] >= ordered[open_events[-1]]["ts"] + ordered[open_events[-1]]["dur"]:
+            open_events.pop()
+        if open_events:
+            times[open_events[-1]] -= event["dur"]
+        open_events.append(i)
+    return [(event, max(0.0, self_time)) for event, self_time in zip(ordered, times, strict=True)]
+
+
+def covered_time(spans: Iterable[Span]) -> float:
+    """Return the length of the union of ``spans``."""
+    total, covered_until = 0.0, float("-inf")
     for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(begin, covered_until))
+        covered_until = max(covered_until, end)
     return total
 
 
+# --- judging a step -------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Row:
-    """One part of a step."""
+class StepPart:
+    """Time of one part of a step."""
 
     part: str
     seconds: float
     share: float
-    """Of the step."""
+    """Fraction of the step."""
     least: float | None
-    """Seconds that it would take at the device's measured rates; None where nobody can say."""
+    """Minimum seconds at the device's measured rates; None if unknown."""
 
 
-def rows(found: Busy, step_seconds: float, data_seconds: float, least: dict[str, float]) -> list[Row]:
-    """The parts of a step of ``step_seconds``, as measured without the profiler.
+def step_parts(
+    summary: TraceSummary, step_seconds: float, data_seconds: float, least: dict[str, float]
+) -> list[StepPart]:
+    """Split a step of ``step_seconds``, measured without the profiler, into its parts.
 
-    Kernels take as long with the profiler as without it, so what they leave of the
-    step are gaps; operators on the CPU take longer, so there their shares are kept.
+    The profiler does not slow down kernels, so the rest of the step is gaps. It
+    slows down CPU operators, so only their shares are used.
     """
-    scale = 1.0 if found.device or not found.wall else (step_seconds - data_seconds) / found.wall
-    parts = {part: found.parts.get(part, 0.0) * scale for part in PARTS}
-    parts["waiting for data"] = data_seconds
-    parts["gaps"] = max(0.0, step_seconds - sum(parts.values()))
-    return [Row(part, seconds, seconds / step_seconds, least.get(part)) for part, seconds in parts.items()]
+    scale = 1.0
+    if not summary.on_gpu and summary.wall:
+        scale = (step_seconds - data_seconds) / summary.wall
+    seconds = {part: summary.seconds.get(part, 0.0) * scale for part in PARTS}
+    seconds["waiting for data"] = data_seconds
+    seconds["gaps"] = max(0.0, step_seconds - sum(seconds.values()))
+    return [StepPart(part, duration, duration / step_seconds, least.get(part)) for part, duration in seconds.items()]
 
 
 def least_seconds(
@@ -229,80 +256,103 @@ def least_seconds(
     flops: float,
     bandwidth: float,
 ) -> dict[str, float]:
-    """What the parts that can be counted would take at best, for one rank's ``tokens`` of a step.
+    """Return the minimum seconds of the countable parts for one rank's ``tokens`` of a step.
 
-    ``…_flops`` are of a token, forward and backward; ``parameters`` are those that
-    this rank updates, each with 28 bytes moved (AdamW in float32). ``flops`` and
-    ``bandwidth`` are a second's.
+    ``…_flops``: operations per token, forward and backward. ``parameters``: the
+    number that this rank updates. ``flops``, ``bandwidth``: operations and bytes per second.
     """
     return {
         "matrix products": tokens * block_flops / flops,
         "attention": tokens * attention_flops / flops,
         "loss": tokens * head_flops / flops,
-        "optimizer": 28.0 * parameters / bandwidth,
+        "optimizer": OPTIMIZER_BYTES_PER_PARAMETER * parameters / bandwidth,
     }
 
 
-def advice(
-    found: Sequence[Row],
+def advise(
+    parts: Sequence[StepPart],
     *,
     compiled: bool,
-    device: bool,
+    on_gpu: bool,
     backends: Sequence[str],
     micro_batch: int,
     accumulates: bool,
-    narrow: bool = False,
-    waits: float = 0.0,
+    has_float32_residual: bool = True,
+    host_waits: float = 0.0,
 ) -> str:
-    """The one thing to change first. ``narrow``: the residual stream is in bfloat16 already, or nothing is."""
-    share = {row.part: row.share for row in found}
-    least = {row.part: row.least / row.seconds for row in found if row.least and row.seconds}
+    """Return the one change to make first.
+
+    ``accumulates``: a step has several micro-batches. ``has_float32_residual``:
+    the model computes in bfloat16, but its residual stream does not.
+    """
+    share = {part.part: part.share for part in parts}
+    efficiency = {part.part: part.least / part.seconds for part in parts if part.least and part.seconds}
     if share["waiting for data"] > 0.05:
-        return f"{share['waiting for data']:.0%} of the step waits for data: put the shards on a faster disk, or raise dataloader.prefetch_factor"
-    if device and "math" in backends:
-        return "attention is computed by torch's slowest kernel (math): see sdpa_method, and the warning at the start"
-    if share["gaps"] > 0.05 and waits >= 1.0:
         return (
-            f"the host waits for the device {waits:.0f} times a step, which then stands still: something reads numbers back "
-            "(.item(), .cpu(), a mask as an index), in a model or loss of your own, or an optimizer that is not fused"
+            f"{share['waiting for data']:.0%} of the step is spent waiting for data. "
+            "Put the shards on a faster disk, or raise dataloader.prefetch_factor"
         )
-    if share["gaps"] > 0.15 and device:
-        larger = f"a larger step_scheduler.local_batch_size than {micro_batch}" if accumulates else "larger batches"
-        fused = "" if compiled else ", or compile.enabled true"
-        return f"the device stands still for {share['gaps']:.0%} of the step, for the kernels are too small: {larger}{fused}"
+    if on_gpu and "math" in backends:
+        return (
+            "attention uses torch's slowest kernel (math). Check sdpa_method, and the warning at the start of training"
+        )
+    if share["gaps"] > 0.05 and host_waits >= 1.0:
+        return (
+            f"the host waits for the device {host_waits:.0f} times per step, and the device is idle meanwhile. "
+            "Find the code that reads numbers back (.item(), .cpu(), a mask as an index): "
+            "it is in your own model or loss, or in an optimizer that is not fused"
+        )
+    if share["gaps"] > 0.15 and on_gpu:
+        change = f"Raise step_scheduler.local_batch_size above {micro_batch}" if accumulates else "Use larger batches"
+        if not compiled:
+            change += ", or set compile.enabled to true"
+        return f"the device is idle for {share['gaps']:.0%} of the step, because its kernels are too small. {change}"
     if share["communication"] > 0.1:
-        return f"{share['communication']:.0%} of the step is communication that nothing hides: distributed.strategy ddp or reshard_after_forward false where memory allows, or a larger global batch"
+        return (
+            f"{share['communication']:.0%} of the step is communication that does not overlap with computation. "
+            "If memory allows, set distributed.strategy to ddp or distributed.reshard_after_forward to false; "
+            "or use a larger global batch"
+        )
     if not compiled and share["elementwise"] > 0.2:
-        return f"{share['elementwise']:.0%} of the step are elementwise kernels: compile.enabled true fuses them"
+        return f"{share['elementwise']:.0%} of the step is elementwise kernels. Set compile.enabled to true"
     if share["optimizer"] > 0.1:
-        return f"{share['optimizer']:.0%} of the step is the optimizer: a larger step_scheduler.global_batch_size takes fewer steps for as many tokens"
-    if share["loss"] > 0.3 and least.get("loss", 1.0) < 0.5:
-        return f"{share['loss']:.0%} of the step is the loss, at {least['loss']:.0%} of what its products allow: try another loss_fn.chunk_tokens, or amlaunch.trainer.loss.MaskedCrossEntropy"
-    if share["elementwise"] > 0.25 and not narrow:
-        return f"{share['elementwise']:.0%} of the step are elementwise kernels: distributed.bf16_residual true moves fewer bytes"
-    good = least.get("matrix products")
-    return "nothing stands out" + (
-        f": matrix products reach {good:.0%} of the rate that was measured for large ones" if good else ""
-    )
+        return (
+            f"{share['optimizer']:.0%} of the step is the optimizer. "
+            "Raise step_scheduler.global_batch_size to take fewer steps for the same number of tokens"
+        )
+    if share["loss"] > 0.3 and efficiency.get("loss", 1.0) < 0.5:
+        return (
+            f"{share['loss']:.0%} of the step is the loss, at {efficiency['loss']:.0%} of the rate of large matrix "
+            "products. Try another loss_fn.chunk_tokens, or amlaunch.trainer.loss.MaskedCrossEntropy"
+        )
+    if share["elementwise"] > 0.25 and has_float32_residual:
+        return (
+            f"{share['elementwise']:.0%} of the step is elementwise kernels. "
+            "Set distributed.bf16_residual to true to move fewer bytes"
+        )
+    text = "no bottleneck stands out"
+    if "matrix products" in efficiency:
+        text += f"; matrix products reach {efficiency['matrix products']:.0%} of the rate measured with a large one"
+    return text
 
 
-def table(found: Sequence[Row]) -> str:
-    """The parts, for people."""
-    lines = [f"{'part of a step':<18}{'ms':>10}{'share':>8}{'at best ms':>12}"]
-    for row in found:
-        best = "" if row.least is None else f"{row.least * 1e3:.2f}"
-        lines.append(f"{row.part:<18}{row.seconds * 1e3:>10.2f}{row.share:>8.1%}{best:>12}")
+def format_table(parts: Sequence[StepPart]) -> str:
+    """Format the parts of a step as a table."""
+    lines = [f"{'part of a step':<18}{'ms':>10}{'share':>8}{'minimum ms':>12}"]
+    for part in parts:
+        least = "" if part.least is None else f"{part.least * 1e3:.2f}"
+        lines.append(f"{part.part:<18}{part.seconds * 1e3:>10.2f}{part.share:>8.1%}{least:>12}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the parts of a trace."""
+    """Print the parts of a step of a trace."""
     if len(arguments) != 2 or not arguments[1].isdigit():
         print("usage: python -m amlaunch.trainer.tools.roofline TRACE.json.gz STEPS", file=sys.stderr)
-        return 2
-    found = busy(read(Path(arguments[0])), int(arguments[1]))
-    print(table(rows(found, found.wall, 0.0, {})))
-    return 0
+        return BAD_INPUT
+    summary = summarise_trace(read_trace(Path(arguments[0])), int(arguments[1]))
+    print(format_table(step_parts(summary, summary.wall, 0.0, {})))
+    return OK
 
 
 if __name__ == "__main__":
