@@ -69,9 +69,9 @@ class LRScheduler:
     lr_decay_tokens: Count | None = None
     """Tokens until `min_lr`, instead of steps."""
     lr_wsd_decay_steps: Positive | None = None
-    """WSD: number of last steps that decay. `null`: a fifth of the steps."""
+    """WSD: steps of the final decay. `null`: a fifth of all steps."""
     lr_wsd_decay_tokens: Count | None = None
-    """WSD: number of last tokens that decay, instead of steps."""
+    """WSD: tokens of the final decay, instead of steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
     """WSD: shape of the decay."""
     init_lr: float = 0.0
@@ -401,7 +401,7 @@ class Recipe:
     lr_scheduler: LRScheduler | None = None
     """Learning-rate schedule. `null`: a constant rate."""
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
-    """Own rates and weight decay for some parameters."""
+    """Different rates and weight decay for some parameters."""
     loss_fn: dict[str, Any] = field(default_factory=lambda: {"_target_": "amlaunch.trainer.loss.MaskedCrossEntropy"})
     """`_target_` and keywords of the loss; see [Losses](#losses)."""
     step_scheduler: StepScheduler = StepScheduler()
