@@ -1,11 +1,10 @@
-"""A Hugging Face hub of one dataset on this machine, which can refuse, fail, stall and break off on purpose."""
+"""A Hugging Face hub with one dataset on this machine, which can reject requests, fail and close connections."""
 
 from __future__ import annotations
 
 import json
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,34 +14,33 @@ from urllib.parse import parse_qs, urlsplit
 REPO, COMMIT = "me/set", "a" * 40
 
 Fault = Callable[["Handler", bytes, int], bool]
-"""Answers a request for ``content`` from byte ``begin`` wrongly and returns True, or leaves it alone."""
+"""Answers a request for ``content`` from byte ``begin`` wrongly and returns True, or does nothing and returns False."""
 
 
 class Hub:
-    """What is stored, what goes wrong, and what was asked for."""
+    """The stored files, the faults to come, and the requests so far."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
         self.faults: list[Fault] = []
-        """One is taken for each request of a file's bytes, from the front."""
-        self.asked: list[tuple[str, int]] = []
-        """(path, first byte) of each such request."""
+        """Each request for a file's bytes takes one, from the front."""
+        self.requests: list[tuple[str, int]] = []
+        """(path, first byte) of each request for a file's bytes."""
         self.tokens: set[str | None] = set()
-        self.others: Counter[str] = Counter()
         self.url = ""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The few addresses of the hub that are used to read a dataset."""
+    """The few URLs of the hub that reading a dataset needs."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def answer(self, value: Any, status: int = 200) -> None:
-        """JSON."""
+        """Send a value as JSON."""
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -52,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_POST(self) -> None:
-        """``paths-info``."""
+        """Answer ``paths-info``."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         try:
             paths = json.loads(body)["paths"]
@@ -61,16 +59,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer([entry for entry in self.tree() if entry["path"] in paths])
 
     def tree(self) -> list[dict[str, Any]]:
-        """All files and folders."""
-        found = [
+        """List all files and folders."""
+        files = [
             {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
             for path, content in self.hub.files.items()
         ]
         folders = {path.rpartition("/")[0] for path in self.hub.files if "/" in path}
-        return found + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+        return files + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
 
     def below(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        """What lies in a folder."""
+        """List the entries of a folder."""
         return [
             entry
             for entry in self.tree()
@@ -78,13 +76,12 @@ class Handler(BaseHTTPRequestHandler):
         ]
 
     def do_HEAD(self) -> None:
-        """As GET."""
+        """Answer like GET, without a body."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Metadata of the dataset, or bytes of a file."""
+        """Send metadata of the dataset, or bytes of a file."""
         path = urlsplit(self.path).path
-        self.hub.others[path] += 1
         resolved = re.fullmatch(rf"/datasets/{REPO}/resolve/[^/]+/(.+)", path)
         if resolved:
             self.file(resolved[1])
@@ -108,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Not found"}, 404)
 
     def file(self, path: str) -> None:
-        """A file, or the part of it that is asked for."""
+        """Send a file, or the byte range that the request names."""
         content = self.hub.files.get(path)
         if content is None:
             self.send_response(404)
@@ -116,18 +113,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        begin = int(asked[1]) if asked else 0
-        if self.command == "GET" and asked:
-            self.hub.asked.append((path, begin))
+        byte_range = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        begin = int(byte_range[1]) if byte_range else 0
+        if self.command == "GET" and byte_range:
+            self.hub.requests.append((path, begin))
             self.hub.tokens.add(self.headers.get("Authorization"))
             if self.hub.faults and self.hub.faults.pop(0)(self, content, begin):
                 self.close_connection = True
                 return
-        self.send_file(content, begin, partial=asked is not None)
+        self.send_file(content, begin, partial=byte_range is not None)
 
     def send_file(self, content: bytes, begin: int, partial: bool, only: int | None = None) -> None:
-        """The bytes from ``begin`` on; ``only``: so many, though all are promised."""
+        """Send the bytes from ``begin`` on; ``only``: stop after so many, although the header promises all."""
         self.send_response(206 if partial else 200)
         self.send_header("Content-Length", str(len(content) - begin))
         self.send_header("ETag", '"0"')
@@ -138,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def refuse(status: int, **headers: str) -> Fault:
-    """Another status than 206."""
+    """Answer with an error status."""
 
     def fault(handler: Handler, _content: bytes, _begin: int) -> bool:
         handler.send_response(status)
@@ -151,7 +148,7 @@ def refuse(status: int, **headers: str) -> Fault:
 
 
 def break_off(after: int) -> Fault:
-    """Promise all, send so many bytes, and close."""
+    """Promise all bytes, send ``after`` of them, and close the connection."""
 
     def fault(handler: Handler, content: bytes, begin: int) -> bool:
         handler.send_file(content, begin, partial=True, only=after)
@@ -161,14 +158,14 @@ def break_off(after: int) -> Fault:
 
 
 def ignore_the_range(handler: Handler, content: bytes, _begin: int) -> bool:
-    """Send all of the file, as servers do that know no ranges."""
+    """Send the entire file, like a server without range requests."""
     handler.send_file(content, 0, partial=False)
     return True
 
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """The hub, at ``hub.url`` for a while."""
+    """Serve the hub at ``hub.url`` while the context is open."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

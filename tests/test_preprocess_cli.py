@@ -52,7 +52,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(folder: Path) -> Path:
-    """The recipe alone."""
+    """Write a recipe and the file that its targets name."""
     (folder / "parts.py").write_text(PARTS)
     path = folder / "r.yaml"
     path.write_text(RECIPE.format(folder=folder / "corpus"))
@@ -61,7 +61,7 @@ def write_recipe(folder: Path) -> Path:
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Whatever a test starts and leaves is ended."""
+    """Collect the processes that a test starts, and kill those that are left."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
@@ -70,18 +70,18 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
-def start(words: list[str], processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+def start_process(argv: list[str], processes: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-m", "amlaunch.preprocess", *words], env=environment, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-m", "amlaunch.preprocess", *argv], env=environment, stdout=pipe, stderr=pipe, text=True
     )
     processes.append(process)
     return process
 
 
-def finished(words: list[str], processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
-    process = start(words, processes)
+def run_to_end(argv: list[str], processes: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
+    process = start_process(argv, processes)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -93,7 +93,7 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> No
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, processes: list) -> None:
-    words = [
+    argv = [
         "element",
         str(write_recipe(tmp_path)),
         "--index",
@@ -104,7 +104,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, processes: list
         "--preprocess.data_files",
         "/no/*.txt",
     ]
-    code, out, err = finished(words, processes)
+    code, out, err = run_to_end(argv, processes)
     assert (code, out) == (2, "")
     assert err == f"error: preprocess.data_files: no file matches '/no/*.txt' (working directory: {Path.cwd()})\n"
 
@@ -114,30 +114,31 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
     out, stage = tmp_path / "out", tmp_path / "stage"
     small = ["--", "--preprocess.max_tokens", "100K", "--preprocess.val_tokens=5K"]
     base = [str(recipe), "--out", str(out), "--element"]
-    code, _, err = finished(["verify", *base, str(stage / "v"), *small], processes)
+    code, _, err = run_to_end(["verify", *base, str(stage / "v"), *small], processes)
     assert code == 1 and "2 of 2 elements are not finished: 0, 1" in err and "Traceback" not in err
     for index in ("0", "1"):
-        code, said, err = finished(["element", *base, str(stage / index), "--index", index, *small], processes)
-        assert (code, err) == (0, "") and f"element {index}: " in said
+        code, stdout, err = run_to_end(["element", *base, str(stage / index), "--index", index, *small], processes)
+        assert (code, err) == (0, "") and f"element {index}: " in stdout
         result = json.loads((stage / index / "result.json").read_text())
         assert result["tokens"] <= 200_000 and list(result["outputs"]) == [str(out / f"element-0000{index}.json")]
         beat = json.loads((stage / index / "progress.json").read_text())
         assert (beat["unit"], beat["done"], beat["total"]) == ("token", result["tokens"], result["tokens"])
-    code, said, err = finished(["verify", *base, str(stage / "v"), *small], processes)
+    code, stdout, err = run_to_end(["verify", *base, str(stage / "v"), *small], processes)
     assert (code, err) == (0, "")
-    told = json.loads((stage / "v" / "result.json").read_text())
-    assert told["tokens"] == 100_000 and told["val_tokens"] >= 5000
-    assert str(out / "manifest.json") in told["outputs"] and len(told["outputs"]) == 1 + 2 * told["shards"]
-    assert all(Path(path).stat().st_size == size for path, size in told["outputs"].items())
+    verify_result = json.loads((stage / "v" / "result.json").read_text())
+    assert verify_result["tokens"] == 100_000 and verify_result["val_tokens"] >= 5000
+    assert str(out / "manifest.json") in verify_result["outputs"]
+    assert len(verify_result["outputs"]) == 1 + 2 * verify_result["shards"]
+    assert all(Path(path).stat().st_size == size for path, size in verify_result["outputs"].items())
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes of an element."""
+    """Return the worker processes of an element."""
     return [child.pid for child in psutil.Process(pid).children()]
 
 
-def gone(pids: list[int], seconds: float = 10) -> bool:
-    """Whether processes end within a time; one that nobody has waited for counts as ended."""
+def all_ended(pids: list[int], seconds: float = 10) -> bool:
+    """Return True if processes end within ``seconds``; a zombie counts as ended."""
     deadline = time.monotonic() + seconds
     while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         if time.monotonic() > deadline:
@@ -147,28 +148,28 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Element 1's files, made in one go by one worker."""
     out, started = tmp_path_factory.mktemp("undisturbed"), []
-    done = finished(["element", str(recipe), "--index", "1", "--workers", "1", "--out", str(out)], started)
+    done = run_to_end(["element", str(recipe), "--index", "1", "--workers", "1", "--out", str(out)], started)
     assert done[0] == 0, done
     return everything(out)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
-    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
+    recipe: Path, tmp_path: Path, processes: list, uninterrupted: dict[str, bytes]
 ) -> None:
     """The element itself, or one of its workers alone, at random moments."""
-    words = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
-    chance = random.Random(7)
+    argv = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
+    rng = random.Random(7)
     killed = 0
     for attempt in range(20):
-        process = start(words, processes)
+        process = start_process(argv, processes)
         wait_for_shards(
             tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process
         )  # each attempt gets a little further
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.02))
         workers = children(process.pid) if process.poll() is None else []
         if attempt % 4 == 3 and workers:
             os.kill(workers[0], signal.SIGKILL)
@@ -178,20 +179,20 @@ def test_killed_twenty_times_in_a_row_the_bytes_are_those_of_an_undisturbed_run(
             process.kill()
             killed += 1
         process.communicate()
-        assert gone(workers), "a worker outlived its element"
+        assert all_ended(workers), "a worker outlived its element"
     assert killed == 20, "the corpus is too small to kill in"
-    code, said, err = finished(words, processes)
-    assert (code, err) == (0, "") and "resuming after" in said
-    assert everything(tmp_path) == undisturbed
+    code, stdout, err = run_to_end(argv, processes)
+    assert (code, err) == (0, "") and "resuming after" in stdout
+    assert everything(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
 def test_signals_end_it_within_seconds_with_75_and_the_bytes_are_the_same(
-    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
+    recipe: Path, tmp_path: Path, processes: list, uninterrupted: dict[str, bytes]
 ) -> None:
-    words = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
+    argv = ["element", str(recipe), "--index", "1", "--out", str(tmp_path)]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        process = start(words, processes)
+        process = start_process(argv, processes)
         wait_for_shards(tmp_path, len(list(tmp_path.glob("*-*-*.json"))) + 1, process)  # one of its own: it listens
         workers = children(process.pid)
         process.send_signal(number)
@@ -199,9 +200,9 @@ def test_signals_end_it_within_seconds_with_75_and_the_bytes_are_the_same(
         out, err = process.communicate(timeout=30)
         assert time.monotonic() - sent < 5
         assert (process.returncode, err) == (75, "") and f"stopped ({number.name})" in out
-        assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("element-*")) and gone(workers)
-    assert finished(words, processes)[0] == 0
-    assert everything(tmp_path) == undisturbed
+        assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("element-*")) and all_ended(workers)
+    assert run_to_end(argv, processes)[0] == 0
+    assert everything(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
@@ -239,7 +240,7 @@ def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: P
         r"[\d,]+ tokens, documents [\d,]+, workers 2, [\d,]+ tokens/s, [\d.]+ MB/s, [\d,]+ s left", text
     )
     assert "stopped (SIGINT)" in text and "Traceback" not in text
-    assert len(workers) == 2 and gone(workers) and not list(tmp_path.glob(".*.tmp"))
+    assert len(workers) == 2 and all_ended(workers) and not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.slow
@@ -258,14 +259,14 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
         "--parts",
         "5",
     ]
-    for words, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
-        code, said, err = finished([*words, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
-        assert (code, err) == (0, "") and "next: amlaunch data peek" in said
-    same = [
+    for argv, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
+        code, stdout, err = run_to_end([*argv, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
+        assert (code, err) == (0, "") and "next: amlaunch data peek" in stdout
+    outputs = [
         {name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name}
         for out in ("section", "options")
     ]
-    assert same[0] == same[1]
+    assert outputs[0] == outputs[1]
     assert json.loads((tmp_path / "both" / "manifest.json").read_text())["tokens"] == 1000
 
 
@@ -273,7 +274,7 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
 def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     recipe: Path, tmp_path: Path, processes: list
 ) -> None:
-    words = [
+    argv = [
         "element",
         str(recipe),
         "--index",
@@ -285,12 +286,12 @@ def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
         "--",
         "--preprocess.parts=2",
     ]
-    first = start(words, processes)
+    first = start_process(argv, processes)
     while not list(tmp_path.glob(".lock-*")) and first.poll() is None:
         time.sleep(0.01)
     (worker,) = children(first.pid)
     os.kill(worker, signal.SIGSTOP)
-    second = start(words, processes)
+    second = start_process(argv, processes)
     assert second.stdout is not None
     assert any("another process is working on it" in line for line in second.stdout), "it ended without a word"
     os.kill(worker, signal.SIGCONT)
@@ -301,27 +302,27 @@ def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
 def test_a_full_disk_is_said_and_afterwards_the_bytes_are_the_same(
-    recipe: Path, tmp_path: Path, processes: list, undisturbed: dict[str, bytes]
+    recipe: Path, tmp_path: Path, processes: list, uninterrupted: dict[str, bytes]
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = ["element", str(recipe), "--index", "1", "--out", str(disk)]
+    argv = ["element", str(recipe), "--index", "1", "--out", str(disk)]
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        code, _, err = finished(words, processes)
+        code, _, err = run_to_end(argv, processes)
         assert code == 1 and "No space left on device" in err and "Traceback" not in err
         assert not list(disk.glob(".*.tmp")) and list(disk.glob("train-*.json")), "what was whole before is kept"
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        assert finished(words, processes)[0] == 0
-        assert everything(disk) == undisturbed
+        assert run_to_end(argv, processes)[0] == 0
+        assert everything(disk) == uninterrupted
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
+def peak_memory_mb(argv: list[str], processes: list[subprocess.Popen[str]]) -> float:
     """Return the peak memory of a run's worker in MB, as the kernel recorded it: polling would miss peaks."""
-    process = start([*words, "--num-workers", "1"], processes)
+    process = start_process([*argv, "--num-workers", "1"], processes)
     found = 0
     while process.poll() is None:
         for child in psutil.Process(process.pid).children():
@@ -333,7 +334,7 @@ def peak(words: list[str], processes: list[subprocess.Popen[str]]) -> float:
     return found * 1024 / 1e6
 
 
-def words_of(seed: int, size: int) -> str:
+def random_words(seed: int, size: int) -> str:
     """Return ``size`` characters of random long words, each one GPT-2 token: they compress like text."""
     tokens = load_tokenizer("gpt2").vocabulary["mergeable_ranks"]
     long = sorted(
@@ -345,12 +346,12 @@ def words_of(seed: int, size: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
-def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+@pytest.mark.parametrize(("engine", "limit_mb"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: str, limit_mb: int) -> None:
     """More text in a row group and a shard does not increase it: 8, then 24 MB, in pages of 1 MB; nor as JSON lines."""
     pytest.importorskip(engine)
-    text = words_of(0, 40_000)
-    peaks = {}
+    text = random_words(0, 40_000)
+    peaks_mb = {}
     for rows in (200, 600):
         folder = tmp_path / str(rows)
         folder.mkdir()
@@ -360,7 +361,7 @@ def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: 
         )
         (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         for name in ("a.parquet", "a.jsonl"):
-            peaks[rows, name] = peak(
+            peaks_mb[rows, name] = peak_memory_mb(
                 [
                     "--data-files",
                     f"{folder}/{name}",
@@ -373,22 +374,22 @@ def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: 
                 ],
                 processes,
             )
-    assert max(peaks.values()) < most
-    assert all(peaks[600, name] < peaks[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks
+    assert max(peaks_mb.values()) < limit_mb
+    assert all(peaks_mb[600, name] < peaks_mb[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks_mb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "most"), [("tiktoken", 200), ("gigatoken", 300)])
-def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, engine: str, most: int) -> None:
+@pytest.mark.parametrize(("engine", "limit_mb"), [("tiktoken", 200), ("gigatoken", 300)])
+def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, engine: str, limit_mb: int) -> None:
     """What pyarrow makes of rows of 40 KB by itself: a dictionary of 1,024 rows, then a plain page."""
     pytest.importorskip(engine)
-    text = words_of(1, 12_000_000)
+    text = random_words(1, 12_000_000)
     texts = [text[i * 7000 : i * 7000 + 40_000] for i in range(1500)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
     sizes = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
     assert sizes.has_dictionary_page and sizes.total_uncompressed_size > 59e6
     assert (
-        peak(
+        peak_memory_mb(
             [
                 "--data-files",
                 f"{tmp_path}/a.parquet",
@@ -401,17 +402,17 @@ def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, e
             ],
             processes,
         )
-        < most
+        < limit_mb
     )
 
 
 @pytest.mark.slow
 def test_a_line_of_fifty_megabytes_is_in_memory_once_at_a_time(tmp_path: Path, processes: list) -> None:
     """Bytes, then text, then the parsed text; 209 MB when the line was copied to be split, or parsed from bytes."""
-    huge = (words_of(2, 49_998) + "é") * 1000
+    huge = (random_words(2, 49_998) + "é") * 1000
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", huge, "behind")))
     assert (
-        peak(
+        peak_memory_mb(
             [
                 "--data-files",
                 f"{tmp_path}/a.jsonl",
@@ -431,7 +432,7 @@ def test_a_line_of_fifty_megabytes_is_in_memory_once_at_a_time(tmp_path: Path, p
 @pytest.mark.slow
 def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: Path, processes: list) -> None:
     """From start to verified shards, in each format; the tokens are those of the whole text."""
-    encode, (unit, million) = load_tokenizer("gpt2").encode, (words_of(2, 49_998) + "é", "-" * 1_000_000)
+    encode, (unit, million) = load_tokenizer("gpt2").encode, (random_words(2, 49_998) + "é", "-" * 1_000_000)
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     huge = unit * 1000
@@ -441,7 +442,7 @@ def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: P
         for text in ("before", huge, million, "behind"):
             handle.write(json.dumps({"text": text}) + "\n")
     pq.write_table(pa.table({"text": ["before", huge, million, "behind"]}), source / "c.parquet")
-    words = [
+    argv = [
         "--data-files",
         f"{source}/*",
         "--parts",
@@ -453,11 +454,13 @@ def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: P
         "--output-dir",
         str(out),
     ]
-    assert finished(words, processes)[0] == 0
+    assert run_to_end(argv, processes)[0] == 0
     tiled = np.concatenate([[50256], np.tile(encode(unit), 1000)])
     assert np.array_equal(encode(unit * 3), np.tile(encode(unit), 3)), "else a token would cross a seam"
-    around = np.concatenate([[50256, *encode("before")], tiled, [50256, *encode(million)], [50256, *encode("behind")]])
-    files = {"a.txt": tiled, "b.jsonl": around, "c.parquet": around}
+    all_documents = np.concatenate(
+        [[50256, *encode("before")], tiled, [50256, *encode(million)], [50256, *encode("behind")]]
+    )
+    files = {"a.txt": tiled, "b.jsonl": all_documents, "c.parquet": all_documents}
     expected = [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
     assert np.array_equal(
         np.concatenate([open_tokens(path) for path in sorted(out.glob("train-*.bin"))]), np.concatenate(expected)
@@ -467,15 +470,15 @@ def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: P
 # --- as people type it --------------------------------------------------------------------------------
 
 
-def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def amlaunch(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(
-        [sys.executable, "-m", "amlaunch", *words], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "amlaunch", *argv], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "message"),
     [
         (["preprocess"], "give --dataset NAME, --data-files GLOB"),
         (["preprocess", "--data-file", "x"], "unknown option --data-file; did you mean '--data-files'?"),
@@ -503,27 +506,27 @@ def amlaunch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["data", "look", "nowhere"], "unknown command 'data look'"),
     ],
 )
-def test_wrong_words_are_explained_with_exit_code_2(tmp_path: Path, words: list[str], says: str) -> None:
-    done = amlaunch(*words, cwd=tmp_path)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+def test_wrong_words_are_explained_with_exit_code_2(tmp_path: Path, argv: list[str], message: str) -> None:
+    done = amlaunch(*argv, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     texts = corpus(tmp_path / "corpus")
-    words = ["preprocess", "--data-files", "corpus/**/*.txt", "--max-tokens", "2K", "--val-tokens", "100", "--json"]
-    made = json.loads(amlaunch(*words, cwd=tmp_path).stdout)
-    assert (made["tokens"], made["path"]) == (2000, str(next((tmp_path / "data").iterdir())))
-    again = amlaunch(*words, cwd=tmp_path)
-    assert json.loads(again.stdout) == made and "resuming after" in again.stderr
-    shown = json.loads(amlaunch("data", "inspect", made["path"], "--json", cwd=tmp_path).stdout)
-    assert shown["splits"]["val"][0]["tokens"] == made["val_tokens"] >= 100
+    argv = ["preprocess", "--data-files", "corpus/**/*.txt", "--max-tokens", "2K", "--val-tokens", "100", "--json"]
+    summary = json.loads(amlaunch(*argv, cwd=tmp_path).stdout)
+    assert (summary["tokens"], summary["path"]) == (2000, str(next((tmp_path / "data").iterdir())))
+    repeated = amlaunch(*argv, cwd=tmp_path)
+    assert json.loads(repeated.stdout) == summary and "resuming after" in repeated.stderr
+    manifest = json.loads(amlaunch("data", "inspect", summary["path"], "--json", cwd=tmp_path).stdout)
+    assert manifest["splits"]["val"][0]["tokens"] == summary["val_tokens"] >= 100
     found = json.loads(
         amlaunch(
             "data",
             "peek",
-            made["path"],
+            summary["path"],
             "--split",
             "val",
             "--document",
@@ -536,32 +539,32 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     )
     assert found["text"].removeprefix("<|endoftext|>") in texts
     begin = json.loads(
-        amlaunch("data", "peek", made["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout
+        amlaunch("data", "peek", summary["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout
     )
-    first = json.loads(amlaunch("data", "peek", made["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
+    first = json.loads(amlaunch("data", "peek", summary["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
     assert begin["ids"] == first["ids"][7:]
     reader, writer = os.pipe()
     os.close(reader)
     unread = subprocess.run(
-        [sys.executable, "-m", "amlaunch", "data", "peek", made["path"]],
+        [sys.executable, "-m", "amlaunch", "data", "peek", summary["path"]],
         stdout=writer,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
     )
     assert (unread.returncode, unread.stderr) == (141, b""), "as of any program before `head`"
-    shard = Path(made["path"]) / shown["splits"]["train"][0]["file"]
+    shard = Path(summary["path"]) / manifest["splits"]["train"][0]["file"]
     assert (
         json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"]
-        == shown["splits"]["train"][0]["documents"]
+        == manifest["splits"]["train"][0]["documents"]
     )
-    assert "verified: " in amlaunch("data", "verify", made["path"], cwd=tmp_path).stdout
+    assert "verified: " in amlaunch("data", "verify", summary["path"], cwd=tmp_path).stdout
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    damaged = amlaunch("data", "verify", made["path"], cwd=tmp_path)
+    damaged = amlaunch("data", "verify", summary["path"], cwd=tmp_path)
     assert damaged.returncode == 1 and f"{shard.name}: checksum mismatch" in damaged.stderr
-    assert amlaunch(*words, cwd=tmp_path).returncode == 1, "set aside"
-    assert json.loads(amlaunch(*words, cwd=tmp_path).stdout) == made, "and made again"
+    assert amlaunch(*argv, cwd=tmp_path).returncode == 1, "set aside"
+    assert json.loads(amlaunch(*argv, cwd=tmp_path).stdout) == summary, "and made again"
 
 
 @pytest.mark.slow
@@ -573,9 +576,9 @@ def test_it_dies_with_its_parent(recipe: Path, tmp_path: Path, processes: list) 
         " env={**os.environ, 'AMLAUNCH_PARENT_PID': str(os.getpid())}, stdout=subprocess.DEVNULL);"
         "print(child.pid, flush=True); time.sleep(600)"
     )
-    words = ["element", str(recipe), "--index", "0", "--out", str(tmp_path)]
+    argv = ["element", str(recipe), "--index", "0", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    parent = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code, *argv], env=environment, stdout=subprocess.PIPE, text=True)
     processes.append(parent)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())

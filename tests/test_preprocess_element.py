@@ -49,14 +49,14 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def recipe(tmp_path: Path, **more: Any) -> Preprocess:
-    given_ = {
+    options = {
         "data_files": f"{tmp_path}/corpus/**/*.txt",
         "shard_tokens": 700,
         "parts": 1,
         "engine": "tiktoken",
         **more,
     }
-    return Preprocess(**given_)
+    return Preprocess(**options)
 
 
 def encoded(text: str) -> tuple[int, ...]:
@@ -177,17 +177,17 @@ def test_shards_cut_a_stream_of_any_documents(records: list[Record], shard: int,
     cursor, splits, joined = START_CURSOR, [], []
     while limits.tokens_left(cursor) != 0:
         running.seek(cursor)
-        pieces, behind = next_pieces(running, cursor, limits)
+        pieces, cursor_after = next_pieces(running, cursor, limits)
         fresh = Listed(records).documents()
         fresh.seek(cursor)
-        assert next_pieces(fresh, cursor, limits) == (pieces, behind)
+        assert next_pieces(fresh, cursor, limits) == (pieces, cursor_after)
         if not pieces:
             break
-        if limits.tokens_left(behind) != 0:
+        if limits.tokens_left(cursor_after) != 0:
             assert sum(len(tokens) for tokens in pieces) <= shard or len(pieces) == 1
         splits.append(limits.split_at(cursor))
         joined += pieces
-        cursor = behind
+        cursor = cursor_after
     expected = [token for text in records if isinstance(text, str) and text for token in encoded(text)]
     assert list(chain.from_iterable(joined)) == expected[:total]
     assert splits == sorted(splits, reverse=True), "val first, then train"
@@ -229,21 +229,21 @@ def test_the_budget_is_the_first_tokens_of_the_source_whoever_makes_them_in_any_
     options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20, val_tokens=300 if budget > 999 else 0)
     for index in list(range(elements))[::order]:
         make(options, tmp_path / "out", range(index, index + 1), workers=workers)
-    whole = verify(options, tmp_path / "out", QUIET)
+    manifest = verify(options, tmp_path / "out", QUIET)
     make(recipe(tmp_path), tmp_path / "all")
-    everything_ = [token for document in stream(tmp_path / "all") for token in document]
-    assert [token for document in stream(tmp_path / "out") for token in document] == everything_[:budget]
-    assert whole["tokens"] == min(budget, len(everything_))
+    all_tokens = [token for document in stream(tmp_path / "all") for token in document]
+    assert [token for document in stream(tmp_path / "out") for token in document] == all_tokens[:budget]
+    assert manifest["tokens"] == min(budget, len(all_tokens))
     alone = dataclasses.replace(options, elements=1)
     make(alone, tmp_path / "alone")
     verify(alone, tmp_path / "alone", QUIET)
     assert shards(tmp_path / "out") == shards(tmp_path / "alone")
     before = shards(tmp_path / "out")
     make(options, tmp_path / "out")
-    assert verify(options, tmp_path / "out", QUIET) == whole and shards(tmp_path / "out") == before
+    assert verify(options, tmp_path / "out", QUIET) == manifest and shards(tmp_path / "out") == before
 
 
-class Heard(Progress):
+class RecordingProgress(Progress):
     """Notes each (done, total)."""
 
     def __init__(self) -> None:
@@ -263,12 +263,12 @@ def test_each_element_says_how_much_of_the_budget_is_its_own(
     options = recipe(tmp_path, max_tokens=budget, elements=elements, parts=20)
     made = []
     for index in range(elements):
-        heard = Heard()
-        made.append(sum(part.cursor.tokens for part in run_element(options, index, tmp_path / "out", heard, 0)))
-        assert heard.steps and all(
-            total is not None and done <= total <= max(budget, done) for done, total in heard.steps
+        progress = RecordingProgress()
+        made.append(sum(part.cursor.tokens for part in run_element(options, index, tmp_path / "out", progress, 0)))
+        assert progress.steps and all(
+            total is not None and done <= total <= max(budget, done) for done, total in progress.steps
         )
-        last = heard.steps[-1][1]
+        last = progress.steps[-1][1]
         assert last is not None and made[-1] <= last <= 1.6 * made[-1], "once parts are counted: what there is"
     assert budget <= sum(made) or budget == 10**7
 
@@ -281,10 +281,10 @@ def test_elements_that_stop_too_early_are_made_up_for(tmp_path: Path) -> None:
         "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines)
     )
     options = recipe(tmp_path, data_files=f"{tmp_path}/corpus/*", max_tokens=15_000, elements=5, parts=10)
-    lines_: list[str] = []
+    log_lines: list[str] = []
     make(options, tmp_path / "out")
-    whole = verify(options, tmp_path / "out", Progress(log=lines_.append))
-    assert whole["tokens"] == 15_000 and any("making it here" in line for line in lines_)
+    manifest = verify(options, tmp_path / "out", Progress(log=log_lines.append))
+    assert manifest["tokens"] == 15_000 and any("making it here" in line for line in log_lines)
 
 
 def test_a_budget_reads_no_further_than_it_needs(tmp_path: Path) -> None:
@@ -312,18 +312,18 @@ def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
     plain = {entry.file.split("-")[1]: [] for part in made for entry in part.shards}
     for part in parts_of(tmp_path / "plain"):
         plain[f"{part.number:05d}"] = [d for entry in part.shards for d in cut(tmp_path / "plain" / entry.file)]
-    for number, all_ in plain.items():
+    for number, all_documents in plain.items():
         val, train = (
             [d for path in sorted((tmp_path / "out").glob(f"{split}-{number}-*.bin")) for d in cut(path)]
             for split in ("val", "train")
         )
-        assert val + train == all_
+        assert val + train == all_documents
     val = documents(tmp_path / "out", "val")
     assert sum(map(len, val)) >= 900 and sum(map(len, val[:-1])) < 900 + (parts - 1) * 300
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"max_tokens": 500, "val_tokens": 500}, "leaves nothing to train on"),
         ({"max_tokens": 0}, "nothing to train on"),
@@ -337,16 +337,16 @@ def test_validation_is_the_first_whole_documents_of_the_front_and_disjoint(
         ({"tokenizer": "char:/dev/null"}, "the file is empty"),
     ],
 )
-def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "corpus").mkdir()
     for i in range(4):
         (tmp_path / "corpus" / f"{i}.txt").write_text("word " * 300)
-    with pytest.raises(BadInput, match=says):
+    with pytest.raises(BadInput, match=message):
         make(recipe(tmp_path, **change), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("place", "says"),
+    ("place", "message"),
     [
         ("file", "file is a file, not a folder"),
         ("file/below", "file is a file"),
@@ -354,13 +354,13 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
-    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, says: str
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, place: str, message: str
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o500)
     if os.geteuid() == 0:  # for whom nothing is locked
         monkeypatch.setattr("os.access", lambda path, mode: bool(Path(path).stat().st_mode & 0o200))
-    with pytest.raises(BadInput, match=f"preprocess.output_dir: .*{says}"):
+    with pytest.raises(BadInput, match=f"preprocess.output_dir: .*{message}"):
         make(recipe(tmp_path), tmp_path / place)
     assert not list((tmp_path / "locked").iterdir())
 
@@ -387,12 +387,12 @@ def test_every_odd_document_has_its_outcome_and_is_counted(tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = Preprocess(data_files=f"{tmp_path}/a.jsonl", engine="tiktoken", parts=3)
     make(options, tmp_path / "out")
-    whole = verify(options, tmp_path / "out", QUIET)
+    manifest = verify(options, tmp_path / "out", QUIET)
     assert list(map(list, stream(tmp_path / "out"))) == [list(encoded(text)) for text in ODD if text]
-    assert (whole["documents"], whole["skipped"], whole["repaired"]) == (7, {"empty": 1, "null": 1}, 1)
-    assert whole["text_bytes"] == sum(len(text.encode("utf-8", "surrogatepass")) for text in ODD)
+    assert (manifest["documents"], manifest["skipped"], manifest["repaired"]) == (7, {"empty": 1, "null": 1}, 1)
+    assert manifest["text_bytes"] == sum(len(text.encode("utf-8", "surrogatepass")) for text in ODD)
     lengths = [len(encoded(text)) for text in ODD if text]
-    assert whole["histogram"] == [
+    assert manifest["histogram"] == [
         sum(length.bit_length() == bits for length in lengths) for bits in range(1, max(lengths).bit_length() + 1)
     ]
 
@@ -406,9 +406,9 @@ def test_a_damaged_record_fails_with_its_name_or_is_left_out_counted_and_listed(
             make(options, tmp_path / "out", workers=workers)
     options = dataclasses.replace(options, on_error="skip")
     make(options, tmp_path / "skip")
-    whole = verify(options, tmp_path / "skip", QUIET)
-    assert whole["skipped"] == {"not JSON": 2, "not text": 1, "no column": 1} and whole["documents"] == 2
-    assert [error.split(":")[1] for error in whole["errors"]] == ["2", "3", "4", "6"]
+    manifest = verify(options, tmp_path / "skip", QUIET)
+    assert manifest["skipped"] == {"not JSON": 2, "not text": 1, "no column": 1} and manifest["documents"] == 2
+    assert [error.split(":")[1] for error in manifest["errors"]] == ["2", "3", "4", "6"]
 
 
 def test_one_corrupt_parquet_file_among_many(tmp_path: Path) -> None:
@@ -422,8 +422,9 @@ def test_one_corrupt_parquet_file_among_many(tmp_path: Path) -> None:
         make(options, tmp_path / "out", workers=2)
     options = dataclasses.replace(options, on_error="skip")
     make(options, tmp_path / "skip", workers=2)
-    whole = verify(options, tmp_path / "skip", QUIET)
-    assert (whole["documents"], whole["skipped"]) == (200, {"damaged file": 1}) and "3.parquet" in whole["errors"][0]
+    manifest = verify(options, tmp_path / "skip", QUIET)
+    assert (manifest["documents"], manifest["skipped"]) == (200, {"damaged file": 1})
+    assert "3.parquet" in manifest["errors"][0]
 
 
 def test_a_difference_between_the_engines_is_said_and_the_shard_made_again(
@@ -431,10 +432,11 @@ def test_a_difference_between_the_engines_is_said_and_the_shard_made_again(
 ) -> None:
     options = recipe(tmp_path, parts=4)
     make(options, tmp_path / "reference")
-    wrong = iter([0] * 8 + [1] * 10**6)  # right for some documents, then not
+    # Right for some documents, then wrong.
+    extra_characters = iter([0] * 8 + [1] * 10**6)
 
     def fast(text: str) -> Any:
-        return TOKENIZER.encode(text + "!" * next(wrong))
+        return TOKENIZER.encode(text + "!" * next(extra_characters))
 
     monkeypatch.setattr("amlaunch.preprocess.stages.element.open_engine", lambda *_: Engine(TOKENIZER, True, fast))
     lines: list[str] = []
@@ -477,11 +479,11 @@ def test_a_users_iterator_is_a_source(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_raw_is_nanogpt_s_layout_beside_the_shards(tmp_path: Path, texts: list[str]) -> None:
     options = recipe(tmp_path, format="raw", val_tokens=500, parts=3)
     make(options, tmp_path / "out")
-    whole = verify(options, tmp_path / "out", QUIET)
+    manifest = verify(options, tmp_path / "out", QUIET)
     for split in ("train", "val"):
         tokens = np.fromfile(tmp_path / "out" / f"{split}.bin", dtype=np.uint16)
         assert tokens.tolist() == [token for document in documents(tmp_path / "out", split) for token in document]
-        assert whole["raw"][f"{split}.bin"]["bytes"] == 2 * len(tokens)
+        assert manifest["raw"][f"{split}.bin"]["bytes"] == 2 * len(tokens)
 
 
 # --- restarts -----------------------------------------------------------------------------------------
@@ -517,11 +519,11 @@ def test_whatever_is_missing_is_redone_and_only_that(tmp_path: Path, texts: list
 def test_half_files_of_a_killed_process_are_cleaned_and_others_left(tmp_path: Path, texts: list[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    mine, others = out / ".train-00000-00003.bin.node.77.tmp", out / ".train-00001-00003.bin.node.78.tmp"
-    mine.touch()
-    others.touch()
+    own_files, other_file = out / ".train-00000-00003.bin.node.77.tmp", out / ".train-00001-00003.bin.node.78.tmp"
+    own_files.touch()
+    other_file.touch()
     make(recipe(tmp_path), out)
-    assert not mine.exists() and others.exists()
+    assert not own_files.exists() and other_file.exists()
 
 
 def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
@@ -531,11 +533,11 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     make(options, tmp_path / "undisturbed")
     monkeypatch.setattr("amlaunch.preprocess.progress.HEARTBEAT_SECONDS", 0.0)
     folder = ElementDir(tmp_path / "element")
-    wrote: list[str] = []
+    lines: list[str] = []
 
     def say(line: str) -> None:
-        wrote.append(line)
-        if len(wrote) == 2:
+        lines.append(line)
+        if len(lines) == 2:
             folder.root.mkdir(exist_ok=True)
             folder.stop.touch()
 
@@ -544,14 +546,14 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     assert len(list(out.glob("part-*"))) == 2 and not list(out.glob(".*.tmp"))
     folder.stop.unlink()
     run_element(options, 0, out, Progress(folder, say), 0)
-    assert any("resuming after 2 finished parts" in line for line in wrote)
+    assert any("resuming after 2 finished parts" in line for line in lines)
     assert everything(out) == everything(tmp_path / "undisturbed")
     beat = json.loads(folder.progress.read_text())
     assert beat["unit"] == "token" and beat["done"] == beat["total"] > 0
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"max_tokens": 5000}, "options.max_tokens was None, is 5000"),
         ({"val_tokens": 1}, "options.val_tokens was 0, is 1"),
@@ -562,11 +564,11 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
     ],
 )
 def test_a_folder_made_from_something_else_is_refused(
-    tmp_path: Path, texts: list[str], change: dict[str, Any], says: str
+    tmp_path: Path, texts: list[str], change: dict[str, Any], message: str
 ) -> None:
     make(recipe(tmp_path), tmp_path / "out")
     before = everything(tmp_path / "out")
-    with pytest.raises(BadInput, match=says) as error:
+    with pytest.raises(BadInput, match=message) as error:
         make(recipe(tmp_path, **change), tmp_path / "out")
     assert "output_dir" in str(error.value) and everything(tmp_path / "out") == before
 
@@ -584,11 +586,11 @@ def test_the_result_names_every_output_with_its_size(tmp_path: Path, texts: list
     out = tmp_path / "out"
     options = recipe(tmp_path, val_tokens=100)
     (part,) = make(options, out)
-    told = element_result([part], options, 0, out)
-    assert all(Path(path).stat().st_size == size for path, size in told["outputs"].items())
-    assert len(told["outputs"]) == 2 * len(part.shards) + 2
-    assert told["tokens"] == told["train_tokens"] + told["val_tokens"] == sum(map(len, documents(out)))
-    assert (told["documents"], told["skipped"]) == (39, {"empty": 1})
+    outcome = element_result([part], options, 0, out)
+    assert all(Path(path).stat().st_size == size for path, size in outcome["outputs"].items())
+    assert len(outcome["outputs"]) == 2 * len(part.shards) + 2
+    assert outcome["tokens"] == outcome["train_tokens"] + outcome["val_tokens"] == sum(map(len, documents(out)))
+    assert (outcome["documents"], outcome["skipped"]) == (39, {"empty": 1})
 
 
 # --- verify -------------------------------------------------------------------------------------------
@@ -647,7 +649,7 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
 
 
 @pytest.mark.parametrize(
-    ("was", "harmed"),
+    ("was", "damaged"),
     [
         ('"origin": {', '"oriGin": {'),
         ('"shard_tokens": 7', '"shard_t0kens": 7'),
@@ -657,16 +659,16 @@ def test_damage_is_found_named_set_aside_and_redone(tmp_path: Path, texts: list[
     ],
 )
 def test_a_damaged_part_file_counts_as_none_and_is_written_again(
-    tmp_path: Path, texts: list[str], was: str, harmed: str
+    tmp_path: Path, texts: list[str], was: str, damaged: str
 ) -> None:
     options, out = recipe(tmp_path), tmp_path / "out"
     make(options, out)
-    whole = (out / "part-00000.json").read_text()
-    (out / "part-00000.json").write_text(whole.replace(was, harmed, 1))
+    record = (out / "part-00000.json").read_text()
+    (out / "part-00000.json").write_text(record.replace(was, damaged, 1))
     with pytest.raises(IncompleteOutput, match="shards of part 0"):
         verify(options, out, QUIET)
     make(options, out)
-    assert (out / "part-00000.json").read_text() == whole
+    assert (out / "part-00000.json").read_text() == record
 
 
 def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[str]) -> None:
@@ -729,18 +731,18 @@ def test_more_validation_than_text_is_refused_and_a_part_may_be_validation_alone
         verify(options, tmp_path / "out", QUIET)
     options = dataclasses.replace(options, val_tokens=20)
     make(options, tmp_path / "some")
-    whole = verify(options, tmp_path / "some", QUIET)
-    assert whole["val_tokens"] >= 20 and whole["train_tokens"] > 0
+    manifest = verify(options, tmp_path / "some", QUIET)
+    assert manifest["val_tokens"] >= 20 and manifest["train_tokens"] > 0
 
 
 def test_a_part_cleans_up_after_itself_alone(tmp_path):
     """Part 0 must not remove ``train-00001-00000`` (part 1's first shard, being written)."""
     out = OutputDir(tmp_path)
-    mine = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json")]
-    theirs = [
+    own_files = [f".{name}.host.7.tmp" for name in ("train-00000-00003.bin", "val-00000-00000.idx", "part-00000.json")]
+    other_files = [
         f".{name}.host.8.tmp"
         for name in ("train-00001-00000.bin", "val-00010-00000.json", "part-00001.json", "manifest.json")
     ]
-    for name in mine + theirs:
+    for name in own_files + other_files:
         (tmp_path / name).touch()
-    assert sorted(path.name for path in out.temporary_files(0)) == sorted(mine)
+    assert sorted(path.name for path in out.temporary_files(0)) == sorted(own_files)

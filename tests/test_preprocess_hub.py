@@ -45,7 +45,7 @@ def test_whatever_the_server_does_the_bytes_come_once_and_in_order(faults: list[
         reader = RangeReader(remote(hub), waited.append)
         data = io.BufferedReader(reader, 1 << 16).read()
         assert data == CONTENT
-        begins = [begin for _, begin in hub.asked]
+        begins = [begin for _, begin in hub.requests]
         assert begins == sorted(begins), "it goes on where it stopped, never from the start"
     assert hub.tokens == {"Bearer hf_secret"}
     assert len(waited) >= len(waits) and all(
@@ -63,7 +63,7 @@ def test_any_range_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "error", "says"),
+    ("fault", "error", "message"),
     [
         (refuse(404), BadInput, "404 .*the file does not exist, or you have no access"),
         (refuse(403), BadInput, "HF_TOKEN"),
@@ -71,12 +71,12 @@ def test_any_range_is_read(tmp_path: Path) -> None:
         (refuse(503), ExternalFailure, f"failed {MAX_ATTEMPTS} times in a row"),
     ],
 )
-def test_what_waiting_cannot_mend_is_said(fault: Fault, error: type[Exception], says: str) -> None:
+def test_what_waiting_cannot_mend_is_said(fault: Fault, error: type[Exception], message: str) -> None:
     with serving(Hub({"a.bin": CONTENT})) as hub:
         hub.faults = [fault] * MAX_ATTEMPTS
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             RangeReader(remote(hub), lambda seconds: None).read(10)
-        assert len(hub.asked) == (MAX_ATTEMPTS if "in a row" in says else 1)
+        assert len(hub.requests) == (MAX_ATTEMPTS if "in a row" in message else 1)
 
 
 def test_waits_double_are_scattered_and_end(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_download_goes_on_where_a_killed_one_stopped_and_is_kept(tmp_path: Pat
         for _ in range(2):
             with remote(hub, cache_path).open() as handle:
                 assert handle.read() == CONTENT
-        assert hub.asked == [("a.bin", 1_000_000)]
+        assert hub.requests == [("a.bin", 1_000_000)]
 
 
 def parquet(texts: list[str]) -> bytes:
@@ -146,10 +146,10 @@ def test_a_dataset_of_the_hub_is_read_through_its_failures_in_order(tmp_path: Pa
         streamed = made("streamed", REPO)
         assert streamed.returncode == 0 and not hub.faults, streamed.stderr
         assert hub.tokens == {"Bearer hf_secret"} and "hf_secret" not in streamed.stdout + streamed.stderr
-        asked = len(hub.asked)
+        requests = len(hub.requests)
         cached = made("cached", REPO, "--data-cache-dir", str(tmp_path / "cache"))
         assert cached.returncode == 0, cached.stderr
-        assert len(hub.asked) - asked <= len(files), "each file once"
+        assert len(hub.requests) - requests <= len(files), "each file once"
     expected = [
         token for i in range(2) for j in range(300) for token in (50256, *gpt2.encode(f"{i} {j} {'word ' * 200}"))
     ][:50_000]

@@ -116,9 +116,9 @@ def made(folder: Path, **more: Any) -> list[int]:
 def test_two_byte_shards_are_read_by_all_three_loaders(tmp_path: Path, read: Callable[[Path], Any]) -> None:
     expected = made(tmp_path)
     (path,) = (tmp_path / "out").glob("train-*.bin")
-    found = read(path)
-    assert found.tolist() == expected
-    assert np.flatnonzero(found == 50256).tolist() == [0, *read_ends(path)[:-1].tolist()], (
+    tokens_read = read(path)
+    assert tokens_read.tolist() == expected
+    assert np.flatnonzero(tokens_read == 50256).tolist() == [0, *read_ends(path)[:-1].tolist()], (
         "documents, for those who look for BOS"
     )
 
@@ -171,7 +171,7 @@ def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, h
 
 
 @pytest.mark.parametrize(
-    ("ints", "body", "says"),
+    ("ints", "body", "message"),
     [
         ([20240520, 1, 3, 2], bytes(5), "truncated: 1029 bytes on disk, 1030 expected"),
         ([20240520, 1, 3, 2], bytes(8), "longer than its header says"),
@@ -184,11 +184,11 @@ def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, h
         ([1179403647, 1, 3, 2], bytes(6), "not a token shard: begins with 1179403647"),
     ],
 )
-def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, ints: list[int], body: bytes, says: str) -> None:
+def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, ints: list[int], body: bytes, message: str) -> None:
     path = put(tmp_path / "some.bin", ints, body)
     with pytest.raises(BadInput, match=r"some\.bin") as error:
         open_tokens(path)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_missing_empty_and_short_files_are_refused(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_missing_empty_and_short_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "message"),
     [
         (struct.pack("<2Q", 3, 5), "does not belong"),
         (struct.pack("<1Q", 4), "does not belong"),  # the header counts two documents
@@ -211,11 +211,11 @@ def test_missing_empty_and_short_files_are_refused(tmp_path: Path) -> None:
         (bytes(9), "truncated"),
     ],
 )
-def test_an_index_of_another_shard_is_refused(tmp_path: Path, raw: bytes, says: str) -> None:
+def test_an_index_of_another_shard_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
     path = tmp_path / "x.bin"
     write_shard(path, [np.array([9, 1, 2]), np.array([9])], np.dtype("<u2"))
     path.with_suffix(".idx").write_bytes(raw)
-    with pytest.raises(BadInput, match=says):
+    with pytest.raises(BadInput, match=message):
         read_ends(path)
 
 
@@ -253,20 +253,20 @@ def sparse_shard(path: Path, tokens: int, ends: list[int], last: int) -> None:
 
 def test_offsets_documents_and_budgets_past_2_to_the_32(tmp_path: Path) -> None:
     """Three shards as large as a header can say: 6.4 billion tokens, 12.9 GB."""
-    most = 2**31 - 1
+    size = 2**31 - 1
     paths = [tmp_path / f"train-{i:05d}-00000.bin" for i in range(3)]
     for i, path in enumerate(paths):
-        sparse_shard(path, most, [10, most - 5, most], 7 + i)
-    assert read_header(paths[0]) == ShardHeader(most, 2, 3)
-    assert read_ends(paths[0]).tolist() == [10, most - 5, most]
-    stream = ShardSequence(paths, [most] * 3)
-    assert stream.read(most - 1, 2) == (paths[0], [7, 0])
-    assert stream.read(2 * most - 1, 1) == (paths[1], [8]) and 2 * most - 1 > 2**32 - 4
-    assert stream.read(3 * most - 1, 5) == (paths[2], [9])
-    assert stream.locate_document(8, [3, 3, 3]) == (3 * most - 5, 5)
-    assert stream.locate_document(7, [3, 3, 3]) == (2 * most + 10, most - 15)
-    for token in (-1, 3 * most):
-        with pytest.raises(BadInput, match=f"must be 0 to {3 * most - 1:,}"):
+        sparse_shard(path, size, [10, size - 5, size], 7 + i)
+    assert read_header(paths[0]) == ShardHeader(size, 2, 3)
+    assert read_ends(paths[0]).tolist() == [10, size - 5, size]
+    stream = ShardSequence(paths, [size] * 3)
+    assert stream.read(size - 1, 2) == (paths[0], [7, 0])
+    assert stream.read(2 * size - 1, 1) == (paths[1], [8]) and 2 * size - 1 > 2**32 - 4
+    assert stream.read(3 * size - 1, 5) == (paths[2], [9])
+    assert stream.locate_document(8, [3, 3, 3]) == (3 * size - 5, 5)
+    assert stream.locate_document(7, [3, 3, 3]) == (2 * size + 10, size - 15)
+    for token in (-1, 3 * size):
+        with pytest.raises(BadInput, match=f"must be 0 to {3 * size - 1:,}"):
             stream.read(token, 1)
 
 
@@ -306,12 +306,12 @@ def test_what_elements_expect_of_a_budget_sums_to_it(counts: list[int], budget: 
         ends = [
             min(budget, end) for end in itertools.accumulate(counts, initial=0)
         ]  # the counts are a fourth of the bytes
-        own = [sum(ends[part + 1] - ends[part] for part in share) for share in shares]
-        assert all(abs(a - b) <= 1e-6 * budget + 40 for a, b in zip(expected, own, strict=True))
+        exact = [sum(ends[part + 1] - ends[part] for part in share) for share in shares]
+        assert all(abs(a - b) <= 1e-6 * budget + 40 for a, b in zip(expected, exact, strict=True))
 
 
 def test_a_histogram_of_lengths_is_exact_at_powers_of_two(tmp_path: Path) -> None:
     lengths = [1, 2, 3, 4, 7, 8, 2**20 - 1, 2**20]
     write_shard(tmp_path / "x.bin", [np.zeros(length, dtype=np.uint16) for length in lengths], np.dtype("<u2"))
-    found = length_histogram(tmp_path / "x.bin")
-    assert {power: count for power, count in enumerate(found) if count} == {0: 1, 1: 2, 2: 2, 3: 1, 19: 1, 20: 1}
+    histogram = length_histogram(tmp_path / "x.bin")
+    assert {power: count for power, count in enumerate(histogram) if count} == {0: 1, 1: 2, 2: 2, 3: 1, 19: 1, 20: 1}

@@ -36,9 +36,9 @@ def all_records(options: Preprocess, skip_bad: bool = False) -> list[Record]:
 
 def check_entering_anywhere(source: Source) -> None:
     for part in range(len(source.sizes)):
-        whole = list(source.records(part, 0))
-        for skip in range(len(whole) + 1):
-            assert list(source.records(part, skip)) == whole[skip:]
+        all_of_part = list(source.records(part, 0))
+        for skip in range(len(all_of_part) + 1):
+            assert list(source.records(part, skip)) == all_of_part[skip:]
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -126,10 +126,10 @@ def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:
         open_source(Preprocess(data_files=f"{tmp_path}/*.txt", exclude="a.*"))
 
 
-@pytest.mark.parametrize("given_", [{}, {"dataset": "a", "data_files": "b"}])
-def test_neither_or_both_sources_are_refused(given_: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [{}, {"dataset": "a", "data_files": "b"}])
+def test_neither_or_both_sources_are_refused(options: dict[str, str]) -> None:
     with pytest.raises(BadInput, match="set exactly one of dataset"):
-        open_source(Preprocess(**given_))
+        open_source(Preprocess(**options))
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.data())
@@ -186,9 +186,9 @@ def test_parts_cover_every_byte_once_whatever_the_size(files: list[tuple[str, in
     )
     slices = [(piece.file, piece.begin, piece.end) for part in parts for piece in part]
     for file in {id(file): file for file, _, _ in slices}.values():
-        own = [(begin, end) for other, begin, end in slices if other is file]
-        assert own[0][0] == 0 and own[-1][1] == file.size
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(own))
+        ranges = [(begin, end) for other, begin, end in slices if other is file]
+        assert ranges[0][0] == 0 and ranges[-1][1] == file.size
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert sum(end - begin for _, begin, end in slices) == sum(size for _, size in files) and all(parts)
 
 
@@ -229,7 +229,7 @@ def test_encodings(tmp_path: Path, raw: bytes, encoding: str, text: str) -> None
     assert all_records(Preprocess(data_files=f"{tmp_path}/a.txt", encoding=encoding)) == [text]
 
 
-BAD = [
+UNDECODABLE = [
     (b"abc\xff", "utf-8", "byte offset 3 is not utf-8"),
     (b"x = 1\ny = 2\nz = '\xe9'\n", "python", "byte offset 17 is not utf-8"),
     (b"# \xe9\n", "python", "byte offset 2 is not utf-8"),
@@ -238,16 +238,16 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("raw", "encoding", "says"), BAD)
+@pytest.mark.parametrize(("raw", "encoding", "message"), UNDECODABLE)
 def test_undecodable_is_an_error_with_file_and_byte_or_skipped_or_replaced(
-    tmp_path: Path, raw: bytes, encoding: str, says: str
+    tmp_path: Path, raw: bytes, encoding: str, message: str
 ) -> None:
     write(tmp_path, {"bad.txt": raw})
     options = {"data_files": f"{tmp_path}/*.txt", "encoding": encoding}
-    with pytest.raises(BadInput, match=f"bad.txt: .*{says}"):
+    with pytest.raises(BadInput, match=f"bad.txt: .*{message}"):
         all_records(Preprocess(**options))
     assert all_records(Preprocess(**options, encoding_errors="skip")) == [SkippedRecord("undecodable")]
-    if "text encoding" not in says:
+    if "text encoding" not in message:
         assert all_records(Preprocess(**options, encoding_errors="replace")) == [raw.decode("utf-8", "replace")]
 
 
@@ -288,7 +288,7 @@ def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ('{"text": ', "a.jsonl:2: not valid JSON"),
         ('["text"]', "a.jsonl:2: expected a JSON object"),
@@ -298,18 +298,18 @@ def test_json_lines_plain_gzip_and_zstd(tmp_path: Path) -> None:
         ("[" * 100_000, "a.jsonl:2: not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, says: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     write(tmp_path, {"a.jsonl": b'{"text": "x"}\n' + raw + b"\n"})
-    with pytest.raises(BadInput, match=says):
+    with pytest.raises(BadInput, match=message):
         all_records(Preprocess(data_files=f"{tmp_path}/*"))
 
 
 def test_a_truncated_gzip_is_named(tmp_path: Path) -> None:
     body = gzip.compress(b'{"text": "xyz"}\n' * 1000)
     write(tmp_path, {"a.jsonl.gz": body[:-12], "b.jsonl.gz": b"not gzip"})
-    whole = pa.compress(b'{"text": "xyz"}\n' * 1000, "zstd", asbytes=True)
-    write(tmp_path, {"c.jsonl.zst": whole[:-9], "d.jsonl.zst": b"not zstd"})
+    compressed = pa.compress(b'{"text": "xyz"}\n' * 1000, "zstd", asbytes=True)
+    write(tmp_path, {"c.jsonl.zst": compressed[:-9], "d.jsonl.zst": b"not zstd"})
     for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst", "d.jsonl.zst"):
         with pytest.raises(BadInput, match=f"{name}: damaged or truncated {'gzip' if 'gz' in name else 'zstd'}"):
             all_records(Preprocess(data_files=f"{tmp_path}/{name}"))
@@ -414,8 +414,8 @@ def test_a_folder_in_hugging_face_style(hub_folder: Path) -> None:
         ({"split": "test"}, "train"),
         ({"set_name": "other"}, "other"),
     ]
-    for change, says in refused:
-        with pytest.raises(BadInput, match=says):
+    for change, message in refused:
+        with pytest.raises(BadInput, match=message):
             all_records(Preprocess(**{"dataset": str(hub_folder), **change}))
     with pytest.raises(BadInput, match="nowhere"):
         all_records(Preprocess(dataset="./nowhere/at/all"))

@@ -131,20 +131,20 @@ def test_a_download_that_hangs_is_given_up() -> None:
 @example("a\ud800b")
 @example("")
 def test_tokens_equal_encode_ordinary_and_decode_gives_the_text_back(text: str) -> None:
-    ours = load_gpt2()
-    expected = ours.encoding.encode_ordinary(text)
-    assert ours.encode(text).tolist() == expected
-    assert Engine(ours).encode_document(text).tolist() == [50256, *expected]
-    assert Engine(ours, bos=False).encode_document(text).tolist() == expected
+    gpt2 = load_gpt2()
+    expected = gpt2.encoding.encode_ordinary(text)
+    assert gpt2.encode(text).tolist() == expected
+    assert Engine(gpt2).encode_document(text).tolist() == [50256, *expected]
+    assert Engine(gpt2, bos=False).encode_document(text).tolist() == expected
     repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert ours.decode(ours.encode(text)) == repaired
+    assert gpt2.decode(gpt2.encode(text)) == repaired
 
 
 @pytest.mark.parametrize("end", ["x", "\ud800"])
 @pytest.mark.parametrize("space", [" ", "\n"])
 def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space: str, end: str) -> None:
-    ours, text = load_gpt2(), "a" + space * 1_200_000
-    assert ours.decode(ours.encode(text + end)) == text + end.replace("\ud800", "\ufffd")
+    gpt2, text = load_gpt2(), "a" + space * 1_200_000
+    assert gpt2.decode(gpt2.encode(text + end)) == text + end.replace("\ud800", "\ufffd")
 
 
 @settings(deadline=None)
@@ -155,25 +155,25 @@ def test_white_space_on_which_tiktoken_gives_up_is_tokenised_all_the_same(space:
     )
 )
 def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(texts: list[str]) -> None:
-    ours, text = load_gpt2(), "".join(texts)
+    gpt2, text = load_gpt2(), "".join(texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "PIECE_CHARACTERS", 3)
         cut = list(tokenizer.split_text(text))
         assert "".join(cut) == text
-        assert [token for piece in cut for token in ours.encode(piece)] == ours.encoding.encode_ordinary(text)
+        assert [token for piece in cut for token in gpt2.encode(piece)] == gpt2.encoding.encode_ordinary(text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", "0", "-", "é", "word ", "\x00"])
 def test_a_million_repetitions_are_tokenised_in_linear_time(unit: str) -> None:
     """tiktoken before 0.13 took time by the square: an hour for this."""
-    ours, text = load_gpt2(), unit * 1_000_000
+    gpt2, text = load_gpt2(), unit * 1_000_000
     started = time.process_time()
-    found = ours.encode(text)
+    found = gpt2.encode(text)
     assert time.process_time() - started < 20
-    assert ours.decode(found) == text
+    assert gpt2.decode(found) == text
     if unit in ("a", "word "):
-        assert found.tolist() == ours.encoding.encode_ordinary(text)
+        assert found.tolist() == gpt2.encoding.encode_ordinary(text)
 
 
 # --- bytes, characters, tokenizer.json ----------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_a_million_repetitions_are_tokenised_in_linear_time(unit: str) -> None:
 @example("\x00a\ud800")
 def test_bytes_and_characters_come_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    ours = load_tokenizer("byte")
-    assert ours.encode(text).tolist() == list(repaired.encode()) and ours.dtype.itemsize == 2
-    assert ours.decode([256, *ours.encode(text), 256]) == repaired
+    byte_tokenizer = load_tokenizer("byte")
+    assert byte_tokenizer.encode(text).tolist() == list(repaired.encode()) and byte_tokenizer.dtype.itemsize == 2
+    assert byte_tokenizer.decode([256, *byte_tokenizer.encode(text), 256]) == repaired
     file = tmp_path_factory.mktemp("chars") / "c.txt"
     file.write_text("abc " + repaired.replace("\r", ""), encoding="utf-8", newline="")
     characters = load_tokenizer(f"char:{file}")
@@ -214,11 +214,11 @@ def hugging_face_folder(folder: Path) -> Path:
 
 
 def test_a_folder_of_hugging_face_s_gives_tiktoken_s_tokens_and_specials_are_text(tmp_path: Path) -> None:
-    theirs, ours = load_tokenizer(str(hugging_face_folder(tmp_path / "hf"))), load_gpt2()
-    assert (theirs.n_vocab, theirs.bos, theirs.eot) == (50257, 50256, 50256)
+    folder_tokenizer, gpt2 = load_tokenizer(str(hugging_face_folder(tmp_path / "hf"))), load_gpt2()
+    assert (folder_tokenizer.n_vocab, folder_tokenizer.bos, folder_tokenizer.eot) == (50257, 50256, 50256)
     for text in ("naïve 東京 <|endoftext|> it's\n\n  x", "", "a\ud800b"):
-        assert theirs.encode(text).tolist() == ours.encode(text).tolist()
-        assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
+        assert folder_tokenizer.encode(text).tolist() == gpt2.encode(text).tolist()
+        assert folder_tokenizer.decode(folder_tokenizer.encode(text)) == gpt2.decode(gpt2.encode(text))
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match=r"tokenizer\.json: not a Hugging Face tokenizer"):
         load_tokenizer(str(tmp_path / "hf"))
@@ -237,14 +237,14 @@ def test_which_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_thousandth_of_the_documents_and_the_first_of_each_shard_are_compared() -> None:
-    ours = load_gpt2()
-    engine = Engine(ours, fast_encode=ours.encode)
+    gpt2 = load_gpt2()
+    engine = Engine(gpt2, fast_encode=gpt2.encode)
     for number in range(3000):
         if number in (0, 1500):
             engine.begin_shard()
         engine.encode_document("x")
     assert engine.compared == 4  # 0, 1001, 1500, 2501
-    engine = Engine(ours, fast_encode=lambda text: ours.encode(text + "!"))
+    engine = Engine(gpt2, fast_encode=lambda text: gpt2.encode(text + "!"))
     with pytest.raises(TokenMismatch):
         engine.encode_document("x")
     assert engine.encode_document("x").tolist() == [50256, 87]
@@ -261,19 +261,18 @@ def gigatoken_engine() -> Engine:
 @example("<|endoftext|>")
 def test_gigatoken_gives_tiktoken_s_tokens(text: str) -> None:
     pytest.importorskip("gigatoken", reason="the extra fast is not installed")
-    ours = load_gpt2()
+    gpt2 = load_gpt2()
     found = gigatoken_engine()
     assert found.fast_encode is not None
-    assert found.encode_document(text).tolist() == [50256, *ours.encoding.encode_ordinary(text)]
+    assert found.encode_document(text).tolist() == [50256, *gpt2.encoding.encode_ordinary(text)]
 
 
 def test_ids_of_a_padded_vocabulary_are_left_out_when_decoding() -> None:
     assert load_gpt2().decode([31373, 50303, 995]) == "hello world"
 
 
-def load_gpt2(kept: list[tokenizer.TiktokenTokenizer] = []) -> tokenizer.Tokenizer:  # noqa: B006 - loaded once
-    if not kept:
-        found = load_tokenizer("gpt2")
-        assert isinstance(found, tokenizer.TiktokenTokenizer)
-        kept.append(found)
-    return kept[0]
+@functools.cache
+def load_gpt2() -> tokenizer.TiktokenTokenizer:
+    loaded = load_tokenizer("gpt2")
+    assert isinstance(loaded, tokenizer.TiktokenTokenizer)
+    return loaded
