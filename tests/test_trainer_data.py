@@ -141,9 +141,9 @@ def test_data_that_cannot_work_is_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.bin", np.arange(8))
     with pytest.raises(BadInput, match="nothing matches"):
         NanogptDataset(file_pattern=str(tmp_path / "none*.bin"))
-    with pytest.raises(BadInput, match="8 tokens, too few for one window of seq_len 8"):
+    with pytest.raises(BadInput, match="8 tokens are too few for one window of seq_len 8"):
         NanogptDataset(file_pattern=str(path), seq_len=8).order(0)
-    with pytest.raises(BadInput, match="no --data DIR"):
+    with pytest.raises(BadInput, match="pass --data DIR"):
         NanogptDataset(seq_len=4)
     (tmp_path / "dangling.bin").symlink_to("nowhere")
     with pytest.raises(BadInput, match=r"dangling\.bin: cannot be read"):
@@ -323,12 +323,12 @@ def test_bare_tokens_are_read_when_told_so_and_nothing_else_is_taken_for_them(tm
             NanogptDataset(file_pattern=str(tmp_path / "x.bin"), seq_len=4, format="raw")
         return str(caught.value)
 
-    assert "x.bin: 0 bytes are no tokens" in raw(b"")
-    assert "7 bytes are no whole number of uint16" in raw(b"1234567")
+    assert "x.bin is empty (0 bytes)" in raw(b"")
+    assert "7 bytes are not a whole number of uint16" in raw(b"1234567")
     whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
-    assert "has the header of a token shard; write dataset.format bin" in raw(whole)
+    assert "has the header of a token shard; set dataset.format: bin" in raw(whole)
     with pytest.raises(BadInput, match="did you mean 'raw'"):
-        NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="row")
+        NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="Raw")
 
 
 def test_a_manifest_can_be_named_by_its_path(tmp_path: Path) -> None:

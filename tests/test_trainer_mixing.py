@@ -121,7 +121,7 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
     )
     assert "expected a number above 0" in problem("--dataset.sources.web.weight", "0")
     assert "some sources have a weight and some do not" in problem("--dataset.sources.web.weight", "null")
-    assert "is the same for all sources" in problem("--dataset.sources.web.seq_len", "4")
+    assert "must be the same for all sources" in problem("--dataset.sources.web.seq_len", "4")
     assert "expected true or false, got 3" in problem("--dataset.sources.web.align_to_bos", "3")
     assert "expected sections by name" in problem("--dataset.sources", "[]")
     assert "no preprocess section" in problem("--dataset.sources.web.file_pattern", "null")

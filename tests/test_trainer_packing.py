@@ -73,7 +73,7 @@ def test_documents_that_are_too_long_are_cut_and_counted(lengths: list[int], lon
         for at in range(0, length, longest)
     ]
     assert list(zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)) == expected
-    assert pieces.split == sum(length > longest for length in lengths)
+    assert pieces.split_documents == sum(length > longest for length in lengths)
     ends = set(np.cumsum(lengths).tolist())
     assert pieces.labelled.tolist() == [begin + length not in ends for begin, length in expected]
 
@@ -105,7 +105,7 @@ def test_an_epoch_of_packed_rows_has_every_token_and_every_target_once(
     assert int(positions.max()) < min(size, seq_len) and np.all((inputs == 0) | (positions.numpy() >= 0))
     padding = len(dataset) * size - len(stream)
     assert np.count_nonzero(~counted) == padding + 1  # nothing follows the last token
-    assert dataset.documents == len(lengths) and dataset.rows.split == sum(
+    assert dataset.documents == len(lengths) and dataset.rows.split_documents == sum(
         length > min(size, seq_len) for length in lengths
     )
 
@@ -310,9 +310,9 @@ def test_documents_that_cannot_be_found_are_refused_by_name(tmp_path: Path) -> N
     with pytest.raises(BadInput, match=r"a\.bin: dataset\.bos_token is 3, but its documents begin with token 7"):
         NanogptDataset(file_pattern=str(tmp_path / "a.bin"), seq_len=4, align_to_bos=True, bos_token=3)
     (tmp_path / "a.idx").unlink()
-    with pytest.raises(BadInput, match=r"no index of its documents \(a\.idx\); dataset\.bos_token says"):
+    with pytest.raises(BadInput, match=r"no document index \(a\.idx\); set dataset\.bos_token"):
         NanogptDataset(file_pattern=str(tmp_path / "a.bin"), seq_len=4, align_to_bos=True)
-    with pytest.raises(BadInput, match=r"bos_token 3: not one in the 42 tokens"):
+    with pytest.raises(BadInput, match=r"bos_token 3 does not occur in the 42 tokens"):
         NanogptDataset(file_pattern=str(tmp_path / "a.bin"), seq_len=4, align_to_bos=True, bos_token=3)
 
 

@@ -217,7 +217,7 @@ def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
 
     real = forward_backward.batch_loss
 
-    def spoilt(job: forward_backward.Job, batch: Any) -> torch.Tensor:
+    def spoilt(job: forward_backward.TrainingState, batch: Any) -> torch.Tensor:
         loss = real(job, batch)
         return loss * float("inf") if job.step == 3 and torch.is_grad_enabled() and job.world.rank == rank else loss
 
@@ -439,7 +439,7 @@ def test_models_of_others_are_spread_too(folder: Path, two: dict[str, list[Any]]
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that can go over ranks")],
+    [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that supports context parallelism")],
 )
 def test_models_that_cannot_be_spread_so_are_refused(
     folder: Path, two: dict[str, list[Any]], name: str, words: str

@@ -1,4 +1,4 @@
-"""Work done ahead of the loop, in threads, handed over in order."""
+"""Results computed ahead of the training loop, in threads, and returned in order."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 POLL_SECONDS = 0.2
-"""Between two questions whether a batch that does not come is still wanted."""
+"""Seconds between two checks if a result that does not arrive is still needed."""
 T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Calls ``make(item)`` for each item in a thread, ``depth`` results ahead; an error comes out where it is used."""
+    """Calls ``make(item)`` for each item in a thread, ``depth`` results ahead; :meth:`next` raises its errors."""
 
     def __init__(self, make: Callable[[int], T], items: range, depth: int):
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
@@ -26,7 +26,7 @@ class Prefetcher(Generic[T]):
             for item in items:
                 if not self._put((make(item), None)):
                     return
-        except BaseException as error:  # handed over to the loop, which raises it
+        except BaseException as error:  # next() raises it in the training loop
             self._put((None, error))
 
     def _put(self, value: tuple[T | None, BaseException | None]) -> bool:
@@ -38,44 +38,48 @@ class Prefetcher(Generic[T]):
                 continue
         return False
 
-    def next(self, given_up: Callable[[], bool] = lambda: False) -> T | None:
-        """The next result; raises what ``make`` raised. None where ``given_up`` says so while it is waited for."""
+    def next(self, cancelled: Callable[[], bool] = lambda: False) -> T | None:
+        """Return the next result, or raise what ``make`` raised; None if ``cancelled()`` during the wait."""
         while True:
             try:
                 value, error = self._queue.get(timeout=POLL_SECONDS)
                 break
             except queue.Empty:
-                if given_up():
+                if cancelled():
                     return None
         if error is not None:
             raise error
         return value
 
     def close(self) -> None:
-        """End the thread; one that is stuck in a read is left behind, for the process ends without it."""
+        """Stop the thread; one that is stuck in a read is abandoned, because the process can end without it."""
         self._closed.set()
         self._thread.join(timeout=1.0)
 
 
 class PrefetcherPool(Generic[T]):
-    """``workers`` prefetchers, each with its turn: thread w makes the items w, w + workers, ...; without any, the caller makes them."""
+    """A pool of ``workers`` prefetchers that take turns: worker w makes the items w, w + workers, ...
+
+    Without workers the caller makes each item.
+    """
 
     def __init__(self, make: Callable[[int], T], items: range, workers: int, depth: int):
         self._make = make
         self._items = iter(items)
-        ahead = -(-depth // max(workers, 1))
-        self._workers = [Prefetcher(make, items[w::workers], ahead) for w in range(workers)]
+        depth_per_worker = -(-depth // max(workers, 1))
+        self._workers = [Prefetcher(make, items[w::workers], depth_per_worker) for w in range(workers)]
         self._turn = 0
 
-    def next(self, given_up: Callable[[], bool] = lambda: False) -> T | None:
-        """As of :class:`Prefetcher`, of all items in order."""
+    def next(self, cancelled: Callable[[], bool] = lambda: False) -> T | None:
+        """Return the next result, in the order of the items, as :meth:`Prefetcher.next` does."""
         if not self._workers:
             return self._make(next(self._items))
-        found = self._workers[self._turn].next(given_up)
-        self._turn = (self._turn + (found is not None)) % len(self._workers)
-        return found
+        result = self._workers[self._turn].next(cancelled)
+        if result is not None:
+            self._turn = (self._turn + 1) % len(self._workers)
+        return result
 
     def close(self) -> None:
-        """End all threads."""
+        """Stop all threads."""
         for worker in self._workers:
             worker.close()

@@ -1,7 +1,7 @@
-"""Token shards on disk as one long stream, and where its documents begin.
+"""Token shards on disk as one long stream, and the starts of its documents.
 
-Read are ``.bin`` shards with a header (ours, llm.c's, modded-nanogpt's, NeMo's;
-see :mod:`~amlaunch.preprocess.shards.shard_format`) and bare uint16 tokens, as nanoGPT writes them.
+Supports ``.bin`` shards with a header (ours, llm.c's, modded-nanogpt's, NeMo's; see
+:mod:`~amlaunch.preprocess.shards.shard_format`) and bare uint16 tokens, as nanoGPT writes them.
 """
 
 from __future__ import annotations
@@ -30,72 +30,74 @@ from amlaunch.trainer.data.sample_order import Indices
 Tokens = npt.NDArray[Any]
 FORMATS = ("bin", "raw")
 SCAN_BLOCK_TOKENS = 1 << 24
-"""Tokens that are compared at once where documents are looked for."""
+"""Tokens compared at once in the search for documents."""
 MAX_SAMPLED_DOCUMENTS = 1000
-"""Documents whose first tokens are looked at, to see with what documents begin."""
+"""Approximate number of documents whose first tokens are compared."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of one file, mapped."""
+    """The memory-mapped tokens of one file."""
 
     path: Path
     tokens: Tokens
     identity: dict[str, Any]
-    """What another file of this name would differ in."""
+    """Facts in which another file of this name would differ."""
 
 
-# --- which files ----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------
 
 
 def open_matching_shards(pattern: str | list[str], layout: str, split: str) -> list[Shard]:
-    """The shards that a glob, a list of globs, or a manifest's path names, each pattern's in the order of their names.
+    """Open the shards of a glob, a list of globs, or a manifest's path; those of each pattern sorted by name.
 
-    Raises BadInput where a pattern matches nothing, or a file is no whole shard.
+    Raises BadInput if a pattern matches nothing or a file is not a complete shard.
     """
     shards: list[Shard] = []
-    for one in [pattern] if isinstance(pattern, str) else pattern:
-        paths = sorted(Path(name) for name in glob.glob(one, recursive=True))
+    for file_pattern in [pattern] if isinstance(pattern, str) else pattern:
+        paths = sorted(Path(name) for name in glob.glob(file_pattern, recursive=True))
         if not paths:
-            raise BadInput(f"dataset.file_pattern: nothing matches {one!r} (seen from {Path.cwd()})")
+            raise BadInput(f"dataset.file_pattern: nothing matches {file_pattern!r} (relative to {Path.cwd()})")
         for path in paths:
-            shards += open_manifest_shards(path.parent, split) if path.name == MANIFEST else [_opened(path, layout)]
+            if path.name == MANIFEST:
+                shards += open_manifest_shards(path.parent, split)
+            else:
+                shards.append(_open_shard(path, layout))
     return shards
 
 
-def _opened(path: Path, layout: str) -> Shard:
-    tokens = (
-        _open_raw(path) if layout == "raw" else open_tokens(path)
-    )  # which says what is wrong, also with a link to nowhere
+def _open_shard(path: Path, layout: str) -> Shard:
+    # Opened before stat(), because opening reports a broken link clearly.
+    tokens = _open_raw(path) if layout == "raw" else open_tokens(path)
     return Shard(path, tokens, {"file": path.name, "bytes": path.stat().st_size})
 
 
 def _open_raw(path: Path) -> Tokens:
-    """Bare little-endian uint16. Raises BadInput for an empty file, one of odd size, and one that has a header."""
+    """Open bare little-endian uint16. Raises BadInput for an empty file, an odd size, or a file with a header."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if size == 0 or size % 2:
-        raise BadInput(
-            f"{path}: {size} bytes are {'no tokens' if size == 0 else 'no whole number of uint16 tokens: truncated, or another format'}"
-        )
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    if size == 0:
+        raise BadInput(f"{path} is empty (0 bytes)")
+    if size % 2:
+        raise BadInput(f"{path}: {size} bytes are not a whole number of uint16 tokens; truncated, or another format?")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     if size >= 4 and int(tokens[:2].view("<i4")[0]) in (MAGIC_UINT16, MAGIC_SIZED):
-        raise BadInput(f"{path}: has the header of a token shard; write dataset.format bin")
+        raise BadInput(f"{path} has the header of a token shard; set dataset.format: bin")
     return tokens
 
 
 def open_manifest_shards(folder: Path, split: str) -> list[Shard]:
-    """The shards of a split, as our manifest lists them. Raises BadInput where they are not what it counted."""
+    """Open the shards of a split that our manifest lists. Raises BadInput if their token counts differ from it."""
     splits = read_manifest(folder)["splits"]
     if not splits.get(split):
-        filled = [name for name, shards in splits.items() if shards]
-        raise BadInput(f"{folder}: the manifest has no split {split!r}; {did_you_mean(split, filled)}")
-    return [_listed(folder, entry) for entry in splits[split]]
+        nonempty = [name for name, shards in splits.items() if shards]
+        raise BadInput(f"{folder}: the manifest has no split {split!r}; {did_you_mean(split, nonempty)}")
+    return [_open_listed_shard(folder, entry) for entry in splits[split]]
 
 
-def _listed(folder: Path, entry: dict[str, Any]) -> Shard:
+def _open_listed_shard(folder: Path, entry: dict[str, Any]) -> Shard:
     path = folder / entry["file"]
     tokens = open_tokens(path)
     if len(tokens) != entry["tokens"]:
@@ -107,104 +109,107 @@ def _listed(folder: Path, entry: dict[str, Any]) -> Shard:
 
 
 class TokenStream:
-    """Arrays of tokens, one after another, read at any place."""
+    """Consecutive arrays of tokens that can be read as one, at any position."""
 
-    def __init__(self, parts: Sequence[Tokens]):
-        self.parts = [
-            np.asarray(part) for part in parts
-        ]  # slices of a memmap are objects of its own class, which are slow to make
-        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self.dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    def __init__(self, arrays: Sequence[Tokens]):
+        # Slices of a memmap are memmaps, which are slow to create.
+        self.arrays = [np.asarray(array) for array in arrays]
+        self.ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+        self.dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return int(self.ends[-1])
 
     def read(self, starts: Indices, length: int) -> Tokens:
-        """``(M, length)`` tokens, each row from one of ``starts`` on."""
+        """Read ``(M, length)`` tokens, one row from each of ``starts``."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
-        for row, part, offset in zip(rows, *self.locate(starts), strict=True):
-            self.copy(row, part, offset)
+        for row, array, offset in zip(rows, *self.locate(starts), strict=True):
+            self.copy(row, array, offset)
         return rows
 
     def locate(self, starts: Indices) -> tuple[list[int], list[int]]:
-        """In which part each of ``starts`` lies, and where in it."""
-        parts = np.searchsorted(self.ends, starts, side="right")
-        offsets = starts - np.where(parts > 0, self.ends[parts - 1], 0)
-        return parts.tolist(), offsets.tolist()
+        """Return the index of the array that contains each of ``starts``, and the offset in that array."""
+        arrays = np.searchsorted(self.ends, starts, side="right")
+        offsets = starts - np.where(arrays > 0, self.ends[arrays - 1], 0)
+        return arrays.tolist(), offsets.tolist()
 
-    def copy(self, row: Tokens, part: int, offset: int) -> None:
-        """Fill ``row`` with the tokens from ``offset`` of ``part`` on."""
-        found = self.parts[part][offset : offset + len(row)]
-        done = len(found)
-        row[:done] = found
-        while done < len(row):  # only where it goes on in the next part
-            part += 1
-            found = self.parts[part][: len(row) - done]
-            row[done : done + len(found)] = found
-            done += len(found)
+    def copy(self, row: Tokens, array: int, offset: int) -> None:
+        """Fill ``row`` with the tokens from ``offset`` of the array with index ``array`` on."""
+        tokens = self.arrays[array][offset : offset + len(row)]
+        filled = len(tokens)
+        row[:filled] = tokens
+        while filled < len(row):  # only if the row continues in the next array
+            array += 1
+            tokens = self.arrays[array][: len(row) - filled]
+            row[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
 
-    def at(self, places: Indices) -> Tokens:
-        """Single tokens."""
-        return self.read(places, 1)[:, 0]
+    def tokens_at(self, positions: Indices) -> Tokens:
+        """Read single tokens."""
+        return self.read(positions, 1)[:, 0]
 
 
-# --- its documents --------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------------
 
 
 def document_starts(shards: Sequence[Shard], bos: int | None) -> Indices:
-    """Where documents begin in the stream of all ``shards``.
+    """Return the starts of documents in the stream of all ``shards``.
 
-    Of a shard with our index (``x.idx`` beside ``x.bin``) that says it; another
-    is searched for the token ``bos``. (NeMo's ``x.bos.idx`` is not read: it counts
-    in units that its own reader takes for others.) Raises BadInput where there
-    is neither, or documents begin with another token than ``bos``.
+    They come from a shard's index (``x.idx`` beside ``x.bin``), or else from a search for the token ``bos``. (NeMo's
+    ``x.bos.idx`` is not read: its units are not those that its own reader expects.) Raises BadInput if there is
+    neither, or if documents begin with another token than ``bos``.
     """
-    found, base = [], 0
+    starts, base = [], 0
     for shard in shards:
-        found.append(_starts(shard, bos) + base)
+        starts.append(_shard_document_starts(shard, bos) + base)
         base += len(shard.tokens)
-    return np.concatenate(found)
+    return np.concatenate(starts)
 
 
-def _starts(shard: Shard, bos: int | None) -> Indices:
-    if index_path(shard.path) != shard.path and index_path(shard.path).exists():
+def _shard_document_starts(shard: Shard, bos: int | None) -> Indices:
+    index = index_path(shard.path)
+    if index != shard.path and index.exists():
         starts = np.concatenate([[0], read_ends(shard.path)[:-1].astype(np.int64)])
         first = common_first_token(TokenStream([shard.tokens]), starts)
         if bos is not None and first != bos:
-            seen = "different tokens" if first is None else f"token {first}"
-            raise BadInput(f"{shard.path}: dataset.bos_token is {bos}, but its documents begin with {seen}")
+            actual = "different tokens" if first is None else f"token {first}"
+            raise BadInput(f"{shard.path}: dataset.bos_token is {bos}, but its documents begin with {actual}")
         return starts
     if bos is None:
         raise BadInput(
-            f"{shard.path}: no index of its documents ({index_path(shard.path).name}); dataset.bos_token says with which token they begin"
+            f"{shard.path} has no document index ({index.name}); set dataset.bos_token to the token that begins "
+            "each document"
         )
     return find_token(shard.tokens, bos)
 
 
-def find_token(tokens: Tokens, bos: int) -> Indices:
-    """Every place of the token ``bos``."""
+def find_token(tokens: Tokens, token: int) -> Indices:
+    """Return every position of ``token``."""
     blocks = [
-        np.flatnonzero(tokens[begin : begin + SCAN_BLOCK_TOKENS] == bos) + begin
+        np.flatnonzero(tokens[begin : begin + SCAN_BLOCK_TOKENS] == token) + begin
         for begin in range(0, len(tokens), SCAN_BLOCK_TOKENS)
     ]
     return np.concatenate(blocks).astype(np.int64)
 
 
 def common_first_token(stream: TokenStream, starts: Indices) -> int | None:
-    """The token that documents begin with, as a sample of them shows; None where it is not always the same."""
-    firsts = stream.at(starts[:: max(1, len(starts) // MAX_SAMPLED_DOCUMENTS)])
+    """Return the token that a sample of the documents begins with; None if they differ."""
+    firsts = stream.tokens_at(starts[:: max(1, len(starts) // MAX_SAMPLED_DOCUMENTS)])
     return int(firsts[0]) if len(firsts) and np.all(firsts == firsts[0]) else None
 
 
 def aligned_starts(documents: Indices, tokens: int, length: int) -> Indices:
-    """Samples of ``length`` inputs and a label more that each begin with a document: the first, then the next document
-    that begins where the sample before has ended, or later."""
-    after = np.searchsorted(documents, documents + length)
-    last = int(np.searchsorted(documents, tokens - length))  # from here on there are not enough tokens
-    jump = after.data  # its items become whole numbers of Python one by one, not all at once
-    chain, here = [], 0
-    while here < last:
-        chain.append(here)
-        here = jump[here]
+    """Return the starts of windows of ``length`` inputs and one more label, each at the start of a document.
+
+    The first window starts with the first document, each other with the first document at or after the end of the
+    window before.
+    """
+    next_window = np.searchsorted(documents, documents + length)
+    last = int(np.searchsorted(documents, tokens - length))  # documents from here on have too few tokens after them
+    jump = next_window.data  # its items become Python integers one by one, not all at once
+    chain, document = [], 0
+    while document < last:
+        chain.append(document)
+        document = jump[document]
     return documents[np.array(chain, dtype=np.int64)]

@@ -204,8 +204,8 @@ def build_gpt2_model(
     """Build a GPT-2 with initial weights; the keywords are NeMo AutoModel's.
 
     ``n_ctx`` overrides ``n_positions``. ``activation`` is ``gelu_new`` (GPT-2's) or ``gelu`` (the exact form).
-    Attention always uses torch's ``scaled_dot_product_attention``, which selects a flash kernel itself. Raises BadInput for
-    unsupported values.
+    Attention always uses torch's ``scaled_dot_product_attention``, which selects a flash kernel itself. Raises BadInput
+    for unsupported values.
     """
     if n_embd % n_head:
         raise BadInput(f"model.n_embd {n_embd} is not divisible by n_head {n_head}; change one of them")

@@ -1,1 +1,1 @@
-"""Ranks and how a model is spread over them: data, tensor and context parallelism."""
+"""Ranks and the sharding of a model over them: data, tensor and context parallelism."""

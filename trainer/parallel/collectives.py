@@ -1,8 +1,7 @@
-"""Collectives with gradients, over a process group of n ranks: what tensor and context parallelism are made of.
+"""Differentiable collectives over a process group of n ranks, used by tensor and context parallelism.
 
-Ours call torch.distributed's public functions, which work over gloo and NCCL,
-eagerly and in ``torch.compile``. Those that come with gradients in torch
-(``torch.distributed.nn``, functional collectives) are deprecated or private.
+They call torch.distributed's public functions, which work over gloo and NCCL, eagerly and in ``torch.compile``. Torch's
+own differentiable collectives (``torch.distributed.nn``, functional collectives) are deprecated or private.
 """
 
 from __future__ import annotations
@@ -15,45 +14,45 @@ import torch.distributed as dist
 Group = dist.ProcessGroup
 GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""Named so from torch 2.13 on, which warns of the older names."""
+"""Renamed in torch 2.13, which warns about the older names."""
 
 
-def _summed(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out
 
 
-def _stacked(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     GATHER(out, x.contiguous(), group=group)
     return out.unflatten(0, (group.size(), x.shape[0]))
 
 
-def _scattered(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _scatter_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty(x.shape[1:])
     REDUCE_SCATTER(out, x.contiguous().flatten(0, 1), group=group)
     return out
 
 
-def _exchanged(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _swap(x: torch.Tensor, group: Group) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
     return out
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return _summed(x, group)
+        return _reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return grads[0], None
 
 
-class _Share(torch.autograd.Function):
+class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
@@ -61,43 +60,43 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _summed(grads[0], ctx.group), None
+        return _reduce(grads[0], ctx.group), None
 
 
-class _Stack(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return _stacked(x, group)
+        return _gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _scattered(grads[0], ctx.group), None
+        return _scatter_sum(grads[0], ctx.group), None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return _scattered(x, group)
+        return _scatter_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _stacked(grads[0], ctx.group), None
+        return _gather(grads[0], ctx.group), None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return _exchanged(x, group)
+        return _swap(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _exchanged(grads[0], ctx.group), None
+        return _swap(grads[0], ctx.group), None
 
 
-class _Part(torch.autograd.Function):
+class _LocalChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         ctx.group, ctx.dim = group, dim
@@ -105,44 +104,44 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return joined(_stacked(grads[0], ctx.group), ctx.dim), None, None
+        return _concat(_gather(grads[0], ctx.group), ctx.dim), None, None
 
 
-def total(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of all ranks' ``x``, on all of them; each uses it alike, so gradients pass as they are."""
-    return _Sum.apply(x, group)
+def all_reduce_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the sum of all ranks' ``x`` on all ranks; all use it alike, so gradients pass unchanged."""
+    return _AllReduce.apply(x, group)
 
 
-def share(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """``x``, the same on all ranks, for each to use differently: its gradient is the sum of theirs."""
-    return _Share.apply(x, group)
+def copy_to_ranks(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return ``x``, equal on all ranks, for each rank to use differently; the gradient is the sum over the ranks."""
+    return _Copy.apply(x, group)
 
 
-def stack(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """All ranks' ``x (...)`` as ``(n, ...)``; a rank's gradient is the sum of what all of them found for its part."""
-    return _Stack.apply(x, group)
+def all_gather_stacked(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Stack all ranks' ``x (...)`` to ``(n, ...)``; each rank's gradient is the sum of all ranks' gradients for it."""
+    return _AllGather.apply(x, group)
 
 
-def gather(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """All ranks' ``x``, side by side along ``dim``; gradients as of :func:`stack`."""
-    return joined(stack(x, group), dim)
+def all_gather_concat(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """Concatenate all ranks' ``x`` along ``dim``; gradients as in :func:`all_gather_stacked`."""
+    return _concat(all_gather_stacked(x, group), dim)
 
 
-def scatter(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """This rank's part along ``dim`` of the sum of all ranks' ``x``."""
-    return _Scatter.apply(x.unflatten(dim, (group.size(), -1)).movedim(dim, 0), group)
+def reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """Return this rank's chunk along ``dim`` of the sum of all ranks' ``x``."""
+    return _ReduceScatter.apply(x.unflatten(dim, (group.size(), -1)).movedim(dim, 0), group)
 
 
-def exchange(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """``x (n, ...)``: its i-th part goes to rank i, whose part for this rank comes instead."""
-    return _Exchange.apply(x, group)
+def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Send the i-th item of ``x (n, ...)`` to rank i, and return the items that the ranks sent to this one."""
+    return _AllToAll.apply(x, group)
 
 
-def part(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """This rank's part along ``dim`` of ``x``, which is the same on all ranks; the gradient is put together from all of them."""
-    return _Part.apply(x, dim, group)
+def local_chunk(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """Return this rank's chunk along ``dim`` of ``x``, equal on all ranks; the gradient is gathered from all ranks."""
+    return _LocalChunk.apply(x, dim, group)
 
 
-def joined(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """``(n, ...)`` to its n parts side by side along ``dim``."""
+def _concat(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Concatenate the n items of ``(n, ...)`` along ``dim``."""
     return x.movedim(0, dim).flatten(dim, dim + 1)

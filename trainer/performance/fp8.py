@@ -1,8 +1,8 @@
 """Linear layers with 8-bit floating-point matrix products, by torch's ``_scaled_mm``.
 
 Tensorwise dynamic scaling (Micikevicius et al. 2022, "FP8 formats for deep learning"): each tensor is scaled so that
-its largest value just fits; activations and weights are e4m3, gradients e5m2. Sums are in float32, results in the compute
-dtype, and the weights themselves do not change. It pays off for large matrix products; at 124M parameters the
+its largest value just fits; activations and weights are e4m3, gradients e5m2. Sums are in float32, results in the
+compute dtype, and the weights themselves do not change. It pays off for large matrix products; at 124M parameters the
 conversions cost more than they save.
 """
 
