@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from image_helpers import leave_out
+from test_e2e import TINY
 
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
@@ -26,11 +27,15 @@ from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_comma
 from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.srun_step import SrunStep
 from amlaunch.launcher.execution.stop_request import StopRequest
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
 from amlaunch.launcher.runs.element_state import is_driven, overall, read_run, read_stage
-from amlaunch.launcher.runs.states import State
+from amlaunch.launcher.runs.find import list_runs, read_plan
+from amlaunch.launcher.runs.snapshot import take_snapshot, upgrade_snapshot
+from amlaunch.launcher.runs.states import Outcome, State
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.machine import Machine
-from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
+from amlaunch.launcher.specs.plan import RENAMED_MODULES, Element, Needs, Plan, Stage, StageContainer
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, append_json_line, is_locked, read_json, read_json_lines, write_json
 from amlaunch.recipes.run_layout import RunDir
 
@@ -534,3 +539,91 @@ def test_a_stage_that_leaves_no_result_is_not_done(tmp_path):
     write_json(run.plan, plan_json)
     assert drive(run).communicate()[0].strip() == State.FAILED
     assert not run.element("train", "0").done.exists()
+
+
+# --- runs that amlaunch made before it was one package
+
+
+def to_old_layout(run: RunDir) -> None:
+    """Give a run directory the plan and the snapshot of a run from before amlaunch was one package."""
+    plan = read_json(run.plan)
+    for stage in plan["stages"]:
+        for element in stage["elements"]:
+            element["module"] = {new: old for old, new in RENAMED_MODULES.items()}.get(
+                element["module"], element["module"]
+            )
+    write_json(run.plan, plan)
+    package = run.code / "amlaunch"
+    for part in package.iterdir():
+        if part.is_dir():
+            part.rename(run.code / part.name)
+    shutil.rmtree(package)
+
+
+def test_a_plan_of_the_old_layout_names_the_modules_of_today(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [[]] * 4, ONE))
+    elements = [replace(plan.stages[0].elements[0], module=module) for module in RENAMED_MODULES.values()]
+    write_json(run.plan, replace(plan, stages=[replace(plan.stages[0], elements=elements)]).to_json())
+    take_snapshot(run.code, None)
+    to_old_layout(run)
+    assert [element["module"] for element in read_json(run.plan)["stages"][0]["elements"]] == list(RENAMED_MODULES)
+    assert read_plan(run).stages[0].elements == elements
+
+
+def test_a_snapshot_of_the_old_layout_is_completed_once(tmp_path):
+    run, _ = make_run(tmp_path, ("train", [[]], ONE))
+    assert not upgrade_snapshot(run.code), "a run without a snapshot gets one when it is started"
+    take_snapshot(run.code, None)
+    assert not upgrade_snapshot(run.code), "complete"
+    to_old_layout(run)
+    queued = {path: path.read_bytes() for path in run.code.rglob("*") if path.is_file()}
+    assert upgrade_snapshot(run.code) and not upgrade_snapshot(run.code)
+    assert all(path.read_bytes() == content for path, content in queued.items()), "queued jobs still need these files"
+    code = "import amlaunch.launcher.execution.slurm_job as job; print(job.__file__)"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(run.code)}
+    place = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert place.stdout.startswith(f"{run.code}/amlaunch/launcher/")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"run_id": "x"}', '{"run_id": "x", "stages": [1], "data": 1, "cwd": 1}']
+)
+def test_a_plan_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, content):
+    run, _ = make_run(tmp_path, ("train", [[]], ONE))
+    run.plan.write_text(content)
+    with pytest.raises(BadInput, match=r"plan\.json: .*start the run again with the command in .*provenance\.json"):
+        read_plan(run)
+
+
+def test_attempts_of_older_versions_are_read_without_the_keys_they_lack():
+    lines = [{"event": "start", "attempt": 1, "time": 5.0}, {"event": "end", "attempt": 1, "outcome": "failed"}]
+    history = AttemptHistory.from_json(lines)
+    assert history.newest_start == AttemptStart(1, 5.0)
+    assert history.newest_end == AttemptEnd(Outcome.FAILED, attempt=1, time=0.0)
+    for end in (AttemptEnd(Outcome.FAILED, "x", 3, "n1", "network", False, True, True, False, (1, -9), 2.5, 4, 6.0),
+                AttemptEnd(Outcome.DONE, attempt=1, time=6.0)):  # fmt: skip
+        assert AttemptEnd.from_json(json.loads(json.dumps(end.to_json()))) == end
+    start = AttemptStart(1, 5.0, "n1", 7, "11_0", "11_0", 20, 8, "n[1-2]", 0)
+    assert AttemptStart.from_json(json.loads(json.dumps(start.to_json()))) == start
+
+
+@pytest.mark.slow
+def test_a_run_of_the_old_layout_is_retried(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"some text for a few tokens {name} " * 2000)
+    (tmp_path / "old.yaml").write_text(TINY.replace("name: tiny", "name: old"))
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/src", "TEXT": str(tmp_path / "text")}
+
+    def amlaunch(*arguments: str) -> str:
+        command = [sys.executable, "-m", "amlaunch", *arguments]
+        process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
+
+    amlaunch("local", "old.yaml", "--stage", "preprocess")
+    (run,) = list_runs(tmp_path / "runs")
+    to_old_layout(run)
+    run.element("preprocess", "0").done.unlink()
+    assert "the code of this run is from an earlier amlaunch; added the current version" in amlaunch("retry", "old")
+    assert [state.attempts for state in read_stage(run, read_plan(run).stages[0])] == [2, 1]

@@ -117,8 +117,7 @@ def wanted(loaded: LoadedRecipe, stages: Iterable[str]) -> list[Want]:
         for names, asked in ((needed, _of_stage(loaded, stage)), (helpful, _optional(loaded, stage))):
             for name in asked:
                 names.setdefault(name, []).append(stage)
-    found = [Want("pyyaml", "every stage")]
-    found += [Want(name, _words(mine), stages=tuple(mine)) for name, mine in needed.items()]
+    found = [Want(name, _words(mine), stages=tuple(mine)) for name, mine in needed.items()]
     found += [Want(name, _words(mine), True, tuple(mine)) for name, mine in helpful.items() if name not in needed]
     found += [Want(name, f"the recipe's own code ({file})") for name, file in _of_code(loaded)]
     return list({want.name: want for want in reversed(found)}.values())[::-1]
