@@ -85,6 +85,11 @@ class RunDir:
         return self.root / "recipe.yaml"
 
     @property
+    def recipe_json(self) -> Path:
+        """The same recipe as JSON, for the stages: their image may lack PyYAML."""
+        return self.root / "recipe.json"
+
+    @property
     def plan(self) -> Path:
         """Stages, elements, dependencies, resources."""
         return self.root / "plan.json"

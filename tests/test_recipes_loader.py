@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -655,3 +656,61 @@ def test_the_guides_loader_workers_are_ours(folder):
         )
     ).recipe
     assert recipe.dataloader.num_workers == 3
+
+
+# --- recipes as JSON, for processes without PyYAML --------------------------------------------------------
+
+
+def test_the_same_recipe_as_json(folder):
+    loaded = load(write(folder, MINIMAL), ["--optimizer.lr=1e-5", "--sweep.seed=[1, 2]", "--model.act=null"])
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(loaded.tree))
+    again = load(path)
+    assert again.recipe == loaded.recipe and again.fingerprint() == loaded.fingerprint()
+    assert load(path, ["--optimizer.betas=[0.8, 0.9]"]).recipe.optimizer["betas"] == [0.8, 0.9]
+    with pytest.raises(BadInput, match=r"recipe.json: model.n_layr: unknown key"):
+        path.write_text(json.dumps({**loaded.tree, "model": {**loaded.tree["model"], "n_layr": 1}}))
+        load(path)
+    path.write_text("{")
+    with pytest.raises(BadInput, match=r"recipe.json: not valid JSON"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (
+            "from amlaunch.trainer.process.arguments import parse; "
+            "options = parse('amlaunch.trainer', '', ['recipe.json', '--optimizer.betas=[0.8, 0.9]', '--element=e']); "
+            "print(options.loaded.recipe.optimizer['betas'], 'betas: [0.8, 0.9]' in options.loaded.text())",
+            "[0.8, 0.9] True",
+        ),
+        (
+            "from amlaunch.preprocess.__main__ import main; "
+            "main(['element', 'recipe.json', '--index', '0', '--out', 'shards', '--workers', '1', '--element', 'e'])",
+            "element 0: ",
+        ),
+    ],
+    ids=["trainer", "preprocess"],
+)
+def test_stages_read_their_recipe_without_pyyaml(tmp_path, root, code, expected):
+    """In an image that lacks it; the override is a sweep point as the plan writes it."""
+    (tmp_path / "text.txt").write_text("hello\n")
+    overrides = [
+        "--preprocess.data_files=text.txt",
+        "--preprocess.exclude=[]",
+        "--preprocess.tokenizer=byte",
+        "--preprocess.elements=1",
+    ]
+    recipe = load(
+        shipped_recipes()["quickstart"], [*overrides, "--preprocess.val_tokens=0", "--validation_dataset=null"]
+    )
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.tree))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['yaml'] = None; {code}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+    )
+    assert expected in done.stdout, done.stderr

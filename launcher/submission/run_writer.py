@@ -46,8 +46,10 @@ def write_start(run: ResolvedRun, argv: Sequence[str], states: Sequence[ElementS
     ``states`` are the current ones: while an element is active, its code snapshot stays.
     """
     if upgrade_snapshot(run.run_dir.code):
-        say(f"note: this run is from an earlier version of amlaunch; added version {VERSION} to {run.run_dir.code}")
+        say(f"note: the code of this run is from an earlier amlaunch; added the current version: {run.run_dir.code}")
     if run.kind is StartKind.RETRY:
+        # Its recipe.yaml may have been edited.
+        write_json(run.run_dir.recipe_json, run.loaded.tree)
         return
     if run.kind is StartKind.RESUME:
         _set_done_markers_aside(run)
@@ -85,6 +87,7 @@ def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, argv: Sequence[str]
 
     header = f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n"
     write_text(run.recipe, header + loaded.text())
+    write_json(run.recipe_json, loaded.tree)
     write_json(run.plan, plan.to_json())
     if refresh_code or not run.provenance.exists():
         write_json(run.provenance, {**provenance_of(loaded, argv), RESUMED: resumed_with(run)})
