@@ -19,6 +19,7 @@ from amlaunch.launcher.display.findings import BAD, OK, WARN, worst
 from amlaunch.launcher.doctor import diagnosis, probe, profile_writer
 from amlaunch.launcher.doctor.probe import Folder, SitePartition, SlurmSite
 from amlaunch.launcher.doctor.profile_writer import Proposal, propose, save
+from amlaunch.launcher.doctor.tables import gpu_table
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.specs.cluster_profile import Cluster as Profiled
@@ -482,7 +483,7 @@ def test_the_table_of_gpus_fits_a_terminal():
     from rich.console import Console
 
     console = Console(width=80, record=True, file=open(os.devnull, "w"))
-    console.print(doctor.gpu_table(measured()))
+    console.print(gpu_table(measured()))
     lines = console.export_text().splitlines()
     assert len(lines) == 10 and " ".join(lines[-1].split()) == "7 NVIDIA H100 80GB HBM3 640 2,600 78.0 of 79.0"
 
