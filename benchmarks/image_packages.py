@@ -34,19 +34,19 @@ def main() -> None:
     """Print a line for each part."""
     with tempfile.TemporaryDirectory() as temp:
         os.environ["XDG_CACHE_HOME"] = temp
-        from amlaunch.containers.images.image_facts import of_table
+        from amlaunch.containers.images.image_facts import facts_from_name
         from amlaunch.launcher.runs.packages import inside, resolve, wanted
         from amlaunch.launcher.runs.snapshot import take_snapshot
         from amlaunch.recipes.format.loader import load
-        from amlaunch.recipes.shipped import shipped
+        from amlaunch.recipes.shipped import shipped_recipes
 
         for recipe in ("quickstart", "llama-350m"):
-            wants, facts = wanted(load(shipped()[recipe]), STAGES), of_table(IMAGE)
+            wants, facts = wanted(load(shipped_recipes()[recipe]), STAGES), facts_from_name(IMAGE)
             first = best(lambda wants=wants, facts=facts: resolve(wants, facts), 3)
             inside(wants, facts)
             again = best(lambda wants=wants, facts=facts: inside(wants, facts))
             print(f"{recipe:12} what the image lacks: first {first:.1f} ms, again {again:.1f} ms")
-        found = inside(wanted(load(shipped()["quickstart"]), STAGES), of_table(IMAGE))
+        found = inside(wanted(load(shipped_recipes()["quickstart"]), STAGES), facts_from_name(IMAGE))
         code = Path(temp) / "code"
 
         def snapshot(with_packages: bool) -> None:

@@ -1,1 +1,1 @@
-"""Run a stage in an image: container runtimes, the images they start, and what happens on each node before they start."""
+"""Run a stage in a container: runtimes, the images that they start, and the preparation of each node."""

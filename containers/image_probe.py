@@ -1,8 +1,7 @@
-"""What ``amlaunch image check`` runs inside an image: says what is there, as one line of JSON.
+"""Report what an image contains, as one line of JSON; ``amlaunch image check`` runs this inside the image.
 
-Standard library only, Python 3.10 to 3.13, and no word of ours is imported: the
-source is handed to the image's own Python as ``python3 -c SOURCE MOUNT ...``.
-What cannot be found out is left out; nothing here fails.
+Standard library only, Python 3.10 to 3.13, without imports from amlaunch: the image's own Python gets the source as
+``python3 -c SOURCE MOUNT ...``. What cannot be determined is left out; nothing here fails.
 """
 
 import ctypes
@@ -19,12 +18,12 @@ import tempfile
 from typing import Any
 
 MARK = "AMLAUNCH-PROBE "
-"""Before the line, for an image's entrypoint may print pages of its own."""
+"""Start of the line; an image's entrypoint may print other lines."""
 
 
 def main(mounts: list[str]) -> None:
-    """Print the facts; ``mounts`` are the folders to try."""
-    found = {
+    """Print the facts; ``mounts`` are the folders to test."""
+    facts = {
         "python": platform.python_version(),
         "executable": sys.executable,
         "architecture": platform.machine(),
@@ -41,11 +40,11 @@ def main(mounts: list[str]) -> None:
         "limits": limits(),
         "mounts": [mount(path) for path in mounts],
     }
-    print(MARK + json.dumps(found), flush=True)
+    print(MARK + json.dumps(facts), flush=True)
 
 
 def listed(folder: str) -> list[str]:
-    """The names in a folder; none where it is not there."""
+    """List the names in a folder; none if there is no such folder."""
     try:
         return os.listdir(folder)
     except OSError:
@@ -53,12 +52,12 @@ def listed(folder: str) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its traceback of C++."""
+    """Return the first line of an error, without the C++ traceback that torch appends."""
     return (str(error).splitlines() or [""])[0]
 
 
 def system() -> str:
-    """The distribution, as it calls itself."""
+    """Return the name of the Linux distribution."""
     try:
         with open("/etc/os-release", encoding="utf-8", errors="replace") as handle:
             match = re.search(r'^PRETTY_NAME="?([^"\n]*)', handle.read(), re.MULTILINE)
@@ -68,25 +67,25 @@ def system() -> str:
 
 
 def packages() -> dict[str, str]:
-    """Installed distributions, by the names that indexes compare, with their versions."""
-    found: dict[str, str] = {}
-    for one in importlib.metadata.distributions():
+    """Return the installed distributions, by normalised name, with their versions."""
+    versions: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
         try:
-            name, version = one.metadata["Name"], one.version
-        except Exception:  # a damaged one hides no other
+            name, version = distribution.metadata["Name"], distribution.version
+        except Exception:  # a damaged one must not hide the others
             continue
         if name and version:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
-    return dict(sorted(found.items()))
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
+    return dict(sorted(versions.items()))
 
 
 def torch_facts() -> dict[str, Any]:
-    """What torch says of itself and of the GPUs; the reason where it cannot be imported."""
+    """Return what torch reports about itself and the GPUs, or why it cannot be imported."""
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": getattr(torch.version, "hip", None),
@@ -100,51 +99,51 @@ def torch_facts() -> dict[str, Any]:
         ("gpus", lambda: [gpu(torch, number) for number in range(torch.cuda.device_count())]),
     ):
         try:
-            found[key] = ask()
+            facts[key] = ask()
         except Exception as error:
-            found[key + "_error"] = first_line(error) or type(error).__name__
-    return found
+            facts[key + "_error"] = first_line(error) or type(error).__name__
+    return facts
 
 
 def gpu(torch: Any, number: int) -> dict[str, Any]:
-    """One GPU, and whether a kernel runs on it."""
-    facts = torch.cuda.get_device_properties(number)
+    """Return a GPU's properties, and whether a kernel runs on it."""
+    device = torch.cuda.get_device_properties(number)
     try:
         works = float(torch.ones(8, device=f"cuda:{number}").sum()) == 8.0
         problem = ""
     except Exception as error:
         works, problem = False, first_line(error)
     return {
-        "name": facts.name,
-        "memory_bytes": facts.total_memory,
-        "capability": f"{facts.major}.{facts.minor}",
+        "name": device.name,
+        "memory_bytes": device.total_memory,
+        "capability": f"{device.major}.{device.minor}",
         "works": works,
         "problem": problem,
     }
 
 
 def driver() -> dict[str, str]:
-    """The kernel's NVIDIA driver, and the newest CUDA that the driver's library in the container can do."""
-    found: dict[str, str] = {}
+    """Return the kernel's NVIDIA driver, and the newest CUDA that its library in the container supports."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8", errors="replace") as handle:
             match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", handle.read())
-            found["version"] = match.group(1) if match else ""
+            facts["version"] = match.group(1) if match else ""
     except OSError:
         pass
     try:
         library, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
         if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
-            found["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
+            facts["cuda"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
     except (OSError, AttributeError):
         pass
     if shutil.which("nvidia-smi"):
-        found["nvidia_smi"] = str(shutil.which("nvidia-smi"))
-    return found
+        facts["nvidia_smi"] = str(shutil.which("nvidia-smi"))
+    return facts
 
 
 def shm_bytes() -> int | None:
-    """The size of /dev/shm, which data loaders and NCCL share memory through."""
+    """Return the size of /dev/shm, through which data loaders and NCCL share memory."""
     try:
         space = os.statvfs("/dev/shm")
     except OSError:
@@ -153,32 +152,32 @@ def shm_bytes() -> int | None:
 
 
 def limits() -> dict[str, int | None]:
-    """What NGC asks to be unlimited or large; None: unlimited."""
-    found: dict[str, int | None] = {}
+    """Return the limits that NGC wants large or unlimited; None means unlimited."""
+    facts: dict[str, int | None] = {}
     for name in ("MEMLOCK", "STACK", "NOFILE"):
         soft = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[0]
-        found[name.lower()] = None if soft == resource.RLIM_INFINITY else soft
-    return found
+        facts[name.lower()] = None if soft == resource.RLIM_INFINITY else soft
+    return facts
 
 
 def mount(path: str) -> dict[str, Any]:
-    """Whether a folder is there, and a file can be made in it."""
-    found: dict[str, Any] = {"path": path, "there": os.path.exists(path), "writable": False, "problem": ""}
-    if not found["there"]:
-        found["problem"] = "is not there"
-        return found
+    """Return whether a path exists and whether files can be written there."""
+    facts: dict[str, Any] = {"path": path, "there": os.path.exists(path), "writable": False, "problem": ""}
+    if not facts["there"]:
+        facts["problem"] = "does not exist"
+        return facts
     try:
         if os.path.isdir(path):
-            found["free_bytes"] = shutil.disk_usage(path).free
+            facts["free_bytes"] = shutil.disk_usage(path).free
             with tempfile.NamedTemporaryFile(dir=path, prefix=".amlaunch-probe-") as handle:
                 handle.write(b"probe")
                 handle.flush()
-            found["writable"] = True
+            facts["writable"] = True
         else:
-            found["writable"] = os.access(path, os.W_OK)
+            facts["writable"] = os.access(path, os.W_OK)
     except OSError as error:
-        found["problem"] = error.strerror or str(error)
-    return found
+        facts["problem"] = error.strerror or str(error)
+    return facts
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""``python -m amlaunch.containers.node_setup JSON``: the first seconds of a job, once on each of its nodes, before any container starts.
+"""Prepare a node for containers: ``python -m amlaunch.containers.node_setup JSON`` runs once on each node of a job.
 
-What only a node knows is looked at here, and said in one line that names the
-node and the fix: whether the runtime is there, the image, what is mounted, room,
-the GPU's driver, the processor. Then the image is brought there, once for all
-tasks. Standard library only, with whatever Python the node has.
+It checks what only the node knows (runtime, image, mounts, free space, driver, processor) and reports a problem in one line that names
+the node and the fix. Then it brings the image to the node, once for all tasks. Standard library only, for whatever Python the node has.
 """
 
 from __future__ import annotations
@@ -28,96 +26,112 @@ from typing import Any
 
 from amlaunch.containers import disk_space
 from amlaunch.containers.images.reference import parse
-from amlaunch.containers.runtimes.catalog import OF_SRUN, PROGRAMS
-from amlaunch.containers.runtimes.docker import tag_of
-from amlaunch.containers.runtimes.environment import of_runtime
-from amlaunch.containers.start_failures import FAILURES, UNKNOWN, Failure, advice, failure_of
+from amlaunch.containers.runtimes.catalog import PROGRAMS, SRUN_RUNTIMES
+from amlaunch.containers.runtimes.environment import runtime_variables
+from amlaunch.containers.start_failures import FAILURES, UNKNOWN_FAILURE, StartFailure, advice, failure_of
 
-SILENT_SECONDS = 60.0
+PROGRESS_SECONDS = 60.0
+"""Interval between lines about a command that takes long."""
 GRACE_SECONDS = 5.0
-"""For what is told to end, before it is killed."""
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""How we are told to end: Slurm's steps by SIGUSR1, too."""
+"""Time between the request to end and the kill."""
+SHOWN_SECONDS = 2.0
+"""Commands that take longer are reported when they end."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Requests to end; Slurm sends SIGUSR1 to its steps, too."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
-"""The kernel's words, and those of images."""
-BRINGS_OLDER_DRIVERS_ALONG = ("pyxis", "enroot", "docker")
-"""Their libnvidia-container uses the image's compatibility libraries by itself, and says "unsatisfied condition" where that is not enough."""
-KINDS = {failure.kind: failure for failure in FAILURES}
+"""The kernel's names of processors, and those that images use."""
+USE_COMPATIBILITY_LIBRARIES = ("pyxis", "enroot", "docker")
+"""Runtimes whose libnvidia-container uses an image's CUDA compatibility libraries, and reports a driver that is still too old."""
+FAILURES_BY_KIND = {failure.kind: failure for failure in FAILURES}
 
 
 def start(arguments: Sequence[str]) -> int:
-    """:func:`main` in a process of its own, with the environment of whatever starts the containers: it looks where they look, and ends with all that it began."""
+    """Run :func:`main` as a process group of its own, in the environment that the runtime will have.
+
+    So it looks where the runtime looks, and everything that it started ends with it.
+    """
     spec = json.loads(arguments[0])
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
-    for number in STOPS:
-        signal.signal(number, _end)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _end_group)
     if spec.get("parent"):
-        _when_parent_ends(signal.SIGTERM)
-        if os.getppid() != spec["parent"]:  # it ended before the call above
+        _signal_when_parent_ends(signal.SIGTERM)
+        # The parent may have ended before that call.
+        if os.getppid() != spec["parent"]:
             return 1
-    if spec["runtime"] not in OF_SRUN:  # of those nothing is started here
-        kept = {**{name: os.environ[name] for name in spec["passed"] if name in os.environ}, **of_runtime(os.environ)}
+    # srun's own runtimes are not started from here.
+    if spec["runtime"] not in SRUN_RUNTIMES:
+        passed = {name: os.environ[name] for name in spec["passed"] if name in os.environ}
+        env = {**passed, **runtime_variables(os.environ)}
         os.environ.clear()
-        os.environ.update(kept)
+        os.environ.update(env)
     return main(arguments)
 
 
-def _end(number: int, _: Any) -> None:
-    """End our process group: what fetches an image would go on for nobody, beside the next that fetches it."""
-    for one in STOPS:
-        signal.signal(one, signal.SIG_IGN)
+def _end_group(number: int, _: Any) -> None:
+    """End the process group, so that no fetch goes on without a purpose beside the next attempt's fetch."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
-    ends = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + GRACE_SECONDS
     with suppress(ChildProcessError):
-        while time.monotonic() < ends:
+        while time.monotonic() < deadline:
             os.waitpid(-1, os.WNOHANG)
             time.sleep(0.05)
-    os.killpg(0, signal.SIGKILL)  # and so ourselves
+    os.killpg(0, signal.SIGKILL)  # ends this process, too
 
 
-def _when_parent_ends(number: int) -> None:
-    """Have the kernel send us a signal then, where Python can ask for it."""
+def _signal_when_parent_ends(number: int) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, if Python can."""
     with suppress(ImportError, OSError, AttributeError):
-        import ctypes  # a small Python of a node may have none
+        import ctypes  # missing in some minimal Pythons
 
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: containers can start here; 1 otherwise, with the reason in the last line, and in a file for the driver."""
+    """Check the node and bring the image there.
+
+    Returns 0 if containers can start here. Otherwise returns 1, with the reason in the last line and in a file for the driver.
+    """
     spec = json.loads(arguments[0])
-    for kind, words in check(spec):
-        return refuse(spec, KINDS[kind], words)
-    said = prepare(spec)
-    if said is None:
+    for kind, problem in check(spec):
+        return refuse(spec, FAILURES_BY_KIND[kind], problem)
+    output = prepare(spec)
+    if output is None:
         return 0
-    found = failure_of(said)
-    failure, line = found or (UNKNOWN, next(reversed([line for line in said.splitlines() if line.strip()] or [""])))
-    return refuse(spec, failure, line)
+    failed = failure_of(output)
+    if failed:
+        return refuse(spec, *failed)
+    lines = [line for line in output.splitlines() if line.strip()]
+    return refuse(spec, UNKNOWN_FAILURE, lines[-1] if lines else "")
 
 
-def refuse(spec: Mapping[str, Any], failure: Failure, words: str) -> int:
-    """A line for people, and a file for the driver: srun and the tasks of other nodes write into the midst of lines."""
-    reason = f"{host()}: {failure.kind} ({spec['image']}){': ' + words if words else ''}; {advice(failure, spec['runtime'], spec['image'])}"
+def refuse(spec: Mapping[str, Any], failure: StartFailure, problem: str) -> int:
+    """Print the reason, and write it to a file for the driver, because output of srun and of other nodes may cut the line."""
+    details = f": {problem}" if problem else ""
+    remedy = advice(failure, spec["runtime"], spec["image"])
+    reason = f"{host()}: {failure.kind} ({spec['image']}){details}; {remedy}"
     print(reason, file=sys.stderr, flush=True)
     verdict = {
         "kind": failure.kind,
         "host": host(),
-        "again": failure.again,
-        "elsewhere": failure.elsewhere,
+        "again": failure.restart,
+        "elsewhere": failure.avoid_host,
         "reason": reason,
     }
-    with suppress(OSError):  # a node that does not see the folder: the driver says that it was not looked at
-        half = Path(spec["verdicts"], f".{host()}.tmp")
-        half.write_text(json.dumps(verdict))
-        half.replace(half.with_name(f"{host()}.json"))
+    # A node may not see the folder; the driver then reports that it could not be checked.
+    with suppress(OSError):
+        temporary = Path(spec["verdicts"], f".{host()}.tmp")
+        temporary.write_text(json.dumps(verdict))
+        temporary.replace(temporary.with_name(f"{host()}.json"))
     return 1
 
 
 def verdict_of(folder: Path) -> dict[str, Any] | None:
-    """The verdict of a node that refused, of those that left one in ``folder``; None where none did."""
+    """Return the verdict that a node left in ``folder`` when it refused; None if none did."""
     for file in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
             return dict(json.loads(file.read_text()))
@@ -125,113 +139,119 @@ def verdict_of(folder: Path) -> dict[str, Any] | None:
 
 
 def host() -> str:
-    """This node, as Slurm calls it."""
+    """Return this node's name, as Slurm knows it."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def check(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """``(kind of failure, what is wrong)`` of what can be seen before anything is started."""
+    """Yield ``(kind of failure, problem)`` for everything that can be seen before the runtime starts."""
     program = PROGRAMS[spec["runtime"]]
     if not shutil.which(program):
-        yield "no runtime", f"{program} is not installed (or not in PATH)"
+        yield "no runtime", f"{program} is not installed, or not in PATH"
     image = spec.get("path")
     if image and not os.path.exists(image):
-        yield "no such image", f"there is no {image} here"
+        yield "no such image", f"{image} does not exist on this node"
     elif image and not os.access(image, os.R_OK):
-        yield "no such image", f"{image} cannot be read by {os.environ.get('USER', os.getuid())}"
+        yield "no such image", f"{os.environ.get('USER', os.getuid())} may not read {image}"
     for source in spec["mounts"]:
         if not os.path.exists(source):
-            yield "mount", f"there is no {source} to mount"
-    wanted, mine = (
-        spec.get("architectures") or [spec.get("architecture")],
-        ARCHITECTURES.get(platform.machine(), platform.machine()),
-    )
-    if wanted != [None] and mine not in wanted:
-        yield "wrong architecture", f"the image is for {' and '.join(wanted)}, the node is {mine}"
-    yield from _driver(spec)
-    yield from _space(spec)
+            yield "mount failed", f"{source} does not exist on this node"
+    yield from _check_architecture(spec)
+    yield from _check_driver(spec)
+    yield from _check_space(spec)
 
 
-def _driver(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """``cuda``: the newest CUDA that the image's libraries are of, where it is known."""
-    wanted = re.match(r"(\d+)\.(\d+)", str(spec.get("cuda") or ""))
-    if not wanted or not spec.get("gpus") or spec.get("entrypoint") or spec["runtime"] in BRINGS_OLDER_DRIVERS_ALONG:
+def _check_architecture(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    available = spec.get("architectures") or [spec.get("architecture")]
+    architecture = ARCHITECTURES.get(platform.machine(), platform.machine())
+    if available != [None] and architecture not in available:
+        yield "wrong architecture", f"the image is for {' and '.join(available)}, the node is {architecture}"
+
+
+def _check_driver(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Compare the driver with ``cuda``, the version of the image's libraries, if it is known."""
+    image_cuda = re.match(r"(\d+)\.(\d+)", str(spec.get("cuda") or ""))
+    is_handled = spec.get("entrypoint") or spec["runtime"] in USE_COMPATIBILITY_LIBRARIES
+    if not image_cuda or not spec.get("gpus") or is_handled:
         return
     try:
-        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+        output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return
-    has = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", said)
-    # Within a major version any driver of it will do (CUDA's minor version compatibility).
-    if has and int(has[1]) < int(wanted[1]):
-        yield "driver too old", f"the image has CUDA {wanted[0]}, the driver knows CUDA {has[1]}.{has[2]} at most"
+    driver_cuda = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", output)
+    # Within a major version every driver serves (CUDA's minor version compatibility).
+    if driver_cuda and int(driver_cuda[1]) < int(image_cuda[1]):
+        supported = f"{driver_cuda[1]}.{driver_cuda[2]}"
+        yield "driver too old", f"the image has CUDA {image_cuda[0]}, the driver supports CUDA {supported} at most"
 
 
-def _space(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where the image has to be brought here first: the folders that the runtime writes to. pyxis brings it at each start."""
-    if not spec.get("prepare") and spec["runtime"] != "pyxis":
+def _check_space(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Check the folders that the runtime unpacks the image in, if this job has to bring it here."""
+    if not spec.get("prepare"):
         return
     image = parse(spec["path"] or spec["image"])
-    if disk_space.has(spec["runtime"], tag_of(image)):
-        return
-    look = disk_space.at_start(spec["runtime"], image, spec.get("bytes"), os.environ)
-    for lack in disk_space.lacks(look.phases):
-        doubt = look.doubt or ("" if lack.certain else "unless its files compress less than most")
-        words = f"the disk of {lack.folders} has {lack.free / 1e9:.1f} GB free, and {lack.what} will take about {lack.size / 1e9:.1f} GB there"
-        if not doubt:
-            yield "no space for the image", words
-        else:
-            print(f"{host()}: {words}, {doubt}", flush=True)
+    for shortage in disk_space.node_shortages(spec["runtime"], image, spec.get("bytes"), os.environ):
+        yield (
+            "no space for the image",
+            f"{shortage.folder} has {shortage.free / 1e9:.1f} GB free, and the image needs at least "
+            f"{shortage.needed / 1e9:.1f} GB there",
+        )
 
 
 def prepare(spec: Mapping[str, Any]) -> str | None:
-    """Run the commands that bring the image here, one job at a time on this node; what they said where one failed."""
+    """Run the commands that bring the image here, one job at a time on this node.
+
+    Returns None, or the output of the command that failed.
+    """
     commands = spec.get("prepare") or []
     if not commands:
         return None
-    with open(private_folder() / f"{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock", "w") as held:
+    lock = private_folder() / f"{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock"
+    with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for command in commands:
-            said = _run(command, f"{host()}: bringing {spec['image']} here with {spec['runtime']}")
-            if said is not None:
-                return said
+            output = _run(command, f"{host()}: bringing {spec['image']} here with {spec['runtime']}")
+            if output is not None:
+                return output
     return None
 
 
 def private_folder() -> Path:
-    """A folder of this node that is ours alone: the same for all of our jobs, unless somebody else took its name."""
+    """Return a folder on this node that only this user can write; all their jobs share it unless somebody took its name."""
     folder = Path(tempfile.gettempdir(), f"amlaunch-node-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         return Path(tempfile.mkdtemp(prefix="amlaunch-node-"))
     return folder
 
 
-def _run(command: Sequence[str], what: str) -> str | None:
-    """A command's own words where it fails; a line now and then while it takes long."""
-    began = spoke = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
+def _run(command: Sequence[str], title: str) -> str | None:
+    """Run a command, with a line now and then if it takes long; return its output if it fails, else None."""
+    started = reported = time.monotonic()
+    with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: _when_parent_ends(signal.SIGKILL),
+            preexec_fn=lambda: _signal_when_parent_ends(signal.SIGKILL),
         )
         while process.poll() is None:
             time.sleep(0.05)
-            if time.monotonic() - spoke > SILENT_SECONDS:
-                spoke = time.monotonic()
-                print(f"{what} ({spoke - began:.0f} s so far)", flush=True)
-        output.seek(0)
-        said = output.read()
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                print(f"{title} ({reported - started:.0f} s so far)", flush=True)
+        file.seek(0)
+        output = file.read()
+    seconds = time.monotonic() - started
     if process.returncode:
-        print(said, file=sys.stderr, flush=True)
-    elif time.monotonic() - began > 2:
-        print(f"{what}: took {time.monotonic() - began:.0f} s", flush=True)
-    return said or f"exit code {process.returncode}" if process.returncode else None
+        print(output, file=sys.stderr, flush=True)
+        return output or f"exit code {process.returncode}"
+    if seconds > SHOWN_SECONDS:
+        print(f"{title}: took {seconds:.0f} s", flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Why a container did not start, from the runtime's own words: what to do about it, and whether another try, or another node, can help.
+"""Explain why a container did not start, from the runtime's output: the fix, and whether to retry, and whether elsewhere.
 
-Only lines that a runtime wrote are looked at: a trainer that says "not found" is another matter.
+Only lines that a runtime wrote count: a trainer that prints "not found" means something else.
 """
 
 from __future__ import annotations
@@ -13,79 +13,203 @@ from dataclasses import dataclass
 from amlaunch.containers.images import credentials
 from amlaunch.containers.images.reference import BadReference, parse
 
-SPOKEN = re.compile(
-    r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
-    r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
-    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |Cannot connect to the Docker daemon|failed to connect to the docker API|(Got )?permission denied while trying to connect to the [dD]ocker|newuidmap|sh: |open \S*/docker-import-)"
+RUNTIME_LINE = re.compile(
+    r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |"
+    r"Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
+    r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |"
+    r"unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
+    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |Cannot connect to the Docker daemon|"
+    r"failed to connect to the docker API|(Got )?permission denied while trying to connect to the [dD]ocker|"
+    r"newuidmap|sh: |open \S*/docker-import-)"
 )
-"""How a line begins that a container runtime writes, or Slurm of one."""
+"""Start of a line that a container runtime writes, or Slurm about one."""
 
 
 @dataclass(frozen=True)
-class Failure:
-    """One kind of failure of a container."""
+class StartFailure:
+    """One kind of failure to start a container."""
 
     kind: str
     pattern: str
-    """A regular expression, whatever the case."""
-    again: bool
-    """Whether another try can end otherwise."""
-    elsewhere: bool
-    """Whether it should be on another node."""
+    """Regular expression for a runtime's line; case does not matter."""
+    restart: bool
+    """True if another attempt can succeed."""
+    avoid_host: bool
+    """True if that attempt should use another node."""
     advice: str
+    """How to fix it; ``{space}`` and ``{credentials}`` stand for what depends on the runtime."""
 
 
-SPACE = {
-    "pyxis": "the administrator's enroot.conf (ENROOT_CACHE_PATH, ENROOT_DATA_PATH, ENROOT_TEMP_PATH) and plugstack.conf (runtime_path) name others, for pyxis hands none of your own variables on to enroot",
-    "enroot": "ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH name others",
-    "apptainer": "APPTAINER_CACHEDIR and APPTAINER_TMPDIR name others, apptainer cache clean makes room",
-    "singularity": "SINGULARITY_CACHEDIR and SINGULARITY_TMPDIR name others, singularity cache clean makes room",
-    "docker": "docker image prune makes room",
-    "podman": "graphroot in ~/.config/containers/storage.conf and TMPDIR name others, podman image prune makes room",
-    "charliecloud": "CH_IMAGE_STORAGE names another, ch-image delete makes room",
+SPACE_ADVICE = {
+    "pyxis": (
+        "the administrator can choose other folders in enroot.conf (ENROOT_CACHE_PATH, ENROOT_DATA_PATH, "
+        "ENROOT_TEMP_PATH) and in plugstack.conf (runtime_path); pyxis does not pass your own variables to enroot"
+    ),
+    "enroot": "choose other folders with ENROOT_CACHE_PATH, ENROOT_DATA_PATH and ENROOT_TEMP_PATH",
+    "apptainer": (
+        "choose other folders with APPTAINER_CACHEDIR and APPTAINER_TMPDIR, or free some space: apptainer cache clean"
+    ),
+    "singularity": (
+        "choose other folders with SINGULARITY_CACHEDIR and SINGULARITY_TMPDIR, or free some space: "
+        "singularity cache clean"
+    ),
+    "docker": "free some space: docker image prune",
+    "podman": (
+        "choose other folders with graphroot in ~/.config/containers/storage.conf and with TMPDIR, "
+        "or free some space: podman image prune"
+    ),
+    "charliecloud": "choose another folder with CH_IMAGE_STORAGE, or free some space: ch-image delete",
 }
-"""Where each runtime's folders are named."""
+"""How to give each runtime more space."""
+DEFAULT_SPACE_ADVICE = "choose another folder with TMPDIR"
 
 FAILURES = (
-    Failure("no space for the image", r"no space left on device|disk quota exceeded|not enough space|write error: .*space", True, True,
-            "its cache or temporary folder is full; {space}; amlaunch image import converts once, to a file that all nodes share"),
-    Failure("no daemon", r"cannot connect to the docker daemon|failed to connect to the docker api|permission denied while trying to connect|is the docker daemon running|podman socket", True, True,
-            "docker does not run on that node, or is not for you; another runtime may be"),
-    Failure("registry out of reach", r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[0234]\b|"
-            r"operation timed out|ssl connection timeout|curl: \((5|6|7|16|18|28|35|52|55|56|92)\)|(status|error|code|http)\S*:? 5\d\d\b", True, False,
-            "nodes often have no way out: amlaunch image import makes a file that they share (images in the profile names it)"),
-    Failure("no credentials for the registry", r"\b401\b|unauthorized|authentication required|pull access denied|access to the resource is denied|\b403\b|forbidden|no basic auth", False, False,
-            "give credentials: {credentials}"),
-    Failure("no such image", r"manifest unknown|manifest for .* not found|name unknown|\b404\b|no such image|image not known|unable to find image|not find .*image|can't stat|could not open image|not a valid image|"
-            r"invalid image format|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file", False, False,
-            "check the name (container.image), and its tag; amlaunch image check IMAGE starts it alone"),
-    Failure("driver too old", r"unsatisfied condition: cuda|requirement error|driver version is insufficient|forward compatibility was attempted|driver/library version mismatch", False, True,
-            "the node's NVIDIA driver is older than the image's CUDA wants; an image with an older CUDA, or entrypoint: true with NVIDIA's compatibility libraries, starts there"),
-    Failure("no GPUs in the container", r"could not select device driver|unresolvable cdi|unresolved cdi|nvidia-container-cli|nvidia\.com/gpu|libnvidia-ml|no nvidia driver", False, True,
-            "the node's runtime has no support of NVIDIA: the container toolkit, or for podman nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"),
-    Failure("wrong architecture", r"exec format error|does not match the (detected|specified|expected)|image platform|no matching manifest for|no image found in (manifest|image) (list|index)", False, False,
-            "the image is made for another kind of processor; ask for that of the nodes"),
-    Failure("mount", r"bind source path does not exist|can't bind|statfs .*no such file|mount source .* doesn't exist|no such mount|failed to mount|error mounting|couldn't mount|mount point .*does(n't| not) exist|destination .* doesn't exist|"
-            r"can't mkdir|no such file or directory.*mount|mount.*no such file or directory", False, False,
-            "a mount (container.mounts, or of the profile) cannot be made on that node: both sides must exist where the image cannot be written"),
-    Failure("Python is not in the image", r"python3?\"?: (executable file not found|no such file|not found|command not found)|execve\(2\): python|exec: python", False, False,
-            "amlaunch starts python3 of the image; it must be in its PATH"),
-    Failure("no user namespaces", r"newuidmap|newgidmap|user namespace|subuid|subgid|cannot clone|unshare.*(not permitted|failed)|operation not permitted.*namespace", False, True,
-            "the node does not let users have containers of this runtime (user namespaces, /etc/subuid); another runtime may"),
-    Failure("the image did not come", r"failed to import|initializing source|could not process json", True, False,
-            "the registry, or what lies between, gave something else than the image; amlaunch image import makes a file that all nodes share"),
-    Failure("an archive of the other kind", r"docker-import-\d+\S*: no such file", False, False,
-            "that docker loads what docker save wrote, and this is an OCI layout: skopeo copy oci-archive:FILE docker-archive:NEW makes one of it"),
-    Failure("no runtime", r"executable file not found|command not found|execve.*no such file|no such file or directory", False, True,
-            "the program is not on that node; container.runtime, or the profile's container.runtime, names another one"),
-)  # fmt: skip
-"""Looked for in this order."""
-UNKNOWN = Failure("container", "", True, False, "the last lines of the log say what its runtime met")
+    StartFailure(
+        "no space for the image",
+        r"no space left on device|disk quota exceeded|not enough space|write error: .*space",
+        restart=True,
+        avoid_host=True,
+        advice=(
+            "the runtime's cache or temporary folder is full: {space}. "
+            "Or convert the image once to a file that all nodes share: amlaunch image import"
+        ),
+    ),
+    StartFailure(
+        "no daemon",
+        r"cannot connect to the docker daemon|failed to connect to the docker api|"
+        r"permission denied while trying to connect|is the docker daemon running|podman socket",
+        restart=True,
+        avoid_host=True,
+        advice="docker is not running on that node, or you may not use it; choose another runtime (container.runtime)",
+    ),
+    StartFailure(
+        "registry unreachable",
+        r"could not resolve|no such host|connection (refused|timed out|reset)|i/o timeout|tls handshake|"
+        r"network is unreachable|server misbehaving|toomanyrequests|too many requests|\b429\b|\b50[0234]\b|"
+        r"operation timed out|ssl connection timeout|curl: \((5|6|7|16|18|28|35|52|55|56|92)\)|"
+        r"(status|error|code|http)\S*:? 5\d\d\b",
+        restart=True,
+        avoid_host=False,
+        advice=(
+            "nodes often have no internet access; convert the image to a file that they share with amlaunch image import "
+            "(images in the profile names it)"
+        ),
+    ),
+    StartFailure(
+        "no credentials for the registry",
+        r"\b401\b|unauthorized|authentication required|pull access denied|access to the resource is denied|"
+        r"\b403\b|forbidden|no basic auth",
+        restart=False,
+        avoid_host=False,
+        advice="to log in, {credentials}",
+    ),
+    StartFailure(
+        "no such image",
+        r"manifest unknown|manifest for .* not found|name unknown|\b404\b|no such image|image not known|"
+        r"unable to find image|not find .*image|can't stat|could not open image|not a valid image|"
+        r"invalid image format|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file",
+        restart=False,
+        avoid_host=False,
+        advice="check the name and the tag (container.image); try the image alone with amlaunch image check IMAGE",
+    ),
+    StartFailure(
+        "driver too old",
+        r"unsatisfied condition: cuda|requirement error|driver version is insufficient|"
+        r"forward compatibility was attempted|driver/library version mismatch",
+        restart=False,
+        avoid_host=True,
+        advice=(
+            "the node's NVIDIA driver is too old for the image's CUDA; use an image with an older CUDA, "
+            "or set entrypoint: true if the image has NVIDIA's compatibility libraries"
+        ),
+    ),
+    StartFailure(
+        "no GPUs in the container",
+        r"could not select device driver|unresolvable cdi|unresolved cdi|nvidia-container-cli|nvidia\.com/gpu|"
+        r"libnvidia-ml|no nvidia driver",
+        restart=False,
+        avoid_host=True,
+        advice=(
+            "the node's runtime has no NVIDIA support; install the NVIDIA container toolkit, and for podman run "
+            "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        ),
+    ),
+    StartFailure(
+        "wrong architecture",
+        r"exec format error|does not match the (detected|specified|expected)|image platform|no matching manifest for|"
+        r"no image found in (manifest|image) (list|index)",
+        restart=False,
+        avoid_host=False,
+        advice="the image is for another processor; use an image for the nodes' architecture",
+    ),
+    StartFailure(
+        "mount failed",
+        r"bind source path does not exist|can't bind|statfs .*no such file|mount source .* doesn't exist|"
+        r"no such mount|failed to mount|error mounting|couldn't mount|mount point .*does(n't| not) exist|"
+        r"destination .* doesn't exist|can't mkdir|no such file or directory.*mount|mount.*no such file or directory",
+        restart=False,
+        avoid_host=False,
+        advice=(
+            "the node cannot make a mount of container.mounts or of the profile; "
+            "make sure that the source exists on the node, and the target in an image that cannot be written"
+        ),
+    ),
+    StartFailure(
+        "no Python in the image",
+        r"python3?\"?: (executable file not found|no such file|not found|command not found)|"
+        r"execve\(2\): python|exec: python",
+        restart=False,
+        avoid_host=False,
+        advice="use an image with python3 in its PATH",
+    ),
+    StartFailure(
+        "no user namespaces",
+        r"newuidmap|newgidmap|user namespace|subuid|subgid|cannot clone|unshare.*(not permitted|failed)|"
+        r"operation not permitted.*namespace",
+        restart=False,
+        avoid_host=True,
+        advice=(
+            "the node does not allow this runtime's containers for users (user namespaces, /etc/subuid); "
+            "choose another runtime (container.runtime)"
+        ),
+    ),
+    StartFailure(
+        "image import failed",
+        r"failed to import|initializing source|could not process json",
+        restart=True,
+        avoid_host=False,
+        advice=(
+            "the registry, or a proxy before it, sent something else than the image; "
+            "make a file that all nodes share with amlaunch image import"
+        ),
+    ),
+    StartFailure(
+        "wrong archive layout",
+        r"docker-import-\d+\S*: no such file",
+        restart=False,
+        avoid_host=False,
+        advice=(
+            "docker loads what docker save wrote, and this is an OCI layout; "
+            "convert it with skopeo copy oci-archive:FILE docker-archive:NEW"
+        ),
+    ),
+    StartFailure(
+        "no runtime",
+        r"executable file not found|command not found|execve.*no such file|no such file or directory",
+        restart=False,
+        avoid_host=True,
+        advice="the program is not on that node; choose another runtime (container.runtime, or the profile's)",
+    ),
+)
+"""Kinds of failures in the order in which they are looked for."""
+UNKNOWN_FAILURE = StartFailure(
+    "container failed to start", "", restart=True, avoid_host=False, advice="see the last lines of the log"
+)
 
 
-def failure_of(text: str) -> tuple[Failure, str] | None:
-    """The failure that a runtime speaks of in ``text``, and its line; None where no runtime speaks."""
-    lines = [line.strip() for line in text.splitlines() if SPOKEN.match(line.strip())]
+def failure_of(text: str) -> tuple[StartFailure, str] | None:
+    """Return the failure that a runtime reports in ``text``, and its line; None if no runtime reports one."""
+    lines = [line.strip() for line in text.splitlines() if RUNTIME_LINE.match(line.strip())]
     for failure in FAILURES:
         for line in lines:
             if re.search(failure.pattern, line, re.IGNORECASE):
@@ -93,16 +217,16 @@ def failure_of(text: str) -> tuple[Failure, str] | None:
     return None
 
 
-def advice(failure: Failure, runtime: str, image: str = "") -> str:
-    """What to do, for a runtime, and for the registry of an image where it is named."""
-    words = {
-        "credentials": credentials.where(runtime, _registry(image), os.environ),
-        "space": SPACE.get(runtime, "TMPDIR names another"),
+def advice(failure: StartFailure, runtime: str, image: str = "") -> str:
+    """Return how to fix a failure with a runtime, and with the registry of an image if it has one."""
+    replacements = {
+        "credentials": credentials.login_advice(runtime, _registry_of(image), os.environ),
+        "space": SPACE_ADVICE.get(runtime, DEFAULT_SPACE_ADVICE),
     }
-    return re.sub(r"\{(\w+)\}", lambda found: words[found[1]], failure.advice)
+    return re.sub(r"\{(\w+)\}", lambda match: replacements[match[1]], failure.advice)
 
 
-def _registry(image: str) -> str:
+def _registry_of(image: str) -> str:
     with suppress(BadReference):
         return parse(image).registry or "REGISTRY"
     return "REGISTRY"

@@ -10,7 +10,7 @@ import container_pipeline
 import pytest
 from image_helpers import layer
 
-from amlaunch.containers.runtimes.environment import of_libraries
+from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.planning.planner import Site, make_plan
 from amlaunch.launcher.planning.stage_container import Available, containers_of, is_seen
@@ -29,7 +29,7 @@ Check = Callable[..., list[str]]
 def check(tmp_path, monkeypatch) -> Check:
     """The remarks on a recipe with these words, in a folder and with a home of its own; ``roots`` of the cluster, None: this machine."""
     for name in (
-        *of_libraries(os.environ),
+        *library_variables(os.environ),
         "ENROOT_CONFIG_PATH",
         "XDG_CONFIG_HOME",
         "XDG_CACHE_HOME",
@@ -149,7 +149,7 @@ def test_a_folder_of_checkpoints_that_a_runtime_cannot_mount(tmp_path, check, ru
 
 def test_a_value_that_enroot_cannot_set(check, monkeypatch):
     monkeypatch.setenv("MY_KEY", f"{SECRET}\n{SECRET}")
-    with pytest.raises(BadInput, match="enroot cannot set X: a value with a line break") as refused:
+    with pytest.raises(BadInput, match="enroot cannot set X: the value has a line break") as refused:
         check(
             "--container.image",
             "nvcr.io/nvidia/pytorch:25.08-py3",
@@ -195,7 +195,9 @@ def test_what_hugging_face_keeps_in_a_home_that_is_not_mounted(tmp_path, check, 
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert "HF_TOKEN" not in check(*words)[0]
     monkeypatch.setenv("HF_HOME", str(folder))
-    assert any(f"HF_HOME={folder}: not set in containers, because they do not see the path" in note for note in check(*words))
+    assert any(
+        f"HF_HOME={folder}: not set in containers, because they do not see the path" in note for note in check(*words)
+    )
     assert check(*words, "--container.mounts", f"[{folder}:{folder}]") == []
 
 
@@ -210,7 +212,7 @@ def test_a_tar_that_is_no_image_is_refused_before_a_node_tries_it(tmp_path, chec
     (tmp_path / "work" / "image.tar").write_bytes(layer([("manifest.json", b"[]")]))
     with pytest.raises(
         BadInput,
-        match=r"container\.image: \S+system\.tar is a tar of something else than an image .*; create an image archive with docker save or skopeo copy",
+        match=r"container\.image: \S+system\.tar is a tar archive but not an image .*; create an image archive with docker save or skopeo copy",
     ):
         check("--container.image", str(tmp_path / "work" / "system.tar"), "--container.runtime", "podman", roots=None)
     check("--container.image", str(tmp_path / "work" / "image.tar"), "--container.runtime", "podman", roots=None)

@@ -333,9 +333,7 @@ def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, caps
 def test_a_missing_image_of_docker(tmp_path, docker):
     run = make_run(tmp_path, StageContainer("localhost:1/none:1", "docker"), "--do", "ok")
     drive(run).communicate(timeout=60)
-    assert last(run)["kind"] in ("registry out of reach", "no such image") and "none:1" in last(run)["reason"], last(
-        run
-    )
+    assert last(run)["kind"] in ("registry unreachable", "no such image") and "none:1" in last(run)["reason"], last(run)
 
 
 def speaking_of(text: str) -> list[list[str]]:

@@ -22,8 +22,14 @@ from image_helpers import need
 
 from amlaunch.containers.node_setup import check, main, private_folder, verdict_of
 from amlaunch.containers.runtimes import catalog
-from amlaunch.containers.runtimes.catalog import CannotLaunch, Image, Mount, parse
-from amlaunch.containers.runtimes.environment import OF_THE_RUNTIME, carried, of_libraries, of_runtime, with_env
+from amlaunch.containers.runtimes.catalog import CannotLaunch, ContainerSpec, Mount, parse
+from amlaunch.containers.runtimes.environment import (
+    RUNTIME_VARIABLES,
+    library_variables,
+    prefixed,
+    runtime_variables,
+    with_restored_names,
+)
 from amlaunch.containers.start_failures import FAILURES, failure_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +54,7 @@ INSIDE = [
 """HOME is the runtime's own, too: on its way in it bears another name."""
 
 
-def image(reference=NGC, **more) -> Image:
+def image(reference=NGC, **more) -> ContainerSpec:
     settings = {
         "mounts": MOUNTS,
         "env": ENV,
@@ -57,7 +63,7 @@ def image(reference=NGC, **more) -> Image:
         "gpus": True,
         "on_slurm": True,
     }
-    return Image(reference, **{**settings, **more})
+    return ContainerSpec(reference, **{**settings, **more})
 
 
 @pytest.mark.parametrize("runtime", [name for name in catalog.RUNTIMES if name != "none"])
@@ -88,9 +94,9 @@ def test_inside_every_variable_has_its_own_name_and_value(tmp_path):
         "XDG_EMPTY": "",
     }
     odd.pop("LD_PRELOAD")
-    command = with_env(odd, ["env", "-0"])
+    command = with_restored_names(odd, ["env", "-0"])
     said = subprocess.run(
-        command, env={**carried(odd), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        command, env={**prefixed(odd), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
     ).stdout
     assert (
         dict(
@@ -205,9 +211,9 @@ def test_apptainer(program):
 def test_who_is_told_to_save_by_the_stop_file_alone():
     """A signal would end what shows an image's files, or the container: FUSE of ch-run and of apptainer (all processes of a step may get it), Slurm's own."""
     sif, folder = parse("/a.sif"), parse("/a/")
-    deaf = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
+    ignores_signals = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
     for runtime, of, on_slurm in [
-        *deaf,
+        *ignores_signals,
         ("charliecloud", folder, True),
         ("apptainer", sif, False),
         ("pyxis", SQSH, True),
@@ -215,8 +221,8 @@ def test_who_is_told_to_save_by_the_stop_file_alone():
         ("podman", folder, True),
         ("docker", NGC, True),
     ]:
-        assert catalog.launch(runtime, image(of, mounts=(), on_slurm=on_slurm), COMMAND).deaf == (
-            (runtime, of, on_slurm) in deaf
+        assert catalog.launch(runtime, image(of, mounts=(), on_slurm=on_slurm), COMMAND).ignores_signals == (
+            (runtime, of, on_slurm) in ignores_signals
         ), runtime
 
 
@@ -345,14 +351,14 @@ def test_a_path_that_a_runtime_would_split_is_refused(runtime, path, sign):
     if not sign:
         assert f"type=bind,source={path},target=/data" in catalog.launch(runtime, of_path, COMMAND).argv
         return
-    with pytest.raises(CannotLaunch, match=f"cannot mount {path} at /data: {sign}"):
+    with pytest.raises(CannotLaunch, match=f"cannot mount {path} at /data: it misreads {sign}"):
         catalog.launch(runtime, of_path, COMMAND)
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
 def test_a_value_of_several_lines_is_not_for_enroot(runtime):
     """https://github.com/NVIDIA/enroot, src/runtime.sh: its file of variables has one a line."""
-    with pytest.raises(CannotLaunch, match=f"{runtime} cannot set MY_KEY: a value with a line break") as refused:
+    with pytest.raises(CannotLaunch, match=f"{runtime} cannot set MY_KEY: the value has a line break") as refused:
         catalog.launch(runtime, image(env={**ENV, "MY_KEY": "hunter2\nhunter3"}), COMMAND)
     assert "hunter" not in str(refused.value)
 
@@ -365,7 +371,7 @@ def test_a_value_of_several_lines_is_not_for_enroot(runtime):
         '{"linux": null}',
     ],
 )
-@pytest.mark.parametrize("runtime", catalog.able(parse("/bundle/")))
+@pytest.mark.parametrize("runtime", catalog.runtimes_for(parse("/bundle/")))
 def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
     (tmp_path / "config.json").write_text(config)
     found = catalog.launch(runtime, image(parse(f"{tmp_path}/"), mounts=()), COMMAND)
@@ -374,8 +380,8 @@ def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [("[]", "all of it: expected an object"), ("{", "expected JSON"), ('{"process": []}', "process: expected an object"), ('{"process": {"env": [1]}}', "process.env: expected a list of text"),
-     ('{"process": {"env": {"A": "1"}}}', "process.env"), ('{"mounts": [null]}', "mounts: expected a list of objects"), ('{"linux": {"namespaces": 5}}', "linux.namespaces"), ("[" * 10**5, "expected JSON")],
+    [("[]", "expected a JSON object"), ("{", "invalid JSON"), ('{"process": []}', "process: expected a JSON object"), ('{"process": {"env": [1]}}', "process.env: expected a list of strings"),
+     ('{"process": {"env": {"A": "1"}}}', "process.env"), ('{"mounts": [null]}', "mounts: expected a list of objects"), ('{"linux": {"namespaces": 5}}', "linux.namespaces"), ("[" * 10**5, "invalid JSON")],
 )  # fmt: skip
 def test_a_bundle_that_is_none_is_refused_where_it_is_read(tmp_path, config, words):
     (tmp_path / "config.json").write_text(config)
@@ -408,7 +414,7 @@ def test_a_file_that_was_made_anew_is_another_container_of_enroots(tmp_path):
 )
 def test_which_runtime_starts_what(text, runtimes):
     reference = parse(text)
-    assert catalog.able(reference) == runtimes
+    assert catalog.runtimes_for(reference) == runtimes
     assert catalog.choose(reference, ["docker", "pyxis", "apptainer"]) == next(
         (name for name in runtimes if name in ("pyxis", "apptainer", "docker")), None
     )
@@ -427,28 +433,28 @@ def test_of_the_host_only_what_libraries_read_enters():
         "PATH": "/bin",
         "HOME": "/home/me",
     }
-    assert of_libraries(host) == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": "k"}
+    assert library_variables(host) == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": "k"}
     stale = {
         "APPTAINERENV_X": "1",
         "PYXIS_CONTAINER_IMAGE": "old",
         "SLURM_EXPORT_ENV": "NONE",
         "ENROOT_CONFIG_PATH": "/c",
     }
-    assert of_runtime({**host, **stale}) == {"PATH": "/bin", "HOME": "/home/me", "ENROOT_CONFIG_PATH": "/c"}
+    assert runtime_variables({**host, **stale}) == {"PATH": "/bin", "HOME": "/home/me", "ENROOT_CONFIG_PATH": "/c"}
     own = {
         "TMPDIR": "/scratch/1",
         "XDG_RUNTIME_DIR": "/run/user/1",
         "DBUS_SESSION_BUS_ADDRESS": "unix:",
         "APPTAINER_CACHEDIR": "/a",
     }
-    assert of_runtime({**host, **own, "LANG": "de_DE"}) == {"PATH": "/bin", "HOME": "/home/me", **own}
+    assert runtime_variables({**host, **own, "LANG": "de_DE"}) == {"PATH": "/bin", "HOME": "/home/me", **own}
     # pyxis hands on all that srun has, and enroot behind it reads of that ENROOT_*, SLURM_*, HOME and NVIDIA's (pyxis_slurmstepd.c)
-    assert of_runtime({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {
+    assert runtime_variables({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {
         "PATH": "/bin",
         "HOME": "/home/me",
         "SLURM_JOB_ID": "1",
     }
-    assert not any(name.startswith(("PMI", "PYTHON", "LD_")) for name in OF_THE_RUNTIME)
+    assert not any(name.startswith(("PMI", "PYTHON", "LD_")) for name in RUNTIME_VARIABLES)
 
 
 @pytest.mark.parametrize(
@@ -460,26 +466,26 @@ def test_of_the_host_only_what_libraries_read_enters():
         ("slurmstepd: error: pyxis:     mksquashfs: write failed: No space left on device", "no space for the image", True),
         ("docker: Error response from daemon: manifest for nvcr.io/x:1 not found: manifest unknown", "no such image", False),
         ("docker: Error response from daemon: could not select device driver \"\" with capabilities: [[gpu]].", "no GPUs in the container", False),
-        ("Error: initializing source docker://r/x:1: pinging container registry r: dial tcp: lookup r: no such host", "registry out of reach", True),
+        ("Error: initializing source docker://r/x:1: pinging container registry r: dial tcp: lookup r: no such host", "registry unreachable", True),
         ("Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=all", "no GPUs in the container", False),
         ("FATAL:   Unable to handle docker://nvcr.io/x uri: unauthorized: authentication required", "no credentials for the registry", False),
         ("FATAL:   could not open image /images/a.sif: failed to retrieve path", "no such image", False),
-        ("FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist", "mount", False),
+        ("FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist", "mount failed", False),
         ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0, please update your driver", "driver too old", False),
-        ("slurmstepd: error: pyxis: failed to import docker image: curl: (28) Operation timed out after 300000 milliseconds", "registry out of reach", True),
-        ("slurmstepd: error: pyxis: failed to import docker image: curl: (56) OpenSSL SSL_read: unexpected eof while reading", "registry out of reach", True),
-        ("slurmstepd: error: pyxis:     [ERROR] URL https://nvcr.io/v2/ returned error code: 500 Internal Server Error", "registry out of reach", True),
-        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] Could not process JSON input", "the image did not come", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: curl: (28) Operation timed out after 300000 milliseconds", "registry unreachable", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: curl: (56) OpenSSL SSL_read: unexpected eof while reading", "registry unreachable", True),
+        ("slurmstepd: error: pyxis:     [ERROR] URL https://nvcr.io/v2/ returned error code: 500 Internal Server Error", "registry unreachable", True),
+        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] Could not process JSON input", "image import failed", True),
         ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] URL https://nvcr.io/v2/ returned error code: 404 Not Found", "no such image", False),
         ("exec /usr/bin/python3: exec format error", "wrong architecture", False),
-        ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount", False),
+        ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount failed", False),
         ("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", "no daemon", True),
         ("Error: cannot find newuidmap: exec: \"newuidmap\": executable file not found in $PATH", "no user namespaces", False),
     ],
 )  # fmt: skip
 def test_why_a_container_did_not_start(line, kind, again):
     found = failure_of(f"something else\n{line}\n")
-    assert found is not None and found[0].kind == kind and found[0].again == again and found[1] == line
+    assert found is not None and found[0].kind == kind and found[0].restart == again and found[1] == line
 
 
 @pytest.mark.parametrize(
@@ -513,8 +519,8 @@ def test_a_node_is_looked_at_before_anything_starts(tmp_path):
     }
     found = dict(check(spec))
     assert (
-        f"there is no {tmp_path / 'b.sqsh'} here" in found["no such image"]
-        and f"there is no {tmp_path / 'no'} to mount" in found["mount"]
+        f"{tmp_path / 'b.sqsh'} does not exist on this node" in found["no such image"]
+        and f"{tmp_path / 'no'} does not exist on this node" in found["mount failed"]
     )
     assert "the image is for s390x" in found["wrong architecture"]
     assert not [
@@ -538,8 +544,8 @@ def test_a_driver_that_is_too_old(tmp_path, monkeypatch, runtime, refused):
 def test_a_node_without_room_is_not_asked_to_bring_an_image(monkeypatch):
     spec = {"runtime": "podman", "image": "x", "path": None, "mounts": [], "prepare": [["true"]]}
     room = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room._replace(free=10**9))
-    assert "has 1.0 GB free" in dict(check(spec))["no space for the image"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room._replace(free=9 * 10**8))
+    assert "has 0.9 GB free, and the image needs at least 1.0 GB" in dict(check(spec))["no space for the image"]
     assert "no space for the image" not in dict(check({**spec, "prepare": []}))
 
 

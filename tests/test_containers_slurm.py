@@ -199,8 +199,11 @@ def test_an_exit_code_comes_back(cluster: Cluster, image: Path, runtime: str) ->
 @pytest.mark.parametrize(
     "container, words",
     [
-        (StageContainer("/no/such.sqsh", "charliecloud"), ["no such image", "there is no /no/such.sqsh here"]),
-        (StageContainer("localhost:1/none:1", "podman"), ["registry out of reach", "amlaunch image import"]),
+        (
+            StageContainer("/no/such.sqsh", "charliecloud"),
+            ["no such image", "/no/such.sqsh does not exist on this node"],
+        ),
+        (StageContainer("localhost:1/none:1", "podman"), ["registry unreachable", "amlaunch image import"]),
         (StageContainer("nvcr.io/nvidia/pytorch:25.08-py3", "apptainer"), ["no runtime", "apptainer is not installed"]),
     ],
 )
@@ -215,7 +218,7 @@ def test_what_is_missing_is_said_in_the_first_seconds(
     )  # a registry that is out of reach is tried again for longer than this takes
     reason = ends(run)[0]["reason"]
     assert all(word in reason for word in words) and "cpu" in reason, reason
-    assert ends(run)[0]["again"] == ("registry out of reach" in words)
+    assert ends(run)[0]["again"] == ("registry unreachable" in words)
     assert not run.element("train", "0").log(1, 0).exists(), "no rank was started"
 
 
@@ -252,7 +255,7 @@ def test_what_a_first_run_lacks(cluster: Cluster) -> None:
     told.append(place.amlaunch(*words))
     assert "no credentials" not in told[1].stderr
     reason = element(place.wait("inside", 60, code=1), "preprocess")["reason"]
-    assert "there is no /no/such/folder to mount" in reason, reason
+    assert "/no/such/folder does not exist on this node" in reason, reason
     told.append(place.amlaunch("logs", "inside"))
     files = [path for path in place.folder.rglob("*") if path.is_file() and path.name != "auth.json"]
     assert any(path.name == "script.sh" for path in files)

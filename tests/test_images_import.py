@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -85,16 +84,11 @@ def test_archives_become_images_once(tmp_path, capsys):
         and image.stat().st_mtime_ns == before
     )
     docker = write_docker_archive(tmp_path / "saved.tar", stack)
-    root = tmp_path / "root.tar"
-    root.write_bytes(stack[0])
-    others = [result(capsys, "import", str(path), "--images", "images") for path in (docker, root)]
-    assert [one["made"] for one in others] == [True, True] and others[1][
-        "digest"
-    ] == f"sha256:{hashlib.sha256(stack[0]).hexdigest()}"
+    saved = result(capsys, "import", str(docker), "--images", "images")
+    assert saved["made"]
     listed = result(capsys, "list", "--images", "images")
-    assert {one["path"] for one in listed["images"]} == {made["path"], *(one["path"] for one in others)} and all(
-        one["whole"] for one in listed["images"]
-    )
+    assert {image["path"] for image in listed["images"]} == {made["path"], saved["path"]}
+    assert all(image["whole"] for image in listed["images"])
     assert not [path for path in (tmp_path / "images" / ".work").iterdir() if path.suffix != ".lock"], (
         "nothing half made is left"
     )
@@ -165,23 +159,6 @@ def test_ctrl_c_leaves_no_tool_and_no_half_image(tmp_path):
     )
 
 
-def test_an_older_mksquashfs_gets_unpacked_files(tmp_path, monkeypatch, capsys):
-    """squashfs-tools before 4.5 read no tar; one that says so is given a folder."""
-    need("mksquashfs", "unsquashfs")
-    program = tmp_path / "bin" / "mksquashfs"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.4 (2019/08/29)" && exit\n[ "$1" != - ] && exec {shutil.which("mksquashfs")} "$@"\nexit 9\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    layout = write_layout(tmp_path / "oci", [layer([("etc/name", b"old")])])
-    made = result(capsys, "import", f"oci:{layout}", "--images", "images")
-    assert (unsquashed(Path(made["path"]), tmp_path / "files") / "etc" / "name").read_bytes() == b"old" and made[
-        "tools"
-    ] == {"mksquashfs": "4.4"}
-
-
 def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     need("mksquashfs")
     program = tmp_path / "bin" / "mksquashfs"
@@ -194,7 +171,10 @@ def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, c
     layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
     assert main(["image", "import", f"oci:{layout}", "--images", "images"]) == 1
     error = capsys.readouterr().err
-    assert "no space left while it worked: --images or --tmp" in error and "mksquashfs said: FATAL ERROR" in error
+    assert (
+        "no space left on the disk. Choose another folder with --tmp DIR or --images DIR" in error
+        and "mksquashfs printed: FATAL ERROR" in error
+    )
     assert not list((tmp_path / "images").glob("*.sqsh"))
 
 
@@ -211,53 +191,54 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_room_is_looked_for_first(tmp_path, capsys):
+def test_an_import_needs_twice_the_size_of_the_layers(tmp_path, capsys):
+    """In the folder of images, or with --tmp there; the folder of images then needs the size once."""
     need("mksquashfs")
     layout = write_layout(tmp_path / "oci", [layer([("blob", noise(4))])])
     with small_disk(tmp_path / "small", 2) as small:
-        assert main(["image", "import", f"oci:{layout}", "--images", str(small)]) == 2
-        error = capsys.readouterr().err
-        assert re.search(
-            rf"{small}: the image will need about 4\.8\d MB there, 2\.10 MB are free; --images DIR names another folder",
-            error,
-        ), error
-        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 2, (
-            "the half-made file has no room there"
-        )
-        assert (
-            f"{small}: the image will need about" in (error := capsys.readouterr().err)
-            and "--tmp DIR names another folder" in error
-        )
-        assert main(["image", "import", f"oci:{layout}", "--images", str(small), "--tmp", "tmp"]) == 2, (
-            "nor has the finished one"
-        )
-        assert (
-            f"{small}: the image will need about" in (error := capsys.readouterr().err)
-            and "--images DIR names another folder" in error
-        )
+        for folders, size, option in (
+            (["--images", str(small)], "8", "--images DIR"),
+            (["--images", "images", "--tmp", str(small)], "8", "--tmp DIR"),
+            (["--images", str(small), "--tmp", "tmp"], "4", "--images DIR"),
+        ):
+            assert main(["image", "import", f"oci:{layout}", *folders]) == 2
+            error = capsys.readouterr().err
+            expected = rf"{small}: 2\.10 MB free, at least {size}\.\d+ MB needed\. Free some space or choose {option}"
+            assert re.search(expected, error), error
+
+
+def test_a_disk_that_fills_up_while_layers_are_unpacked(tmp_path, capsys):
+    """The check is a floor: layers that are mostly zeros need more than twice their size."""
+    need("mksquashfs")
+    layout = write_layout(tmp_path / "oci", [layer([("blob", bytes(8 << 20))])])
+    with small_disk(tmp_path / "small", 2) as small:
+        assert main(["image", "import", f"oci:{layout}", "--images", "images", "--tmp", str(small)]) == 1
+    error = capsys.readouterr().err
+    assert "cannot unpack: No space left on device. Choose another folder with --tmp DIR" in error
+    assert not list((tmp_path / "images").glob("*.sqsh"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["import"], "the following arguments are required: image"),
-        (["import", "nothing.tar"], "there is no file"),
-        (["import", "./folder"], "is a folder, and not an OCI image layout"),
+        (["import", "nothing.tar"], "no such file"),
+        (["import", "./folder"], "is a folder but not an OCI image layout"),
         (["import", "oci:./folder"], "not an OCI image layout"),
-        (["import", "image.sqsh"], "is an image that runtimes start as it is"),
+        (["import", "image.sqsh"], "needs no import: runtimes start it as it is"),
         (["import", "text.tar"], "is not a tar archive"),
         (["import", "NVCR.io/NVIDIA/PyTorch:25.08"], "lower case"),
         (["import", "https://nvcr.io/nvidia/pytorch:1"], "did you mean 'nvcr.io/nvidia/pytorch:1'"),
-        (["import", "debian:12", "--tool", "skopo"], "skopo is not in the search path here"),
+        (["import", "debian:12", "--tool", "skopo"], "skopo is not in PATH"),
         (["import", "debian:12", "--format", "zip"], "invalid choice: 'zip'"),
-        (["import", "text.tar", "--images", "/dev/null/x"], "/dev/null/x: cannot be written"),
-        (["import", ""], "which image?"),
+        (["import", "text.tar", "--images", "/dev/null/x"], "/dev/null/x: cannot create files"),
+        (["import", ""], "no image given"),
         (["list", "--cluster", "nowhere"], "no cluster 'nowhere'"),
         (["list", "--imagse", "x"], "did you mean '--images'"),
-        (["lst"], "no command 'image lst'; did you mean 'list'?"),
+        (["lst"], "unknown command 'image lst'; did you mean 'list'?"),
         ([], "the following arguments are required: ACTION"),
         (["build", "--file", "nothing"], "there is no such file"),
-        (["build", "--tool", "kaniko"], "an image is built by buildah, podman, docker"),
+        (["build", "--tool", "kaniko"], "cannot build images; use buildah, podman, docker"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_code_2(tmp_path, capsys, words, message):
@@ -271,7 +252,7 @@ def test_wrong_input_is_a_message_and_exit_code_2(tmp_path, capsys, words, messa
 def test_nothing_that_fetches(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["image", "import", "nvcr.io/nvidia/pytorch:25.08-py3"]) == 2
-    assert "nothing here can fetch an image" in capsys.readouterr().err
+    assert "no tool to fetch an image is in PATH" in capsys.readouterr().err
 
 
 def test_the_folder_of_images(tmp_path, monkeypatch, capsys):
@@ -331,11 +312,11 @@ def test_from_a_registry_every_layer_once(tmp_path, registry, capsys):
     assert main(["image", "import", place.replace("tiny:1", "tiny:2"), "--insecure", "--images", "images"]) == 1
     assert "has no 127.0.0.1" in capsys.readouterr().err
     assert main(["image", "import", place, "--images", "images"]) == 1
-    assert "speaks plain HTTP: --insecure allows that" in capsys.readouterr().err
+    assert "uses plain HTTP. To allow that, add --insecure" in capsys.readouterr().err
     registry.process.terminate()
     registry.process.wait()
     assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
-    assert "cannot be reached from here; on a machine that reaches it: skopeo copy" in capsys.readouterr().err
+    assert "cannot be reached from here. On a machine that reaches it, run: skopeo copy" in capsys.readouterr().err
 
 
 def storage(folder: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,13 +366,13 @@ def dockerd(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["skopeo", "podman", "buildah", "docker"])
-def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatch, capsys, tool):
-    """In the tool's own storage, which is too small, and nothing is fetched into it; then with room."""
+def test_nothing_is_fetched_into_a_full_storage(tmp_path, registry, monkeypatch, capsys, tool):
+    """A tool's own storage is too small, and nothing is fetched into it; then there is enough."""
     need(tool)
     place = registry.push(write_layout(tmp_path / "oci", [layer([("blob", noise(8))])]), "tiny:1")
     images = ["--images", "images"]
     with ExitStack() as held:
-        small = held.enter_context(small_disk(tmp_path / "small", 12 if tool == "skopeo" else 6))
+        small = held.enter_context(small_disk(tmp_path / "small", 6))
         if tool == "docker":
             held.enter_context(dockerd(small, monkeypatch))
         elif tool == "skopeo":
@@ -400,14 +381,8 @@ def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatc
             storage(tmp_path, small, monkeypatch)
         assert main(["image", "import", place, "--insecure", *images, "--tool", tool]) == 2
         error = capsys.readouterr().err
-        words = (
-            "the download and the image will need about 18"
-            if tool == "skopeo"
-            else rf"the unpacked image in {tool}'s storage will need about 2[01]"
-        )
-        assert re.search(rf"{small}: {words}\.\d+ MB there, \d+\.\d+ MB are free; \S+.* names another folder", error), (
-            error
-        )
+        size, choice = ("16", "--images DIR") if tool == "skopeo" else ("8", f"another storage folder for {tool}")
+        assert re.search(rf"{small}: \d\.\d+ MB free, at least {size}\.\d+ MB needed\. .*{choice}", error), error
         assert registry.fetched() == 0
     with ExitStack() as held:
         if tool == "docker":
@@ -419,21 +394,6 @@ def test_room_is_looked_for_before_a_tool_fetches(tmp_path, registry, monkeypatc
         assert (
             result(capsys, "import", place, "--insecure", "--images", "images", "--tool", tool)["made"] is False
             and registry.fetched() == 1
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", ["podman", "buildah"])
-def test_what_is_only_likely_to_lack_is_said_and_tried(tmp_path, registry, monkeypatch, capsys, tool):
-    """An image that compresses to nothing has room where most would not."""
-    need(tool)
-    place = registry.push(write_layout(tmp_path / "oci", [layer([("blob", noise(8))])]), "tiny:1")
-    with small_disk(tmp_path / "small", 12) as small:
-        storage(tmp_path, small, monkeypatch)
-        assert main(["image", "import", place, "--insecure", "--images", "images", "--tool", tool]) == 0
-        assert re.search(
-            rf"{small}: the unpacked image .* will need about 2[01]\.\d+ MB there, .* It is tried all the same",
-            capsys.readouterr().out,
         )
 
 
@@ -460,20 +420,17 @@ def calls(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("tool", ONE_TOOL)
-def test_room_is_looked_for_before_a_tool_that_does_all(tmp_path, registry, capsys, calls, tool):
+def test_nothing_is_fetched_into_a_full_folder_by_a_tool_that_does_all(tmp_path, registry, capsys, calls, tool):
     place = registry.push(write_layout(tmp_path / "oci", [layer([("blob", noise(4))])]), "tiny:1")
     words = ["import", place, "--insecure", "--tool", tool, "--format", ONE_TOOL[tool]]
-    with small_disk(tmp_path / "small", 12) as small:
-        assert main(["image", *words, "--images", str(small)]) == 2
-        error = capsys.readouterr().err
-        assert re.search(
-            rf"{small}: the download, the image and the unpacked files will need about 19\.\d+ MB there, 12\.\d+ MB are free; --images DIR",
-            error,
-        ), error
-        assert (
-            main(["image", *words, "--images", "images", "--tmp", str(small)]) == 2
-            and "--tmp DIR" in capsys.readouterr().err
-        )
+    with small_disk(tmp_path / "small", 6) as small:
+        for folders, option in (
+            (["--images", str(small)], "--images"),
+            (["--images", "images", "--tmp", str(small)], "--tmp"),
+        ):
+            assert main(["image", *words, *folders]) == 2
+            error = capsys.readouterr().err
+            assert re.search(rf"{small}: \d\.\d+ MB free, at least 8\.\d+ MB needed\. .*{option} DIR", error), error
     assert calls.read_text() == "" and registry.fetched() == 0
     made = result(capsys, *words, "--images", "images")
     assert (
@@ -485,18 +442,11 @@ def test_room_is_looked_for_before_a_tool_that_does_all(tmp_path, registry, caps
         "plain HTTP is allowed in each tool's own way"
     )
     assert result(capsys, *words, "--images", "images")["made"] is False and len(calls.read_text().splitlines()) == 1
-    with small_disk(tmp_path / "less", 15) as small:
-        done = small / ".work" / f"tiny-1.{os.getuid()}" / {"enroot": "layers", "apptainer": "cache"}[tool]
-        done.mkdir(parents=True)
-        (done / "layer").write_bytes(bytes(4 << 20))
-        assert result(capsys, *words, "--images", "others", "--tmp", str(small))["made"], (
-            "what an earlier try fetched is not fetched again"
-        )
     registry.push(write_layout(tmp_path / "newer", [layer([("etc/name", b"newer")])]), "tiny:1")
     assert result(capsys, *words, "--images", "images")["made"], "the tag has moved"
     assert (
         main(["image", *words[:-1], {"sqsh": "sif", "sif": "sqsh"}[words[-1]]]) == 2
-        and f"{tool} makes .{words[-1]} images" in capsys.readouterr().err
+        and f"{tool} makes .{words[-1]} images, not" in capsys.readouterr().err
     )
 
 
@@ -508,8 +458,8 @@ def test_a_registry_that_does_not_say_is_no_reason_to_refuse(tmp_path, registry,
     assert main(["image", "import", place, "--insecure", "--tool", "enroot", "--images", "images"]) == 0
     said = capsys.readouterr().out
     assert (
-        f"how large {place} is, is not known (127.0.0.1:{registry.port} cannot be asked (" in said
-        and "); room for it is not looked for" in said
+        f"the size of {place} is unknown (127.0.0.1:{registry.port} cannot be reached (" in said
+        and "); free space is checked for 1 GB only" in said
     )
     assert calls.read_text()
 
@@ -534,7 +484,7 @@ def test_an_image_for_another_architecture_is_not_fetched(tmp_path, registry, ca
         == 2
     )
     assert (
-        "is made for s390x, not for amd64; --arch s390x says that this is meant" in capsys.readouterr().err
+        "is for s390x, not for amd64. To import it anyway, add --arch s390x" in capsys.readouterr().err
         and calls.read_text() == ""
     )
 
@@ -546,9 +496,7 @@ def test_an_image_that_is_there_is_not_one_for_another_architecture(tmp_path, re
     words = ("import", place, "--insecure", "--images", "images")
     assert result(capsys, *words)["made"] and not result(capsys, *words)["made"]
     assert main(["image", *words, "--arch", wanted]) == 2
-    assert (
-        f"{place} is made for amd64, not for {wanted}; --arch amd64 says that this is meant" in capsys.readouterr().err
-    )
+    assert f"{place} is for amd64, not for {wanted}. To import it anyway, add --arch amd64" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -574,8 +522,8 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
         assert main(["image", "import", place, "--insecure", "--images", "images"]) == 1
         error = capsys.readouterr().err
         assert (
-            f"does not let you have {place}: skopeo login --username 'USER' 127.0.0.1:{registry.port} asks" in error
-            and f"{tmp_path}/home/.docker/config.json" in error
+            f"refuses access to {place}. To log in, run skopeo login --username 'USER' 127.0.0.1:{registry.port}"
+            in error
         )
         auth = tmp_path / "auth.json"
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(auth))
@@ -591,7 +539,7 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
             )
             assert main(["image", "import", place, "--insecure", "--images", "images"]) == code
             said = "".join(capsys.readouterr())
-            assert "horse" not in said and (code == 0 or f"keeps it in {auth}" in said)
+            assert "horse" not in said and (code == 0 or "refuses access" in said)
         assert "horse" not in "".join(path.read_text(errors="replace") for path in (tmp_path / "images").glob("*.json"))
     finally:
         registry.process.terminate()
@@ -601,27 +549,22 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
 def test_where_credentials_go():
     """nvcr.io's user is the word $oauthtoken (NGC user guide); enroot's file has netrc's form (enroot doc/cmd/import.md)."""
     home = {"HOME": "/home/me"}
-    enroot = credentials.where("enroot", "nvcr.io", home)
+    assert credentials.login_advice("enroot", "nvcr.io", home) == (
+        "add to /home/me/.config/enroot/.credentials (mode 600): machine nvcr.io login $oauthtoken password KEY, "
+        "and the same line for machine authn.nvidia.com (password: an API key from ngc.nvidia.com)"
+    )
+    assert credentials.login_advice("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}) == (
+        "add to /e/.credentials (mode 600): machine x.io login USER password KEY"
+    )
+    for tool, command in (
+        ("docker", "run docker login --username '$oauthtoken' nvcr.io"),
+        ("podman", "run podman login --username '$oauthtoken' nvcr.io"),
+        ("apptainer", "run apptainer registry login --username '$oauthtoken' docker://nvcr.io"),
+        ("charliecloud", "run ch-image pull --auth nvcr.io/…"),
+    ):
+        assert credentials.login_advice(tool, "nvcr.io", home).startswith(f"{command} (password: an API key")
     assert (
-        enroot.startswith("/home/me/.config/enroot/.credentials")
-        and "machine nvcr.io login $oauthtoken password KEY" in enroot
-        and "authn.nvidia.com" in enroot
-    )
-    assert credentials.where("enroot", "x.io", {**home, "ENROOT_CONFIG_PATH": "/e"}).startswith(
-        "/e/.credentials (mode 600) needs the line: machine x.io login USER password KEY"
-    )
-    assert "docker login --username '$oauthtoken' nvcr.io" in credentials.where("docker", "nvcr.io", home)
-    assert "apptainer registry login --username '$oauthtoken' docker://nvcr.io" in credentials.where(
-        "apptainer", "nvcr.io", home
-    )
-    assert "/run/user/1/containers/auth.json" in credentials.where(
-        "podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1"}
-    )
-    assert "keeps it in /a.json" in credentials.where(
-        "podman", "nvcr.io", {**home, "XDG_RUNTIME_DIR": "/run/user/1", "REGISTRY_AUTH_FILE": "/a.json"}
-    )
-    assert (
-        credentials.without_secrets("GET https://me:pw@x.io/v2 Authorization: Bearer abc")
+        credentials.redact("GET https://me:pw@x.io/v2 Authorization: Bearer abc")
         == "GET https://***@x.io/v2 Authorization: Bearer ***"
     )
 
@@ -633,14 +576,14 @@ def test_where_credentials_go():
         ("layer 404 MB of 1401 MB, 0.404 done", ""),
         ("pulled sha256:9f40400f1 (404 KiB): dial tcp: i/o timeout", "cannot be reached from here"),
         ("reading manifest: 401 KB read, then connection reset by peer after 403 tries", "cannot be reached from here"),
-        ("curl: (22) The requested URL returned error: 401", "does not let you have"),
-        ("unexpected HTTP status 403.", "does not let you have"),
-        ("status 404 (Not Found)", "look at the spelling and the tag"),
+        ("curl: (22) The requested URL returned error: 401", "refuses access"),
+        ("unexpected HTTP status 403.", "refuses access"),
+        ("status 404 (Not Found)", "Check the name and the tag"),
     ],
 )
 def test_what_a_tools_last_words_mean(said, meaning):
     """The number of an answer is no digits of a size or a digest; out of reach comes before what a word elsewhere may mean."""
-    found = credentials.explain("enroot", "x.io/a:1", said, {"HOME": "/home/me"})
+    found = credentials.explain_failure("enroot", "x.io/a:1", said, {"HOME": "/home/me"})
     assert meaning in found and bool(meaning) == bool(found)
 
 

@@ -79,7 +79,7 @@ def test_a_submit_asks_the_registry(cluster: Cluster):
         missing = place.amlaunch(*words, "--dry-run", "--container.image", f"{name}/team/tiny:2", check=False, **trust)
         assert (
             missing.returncode == 2
-            and f"{name} has no such image (404 Not Found): {name}/team/tiny:2; look at the spelling" in missing.stderr
+            and f"{name} has no such image (404 Not Found): {name}/team/tiny:2; Check the name" in missing.stderr
         )
         place.amlaunch(*words, **trust)
         [plan] = place.folder.glob("runs/*/plan.json")

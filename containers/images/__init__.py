@@ -1,1 +1,1 @@
-"""Image names, registries, layers and the folder of converted images."""
+"""Image names, registries, saved images, and the folder of converted images."""

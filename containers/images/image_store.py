@@ -1,10 +1,10 @@
-"""A folder of converted images that all nodes see: the names of its files, what is written beside each, and which tool makes one.
+"""The folder of converted images that all nodes share: its file names, its records, and the commands that make an image.
 
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.sqsh          the image, under the start of its digest
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.json          where it comes from; its existence says that the image is whole
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.check.json    what amlaunch image check saw in it
-<images>/checks/<name>.json                                  the same of images that are not in this folder
-<images>/.work/                                              downloads and half-made images, to go on from
+<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.sqsh          the image, named after the start of its digest
+<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.json          its record; it is written last, so a recorded image is complete
+<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.check.json    the findings of amlaunch image check
+<images>/checks/<name>.json                                  findings about images that are not in this folder
+<images>/.work/                                              downloads and unfinished images, from which an import continues
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from amlaunch.containers.images.image_facts import ImageFacts, of_check, of_table
+from amlaunch.containers.images.image_facts import ImageFacts, facts_from_check, facts_from_name
 from amlaunch.containers.images.reference import BadReference, for_enroot, parse
 
 FORMATS = ("sqsh", "sif")
-DIGEST_SHOWN = 12
+DIGEST_LENGTH = 12
+"""Characters of a digest in file names."""
+MIN_DIGEST_LENGTH = 7
+"""Characters of a digest that are enough to name an image."""
 ZSTD_LEVEL = 3
-"""Of zstd's 22: mksquashfs' own 15 takes many times as long for a few per cent (docs/log.md)."""
-BLOCK = "1M"
+"""Out of 22. mksquashfs' default of 15 takes many times as long to save a few per cent (docs/log.md)."""
+BLOCK_SIZE = "1M"
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in the folder, as its record has it."""
+    """An image in the folder, as its record describes it."""
 
     path: str
     source: str
-    """What it was made from, as it was typed."""
+    """The source of the import as the user typed it."""
     reference: str
-    """The same in one spelling; empty for an archive."""
+    """The canonical reference; empty for an archive."""
     digest: str
     format: str
     size: int
@@ -45,97 +48,95 @@ class StoredImage:
     by: str = ""
     """``user@host``."""
     tools: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the tools that made it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The image's own Env, Entrypoint, Cmd and WorkingDir."""
 
     @property
-    def whole(self) -> bool:
-        """Whether its file is there at its size."""
+    def is_complete(self) -> bool:
+        """True if the file exists and has the recorded size."""
         try:
             return Path(self.path).stat().st_size == self.size
         except OSError:
             return False
 
     def to_json(self) -> dict[str, Any]:
-        """For the record; without the path, for the folder may be seen at another one elsewhere."""
+        """Return the record's content; without the path, because other machines may mount the folder elsewhere."""
         return {key: value for key, value in asdict(self).items() if key != "path"}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The names in one folder of images."""
+    """The paths in one folder of images."""
 
     root: Path
 
-    def path(self, name: str, digest: str, form: str) -> Path:
-        """The file of an image."""
-        return self.root / f"{name}-{short(digest)}.{form}"
+    def image_file(self, name: str, digest: str, form: str) -> Path:
+        """Return the path of an image."""
+        return self.root / f"{name}-{short_digest(digest)}.{form}"
 
     def record(self, image: Path) -> Path:
-        """What is known of where an image comes from."""
+        """Return the path of an image's record."""
         return image.with_suffix(".json")
 
-    def check(self, image: str) -> Path:
-        """Where a check of an image is written down: beside its file where that is in the folder."""
+    def check_record(self, image: str) -> Path:
+        """Return the path of an image's check: beside the image if it is in this folder, else in ``checks/``."""
         path = Path(image)
         if path.parent == self.root and path.suffix.lstrip(".") in FORMATS:
             return path.with_suffix(".check.json")
-        return self.root / "checks" / f"{slug(image)}-{hashlib.sha256(plain(image).encode()).hexdigest()[:8]}.json"
+        digest = hashlib.sha256(canonical_name(image).encode()).hexdigest()[:8]
+        return self.root / "checks" / f"{file_slug(image)}-{digest}.json"
 
-    def work(self, name: str, user: int) -> Path:
-        """What is half made; each user has his own, for nobody can write another's."""
+    def work_folder(self, name: str, user: int) -> Path:
+        """Return the folder for one user's downloads and unfinished files, which no other user could continue."""
         return self.root / ".work" / f"{name}.{user}"
 
     def lock(self, name: str) -> Path:
-        """Held by whoever makes an image."""
+        """Return the path of the lock that is held while an image is made."""
         return self.root / ".work" / f"{name}.lock"
 
     def images(self) -> list[StoredImage]:
-        """All images whose record can be read, the newest first."""
-        found = []
-        for record in sorted(self.root.glob("*.json")):
-            image = None if record.name.endswith(".check.json") else _read(record)
-            found += [image] if image else []
-        return sorted(found, key=lambda image: image.date, reverse=True)
+        """List all images with a readable record, newest first."""
+        records = [path for path in sorted(self.root.glob("*.json")) if not path.name.endswith(".check.json")]
+        images = [image for record in records if (image := _read_record(record))]
+        return sorted(images, key=lambda image: image.date, reverse=True)
 
     def find(self, name: str) -> StoredImage | None:
-        """An image by path, file name, the start of its digest, or by what it was made from; of several the newest."""
-        wanted = plain(name)
-        for image in self.images():
-            path = Path(image.path)
-            digest = image.digest.partition(":")[2]
-            if name in (str(path), path.name, path.stem, path.stem.rpartition("-")[0], image.source) or (
-                image.reference and wanted == image.reference
-            ):
-                return image
-            if len(name.removeprefix("sha256:")) >= 7 and digest.startswith(name.removeprefix("sha256:")):
-                return image
-        return None
+        """Find an image by its path, file name, start of its digest, or source; the newest if several match."""
+        return next((image for image in self.images() if _is_named(image, name)), None)
 
     def facts(self, image: str) -> ImageFacts:
-        """What is known of an image: what its check saw, else what its name tells."""
+        """Return what is known about an image: the record of its check, else what its name tells."""
         stored = self.find(image)
-        for known in [stored.path, image] if stored else [image]:
-            seen = read_json(self.check(known))
-            if seen:
-                return of_check(image, seen)
-        return of_table(stored.reference if stored and stored.reference else plain(image))
+        for name in [stored.path, image] if stored else [image]:
+            record = read_json(self.check_record(name))
+            if record:
+                return facts_from_check(image, record)
+        return facts_from_name(stored.reference if stored and stored.reference else canonical_name(image))
 
 
-def _read(record: Path) -> StoredImage | None:
-    value = read_json(record)
-    known = {one.name for one in fields(StoredImage)}
+def _is_named(image: StoredImage, name: str) -> bool:
+    path = Path(image.path)
+    if name in (str(path), path.name, path.stem, path.stem.rpartition("-")[0], image.source):
+        return True
+    if image.reference and canonical_name(name) == image.reference:
+        return True
+    start = name.removeprefix("sha256:")
+    return len(start) >= MIN_DIGEST_LENGTH and image.digest.partition(":")[2].startswith(start)
+
+
+def _read_record(path: Path) -> StoredImage | None:
+    record = read_json(path)
+    known = {item.name for item in fields(StoredImage)} - {"path"}
     try:
-        return StoredImage(
-            path=str(record.with_suffix(f".{value['format']}")),
-            **{key: item for key, item in value.items() if key in known - {"path"}},
-        )
+        image = str(path.with_suffix(f".{record['format']}"))
+        return StoredImage(path=image, **{key: value for key, value in record.items() if key in known})
     except (KeyError, TypeError):
-        return None  # of another version, or somebody else's file
+        return None  # another version's, or not a record
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object; empty where there is none that can be read."""
+    """Read a JSON object; empty if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -143,26 +144,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def short(digest: str) -> str:
-    """The start of a digest, as it stands in names."""
-    return digest.rpartition(":")[2][:DIGEST_SHOWN]
+def short_digest(digest: str) -> str:
+    """Return the start of a digest, as file names contain it."""
+    return digest.rpartition(":")[2][:DIGEST_LENGTH]
 
 
-def plain(text: str) -> str:
-    """One spelling of an image in a registry, complete: ``nvcr.io/nvidia/pytorch:25.08-py3``; of anything else, as it stands."""
+def canonical_name(text: str) -> str:
+    """Return an image's canonical name, such as ``nvcr.io/nvidia/pytorch:25.08-py3``; a path stays as it is."""
     try:
-        found = parse(text)
+        reference = parse(text)
     except BadReference:
         return text
-    return found.name if found.kind == "registry" else text
+    return reference.name if reference.kind == "registry" else text
 
 
-def slug(name: str) -> str:
-    """A name for files, from a reference or a path: ``nvidia-pytorch-25.08-py3``."""
+def file_slug(name: str) -> str:
+    """Return a file name for a reference or a path, such as ``nvidia-pytorch-25.08-py3``."""
     if name.startswith(("/", ".", "~")):
         bare = re.sub(r"\.(tar|tar\.\w+|tgz|sqsh|sif)$", "", Path(name).name)
     else:
-        bare = re.sub(r"^[^/]*[.:][^/]*/|^localhost/", "", plain(name).partition("@")[0]).removeprefix("library/")
+        repository = canonical_name(name).partition("@")[0]
+        bare = re.sub(r"^[^/]*[.:][^/]*/|^localhost/", "", repository).removeprefix("library/")
     return re.sub(r"[^A-Za-z0-9._]+", "-", bare).strip("-.") or "image"
 
 
@@ -170,23 +172,23 @@ def slug(name: str) -> str:
 
 
 def skopeo_copy(source: str, layout: Path, architecture: str, *, insecure: bool = False) -> list[str]:
-    """An image into an OCI layout; layers that are there already are not fetched again (skopeo-copy(1))."""
+    """Copy an image into an OCI layout; layers that are there are not fetched again (skopeo-copy(1))."""
     return [
         "skopeo",
         f"--override-arch={architecture}",
         "copy",
-        *_tls("--src-tls-verify", insecure),
+        *_tls_option("--src-tls-verify", insecure),
         source,
         f"oci:{layout}:image",
     ]
 
 
 def skopeo_inspect(source: str, *, insecure: bool = False) -> list[str]:
-    """The manifest as the registry has it, byte for byte (skopeo-inspect(1))."""
-    return ["skopeo", "inspect", "--raw", *_tls("--tls-verify", insecure), source]
+    """Print the registry's manifest, byte for byte (skopeo-inspect(1))."""
+    return ["skopeo", "inspect", "--raw", *_tls_option("--tls-verify", insecure), source]
 
 
-def _tls(option: str, insecure: bool) -> list[str]:
+def _tls_option(option: str, insecure: bool) -> list[str]:
     return [f"{option}=false"] if insecure else []
 
 
@@ -194,11 +196,11 @@ def pull(tool: str, reference: str, architecture: str, *, insecure: bool = False
     """Fetch an image into the tool's own storage (docker-pull(1), podman-pull(1), buildah-pull(1))."""
     if tool == "docker":
         return ["docker", "pull", "--platform", f"linux/{architecture}", reference]
-    return [tool, "pull", f"--arch={architecture}", *_tls("--tls-verify", insecure), reference]
+    return [tool, "pull", f"--arch={architecture}", *_tls_option("--tls-verify", insecure), reference]
 
 
 def save(tool: str, reference: str, archive: Path) -> list[str]:
-    """Write an image of the tool's own storage as a tar (docker-save(1), podman-save(1), buildah-push(1))."""
+    """Save an image of the tool's own storage as a tar (docker-save(1), podman-save(1), buildah-push(1))."""
     if tool == "docker":
         return ["docker", "save", "-o", str(archive), reference]
     if tool == "podman":
@@ -207,53 +209,48 @@ def save(tool: str, reference: str, archive: Path) -> list[str]:
 
 
 def enroot_import(reference: str, target: Path, architecture: str) -> list[str]:
-    """A squashfs image straight from a registry (enroot doc/cmd/import.md)."""
+    """Make a squashfs image straight from a registry (enroot doc/cmd/import.md)."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(architecture, architecture)
     return ["enroot", "import", "--arch", machine, "--output", str(target), for_enroot(parse(reference))]
 
 
 def enroot_settings(work: Path, *, insecure: bool = False) -> dict[str, str]:
-    """enroot's compression, and places with room for it (enroot doc/configuration.md, conf/enroot.conf)."""
-    plain = {"ENROOT_ALLOW_HTTP": "yes"} if insecure else {}
+    """Return enroot's variables for compression and working folders (enroot doc/configuration.md, conf/enroot.conf)."""
+    http = {"ENROOT_ALLOW_HTTP": "yes"} if insecure else {}
     return {
-        "ENROOT_SQUASH_OPTIONS": f"-comp zstd -Xcompression-level {ZSTD_LEVEL} -b {BLOCK} -noappend",
+        "ENROOT_SQUASH_OPTIONS": f"-comp zstd -Xcompression-level {ZSTD_LEVEL} -b {BLOCK_SIZE} -noappend",
         "ENROOT_CACHE_PATH": str(work / "layers"),
         "ENROOT_TEMP_PATH": str(work / "tmp"),
-        **plain,
+        **http,
     }
 
 
 def apptainer_build(program: str, source: str, target: Path, *, insecure: bool = False) -> list[str]:
-    """A SIF image of an OCI layout (``oci:DIR:image``), an archive or a registry (apptainer build --help)."""
+    """Make a SIF image from an OCI layout (``oci:DIR:image``), an archive or a registry (apptainer build --help)."""
     return [program, "build", "--force", *(["--no-https"] if insecure else []), str(target), source]
 
 
-def mksquashfs(source: str, target: Path, *, tar: bool) -> list[str]:
-    """A squashfs image of a tar on stdin (``source`` is ``-``; squashfs-tools 4.5 and newer) or of a folder.
+def mksquashfs(rootfs: Path, target: Path) -> list[str]:
+    """Make a squashfs image from a folder (mksquashfs(1)).
 
-    All files are root's, as enroot makes them: a container's user is mapped to the one who starts it (mksquashfs(1)).
+    All files become root's, as enroot makes them: a container maps its root to the user who starts it.
     """
     return [
-        "mksquashfs", source, str(target), *(["-tar"] if tar else []), "-comp", "zstd", "-Xcompression-level", str(ZSTD_LEVEL),
-        "-b", BLOCK, "-all-root", "-noappend", "-no-progress", "-quiet", "-no-recovery",
+        "mksquashfs", str(rootfs), str(target), "-comp", "zstd", "-Xcompression-level", str(ZSTD_LEVEL),
+        "-b", BLOCK_SIZE, "-all-root", "-noappend", "-no-progress", "-quiet", "-no-recovery",
     ]  # fmt: skip
 
 
-def untar(folder: Path) -> list[str]:
-    """Unpack a tar on stdin where mksquashfs cannot read one; as an ordinary user, so that all can be removed again."""
-    return ["tar", "-x", "-f", "-", "-C", str(folder), "--no-same-owner", "--delay-directory-restore", "--mode=u+rwX"]
-
-
 def build(tool: str, context: Path, tag: str, arguments: Mapping[str, str]) -> list[str]:
-    """Build ``context/Dockerfile``; a base that is there is not asked for again (docker-build(1), buildah-build(1))."""
-    options = [word for key, value in arguments.items() for word in ("--build-arg", f"{key}={value}")]
+    """Build ``context/Dockerfile``; a base in the tool's storage is not fetched again (docker-build(1), buildah-build(1))."""
+    build_arguments = [word for key, value in arguments.items() for word in ("--build-arg", f"{key}={value}")]
     return [
         tool,
         "build",
         *([] if tool == "docker" else ["--pull=false"]),
         "-t",
         tag,
-        *options,
+        *build_arguments,
         "-f",
         str(context / "Dockerfile"),
         str(context),

@@ -1,17 +1,16 @@
-"""An image's layers as one file system: a single tar stream, made in one pass, without unpacking anything to disk.
+"""Read saved images, and unpack one into a folder that ``mksquashfs`` can pack.
 
-Formats: https://github.com/opencontainers/image-spec (layer.md: whiteouts; image-layout.md), and docker's own archive
-(``docker save``: ``manifest.json``). What is written into the stream for enroot and Charliecloud, which find an image's
-environment and entrypoint in files, is what their manuals describe (enroot doc/image-format.md, ch-run(1) ``--set-env``).
+skopeo fetches layers and docker and podman save them, but none of these merges layers outside of its own storage, and mksquashfs packs
+only a plain folder. The formats are OCI layouts (https://github.com/opencontainers/image-spec: layer.md, image-layout.md) and docker
+archives (``docker save``, with a ``manifest.json``). enroot and Charliecloud read an image's environment and entrypoint from files, which
+are written here as their manuals describe (enroot doc/image-format.md, ch-run(1) ``--set-env``).
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
 import lzma
+import os
 import posixpath
 import re
 import shlex
@@ -22,213 +21,200 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
-BUFFER = 1 << 20
-FOLDERS = {"dev": 0o755, "etc": 0o755, "proc": 0o555, "run": 0o755, "sys": 0o555, "tmp": 0o1777}
-"""Where runtimes mount something, whether or not the image has them."""
-FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/resolv.conf")
-"""The same of files; enroot, apptainer and Charliecloud put the host's over them."""
-Opener = Callable[[], IO[bytes]]
+WHITEOUT_PREFIX, OPAQUE_MARKER = ".wh.", ".wh..wh..opq"
+BUFFER_BYTES = 1 << 20
+MOUNT_FOLDERS = {"dev": 0o755, "etc": 0o755, "proc": 0o755, "run": 0o755, "sys": 0o755, "tmp": 0o1777}
+"""Folders that runtimes mount something on, whether or not the image has them."""
+MOUNT_FILES = ("etc/passwd", "etc/group", "etc/hosts", "etc/resolv.conf")
+"""Files that enroot, apptainer and Charliecloud mount the host's over."""
+COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
+SAVED_IMAGE_NAMES = re.compile(
+    r"(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(/.*|\.json|\.tar)?)$"
+)
+"""Names at the top of an OCI layout and of a docker archive."""
+MAX_NAMES, MAX_COMPRESSED_NAMES = 20_000, 8
+"""Names of an archive to look at. Reading on in a compressed one means decompressing all of it."""
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+"""Exceptions that reading a damaged tar raises."""
+
+LayerOpener = Callable[[], IO[bytes]]
 
 
 class NotAnImage(ValueError):
-    """A file or folder that holds no image that we can read; the message says why."""
+    """A file or folder without an image that can be read; the message says why."""
 
 
 @dataclass(frozen=True)
-class Layered:
+class LayeredImage:
     """An image on disk: its configuration and its layers, lowest first."""
 
     digest: str
     """``sha256:...`` of its manifest (OCI) or of its configuration (docker)."""
     config: Mapping[str, Any]
-    layers: Sequence[Opener]
+    layers: Sequence[LayerOpener]
     size: int
     """Bytes of all layers as they are stored."""
 
     @property
     def architecture(self) -> str:
-        """``amd64``, ``arm64``; empty: it does not say."""
+        """``amd64`` or ``arm64``; empty if the image does not say."""
         return str(self.config.get("architecture", ""))
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Env, Entrypoint, Cmd, WorkingDir, Labels."""
-        found = self.config.get("config")
-        return found if isinstance(found, Mapping) else {}
+        """Env, Entrypoint, Cmd, WorkingDir and Labels."""
+        settings = self.config.get("config")
+        return settings if isinstance(settings, Mapping) else {}
 
 
-SAVED = re.compile(r"(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(/.*|\.json|\.tar)?)$")
-"""Names at the top of an OCI layout, and of what docker save writes."""
-
-ENOUGH_NAMES, MOST_NAMES = 100, 20_000
-"""So many at the beginning of a tar tell an image from a root file system; more than that is in no image that was saved."""
-
-
-# --- where the layers are -------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_layout(folder: Path, architecture: str) -> Iterator[Layered]:
-    """An OCI image layout. Raises NotAnImage."""
-    yield _oci(str(folder), lambda name: _reading(folder / name), architecture)
+# --- recognise an archive -------------------------------------------------------------------------------
 
 
 def archive_layout(path: Path) -> str:
-    """How a tar of an image is laid out: ``docker`` (docker save) or ``oci``; ``docker``, too, where it cannot be read.
+    """Return the transport that reads a tar of an image: ``oci`` or ``docker``; ``docker`` also if it cannot be read.
 
-    What docker 25 and newer save is both, so where a tar is compressed its first names will do: nobody waits for all of it.
+    docker 25 and newer save both layouts in one archive. Such an archive counts as ``docker``, or as ``oci`` if it is compressed and
+    begins with the OCI layout.
     """
-    with suppress(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
-        if magic_of(path) is not None:
-            return (
-                "oci"
-                if any(name.partition("/")[0] in ("blobs", "index.json", "oci-layout") for name in _first_names(path))
-                else "docker"
-            )
-        with tarfile.open(path, "r:") as tar:
-            names = {posixpath.normpath(member.name) for member in tar}
-            return "oci" if "oci-layout" in names and "manifest.json" not in names else "docker"
+    with suppress(*TAR_ERRORS):
+        names = _first_names(path)
+        if _compression(path) is not None:
+            is_oci = any(name.partition("/")[0] in ("blobs", "index.json", "oci-layout") for name in names)
+        else:
+            is_oci = "oci-layout" in names and "manifest.json" not in names
+        return "oci" if is_oci else "docker"
     return "docker"
 
 
-def why_no_image(path: Path) -> str:
-    """Why a runtime will start nothing of a file; empty where it may, or where that would take long to know."""
+def archive_problem(path: Path) -> str:
+    """Return why no runtime can start an archive; empty if one may, or if the archive cannot be examined here."""
     try:
-        if magic_of(path) is not None:
-            known = any(SAVED.match(name) for name in _first_names(path))
-        else:
-            with tarfile.open(path, "r:") as tar:
-                known = _is_saved(posixpath.normpath(member.name) for member in tar)
-    except (PermissionError, NotAnImage):
+        if _compression(path) == "zstd":
+            return ""
+        names = _first_names(path)
+    except PermissionError:
         return ""
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        return f"is not a tar archive, or a torn one ({error})"
-    return "" if known else "is a tar of something else than an image (it has no manifest.json and no index.json)"
+    except TAR_ERRORS as error:
+        return f"is not a tar archive, or is truncated ({error})"
+
+    is_image = any(SAVED_IMAGE_NAMES.match(name) for name in names)
+    return "" if is_image else "is a tar archive but not an image (it has no manifest.json and no index.json)"
 
 
-def _is_saved(names: Iterator[str]) -> bool:
-    """Whether an archive has the file that names its layers, which may stand at its end; of a root file system not all names are read."""
-    like = 0
-    for number, name in enumerate(names):
-        if name in ("manifest.json", "index.json") or number > MOST_NAMES:
-            return True
-        like += SAVED.match(name) is not None
-        if number > ENOUGH_NAMES and not like:
-            return False
-    return False
+def _first_names(path: Path) -> set[str]:
+    compressed = _compression(path) is not None
+    limit = MAX_COMPRESSED_NAMES if compressed else MAX_NAMES
+    with tarfile.open(path, "r|*" if compressed else "r:") as tar:
+        return {posixpath.normpath(member.name) for member in islice(tar, limit)}
+
+
+def _compression(path: Path) -> str | None:
+    with open(path, "rb") as handle:
+        return _compression_of(handle.read(8))
+
+
+def _compression_of(start: bytes) -> str | None:
+    return next((name for magic, name in COMPRESSION_MAGIC.items() if start.startswith(magic)), None)
+
+
+# --- open an image --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def open_archive(path: Path, architecture: str) -> Iterator[Layered]:
-    """A tar of an OCI layout or of ``docker save``; a tar of anything else is one layer, a root file system.
+def open_layout(folder: Path, architecture: str) -> Iterator[LayeredImage]:
+    """Open an OCI image layout. Raises NotAnImage."""
 
-    Raises NotAnImage.
-    """
+    def read(name: str) -> IO[bytes]:
+        try:
+            return open(folder / name, "rb")
+        except OSError as error:
+            raise NotAnImage(f"{folder / name}: {error.strerror}. The layout is incomplete") from None
+
+    yield _read_oci(str(folder), read, architecture)
+
+
+@contextmanager
+def open_archive(path: Path, architecture: str) -> Iterator[LayeredImage]:
+    """Open an uncompressed tar of an OCI layout or of ``docker save``. Raises NotAnImage."""
+    if _compression(path) is not None:
+        raise NotAnImage(f"{path} is compressed. Decompress it (gunzip --keep {path}), then import the .tar file")
     with ExitStack() as stack:
-        if magic_of(path) is not None:
-            if _looks_saved(path):
-                raise NotAnImage(
-                    f"{path} is a compressed archive of docker save, or of an OCI layout, which is read as it is: gunzip --keep it, and import that"
-                )
-            yield _root_file_system(path)
-            return
         try:
             tar = stack.enter_context(tarfile.open(path, "r:"))
-            names = {posixpath.normpath(member.name): member for member in tar}
+            members = {posixpath.normpath(member.name): member for member in tar}
         except (tarfile.TarError, EOFError) as error:
-            raise NotAnImage(f"{path} is not a tar archive, or a torn one ({error})") from None
+            raise NotAnImage(f"{path} is not a tar archive, or is truncated ({error})") from None
 
         def read(name: str) -> IO[bytes]:
-            member = names.get(posixpath.normpath(name))
-            found = tar.extractfile(member) if member else None
-            if found is None:
-                raise NotAnImage(f"{path} has no {name}: a torn archive, or not an image")
-            return found
+            member = members.get(posixpath.normpath(name))
+            content = tar.extractfile(member) if member else None
+            if content is None:
+                raise NotAnImage(f"{path} has no {name}: the archive is truncated, or is not an image")
+            return content
 
-        if "manifest.json" in names:
-            yield _docker(str(path), read, names)
-        elif "index.json" in names:
-            yield _oci(str(path), read, architecture)
+        if "manifest.json" in members:
+            yield _read_docker(str(path), read, members)
+        elif "index.json" in members:
+            yield _read_oci(str(path), read, architecture)
         else:
-            yield _root_file_system(path)
+            raise NotAnImage(
+                f"{path} is not an image: it has no manifest.json and no index.json. "
+                "For a tar of a root file system, unpack it and run: mksquashfs FOLDER IMAGE.sqsh -all-root"
+            )
 
 
-def _looks_saved(path: Path) -> bool:
-    """Whether a compressed tar begins as an image that was saved does, not as a root file system."""
-    with suppress(tarfile.TarError, EOFError, OSError):  # torn: said where it is read
-        return any(SAVED.match(name) for name in _first_names(path))
-    return False
-
-
-def _first_names(path: Path) -> list[str]:
-    """Some names at the beginning of a compressed tar, which is not read to its end."""
-    with open(path, "rb") as handle, decompressed(handle) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-        return [posixpath.normpath(member.name) for member, _ in zip(tar, range(8), strict=False)]
-
-
-def _reading(path: Path) -> IO[bytes]:
+def _read_oci(place: str, read: Callable[[str], IO[bytes]], architecture: str) -> LayeredImage:
+    index = _read_json(place, read("index.json"))
+    entry = _choose_manifest(place, index.get("manifests") or [], architecture)
+    manifest = _read_json(place, read(_blob_path(entry["digest"])))
+    if "manifests" in manifest:  # a nested index: one manifest per architecture
+        entry = _choose_manifest(place, manifest["manifests"], architecture)
+        manifest = _read_json(place, read(_blob_path(entry["digest"])))
     try:
-        return open(path, "rb")
-    except OSError as error:
-        raise NotAnImage(f"{path}: {error.strerror}: the layout is not whole") from None
-
-
-def _oci(place: str, read: Callable[[str], IO[bytes]], architecture: str) -> Layered:
-    index = _json(place, read("index.json"))
-    entry = _choose(place, index.get("manifests") or [], architecture)
-    manifest = _json(place, read(_blob(entry["digest"])))
-    if "manifests" in manifest:  # an index of its own: one manifest for each architecture
-        entry = _choose(place, manifest["manifests"], architecture)
-        manifest = _json(place, read(_blob(entry["digest"])))
-    try:
-        config = _json(place, read(_blob(manifest["config"]["digest"])))
-        layers = [_blob(layer["digest"]) for layer in manifest["layers"]]
+        config = _read_json(place, read(_blob_path(manifest["config"]["digest"])))
+        names = [_blob_path(layer["digest"]) for layer in manifest["layers"]]
         size = sum(int(layer["size"]) for layer in manifest["layers"])
     except (KeyError, TypeError) as error:
         raise NotAnImage(f"{place}: its manifest lacks {error}") from None
-    return Layered(entry["digest"], config, [lambda name=name: read(name) for name in layers], size)  # type: ignore[misc]
+    return LayeredImage(entry["digest"], config, _layer_openers(read, names), size)
 
 
-def _choose(place: str, manifests: Sequence[Mapping[str, Any]], architecture: str) -> Mapping[str, Any]:
-    """The manifest for an architecture; one without a word about it is for any."""
+def _choose_manifest(place: str, manifests: Sequence[Mapping[str, Any]], architecture: str) -> Mapping[str, Any]:
+    """Return the manifest for an architecture; one without an architecture serves all."""
     if not manifests:
-        raise NotAnImage(f"{place} names no image")
-    known = [str((entry.get("platform") or {}).get("architecture", "")) for entry in manifests]
-    for entry, name in zip(manifests, known, strict=True):
+        raise NotAnImage(f"{place} contains no image")
+    architectures = [str((entry.get("platform") or {}).get("architecture", "")) for entry in manifests]
+    for entry, name in zip(manifests, architectures, strict=True):
         if name in (architecture, ""):
             return entry
-    raise NotAnImage(f"{place} has images for {', '.join(sorted(set(known) - {'unknown'}))}, none for {architecture}")
+    available = ", ".join(sorted(set(architectures) - {"unknown"}))
+    raise NotAnImage(f"{place} has images for {available}, none for {architecture}")
 
 
-def _docker(place: str, read: Callable[[str], IO[bytes]], names: Mapping[str, tarfile.TarInfo]) -> Layered:
-    found = _json(place, read("manifest.json"))
-    if not isinstance(found, list) or len(found) != 1:
-        raise NotAnImage(f"{place} holds {len(found)} images; save one of them: docker save IMAGE -o FILE")
+def _read_docker(place: str, read: Callable[[str], IO[bytes]], members: Mapping[str, tarfile.TarInfo]) -> LayeredImage:
+    manifest = _read_json(place, read("manifest.json"))
+    if not isinstance(manifest, list) or len(manifest) != 1:
+        raise NotAnImage(f"{place} holds {len(manifest)} images. Save one of them: docker save IMAGE -o FILE")
     try:
-        name, layers = str(found[0]["Config"]), [str(layer) for layer in found[0]["Layers"]]
+        config_name, names = str(manifest[0]["Config"]), [str(layer) for layer in manifest[0]["Layers"]]
     except (KeyError, TypeError) as error:
         raise NotAnImage(f"{place}: its manifest.json lacks {error}") from None
-    digest = "sha256:" + posixpath.basename(name).removesuffix(".json")
-    size = sum(names[posixpath.normpath(layer)].size for layer in layers if posixpath.normpath(layer) in names)
-    return Layered(digest, _json(place, read(name)), [lambda name=name: read(name) for name in layers], size)  # type: ignore[misc]
+    digest = "sha256:" + posixpath.basename(config_name).removesuffix(".json")
+    sizes = [members[name].size for name in map(posixpath.normpath, names) if name in members]
+    config = _read_json(place, read(config_name))
+    return LayeredImage(digest, config, _layer_openers(read, names), sum(sizes))
 
 
-def _root_file_system(path: Path) -> Layered:
-    import hashlib
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(BUFFER):
-            digest.update(chunk)
-    return Layered(f"sha256:{digest.hexdigest()}", {}, [lambda: open(path, "rb")], path.stat().st_size)
+def _layer_openers(read: Callable[[str], IO[bytes]], names: Sequence[str]) -> list[LayerOpener]:
+    return [lambda name=name: read(name) for name in names]  # type: ignore[misc]
 
 
-def _json(place: str, handle: IO[bytes]) -> Any:
+def _read_json(place: str, handle: IO[bytes]) -> Any:
     with handle:
         try:
             return json.load(handle)
@@ -236,56 +222,151 @@ def _json(place: str, handle: IO[bytes]) -> Any:
             raise NotAnImage(f"{place}: damaged ({error})") from None
 
 
-def _blob(digest: str) -> str:
+def _blob_path(digest: str) -> str:
     return f"blobs/{digest.replace(':', '/')}"
 
 
-# --- one layer ------------------------------------------------------------------------------------------
-
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
+# --- unpack it ------------------------------------------------------------------------------------------
 
 
-def magic_of(path: Path) -> str | None:
-    """How a file is compressed; None: not at all."""
-    with open(path, "rb") as handle:
-        return _kind(handle.read(8))
+def unpack(image: LayeredImage, rootfs: Path, count: Callable[[int], None]) -> None:
+    """Unpack all layers into the folder ``rootfs``, lowest first, then add what runtimes expect to find.
 
-
-def _kind(start: bytes) -> str | None:
-    return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+    Files belong to the current user, who may read and write all of them. Devices and the content of /dev are left out. ``count``
+    receives the size of each file when it has been written. Raises NotAnImage.
+    """
+    rootfs = Path(os.path.realpath(rootfs))
+    rootfs.chmod(0o755)
+    with _damage_reported():
+        for open_layer in image.layers:
+            _unpack_layer(open_layer, rootfs, count)
+        _add_runtime_files(image.settings, rootfs)
 
 
 @contextmanager
-def decompressed(handle: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The tar in a layer, whatever it is compressed with. Raises NotAnImage where nothing here reads zstd."""
+def _damage_reported() -> Iterator[None]:
+    """Turn what a damaged layer raises into NotAnImage; errors of the file system, such as a full disk, stay as they are."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotAnImage(f"a layer needs a folder where another has a file: {error.filename}") from None
+    except TAR_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise NotAnImage(f"a layer is damaged ({error}). Delete the download, or save the image again") from None
+
+
+def _unpack_layer(open_layer: LayerOpener, rootfs: Path, count: Callable[[int], None]) -> None:
+    """Unpack one layer over those below it; its whiteouts remove only what lower layers brought."""
+    written: set[Path] = set()
+    with (
+        open_layer() as handle,
+        _without_zstd(handle) as stream,
+        tarfile.open(fileobj=stream, mode="r|*") as tar,  # decompresses gzip, xz and bzip2
+    ):
+        for member in tar:
+            name = _normal_name(member.name)
+            folder, _, last = name.rpartition("/")
+            if not name or name.startswith("dev/") or member.isdev():
+                continue
+            parent = _resolve_inside(rootfs, folder)
+            if last == OPAQUE_MARKER:
+                for child in parent.iterdir() if parent.is_dir() else ():
+                    _remove(child, written)
+            elif last.startswith(WHITEOUT_PREFIX):
+                _remove(parent / last[len(WHITEOUT_PREFIX) :], written)
+            else:
+                _write_member(tar, member, parent / last, rootfs)
+                written.add(parent / last)
+                count(member.size)
+
+
+def _normal_name(name: str) -> str:
+    """Return a name relative to the image's root. Raises NotAnImage for one that leads out of it."""
+    if ".." in name.split("/"):
+        raise NotAnImage(f"a layer contains the name {name!r}, which leads out of the image")
+    return posixpath.normpath("/" + name).lstrip("/")
+
+
+def _resolve_inside(rootfs: Path, folder: str) -> Path:
+    """Follow the links of a folder's path. Raises NotAnImage if they lead out of the image, where nothing may be written."""
+    path = Path(os.path.realpath(rootfs / folder))
+    if path != rootfs and rootfs not in path.parents:
+        raise NotAnImage(f"a layer writes to {folder!r} through a link that leads out of the image")
+    return path
+
+
+def _remove(path: Path, kept: set[Path] | frozenset[Path] = frozenset()) -> None:
+    """Remove a file, or a folder with all that it holds, except for the paths in ``kept``."""
+    if path.is_dir() and not path.is_symlink():
+        for child in list(path.iterdir()):
+            _remove(child, kept)
+        if path not in kept and not any(path.iterdir()):
+            path.rmdir()
+    elif path not in kept:
+        path.unlink(missing_ok=True)
+
+
+def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, rootfs: Path) -> None:
+    """Write one entry of a layer in place of what lower layers have there; two folders become one."""
+    if member.isdir() and target.is_dir() and not target.is_symlink():
+        target.chmod(member.mode | 0o700)
+        return
+    _remove(target)
+    _make_folder(target.parent)
+    if member.isdir():
+        target.mkdir()
+        target.chmod(member.mode | 0o700)
+    elif member.issym():
+        target.symlink_to(member.linkname)
+    elif member.islnk():
+        _write_hard_link(member, target, rootfs)
+    else:
+        content = tar.extractfile(member)
+        assert content is not None
+        with content, open(target, "xb") as output:
+            shutil.copyfileobj(content, output, BUFFER_BYTES)
+        target.chmod(member.mode | 0o600)
+        # Python takes a .pyc for outdated if the time of its .py is another.
+        os.utime(target, (member.mtime, member.mtime))
+
+
+def _write_hard_link(member: tarfile.TarInfo, target: Path, rootfs: Path) -> None:
+    link = _normal_name(member.linkname)
+    source = _resolve_inside(rootfs, posixpath.dirname(link)) / posixpath.basename(link)
+    if not os.path.lexists(source):
+        raise NotAnImage(f"a layer links {member.name} to {member.linkname}, which is in no layer")
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # some parallel file systems link only within a folder
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that no layer describes, and its parents, whatever the user's umask."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir()
+        folder.chmod(0o755)
+
+
+@contextmanager
+def _without_zstd(handle: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Decompress zstd by its program, because Python reads it only from 3.14 on; pass other data on as it is."""
     start = handle.read(8)
     handle.seek(0)
-    kind = _kind(start)
-    if kind == "zstd":
-        with _zstd(handle) as plain:
-            yield plain
-    elif kind == "gzip":
-        yield gzip.GzipFile(fileobj=handle)  # type: ignore[misc]
-    elif kind == "xz":
-        yield lzma.LZMAFile(handle)
-    elif kind == "bzip2":
-        yield bz2.BZ2File(handle)
-    else:
+    if _compression_of(start) != "zstd":
         yield handle
-
-
-@contextmanager
-def _zstd(handle: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Python can read zstd from 3.14 on; the program is on every machine that makes images."""
+        return
     program = shutil.which("zstd") or shutil.which("unzstd")
     if program is None:
-        raise NotAnImage("a layer is compressed with zstd, and there is no zstd here to read it: install zstd")
+        raise NotAnImage("a layer is compressed with zstd, and the zstd program is not in PATH. Install zstd")
     with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
 
         def feed(pipe: IO[bytes]) -> None:
             with suppress(BrokenPipeError), pipe:
-                shutil.copyfileobj(handle, pipe, BUFFER)
+                shutil.copyfileobj(handle, pipe, BUFFER_BYTES)
 
         thread = threading.Thread(target=feed, args=(process.stdin,), daemon=True)
         thread.start()
@@ -297,196 +378,32 @@ def _zstd(handle: IO[bytes]) -> Iterator[IO[bytes]]:
             thread.join()
 
 
-# --- all of them as one ---------------------------------------------------------------------------------
+# --- add what runtimes look for -------------------------------------------------------------------------
 
 
-@dataclass
-class _Merge:
-    """What the layers above have shown, while the stream is made from the top down."""
+def _add_runtime_files(settings: Mapping[str, Any], rootfs: Path) -> None:
+    """Write the files that carry an image's settings, and add missing mount points and the working directory."""
+    for name, (content, mode) in runtime_files(settings).items():
+        folder, _, last = name.rpartition("/")
+        target = _resolve_inside(rootfs, folder) / last
+        _remove(target)
+        _make_folder(target.parent)
+        target.write_bytes(content)
+        target.chmod(mode)
 
-    out: tarfile.TarFile
-    shown: set[str] = field(default_factory=set)
-    """Names that are in the stream; what a lower layer has under them is not seen."""
-    closed: set[str] = field(default_factory=set)
-    """Names below which nothing of a lower layer is seen: removed, replaced by a file, or opaque."""
-    orphans: dict[tuple[int, str], list[tarfile.TarInfo]] = field(default_factory=dict)
-    """Hard links to a file whose own name is hidden, by layer and that name."""
-
-    def hidden(self, name: str) -> bool:
-        """Whether a layer above hides what lies under a name."""
-        if "" in self.closed:
-            return True
-        part = name
-        while part:
-            if part in self.closed:
-                return True
-            part = part.rpartition("/")[0]
-        return name in self.shown
-
-    def add(self, info: tarfile.TarInfo, content: IO[bytes] | None) -> None:
-        """Put an entry into the stream."""
-        self.shown.add(info.name)
-        self.out.addfile(info, content)
-
-
-def merge(image: Layered, out: IO[bytes], files: Mapping[str, tuple[bytes, int]], count: Callable[[int], None]) -> None:
-    """Write the file system of an image as a tar to ``out``.
-
-    ``files`` (name: content and mode) lie above all layers. ``count`` is told of every piece of the layers that was
-    read, in bytes as they are stored. The top layer comes first, and each name once, so nothing is written that a later
-    entry would replace; devices and what lies in /dev are left out. Raises NotAnImage.
-    """
-    with _damage_told(), tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        tar.copybufsize = BUFFER  # type: ignore[attr-defined]
-        state = _Merge(tar)
-        for name, (content, mode) in files.items():
-            state.add(_made(name, mode, len(content)), io.BytesIO(content))
-        for number in range(len(image.layers) - 1, -1, -1):
-            _merge_layer(state, number, image.layers[number], count)
-        _find_orphans(state, image)
-        workdir = _plain(
-            str(image.settings.get("WorkingDir") or "")
-        )  # where it starts, and nobody can make it in a read-only image
-        for name, mode in {**FOLDERS, workdir: 0o755}.items():
-            if name and not state.hidden(name):
-                state.add(_made(name, mode, None), None)
-        for name in FILES:
-            if not state.hidden(name):
-                state.add(_made(name, 0o644, 0), io.BytesIO())
-
-
-@contextmanager
-def _damage_told() -> Iterator[None]:
-    """What a torn or spoilt layer raises, in one word; what the output raises has a number of its own."""
-    try:
-        yield
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise NotAnImage(f"a layer is damaged ({error}); remove what was downloaded, or save the image again") from None
-
-
-def _made(name: str, mode: int, size: int | None) -> tarfile.TarInfo:
-    """An entry of our own: a file of a size, or a folder."""
-    info = tarfile.TarInfo(name)
-    info.mode = mode
-    info.type = tarfile.DIRTYPE if size is None else tarfile.REGTYPE
-    info.size = size or 0
-    return info
-
-
-def _merge_layer(state: _Merge, number: int, layer: Opener, count: Callable[[int], None]) -> None:
-    """Show what no layer above hides. What this layer removes counts for those below it alone."""
-    closed: set[str] = set()
-    mine: set[str] = set()
-    for info, content in _entries(layer, count):
-        folder, _, last = info.name.rpartition("/")
-        if last == OPAQUE:
-            closed.add(folder)
-        elif last.startswith(WHITEOUT):
-            closed.add(posixpath.join(folder, last[len(WHITEOUT) :]))
-        elif info.name and not _is_device(info):
-            if not info.isdir():  # it hides what is below its name, and is hidden itself, perhaps
-                closed.add(info.name)
-            if state.hidden(info.name):
-                continue
-            if info.islnk() and info.linkname not in mine:
-                state.orphans.setdefault((number, info.linkname), []).append(info)
-                state.shown.add(info.name)
-            else:
-                state.add(info, content)
-                mine.add(info.name)
-    state.closed |= closed
-
-
-def _entries(layer: Opener, count: Callable[[int], None]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """The entries of a layer, by names without ``./`` and ``/`` before them."""
-    with (
-        layer() as handle,
-        decompressed(_Counted(handle, count)) as plain,  # type: ignore[arg-type]
-        tarfile.open(fileobj=plain, mode="r|") as tar,
-    ):
-        for info in tar:
-            content = tar.extractfile(info) if info.isreg() else None
-            if info.issparse():  # read whole, it is written as any other
-                info.type, info.sparse = tarfile.REGTYPE, None
-                info.pax_headers = {
-                    key: value for key, value in info.pax_headers.items() if not key.startswith("GNU.sparse")
-                }
-            info.name = _plain(info.name)
-            if info.islnk():
-                info.linkname = _plain(info.linkname)
-            yield info, content
-
-
-def _plain(name: str) -> str:
-    """A name below the root, whatever the archive's own way to write it. Raises NotAnImage for one that leads out."""
-    found = posixpath.normpath("/" + name).lstrip("/")
-    if ".." in name.split("/"):
-        raise NotAnImage(f"a layer holds the name {name!r}, which leads out of the image")
-    return found
-
-
-def _is_device(info: tarfile.TarInfo) -> bool:
-    return info.ischr() or info.isblk() or info.name.startswith("dev/")
-
-
-def _find_orphans(state: _Merge, image: Layered) -> None:
-    """Give hard links whose file is hidden by a layer above the content of that file; the first becomes the file."""
-    for number in range(len(image.layers) - 1, -1, -1):
-        waiting = {name: links for (layer, name), links in state.orphans.items() if layer >= number and links}
-        if not waiting:
-            continue
-        for info, content in _entries(image.layers[number], lambda _: None):
-            for key in (
-                [key for key in state.orphans if key[1] == info.name and key[0] >= number]
-                if info.name in waiting and info.isreg()
-                else []
-            ):
-                first, *others = state.orphans.pop(key)
-                info.name = first.name
-                state.add(info, content)
-                for link in others:
-                    link.linkname = first.name
-                    state.add(link, None)
-    if state.orphans:
-        (_, name), links = next(iter(state.orphans.items()))
-        raise NotAnImage(f"a layer links {links[0].name} to {name}, which is in no layer")
-
-
-class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, handle: IO[bytes], count: Callable[[int], None]):
-        self.handle = handle
-        self.count = count
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.handle.read(len(buffer))
-        buffer[: len(data)] = data
-        self.count(len(data))
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.handle.read(size)
-        self.count(len(data))
-        return data
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        return self.handle.seek(place, whence)
-
-
-# --- what a runtime finds in files ----------------------------------------------------------------------
+    working_directory = _normal_name(str(settings.get("WorkingDir") or ""))
+    for name, mode in {**MOUNT_FOLDERS, working_directory: 0o755}.items():
+        if name and not os.path.lexists(rootfs / name):
+            _make_folder(_resolve_inside(rootfs, name))
+            (rootfs / name).chmod(mode)
+    for name in MOUNT_FILES:
+        if not os.path.lexists(rootfs / name):
+            (rootfs / name).touch()
+            (rootfs / name).chmod(0o644)
 
 
 def runtime_files(settings: Mapping[str, Any]) -> dict[str, tuple[bytes, int]]:
-    """The image's environment, entrypoint and working directory, where enroot and Charliecloud look for them."""
+    """Return content and mode of the files in which enroot and Charliecloud look for an image's settings."""
     variables = [str(line) for line in settings.get("Env") or [] if "\n" not in str(line)]
     environment = "".join(f"{line}\n" for line in variables).encode()
     return {
@@ -499,7 +416,7 @@ def runtime_files(settings: Mapping[str, Any]) -> dict[str, tuple[bytes, int]]:
 
 
 def _start_script(settings: Mapping[str, Any]) -> str:
-    """What enroot runs with the command as its arguments: a change of folder, then the entrypoint."""
+    """Return the script that enroot runs with the command as its arguments: change the folder, then run the entrypoint."""
     folder = shlex.quote(str(settings.get("WorkingDir") or "/"))
     entrypoint = shlex.join(map(str, settings.get("Entrypoint") or []))
     default = shlex.join(map(str, settings.get("Cmd") or [])) or ("" if entrypoint else "/bin/sh")

@@ -1,8 +1,9 @@
-"""What a registry says of an image without fetching it: its digest, and the bytes of its layers.
+"""Ask a registry about an image without fetching it: its digest, the size of its layers, its architectures.
 
-The tools that fetch images say neither before they begin (skopeo does), so the question is asked here, one way for all:
-https://github.com/opencontainers/distribution-spec (pulling manifests) and https://distribution.github.io/distribution/spec/auth/token.
-A tool may still get what this does not: it knows mirrors, certificates and helpers for passwords that are not looked for here.
+The tools that fetch images report none of these before they begin (only skopeo can), so all of them are served here in one way:
+https://github.com/opencontainers/distribution-spec (pulling manifests) and
+https://distribution.github.io/distribution/spec/auth/token. A tool may still succeed where this fails, because it knows mirrors,
+certificates and password helpers that are not consulted here.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ from typing import Any, Protocol
 from amlaunch.containers.images import credentials
 from amlaunch.containers.images.reference import DOCKER_HUB, Reference
 
-HOST_OF_HUB = "registry-1.docker.io"
-SECONDS = 15.0
+DOCKER_HUB_HOST = "registry-1.docker.io"
+TIMEOUT_SECONDS = 15.0
 """For a connection, and between two pieces of an answer."""
-MOST = 16 << 20
-"""Bytes of a manifest; the specification allows 4 MiB at least."""
-LARGEST = 1 << 50
-"""Bytes of layers; what says more is no image."""
-MANY = 1000
-"""Of an index no more is looked at."""
-KINDS = ", ".join(
+MAX_ANSWER_BYTES = 16 << 20
+"""Longest manifest that is read; the specification asks for at least 4 MiB."""
+MAX_IMAGE_BYTES = 1 << 50
+"""Largest plausible size of all layers."""
+MAX_INDEX_ENTRIES = 1000
+MEDIA_TYPES = ", ".join(
     (
         "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
         "application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json",
@@ -41,300 +41,313 @@ KINDS = ", ".join(
 )  # fmt: skip
 
 
-class Unanswered(Exception):
-    """A registry that did not say; the message is why."""
+class RegistryError(Exception):
+    """A registry did not give the answer that was asked for; the message says why."""
 
-    def __init__(self, why: str, status: int = 0, said: str = "", challenge: str = ""):
-        super().__init__(why)
-        self.said = said
-        """The answer in short: ``404 Not Found``."""
+    def __init__(self, message: str, status: int = 0, summary: str = "", challenge: str = ""):
+        super().__init__(message)
         self.status = status
-        """The number of its answer about the image: 404 where it let us in and has none, 401 or 403 where it did not; 0: there was no such answer."""
+        """HTTP status about the image itself: 404 from a registry that let us in, 401 or 403 from one that did not.
+
+        0 if there was no such answer.
+        """
+        self.summary = summary
+        """The answer in short, such as ``404 Not Found``."""
         self.challenge = challenge
+        """The registry's WWW-Authenticate header."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """An image for one architecture, as a registry has it."""
+class ImageManifest:
+    """An image for one architecture, as its registry describes it."""
 
     digest: str
     size: int
-    """Bytes of all layers, as they are fetched: compressed."""
+    """Bytes of all layers as they are fetched, compressed."""
     architectures: tuple[str, ...]
-    """All that the registry has it for; empty: it does not say."""
+    """All architectures that the registry has; empty if it does not say."""
     config: str = ""
-    """The digest of its configuration, which says more."""
+    """Digest of the image's configuration."""
 
 
-class Memory(Protocol):
-    """What was said before of an image's digest, which stands for the same for ever."""
+class ManifestCache(Protocol):
+    """Manifests by their digests, whose meaning never changes."""
 
-    def find(self, digest: str) -> Manifest | None:
-        """None: nothing is known."""
+    def get(self, digest: str) -> ImageManifest | None:
+        """Return the manifest of a digest; None if it is not cached."""
 
-    def keep(self, digest: str, found: Manifest) -> None:
-        """For the next time."""
+    def put(self, digest: str, manifest: ImageManifest) -> None:
+        """Keep a manifest."""
 
 
-def look(
+def fetch_manifest(
     image: Reference,
     architecture: str,
     environ: Mapping[str, str],
     *,
     insecure: bool = False,
-    seconds: float = SECONDS,
-    memory: Memory | None = None,
-) -> Manifest:
-    """Ask an image's registry about it for an architecture, or, where it has none for that one, for the first that it has.
+    seconds: float = TIMEOUT_SECONDS,
+    cache: ManifestCache | None = None,
+) -> ImageManifest:
+    """Ask an image's registry about the image for an architecture, or for the first one that it has.
 
-    ``insecure``: without certificates, or without TLS, where it has none. With a ``memory`` its digest is asked for first, which Docker
-    Hub does not count as a pull, and what is known of that digest is not asked again. Raises Unanswered.
+    ``insecure``: accept bad certificates, and plain HTTP if the registry has no TLS. With a ``cache`` the digest is asked for first,
+    which Docker Hub does not count as a pull, and a cached manifest is not fetched again. Raises RegistryError.
     """
-    with _odd(image.registry):
+    with _malformed_answers_reported(image.registry):
         session = _Session(image, environ, insecure, seconds)
         version = image.digest or image.tag
-        digest = (image.digest or session.digest(version)) if memory else ""
-        known = memory.find(digest) if memory and digest else None
-        if known:
-            return known
-        found = read(session.manifest(version), architecture, session.part, image.registry)
-        found = found if found.architectures else replace(found, architectures=_of_config(session, found.config))
-        if memory and digest:
-            memory.keep(digest, found)
-        return found
+        digest = (image.digest or session.digest(version)) if cache else ""
+        cached = cache.get(digest) if cache and digest else None
+        if cached:
+            return cached
+
+        manifest = parse_manifest(session.manifest(version), architecture, session.manifest_in_index, image.registry)
+        if not manifest.architectures:
+            manifest = replace(manifest, architectures=_config_architectures(session, manifest.config))
+        if cache and digest:
+            cache.put(digest, manifest)
+        return manifest
 
 
-def read(raw: bytes, architecture: str, fetch: Callable[[str], bytes], who: str) -> Manifest:
-    """What a manifest says, or an index: of the architecture, or, where it has none for that one, of the first that it has.
+def parse_manifest(raw: bytes, architecture: str, fetch: Callable[[str], bytes], registry: str) -> ImageManifest:
+    """Read a manifest, or an index: its entry for an architecture, or else its first.
 
-    ``fetch`` brings the manifest of a digest. ``who`` answers. Raises Unanswered, and what ``fetch`` does.
+    ``fetch`` returns the manifest of a digest. Raises RegistryError, and what ``fetch`` raises.
     """
-    with _odd(who):
-        found, digest = _object(raw), f"sha256:{hashlib.sha256(raw).hexdigest()}"
-        named: tuple[str, ...] = ()
-        if "manifests" in found:
-            listed = found["manifests"][:MANY]
+    with _malformed_answers_reported(registry):
+        manifest, digest = _parse_object(raw), f"sha256:{hashlib.sha256(raw).hexdigest()}"
+        architectures: tuple[str, ...] = ()
+        if "manifests" in manifest:
+            listed = manifest["manifests"][:MAX_INDEX_ENTRIES]
             entries = {name: entry for entry in reversed(listed) if (name := _architecture(entry.get("platform")))}
-            # One without a word about it is for any, and the index then does not say for which.
-            plain = next((entry for entry in listed if not entry.get("platform")), None)
-            digest = _digest((entries.get(architecture) or plain or listed[0])["digest"])
-            named = () if plain else tuple(reversed(entries))
-            found = _object(fetch(digest))
-        config = found.get("config") or {}
-        return Manifest(digest, _size(found["layers"]), named, _digest(config["digest"]) if config else "")
+            # An entry without a platform serves all architectures, so the index then does not list them.
+            universal = next((entry for entry in listed if not entry.get("platform")), None)
+            digest = _check_digest((entries.get(architecture) or universal or listed[0])["digest"])
+            architectures = () if universal else tuple(reversed(entries))
+            manifest = _parse_object(fetch(digest))
+        config = manifest.get("config") or {}
+        config_digest = _check_digest(config["digest"]) if config else ""
+        return ImageManifest(digest, _total_size(manifest["layers"]), architectures, config_digest)
 
 
 @contextmanager
-def _odd(who: str) -> Iterator[None]:
-    """Whatever else than a manifest came, nested a thousand times or without an end, is no answer."""
+def _malformed_answers_reported(registry: str) -> Iterator[None]:
+    """Turn whatever reading a malformed manifest raises into RegistryError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise Unanswered(f"{who} answers with a manifest of a kind that is not known here") from None
+        raise RegistryError(f"{registry} answers with an unknown kind of manifest") from None
 
 
-def _size(listed: Sequence[Any]) -> int:
-    size = sum(int(layer["size"]) for layer in listed)
-    if not 0 <= size <= LARGEST:
-        raise ValueError(listed)
+def _total_size(layers: Sequence[Any]) -> int:
+    size = sum(int(layer["size"]) for layer in layers)
+    if not 0 <= size <= MAX_IMAGE_BYTES:
+        raise ValueError(layers)
     return size
 
 
-def _digest(text: Any) -> str:
-    """One that an address and a command can have in them. Raises ValueError."""
+def _check_digest(text: Any) -> str:
+    """Return a digest that is safe in a URL and in a command. Raises ValueError and TypeError."""
     if not re.fullmatch(r"[A-Za-z0-9+._-]+:[A-Za-z0-9=_-]{1,256}", text):
         raise ValueError(text)
     return str(text)
 
 
 def _architecture(platform: Any) -> str:
-    """Empty for what is no image: indexes list attestations for an unknown one."""
+    """Return the architecture of a platform; empty for "unknown", under which indexes list attestations."""
     name = str((platform or {}).get("architecture") or "")
     return "" if name == "unknown" or not re.fullmatch(r"\w{1,32}", name) else name
 
 
-def _of_config(session: _Session, digest: str) -> tuple[str, ...]:
-    """A manifest alone does not say for which architecture it is; the configuration that it names does."""
+def _config_architectures(session: _Session, digest: str) -> tuple[str, ...]:
+    """Return the architecture of an image's configuration; a manifest alone does not contain it."""
     try:
-        with _odd(session.image.registry):
-            name = _architecture(_object(session.blob(digest))) if digest else ""
-    except Unanswered:
+        with _malformed_answers_reported(session.image.registry):
+            name = _architecture(_parse_object(session.blob(digest))) if digest else ""
+    except RegistryError:
         return ()
     return (name,) if name else ()
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    """Raises ValueError, and RecursionError."""
-    found = json.loads(raw)
-    if not isinstance(found, dict):
-        raise ValueError(found)
-    return found
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises ValueError and RecursionError."""
+    value = json.loads(raw)
+    if not isinstance(value, dict):
+        raise ValueError(value)
+    return value
 
 
 class _Session:
-    """One registry, and its permission once it was given."""
+    """A series of requests to one registry about one image."""
 
     def __init__(self, image: Reference, environ: Mapping[str, str], insecure: bool, seconds: float):
         self.image, self.environ, self.insecure, self.seconds = image, environ, insecure, seconds
-        self.host = HOST_OF_HUB if image.registry == DOCKER_HUB else image.registry
+        self.registry = image.registry
+        self.host = DOCKER_HUB_HOST if image.registry == DOCKER_HUB else image.registry
         self.schemes = ["https", "http"] if insecure else ["https"]
-        self.permission = ""
+        self.authorization = ""
         context = ssl.create_default_context()
         if insecure:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self.opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
 
     def digest(self, version: str) -> str:
-        """Of the manifest or index under a tag; empty where the registry does not say, or not in this way."""
-        with suppress(Unanswered, ValueError, TypeError):
-            return _digest(self._ask(f"manifests/{version}", "HEAD")[1])
+        """Return the digest of the manifest or index under a tag; empty if the registry does not say."""
+        with suppress(RegistryError, ValueError, TypeError):
+            return _check_digest(self._request(f"manifests/{version}", "HEAD")[1])
         return ""
 
     def manifest(self, version: str) -> bytes:
-        """The manifest or index under a tag or a digest, byte for byte. Raises Unanswered."""
+        """Return the manifest or index under a tag or a digest, byte for byte. Raises RegistryError."""
         try:
-            return self._ask(f"manifests/{version}")[0]
-        except Unanswered as error:
-            if error.status == 404 and self.permission and not self._login() and self._may_be_known():
-                raise Unanswered(
-                    f"{self.image.registry} has no such image for everybody ({error.said}), and a password that a program keeps is not asked for",
+            return self._request(f"manifests/{version}")[0]
+        except RegistryError as error:
+            is_anonymous = bool(self.authorization) and not self._login()
+            if error.status == 404 and is_anonymous and self._runtime_may_log_in():
+                raise RegistryError(
+                    f"{self.registry} has no such public image ({error.summary}); "
+                    "passwords behind a credential helper are not tried here",
                     0,
-                    error.said,
+                    error.summary,
                 ) from None
             raise
 
-    def part(self, digest: str) -> bytes:
-        """The manifest that an index names. That one is missing says nothing of the image's name. Raises Unanswered."""
+    def manifest_in_index(self, digest: str) -> bytes:
+        """Return a manifest that an index lists. If it is missing, that says nothing about the image's name.
+
+        Raises RegistryError.
+        """
         try:
-            return self._ask(f"manifests/{digest}")[0]
-        except Unanswered as error:
-            raise Unanswered(
-                f"{self.image.registry} does not say what its index names ({error.said})", 0, error.said
+            return self._request(f"manifests/{digest}")[0]
+        except RegistryError as error:
+            raise RegistryError(
+                f"{self.registry} does not return a manifest that its index lists ({error.summary})", 0, error.summary
             ) from None
 
     def blob(self, digest: str) -> bytes:
-        """What a manifest names; the beginning of it, where it is long. Raises Unanswered."""
-        return self._ask(f"blobs/{digest}")[0]
+        """Return a blob, cut off at MAX_ANSWER_BYTES. Raises RegistryError."""
+        return self._request(f"blobs/{digest}")[0]
 
-    def _ask(self, what: str, method: str = "GET") -> tuple[bytes, str | None]:
-        """The answer, and the digest that is said of it."""
+    def _request(self, resource: str, method: str = "GET") -> tuple[bytes, str | None]:
+        """Return the content of a resource and its digest header; authenticate if the registry asks for it."""
         try:
-            return self._get(self._address(what), self.permission, method)
-        except Unanswered as error:
+            return self._send(self._url(resource), self.authorization, method)
+        except RegistryError as error:
             if error.status == 0 and len(self.schemes) > 1:
                 self.schemes = self.schemes[1:]
-                return self._ask(what, method)
-            if error.status not in (401, 404) or self.permission:
+                return self._request(resource, method)
+            if error.status not in (401, 404) or self.authorization:
                 raise
-            refusal = error if error.status == 401 else self._door()
+            refusal = error if error.status == 401 else self._probe_authentication()
             if refusal is None:
                 raise
-        self.permission = self._ask_permission(refusal)
-        return self._get(self._address(what), self.permission, method)
+        self.authorization = self._authenticate(refusal)
+        return self._send(self._url(resource), self.authorization, method)
 
-    def _address(self, what: str) -> str:
-        return f"{self.schemes[0]}://{self.host}/v2/{self.image.repository}/{what}"
+    def _url(self, resource: str) -> str:
+        return f"{self.schemes[0]}://{self.host}/v2/{self.image.repository}/{resource}"
 
-    def _door(self) -> Unanswered | None:
-        """How the registry wants to be asked, where it says 404 to strangers; None: it wants nothing. Raises Unanswered for what is no registry."""
+    def _probe_authentication(self) -> RegistryError | None:
+        """Return the challenge of a registry that answers 404 to strangers; None if it has none.
+
+        Raises RegistryError if the host is not a registry.
+        """
         try:
-            self._get(f"{self.schemes[0]}://{self.host}/v2/", "")
-        except Unanswered as error:
+            self._send(f"{self.schemes[0]}://{self.host}/v2/", "")
+        except RegistryError as error:
             if error.status == 401:
                 return error
-            raise Unanswered(
-                f"{self.image.registry} does not answer as a registry does ({error.said})", 0, error.said
+            raise RegistryError(
+                f"{self.registry} does not answer like a registry ({error.summary})", 0, error.summary
             ) from None
         return None
 
     @property
     def _name(self) -> str:
-        return f"{self.image.registry}/{self.image.repository}"
+        return f"{self.registry}/{self.image.repository}"
 
     def _login(self) -> tuple[str, str] | None:
-        return credentials.login(self._name, self.environ, self.image.user)
+        return credentials.find_login(self._name, self.environ, self.image.user)
 
-    def _may_be_known(self) -> bool:
-        """Whether the runtimes may come with a name that we do not have."""
-        return bool(self.image.user) or credentials.kept_elsewhere(self._name, self.environ)
+    def _runtime_may_log_in(self) -> bool:
+        """Return True if a runtime may have credentials that are not available here."""
+        return bool(self.image.user) or credentials.needs_helper(self._name, self.environ)
 
-    def _ask_permission(self, refusal: Unanswered) -> str:
-        """A token of the service that the registry names, for the user whose credentials lie here, else for anybody."""
+    def _authenticate(self, refusal: RegistryError) -> str:
+        """Return an Authorization header from the registry's token service: for the user's credentials, else anonymous."""
         kind, _, rest = refusal.challenge.partition(" ")
         login = self._login()
         basic = f"Basic {base64.b64encode(':'.join(login).encode()).decode()}" if login else ""
         if kind.lower() == "basic" and basic:
             return basic
-        said = _fields(rest)
-        realm = said.get("realm", "")
+
+        fields = _challenge_fields(rest)
+        realm = fields.get("realm", "")
         if kind.lower() != "bearer" or not realm.startswith(tuple(f"{scheme}://" for scheme in self.schemes)):
             raise refusal
-        query = urllib.parse.urlencode([(key, value) for key, value in said.items() if key in ("service", "scope")])
-        token = self._token(realm, f"{realm}{'&' if '?' in realm else '?'}{query}", basic)
-        return f"Bearer {token}"
+        query = urllib.parse.urlencode([(key, fields[key]) for key in ("service", "scope") if key in fields])
+        separator = "&" if "?" in realm else "?"
+        return f"Bearer {self._fetch_token(realm, f'{realm}{separator}{query}', basic)}"
 
-    def _token(self, realm: str, url: str, basic: str) -> str:
-        """What that service answers is no word of the image, but that it does not know us."""
+    def _fetch_token(self, realm: str, url: str, basic: str) -> str:
+        """Fetch a token. A refusal concerns the credentials, and any other failure says nothing about the image."""
         try:
-            raw, _ = self._get(url, basic)
-        except Unanswered as error:
+            raw, _ = self._send(url, basic)
+        except RegistryError as error:
             if error.status in (401, 403):
                 raise
-            raise Unanswered(
-                f"{self.image.registry} gives permission at {realm[:200]!r}, and no token came from there ({error.said})",
-                0,
-                error.said,
+            raise RegistryError(
+                f"{self.registry}: no token from its token service {realm[:200]!r} ({error.summary})", 0, error.summary
             ) from None
         with suppress(ValueError, RecursionError):
-            found = _object(raw)
-            token = found.get("token") or found.get("access_token")
+            answer = _parse_object(raw)
+            token = answer.get("token") or answer.get("access_token")
             if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
                 return token
-        raise Unanswered(
-            f"{self.image.registry} gives permission at {realm[:200]!r}, and no token came from there"
-        ) from None
+        raise RegistryError(f"{self.registry}: no token from its token service {realm[:200]!r}") from None
 
-    def _get(self, url: str, permission: str, method: str = "GET") -> tuple[bytes, str | None]:
+    def _send(self, url: str, authorization: str, method: str = "GET") -> tuple[bytes, str | None]:
+        """Send one request. Raises RegistryError."""
         try:
-            request = urllib.request.Request(url, method=method, headers={"Accept": f"{KINDS}, application/json"})
-            if permission:
-                request.add_unredirected_header("Authorization", permission)  # it is for this host alone
+            accept = f"{MEDIA_TYPES}, application/json"
+            request = urllib.request.Request(url, method=method, headers={"Accept": accept})
+            if authorization:
+                # Unredirected: it is for this host only.
+                request.add_unredirected_header("Authorization", authorization)
             with self.opener.open(request, timeout=self.seconds) as answer:
-                return bytes(answer.read(MOST)) if method == "GET" else b"", answer.headers.get("Docker-Content-Digest")
+                content = bytes(answer.read(MAX_ANSWER_BYTES)) if method == "GET" else b""
+                return content, answer.headers.get("Docker-Content-Digest")
         except urllib.error.HTTPError as error:
             with error:
-                said = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
-                words = {401: "wants credentials", 403: "wants credentials", 404: "has no such image"}.get(
-                    error.code, "does not say"
-                )
-                own = (
-                    error.geturl() == url
-                )  # what another host says, to which we were sent on, is not the registry's word
-                raise Unanswered(
-                    f"{self.image.registry} {words if own else 'does not say'} ({said})",
-                    error.code if own else 0,
-                    said,
-                    _challenge(error),
-                ) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            # What cannot be read may be a proxy's address, with a password in it: it is not quoted.
-            said = (
-                str(getattr(error, "reason", None) or error)[:200]
-                if isinstance(error, OSError)
-                else type(error).__name__
-            )
-            raise Unanswered(f"{self.image.registry} cannot be asked ({said})", 0, said) from None
+                raise self._http_failure(error, url) from None
+        except OSError as error:
+            reason = str(getattr(error, "reason", None) or error)[:200]
+            raise RegistryError(f"{self.registry} cannot be reached ({reason})", 0, reason) from None
+        except (http.client.HTTPException, ValueError) as error:
+            # Its text may be a proxy's address with a password, so only its type is quoted.
+            reason = type(error).__name__
+            raise RegistryError(f"{self.registry} cannot be reached ({reason})", 0, reason) from None
+
+    def _http_failure(self, error: urllib.error.HTTPError, url: str) -> RegistryError:
+        summary = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
+        # An answer from another host, after a redirect, is not the registry's.
+        if error.geturl() != url:
+            return RegistryError(f"{self.registry} redirects to a host that fails ({summary})", 0, summary)
+        problems = {401: "requires a login", 403: "requires a login", 404: "has no such image"}
+        problem = problems.get(error.code, "gives no answer")
+        return RegistryError(f"{self.registry} {problem} ({summary})", error.code, summary, _challenge(error))
 
 
 def _challenge(error: urllib.error.HTTPError) -> str:
-    """How a registry wants to be asked; of several ways the token."""
-    found = error.headers.get_all("WWW-Authenticate") or [""]
-    return next((one for one in found if one.lower().startswith("bearer")), found[0])
+    """Return the WWW-Authenticate header; a bearer challenge if there are several."""
+    challenges = error.headers.get_all("WWW-Authenticate") or [""]
+    return next((text for text in challenges if text.lower().startswith("bearer")), challenges[0])
 
 
-def _fields(text: str) -> dict[str, str]:
-    """``key="value"`` with commas between; empty where it is not written so."""
+def _challenge_fields(text: str) -> dict[str, str]:
+    """Parse ``key="value"`` pairs separated by commas; empty if they are malformed."""
     try:
-        return urllib.request.parse_keqv_list([one for one in urllib.request.parse_http_list(text) if "=" in one])
+        return urllib.request.parse_keqv_list([item for item in urllib.request.parse_http_list(text) if "=" in item])
     except (IndexError, ValueError):
         return {}

@@ -1,4 +1,4 @@
-"""Apptainer, and Singularity, which it was called before: ``exec`` by each task, as an ordinary user.
+"""Apptainer, formerly Singularity: each task runs ``exec`` as an ordinary user.
 
 https://apptainer.org/docs/user/main: cli/apptainer_exec, environment_and_metadata, gpu.
 """
@@ -10,50 +10,64 @@ from dataclasses import replace
 from functools import partial
 
 from amlaunch.containers.images.reference import Reference, for_apptainer
-from amlaunch.containers.runtimes.environment import carried, with_env
-from amlaunch.containers.runtimes.launch import CannotLaunch, Image, Launch, check_mounts, own_settings, root_of
+from amlaunch.containers.runtimes.environment import prefixed, with_restored_names
+from amlaunch.containers.runtimes.launch import (
+    CannotLaunch,
+    ContainerSpec,
+    Launch,
+    check_mounts,
+    image_variables,
+    root_of,
+)
 
 KINDS = ("registry", "sif", "sqsh", "archive", "folder")
-HAND_ON = 'prefix=$1 names=$2; shift 2; for name in $names; do eval "[ -z \\"\\${$name+x}\\" ] || export $prefix$name=\\"\\$$name\\""; done; exec "$@"'
-"""Variables that each task has of its own, under the names by which apptainer takes them inside; one that is not set stays so."""
+PASS_ON = (
+    'prefix=$1 names=$2; shift 2; for name in $names; do eval "[ -z \\"\\${$name+x}\\" ] || '
+    'export $prefix$name=\\"\\$$name\\""; done; exec "$@"'
+)
+"""Shell that exports each task's own variables under the names by which apptainer takes them inside; unset ones stay unset."""
 
 
-def launch(image: Image, command: Sequence[str], program: str = "apptainer") -> Launch:
-    """A process of the user's own, which passes signals on; exit codes are the command's. Raises CannotLaunch."""
-    if image.of.kind not in KINDS:
-        raise CannotLaunch(f"{program} cannot start {image.of.name}")
-    check_mounts(image, ":,", program)
+def launch(spec: ContainerSpec, command: Sequence[str], program: str = "apptainer") -> Launch:
+    """Return a launch whose process passes signals on and ends with the command's exit code. Raises CannotLaunch."""
+    if spec.image.kind not in KINDS:
+        raise CannotLaunch(f"{program} cannot start {spec.image.name}")
+    check_mounts(spec, ":,", program)
     prefix = f"{program.upper()}ENV_"
-    # --cleanenv: of the host's environment nothing enters but terminal, proxies and what has the prefix
-    argv = ["sh", "-c", HAND_ON, "sh", prefix, " ".join(image.passed), program, "run" if image.entrypoint else "exec"]
-    argv += ["--cleanenv", "--no-home", "--writable-tmpfs", *(["--nv"] if image.gpus else [])]
-    for mount in image.mounts:
+
+    # With --cleanenv only the terminal's variables, proxies and prefixed names enter from the host.
+    argv = ["sh", "-c", PASS_ON, "sh", prefix, " ".join(spec.passed), program, "run" if spec.entrypoint else "exec"]
+    argv += ["--cleanenv", "--no-home", "--writable-tmpfs", *(["--nv"] if spec.gpus else [])]
+    for mount in spec.mounts:
         argv += ["--bind", f"{mount.source}:{mount.target}:{'ro' if mount.read_only else 'rw'}"]
-    argv += ["--pwd", image.workdir] if image.workdir else []
-    argv += [*image.options, _spelled(image.of)]
-    # Of a plain file system it knows no variables that the image's makers set.
-    own = {name: value for name, value in own_settings(image.of).items() if name not in image.passed}
-    image = replace(image, env={**own, **image.env})
-    # Over the image's own: APPTAINERENV_NAME. In the environment, where nobody reads it, not in the argv.
-    env = {f"{prefix}{name}": value for name, value in carried(image.env).items()}
-    # Values stand as they are: a $(…) in one is not for a shell. Some Slurms signal all processes of a step, squashfuse_ll with them.
+    argv += ["--pwd", spec.workdir] if spec.workdir else []
+    argv += [*spec.options, _source(spec.image)]
+
+    # From a plain file system apptainer reads no variables that the image sets.
+    own = {name: value for name, value in image_variables(spec.image).items() if name not in spec.passed}
+    spec = replace(spec, env={**own, **spec.env})
+
+    # APPTAINERENV_NAME overrides the image's variables. It goes into the environment, because others can read an argv.
+    env = {f"{prefix}{name}": value for name, value in prefixed(spec.env).items()}
     return Launch(
-        (*argv, *with_env(image.env, command)),
+        (*argv, *with_restored_names(spec.env, command)),
+        # NO_EVAL: a $(…) in a value is not for a shell.
         {**env, f"{program.upper()}_NO_EVAL": "1"},
-        prepare=_prepare(image.of, program),
-        deaf=image.on_slurm,
+        prepare=_prepare(spec.image, program),
+        # Some Slurms signal all processes of a step, squashfuse_ll included.
+        ignores_signals=spec.on_slurm,
     )
 
 
-def _spelled(reference: Reference) -> str:
+def _source(reference: Reference) -> str:
     return str(root_of(reference.file)) if reference.kind == "folder" else for_apptainer(reference)
 
 
 def _prepare(reference: Reference, program: str) -> tuple[tuple[str, ...], ...]:
-    """Fetched and converted once a node, into the runtime's own cache; eight tasks at once would do it eight times."""
+    """Return the command that fetches and converts once per node into apptainer's cache; eight tasks would do it eight times."""
     if reference.kind not in ("registry", "archive"):
         return ()
-    return ((program, "exec", _spelled(reference), "true"),)
+    return ((program, "exec", _source(reference), "true"),)
 
 
 singularity = partial(launch, program="singularity")

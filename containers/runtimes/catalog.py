@@ -1,4 +1,4 @@
-"""In which image a stage's command runs: one module a runtime, each turning image, mounts, variables and command into an argv."""
+"""All container runtimes, one module each, and the choice between them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Callable, Sequence
 
 from amlaunch.containers.images.reference import BadReference, Reference, parse
 from amlaunch.containers.runtimes import apptainer, charliecloud, docker, enroot, none, podman, pyxis, slurm_oci
-from amlaunch.containers.runtimes.launch import BadMount, CannotLaunch, Image, Launch, Mount, make_mount, parse_mount
+from amlaunch.containers.runtimes.launch import (
+    BadMount,
+    CannotLaunch,
+    ContainerSpec,
+    Launch,
+    Mount,
+    make_mount,
+    parse_mount,
+)
 
 __all__ = [
     "RUNTIMES",
     "BadMount",
     "BadReference",
     "CannotLaunch",
-    "Image",
+    "ContainerSpec",
     "Launch",
     "Mount",
     "Reference",
@@ -25,7 +33,7 @@ __all__ = [
     "parse_mount",
 ]
 
-RUNTIMES: dict[str, Callable[[Image, Sequence[str]], Launch]] = {
+RUNTIMES: dict[str, Callable[[ContainerSpec, Sequence[str]], Launch]] = {
     "none": none.launch,
     "pyxis": pyxis.launch,
     "enroot": enroot.launch,
@@ -36,7 +44,6 @@ RUNTIMES: dict[str, Callable[[Image, Sequence[str]], Launch]] = {
     "charliecloud": charliecloud.launch,
     "slurm": slurm_oci.launch,
 }
-"""One module a runtime."""
 KINDS: dict[str, tuple[str, ...]] = {
     "pyxis": pyxis.KINDS,
     "enroot": enroot.KINDS,
@@ -47,14 +54,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "charliecloud": charliecloud.KINDS,
     "slurm": slurm_oci.KINDS,
 }
-"""The kinds of images that each can start."""
+"""The kinds of images that each runtime can start, in order of preference."""
 PROGRAMS = {name: name for name in KINDS} | {"charliecloud": "ch-run", "pyxis": "srun", "slurm": "srun"}
-"""What each runtime's command is called."""
-DAEMONS = ("docker", "podman")
-"""Runtimes whose containers are no children of who starts them: they live as long as the input that they were given."""
-OF_SRUN = ("pyxis", "slurm")
-"""Runtimes that are flags of srun, and so start nothing but steps of a job."""
-WORDS = {
+"""Each runtime's command."""
+DAEMON_RUNTIMES = ("docker", "podman")
+"""Runtimes whose containers are no children of the process that starts them: they end when their standard input closes."""
+SRUN_RUNTIMES = ("pyxis", "slurm")
+"""Runtimes that are flags of srun, and so start only steps of a job."""
+KIND_LABELS = {
     "registry": "images of a registry",
     "sqsh": ".sqsh files",
     "sif": ".sif files",
@@ -63,26 +70,26 @@ WORDS = {
 }
 
 
-def choose(image: Reference, found: Sequence[str]) -> str | None:
-    """The first runtime of ``found`` that can start ``image``; None: none of them."""
-    return next((name for name in KINDS if name in found and image.kind in KINDS[name]), None)
+def choose(image: Reference, available: Sequence[str]) -> str | None:
+    """Return the preferred runtime of ``available`` that can start an image; None if none can."""
+    return next((name for name in KINDS if name in available and image.kind in KINDS[name]), None)
 
 
 def installed() -> list[str]:
-    """The runtimes whose programs are in the search path of this machine, in the order of :data:`KINDS`."""
-    return [name for name in KINDS if name not in OF_SRUN and shutil.which(PROGRAMS[name])]
+    """List the runtimes whose programs are in PATH, except for srun's, in order of preference."""
+    return [name for name in KINDS if name not in SRUN_RUNTIMES and shutil.which(PROGRAMS[name])]
 
 
-def able(image: Reference) -> list[str]:
-    """The runtimes that can start such an image."""
+def runtimes_for(image: Reference) -> list[str]:
+    """List the runtimes that can start an image of this kind."""
     return [name for name, kinds in KINDS.items() if image.kind in kinds]
 
 
-def launch(runtime: str, image: Image, command: Sequence[str]) -> Launch:
-    """What runs ``command`` in ``image`` with ``runtime``.
+def launch(runtime: str, spec: ContainerSpec, command: Sequence[str]) -> Launch:
+    """Return how ``runtime`` runs ``command`` in a container.
 
-    Raises ValueError for a runtime that is not known, CannotLaunch for an image that it cannot start.
+    Raises ValueError for an unknown runtime and CannotLaunch for an image that it cannot start.
     """
     if runtime not in RUNTIMES:
-        raise ValueError(f"unknown container runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime](image, command)
+        raise ValueError(f"unknown container runtime {runtime!r}; known runtimes: {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime](spec, command)

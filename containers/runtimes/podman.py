@@ -1,6 +1,7 @@
-"""Podman, of an ordinary user or of root: no daemon, yet a monitor of its own, which outlives whoever started it.
+"""Podman, as an ordinary user or as root: it has no daemon, but its monitor process outlives whoever started it.
 
-podman-run(1), podman 4.3 and newer; the NVIDIA devices by https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/cdi-support.html.
+podman-run(1), podman 4.3 and newer; NVIDIA's devices follow
+https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/cdi-support.html.
 """
 
 from __future__ import annotations
@@ -9,53 +10,55 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from amlaunch.containers.runtimes.docker import LIMITS, common, prepare, tag_of
-from amlaunch.containers.runtimes.environment import carried, with_env
-from amlaunch.containers.runtimes.launch import CannotLaunch, Image, Launch, root_of, settings_of
+from amlaunch.containers.runtimes.docker import LIMITS, common_options, local_tag, prepare
+from amlaunch.containers.runtimes.environment import prefixed, with_restored_names
+from amlaunch.containers.runtimes.launch import CannotLaunch, ContainerSpec, Launch, bundle_variables, root_of
 
 KINDS = ("registry", "archive", "folder")
-GPUS_OF_STEP = (
-    'devices=; visible=; n=0; for gpu in $(echo "${SLURM_STEP_GPUS:-all}" | tr , " "); do devices="$devices --device nvidia.com/gpu=$gpu"; '
-    'visible="$visible${visible:+,}$n"; n=$((n + 1)); done; [ -z "${SLURM_STEP_GPUS-}" ] || export CUDA_VISIBLE_DEVICES="$visible"; exec podman run $devices "$@"'
+RUN_WITH_STEP_GPUS = (
+    'devices=; visible=; n=0; for gpu in $(echo "${SLURM_STEP_GPUS:-all}" | tr , " "); do '
+    'devices="$devices --device nvidia.com/gpu=$gpu"; '
+    'visible="$visible${visible:+,}$n"; n=$((n + 1)); done; '
+    '[ -z "${SLURM_STEP_GPUS-}" ] || export CUDA_VISIBLE_DEVICES="$visible"; exec podman run $devices "$@"'
 )
-"""The GPUs of the step by their numbers on the node, which the container counts from 0."""
+"""Shell that adds the step's GPUs by their numbers on the node; the container counts them from 0."""
 
 
-def launch(image: Image, command: Sequence[str]) -> Launch:
-    """Raises CannotLaunch."""
-    if image.of.kind not in KINDS:
+def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
+    """Return how ``podman run`` starts the command. Raises CannotLaunch."""
+    image = spec.image
+    if image.kind not in KINDS:
         raise CannotLaunch(
-            f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.of.name}"
+            f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.name}"
         )
-    own = settings_of(image.of.file) if image.of.kind == "folder" else {}
-    image = replace(
-        image, env={**{name: value for name, value in own.items() if name not in image.passed}, **image.env}
-    )
-    argv = ["podman", "run", *common(image, "podman"), *user(), "--pull=never", "--security-opt", "label=disable"]
-    argv += ["--device", "nvidia.com/gpu=all"] if image.gpus and not image.on_slurm else []
-    argv += list(image.options)
-    command, env = with_env(image.env, command), carried(image.env)
-    if image.of.kind == "folder":
-        # It belongs to whoever unpacked it: what has to be made anew in it is made in memory.
+    own = bundle_variables(image.file) if image.kind == "folder" else {}
+    own = {name: value for name, value in own.items() if name not in spec.passed}
+    spec = replace(spec, env={**own, **spec.env})
+
+    argv = ["podman", "run", *common_options(spec, "podman"), *_user_options()]
+    argv += ["--pull=never", "--security-opt", "label=disable"]
+    argv += ["--device", "nvidia.com/gpu=all"] if spec.gpus and not spec.on_slurm else []
+    argv += list(spec.options)
+    command, env = with_restored_names(spec.env, command), prefixed(spec.env)
+    if image.kind == "folder":
+        # The folder belongs to whoever unpacked it, so files that podman must add are made in memory.
         argv += ["--passwd=false", "--tmpfs", "/tmp:rw,mode=1777"]
-        return Launch(_of_job(image, [*argv, "--rootfs", f"{root_of(image.of.file)}:O", *command]), env, stdin=True)
-    return Launch(
-        _of_job(image, [*argv, tag_of(image.of), *command]), env, prepare=prepare("podman", image.of), stdin=True
-    )
+        argv += ["--rootfs", f"{root_of(image.file)}:O", *command]
+        return Launch(_with_step_gpus(spec, argv), env, stdin=True)
+    argv += [local_tag(image), *command]
+    return Launch(_with_step_gpus(spec, argv), env, prepare=prepare("podman", image), stdin=True)
 
 
-def _of_job(image: Image, argv: list[str]) -> tuple[str, ...]:
-    """With the job's GPUs alone: what an ordinary user's podman starts is outside of the job's control group, and could have all of the node's."""
-    return ("sh", "-c", GPUS_OF_STEP, "sh", *argv[2:]) if image.gpus and image.on_slurm else tuple(argv)
+def _with_step_gpus(spec: ContainerSpec, argv: list[str]) -> tuple[str, ...]:
+    """Restrict a container in a job to the job's GPUs: rootless podman runs outside of the job's control group and sees all."""
+    return ("sh", "-c", RUN_WITH_STEP_GPUS, "sh", *argv[2:]) if spec.gpus and spec.on_slurm else tuple(argv)
 
 
-def user() -> list[str]:
-    """An ordinary user stays who they are, with their groups and the limits that they have; root needs nothing said, and may have any.
+def _user_options() -> list[str]:
+    """Return the options that keep an ordinary user's ID, groups and limits; root gets Docker's limits.
 
-    The groups are kept by crun (podman-run(1), --group-add keep-groups), and runc, which cannot, does not mind being told so.
+    crun keeps the groups (podman-run(1), --group-add keep-groups); runc cannot, and ignores the annotation.
     """
-    return (
-        ["--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host"]
-        if os.getuid()
-        else [*LIMITS]
-    )
+    if not os.getuid():
+        return [*LIMITS]
+    return ["--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host"]

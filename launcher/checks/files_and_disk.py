@@ -93,7 +93,7 @@ def check_python(cluster: Cluster) -> list[str]:
     return [f"{where}: {python} does not exist on this machine; jobs fail at once on nodes that lack it too"]
 
 
-def check_needs(loaded: LoadedRecipe) -> None:
+def check_prerequisites(loaded: LoadedRecipe) -> None:
     """Check that image files and the W&B key exist. Raises BadInput with all problems."""
     problems = ErrorCollector()
     problems.add(image_problems(loaded))
@@ -343,10 +343,7 @@ def _problems_of_image(image: str) -> Iterator[str]:
 
         problem = archive_problem(reference.file)
         if problem:
-            yield (
-                f"{image} {problem}; create an image archive with docker save or skopeo copy, "
-                f"or convert a root file system with amlaunch image import {image}"
-            )
+            yield (f"{image} {problem}; create an image archive with docker save or skopeo copy")
 
 
 def uses_wandb(loaded: LoadedRecipe) -> bool:

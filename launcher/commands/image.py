@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch import containers
-from amlaunch.containers.images.image_store import ImageFolder, read_json, short
+from amlaunch.containers.images.image_store import ImageFolder, read_json, short_digest
 from amlaunch.containers.images.reference import BadReference, parse
 from amlaunch.containers.runtimes import catalog
 from amlaunch.launcher.commands._shared import add_json
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.images.builder import base_in, build_image, check_base, write_context
-from amlaunch.launcher.images.importer import Request, import_image
-from amlaunch.launcher.images.tools import ToolFailed, builder, site_format, this_architecture
+from amlaunch.launcher.images.importer import ImportRequest, import_image
+from amlaunch.launcher.images.tools import ToolFailed, choose_builder, site_format, this_architecture
 from amlaunch.launcher.planning.image_folder import image_folder
 from amlaunch.recipes.errors import FAILED, OK, BadInput
 from amlaunch.recipes.files import write_json
@@ -175,7 +175,7 @@ def run_import(options: argparse.Namespace) -> int:
     folder, usual = folder_of(options)
     say = say_for(options)
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    request = Request(
+    request = ImportRequest(
         options.image,
         folder,
         options.format or usual,
@@ -187,7 +187,7 @@ def run_import(options: argparse.Namespace) -> int:
     return make(request, options, say)
 
 
-def make(request: Request, options: argparse.Namespace, say: Say) -> int:
+def make(request: ImportRequest, options: argparse.Namespace, say: Say) -> int:
     """Import, and say where the image is and how to use it."""
     started = time.monotonic()
     try:
@@ -270,7 +270,7 @@ def run_build(options: argparse.Namespace) -> int:
         return OK
     base = base_of(options.base) if options.base else ""
     folder, usual = folder_of(options)
-    tool, say = builder(options.tool), say_for(options)
+    tool, say = choose_builder(options.tool), say_for(options)
     arguments = {
         "VERSION": VERSION,
         **({"BASE": base} if base else {}),
@@ -291,7 +291,9 @@ def run_build(options: argparse.Namespace) -> int:
     work = Path(options.tmp).expanduser().absolute() if options.tmp else None
     origin = f"build on {base}" if base else "build"
     return make(
-        Request(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin), options, say
+        ImportRequest(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin),
+        options,
+        say,
     )
 
 
@@ -314,10 +316,10 @@ def base_of(text: str) -> str:
 def run_list(options: argparse.Namespace) -> int:
     """A row for each image."""
     folder, _ = folder_of(options)
-    rows = [(image, folder.facts(image.path), folder.check(image.path).is_file()) for image in folder.images()]
+    rows = [(image, folder.facts(image.path), folder.check_record(image.path).is_file()) for image in folder.images()]
     if options.json:
         found = [
-            {**dataclasses.asdict(image), "whole": image.whole, "checked": facts.source if checked else None}
+            {**dataclasses.asdict(image), "whole": image.is_complete, "checked": facts.source if checked else None}
             for image, facts, checked in rows
         ]
         print(wording.to_json({"folder": str(folder.root), "images": found}))
@@ -331,12 +333,12 @@ def run_list(options: argparse.Namespace) -> int:
     for image, facts, checked in rows:
         state = (
             (facts.source.removeprefix("checked ") if checked else "no")
-            if image.whole
+            if image.is_complete
             else "its file is not whole: import it again"
         )
         table.add_row(
             Path(image.path).name,
-            short(image.digest),
+            short_digest(image.digest),
             wording.size(image.size),
             image.date.replace("T", " ")[:16],
             image.source,
@@ -352,25 +354,24 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
-    from amlaunch.launcher.commands.doctor import Report
-    from amlaunch.launcher.display.findings import BAD, worst
-    from amlaunch.launcher.images import checker  # with what doctor needs
+    from amlaunch.launcher.display.findings import BAD, FindingsReport, worst
+    from amlaunch.launcher.images import checker, probe_findings
     from amlaunch.launcher.planning.stage_container import last_wins, mapped, site_mounts
     from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:
         raise BadInput(f"--gpus {options.gpus}: write a number from 0 on")
     cluster = find_cluster(options.cluster or "local")
-    site, folder = checker.site_of(cluster), image_folder(options.images, cluster.profile.images)
+    site, folder = checker.container_site(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
     try:
         reference = parse(stored.path if stored else options.image)
         mounts = [*site_mounts(site), *(catalog.parse_mount(text, Path.cwd()) for text in options.mount)]
     except (BadReference, catalog.BadMount) as error:
         raise BadInput(str(error)) from None
-    name, place = reference.name, folder.check(stored.path if stored else options.image)
+    name, place = reference.name, folder.check_record(stored.path if stored else options.image)
     if options.has:
-        write_json(place, checker.said(name, options.has, read_json(place)))
+        write_json(place, checker.vouched_record(name, options.has, read_json(place)))
         print(f"written down in {place}")
         return OK
     reference = mapped(reference, site)
@@ -382,19 +383,23 @@ def run_check(options: argparse.Namespace) -> int:
     say = say_for(options)
     runtime = checker.choose_runtime(reference, options.runtime, cluster)
     start = checker.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
-    seen = checker.record(
+    seen = checker.probe_record(
         name,
         stored.digest if stored else reference.digest,
         runtime,
-        checker.carry_out(start, name, place.parent, meter_for(options.json, say)),
+        checker.run_probe(start, name, place.parent, meter_for(options.json, say)),
     )
-    found = list(checker.findings(options.image, seen, bool(options.gpus)))
+    found = list(probe_findings.findings(options.image, seen, bool(options.gpus)))
     write_json(place, seen)
     verdict = worst(found)
     if options.json:
-        print(wording.to_json({"verdict": verdict, "record": str(place), **seen, "findings": checker.as_json(found)}))
+        print(
+            wording.to_json(
+                {"verdict": verdict, "record": str(place), **seen, "findings": probe_findings.as_json(found)}
+            )
+        )
     else:
-        report = Report(json=False)
+        report = FindingsReport(json_output=False)
         report.begin("image", f"{name}, started by {runtime}")
         report.add(found)
         print(f"written down in {place}")

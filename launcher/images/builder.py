@@ -1,4 +1,4 @@
-"""Build an image with what the site has: ``containers/Dockerfile`` over a base, with our packages in it."""
+"""Build an image with the site's tools: ``containers/Dockerfile`` on a base image, with amlaunch and its packages."""
 
 from __future__ import annotations
 
@@ -12,71 +12,75 @@ from pathlib import Path
 from amlaunch.containers import disk_space
 from amlaunch.containers.images import credentials, image_store, registry
 from amlaunch.containers.runtimes.catalog import parse
-from amlaunch.launcher.images.disk_space import check
-from amlaunch.launcher.images.tools import Say, ToolFailed, ended, this_architecture
+from amlaunch.launcher.images.tools import (
+    Say,
+    ToolFailed,
+    check_engine_space,
+    stopped_on_error,
+    this_architecture,
+)
 from amlaunch.recipes.errors import BadInput
 
-LAST_LINES = 40
-"""Of a build's output, what is looked through for the reason of its failure."""
+MAX_EXAMINED_LINES = 40
+"""Lines at the end of a build's output in which the reason of its failure is looked for."""
 
 
 def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
-    """What a build sees: the Dockerfile, our packages, and the wheels to install from. Raises BadInput."""
+    """Write a build's context: the Dockerfile, amlaunch, and the wheels to install from. Raises BadInput."""
     from amlaunch.launcher.runs.snapshot import take_snapshot
 
     take_snapshot(folder / "amlaunch", None)
     (folder / "amlaunch" / ".digest").unlink()
+
     (folder / "wheels").mkdir()
-    (folder / "wheels" / ".keep").touch()  # a folder without files is not copied by all tools
-    found = sorted(wheels.glob("*.whl")) if wheels else []
-    if wheels and not found:
+    (folder / "wheels" / ".keep").touch()  # some tools do not copy an empty folder
+    wheel_files = sorted(wheels.glob("*.whl")) if wheels else []
+    if wheels and not wheel_files:
         raise BadInput(
-            f"--wheels {wheels}: there are no .whl files; pip download -d {wheels} tiktoken ... brings them, on a machine with a network"
+            f"--wheels {wheels}: no .whl files there. Download them on a machine with a network: "
+            f"pip download -d {wheels} tiktoken ..."
         )
-    for wheel in found:
+    for wheel in wheel_files:
         shutil.copyfile(wheel, folder / "wheels" / wheel.name)
     shutil.copyfile(dockerfile, folder / "Dockerfile")
 
 
 def check_base(tool: str, base: str, say: Say) -> None:
-    """Whether there is room for a base that has to be fetched, where its registry says how large it is. Raises BadInput."""
-    storage = None if disk_space.has(tool, base) else disk_space.storage_of(tool, os.environ)
-    if storage is None:
+    """Check that a tool's storage has space for a base image that it must fetch. Raises BadInput."""
+    if disk_space.has_image(tool, base):
         return
     try:
-        found = registry.look(parse(base), this_architecture(), os.environ)
-    except registry.Unanswered as error:
-        say(f"how large {base} is, is not known ({error}); room for it is not looked for")
-        return
-    check([storage.to_pull(found.size, base)], say)
+        size = registry.fetch_manifest(parse(base), this_architecture(), os.environ).size
+    except registry.RegistryError as error:
+        say(f"the size of {base} is unknown ({error}); free space is checked for 1 GB only")
+        size = disk_space.UNKNOWN_SIZE_FLOOR
+    check_engine_space(tool, base, size)
 
 
 def base_in(dockerfile: Path) -> str:
-    """The base that a Dockerfile itself names; empty where it does so in another way than ours."""
-    found = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
-    return found[1] if found else ""
+    """Return the default base that a Dockerfile names as ``ARG BASE=…``; empty if it has no such line."""
+    match = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def build_image(tool: str, context: Path, tag: str, arguments: Mapping[str, str], say: Say) -> None:
-    """Build, showing the tool's own lines as they come. Raises ToolFailed."""
+    """Build an image and print the tool's output line by line. Raises ToolFailed."""
     command = image_store.build(tool, context, tag, arguments)
     lines: list[str] = []
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    with ended(process):
+    with stopped_on_error(process):
         assert process.stdout
         for line in process.stdout:
-            lines = [*lines[-LAST_LINES:], credentials.without_secrets(line.rstrip())]
+            lines = [*lines[-MAX_EXAMINED_LINES:], credentials.redact(line.rstrip())]
             say(f"  {lines[-1]}")
         process.wait()
     if process.returncode:
-        meaning = credentials.explain(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
-        chroot = (
-            "; without user namespaces (inside a container, say) BUILDAH_ISOLATION=chroot helps"
-            if tool != "docker"
-            else ""
-        )
+        advice = credentials.explain_failure(tool, arguments.get("BASE", ""), "\n".join(lines), os.environ)
+        if not advice and tool != "docker":
+            advice = "without user namespaces, inside a container for example, set BUILDAH_ISOLATION=chroot"
         raise ToolFailed(
-            f"{tool} build failed with exit code {process.returncode}, its last lines are above{f': {meaning}' if meaning else chroot}"
+            f"{tool} build failed with exit code {process.returncode}; see its output above"
+            + (f". {advice}" if advice else "")
         )

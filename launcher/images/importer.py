@@ -1,8 +1,8 @@
-"""Fetch an image with what the site has, and convert it once, for all nodes: atomic, locked, and resumable.
+"""Fetch an image with the tools of the site and convert it once for all nodes: atomic, locked and resumable.
 
-A download lands in the folder's ``.work``, layer by layer; whoever is interrupted or killed goes on from the layers
-that are there. The converted file is made beside it and renamed, and its record comes last: an image with a record is
-whole. Whoever comes second waits for the first, and finds the image done.
+A download goes to the folder's ``.work``, layer by layer; after an interruption the same command continues with the layers that are
+there. The converted file is made beside it and renamed, and its record is written last: an image with a record is complete. A second
+import of the same image waits for the first and uses its result.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amlaunch.containers.disk_space import same_disk, used
+from amlaunch.containers import disk_space
 from amlaunch.containers.images import credentials, image_store, layers, registry
 from amlaunch.containers.images.image_store import ImageFolder, StoredImage
-from amlaunch.containers.images.layers import Layered, NotAnImage
+from amlaunch.containers.images.layers import LayeredImage, NotAnImage
 from amlaunch.containers.images.reference import BadReference, parse
-from amlaunch.launcher.images.disk_space import ONE_TOOL, Room, check
 from amlaunch.launcher.images.tools import (
     Say,
     ToolFailed,
+    check_engine_space,
+    check_free_space,
     content_of,
-    ended,
     need_program,
-    reads_tar,
     registry_tool,
+    require_tool,
     sif_program,
-    there,
+    stopped_on_error,
     version_of,
 )
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, fsync_folder, sha256_file, write_json
 
-LAST_WORDS = 6
+MAX_OUTPUT_LINES = 6
+"""Lines of a failed tool's output that an error quotes."""
+ONE_STEP_TOOLS = {"enroot": "sqsh", "apptainer": "sif", "singularity": "sif"}
+"""Tools that fetch and convert in one step, and the format that each makes."""
+WORK_SPACE_FACTOR = 2
+"""Free space in the work folder, over the size of the layers: at least the unpacked files and the converted image."""
 
 
 @dataclass(frozen=True)
-class Request:
+class ImportRequest:
     """What to import, and how."""
 
     source: str
@@ -53,22 +58,22 @@ class Request:
     format: str
     architecture: str
     tool: str | None = None
-    """None: the best that is there."""
+    """None: the best tool that is installed."""
     work: Path | None = None
-    """Where downloads and half-made files go; None: into the folder."""
+    """Folder for downloads and unfinished files; None: the image folder's own."""
     insecure: bool = False
     origin: str = ""
-    """What the record says instead of ``source``: of a build, its base."""
+    """Recorded instead of ``source``: for a build, its base."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a request's source turned out to be."""
+class ImageSource:
+    """A request's source, resolved."""
 
     kind: str
-    """registry, engine, archive or layout."""
+    """``registry``, ``engine``, ``archive`` or ``layout``."""
     place: str
-    """A reference in one spelling, or an absolute path."""
+    """A canonical reference, or an absolute path."""
     tool: str = ""
 
     @property
@@ -77,14 +82,16 @@ class Source:
         return self.place if self.kind in ("registry", "engine") else ""
 
 
-# --- what is asked for ----------------------------------------------------------------------------------
+# --- resolve the source ---------------------------------------------------------------------------------
 
 
-def look(request: Request) -> Source:
-    """Say what a source is. Raises BadInput with what is missing, or how it is written."""
+def resolve_source(request: ImportRequest) -> ImageSource:
+    """Resolve a request's source to a registry, an engine's storage or a path. Raises BadInput."""
     text = request.source.strip()
     if not text:
-        raise BadInput("which image? a name as nvcr.io/nvidia/pytorch:25.08-py3, or a tar of docker save")
+        raise BadInput(
+            "no image given; name one in a registry, such as nvcr.io/nvidia/pytorch:25.08-py3, or a tar of docker save"
+        )
     for prefix, kind in (("docker-archive:", "archive"), ("oci-archive:", "archive"), ("oci:", "layout")):
         if text.startswith(prefix):
             return _on_disk(Path(text.removeprefix(prefix)), kind)
@@ -95,11 +102,13 @@ def look(request: Request) -> Source:
         ("dockerd://", "docker"),
     ):
         if text.startswith(prefix):
-            return Source("engine", text.removeprefix(prefix), there(request.tool or tool))
+            return ImageSource("engine", text.removeprefix(prefix), require_tool(request.tool or tool))
+
     path = Path(text).expanduser()
     if path.suffix in (".sqsh", ".sif"):
         raise BadInput(
-            f"{text} is an image that runtimes start as it is: name it in the recipe, container.image: {path.absolute()}"
+            f"{text} needs no import: runtimes start it as it is. Set it in the recipe: "
+            f"container.image: {path.absolute()}"
         )
     if text.startswith(("/", "./", "../", "~")) or path.exists() or path.suffix in (".tar", ".tgz"):
         return _on_disk(path, "layout" if path.is_dir() else "archive")
@@ -109,63 +118,64 @@ def look(request: Request) -> Source:
         raise BadInput(str(error)) from None
     if reference.path is not None:
         return _on_disk(reference.path, "archive")
-    return Source("registry", reference.name, there(request.tool) if request.tool else registry_tool())
+    return ImageSource("registry", reference.name, require_tool(request.tool) if request.tool else registry_tool())
 
 
-def _on_disk(path: Path, kind: str) -> Source:
+def _on_disk(path: Path, kind: str) -> ImageSource:
     path = path.expanduser().absolute()
     if not path.exists():
-        raise BadInput(f"there is no file {path}")
+        raise BadInput(f"{path}: no such file")
     if kind == "layout" and not (path / "index.json").is_file():
-        raise BadInput(
-            f"{path} is a folder, and not an OCI image layout (it has no index.json); a root file system is given as a tar: tar -C {path} -cf image.tar ."
-        )
+        raise BadInput(f"{path} is a folder but not an OCI image layout (it has no index.json)")
     if kind == "archive" and not path.is_file():
-        raise BadInput(f"{path} is a folder; a tar was expected, or oci:{path} for an OCI image layout")
-    return Source(kind, str(path))
+        raise BadInput(f"{path} is a folder; give a .tar file, or oci:{path} for an OCI image layout")
+    return ImageSource(kind, str(path))
 
 
-# --- the way from a source to a file --------------------------------------------------------------------
+# --- import it ------------------------------------------------------------------------------------------
 
 
-def import_image(request: Request, say: Say, meter: Callable[..., Any]) -> tuple[StoredImage, bool]:
-    """Fetch and convert; the image, and whether it had to be made. Raises BadInput and ToolFailed."""
-    source = look(request)
-    name = image_store.slug(source.place)
-    _make_folder(request.folder)
+def import_image(request: ImportRequest, say: Say, meter: Callable[..., Any]) -> tuple[StoredImage, bool]:
+    """Fetch and convert an image unless it is stored already.
+
+    Returns the stored image, and True if it was made now. Raises BadInput and ToolFailed.
+    """
+    source = resolve_source(request)
+    name = image_store.file_slug(source.place)
+    _make_image_folder(request.folder)
     lock = Lock(request.folder.lock(name))
     if not lock.acquire():
-        say(f"another amlaunch imports {name} into {request.folder.root}; waiting for it")
+        say(f"another amlaunch process is importing {name} into {request.folder.root}; waiting for it")
         lock.acquire(wait=True)
     try:
         with suppress(OSError):
-            os.chmod(lock.path, 0o666)  # so that colleagues can take it, too
-        return _Import(request, source, name, lock, say, meter).run()
+            os.chmod(lock.path, 0o666)  # so that other users can lock it, too
+        return _Importer(request, source, name, lock, say, meter).run()
     except NotAnImage as error:
         raise BadInput(str(error)) from None
     finally:
         lock.release()
 
 
-def _make_folder(folder: ImageFolder) -> None:
+def _make_image_folder(folder: ImageFolder) -> None:
     try:
         (folder.root / ".work").mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
             (folder.root / ".work").chmod(0o1777)
     except OSError as error:
         raise BadInput(
-            f"{folder.root}: cannot be written: {error.strerror}; --images DIR names another folder"
+            f"{folder.root}: cannot create files: {error.strerror}. Choose another folder with --images DIR"
         ) from None
     if not os.access(folder.root, os.W_OK | os.X_OK):
-        raise BadInput(f"{folder.root}: you may not write there; --images DIR names another folder")
+        raise BadInput(f"{folder.root}: you have no write permission. Choose another folder with --images DIR")
 
 
 @dataclass
-class _Import:
-    """One import, with the lock held."""
+class _Importer:
+    """One import that holds the image's lock."""
 
-    request: Request
-    source: Source
+    request: ImportRequest
+    source: ImageSource
     name: str
     lock: Lock
     say: Say
@@ -173,159 +183,175 @@ class _Import:
 
     def __post_init__(self) -> None:
         self.folder = self.request.folder
-        work = ImageFolder(self.request.work) if self.request.work else self.folder
-        self.work = work.work(self.name, os.getuid())
+        base = ImageFolder(self.request.work) if self.request.work else self.folder
+        self.work = base.work_folder(self.name, os.getuid())
 
     def run(self) -> tuple[StoredImage, bool]:
-        """Everything, or nothing where it is there already."""
-        one_tool = self.source.kind == "registry" and self.source.tool in ONE_TOOL
-        makes = "sqsh" if self.source.tool == "enroot" else "sif"
-        if one_tool and self.request.format != makes:
-            raise BadInput(f"{self.source.tool} makes .{makes} images; --format {makes}, or another --tool")
-        digest, size = self._in_registry()
-        found = self._there(digest)
-        if found:
-            return found, False
+        """Return the stored image; make it first if there is none."""
+        is_one_step = self.source.kind == "registry" and self.source.tool in ONE_STEP_TOOLS
+        self._check_tools(is_one_step)
+        digest, size = self._query_registry()
+        stored = self._find_stored(digest)
+        if stored:
+            return stored, False
+
         self.work.mkdir(parents=True, exist_ok=True)
-        if size:
-            check(self.room.to_fetch(self.source.tool, size, self._done(), os.environ), self.say)
-        if one_tool:
-            return self._by_one_tool(digest)
-        with self._fetched(size) as image:
+        if self.source.kind in ("registry", "engine"):
+            self._check_space(size or disk_space.UNKNOWN_SIZE_FLOOR)
+            self._check_engine_space(size or disk_space.UNKNOWN_SIZE_FLOOR)
+        if is_one_step:
+            return self._import_in_one_step(digest)
+
+        with self._fetched_image(size) as image:
             digest = digest or image.digest
-            found = self._there(digest)
-            if found:
+            stored = self._find_stored(digest)
+            if stored:
                 self._clean()
-                return found, False
+                return stored, False
             self._check_architecture((image.architecture,) if image.architecture else ())
-            check([self.room.to_convert(image.size)], self.say)
-            made = self._convert(image, digest)
+            self._check_space(image.size)
+            stored = self._convert(image, digest)
         self._clean()
-        return made, True
+        return stored, True
 
-    def _there(self, digest: str) -> StoredImage | None:
-        """The image of a digest, where it is in the folder. Raises BadInput for one that is made for another architecture."""
-        found = next((one for one in self._stored() if digest and one.digest == digest), None)
-        if found:
-            self._check_architecture((found.architecture,) if found.architecture else ())
-        return found
+    def _check_tools(self, is_one_step: bool) -> None:
+        """Raise BadInput if a tool is missing or makes another format, before anything is fetched."""
+        tool, form = self.source.tool, self.request.format
+        if is_one_step and form != ONE_STEP_TOOLS[tool]:
+            raise BadInput(
+                f"{tool} makes .{ONE_STEP_TOOLS[tool]} images, not .{form}. "
+                f"Use --format {ONE_STEP_TOOLS[tool]} or another --tool"
+            )
+        if not is_one_step and form == "sif":
+            sif_program()
+        if not is_one_step and form == "sqsh":
+            need_program("mksquashfs", "squashfs-tools")
 
-    def _stored(self) -> Iterator[StoredImage]:
-        """Whole ones of the format that is asked for."""
-        return (one for one in self.folder.images() if one.format == self.request.format and one.whole)
+    def _find_stored(self, digest: str) -> StoredImage | None:
+        """Return the stored image of a digest. Raises BadInput if it is for another architecture."""
+        stored = next((image for image in self._complete_images() if digest and image.digest == digest), None)
+        if stored:
+            self._check_architecture((stored.architecture,) if stored.architecture else ())
+        return stored
+
+    def _complete_images(self) -> Iterator[StoredImage]:
+        """Yield the complete images of the requested format."""
+        return (image for image in self.folder.images() if image.format == self.request.format and image.is_complete)
 
     def _clean(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _check_architecture(self, made: Sequence[str]) -> None:
-        """``made``: for which it is; empty: nobody says. Raises BadInput."""
+    def _check_architecture(self, available: Sequence[str]) -> None:
+        """Raise BadInput if the image is for other architectures only; ``available`` is empty if that is unknown."""
         wanted = self.request.architecture
-        if made and wanted not in made:
+        if available and wanted not in available:
             raise BadInput(
-                f"{self.request.source} is made for {' and '.join(made)}, not for {wanted}; --arch {made[0]} says that this is meant"
+                f"{self.request.source} is for {' and '.join(available)}, not for {wanted}. "
+                f"To import it anyway, add --arch {available[0]}"
             )
 
-    @property
-    def room(self) -> Room:
-        """Where its files go."""
-        unpacks = self.request.format != "sqsh" or not reads_tar() or self.source.tool == "enroot"
-        return Room(self.folder.root, self.request.work, unpacks, self.source.place)
+    def _check_space(self, layer_bytes: int) -> None:
+        """Raise BadInput if the work folder or the image folder is clearly too full."""
+        if self.request.work is None:
+            check_free_space([self.folder.root], WORK_SPACE_FACTOR * layer_bytes, "--images DIR")
+            return
+        check_free_space([self.request.work], WORK_SPACE_FACTOR * layer_bytes, "--tmp DIR")
+        if not disk_space.same_disk(self.request.work, self.folder.root):
+            check_free_space([self.folder.root], layer_bytes, "--images DIR")
 
-    def _done(self) -> int:
-        """Bytes of the layers that an earlier try left."""
-        return sum(_size_of(self.work / name) for name in ("layout", "layers", "cache"))
+    def _check_engine_space(self, layer_bytes: int) -> None:
+        """Raise BadInput if the storage of docker, podman or buildah is clearly too full to pull an image."""
+        if self.source.kind == "registry" and self.source.tool in disk_space.ENGINES:
+            check_engine_space(self.source.tool, self.source.place, layer_bytes)
 
-    # --- fetching
+    # --- fetch
 
-    def _in_registry(self) -> tuple[str, int]:
-        """Digest of the manifest for our architecture, and the bytes of its layers, before anything is fetched.
+    def _query_registry(self) -> tuple[str, int]:
+        """Return the digest of the manifest for the architecture and the bytes of its layers, before anything is fetched.
 
-        Empty and 0 where nobody says: that is no reason to refuse, for the tool may know more than we do. Raises ToolFailed.
+        Both are empty if the registry does not say: the tool may still know a way to fetch the image. Raises ToolFailed.
         """
         if self.source.kind != "registry":
             return "", 0
         try:
-            found = self._asked_by_skopeo() if self.source.tool == "skopeo" else self._asked()
-        except registry.Unanswered as error:
-            then = "is not looked for" if self.source.tool in ONE_TOOL else "is looked for once it is here"
-            self.say(f"how large {self.source.place} is, is not known ({error}); room for it {then}")
+            manifest = self._query_by_skopeo() if self.source.tool == "skopeo" else self._query_directly()
+        except registry.RegistryError as error:
+            self.say(f"the size of {self.source.place} is unknown ({error}); free space is checked for 1 GB only")
             return "", 0
-        self._check_architecture(found.architectures)
-        return found.digest, found.size
+        self._check_architecture(manifest.architectures)
+        return manifest.digest, manifest.size
 
-    def _asked(self) -> registry.Manifest:
-        return registry.look(
+    def _query_directly(self) -> registry.ImageManifest:
+        return registry.fetch_manifest(
             parse(self.source.place), self.request.architecture, os.environ, insecure=self.request.insecure
         )
 
-    def _asked_by_skopeo(self) -> registry.Manifest:
-        """By the tool itself, which knows its own credentials, certificates and mirrors. Raises ToolFailed."""
-        bare = self.source.place.partition("@")[0]
-        bare = bare.rpartition(":")[0] if ":" in bare.rpartition("/")[2] else bare
-        raw = self._inspected(self.source.place)
-        return registry.read(
-            raw,
+    def _query_by_skopeo(self) -> registry.ImageManifest:
+        """Ask through skopeo, which knows its own credentials, certificates and mirrors. Raises ToolFailed."""
+        repository = self.source.place.partition("@")[0]
+        if ":" in repository.rpartition("/")[2]:
+            repository = repository.rpartition(":")[0]
+        return registry.parse_manifest(
+            self._skopeo_inspect(self.source.place),
             self.request.architecture,
-            lambda digest: self._inspected(f"{bare}@{digest}"),
+            lambda digest: self._skopeo_inspect(f"{repository}@{digest}"),
             parse(self.source.place).registry,
         )
 
-    def _inspected(self, place: str) -> bytes:
-        return self._ask(image_store.skopeo_inspect(f"docker://{place}", insecure=self.request.insecure))
-
-    def _ask(self, command: Sequence[str]) -> bytes:
+    def _skopeo_inspect(self, place: str) -> bytes:
+        command = image_store.skopeo_inspect(f"docker://{place}", insecure=self.request.insecure)
         try:
-            found = subprocess.run(command, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
+            result = subprocess.run(command, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            raise ToolFailed(f"{command[0]}: no answer in 5 minutes about {self.source.place}") from None
-        if found.returncode:
-            raise self._failure(command, found.stderr.decode(errors="replace"))
-        return found.stdout
+            raise ToolFailed(f"skopeo: no answer about {self.source.place} within 5 minutes") from None
+        if result.returncode:
+            raise self._failure(command, result.stderr.decode(errors="replace"))
+        return result.stdout
 
     @contextmanager
-    def _fetched(self, size: int) -> Iterator[Layered]:
-        """The image's layers on disk."""
+    def _fetched_image(self, size: int) -> Iterator[LayeredImage]:
+        """Fetch the image if it is not on disk, and open it. ``size``: bytes of its layers, 0 if unknown."""
         architecture = self.request.architecture
-        if self.source.kind == "archive":
-            with layers.open_archive(Path(self.source.place), architecture) as image:
-                yield image
-        elif self.source.kind == "layout":
-            with layers.open_layout(Path(self.source.place), architecture) as image:
-                yield image
-        elif self.source.kind == "registry" and self.source.tool == "skopeo":
-            layout = self.work / "layout"
-            command = image_store.skopeo_copy(
-                f"docker://{self.source.place}", layout, architecture, insecure=self.request.insecure
-            )
-            self._carry_out(command, "downloading", size, lambda: _size_of(layout))
-            with layers.open_layout(layout, architecture) as image:
-                yield image
-        else:
-            tool, archive = self.source.tool, self.work / "image.tar"
-            if self.source.kind == "registry":
-                self._carry_out(
-                    image_store.pull(tool, self.source.place, architecture, insecure=self.request.insecure),
-                    f"{tool} pulls",
-                    0,
-                    None,
-                )
-            archive.unlink(missing_ok=True)  # of an earlier try, and perhaps torn
-            self._carry_out(
-                image_store.save(tool, self.source.place, archive), f"{tool} saves", 0, lambda: _size_of(archive)
-            )
-            with layers.open_archive(archive, architecture) as image:
-                yield image
+        path = Path(self.source.place)
+        if self.source.kind in ("registry", "engine"):
+            path = self._fetch_layout(size) if self.source.tool == "skopeo" else self._save_archive()
+        is_layout = self.source.kind == "layout" or self.source.tool == "skopeo"
+        with (layers.open_layout if is_layout else layers.open_archive)(path, architecture) as image:
+            yield image
 
-    def _carry_out(
+    def _fetch_layout(self, size: int) -> Path:
+        """Copy an image by skopeo, which continues with the layers that are there."""
+        layout = self.work / "layout"
+        command = image_store.skopeo_copy(
+            f"docker://{self.source.place}", layout, self.request.architecture, insecure=self.request.insecure
+        )
+        self._run_tool(command, "downloading", size, lambda: disk_space.used_bytes(layout))
+        return layout
+
+    def _save_archive(self) -> Path:
+        """Pull an image with an engine unless it is in its storage, then save it as an archive."""
+        tool, archive = self.source.tool, self.work / "image.tar"
+        if self.source.kind == "registry":
+            command = image_store.pull(
+                tool, self.source.place, self.request.architecture, insecure=self.request.insecure
+            )
+            self._run_tool(command, f"{tool} pulls", 0, None)
+        archive.unlink(missing_ok=True)  # an earlier attempt may have left part of one
+        command = image_store.save(tool, self.source.place, archive)
+        self._run_tool(command, f"{tool} saves", 0, lambda: disk_space.used_bytes(archive))
+        return archive
+
+    def _run_tool(
         self,
         command: Sequence[str],
         title: str,
         total: int,
-        done: Callable[[], int] | None,
+        measure: Callable[[], int] | None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """Run a tool, showing how far it is. Raises ToolFailed with its last words."""
-        with tempfile.TemporaryFile() as output, self.meter(title, total) as meter:  # not in a folder that may be full
+        """Run a tool and show its progress. Raises ToolFailed with the end of its output."""
+        # The output goes to a temporary file, because the work folder may be full.
+        with tempfile.TemporaryFile() as output, self.meter(title, total) as show:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -334,85 +360,79 @@ class _Import:
                 pass_fds=(self.lock.fileno(),),
                 env={**os.environ, **(env or {})},
             )
-            with ended(process):
+            with stopped_on_error(process):
                 while process.poll() is None:
-                    meter(done() if done else 0)
+                    show(measure() if measure else 0)
                     time.sleep(0.2)
             if process.returncode:
                 raise self._failure(command, content_of(output))
 
-    def _failure(self, command: Sequence[str], said: str) -> ToolFailed:
-        lines = [line for line in credentials.without_secrets(said).splitlines() if line.strip()]
-        meaning = credentials.explain(command[0], self.source.place, "\n".join(lines), os.environ)
-        last = "\n".join(lines[-LAST_WORDS:]) or "no word"
-        return ToolFailed(f"{meaning}\n{command[0]} said: {last}" if meaning else f"{command[0]} failed: {last}")
+    def _failure(self, command: Sequence[str], output: str) -> ToolFailed:
+        lines = [line for line in credentials.redact(output).splitlines() if line.strip()]
+        explanation = credentials.explain_failure(command[0], self.source.place, "\n".join(lines), os.environ)
+        end = "\n".join(lines[-MAX_OUTPUT_LINES:]) or "no output"
+        if explanation:
+            return ToolFailed(f"{explanation}\n{command[0]} printed: {end}")
+        return ToolFailed(f"{command[0]} failed: {end}")
 
-    # --- converting
+    # --- convert
 
-    def _convert(self, image: Layered, digest: str) -> StoredImage:
-        half = self.work / f"image.{self.request.format}"
-        half.unlink(missing_ok=True)
+    def _convert(self, image: LayeredImage, digest: str) -> StoredImage:
+        unfinished = self._unfinished_file()
         if self.request.format == "sif":
-            self._make_sif(image, half)
+            self._make_sif(unfinished)
         else:
-            self._make_squashfs(image, half)
-        return self._keep(half, digest, image.architecture or self.request.architecture, image.settings)
+            self._make_squashfs(image, unfinished)
+        architecture = image.architecture or self.request.architecture
+        return self._store(unfinished, digest, architecture, image.settings)
 
-    def _make_squashfs(self, image: Layered, target: Path) -> None:
-        need_program("mksquashfs", "squashfs-tools")
-        if reads_tar():
-            self._pour(image, image_store.mksquashfs("-", target, tar=True), "converting")
-            return
+    def _unfinished_file(self) -> Path:
+        path = self.work / f"image.{self.request.format}"
+        path.unlink(missing_ok=True)
+        return path
+
+    def _make_squashfs(self, image: LayeredImage, target: Path) -> None:
         rootfs = self._unpack(image)
-        self._carry_out(
-            image_store.mksquashfs(str(rootfs), target, tar=False), "compressing", 0, lambda: _size_of(target)
-        )
+        command = image_store.mksquashfs(rootfs, target)
+        self._run_tool(command, "compressing", 0, lambda: disk_space.used_bytes(target))
 
-    def _unpack(self, image: Layered) -> Path:
+    def _unpack(self, image: LayeredImage) -> Path:
         rootfs = self.work / "rootfs"
         shutil.rmtree(rootfs, ignore_errors=True)
         rootfs.mkdir()
-        self._pour(image, image_store.untar(rootfs), "unpacking")
-        return rootfs
-
-    def _pour(self, image: Layered, command: Sequence[str], title: str) -> None:
-        """The image's files as a tar into a tool's stdin. Raises NotAnImage and ToolFailed."""
-        read = 0
-        with tempfile.TemporaryFile() as output, self.meter(title, image.size) as meter:
+        written = 0
+        with self.meter("unpacking", 0) as show:
 
             def count(more: int) -> None:
-                nonlocal read
-                read += more
-                meter(read)
+                nonlocal written
+                written += more
+                show(written)
 
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, pass_fds=(self.lock.fileno(),)
-            )
-            with ended(process):
-                assert process.stdin
-                with suppress(BrokenPipeError), process.stdin as pipe:  # else it has ended by itself, and says why
-                    layers.merge(image, pipe, layers.runtime_files(image.settings), count)
-                process.wait()
-            if process.returncode:
-                raise self._failure(command, content_of(output))
+            try:
+                layers.unpack(image, rootfs, count)
+            except OSError as error:
+                raise ToolFailed(
+                    f"{error.filename or rootfs}: cannot unpack: {error.strerror}. "
+                    "Choose another folder with --tmp DIR or --images DIR"
+                ) from None
+        return rootfs
 
-    def _make_sif(self, image: Layered, target: Path) -> None:
+    def _make_sif(self, target: Path) -> None:
         program = sif_program()
-        source = str(self._unpack(image)) if not image.config else self._sif_source()
-        settings = {
+        command = image_store.apptainer_build(program, self._sif_source(), target)
+        self._run_tool(
+            command, f"{program} builds", 0, lambda: disk_space.used_bytes(target), self._apptainer_settings()
+        )
+
+    def _apptainer_settings(self) -> dict[str, str]:
+        return {
             "APPTAINER_TMPDIR": str(self.work),
             "APPTAINER_CACHEDIR": str(self.work / "cache"),
             "SINGULARITY_TMPDIR": str(self.work),
         }
-        self._carry_out(
-            image_store.apptainer_build(program, source, target),
-            f"{program} builds",
-            0,
-            lambda: _size_of(target),
-            settings,
-        )
 
     def _sif_source(self) -> str:
+        """Return what apptainer builds from; it reads layouts and archives itself."""
         if self.source.kind == "layout":
             return f"oci:{self.source.place}"
         if self.source.kind == "registry" and self.source.tool == "skopeo":
@@ -420,59 +440,50 @@ class _Import:
         path = Path(self.source.place) if self.source.kind == "archive" else self.work / "image.tar"
         return f"{layers.archive_layout(path)}-archive:{path}"
 
-    def _by_one_tool(self, digest: str) -> tuple[StoredImage, bool]:
-        """enroot and apptainer fetch and convert in one go; the digest is that of the file they make where the registry said none."""
+    def _import_in_one_step(self, digest: str) -> tuple[StoredImage, bool]:
+        """Let enroot or apptainer fetch and convert; without a digest of the registry the file's own is recorded."""
         tool = self.source.tool
-        found = next(
-            (
-                one
-                for one in self._stored()
-                if one.reference == self.source.place and one.architecture == self.request.architecture
-            ),
-            None,
-        )
-        if found and not digest:
-            return found, False
-        half = self.work / f"image.{self.request.format}"
-        half.unlink(missing_ok=True)
+        stored = next((image for image in self._complete_images() if self._is_same_image(image)), None)
+        if stored and not digest:
+            return stored, False
+        unfinished = self._unfinished_file()
         if tool == "enroot":
             for folder in ("layers", "tmp"):
                 (self.work / folder).mkdir(exist_ok=True)
-            command, env = (
-                image_store.enroot_import(self.source.place, half, self.request.architecture),
-                image_store.enroot_settings(self.work, insecure=self.request.insecure),
-            )
+            command = image_store.enroot_import(self.source.place, unfinished, self.request.architecture)
+            env = image_store.enroot_settings(self.work, insecure=self.request.insecure)
         else:
-            command = image_store.apptainer_build(
-                tool, f"docker://{self.source.place}", half, insecure=self.request.insecure
-            )
-            env = {
-                "APPTAINER_TMPDIR": str(self.work),
-                "APPTAINER_CACHEDIR": str(self.work / "cache"),
-                "SINGULARITY_TMPDIR": str(self.work),
-            }
-        self._carry_out(command, f"{tool} fetches and converts", 0, lambda: _size_of(self.work), env)
-        made = self._keep(half, digest or f"sha256:{sha256_file(half)}", self.request.architecture, {})
+            source = f"docker://{self.source.place}"
+            command = image_store.apptainer_build(tool, source, unfinished, insecure=self.request.insecure)
+            env = self._apptainer_settings()
+        self._run_tool(command, f"{tool} fetches and converts", 0, lambda: disk_space.used_bytes(self.work), env)
+        digest = digest or f"sha256:{sha256_file(unfinished)}"
+        stored = self._store(unfinished, digest, self.request.architecture, {})
         self._clean()
-        return made, True
+        return stored, True
 
-    def _keep(self, half: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> StoredImage:
-        """Put a made file in its place, and its record beside it, last."""
-        final = self.folder.path(self.name, digest, self.request.format)
-        half.chmod(0o644)
-        with open(half, "rb") as handle:
-            os.fsync(handle.fileno())
+    def _is_same_image(self, image: StoredImage) -> bool:
+        return image.reference == self.source.place and image.architecture == self.request.architecture
+
+    # --- store
+
+    def _store(self, unfinished: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> StoredImage:
+        """Move a finished file into the image folder, then write its record."""
+        final = self.folder.image_file(self.name, digest, self.request.format)
+        unfinished.chmod(0o644)
+        _fsync(unfinished)
         self.folder.record(final).unlink(missing_ok=True)
-        if same_disk(half, self.folder.root):
-            os.replace(half, final)
+        if disk_space.same_disk(unfinished, self.folder.root):
+            os.replace(unfinished, final)
         else:
-            beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-            shutil.copyfile(half, beside)
-            with open(beside, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(beside, final)
+            copy = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            shutil.copyfile(unfinished, copy)
+            _fsync(copy)
+            os.replace(copy, final)
         fsync_folder(self.folder.root)
-        made = StoredImage(
+
+        programs = [name for name in ("mksquashfs", self.source.tool) if name]
+        stored = StoredImage(
             path=str(final),
             source=self.request.origin or self.request.source,
             reference=self.source.reference,
@@ -482,19 +493,17 @@ class _Import:
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
             architecture=architecture,
             by=f"{_user()}@{platform.node()}",
-            tools={
-                name: version for name in ("mksquashfs", self.source.tool) if name and (version := version_of(name))
-            },
+            tools={name: version for name in programs if (version := version_of(name))},
             settings={key: settings[key] for key in ("Env", "Entrypoint", "Cmd", "WorkingDir") if settings.get(key)},
         )
-        write_json(self.folder.record(final), made.to_json())
+        write_json(self.folder.record(final), stored.to_json())
         self.folder.record(final).chmod(0o644)
-        return made
+        return stored
 
 
-def _size_of(path: Path) -> int:
-    """Bytes at or below a path, as they are now."""
-    return path.stat().st_size if path.is_file() else used(path)
+def _fsync(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _user() -> str:

@@ -1,4 +1,4 @@
-"""What registries say of a run's images when it is submitted: whether they are there, for which processors, how large."""
+"""Look up a run's images in their registries when it is submitted: do they exist, for which processors, how large are they?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amlaunch.containers.images import credentials, registry
-from amlaunch.containers.images.registry import Manifest, Unanswered
+from amlaunch.containers.images.registry import ImageManifest, RegistryError
 from amlaunch.containers.runtimes.catalog import Reference, parse
 from amlaunch.launcher.images.tools import Say, this_architecture
 from amlaunch.launcher.specs.plan import Plan, StageContainer
@@ -20,125 +20,124 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.version import VERSION
 
-SECONDS = 3.0
-"""Nobody waits longer for all registries: many a login node reaches none, and nodes may know a way that it does not."""
-SILENT_SECONDS = 1.0
-"""After so long it is said what is waited for."""
-FROM_REGISTRY = ("pyxis", "enroot", "apptainer", "singularity")
-"""These ask the registry for what is not in a cache; the others may have an image of that name that was made there."""
-LEARNT = ("bytes", "architectures")
-"""Of an image's facts, those that a registry says."""
-Answers = Mapping[str, Manifest | Unanswered]
+LOOKUP_SECONDS = 3.0
+"""Longest wait for all registries together: many login nodes reach none, and nodes may know another way."""
+NOTICE_SECONDS = 1.0
+"""Waits that take longer are announced."""
+PULLING_RUNTIMES = ("pyxis", "enroot", "apptainer", "singularity")
+"""Runtimes that ask the registry for an image that they have not cached; others may have one that was built locally."""
+REGISTRY_FACTS = ("bytes", "architectures")
+"""An image's facts that come from its registry."""
+Answers = Mapping[str, ImageManifest | RegistryError]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What came of it."""
+class LookupResult:
+    """The plan with what the registries said, and what to tell the user."""
 
     plan: Plan
-    """With the sizes and architectures of its images, where they are known."""
+    """With sizes and architectures of its images where they are known."""
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def ask(loaded: LoadedRecipe, plan: Plan, say: Say, seconds: float = SECONDS) -> Seen:
-    """Look the images of a plan up; one that is no file, and whose registry is silent, stays as it is."""
-    images = {stage.container.image: parse(stage.container.image) for stage in plan.stages if stage.container}
-    asked = {text: image for text, image in images.items() if image.kind == "registry"}
-    answers = _answers(asked, say, seconds)
-    stages = [
-        replace(stage, container=_with_facts(stage.container, answers.get(stage.container.image)))
-        if stage.container
-        else stage
-        for stage in plan.stages
-    ]
-    where = f"{loaded.lines.get(('container', 'image'), loaded.path)}: container.image"
+def look_up_images(loaded: LoadedRecipe, plan: Plan, say: Say, seconds: float = LOOKUP_SECONDS) -> LookupResult:
+    """Look up the images of a plan; files, and images whose registry does not answer, stay as they are."""
     runtimes = {stage.container.image: stage.container.runtime for stage in plan.stages if stage.container}
-    missing = [text for text, answer in answers.items() if isinstance(answer, Unanswered) and answer.status == 404]
-    problems = [
-        f"{where}: {answers[text]}: {text}; look at the spelling and the tag"
+    references = {text: parse(text) for text in runtimes}
+    images = {text: image for text, image in references.items() if image.kind == "registry"}
+    answers = _ask_registries(images, say, seconds)
+
+    stages = []
+    for stage in plan.stages:
+        container = stage.container
+        if container:
+            container = _with_facts(container, answers.get(container.image))
+        stages.append(replace(stage, container=container))
+
+    where = f"{loaded.lines.get(('container', 'image'), loaded.path)}: container.image"
+    missing = [text for text, answer in answers.items() if isinstance(answer, RegistryError) and answer.status == 404]
+    problems = tuple(
+        f"{where}: {answers[text]}: {text}. Check the name and the tag"
         for text in missing
-        if runtimes[text] in FROM_REGISTRY
-    ]
-    return Seen(
-        replace(plan, stages=stages),
-        tuple(problems),
-        (*_notes(asked, answers, runtimes), *_silences(asked, answers, seconds)),
+        if runtimes[text] in PULLING_RUNTIMES
     )
+    notes = (*_notes(images, answers, runtimes), *_unanswered_notes(images, answers, seconds))
+    return LookupResult(replace(plan, stages=stages), problems, notes)
 
 
-def as_before(run: RunDir, plan: Plan) -> Plan:
-    """The plan with what was learnt of its images when the run was submitted before: jobs on their way go by it."""
-    known = {
-        str(one.get("image")): one.get("facts")
+def with_earlier_facts(run: RunDir, plan: Plan) -> Plan:
+    """Return the plan with the facts about its images from the run's earlier submission, whose jobs still use them."""
+    earlier = {
+        str(container.get("image")): container.get("facts") or {}
         for stage in read_object(run.plan).get("stages") or []
-        if (one := stage.get("container"))
+        if (container := stage.get("container"))
     }
 
-    def of(container: StageContainer | None) -> StageContainer | None:
-        facts = known.get(container.image) if container else None
-        return (
-            replace(container, facts={**container.facts, **{name: facts[name] for name in LEARNT if name in facts}})
-            if container and facts
-            else container
-        )
+    def update(container: StageContainer | None) -> StageContainer | None:
+        facts = earlier.get(container.image) if container else None
+        if container is None or not facts:
+            return container
+        known = {name: facts[name] for name in REGISTRY_FACTS if name in facts}
+        return replace(container, facts={**container.facts, **known})
 
-    return replace(plan, stages=[replace(stage, container=of(stage.container)) for stage in plan.stages])
+    return replace(plan, stages=[replace(stage, container=update(stage.container)) for stage in plan.stages])
 
 
-def _answers(images: Mapping[str, Reference], say: Say, seconds: float) -> Answers:
-    """What came in time. All are asked at once: a registry that is silent holds no other one up."""
-    found: dict[str, Manifest | Unanswered] = {}
+def _ask_registries(images: Mapping[str, Reference], say: Say, seconds: float) -> Answers:
+    """Ask all registries at once, so that a silent one does not delay the others; return the answers that came in time."""
+    answers: dict[str, ImageManifest | RegistryError] = {}
 
-    def look(text: str) -> None:
+    def ask(text: str) -> None:
+        image = images[text]
+        cache = _UserCache(f"{image.registry}/{image.repository}")
         try:
-            memory = _Memory(f"{images[text].registry}/{images[text].repository}")
-            found[text] = registry.look(images[text], this_architecture(), os.environ, seconds=seconds, memory=memory)
-        except Unanswered as error:
-            found[text] = error
+            answers[text] = registry.fetch_manifest(
+                image, this_architecture(), os.environ, seconds=seconds, cache=cache
+            )
+        except RegistryError as error:
+            answers[text] = error
 
-    threads = [threading.Thread(target=look, args=(text,), daemon=True) for text in images]
+    threads = [threading.Thread(target=ask, args=(text,), daemon=True) for text in images]
     for thread in threads:
         thread.start()
-    began = time.monotonic()
-    _join(threads, began + min(SILENT_SECONDS, seconds))
-    waited = sorted({image.registry for text, image in images.items() if text not in found})
-    if waited:
-        say(f"asking {' and '.join(waited)} for images, {seconds:.0f} s at most")
-    _join(threads, began + seconds)
-    return dict(found)
+    started = time.monotonic()
+    _join(threads, started + min(NOTICE_SECONDS, seconds))
+    waiting = sorted({image.registry for text, image in images.items() if text not in answers})
+    if waiting:
+        say(f"asking {' and '.join(waiting)} about images ({seconds:.0f} s at most)")
+    _join(threads, started + seconds)
+    return dict(answers)
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """What registries said, in the user's cache."""
+class _UserCache:
+    """Manifests of one repository in the user's cache folder."""
 
-    name: str
+    repository: str
 
     def _file(self, digest: str) -> Path:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return (
-            root
-            / "amlaunch"
-            / "registries"
-            / f"{fingerprint([VERSION, self.name, this_architecture()])}-{digest.replace(':', '-')}.json"
-        )
+        name = f"{fingerprint([VERSION, self.repository, this_architecture()])}-{digest.replace(':', '-')}.json"
+        return root / "amlaunch" / "registries" / name
 
-    def find(self, digest: str) -> Manifest | None:
-        """One that was kept."""
+    def get(self, digest: str) -> ImageManifest | None:
+        """Return a cached manifest; None if there is none."""
         with suppress(KeyError, TypeError, ValueError):
-            kept = read_object(self._file(digest))
-            return Manifest(str(kept["digest"]), int(kept["size"]), tuple(str(name) for name in kept["architectures"]))
+            entry = read_object(self._file(digest))
+            architectures = tuple(str(name) for name in entry["architectures"])
+            return ImageManifest(str(entry["digest"]), int(entry["size"]), architectures)
         return None
 
-    def keep(self, digest: str, found: Manifest) -> None:
-        """A home that cannot be written only makes it slower."""
+    def put(self, digest: str, manifest: ImageManifest) -> None:
+        """Cache a manifest, unless the home folder cannot be written."""
+        entry = {
+            "digest": manifest.digest,
+            "size": manifest.size,
+            "architectures": list(manifest.architectures),
+        }
         with suppress(OSError):
-            write_json(
-                self._file(digest),
-                {"digest": found.digest, "size": found.size, "architectures": list(found.architectures)},
-                durable=False,
-            )
+            write_json(self._file(digest), entry, durable=False)
 
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
@@ -146,34 +145,41 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _with_facts(container: StageContainer, answer: Manifest | Unanswered | None) -> StageContainer:
-    if not isinstance(answer, Manifest):
+def _with_facts(container: StageContainer, answer: ImageManifest | RegistryError | None) -> StageContainer:
+    if not isinstance(answer, ImageManifest):
         return container
-    return replace(
-        container, facts={**container.facts, "bytes": answer.size, "architectures": list(answer.architectures)}
-    )
+    facts = {**container.facts, "bytes": answer.size, "architectures": list(answer.architectures)}
+    return replace(container, facts=facts)
 
 
 def _notes(images: Mapping[str, Reference], answers: Answers, runtimes: Mapping[str, str]) -> Iterator[str]:
     for text, answer in answers.items():
-        if isinstance(answer, Manifest):
-            if answer.architectures and this_architecture() not in answer.architectures:
-                yield f"{text} is made for {' and '.join(answer.architectures)}, this machine is {this_architecture()}; nodes that are like it cannot start it"
-        elif answer.status in (401, 403):  # which registries say of what they do not have, too
-            where = credentials.where(runtimes[text], images[text].registry, os.environ)
-            yield f"{text}: {answer}, or has no image of that name: look at the spelling; where it is not for everybody: {where}"
-        elif answer.status == 404 and runtimes[text] not in FROM_REGISTRY:
-            yield f"{text}: {answer}; a node that does not have it already cannot start it"
+        if isinstance(answer, ImageManifest):
+            yield from _architecture_note(text, answer)
+        elif answer.status in (401, 403):
+            # Registries also give this answer for images that do not exist.
+            advice = credentials.login_advice(runtimes[text], images[text].registry, os.environ)
+            yield f"{text}: {answer}, or has no image of that name. Check the name. If the image is private, {advice}"
+        elif answer.status == 404 and runtimes[text] not in PULLING_RUNTIMES:
+            yield f"{text}: {answer}. Only nodes that already have it can start it"
 
 
-def _silences(images: Mapping[str, Reference], answers: Answers, seconds: float) -> Iterator[str]:
-    """Of each way in which a registry did not say, with the images of which nothing is known."""
-    silent: dict[str, list[str]] = {}
+def _architecture_note(text: str, manifest: ImageManifest) -> Iterator[str]:
+    if manifest.architectures and this_architecture() not in manifest.architectures:
+        yield (
+            f"{text} is for {' and '.join(manifest.architectures)}, and this machine is {this_architecture()}; "
+            "nodes of the same kind cannot start it"
+        )
+
+
+def _unanswered_notes(images: Mapping[str, Reference], answers: Answers, seconds: float) -> Iterator[str]:
+    """Yield one note for each reason why registries did not answer, with all images that it concerns."""
+    texts_by_reason: dict[str, list[str]] = {}
     for text, image in images.items():
         answer = answers.get(text)
         if answer is None:
-            silent.setdefault(f"{image.registry} did not answer in {seconds:.0f} s", []).append(text)
-        elif isinstance(answer, Unanswered) and answer.status not in (401, 403, 404):
-            silent.setdefault(str(answer), []).append(text)
-    for why, texts in silent.items():
-        yield f"{why}; whether it has {' and '.join(texts)} is not known, nor the size; nodes may reach it all the same"
+            texts_by_reason.setdefault(f"{image.registry} did not answer within {seconds:.0f} s", []).append(text)
+        elif isinstance(answer, RegistryError) and answer.status not in (401, 403, 404):
+            texts_by_reason.setdefault(str(answer), []).append(text)
+    for reason, texts in texts_by_reason.items():
+        yield f"{reason}; could not check {' and '.join(texts)}. Nodes may still be able to fetch it"

@@ -16,22 +16,23 @@ from amlaunch.containers.runtimes import catalog
 from amlaunch.containers.runtimes.catalog import (
     BadMount,
     BadReference,
-    Image,
+    ContainerSpec,
     Mount,
     Reference,
     make_mount,
     parse,
     parse_mount,
 )
-from amlaunch.containers.runtimes.environment import RANK_VARIABLES, of_libraries
+from amlaunch.containers.runtimes.environment import RANK_VARIABLES, library_variables
 from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.image_folder import image_folder
 from amlaunch.launcher.specs.cluster_profile import STAGES, ContainerProfile, check_profile
 from amlaunch.launcher.specs.plan import Plan, Stage, StageContainer
 from amlaunch.recipes.errors import BadInput, did_you_mean
-from amlaunch.recipes.format.loader import LoadedRecipe, is_secret_variable
+from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.placeholders import PLACEHOLDER, has_placeholder
 from amlaunch.recipes.format.schema import ContainerSection, MountSection, is_own_tokenizer
+from amlaunch.recipes.format.secret_keys import is_secret_variable
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.run_layout import RunDir
 
@@ -126,7 +127,7 @@ def _container(
     folder = image_folder(site=available.images)
     reference = mapped(named, available)
     stored = folder.find(named.name) if reference is named and named.kind == "registry" else None
-    if stored and stored.whole and _starts(parse(stored.path), section.runtime, available):
+    if stored and stored.is_complete and _starts(parse(stored.path), section.runtime, available):
         reference = parse(stored.path)
     runtime = _runtime(reference, section.runtime, available, where)
     if runtime is None or runtime == "none":
@@ -191,12 +192,14 @@ def mapped(reference: Reference, available: Available) -> Reference:
 def _runtime(reference: Reference, asked: str, available: Available, where: str) -> str | None:
     """What starts an image here; ``auto``: the node's; None: nothing does, and nobody insisted."""
     chosen = asked if asked != "auto" else available.profile.runtime
-    kind = catalog.WORDS[reference.kind]
+    kind = catalog.KIND_LABELS[reference.kind]
     if chosen not in ("auto", "none"):
         if reference.kind not in catalog.KINDS[chosen]:
             converts = reference.kind in ("registry", "archive") and {"sqsh", "sif"} & set(catalog.KINDS[chosen])
             more = ", and amlaunch image import makes a file that it starts" if converts else ""
-            raise BadInput(f"{where}: {chosen} cannot start {kind}; {' or '.join(catalog.able(reference))} can{more}")
+            raise BadInput(
+                f"{where}: {chosen} cannot start {kind}; {' or '.join(catalog.runtimes_for(reference))} can{more}"
+            )
         if chosen not in available.runtimes and not available.asks_node:
             raise BadInput(
                 f"{where}: {chosen} is not here ({', '.join(available.runtimes) or 'no runtime is'}); container.runtime: none runs without a container"
@@ -209,7 +212,7 @@ def _runtime(reference: Reference, asked: str, available: Available, where: str)
         return found or "auto"
     if available.runtimes:
         raise BadInput(
-            f"{where}: {', '.join(available.runtimes)} cannot start {kind}; {' or '.join(catalog.able(reference))} can, and container.runtime: none runs without a container"
+            f"{where}: {', '.join(available.runtimes)} cannot start {kind}; {' or '.join(catalog.runtimes_for(reference))} can, and container.runtime: none runs without a container"
         )
     return None
 
@@ -243,13 +246,13 @@ def images_of(plan: Plan) -> str | None:
     return check_profile(tree, {}).images if tree else None
 
 
-def notes_of(loaded: LoadedRecipe, found: Mapping[str, StageContainer | None], where: str) -> list[str]:
-    """What to know before anything starts: where an image is asked for and none is used, and what is odd about one."""
+def container_notes(loaded: LoadedRecipe, plan: Plan, where: str) -> list[str]:
+    """List what to know about the containers of a plan before it starts ``where`` (this machine, cluster lab)."""
     section = loaded.recipe.container
     if section is None:
         return []
     notes: list[str] = []
-    for stage, container in found.items():
+    for stage, container in ((stage.name, stage.container) for stage in plan.stages):
         text, _ = image_text(section, stage)
         if text is None or section.runtime == "none":
             continue
@@ -349,7 +352,7 @@ def runtime_here(container: StageContainer) -> str:
 
 def image_of(
     run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], passed: Iterable[str], *, on_slurm: bool
-) -> Image:
+) -> ContainerSpec:
     """All that a stage's container is made of; ``env``: what is set inside, ``passed``: what each task has a value of its own for."""
     container = stage.container
     assert container is not None
@@ -357,7 +360,7 @@ def image_of(
         *(Mount(str(path), str(path)) for path in run_paths(run, plan, stage)),
         *(Mount(*mount) for mount in container.mounts),
     ]
-    return Image(
+    return ContainerSpec(
         reference=parse(container.image),
         mounts=tuple(_without_repeats(last_wins(mounts))),
         env=dict(env),
@@ -427,19 +430,19 @@ def passed_names(container: StageContainer, secrets: Iterable[str], *, on_slurm:
     per_task = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
     mine = {name for name in (*container.passed, *secrets) if name in os.environ}
     return sorted(
-        name for name in {*of_libraries(os.environ), *per_task, *mine} - {"PATH", "HOME"} if NAME.fullmatch(name)
+        name for name in {*library_variables(os.environ), *per_task, *mine} - {"PATH", "HOME"} if NAME.fullmatch(name)
     )
 
 
 def node_check(
-    container: StageContainer, runtime: str, image: Image, launch: catalog.Launch, verdicts: Path
+    container: StageContainer, runtime: str, image: ContainerSpec, launch: catalog.Launch, verdicts: Path
 ) -> dict[str, Any]:
     """What ``python -m amlaunch.containers.node_setup`` is given: nothing secret. ``verdicts``: the folder for the reasons of nodes that refuse."""
     return {
         "verdicts": str(verdicts),
         "runtime": runtime,
-        "image": image.of.short,
-        "path": str(image.of.path) if image.of.path else None,
+        "image": image.image.short,
+        "path": str(image.image.path) if image.image.path else None,
         "mounts": sorted({mount.source for mount in image.mounts}),
         "prepare": [list(command) for command in launch.prepare],
         "gpus": image.gpus,
