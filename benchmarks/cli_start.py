@@ -1,4 +1,4 @@
-"""How long `amlaunch --help` and `amlaunch status` take from start to end, beside a bare Python, in one interleaved run.
+"""Measure the start-up of `amlaunch` commands next to a bare Python, in interleaved rounds.
 
 Usage: python benchmarks/cli_start.py [REPEATS]
 """
@@ -20,19 +20,20 @@ COMMANDS = {
 
 
 def timed(command: list[str], folder: str) -> float:
-    """Milliseconds of one run."""
-    began = time.perf_counter()
+    """Return the milliseconds that a command takes."""
+    started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - started)
 
 
 def main() -> None:
     """Print median and range of each command."""
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     with tempfile.TemporaryDirectory() as folder:
-        rounds = [{name: timed(command, folder) for name, command in COMMANDS.items()} for _ in range(repeats + 1)][1:]
+        rounds = [{name: timed(command, folder) for name, command in COMMANDS.items()} for _ in range(repeats + 1)]
     for name in COMMANDS:
-        times = [found[name] for found in rounds]
+        # the first round fills caches
+        times = [milliseconds[name] for milliseconds in rounds[1:]]
         print(f"{name:<26} median {statistics.median(times):5.0f} ms   {min(times):.0f} to {max(times):.0f}")
 
 

@@ -1,8 +1,9 @@
-"""What a run in a stock image costs a submission: the look at what the image lacks, and its copies in the snapshot.
+"""Measure the cost of packages that an image lacks: finding them, and copying them into the code snapshot.
 
-    python benchmarks/image_packages.py
+Usage: python benchmarks/image_packages.py
 
-CPU milliseconds, the best of several; the first look of all is the one after something was installed.
+Prints CPU milliseconds, the best of several tries. The first look is the one
+after a package was installed; later looks use a cache.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ IMAGE = "nvcr.io/nvidia/pytorch:25.08-py3"
 
 
 def best(work: Callable[[], object], tries: int = 7) -> float:
-    """CPU milliseconds of the quickest try."""
+    """Return the CPU milliseconds of the fastest try."""
     times = []
     for _ in range(tries):
-        before = time.process_time()
+        started = time.process_time()
         work()
-        times.append(time.process_time() - before)
+        times.append(time.process_time() - started)
     return 1e3 * min(times)
 
 
 def main() -> None:
-    """Print a line for each part."""
+    """Print one line per measurement."""
     with tempfile.TemporaryDirectory() as temp:
         os.environ["XDG_CACHE_HOME"] = temp
         from amlaunch.containers.images.image_facts import facts_from_name
@@ -45,17 +46,20 @@ def main() -> None:
             first = best(lambda wants=wants, facts=facts: resolve(wants, facts), 3)
             inside(wants, facts)
             again = best(lambda wants=wants, facts=facts: inside(wants, facts))
-            print(f"{recipe:12} what the image lacks: first {first:.1f} ms, again {again:.1f} ms")
-        found = inside(wanted(load(shipped_recipes()["quickstart"]), STAGES), facts_from_name(IMAGE))
+            print(f"{recipe:12} packages that the image lacks: first look {first:.1f} ms, later {again:.1f} ms")
+
+        packages = inside(wanted(load(shipped_recipes()["quickstart"]), STAGES), facts_from_name(IMAGE))
         code = Path(temp) / "code"
 
         def snapshot(with_packages: bool) -> None:
             shutil.rmtree(code, ignore_errors=True)
-            take_snapshot(code, None, found if with_packages else None)
+            take_snapshot(code, None, packages if with_packages else None)
 
-        bare, full = best(lambda: snapshot(False)), best(lambda: snapshot(True))
+        without_packages, with_packages = best(lambda: snapshot(False)), best(lambda: snapshot(True))
+        names = ", ".join(package.name for package in packages.copied)
         print(
-            f"snapshot: {bare:.1f} ms without packages, {full:.1f} ms with {len(found.files())} files of {', '.join(one.name for one in found.copied)}"
+            f"code snapshot: {without_packages:.1f} ms without packages, "
+            f"{with_packages:.1f} ms with {len(packages.files())} files of {names}"
         )
 
 

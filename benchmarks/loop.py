@@ -1,18 +1,18 @@
-"""What our training loop costs beside a minimal one written by hand around the same model.
+"""Compare the cost of our training loop with a minimal hand-written one around the same model.
 
 Usage: python benchmarks/loop.py [PROCESSES] [TURNS]
 
-The model and batch are those of recipes/char.yaml, the smallest that ship: the
-smaller a step, the more a loop's own cost counts. In a process the two take
-turns of STEPS steps, and who begins changes every turn; compared are the medians
-of the turns' ratios. Where in memory a model's weights happen to lie changes the
-speed of its kernels by more than a loop costs, so there are several processes,
-every other one of which builds the other model first, and what is said is the
-median of theirs and how far they lie apart: of the wall clock, and of the
-process's own CPU time, which other work on the machine touches less. Ours does
-all that it does in a run: metrics and console line each step, heartbeat, stop
-flag, agreement of the ranks, skipping of steps that are no numbers, dropout's
-seed, a reading thread. The other reads its loss each step, and that is all.
+Model and batch are those of recipes/char.yaml, the smallest shipped recipe: the
+shorter a step, the more the loop's own cost matters. Within a process the two
+loops take turns of STEPS steps, in alternating order, and the medians of the
+turns' ratios are compared. The addresses of a model's weights change the speed
+of its kernels by more than a loop costs. So there are several processes, every
+other one builds the other model first, and the result is the median over the
+processes and their range. It is given for the wall clock, and for the process's
+own CPU time, which other work on the machine affects less. Our loop does
+everything that it does in a run: metrics and a console line for each step,
+heartbeat, stop flag, agreement of the ranks, skipping of non-finite steps,
+dropout seeds, and a reader thread. The other one only reads its loss each step.
 """
 
 from __future__ import annotations
@@ -49,87 +49,96 @@ STEPS = 10
 
 
 def main() -> None:
-    """Print each process's ratios, and their medians."""
+    """Print the ratios of each process, and their medians."""
     if sys.argv[1:2] == ["--one"]:
         compare(ours_first=sys.argv[2] == "1", turns=int(sys.argv[3]))
-    processes, turns = (int(word) for word in (*sys.argv[1:], *("10", "20")[len(sys.argv) - 1 :]))
-    found = []
+    processes = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    turns = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    reports = []
     for number in range(processes):
-        words = [sys.executable, __file__, "--one", str(number % 2), str(turns)]
-        done = subprocess.run(
-            words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
-        )
-        found.append(json.loads(done.stdout))
+        argv = [sys.executable, __file__, "--one", str(number % 2), str(turns)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        child = subprocess.run(argv, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        report = json.loads(child.stdout)
+        reports.append(report)
         print(
-            f"process {number + 1}: a step by hand {found[-1]['ms']:.2f} ms; ours {found[-1]['wall']:+.1%} of the wall clock, {found[-1]['cpu']:+.1%} of CPU time",
+            f"process {number + 1}: {report['ms']:.2f} ms per step by hand; "
+            f"ours takes {report['wall']:+.1%} wall time, {report['cpu']:+.1%} CPU time",
             flush=True,
         )
-    for key, word in (("wall", "the wall clock"), ("cpu", "CPU time")):
-        costs = [one[key] for one in found]
+    for key, label in (("wall", "wall time"), ("cpu", "CPU time")):
+        costs = [report[key] for report in reports]
         print(
-            f"our loop costs {statistics.median(costs):+.1%} of {word}, median of {processes} processes of {turns} turns of {STEPS} steps (from {min(costs):+.1%} to {max(costs):+.1%})"
+            f"our loop takes {statistics.median(costs):+.1%} {label} (median of {processes} processes of {turns} "
+            f"turns of {STEPS} steps; {min(costs):+.1%} to {max(costs):+.1%})"
         )
 
 
 def compare(ours_first: bool, turns: int) -> None:
-    """One process's ratios, as a line of JSON."""
+    """Print this process's ratios as JSON, and exit."""
     torch.set_num_threads(1)
     os.environ["AMLAUNCH_DEVICE"] = "cpu"
-    out = os.dup(1)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
+    stdout = os.dup(1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cleanup:
         shard = Path(folder) / "train.bin"
         write_shard(shard, [np.random.default_rng(0).integers(0, VOCAB, 2_000_000).astype("<u2")], np.dtype("<u2"))
         os.chdir(folder)
-        make = {"ours": lambda: our_loop(shard, (turns + 1) * STEPS, held), "by hand": lambda: minimal_loop(shard)}
-        loops = {name: make[name]() for name in sorted(make, reverse=ours_first)}
-        ratios, steps = [], []
+        builders = {
+            "ours": lambda: our_loop(shard, (turns + 1) * STEPS, cleanup),
+            "by hand": lambda: minimal_loop(shard),
+        }
+        loops = {name: builders[name]() for name in sorted(builders, reverse=ours_first)}
+        ratios, seconds = [], []
         for turn in range(turns + 1):
-            spent = {name: timed(loops[name]) for name in sorted(loops, reverse=turn % 2 == 0)}
-            if turn:  # before, caches fill and memory is touched
-                ratios.append([mine / theirs for mine, theirs in zip(spent["ours"], spent["by hand"], strict=True)])
-                steps.append(spent["by hand"][0] / STEPS)
+            times = {name: timed(loops[name]) for name in sorted(loops, reverse=turn % 2 == 0)}
+            # the first turn fills caches and touches memory
+            if turn:
+                ratios.append([ours / by_hand for ours, by_hand in zip(times["ours"], times["by hand"], strict=True)])
+                seconds.append(times["by hand"][0] / STEPS)
         wall, cpu = (statistics.median(column) - 1 for column in zip(*ratios, strict=True))
-        os.write(out, json.dumps({"wall": wall, "cpu": cpu, "ms": statistics.median(steps) * 1e3}).encode())
-        exit_process(0)  # as a run does: the process group is never taken down
+        os.write(stdout, json.dumps({"wall": wall, "cpu": cpu, "ms": statistics.median(seconds) * 1e3}).encode())
+        # like a run, which never destroys its process group
+        exit_process(0)
 
 
 def timed(loop: Callable[[int], None]) -> tuple[float, float]:
-    """Wall clock and CPU time of a turn."""
-    wall, own = time.perf_counter(), time.process_time()
+    """Return wall time and CPU time of a turn in seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
     loop(STEPS)
-    return time.perf_counter() - wall, time.process_time() - own
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def our_loop(shard: Path, last: int, held: contextlib.ExitStack) -> Callable[[int], None]:
-    """A job of the recipe char, and its loop for the next so many steps."""
-    words = [
-        "--dataset.file_pattern",
-        str(shard),
-        "--step_scheduler.max_steps",
-        str(last),
-        "--validation_dataset",
-        "null",
-    ]
-    words += ["--checkpoint.enabled", "false", "--export", "null", "--lr_scheduler", "null"]
-    options = parse("loop", "", [str(find_recipe("char")), *words])
-    silent = held.enter_context(open(os.devnull, "w"))
-    with contextlib.redirect_stdout(silent):
-        watch = held.enter_context(HangWatch(0, 600.0, 600.0))
+def our_loop(shard: Path, last_step: int, cleanup: contextlib.ExitStack) -> Callable[[int], None]:
+    """Set up the recipe char and return a function that takes a number of steps."""
+    overrides = {
+        "dataset.file_pattern": str(shard),
+        "step_scheduler.max_steps": str(last_step),
+        "validation_dataset": "null",
+        "checkpoint.enabled": "false",
+        "export": "null",
+        "lr_scheduler": "null",
+    }
+    options = parse("loop", "", [str(find_recipe("char")), *(f"--{key}={value}" for key, value in overrides.items())])
+    devnull = cleanup.enter_context(open(os.devnull, "w"))
+    with contextlib.redirect_stdout(devnull):
+        watch = cleanup.enter_context(HangWatch(0, 600.0, 600.0))
         collector = StepGarbageCollector()
-        held.callback(collector.restore)
-        collector.freeze()  # once a run, and so not a step's cost
-        job = set_up(options, StopFlag(), join_world(options.loaded.recipe.distributed, RankEnvironment()), watch, held)
+        cleanup.callback(collector.restore)
+        # happens once per run, so it is not part of a step's cost
+        collector.freeze()
+        world = join_world(options.loaded.recipe.distributed, RankEnvironment())
+        state = set_up(options, StopFlag(), world, watch, cleanup)
 
     def run(steps: int) -> None:
-        job.last_step = job.step + steps
-        with contextlib.redirect_stdout(silent):
-            take_steps(job, collector)
+        state.last_step = state.step + steps
+        with contextlib.redirect_stdout(devnull):
+            take_steps(state, collector)
 
     return run
 
 
 def minimal_loop(shard: Path) -> Callable[[int], None]:
-    """The same model, optimizer and batch in as few lines as they take."""
+    """Build the same model, optimizer and batch, and return a function that takes a number of steps."""
     options = parse("loop", "", [str(find_recipe("char"))])
     model = build_model(options.loaded.recipe, options.loaded.policy).train()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -152,11 +161,11 @@ def minimal_loop(shard: Path) -> Callable[[int], None]:
 
 
 def random_batches(shard: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows at random places, as nanoGPT takes them."""
+    """Yield inputs and labels at random offsets, as nanoGPT does."""
     data = np.memmap(shard, dtype="<u2", mode="r", offset=HEADER_BYTES)
     while True:
-        places = torch.randint(len(data) - BLOCK, (BATCH,)).tolist()
-        rows = torch.from_numpy(np.stack([data[i : i + BLOCK + 1] for i in places]).astype(np.int64))
+        offsets = torch.randint(len(data) - BLOCK, (BATCH,)).tolist()
+        rows = torch.from_numpy(np.stack([data[i : i + BLOCK + 1] for i in offsets]).astype(np.int64))
         yield rows[:, :-1], rows[:, 1:]
 
 

@@ -1,11 +1,11 @@
-"""How long `amlaunch status` takes for a run of many elements: pending, running and done ones, as their files would be.
+"""Measure `amlaunch status` for a run of many elements: pending, running and completed.
 
 Usage: python benchmarks/status_speed.py [ELEMENTS] [REPEATS]
 
-The run directory is made in a temporary folder, with a plan, half of its
-elements done (marker, attempts, heartbeat, one output each) and the rest
-waiting. The whole process is timed, start-up included. The queue is asked for
-real where Slurm is; else status says that it is missing and goes on.
+Creates a run directory in a temporary folder, with a plan. Half of its elements
+are done (done marker, attempts, heartbeat, one output each), the rest are
+waiting. Times the whole process including start-up. If Slurm is installed, its
+queue is queried; otherwise status reports that it is missing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
 from amlaunch.recipes.files import append_json_line, write_json
 from amlaunch.recipes.run_layout import RunDir
 
-ARRAY = 1000
+ARRAY_SIZE = 1000
 
 
 def make_run(folder: Path, count: int) -> RunDir:
-    """A run of ``count`` preprocess elements, submitted in arrays of 1,000."""
+    """Create a run of ``count`` preprocess elements, submitted in arrays of ``ARRAY_SIZE``, half of them done."""
     run = RunDir(folder / "runs" / "many-00000000")
     names = [str(i) for i in range(count)]
     elements = [Element(name, "preprocess", ["element", "--index", name], f"part {name} of {count}") for name in names]
@@ -40,12 +40,11 @@ def make_run(folder: Path, count: int) -> RunDir:
         cluster={"name": "slurm", "profile": {}},
     )
     write_json(run.plan, plan.to_json())
-    for number, start in enumerate(range(0, count, ARRAY)):
-        part = tuple(names[start : start + ARRAY])
+    for number, start in enumerate(range(0, count, ARRAY_SIZE)):
         Submission(
             run.jobs / f"{number + 1:03}-preprocess",
             "preprocess",
-            part,
+            tuple(names[start : start + ARRAY_SIZE]),
             str(run.root),
             "slurm",
             f"t{number}",
@@ -54,36 +53,37 @@ def make_run(folder: Path, count: int) -> RunDir:
             str(9_000_000 + number),
         ).write()
     for name in names[: count // 2]:
-        element = run.element("preprocess", name)
-        append_json_line(
-            element.attempts,
-            {"event": "start", "attempt": 1, "time": time.time(), "host": "n1", "pid": 1, "job": "1_1", "done": 0},
-        )
-        append_json_line(
-            element.attempts, {"event": "end", "attempt": 1, "time": time.time(), "outcome": "done", "seconds": 5.0}
-        )
-        output = element.root / "shard.bin"
-        output.write_bytes(b"1234")
-        write_json(element.progress, {"time": time.time(), "unit": "token", "done": 10, "total": 10}, durable=False)
-        write_json(
-            element.done, {"outputs": {str(output): 4}, "tokens": 10, "documents": 1, "shards": 1}, durable=False
-        )
+        complete_element(run, name)
     return run
 
 
+def complete_element(run: RunDir, name: str) -> None:
+    """Write the files of an element that is done."""
+    element = run.element("preprocess", name)
+    start = {"event": "start", "attempt": 1, "time": time.time(), "host": "n1", "pid": 1, "job": "1_1", "done": 0}
+    end = {"event": "end", "attempt": 1, "time": time.time(), "outcome": "done", "seconds": 5.0}
+    append_json_line(element.attempts, start)
+    append_json_line(element.attempts, end)
+    output = element.root / "shard.bin"
+    output.write_bytes(b"1234")
+    write_json(element.progress, {"time": time.time(), "unit": "token", "done": 10, "total": 10}, durable=False)
+    marker = {"outputs": {str(output): 4}, "tokens": 10, "documents": 1, "shards": 1}
+    write_json(element.done, marker, durable=False)
+
+
 def timed(command: list[str], folder: Path) -> float:
-    """Seconds of one run."""
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    seconds = time.perf_counter() - began
-    assert done.returncode == 0, done.stderr
+    """Return the seconds that a command takes."""
+    started = time.perf_counter()
+    child = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    seconds = time.perf_counter() - started
+    assert child.returncode == 0, child.stderr
     if "--json" in command:
-        json.loads(done.stdout)
+        json.loads(child.stdout)
     return seconds
 
 
 def main() -> None:
-    """Print median and range of the list, of one run, and of its JSON."""
+    """Print median and range for the list, one run, and one run as JSON."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent / "src"))
@@ -97,11 +97,13 @@ def main() -> None:
             "status RUN": [*program, run.root.name],
             "status RUN --json": [*program, run.root.name, "--json"],
         }
-        rounds = [{name: timed(command, folder) for name, command in commands.items()} for _ in range(repeats + 1)][1:]
-    for name in commands:
-        times = [found[name] for found in rounds]
+        rounds = [{label: timed(command, folder) for label, command in commands.items()} for _ in range(repeats + 1)]
+    for label in commands:
+        # the first round fills caches
+        times = [seconds[label] for seconds in rounds[1:]]
         print(
-            f"{name:<20} of {count:,} elements: median {statistics.median(times):.2f} s   {min(times):.2f} to {max(times):.2f}"
+            f"{label:<20} {count:,} elements: median {statistics.median(times):.2f} s   "
+            f"{min(times):.2f} to {max(times):.2f}"
         )
 
 

@@ -1,10 +1,10 @@
-"""How long `amlaunch submit` takes for a recipe whose preprocess stage has 1,000 elements: checks, snapshot, one sbatch a stage.
+"""Measure `amlaunch submit` for a recipe with 1,000 preprocess elements: checks, code snapshot, one sbatch per stage.
 
 Usage: python benchmarks/submit_speed.py [ELEMENTS] [REPEATS]
 
-Needs a machine with Slurm's commands. The jobs may not start within the hour
-(sbatch's --begin), and are cancelled at the end. Beside it, as what cannot be
-saved: four bare sbatch calls of the same size.
+Needs Slurm's commands. The jobs cannot start within an hour (sbatch's --begin)
+and are cancelled at the end. For comparison, four bare sbatch calls of the same
+size show the time that cannot be saved.
 """
 
 from __future__ import annotations
@@ -32,45 +32,45 @@ PROFILE = "bench: {signal_seconds: 60, sbatch: {begin: now+1hour}}\n"
 
 
 def timed(command: list[str], folder: Path) -> tuple[float, str]:
-    """``(seconds, stdout)`` of one run."""
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    seconds = time.perf_counter() - began
-    assert done.returncode == 0, done.stderr
-    return seconds, done.stdout
+    """Run a command and return ``(seconds, stdout)``."""
+    started = time.perf_counter()
+    child = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    seconds = time.perf_counter() - started
+    assert child.returncode == 0, child.stderr
+    return seconds, child.stdout
 
 
-def bare(folder: Path, elements: int) -> float:
-    """Seconds of the four sbatch calls alone."""
+def bare_sbatch(folder: Path, elements: int) -> float:
+    """Return the seconds of four bare sbatch calls."""
     script = folder / "bare.sh"
     script.write_text("#!/bin/bash\n#SBATCH --begin=now+1hour\n#SBATCH --output=/dev/null\ntrue\n")
     total = 0.0
-    jobs = []
+    job_ids = []
     for array in (f"0-{elements - 1}", "0", "0", "0"):
-        seconds, said = timed(["sbatch", "--parsable", f"--array={array}", str(script)], folder)
+        seconds, stdout = timed(["sbatch", "--parsable", f"--array={array}", str(script)], folder)
         total += seconds
-        jobs.append(said.strip())
-    subprocess.run(["scancel", *jobs], check=True)
+        job_ids.append(stdout.strip())
+    subprocess.run(["scancel", *job_ids], check=True)
     return total
 
 
 def one_round(folder: Path, elements: int, seed: int) -> dict[str, float]:
-    """One new run, dry and real, and the bare calls."""
+    """Return the seconds of a new submission, dry and real, of a repeated one, and of bare sbatch calls."""
     (folder / "many.yaml").write_text(RECIPE.format(elements=elements, seed=seed))
     program = [sys.executable, "-m", "amlaunch"]
     submit = [*program, "submit", "many.yaml", "--cluster", "bench.yaml", "--json"]
     shutil.rmtree(folder / "data", ignore_errors=True)
     dry, _ = timed([*submit, "--dry-run"], folder)
-    real, said = timed(submit, folder)
-    made = json.loads(said)
-    assert [len(one["elements"]) for one in made["submitted"]] == [elements, 1, 1, 1], made["submitted"]
-    again, _ = timed(submit, folder)
-    timed([*program, "cancel", made["run"]], folder)
+    real, stdout = timed(submit, folder)
+    report = json.loads(stdout)
+    assert [len(array["elements"]) for array in report["submitted"]] == [elements, 1, 1, 1], report["submitted"]
+    repeated, _ = timed(submit, folder)
+    timed([*program, "cancel", report["run"]], folder)
     return {
         "submit": real,
-        "the same again (all on their way)": again,
+        "submit again (all elements active)": repeated,
         "submit --dry-run": dry,
-        "four bare sbatch calls": bare(folder, elements),
+        "four bare sbatch calls": bare_sbatch(folder, elements),
     }
 
 
@@ -86,10 +86,11 @@ def main() -> None:
         (folder / "bench.yaml").write_text(PROFILE)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         rounds = [one_round(folder, elements, seed) for seed in range(repeats)]
-    for name in rounds[0]:
-        times = [found[name] for found in rounds]
+    for label in rounds[0]:
+        times = [seconds[label] for seconds in rounds]
         print(
-            f"{name:<36} {elements:,} elements: median {statistics.median(times):.2f} s   {min(times):.2f} to {max(times):.2f}"
+            f"{label:<36} {elements:,} elements: median {statistics.median(times):.2f} s   "
+            f"{min(times):.2f} to {max(times):.2f}"
         )
 
 

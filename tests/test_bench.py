@@ -826,9 +826,7 @@ def test_the_gpu_suite_does_on_a_cpu_what_a_cpu_can_do(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     states = {name: part["state"] for name, part in json.loads(out.read_text()).items()}
     assert states.pop("doctor").startswith(("done", "skipped")), "what it finds bad here is no failure"
-    assert states == {"124M": "done", "loss-torch": "done", "fp8-124M": "skipped: 8-bit products are for GPUs"}, (
-        done.stderr
-    )
+    assert states == {"124M": "done", "loss-torch": "done", "fp8-124M": "skipped: FP8 needs a GPU"}, done.stderr
     assert done.returncode == 0 and "advice:" in done.stdout
 
 
@@ -836,10 +834,10 @@ def test_the_gpu_suite_survives_parts_that_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = [
-        gpu_suite.Part("wrong", gpu_suite.bench, ("llama-of-nobody",)),
-        gpu_suite.Part("right", lambda *_: {"note": "went on"}),
+        gpu_suite.Measurement("wrong", gpu_suite.bench, ("llama-of-nobody",)),
+        gpu_suite.Measurement("right", lambda *_: {"note": "went on"}),
     ]
-    monkeypatch.setattr(gpu_suite, "parts", lambda: made)
+    monkeypatch.setattr(gpu_suite, "measurements", lambda: made)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry"])
     assert gpu_suite.main() == 1
     said = capsys.readouterr().out
@@ -849,7 +847,7 @@ def test_the_gpu_suite_survives_parts_that_fail(
 def hanging(folder: Path) -> Any:
     """A part that never ends, nor does what it has started, which holds its output open."""
 
-    def run(part: gpu_suite.Part, suite: gpu_suite.Suite) -> dict[str, Any]:
+    def run(part: gpu_suite.Measurement, suite: gpu_suite.Suite) -> dict[str, Any]:
         suite.process(["sh", "-c", f"sleep 600 & echo $! >> {folder}/pids; echo thinking; sleep 600"])
         return {}
 
@@ -857,10 +855,10 @@ def hanging(folder: Path) -> Any:
 
 
 def suite_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Part], *words: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Measurement], *words: str
 ) -> tuple[int, dict[str, str]]:
     """The suite's exit code with these parts, and their states as they are written down; no process is left."""
-    monkeypatch.setattr(gpu_suite, "parts", lambda: made)
+    monkeypatch.setattr(gpu_suite, "measurements", lambda: made)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry", "--out", str(folder / "out.json"), *words])
     code = gpu_suite.main()
     for pid in map(int, (folder / "pids").read_text().split()):
@@ -876,18 +874,18 @@ def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(
     """Red where only the first process is ended, whose output is then waited for, or where the whole has no end."""
     began = time.monotonic()
     made = [
-        gpu_suite.Part("late", hanging(tmp_path), limit=0.1),  # five times that in a dry run
-        gpu_suite.Part("right", lambda *_: {"note": "went on"}),
-        gpu_suite.Part("later", hanging(tmp_path)),
-        gpu_suite.Part("never", hanging(tmp_path)),
+        gpu_suite.Measurement("late", hanging(tmp_path), limit=0.1),  # five times that in a dry run
+        gpu_suite.Measurement("right", lambda *_: {"note": "went on"}),
+        gpu_suite.Measurement("later", hanging(tmp_path)),
+        gpu_suite.Measurement("never", hanging(tmp_path)),
     ]
     code, states = suite_of(tmp_path, monkeypatch, made, "--minutes", "0.05")
     assert time.monotonic() - began < 8 and code == 1
     assert (
-        states["late"].startswith("FAILED: ended, for it took longer than 1 s; it said last: thinking")
+        states["late"].startswith("FAILED: exceeded its time limit of 1 s; last output: thinking")
         and states["right"] == "done"
     )
-    assert states["later"] == "no time left; it said last: thinking" and states["never"] == "no time left"
+    assert states["later"] == "no time left; last output: thinking" and states["never"] == "no time left"
     shown = capsys.readouterr().out
     assert all(name in shown for name in states) and "went on" in shown
 
@@ -897,15 +895,15 @@ def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
     tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = [
-        gpu_suite.Part("first", lambda *_: {"note": "a figure"}),
-        gpu_suite.Part("second", hanging(tmp_path)),
-        gpu_suite.Part("third", hanging(tmp_path)),
+        gpu_suite.Measurement("first", lambda *_: {"note": "a figure"}),
+        gpu_suite.Measurement("second", hanging(tmp_path)),
+        gpu_suite.Measurement("third", hanging(tmp_path)),
     ]
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 30.0)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), sent))
     timer.start()
     code, states = suite_of(tmp_path, monkeypatch, made)
-    assert code == 130 and states == {"first": "done", "second": "interrupted", "third": "not begun"}
+    assert code == 130 and states == {"first": "done", "second": "interrupted", "third": "not started"}
     assert "a figure" in capsys.readouterr().out
 
 
@@ -916,7 +914,7 @@ def test_the_gpu_suite_leaves_what_nothing_else_ends(
     (tmp_path / "pids").touch()
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0.2)
     code, states = suite_of(
-        tmp_path, monkeypatch, [gpu_suite.Part("stuck", lambda *_: time.sleep(600) or {})], "--minutes", "0.018"
+        tmp_path, monkeypatch, [gpu_suite.Measurement("stuck", lambda *_: time.sleep(600) or {})], "--minutes", "0.018"
     )
     assert code == 130 and states == {"stuck": "interrupted"} and "stuck" in capsys.readouterr().out
 
@@ -927,7 +925,7 @@ def test_the_gpu_suite_runs_under_python_3_10_which_knows_no_p(monkeypatch: pyte
 
 
 def test_the_gpu_suite_begins_with_what_matters_most() -> None:
-    names = [part.name for part in gpu_suite.parts()]
+    names = [part.name for part in gpu_suite.measurements()]
     assert (
         names.index("hf-eager")
         < names.index("residual-curves")
