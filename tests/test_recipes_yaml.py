@@ -1,10 +1,11 @@
-"""YAML as recipes read it: YAML 1.2 scalars, duplicate keys, lines, and a dump that reads back."""
+"""YAML as recipes read it: YAML 1.2 scalars, duplicate keys, lines, and a dump that reads back unchanged."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,15 +17,35 @@ from amlaunch.recipes.format.yaml_reader import dump, parse, parse_value, scalar
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("1E5", 1e5), ("5", 5), ("-7", -7), ("+3", 3), ("0o17", 15), ("0x1F", 31), (".5", 0.5), ("1.", 1.0),
-        ("true", True), ("False", False), ("null", None), ("~", None), ("", None), (".inf", math.inf), ("-.INF", -math.inf),
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("5", 5),
+        ("-7", -7),
+        ("+3", 3),
+        ("0o17", 15),
+        ("0x1F", 31),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
         # YAML 1.1 reads these otherwise
-        ("on", "on"), ("yes", "yes"), ("no", "no"), ("010", 10), ("1_000", "1_000"), ("12:30:45", "12:30:45"), ("none", "none"),
+        ("on", "on"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("010", 10),
+        ("1_000", "1_000"),
+        ("12:30:45", "12:30:45"),
+        ("none", "none"),
     ],
-)  # fmt: skip
+)
 def test_scalars_follow_yaml_1_2(text, value):
-    found = scalar(text)
-    assert found == value and type(found) is type(value)
+    result = scalar(text)
+    assert result == value and type(result) is type(value)
 
 
 def test_quotes_keep_a_string():
@@ -35,7 +56,7 @@ def test_quotes_keep_a_string():
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "words"),
+    ("text", "line", "expected"),
     [
         ("a: 1\nb: 2\na: 3\n", 3, "set twice"),
         ("a:\n  x: 1\n  x: 2\n", 3, "a.x is set twice; first at r:2"),
@@ -46,8 +67,8 @@ def test_quotes_keep_a_string():
         ("a: &x [*x]\n", 1, "aliases"),
     ],
 )
-def test_bad_yaml_names_its_line(text, line, words):
-    with pytest.raises(BadInput, match=f"r:{line}: .*{words}"):
+def test_bad_yaml_names_its_line(text, line, expected):
+    with pytest.raises(BadInput, match=f"r:{line}: .*{expected}"):
         parse(text, "r")
 
 
@@ -96,8 +117,11 @@ def test_a_dump_reads_back_the_same(value):
         "".join(_strings(value)).encode()
     except UnicodeEncodeError:
         return  # not text that a file can hold
-    back = parse(dump({"x": value}), "r")[0]["x"]
-    assert back == value and repr(back) == repr(value)
+    text = dump({"x": value, "list": [value, {"nested": value}]})
+    result = parse(text, "r")[0]
+    assert repr(result) == repr({"x": value, "list": [value, {"nested": value}]})
+    # Older versions, and other tools, read it by the rules of YAML 1.1.
+    assert yaml.safe_load(dump({"x": value})) == {"x": value}
 
 
 def _strings(value):
@@ -113,12 +137,16 @@ def _strings(value):
 
 
 def test_overrides_in_both_spellings():
-    found = parse_overrides(
+    overrides = parse_overrides(
         ["--model.n_layer", "6", "--optimizer.lr=1e-4", "--wandb", "null", "--optimizer.betas.0", "-1", "--name=a=b"]
     )
-    assert [(path, value) for path, value, _ in found] == [
-        (("model", "n_layer"), 6), (("optimizer", "lr"), 1e-4), (("wandb",), None), (("optimizer", "betas", "0"), -1), (("name",), "a=b"),
-    ]  # fmt: skip
+    assert [(path, value) for path, value, _ in overrides] == [
+        (("model", "n_layer"), 6),
+        (("optimizer", "lr"), 1e-4),
+        (("wandb",), None),
+        (("optimizer", "betas", "0"), -1),
+        (("name",), "a=b"),
+    ]
 
 
 def test_an_override_reaches_into_lists_and_makes_sections():
