@@ -1,7 +1,6 @@
-"""A group of ranks that does many things in turn, in one start: parities of training runs, collectives, sharded models.
+"""A group of ranks that runs many tasks in one start: training runs, collectives, sharded models.
 
-Each rank is a process of its own with one process group for all that it does.
-What a thing found in each rank is written down, and read by the tests.
+Each rank is a process with one process group for all tasks. The results of each rank are saved for the tests to read.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from trainer_runs import FORKS, Run, environment
 
 @dataclass(frozen=True)
 class Task:
-    """``do(*args)``, a function of a module, in every rank of a group."""
+    """A call ``do(*args)`` of a module's function in every rank of a group."""
 
     name: str
     do: Callable[..., Any]
@@ -28,12 +27,12 @@ class Task:
 
 
 def in_ranks(size: int, folder: Path, tasks: list[Task], timeout: float = 500.0) -> dict[str, list[Any]]:
-    """What each task returned, by rank; an exception's text where it raised one."""
+    """Run the tasks and return each task's results by rank; an exception's text if it raised one."""
     folder.mkdir(parents=True)
     shared = environment(size)
     processes = [
         FORKS.Process(
-            target=_be_a_rank, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder, tasks), daemon=True
+            target=_run_tasks, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder, tasks), daemon=True
         )
         for rank in range(size)
     ]
@@ -41,16 +40,16 @@ def in_ranks(size: int, folder: Path, tasks: list[Task], timeout: float = 500.0)
         process.start()
     for process in processes:
         process.join(timeout)
-    said = "".join((folder / f"rank{rank}.log").read_text() for rank in range(size))
+    output = "".join((folder / f"rank{rank}.log").read_text() for rank in range(size))
     for process in processes:
         if process.exitcode is None:
             process.kill()
-    assert [process.exitcode for process in processes] == [0] * size, said[-5000:]
-    found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(size)]
-    return {task.name: [rank[task.name] for rank in found] for task in tasks}
+    assert [process.exitcode for process in processes] == [0] * size, output[-5000:]
+    results = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(size)]
+    return {task.name: [of_rank[task.name] for of_rank in results] for task in tasks}
 
 
-def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
+def _run_tasks(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
     log = os.open(folder / f"rank{env['RANK']}.log", os.O_WRONLY | os.O_CREAT)
     for number in (1, 2):
         os.dup2(log, number)
@@ -65,22 +64,22 @@ def _be_a_rank(env: dict[str, str], folder: Path, tasks: list[Task]) -> None:
 
     torch.set_num_threads(1)
     join_world(Distributed(timeout_minutes=8), read_rank_environment(os.environ))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for task in tasks:
         print(f"--- {task.name}", flush=True)
         try:
-            found[task.name] = task.do(*task.args)
+            results[task.name] = task.do(*task.args)
         except Exception as error:
             traceback.print_exc()
-            found[task.name] = f"{type(error).__name__}: {error}"
-    (folder / f"rank{env['RANK']}.pickle").write_bytes(pickle.dumps(found))
-    dist.barrier()  # the first rank has the store through which the others may still be meeting
+            results[task.name] = f"{type(error).__name__}: {error}"
+    (folder / f"rank{env['RANK']}.pickle").write_bytes(pickle.dumps(results))
+    dist.barrier()  # the first rank hosts the store that the others may still use
     sys.stdout.flush()
     exit_process(0)
 
 
 def train(run: Run, *overrides: str) -> int:
-    """Train on the ranks of this group; the exit code."""
+    """Train on the ranks of this group and return the exit code."""
     from amlaunch.trainer.loop.job import run as train_here
     from amlaunch.trainer.process.arguments import parse
     from amlaunch.trainer.process.errors import run_guarded

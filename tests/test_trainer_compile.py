@@ -1,7 +1,7 @@
-"""What ``torch.compile`` is given: few graphs, whole ones, whatever the model is spread by; and the same losses.
+"""``torch.compile`` gets few, complete graphs under any parallelism, and the losses stay the same.
 
-Graphs are counted by a backend that makes no kernels. Cases of two ranks happen in one start of them. Among them are whole
-runs with every fast path on at once, which are held against plain ones in float64.
+A backend that generates no kernels counts the graphs. All cases of two ranks share one start of two ranks. Among them
+are complete runs with every fast path at once, compared with plain ones in float64.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from amlaunch.trainer.process.rank_environment import RankEnvironment, read_rank
 pytestmark = pytest.mark.slow  # tracing takes seconds
 
 LAYERS = 10
-"""More than dynamo's limit of recompiling one and the same code, which is 8."""
+"""More than dynamo's limit of recompilations of the same code, which is 8."""
 STEPS = 2
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": LAYERS, "n_head": 2},
@@ -54,13 +54,13 @@ TINY: dict[str, dict[str, Any]] = {
 }
 BUILDERS: dict[str, Any] = {"gpt2": build_gpt2_model, "llama": build_llama_model}
 WIDE = {"vocab_size": 64, "n_positions": 16, "n_embd": 384, "n_layer": 3, "n_head": 2}
-"""42 MB in float64, 14 MB a block: DDP's buckets are of 1 MB, the first, and 25 MB."""
+"""42 MB in float64, 14 MB a block: DDP's first bucket has 1 MB, the others 25 MB."""
 CHECKPOINTING = ("none", "full", "selective")
 
 
 @contextmanager
 def counting() -> Iterator[CompileCounterWithBackend]:
-    """Counts the graphs that are compiled, from dynamo's defaults on; hitting its limit is an error rather than a silent end."""
+    """Count compiled graphs, starting from dynamo's defaults; exceeding its recompilation limit is an error."""
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     real = torch.compile
     torch._dynamo.reset()
@@ -76,44 +76,44 @@ def counting() -> Iterator[CompileCounterWithBackend]:
 def train(
     world: World, section: Distributed, scope: str | None, family: str = "gpt2", sizes: dict[str, Any] | None = None
 ) -> list[float]:
-    """Losses of a few steps of two micro-batches each; compiled where there is a ``scope``."""
+    """Return the losses of a few steps of two micro-batches each, compiled if there is a ``scope``."""
     torch.manual_seed(0)
     bare = BUILDERS[family](**(sizes or TINY[family]))
     compile_model(bare, Compile(enabled=scope is not None), scope or "model")
     model = parallelize(bare, section, world, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batch = torch.randint(0, 64, (2, 2, 17), generator=torch.Generator().manual_seed(1))
-    found = []
+    losses = []
     for _ in range(STEPS):
         total = 0.0
         for i, part in enumerate(batch):
             with micro_step(model, last=i == 1):
                 logits = model(part[:, :-1])
-                labels = part[:, 1:].chunk(world.tp_size, 1)[world.tp_rank]  # as batches deal them out
+                labels = part[:, 1:].chunk(world.tp_size, 1)[world.tp_rank]  # as Batch.local_to does
                 loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
                 loss.backward()
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(total)
-    return found
+        losses.append(total)
+    return losses
 
 
-def graphs(*args: Any, **more: Any) -> tuple[int, list[float]]:
-    """How many graphs a compiled :func:`train` makes, and its losses."""
+def graphs(*args: Any, **kwargs: Any) -> tuple[int, list[float]]:
+    """Return the number of graphs of a compiled :func:`train`, and its losses."""
     with counting() as counter:
-        losses = train(*args, **more)
+        losses = train(*args, **kwargs)
     return counter.frame_count, losses
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """One rank, in this process."""
+    """Join a world of one rank in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLAUNCH_DEVICE", "cpu")
         torch.set_num_threads(1)
         yield join_world(Distributed(), RankEnvironment())
-        if dist.is_initialized():  # a run in this process takes it down
+        if dist.is_initialized():  # a run in this process destroys it
             time.sleep(0.05)  # see trainer_runs
             dist.destroy_process_group()
 
@@ -126,7 +126,7 @@ def world() -> Iterator[World]:
 def test_blocks_are_one_graph_with_the_same_losses_however_they_are_checkpointed(
     world: World, family: str, kind: Any
 ) -> None:
-    """Red where ``checkpoint`` is a block's ``forward``, which dynamo skips, or where blocks have classes or code of their own."""
+    """Fails if ``checkpoint`` is a block's ``forward``, which dynamo skips, or if blocks do not share a class."""
     section = Distributed(dtype="float64", activation_checkpointing=kind)
     plain = train(world, section, None, family)
     count, losses = graphs(world, section, "blocks", family)
@@ -136,7 +136,7 @@ def test_blocks_are_one_graph_with_the_same_losses_however_they_are_checkpointed
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_what_is_compiled_computes_again_what_an_uncompiled_block_does(world: World, kind: Any) -> None:
-    """Red where the compiled graph has lost the checkpointing: then it keeps what the backward needs."""
+    """Fails if the compiled graph lost the checkpointing and so keeps all activations."""
     section = Distributed(strategy="none", dtype="float64", activation_checkpointing=kind)
     with counting() as counter:
         train(world, section, "blocks", sizes={**TINY["gpt2"], "n_layer": 2})
@@ -145,11 +145,11 @@ def test_what_is_compiled_computes_again_what_an_uncompiled_block_does(world: Wo
 
 
 def test_a_checkpointed_block_computes_again_through_any_forward_and_has_a_class_with_its_likes(world: World) -> None:
-    """Red where a ``forward`` set on a block hides that of the class, or each block gets a class of its own."""
+    """Fails if a ``forward`` set on a block hides that of the class, or if each block gets a separate class."""
     calls = []
     model = build_gpt2_model(**TINY["gpt2"])
-    own = model.h[0].forward
-    model.h[0].forward = lambda *args: (calls.append(0), own(*args))[1]  # type: ignore[method-assign]
+    original = model.h[0].forward
+    model.h[0].forward = lambda *args: (calls.append(0), original(*args))[1]  # type: ignore[method-assign]
     model.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     checkpoint_activations(model, "full")
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
@@ -169,7 +169,7 @@ TWO: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def compared(scope: str, family: str, keys: dict[str, Any]) -> tuple[int, list[float], list[float]]:
-    """How many graphs there are, and the losses, compiled and not; DDP has a model of more than one of its buckets."""
+    """Return the number of graphs, and the losses, compiled and not; with DDP the model fills several buckets."""
     section = Distributed(dtype="float64", **keys)
     world = join_world(section, read_rank_environment(os.environ))
     sizes = WIDE if section.strategy == "ddp" else None
@@ -192,15 +192,15 @@ def two(folder: Path) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", list(TWO))
 def test_two_ranks_compile_one_graph_with_the_same_losses(two: dict[str, list[Any]], name: str) -> None:
-    """Red where DDP's buckets cut the graph, or tensor parallelism gives each block a class: an error of dynamo's limit."""
-    assert not any(isinstance(found, str) for found in two[name]), two[name]
+    """Fails if DDP's buckets split the graph, or if tensor parallelism gives each block a separate class."""
+    assert not any(isinstance(result, str) for result in two[name]), two[name]
     for count, losses, plain in two[name]:
-        assert count == (0 if name == "tp, full" else 1)  # which torch cannot do on a CPU: it stays as it is
+        assert count == (0 if name == "tp, full" else 1)  # torch cannot compile it on a CPU, so it stays eager
         assert losses == pytest.approx(plain, rel=1e-12)
 
 
 class Reductions(TorchDispatchMode):
-    """Counts what is reduced over ranks."""
+    """Counts reductions over ranks."""
 
     count = 0
 
@@ -210,7 +210,7 @@ class Reductions(TorchDispatchMode):
 
 
 def reductions(strategy: str) -> list[int]:
-    """How often gradients are reduced in a step of one micro-batch, and in one of three."""
+    """Return the number of gradient reductions in a step of one micro-batch, and in one of three."""
     section = Distributed(dtype="float64", strategy=strategy)
     model = parallelize(
         build_gpt2_model(**{**TINY["gpt2"], "n_layer": 2}),
@@ -218,38 +218,38 @@ def reductions(strategy: str) -> list[int]:
         join_world(section, read_rank_environment(os.environ)),
         seed=0,
     )
-    found = []
-    for count in (1, 1, 3):  # DDP finds its buckets in the first
-        with Reductions() as seen:
+    reduced = []
+    for count in (1, 1, 3):  # DDP sets up its buckets in the first
+        with Reductions() as mode:
             for i in range(count):
                 with micro_step(model, last=i == count - 1):
                     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
-        found.append(seen.count)
-    return found[1:]
+        reduced.append(mode.count)
+    return reduced[1:]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_gradients_are_reduced_in_the_last_micro_batch_alone(two: dict[str, list[Any]], strategy: str) -> None:
-    """Red where each micro-batch reduces its own."""
-    for one, three in two[f"reductions {strategy}"]:
-        assert one == three > 0
+    """Fails if each micro-batch reduces its gradients."""
+    for one_micro_batch, three_micro_batches in two[f"reductions {strategy}"]:
+        assert one_micro_batch == three_micro_batches > 0
 
 
 def test_a_cache_that_cannot_be_written_is_left_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red where torch is left with it, which ends the run with an error of its own."""
+    """Fails if torch uses that cache, which would end the run with an error."""
     (tmp_path / "file").touch()
-    for folder, there in ((tmp_path / "new" / "cache", True), (tmp_path / "file" / "cache", False)):
+    for folder, writable in ((tmp_path / "new" / "cache", True), (tmp_path / "file" / "cache", False)):
         monkeypatch.setenv(CACHE_VARIABLE, str(folder))
         compile_model(nn.Linear(1, 1), Compile(enabled=True), "model")
-        assert (os.environ.get(CACHE_VARIABLE) == str(folder)) is there  # torch may have set its own meanwhile
-        assert ("is not writable (Not a directory)" in capsys.readouterr().out) is not there
+        assert (os.environ.get(CACHE_VARIABLE) == str(folder)) is writable  # torch may have set another
+        assert ("is not writable (Not a directory)" in capsys.readouterr().out) is not writable
     assert list((tmp_path / "new" / "cache").iterdir()) == []
 
 
 def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:
-    """Red where it is: reducing with nobody, for copies of all gradients."""
+    """Fails if it is, which would copy all gradients for nothing."""
     bare = build_gpt2_model(**TINY["gpt2"])
     assert parallelize(bare, Distributed(strategy="ddp"), world, seed=0) is bare
 
@@ -258,12 +258,23 @@ def test_one_rank_is_not_wrapped_in_ddp(world: World) -> None:
 
 ROWS: dict[str, Any] = {"vocab_size": 104, "bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {"_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model", "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2},
-    "llama": {
-        "_target_": "amlaunch.trainer.models.llama.build_llama_model", "max_position_embeddings": 32, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "gpt2": {
+        "_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model",
+        "n_positions": 32,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
     },
-}  # fmt: skip
+    "llama": {
+        "_target_": "amlaunch.trainer.models.llama.build_llama_model",
+        "max_position_embeddings": 32,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
 CHUNKED = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": 97, "chunk_tokens": 24}
 TORCHS = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "implementation": "torch"}
 FAST: dict[str, tuple[str, int, dict[str, Any], str, dict[str, Any]]] = {
@@ -272,13 +283,13 @@ FAST: dict[str, tuple[str, int, dict[str, Any], str, dict[str, Any]]] = {
     "llama, packed, whole, ddp, residual": ("llama", 32, {"strategy": "ddp", "bf16_residual": True}, "model", CHUNKED),
     "llama, blocks, fsdp2, torch's loss": ("llama", 0, {"strategy": "fsdp2"}, "blocks", TORCHS),
 }
-"""``(model, packed rows of, distributed, compile.scope, loss)``."""
+"""``(model, packed_sequence_size, distributed, compile.scope, loss_fn)``."""
 LOSS_BOUND, NORM_BOUND = 1e-3, 2e-2
-"""As docs/performance.md states them."""
+"""Bounds stated in docs/performance.md."""
 
 
 def write_documents(path: Path) -> None:
-    """Documents of 4 to 25 tokens that a model can learn something from."""
+    """Write documents of 4 to 25 tokens with a pattern that a model can learn."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 25, 200)
     write_shard(
@@ -289,7 +300,10 @@ def write_documents(path: Path) -> None:
 
 
 def run_of(folder: Path, name: str, *, fast: bool) -> Run:
-    """A case of ``FAST``; not ``fast``: the same training by one rank in float64, eagerly, in one batch, from logits, by an optimizer that is not fused."""
+    """Create a case of ``FAST``.
+
+    Not ``fast``: the same training by one rank in float64, eager, in one batch, from logits, with an unfused optimizer.
+    """
     family, packed, distributed, scope, loss = FAST[name]
     plain_loss = {
         "_target_": "amlaunch.trainer.loss.MaskedCrossEntropy",
@@ -321,7 +335,7 @@ def run_of(folder: Path, name: str, *, fast: bool) -> Run:
 
 
 def trained_fast(run: Run) -> tuple[int, int]:
-    """The exit code, and how many graphs were made."""
+    """Train and return the exit code and the number of graphs."""
     with counting() as counter:
         code = parallel_ranks.train(run)
     return code, counter.frame_count
@@ -331,18 +345,19 @@ def trained_fast(run: Run) -> tuple[int, int]:
 def test_everything_fast_at_once_on_two_ranks_is_near_plain_training_in_float64(
     folder: Path, two: dict[str, list[Any]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16, compiled, spread, two micro-batches, the loss from hidden states, fused AdamW: 12 steps, losses and gradient norms."""
+    """Losses and gradient norms of 12 steps: bfloat16, compiled, two ranks, micro-batches, fused loss and AdamW."""
     monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
     if FAST[name][-1] is TORCHS and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch before 2.13")
-    assert [found[0] for found in two[name]] == [OK, OK] and min(found[1] for found in two[name]) > 0
+    codes, graph_counts = zip(*two[name], strict=True)
+    assert list(codes) == [OK, OK] and min(graph_counts) > 0
     fast, exact = run_of(folder, name, fast=True), run_of(folder, name, fast=False)
     assert exact.here() == OK
     for column, bound in (("loss", LOSS_BOUND), ("grad_norm", NORM_BOUND)):
-        mine, theirs = np.array(fast.column(column)), np.array(exact.column(column))
-        assert len(mine) == 12
-        error = np.abs(mine / theirs - 1).max()
-        assert 1e-7 < error < bound, f"{column}: {error}"  # not exact: else it was not in bfloat16
+        values, reference = np.array(fast.column(column)), np.array(exact.column(column))
+        assert len(values) == 12
+        error = np.abs(values / reference - 1).max()
+        assert 1e-7 < error < bound, f"{column}: {error}"  # an exact result would not be bfloat16
     assert exact.column("loss")[-1] < 0.9 * exact.column("loss")[0]
 
 
@@ -351,12 +366,12 @@ def test_everything_fast_at_once_on_two_ranks_is_near_plain_training_in_float64(
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
-    """Red where validation asks for gradients because parameters, as such, want them."""
-    asked = []
+    """Fails if validation computes gradients because the parameters require them."""
+    needed = []
     loss_fn = LinearCrossEntropy(chunk_tokens=4)
-    monkeypatch.setattr(loss_fn, "_chunk_loss", lambda *args: (asked.append(args[-1]), loss_and_gradient(*args))[1])
+    monkeypatch.setattr(loss_fn, "_chunk_loss", lambda *args: (needed.append(args[-1]), loss_and_gradient(*args))[1])
     model: nn.Module = build_gpt2_model(**TINY["gpt2"])
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with torch.set_grad_enabled(trains):
         compute_loss(model, model, loss_fn, tokens, tokens)
-    assert asked == [trains] * 4
+    assert needed == [trains] * 4

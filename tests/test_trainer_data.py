@@ -1,4 +1,4 @@
-"""The order of the data: every window once, whoever reads it; windows equal to plain slices of the stream."""
+"""The order of the data: every window once, whoever reads it; windows are slices of the stream."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def shard(path: Path, tokens: np.ndarray) -> Path:
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**64), epoch=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_the_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
-    found = permute(np.arange(size), size, seed, epoch)
-    assert sorted(found.tolist()) == list(range(size))
+    permuted = permute(np.arange(size), size, seed, epoch)
+    assert sorted(permuted.tolist()) == list(range(size))
 
 
 def test_the_permutation_is_the_same_for_one_index_and_for_many_and_for_ever() -> None:
@@ -60,8 +60,8 @@ def test_epochs_and_seeds_shuffle_differently_and_well() -> None:
 
 def test_large_sizes_stay_in_range() -> None:
     size = 18_500_000_000_000 // 1024
-    found = permute(np.arange(0, size, size // 1000), size, 0, 0)
-    assert found.min() >= 0 and found.max() < size and len(set(found.tolist())) == len(found)
+    permuted = permute(np.arange(0, size, size // 1000), size, 0, 0)
+    assert permuted.min() >= 0 and permuted.max() < size and len(set(permuted.tolist())) == len(permuted)
 
 
 @given(
@@ -87,13 +87,13 @@ def test_each_window_is_seen_once_an_epoch_whatever_the_ranks(
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), seq_len=st.integers(1, 33), data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_what_is_read_are_slices_of_the_stream(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
-    whole = np.arange(sum(lengths)).astype(UINT16)
-    stream = TokenStream(np.split(whole, np.cumsum(lengths)[:-1]))
-    assert len(stream) == len(whole)
+    complete = np.arange(sum(lengths)).astype(UINT16)
+    stream = TokenStream(np.split(complete, np.cumsum(lengths)[:-1]))
+    assert len(stream) == len(complete)
     if len(stream) <= seq_len:
         return
     starts = np.array(data.draw(st.lists(st.integers(0, len(stream) - seq_len - 1), min_size=1, max_size=9)))
-    expected = np.stack([whole[i : i + seq_len + 1] for i in starts])
+    expected = np.stack([complete[i : i + seq_len + 1] for i in starts])
     assert np.array_equal(stream.read(starts, seq_len + 1), expected)
 
 
@@ -158,7 +158,7 @@ def test_other_shards_have_another_fingerprint(tmp_path: Path) -> None:
 
 
 class Pairs:
-    """A user's own data set."""
+    """A user's data set."""
 
     def __len__(self) -> int:
         return 6
@@ -183,8 +183,8 @@ def test_ranks_share_a_step_out_of_the_prefetching_thread(tmp_path: Path) -> Non
         batches.start(3, 5, depth=1)
         seen += [batches.next(), batches.next()]
         batches.close()
-    got = torch.cat([seen[0].inputs, seen[2].inputs, seen[1].inputs, seen[3].inputs])[:, 0]
-    assert (got // 7).tolist() == order.samples(np.arange(12, 20)).tolist()
+    first_tokens = torch.cat([seen[0].inputs, seen[2].inputs, seen[1].inputs, seen[3].inputs])[:, 0]
+    assert (first_tokens // 7).tolist() == order.samples(np.arange(12, 20)).tolist()
 
 
 def test_validation_gives_all_ranks_as_many_batches_and_counts_each_window_once(tmp_path: Path) -> None:
@@ -203,18 +203,18 @@ def test_an_error_of_the_reading_thread_comes_out_in_the_loop() -> None:
             raise BadInput("no such token")
         return item
 
-    ahead = Prefetcher(make, range(5), 2)
-    assert [ahead.next(), ahead.next()] == [0, 1]
+    prefetcher = Prefetcher(make, range(5), 2)
+    assert [prefetcher.next(), prefetcher.next()] == [0, 1]
     with pytest.raises(BadInput, match="no such token"):
-        ahead.next()
-    ahead.close()
+        prefetcher.next()
+    prefetcher.close()
 
 
 def test_closing_ends_a_thread_that_is_ahead() -> None:
-    ahead = Prefetcher(lambda item: item, range(10**9), 2)
+    prefetcher = Prefetcher(lambda item: item, range(10**9), 2)
     time.sleep(0.01)
-    ahead.close()
-    assert not ahead._thread.is_alive()
+    prefetcher.close()
+    assert not prefetcher._thread.is_alive()
 
 
 # --- any number of ranks, readers and shards --------------------------------------------------------------
@@ -265,11 +265,11 @@ def test_workers_take_turns_and_an_error_comes_out_at_its_place() -> None:
         return item
 
     for workers in range(4):
-        turns = PrefetcherPool(make, range(8), workers, 2)
-        assert [turns.next() for _ in range(5)] == [0, 1, 2, 3, 4]
+        pool = PrefetcherPool(make, range(8), workers, 2)
+        assert [pool.next() for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(BadInput, match="no such token"):
-            turns.next()
-        turns.close()
+            pool.next()
+        pool.close()
 
 
 def damaged(folder: Path, name: str, data: bytes) -> str:
@@ -281,20 +281,22 @@ def damaged(folder: Path, name: str, data: bytes) -> str:
 
 
 def test_files_that_are_no_whole_shards_are_refused_by_name_with_what_is_wrong(tmp_path: Path) -> None:
-    whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
-    header = np.frombuffer(whole[:1024], dtype="<i4").copy()
+    complete = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
+    header = np.frombuffer(complete[:1024], dtype="<i4").copy()
     assert "empty.bin: 0 bytes are too few" in damaged(tmp_path, "empty.bin", b"")
     assert "short.bin: truncated: 1062 bytes on disk, 1064 expected for 20 tokens" in damaged(
-        tmp_path, "short.bin", whole[:-2]
+        tmp_path, "short.bin", complete[:-2]
     )
-    assert "long.bin: longer than its header says" in damaged(tmp_path, "long.bin", whole + b"\0\0")
+    assert "long.bin: longer than its header says" in damaged(tmp_path, "long.bin", complete + b"\0\0")
     assert "foreign.bin: not a token shard: begins with" in damaged(tmp_path, "foreign.bin", b"PAR1" * 500)
     header[1] = 2
     assert "new.bin: shard format version 2 is not supported; expected version 1" in damaged(
-        tmp_path, "new.bin", header.tobytes() + whole[1024:]
+        tmp_path, "new.bin", header.tobytes() + complete[1024:]
     )
     header[1:3] = 1, 0
-    assert "killed.bin: its header counts 0 tokens" in damaged(tmp_path, "killed.bin", header.tobytes() + whole[1024:])
+    assert "killed.bin: its header counts 0 tokens" in damaged(
+        tmp_path, "killed.bin", header.tobytes() + complete[1024:]
+    )
 
 
 def test_the_layouts_of_the_guide_of_llm_c_and_of_nanogpt_are_read(tmp_path: Path) -> None:
@@ -325,8 +327,8 @@ def test_bare_tokens_are_read_when_told_so_and_nothing_else_is_taken_for_them(tm
 
     assert "x.bin is empty (0 bytes)" in raw(b"")
     assert "7 bytes are not a whole number of uint16" in raw(b"1234567")
-    whole = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
-    assert "has the header of a token shard; set dataset.format: bin" in raw(whole)
+    complete = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
+    assert "has the header of a token shard; set dataset.format: bin" in raw(complete)
     with pytest.raises(BadInput, match="did you mean 'raw'"):
         NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="Raw")
 

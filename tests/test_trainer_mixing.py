@@ -38,10 +38,10 @@ def test_every_source_has_its_share_of_the_first_n_samples_whatever_n(
     mixed = mixture(sizes, shares)
     which = np.searchsorted(np.cumsum(sizes), mixed.samples(np.arange(count)), side="right")
     for k, share in enumerate(shares):
-        mine = np.cumsum(which == k)
-        wanted = np.arange(1, count + 1) * share / sum(shares)
-        assert np.abs(mine - wanted).max() < max(len(shares), 2)
-        assert mixed.epochs(count)[f"s{k}"] == mine[-1] / sizes[k]
+        counts = np.cumsum(which == k)
+        expected = np.arange(1, count + 1) * share / sum(shares)
+        assert np.abs(counts - expected).max() < max(len(shares), 2)
+        assert mixed.epochs(count)[f"s{k}"] == counts[-1] / sizes[k]
 
 
 @given(shares=SHARES, data=st.data(), shuffle=st.booleans())
@@ -52,10 +52,10 @@ def test_each_source_is_seen_in_its_own_order_every_sample_once_an_epoch(
 ) -> None:
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(shares), max_size=len(shares)))
     mixed = mixture(sizes, shares, 3, shuffle)
-    found = mixed.samples(np.arange(1500))
+    samples = mixed.samples(np.arange(1500))
     for order, begin in zip(mixed.orders, mixed.offsets.tolist(), strict=True):
-        mine = found[(found >= begin) & (found < begin + order.size)] - begin
-        assert np.array_equal(mine, order.samples(np.arange(len(mine))))
+        of_source = samples[(samples >= begin) & (samples < begin + order.size)] - begin
+        assert np.array_equal(of_source, order.samples(np.arange(len(of_source))))
 
 
 @given(ranks=st.integers(1, 64), steps=st.lists(st.integers(0, 10**9), min_size=1, max_size=4), shares=SHARES)
@@ -91,9 +91,9 @@ def test_rows_come_from_their_sources(tmp_path: Path) -> None:
     assert np.all(rows[:, 1:] == rows[:, :-1] + 1)
     assert len(mixed) == order.size == 30 and order.epochs(40) == {"a": 2.0, "b": 1.0, "c": 1.0}
     assert "a 50.0%: 10 windows" in mixed.describe()
-    turned = MixedDataset(sources=dict(reversed(keys.items())), seq_len=8, shuffle_files=True)
-    assert turned.fingerprint() == mixed.fingerprint() and np.array_equal(
-        turned.order(5).samples(np.arange(40)), order.samples(np.arange(40))
+    reversed_sources = MixedDataset(sources=dict(reversed(keys.items())), seq_len=8, shuffle_files=True)
+    assert reversed_sources.fingerprint() == mixed.fingerprint() and np.array_equal(
+        reversed_sources.order(5).samples(np.arange(40)), order.samples(np.arange(40))
     )
 
 
@@ -113,7 +113,8 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
 
     (tmp_path / "r.yaml").write_text(
         "model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model}\n"
-        "dataset:\n  seq_len: 8\n  sources:\n    web: {file_pattern: a.bin, weight: 0.7}\n    code: {file_pattern: b.bin, weight: 0.3}\n"
+        "dataset:\n  seq_len: 8\n  sources:\n"
+        "    web: {file_pattern: a.bin, weight: 0.7}\n    code: {file_pattern: b.bin, weight: 0.3}\n"
     )
     assert load(tmp_path / "r.yaml").recipe.dataset["_target_"] == "amlaunch.trainer.data.MixedDataset"
     assert "dataset.sources.web.wieght: unknown key of a source; did you mean 'weight'" in problem(
@@ -135,7 +136,7 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
 
 
 def write_documents(path: Path, count: int, seed: int) -> None:
-    """A shard of documents of many lengths, each beginning with token 0."""
+    """Write a shard of documents of many lengths, each beginning with token 0."""
     rng = np.random.default_rng(seed)
     documents = [
         np.concatenate([[0], 1 + np.cumsum(rng.integers(1, 4, rng.integers(2, 45))) % (VOCAB - 1)]).astype("<u2")
@@ -175,26 +176,17 @@ def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks
     )
     assert straight.here() == OK
     for at in (7, 13):
-        assert (
-            resumed.here(
-                "--step_scheduler.max_steps",
-                str(at),
-                "--validation_dataset",
-                "null",
-                "--lr_scheduler.lr_decay_steps",
-                "24",
-            )
-            == OK
-        )
+        shortened = ["--step_scheduler.max_steps", str(at), "--validation_dataset", "null"]
+        assert resumed.here(*shortened, "--lr_scheduler.lr_decay_steps", "24") == OK
     assert resumed.here() == OK
     assert straight.column("loss") == resumed.column("loss") and same_weights(straight, resumed)
     epochs = [line["epoch/web"] for line in straight.lines() if "epoch/web" in line]
     assert len(epochs) == 24 and 0 < epochs[0] < 1 < epochs[-1], "more than one epoch"
     assert straight.column("val_loss") == straight.column("val_loss/code") != straight.column("val_loss/web")
-    said = capsys.readouterr().out
-    assert "of code, " in said and "(code), " in said
+    output = capsys.readouterr().out
+    assert "of code, " in output and "(code), " in output
     if size:
-        return  # dropout is another one on other ranks
+        return  # dropout differs on other ranks
     wider.train(
         2, "--step_scheduler.max_steps", "5", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "24"
     )

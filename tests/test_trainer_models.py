@@ -1,4 +1,4 @@
-"""Our models against transformers' from the same random weights, and what the trainer asks of any model."""
+"""Our models equal transformers' with the same random weights, and meet the trainer's model interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LLAMA_SIZES: dict[str, Any] = {
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """Float64, and every parameter random: fresh biases and norms would hide a mistake."""
+    """Convert to float64 and randomise every parameter: initial biases and norms would hide a mistake."""
     torch.manual_seed(1)
     model.double().eval()
     with torch.no_grad():
@@ -49,12 +49,10 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def losses_and_grads(ours: nn.Module, theirs: nn.Module) -> None:
     ids, labels = torch.randint(97, (2, 3, 16)).unbind()
-    mine, other = ours(ids), theirs(ids).logits
-    assert relative(mine, other) < TIGHT
-    loss, reference = (
-        MaskedCrossEntropy()(mine, labels),
-        F.cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="sum"),
-    )
+    logits, reference_logits = ours(ids), theirs(ids).logits
+    assert relative(logits, reference_logits) < TIGHT
+    loss = MaskedCrossEntropy()(logits, labels)
+    reference = F.cross_entropy(reference_logits.flatten(0, 1), labels.flatten(), reduction="sum")
     assert abs(loss.item() / reference.item() - 1) < TIGHT
     loss.backward()
     reference.backward()
@@ -136,13 +134,13 @@ def test_a_folder_that_is_no_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"model.vocab_size 96 is too small: .* has 97 tokens"):
         load_pretrained_model(path=str(tmp_path), vocab_size=96)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, words in (
+    for change, message in (
         ({"model_type": "opt"}, "model_type is 'opt', not one of gpt2, llama"),
         ({"n_layer": 3}, "has no tensor 'h.2"),
         ({"n_embd": 64}, "its config.json requires"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(BadInput, match=words):
+        with pytest.raises(BadInput, match=message):
             load_pretrained_model(path=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
@@ -206,7 +204,7 @@ def test_transformers_models_state_their_sizes() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_of_transformers_counts_the_flops_of_ours(tied: bool) -> None:
-    """Tables that are only looked up cost none: untied embeddings, and positions."""
+    """Tables that are only looked up cost nothing: untied embeddings, and positions."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     more = {"tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0}

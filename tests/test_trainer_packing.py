@@ -1,4 +1,4 @@
-"""Packed documents: each token once, no document sees another, and a model's loss is that of the documents one by one."""
+"""Packed documents: each token once, no document sees another, and the loss is that of the documents one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
 def documents_of(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
-    """Documents that begin with BOS, of distinct tokens beyond it."""
+    """Make documents that begin with BOS and have random larger tokens."""
     rng = np.random.default_rng(seed)
     return [np.concatenate([[BOS], rng.integers(8, 90, length - 1)]).astype(UINT16) for length in lengths]
 
@@ -52,7 +52,7 @@ def test_rows_hold_every_piece_once_and_are_as_few_as_best_fit_makes_them(length
     assert filled.max() <= size and filled.min() > 0
     firsts = [rows.tolist().index(row) for row in range(len(filled))]
     assert firsts == sorted(firsts), "rows are numbered by their first piece"
-    room: list[int] = []  # best fit, longest first, one piece after another
+    room: list[int] = []  # a plain best fit, longest first, one piece at a time
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, left in enumerate(room) if left >= length]
         if fitting:
@@ -178,25 +178,25 @@ def test_the_loss_is_that_of_the_documents_one_by_one(tmp_path: Path, which: str
     alone = sum(loss_fn(logits_of(model(inputs)), labels) for inputs, labels in one_by_one(documents, 24))
     alone.backward()
     assert abs(packed.item() - alone.item()) / alone.item() < 1e-12
-    for mine, theirs in zip(gradients, (p.grad for p in model.parameters() if p.grad is not None), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-11)
+    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, reference, rtol=1e-10, atol=1e-11)
     crossed = loss_fn(logits_of(model(batch.inputs)), batch.labels)
     assert abs(crossed.item() - alone.item()) / alone.item() > 1e-4, "else the test would not notice"
 
 
 def one_by_one(documents: list[np.ndarray], longest: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each document, or part of one that is too long, as a batch of one; its last token is followed by the next document's BOS."""
-    found = []
+    """Return each document, or segment of one that is too long, as a batch of one.
+
+    The label of a document's last token is the next document's BOS.
+    """
+    batches = []
     for k, document in enumerate(documents):
         labels = [*document[1:].tolist(), BOS if k + 1 < len(documents) else IGNORE_INDEX]
         for at in range(0, len(document), longest):
-            found.append(
-                (
-                    torch.from_numpy(document[None, at : at + longest].astype(np.int64)),
-                    torch.tensor([labels[at : at + longest]]),
-                )
-            )
-    return found
+            inputs = torch.from_numpy(document[None, at : at + longest].astype(np.int64))
+            batches.append((inputs, torch.tensor([labels[at : at + longest]])))
+    return batches
 
 
 def test_models_that_would_look_across_documents_are_refused_by_name() -> None:
@@ -281,10 +281,10 @@ def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_aga
 @settings(max_examples=100, deadline=None)
 def test_aligned_windows_follow_one_another_from_document_to_document(lengths: list[int], seq_len: int) -> None:
     starts = np.cumsum([0, *lengths[:-1]])
-    expected, here = [], 0
-    while (after := [start for start in starts.tolist() if start >= here]) and after[0] + seq_len < sum(lengths):
-        expected.append(after[0])
-        here = after[0] + seq_len
+    expected, end = [], 0
+    while (later := [start for start in starts.tolist() if start >= end]) and later[0] + seq_len < sum(lengths):
+        expected.append(later[0])
+        end = later[0] + seq_len
     assert aligned_starts(starts, sum(lengths), seq_len).tolist() == expected
 
 
@@ -326,9 +326,8 @@ def test_a_shard_that_begins_within_a_document_loses_nothing(tmp_path: Path) -> 
 
 def test_packing_belongs_to_what_a_checkpoint_remembers(tmp_path: Path) -> None:
     dataset = packed_set(tmp_path, documents_of([5, 20, 11]), 24)
-    other = dataset._dataset.packed(32)
-    mine, theirs = (data_fingerprint(one, 1, 8) for one in (dataset, other))
-    assert [key for key in mine if mine[key] != theirs[key]] == ["packed_sequence_size"]
+    narrow, wide = (data_fingerprint(rows, 1, 8) for rows in (dataset, dataset._dataset.packed(32)))
+    assert [key for key in narrow if narrow[key] != wide[key]] == ["packed_sequence_size"]
     assert math.isclose(len(dataset) * 24, 48)
 
 

@@ -1,6 +1,6 @@
-"""The same run, whatever the parallelism: losses and gradient norms in float64, initial weights to the last bit.
+"""A run is the same under any parallelism: losses and gradient norms in float64, initial weights bit for bit.
 
-All cases of two ranks, and all of four, happen in one start of these ranks each.
+All cases of two ranks share one start of two ranks, and all cases of four ranks one start of four.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ FOUR: dict[str, dict[str, Any]] = {
     "cp2xtp2-sequence": {"cp_size": 2, "tp_size": 2, "sequence_parallel": True},
 }
 OF_ONE_FAMILY = {"ddp2xtp2": "gpt2", "ddp2xcp2": "llama", "cp2xtp2-sequence": "llama"}
-"""Products of what is tried with both families each on its own."""
+"""Combinations of methods that are each tested with both families."""
 FEW_STEPS = 6
-"""Where the question is not whether an error grows."""
+"""Enough if the test is not about the growth of errors."""
 LINEAR = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "chunk_tokens": 8}
 MUON = {
     "optimizer": {"_target_": "torch.optim.Muon", "lr": 0.02, "others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}}
@@ -84,7 +84,7 @@ MUON = {
 def case(
     folder: Path, name: str, family: str, distributed: dict[str, Any], max_steps: int = 20, **sections: Any
 ) -> Run:
-    """A run over windows of which a different part counts in each, in two micro-batches where one rank has them all."""
+    """Create a run whose windows differ in their number of labels; one rank alone takes two micro-batches."""
     target, sizes = FAMILIES[family]
     share = distributed.get("tp_size", 1) * distributed.get("cp_size", 1)
     parts = {"one": 1, "two": 2, "four": 4}[name.split("-")[0]] // share
@@ -149,21 +149,22 @@ def four(folder: Path) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Callable[..., Run]:
-    """A run on one rank, made once."""
-    made: dict[str, Run] = {}
+    """Create and train a run on one rank, once per name."""
+    runs: dict[str, Run] = {}
 
-    def run(name: str, family: str, how: Callable[[Run], int] = Run.here, **sections: Any) -> Run:
-        if f"{family} {name}" not in made:
-            made[f"{family} {name}"] = found = case(folder, f"one-{name}", family, {"strategy": "none"}, **sections)
-            assert how(found) == OK
-        return made[f"{family} {name}"]
+    def run(name: str, family: str, start: Callable[[Run], int] = Run.here, **sections: Any) -> Run:
+        key = f"{family} {name}"
+        if key not in runs:
+            runs[key] = case(folder, f"one-{name}", family, {"strategy": "none"}, **sections)
+            assert start(runs[key]) == OK
+        return runs[key]
 
     return run
 
 
-def same(mine: Run, theirs: Run, steps: int = 20) -> None:
+def assert_same(run: Run, reference: Run, steps: int = 20) -> None:
     for name, count in (("loss", steps), ("grad_norm", steps), ("val_loss", max(1, steps // 10))):
-        a, b = np.array(mine.column(name)), np.array(theirs.column(name))
+        a, b = np.array(run.column(name)), np.array(reference.column(name))
         assert len(a) == count
         assert np.abs(a / b - 1).max() < TIGHT, name
 
@@ -172,7 +173,7 @@ def same(mine: Run, theirs: Run, steps: int = 20) -> None:
 @pytest.mark.parametrize("name", list(TWO))
 def test_two_ranks_are_as_one(folder: Path, one: Any, two: dict[str, list[Any]], family: str, name: str) -> None:
     assert two[f"{family} {name}"] == [OK, OK]
-    same(case(folder, f"two-{name}", family, TWO[name]), one("plain", family))
+    assert_same(case(folder, f"two-{name}", family, TWO[name]), one("plain", family))
 
 
 @pytest.mark.parametrize(
@@ -180,28 +181,28 @@ def test_two_ranks_are_as_one(folder: Path, one: Any, two: dict[str, list[Any]],
 )
 def test_four_ranks_are_as_one(folder: Path, one: Any, four: dict[str, list[Any]], family: str, name: str) -> None:
     assert four[f"{family} {name}"] == [OK] * 4
-    same(case(folder, f"four-{name}", family, FOUR[name]), one("plain", family))
+    assert_same(case(folder, f"four-{name}", family, FOUR[name]), one("plain", family))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_accumulation_is_as_one_batch(folder: Path, one: Any, family: str) -> None:
     whole = case(folder, "one-whole", family, {"strategy": "none"})
     assert whole.here("--step_scheduler.local_batch_size", "8") == OK
-    same(whole, one("plain", family))
+    assert_same(whole, one("plain", family))
 
 
 def test_a_loss_of_hidden_states_has_the_whole_head_under_tensor_parallelism(
     folder: Path, one: Any, two: dict[str, list[Any]]
 ) -> None:
     assert two["linear"] == [OK] * 2
-    same(case(folder, "two-linear", "gpt2", {"tp_size": 2}, loss_fn=LINEAR), one("plain", "gpt2"))
+    assert_same(case(folder, "two-linear", "gpt2", {"tp_size": 2}, loss_fn=LINEAR), one("plain", "gpt2"))
 
 
 def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(
     folder: Path, one: Any, four: dict[str, list[Any]]
 ) -> None:
     assert four["muon"] == [OK] * 4
-    same(
+    assert_same(
         case(folder, "four-muon", "gpt2", {"tp_size": 2}, FEW_STEPS, **MUON),
         one("muon", "gpt2", max_steps=FEW_STEPS, **MUON),
         FEW_STEPS,
@@ -211,8 +212,8 @@ def test_muon_orthogonalises_whole_matrices_under_tensor_parallelism(
 # --- steps that are skipped -----------------------------------------------------------------------------
 
 
-def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
-    """Train, but the gradient of step 3 is infinite, on one rank alone."""
+def poisoned(run: Run, start: Callable[[Run], int] = train, rank: int = 1) -> int:
+    """Train with an infinite gradient in step 3 on one rank."""
     from amlaunch.trainer.loop import forward_backward
 
     real = forward_backward.batch_loss
@@ -223,17 +224,18 @@ def poisoned(run: Run, how: Callable[[Run], int] = train, rank: int = 1) -> int:
 
     forward_backward.batch_loss = spoilt
     try:
-        return how(run)
+        return start(run)
     finally:
         forward_backward.batch_loss = real
 
 
 def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
     assert four["poisoned"] == [OK] * 4
-    alone = one("poisoned", "gpt2", how=lambda run: poisoned(run, Run.here, rank=0), max_steps=FEW_STEPS)
-    mine = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS)
+    alone = one("poisoned", "gpt2", start=lambda run: poisoned(run, Run.here, rank=0), max_steps=FEW_STEPS)
+    four_ranks = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS)
     for name in ("loss", "grad_norm"):
-        a, b = (np.array([np.nan if value is None else value for value in run.column(name)]) for run in (mine, alone))
+        columns = (run.column(name) for run in (four_ranks, alone))
+        a, b = (np.array([np.nan if value is None else value for value in column]) for column in columns)
         assert np.isnan(a[2]) and np.isnan(b[2]) and not np.isnan(np.delete(a, 2)).any()
         assert np.abs(np.delete(a, 2) / np.delete(b, 2) - 1).max() < TIGHT
 
@@ -249,7 +251,7 @@ def digests(named: Any) -> dict[str, str]:
 
 
 def initial(family: str, keys: dict[str, Any]) -> dict[str, str]:
-    """Digests of the weights of a model that was made sharded."""
+    """Return digests of the weights of a model that was initialised sharded."""
     section = Distributed(dtype="float32", **keys)
     world = join_world(section, read_rank_environment(os.environ))
     with torch.device("meta"):
@@ -274,16 +276,16 @@ def test_initial_weights_are_those_of_a_plain_build_bitwise(
 
 
 def memory(field: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of this process, in MB."""
+    """Return ``VmRSS`` or ``VmHWM`` of this process in MB."""
     return int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 def peak_memory() -> tuple[float, float]:
-    """``(size of a model, what a rank needs to make its part)`` in MB."""
+    """Return a model's size and a rank's peak memory while it initialises its shards, in MB."""
     section = Distributed(dtype="float32", tp_size=2)
     world = join_world(section, read_rank_environment(os.environ))
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     with torch.device("meta"):
         model = build_gpt2_model(vocab_size=8192, n_positions=256, n_embd=512, n_layer=15, n_head=8)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
@@ -305,11 +307,11 @@ ATTENTION = [
     for length in (16, 12)
     for packed in (False, True)
 ]
-"""Heads that divide by 4 and heads that do not, fewer key-value heads, lengths with and without mirrored pieces."""
+"""Head counts that 4 divides and others, fewer key-value heads, lengths with and without mirrored slices."""
 
 
 def attention(heads: int, keys: int, length: int, packed: bool) -> float:
-    """The largest difference of outputs and gradients between four ranks and one."""
+    """Return the largest difference of outputs and gradients between four ranks and one."""
     group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(heads * length)
     q, k, v = (torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads, keys, keys))
@@ -317,11 +319,11 @@ def attention(heads: int, keys: int, length: int, packed: bool) -> float:
     documents = torch.sort(torch.randint(3, (2, length), dtype=torch.int32)).values if packed else None
     expected = attend(q, k, v, documents=documents)
     (expected * weight).sum().backward()
-    mine = [local_positions(x.detach(), 2, rank, ranks).requires_grad_() for x in (q, k, v)]
-    mine_of = None if documents is None else local_positions(documents, 1, rank, ranks)
-    found = context_parallel_attend(*mine, documents=mine_of, group=group)
-    (found * local_positions(weight, 2, rank, ranks)).sum().backward()
-    pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(mine, (q, k, v), strict=True))]
+    local_inputs = [local_positions(x.detach(), 2, rank, ranks).requires_grad_() for x in (q, k, v)]
+    local_documents = None if documents is None else local_positions(documents, 1, rank, ranks)
+    output = context_parallel_attend(*local_inputs, documents=local_documents, group=group)
+    (output * local_positions(weight, 2, rank, ranks)).sum().backward()
+    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(local_inputs, (q, k, v), strict=True))]
     return max((a - local_positions(b, 2, rank, ranks)).abs().max().item() for a, b in pairs)
 
 
@@ -332,31 +334,32 @@ def test_attention_over_ranks_is_attention(four: dict[str, list[Any]], shape: An
 
 @pytest.mark.parametrize(("length", "ranks"), [(16, 4), (12, 4), (8, 4), (6, 2), (1024, 8), (9, 3), (5, 1)])
 def test_pieces_cover_every_position_once_and_mirrored_ones_are_equal_work(length: int, ranks: int) -> None:
-    found = [
-        [position for piece in mine for position in range(length)[piece]] for mine in position_slices(length, ranks)
+    by_rank = [
+        [position for positions in slices for position in range(length)[positions]]
+        for slices in position_slices(length, ranks)
     ]
-    assert sorted(position for mine in found for position in mine) == list(range(length))
-    assert {len(mine) for mine in found} == {length // ranks}
+    assert sorted(position for positions in by_rank for position in positions) == list(range(length))
+    assert {len(positions) for positions in by_rank} == {length // ranks}
     if length % (2 * ranks) == 0:
-        assert len({sum(mine) for mine in found}) == 1
+        assert len({sum(positions) for positions in by_rank}) == 1
 
 
 def fused_rows() -> bool:
-    """Whether this rank gets its heads of each of three stacked matrices, and the gradient its way back."""
+    """Return True if this rank gets its heads of three stacked matrices, and gradients return to their place."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    whole = torch.arange(3 * 8 * 5, dtype=torch.float64).view(24, 5)
-    mine = whole.chunk(ranks)[rank].clone().requires_grad_()
-    found = regroup_fused_rows(mine, 3, dist.group.WORLD)
-    weight = torch.cat([part.chunk(ranks)[rank] for part in whole.chunk(3)])
-    (found * weight).sum().backward()
-    return torch.equal(found, weight) and torch.equal(mine.grad, mine.detach())
+    full = torch.arange(3 * 8 * 5, dtype=torch.float64).view(24, 5)
+    local = full.chunk(ranks)[rank].clone().requires_grad_()
+    regrouped = regroup_fused_rows(local, 3, dist.group.WORLD)
+    expected = torch.cat([matrix.chunk(ranks)[rank] for matrix in full.chunk(3)])
+    (regrouped * expected).sum().backward()
+    return torch.equal(regrouped, expected) and torch.equal(local.grad, local.detach())
 
 
 def test_a_fused_projection_is_dealt_out_by_heads(four: dict[str, list[Any]]) -> None:
     assert four["heads"] == [True] * 4
 
 
-# --- transformers' models, and one's own ------------------------------------------------------------------
+# --- models of transformers and of a user -----------------------------------------------------------------
 
 HF_SIZES: dict[str, Any] = {
     "vocab_size": 104,
@@ -429,23 +432,26 @@ def test_models_of_others_are_spread_too(folder: Path, two: dict[str, list[Any]]
     alone = hf_case(folder, f"{kind} alone", kind, {"strategy": "none"})
     if not alone.lines():
         assert alone.here() == OK
-    mine, theirs = (
+    columns, reference = (
         np.array([run.column("loss"), run.column("grad_norm")]) for run in (hf_case(folder, name, kind, keys), alone)
     )
-    assert mine.shape == (2, 4)
+    assert columns.shape == (2, 4)
     exact = kind in ("gpt2", "own")  # the norms of the others round float64 to float32
-    assert np.abs(mine / theirs - 1).max() < (TIGHT if exact else 1e-6)
+    assert np.abs(columns / reference - 1).max() < (TIGHT if exact else 1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("gpt2 tp2", "GPT2LMHeadModel has no plan"), ("own cp2", "Own has no attention that supports context parallelism")],
+    ("name", "message"),
+    [
+        ("gpt2 tp2", "GPT2LMHeadModel has no plan"),
+        ("own cp2", "Own has no attention that supports context parallelism"),
+    ],
 )
 def test_models_that_cannot_be_spread_so_are_refused(
-    folder: Path, two: dict[str, list[Any]], name: str, words: str
+    folder: Path, two: dict[str, list[Any]], name: str, message: str
 ) -> None:
     assert two[f"hf {name}"] == [BAD_INPUT, BAD_INPUT]
-    assert words in (folder / "ranks2" / "rank0.log").read_text()
+    assert message in (folder / "ranks2" / "rank0.log").read_text()
 
 
 # --- without the launcher ---------------------------------------------------------------------------------
@@ -453,10 +459,12 @@ def test_models_that_cannot_be_spread_so_are_refused(
 BLOCKER = """
 import sys
 
+BLOCKED = {"submitit", "datasets", "tiktoken", "rich", "shtab", "transformers", "pyarrow"}
+
 class Blocker:
-    '''As where these are not installed.'''
+    '''Makes these packages unavailable.'''
     def find_spec(self, name, path=None, target=None):
-        if name.startswith(("amlaunch.launcher", "amlaunch.containers")) or name in {"submitit", "datasets", "tiktoken", "rich", "shtab", "transformers", "pyarrow"}:
+        if name.startswith(("amlaunch.launcher", "amlaunch.containers")) or name in BLOCKED:
             raise ImportError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, Blocker())
@@ -464,7 +472,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def as_a_task_of_srun(rank: int, size: int) -> None:
-    """In a rank before anything else: what srun says instead of what torchrun does, and nothing installed but the trainer's own."""
+    """Prepare a rank: srun's variables instead of torchrun's, and only the trainer's own packages."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name)
     os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS=str(size), SLURM_LOCALID=str(rank))

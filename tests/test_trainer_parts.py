@@ -1,4 +1,4 @@
-"""The trainer's smaller parts: schedule, groups, clipping, ranks, stopping, metrics, sampling, verifying."""
+"""The trainer's smaller modules: schedule, groups, clipping, ranks, stopping, metrics, sampling, verifying."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_the_rate_stays_then_falls_with_wsd_and_by_the_root_of_the_step() -> Non
     wsd = LRScheduler(lr_decay_style="WSD", lr_warmup_steps=10, min_lr=0.2)  # a fifth of the steps decays
     assert rates(wsd, [5, 10, 50, 80, 90, 100, 101]) == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2])
     for style, half in (("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5), ("exponential", 2 * 0.5**0.5 - 1)):
-        other = LRScheduler(lr_decay_style="WSD", lr_wsd_decay_steps=40, lr_wsd_decay_style=style)
-        assert rates(other, [60, 80, 100]) == pytest.approx([1.0, half, 0.0]), style
+        wsd = LRScheduler(lr_decay_style="WSD", lr_wsd_decay_steps=40, lr_wsd_decay_style=style)
+        assert rates(wsd, [60, 80, 100]) == pytest.approx([1.0, half, 0.0]), style
     root = LRScheduler(lr_decay_style="inverse-square-root", lr_warmup_steps=4, min_lr=0.25)
     assert rates(root, [2, 4, 16, 64, 1000]) == pytest.approx([0.5, 1.0, 0.5, 0.25, 0.25])
 
@@ -92,17 +92,21 @@ ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.1}
 
 
 def settings(optimizers: optim.Optimizers, model: nn.Module, key: str) -> dict[str, float]:
-    of = {id(parameter): group[key] for group in optimizers.groups for parameter in group["params"]}
-    return {name: of[id(parameter)] for name, parameter in model.named_parameters()}
+    values = {id(parameter): group[key] for group in optimizers.groups for parameter in group["params"]}
+    return {name: values[id(parameter)] for name, parameter in model.named_parameters()}
 
 
 def test_only_matrices_decay_and_adamw_is_fused() -> None:
     model = small_model()
-    made = optim.build_optimizers(ADAMW, [], TargetPolicy(), model)
-    assert settings(made, model, "weight_decay") == {
-        "0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0,
-    }  # fmt: skip
-    assert [optim.can_skip_on_device(part) for part in made.members] == [True]
+    optimizers = optim.build_optimizers(ADAMW, [], TargetPolicy(), model)
+    assert settings(optimizers, model, "weight_decay") == {
+        "0.weight": 0.1,
+        "1.weight": 0.1,
+        "1.bias": 0.0,
+        "2.weight": 0.0,
+        "2.bias": 0.0,
+    }
+    assert [optim.can_skip_on_device(part) for part in optimizers.members] == [True]
     plain = optim.build_optimizers({"_target_": "torch.optim.Rprop", "lr": 1e-3}, [], TargetPolicy(), model)
     assert len(plain.groups) == 1 and not optim.can_skip_on_device(plain.members[0])
 
@@ -110,13 +114,13 @@ def test_only_matrices_decay_and_adamw_is_fused() -> None:
 def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
     model = small_model()
     groups = [ParameterGroup("0.*", lr=5e-4, weight_decay=0.3), ParameterGroup("*.bias", lr_scale=2.0)]
-    made = optim.build_optimizers(ADAMW, groups, TargetPolicy(), model)
-    made.set_learning_rate(1e-4)  # a tenth of the peak
-    rates = settings(made, model, "lr")
+    optimizers = optim.build_optimizers(ADAMW, groups, TargetPolicy(), model)
+    optimizers.set_learning_rate(1e-4)  # a tenth of the peak
+    rates = settings(optimizers, model, "lr")
     assert rates == pytest.approx(
         {"0.weight": 5e-5, "1.weight": 1e-4, "1.bias": 2e-4, "2.weight": 1e-4, "2.bias": 2e-4}
     )
-    assert settings(made, model, "weight_decay") == {
+    assert settings(optimizers, model, "weight_decay") == {
         "0.weight": 0.3,
         "1.weight": 0.1,
         "1.bias": 0.0,
@@ -130,9 +134,9 @@ def test_groups_by_name_have_rates_and_decays_of_their_own() -> None:
         optim.build_optimizers(ADAMW, [ParameterGroup("1.wieght")], TargetPolicy(), model)
 
 
-def gpt2(**more: Any) -> nn.Module:
+def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return build_gpt2_model(vocab_size=97, **more, n_positions=16, n_embd=16, n_layer=2, n_head=2, **more)
+    return build_gpt2_model(vocab_size=97, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
 
 MUON = {
@@ -145,16 +149,16 @@ MUON = {
 
 def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
     model = gpt2()
-    made = optim.build_optimizers(MUON, [], TargetPolicy(), model)
-    muons = {id(parameter) for group in made.members[0].param_groups for parameter in group["params"]}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in muons}
+    optimizers = optim.build_optimizers(MUON, [], TargetPolicy(), model)
+    muon_ids = {id(parameter) for group in optimizers.members[0].param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in muon_ids}
     assert names == {
         f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    made.set_learning_rate(0.01)
-    assert {group["lr"] for group in made.members[0].param_groups} == {0.01}
-    assert [group["lr"] for group in made.members[1].param_groups] == pytest.approx([1.5e-3] * 2)
-    with pytest.raises(BadInput, match=r"add optimizer\.others for the rest"):
+    optimizers.set_learning_rate(0.01)
+    assert {group["lr"] for group in optimizers.members[0].param_groups} == {0.01}
+    assert [group["lr"] for group in optimizers.members[1].param_groups] == pytest.approx([1.5e-3] * 2)
+    with pytest.raises(BadInput, match=r"Add optimizer\.others for the other parameters"):
         optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], TargetPolicy(), model)
 
 
@@ -177,15 +181,15 @@ def test_our_muon_is_torchs_on_whole_matrices(adjust: str | None) -> None:
 )
 def test_a_step_that_is_not_finite_changes_nothing(section: dict[str, Any]) -> None:
     model = gpt2()
-    made = optim.build_optimizers(section, [], TargetPolicy(), model)
+    optimizers = optim.build_optimizers(section, [], TargetPolicy(), model)
 
     def step(poison: float) -> dict[str, Any]:
         model(torch.arange(16)[None]).square().mean().backward()
         if poison:
             model.wte.weight.grad[3, 1] = model.h[1].mlp.c_fc.weight.grad[0, 0] = poison
-        made.step(torch.tensor(not poison))
-        made.zero_grad()
-        states = [value for part in made.members for state in part.state.values() for value in state.values()]
+        optimizers.step(torch.tensor(not poison))
+        optimizers.zero_grad()
+        states = [value for part in optimizers.members for state in part.state.values() for value in state.values()]
         return {str(i): tensor.clone() for i, tensor in enumerate([*model.parameters(), *states])}
 
     before = step(0.0)
@@ -243,25 +247,25 @@ def test_ranks_come_from_torchrun_or_slurm_or_are_one() -> None:
         read_rank_environment({"RANK": "x"})
 
 
-@pytest.mark.parametrize(("local", "seen", "taken"), [(0, 1, 0), (7, 1, 0), (3, 4, 3), (4, 4, None), (0, 0, None)])
+@pytest.mark.parametrize(("local", "seen", "expected"), [(0, 1, 0), (7, 1, 0), (3, 4, 3), (4, 4, None), (0, 0, None)])
 def test_a_rank_takes_the_gpu_that_is_its_own(
-    local: int, seen: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+    local: int, seen: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one with its local rank, or the only one, as Slurm's --gpus-per-task 1 binds them."""
+    """It takes the one with its local rank, or the only one, as Slurm's --gpus-per-task 1 binds them."""
     chosen: list[torch.device] = []
     for name, patch in (("is_available", lambda: True), ("device_count", lambda: seen), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, patch)
     monkeypatch.delenv("AMLAUNCH_DEVICE", raising=False)
-    if taken is None:
+    if expected is None:
         with pytest.raises(LocalBadInput, match=f"local rank {local}, but sees {seen} GPUs"):
             _device(RankEnvironment(local, 8, local))
     else:
-        assert _device(RankEnvironment(local, 8, local)) == torch.device("cuda", taken)
-        assert chosen == [torch.device("cuda", taken)]
+        assert _device(RankEnvironment(local, 8, local)) == torch.device("cuda", expected)
+        assert chosen == [torch.device("cuda", expected)]
 
 
 @pytest.mark.parametrize(
-    ("error", "rank", "code", "said"),
+    ("error", "rank", "code", "message"),
     [
         (BadInput("all see it"), "0", BAD_INPUT, "error: all see it\n"),
         (BadInput("all see it"), "1", BAD_INPUT, ""),
@@ -274,7 +278,7 @@ def test_an_error_that_all_ranks_have_is_said_once(
     error: Exception,
     rank: str,
     code: int,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -283,7 +287,7 @@ def test_an_error_that_all_ranks_have_is_said_once(
 
     monkeypatch.setenv("RANK", rank)
     assert run_guarded(work) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 def test_an_unexpected_error_names_its_rank(
@@ -291,8 +295,8 @@ def test_an_unexpected_error_names_its_rank(
 ) -> None:
     monkeypatch.setenv("RANK", "7")
     assert run_guarded(lambda: 1 // 0) == FAILED
-    said = capsys.readouterr().err
-    assert said.startswith("rank 7 on ") and "ZeroDivisionError" in said
+    message = capsys.readouterr().err
+    assert message.startswith("rank 7 on ") and "ZeroDivisionError" in message
 
 
 def test_signals_and_the_file_ask_to_stop(tmp_path: Path) -> None:
@@ -348,27 +352,27 @@ def line(step: int, loss: float | None = None) -> StepRecord:
 
 
 def test_steps_are_written_once_even_when_they_are_taken_again(tmp_path: Path) -> None:
-    one = metrics(tmp_path)
-    one.resume_at(0)
+    writer = metrics(tmp_path)
+    writer.resume_at(0)
     for step in (1, 2):
-        one.log_step(line(step))
-    one.log_validation(2, {"": 3.5}, 0.1)
-    one.log_step(line(3, loss=math.nan))
+        writer.log_step(line(step))
+    writer.log_validation(2, {"": 3.5}, 0.1)
+    writer.log_step(line(3, loss=math.nan))
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 4, "lo')  # a kill tears the last line
-    again = metrics(tmp_path)
-    again.resume_at(2)
-    assert again.val_loss == 3.5
-    assert again.has_validation(2) and not again.has_validation(1)
-    assert again.skipped_steps == 0
-    again.log_step(line(3))
-    again.log_step(line(4, loss=math.inf))
+    resumed = metrics(tmp_path)
+    resumed.resume_at(2)
+    assert resumed.val_loss == 3.5
+    assert resumed.has_validation(2) and not resumed.has_validation(1)
+    assert resumed.skipped_steps == 0
+    resumed.log_step(line(3))
+    resumed.log_step(line(4, loss=math.inf))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [entry["step"] for entry in map(json.loads, text.splitlines())] == [1, 2, 2, 3, 4]
     assert "NaN" not in text and "Infinity" not in text, "strict readers know no such words"
     assert json.loads(text.splitlines()[-1])["skipped_steps"] == 1
-    found = summarise_metrics(tmp_path / "metrics.jsonl")
-    assert (found["loss_first"], found["loss_last"], found["val_loss"]) == (3.0, 1.0, 3.5)
+    summary = summarise_metrics(tmp_path / "metrics.jsonl")
+    assert (summary["loss_first"], summary["loss_last"], summary["val_loss"]) == (3.0, 1.0, 3.5)
 
 
 def test_a_line_has_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,18 +459,18 @@ def test_a_reader_takes_the_newest_whole_one_and_changes_nothing(
 
 def test_a_checkpoint_of_another_run_is_refused_by_its_keys(tmp_path: Path) -> None:
     fake_checkpoint(tmp_path, 1)
-    found = checkpoint.select_checkpoint(tmp_path)
-    checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 5}))
+    candidate = checkpoint.select_checkpoint(tmp_path)
+    checkpoint.check_identity(candidate, checkpoint.Identity({"n": 1}, {"tokens": 5}))
     with pytest.raises(
         BadInput, match=r"its model differs \(n: 1 in the checkpoint, 2 in the recipe; m: None in the checkpoint, 0 in"
     ):
-        checkpoint.check_identity(found, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
+        checkpoint.check_identity(candidate, checkpoint.Identity({"n": 2, "m": 0}, {"tokens": 5}))
     with pytest.raises(BadInput, match=r"its data differs \(tokens: 5 in the checkpoint, 6"):
-        checkpoint.check_identity(found, checkpoint.Identity({"n": 1}, {"tokens": 6}))
+        checkpoint.check_identity(candidate, checkpoint.Identity({"n": 1}, {"tokens": 6}))
 
 
 class Counting(nn.Module):
-    """Says that the next token is the last plus one, and remembers how much it was shown."""
+    """Predicts the last token plus one, and records the longest input."""
 
     longest = 0
 

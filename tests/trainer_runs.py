@@ -1,7 +1,7 @@
 """Real training runs for tests: tiny shards, a tiny recipe, and ranks as processes.
 
-Ranks are forked from a server that has loaded torch once, which saves seconds
-for each; they are processes of their own, to be killed and to exit as they like.
+Ranks are forked from a server that has already loaded torch, which saves seconds each. They are separate processes, so
+tests can kill them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ MODEL = {
 
 
 def write_tokens(path: Path, count: int, seed: int = 0) -> None:
-    """A shard of ``count`` tokens that a model can learn something from."""
+    """Write a shard of ``count`` tokens with a pattern that a model can learn."""
     rng = np.random.default_rng(seed)
     tokens = (np.cumsum(rng.integers(1, 4, count)) % VOCAB).astype("<u2")
     write_shard(path, [tokens], np.dtype("<u2"))
 
 
 def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A recipe over two shards and a validation shard in ``folder``; ``sections`` are merged in."""
+    """Return a recipe over two shards and a validation shard in ``folder``, with ``sections`` merged in."""
     for name, count in (("a", 2001), ("b", 1500), ("val", 700)):
         if not (folder / f"{name}.bin").exists():
             write_tokens(folder / f"{name}.bin", count, seed=ord(name[0]))
@@ -83,8 +83,8 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
     return tree
 
 
-def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prepare: Callable[[], None] | None) -> None:
-    """What a forked rank does: ``python -m amlaunch.trainer`` with ``words``, its output in ``log``."""
+def run_rank(argv: list[str], env: dict[str, str], folder: str, log: str, prepare: Callable[[], None] | None) -> None:
+    """Run ``python -m amlaunch.trainer`` with ``argv`` in a forked rank, with its output in ``log``."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(handle, number)
@@ -97,14 +97,14 @@ def be_a_rank(words: list[str], env: dict[str, str], folder: str, log: str, prep
 
     if prepare is not None:
         prepare()
-    exit_process(main(words))
+    exit_process(main(argv))
 
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def killed_at(number: int | None, step: int, record: str = "") -> None:
-    """Have this process killed at the ``number``-th file operation of the save of ``step``; None: write them to ``record``."""
+    """Kill this process at file operation ``number`` of the save of ``step``; None lists them in ``record``."""
     out = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if record else -1
     count = 0
     saving = False
@@ -125,40 +125,40 @@ def killed_at(number: int | None, step: int, record: str = "") -> None:
 
 
 class Rank:
-    """A forked rank, as ``subprocess.Popen`` would show it."""
+    """A forked rank with the interface of ``subprocess.Popen``."""
 
     def __init__(
-        self, words: list[str], env: dict[str, str], folder: Path, log: Path, prepare: Callable[[], None] | None
+        self, argv: list[str], env: dict[str, str], folder: Path, log: Path, prepare: Callable[[], None] | None
     ):
         self.log = log
         log.touch()
-        self._process = FORKS.Process(target=be_a_rank, args=(words, env, str(folder), str(log), prepare), daemon=True)
+        self._process = FORKS.Process(target=run_rank, args=(argv, env, str(folder), str(log), prepare), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """As of a Popen."""
+        """As in ``Popen``."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """As of a Popen."""
+        """As in ``Popen``."""
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """As of a Popen."""
+        """As in ``Popen``."""
         os.kill(self._process.pid, number)
 
     def wait(self, timeout: float) -> str:
-        """What it said, once it has ended."""
+        """Wait for the process and return its output."""
         self._process.join(timeout)
-        assert self.poll() is not None, f"still there after {timeout} s: {self.log.read_text()}"
+        assert self.poll() is not None, f"still running after {timeout} s: {self.log.read_text()}"
         return self.log.read_text()
 
 
 @dataclass
 class Run:
-    """One training run in a folder of its own, started any number of times."""
+    """A training run in a folder, started any number of times."""
 
     folder: Path
     tree: dict[str, Any]
@@ -170,18 +170,18 @@ class Run:
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.tree))
 
     def arguments(self, module: str, *more: str) -> list[str]:
-        """The command of one rank."""
-        places = ["--element", str(self.folder), "--checkpoints", str(self.checkpoints)]
-        return [sys.executable, "-u", "-m", module, str(self.folder / "recipe.yaml"), *places, *more]
+        """Return the command line of one rank."""
+        folders = ["--element", str(self.folder), "--checkpoints", str(self.checkpoints)]
+        return [sys.executable, "-u", "-m", module, str(self.folder / "recipe.yaml"), *folders, *more]
 
     def start(self, ranks: int = 1, *overrides: str, prepare: dict[int, Callable[[], None]] | None = None) -> None:
-        """Start ``ranks`` processes, as torchrun would; ``prepare[rank]`` is called in that rank before anything else."""
+        """Start ``ranks`` processes, as torchrun would; each calls its ``prepare[rank]`` first."""
         shared = environment(ranks)
-        words = self.arguments("amlaunch.trainer", *overrides)[4:]
+        argv = self.arguments("amlaunch.trainer", *overrides)[4:]
         self.starts += 1
         self.processes = [
             Rank(
-                words,
+                argv,
                 {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 self.folder,
                 self.folder / f"start{self.starts}.rank{rank}.log",
@@ -191,22 +191,22 @@ class Run:
         ]
 
     def wait(self, timeout: float = 120.0) -> tuple[list[int], str]:
-        """Exit codes, and everything that all ranks said; none is left behind."""
+        """Return the exit codes and the output of all ranks; no rank survives."""
         try:
-            said = [process.wait(timeout) for process in self.processes]
+            outputs = [process.wait(timeout) for process in self.processes]
         finally:
             self.signal(signal.SIGKILL)
-        return [process.returncode or 0 for process in self.processes], "".join(said)
+        return [process.returncode or 0 for process in self.processes], "".join(outputs)
 
     def train(self, ranks: int = 1, *overrides: str) -> str:
-        """Train to the end; what was said. An exit code other than 0 fails the test."""
+        """Train to the end and return the output; an exit code other than 0 fails the test."""
         self.start(ranks, *overrides)
-        codes, said = self.wait()
-        assert codes == [0] * ranks, said
-        return said
+        codes, output = self.wait()
+        assert codes == [0] * ranks, output
+        return output
 
     def here(self, *overrides: str) -> int:
-        """Train on one rank in this process, which is quicker; the exit code."""
+        """Train on one rank in this process, which is faster, and return the exit code."""
         import torch
         import torch.distributed as dist
 
@@ -215,7 +215,7 @@ class Run:
         from amlaunch.trainer.process.errors import run_guarded
         from amlaunch.trainer.process.stop_request import StopFlag
 
-        torch.set_num_threads(1)  # as the processes have it, for equality to the last bit
+        torch.set_num_threads(1)  # as in the processes, for bitwise equality
         stop = StopFlag()
         try:
             return run_guarded(
@@ -223,23 +223,25 @@ class Run:
             )
         finally:
             if dist.is_initialized():
-                time.sleep(0.05)  # gloo's thread frees the last tensors: it needs the lock that taking down holds
+                time.sleep(
+                    0.05
+                )  # gloo's thread must free the last tensors first: destroying holds the lock that it needs
                 dist.destroy_process_group()
 
     def export(self, out: Path, *more: str) -> int:
-        """Export in this process; the exit code."""
+        """Export in this process and return the exit code."""
         from amlaunch.trainer.tools.export import main
 
         return main([*self.arguments("amlaunch.trainer.tools.export")[4:], "--out", str(out), *more])
 
     def signal(self, number: int) -> None:
-        """Send a signal to all ranks that live."""
+        """Send a signal to all running ranks."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def until_step(self, step: int, timeout: float = 60.0) -> None:
-        """Wait until ``step`` is written down."""
+        """Wait until ``step`` is in the metrics."""
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in self.lines()):
             assert time.monotonic() < deadline, "no such step in time"
@@ -247,25 +249,25 @@ class Run:
             time.sleep(0.005)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All of ``metrics.jsonl``."""
+        """Return all lines of ``metrics.jsonl``."""
         return read_json_lines(self.folder / "metrics.jsonl")
 
     def column(self, name: str) -> list[float]:
-        """One field of all lines that have it."""
+        """Return one field of all lines that have it."""
         return [line[name] for line in self.lines() if name in line]
 
     def result(self) -> dict[str, Any]:
-        """``result.json``."""
+        """Return ``result.json``."""
         return json.loads((self.folder / "result.json").read_text())
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints lie."""
+        """Folder of its checkpoints."""
         return self.folder / "checkpoints"
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """What all ranks of one start share."""
+    """Return the environment variables that all ranks of one start share."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
