@@ -259,7 +259,7 @@ def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes
         time.sleep(0.02)
     second = place.start()
     said = second.communicate(timeout=60)[0]
-    assert second.returncode == 2 and "being run by another amlaunch" in said, said
+    assert second.returncode == 2 and "being run by another amlaunch process" in said, said
     wait_for_step(place, 7)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]

@@ -103,7 +103,10 @@ class TokenService(BaseHTTPRequestHandler):
                 401,
                 b"",
                 **{
-                    "WWW-Authenticate": f'Bearer realm="http://{host}/token?account=x",service="tests, and more",scope="repository:team/tiny:pull"'
+                    "WWW-Authenticate": (
+                        f'Bearer realm="http://{host}/token?account=x",service="tests, and '
+                        'more",scope="repository:team/tiny:pull"'
+                    )
                 },
             )
         elif "sha256" in self.path:
@@ -211,10 +214,14 @@ def test_credentials_lie_where_the_tools_keep_them(tmp_path):
 
 def test_enroots_credentials_as_enroot_reads_them(tmp_path):
     """Its doc/cmd/import.md: Docker Hub's host is the one that gives tokens, and a password may be a command's output, which spoils no other line."""
-    lines = "# machine x.io login no password no\nmachine 1.dkr.ecr.aws login AWS password $(aws ecr get-login-password --region x)\nmachine auth.docker.io login hub password pw\n"
+    lines = (
+        "# machine x.io login no password no\nmachine 1.dkr.ecr.aws login AWS password $(aws ecr "
+        "get-login-password --region x)\nmachine auth.docker.io login hub password pw\n"
+    )
     home = {"HOME": str(tmp_path), "ENROOT_CONFIG_PATH": str(tmp_path)}
     (tmp_path / ".credentials").write_text(
-        f"{lines}machine nvcr.io\n  login $oauthtoken\n  password key1\nmachine x.io login one password 1\nmachine x.io login other password 2\n"
+        f"{lines}machine nvcr.io\n  login $oauthtoken\n  password key1\nmachine x.io login one password 1\nmachine "
+        "x.io login other password 2\n"
     )
     assert credentials.find_login("nvcr.io/a", home) == ("$oauthtoken", "key1") and credentials.find_login(
         "docker.io/library/debian", home
@@ -284,7 +291,8 @@ def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, c
     assert (
         other.notes
         == (
-            f"{place.replace('tiny:1', 'tiny:other')} is for s390x, and this machine is amd64; nodes of the same kind cannot start it",
+            f"{place.replace('tiny:1', 'tiny:other')} is for s390x, and this machine is amd64; nodes of the same "
+            "kind cannot start it",
         )
         and not other.problems
     )
@@ -354,7 +362,8 @@ def test_a_submit_says_what_wants_credentials_and_minds_no_silent_registry(tmp_p
     trusted.restart(HASH)
     [note] = planned(tmp_path, "podman", place).notes
     assert note.startswith(
-        f"{place}: {trusted.name} requires a login (401 Unauthorized), or has no image of that name. Check the name. If the image is private, run podman login "
+        f"{place}: {trusted.name} requires a login (401 Unauthorized), or has no image of that name. Check the name. "
+        "If the image is private, run podman login "
     )
     assert f"run podman login --username 'USER' {trusted.name}" in note and "nvcr.io" not in note
     [note] = planned(tmp_path, "pyxis", place).notes
@@ -389,7 +398,8 @@ def test_a_submit_does_not_wait_for_a_registry_that_never_answers(tmp_path):
         assert time.monotonic() - began < 2.5 and not seen.problems and registry_lookup.LOOKUP_SECONDS <= 3
     assert said == [f"asking {place} about images (1 s at most)"]
     assert seen.notes == (
-        f"{place} did not answer within 1 s; could not check {' and '.join(images)}. Nodes may still be able to fetch it",
+        f"{place} did not answer within 1 s; could not check {' and '.join(images)}. Nodes may still be able to "
+        "fetch it",
     )
 
 
@@ -501,16 +511,38 @@ TOKEN = {"/token": (200, {"token": "good"}, {})}
         ({WANTED: BEARER, **TOKEN}, {}, None, "REFUSED"),
         ({WANTED: BASIC}, {}, {"auths": {"PLACE": {"auth": "bWU6cHc="}}}, "REFUSED"),
         ({WANTED: BEARER}, {}, None, "no token from its token service 'https://PLACE/token' (404 Not Found)"),
-        ({WANTED: BEARER, **TOKEN}, {}, KEEPS, "has no such public image (404 Not Found); passwords behind a credential helper are not tried here"),
+        (
+            {WANTED: BEARER, **TOKEN},
+            {},
+            KEEPS,
+            "has no such public image (404 Not Found); passwords behind a credential helper are not tried here",
+        ),
         ({"/v2/": BASIC}, {}, None, "requires a login (401 Unauthorized)"),
         ({"/v2/": BASIC}, {WANTED: MANIFEST}, {"auths": {"PLACE": {"auth": "bWU6cHc="}}}, ""),
         ({"/v2/": BEARER, **TOKEN}, {WANTED: MANIFEST}, None, ""),
         ({}, {}, None, "does not answer like a registry (404 Not Found)"),
         ({WANTED: INDEX}, {}, None, "does not return a manifest that its index lists (404 Not Found)"),
-        ({WANTED: (307, "", {"Location": "/elsewhere"}), "/v2/": (200, "{}", {})}, {}, None, "redirects to a host that fails (404 Not Found)"),
+        (
+            {WANTED: (307, "", {"Location": "/elsewhere"}), "/v2/": (200, "{}", {})},
+            {},
+            None,
+            "redirects to a host that fails (404 Not Found)",
+        ),
     ],
-    ids=["open", "token", "login", "no-tokens", "helper", "hidden", "hidden-known", "hidden-token", "website", "torn", "sent-on"],
-)  # fmt: skip
+    ids=[
+        "open",
+        "token",
+        "login",
+        "no-tokens",
+        "helper",
+        "hidden",
+        "hidden-known",
+        "hidden-token",
+        "website",
+        "torn",
+        "sent-on",
+    ],
+)
 def test_a_run_is_refused_only_where_the_registry_let_us_in(tmp_path, scripted, strangers, known, config, words):
     image = scripted(strangers, known, config)
     seen = planned(tmp_path, "enroot", image)
@@ -526,10 +558,22 @@ def test_a_run_is_refused_only_where_the_registry_let_us_in(tmp_path, scripted, 
 
 
 ODD = {
-    "nested": "[" * 100_000, "list": "[]", "latin": b"\xff", "layers": '{"layers": 5}', "layer": '{"layers": [1]}', "word": '{"layers": [{"size": "x"}]}',
-    **{name: f'{{"config": {{"digest": "sha256:0"}}, "layers": [{{"size": {size}}}]}}' for name, size in (("endless", "1e400"), ("long", "9" * 400), ("longest", "9" * 5000), ("less", "-5"))},
-    "index": '{"manifests": 5}', "null": '{"manifests": [null]}', "none": '{"manifests": []}', "digest": '{"manifests": [{"digest": "sha256:../../x"}]}', "number": '{"manifests": [{"digest": 5}]}',
-}  # fmt: skip
+    "nested": "[" * 100_000,
+    "list": "[]",
+    "latin": b"\xff",
+    "layers": '{"layers": 5}',
+    "layer": '{"layers": [1]}',
+    "word": '{"layers": [{"size": "x"}]}',
+    **{
+        name: f'{{"config": {{"digest": "sha256:0"}}, "layers": [{{"size": {size}}}]}}'
+        for name, size in (("endless", "1e400"), ("long", "9" * 400), ("longest", "9" * 5000), ("less", "-5"))
+    },
+    "index": '{"manifests": 5}',
+    "null": '{"manifests": [null]}',
+    "none": '{"manifests": []}',
+    "digest": '{"manifests": [{"digest": "sha256:../../x"}]}',
+    "number": '{"manifests": [{"digest": 5}]}',
+}
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD)
@@ -556,9 +600,16 @@ def test_an_import_of_an_odd_manifest_ends_with_the_tools_own_words(tmp_path, sc
 
 @pytest.mark.parametrize(
     ("challenge", "token"),
-    [('Bearer realm="https://[bad"', ""), ('Bearer ,=,"=,realm=', ""), ("Bearer", ""), ('Bearer realm="https://PLACE/token"', '{"token": "hush\\r\\nX: y"}'),
-     ('Bearer realm="https://PLACE/token"', '{"token": ["hush"]}'), ('Bearer realm="https://PLACE/token"', "[" * 100_000), ('Bearer realm="https://PLACE/token"', "hush")],
-)  # fmt: skip
+    [
+        ('Bearer realm="https://[bad"', ""),
+        ('Bearer ,=,"=,realm=', ""),
+        ("Bearer", ""),
+        ('Bearer realm="https://PLACE/token"', '{"token": "hush\\r\\nX: y"}'),
+        ('Bearer realm="https://PLACE/token"', '{"token": ["hush"]}'),
+        ('Bearer realm="https://PLACE/token"', "[" * 100_000),
+        ('Bearer realm="https://PLACE/token"', "hush"),
+    ],
+)
 def test_an_odd_way_to_give_permission_is_no_answer(tmp_path, scripted, challenge, token):
     """What came for a token stands in no message."""
     image = scripted({WANTED: (401, "", {"WWW-Authenticate": challenge}), "/token": (200, token, {})})

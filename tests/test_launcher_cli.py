@@ -89,7 +89,7 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["local", "quickstart", "--gpu", "1"], "unknown option --gpu; did you mean '--gpus'"),
         (["local", "quickstart", "--model.n_layr", "6"], "--model.n_layr=6: model.n_layr: unknown key"),
         (["local", "quickstart", "--model.n_layer"], "has no value"),
-        (["local", "quickstart", "--stage", "trian"], "it has preprocess, verify, train, export"),
+        (["local", "quickstart", "--stage", "trian"], "its stages: preprocess, verify, train, export"),
         (["local", "quickstart", "--gpus", "99"], "--gpus 0 runs on the CPU"),
         (["local", "quickstart", "--step_scheduler.global_batch_size", "12"], "does not divide over 2 ranks"),
         (["local", "quickstart", "--stage", "train"], "needs stage verify, which is not done"),
@@ -238,7 +238,7 @@ class TestSnapshot:
         user.mkdir()
         for i in range(501):
             (user / f"m{i}.py").write_text("")
-        with pytest.raises(BadInput, match="a folder of their own"):
+        with pytest.raises(BadInput, match="into their own folder"):
             take_snapshot(tmp_path / "code", user)
 
 

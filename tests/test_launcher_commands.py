@@ -32,7 +32,7 @@ from amlaunch.launcher.slurm.queue import Queue, cache_file
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.run_writer import write_run
-from amlaunch.launcher.submission.slurm_submission import left_alone
+from amlaunch.launcher.submission.slurm_submission import skipped_lines
 from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.run_layout import RunDir
@@ -126,7 +126,7 @@ class TestSlurmDoesNotAnswer:
             and re.search("squeue|scontrol", found.stderr)
             and "nothing was cancelled" in found.stderr
         )
-        assert "nothing of it" not in found.stdout and not found.stdout
+        assert "no running or pending" not in found.stdout and not found.stdout
 
     @pytest.mark.parametrize("job", ["123", None])
     def test_clean_removes_nothing(self, tmp_path, job):
@@ -142,7 +142,7 @@ class TestSlurmDoesNotAnswer:
         log = run.element("train", "0").log(1, 0)
         log.parent.mkdir(parents=True)
         log.write_text("one\n")
-        patch = "import amlaunch.launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; s.LONGEST_PAUSE = 1.0"
+        patch = "import amlaunch.launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; import amlaunch.launcher.display.following as f; f.MAX_PAUSE_SECONDS = 1.0"
         process = start(tmp_path, *words, patch=patch)
         time.sleep(8)
         assert process.poll() is None, process.communicate()
@@ -153,7 +153,7 @@ class TestSlurmDoesNotAnswer:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", "123")
         found = amlaunch(tmp_path, "status", "test-1")
-        assert found.returncode == 0 and "unknown" in found.stdout and "when Slurm answers again" in found.stdout
+        assert found.returncode == 0 and "unknown" in found.stdout and "once Slurm answers again" in found.stdout
         assert amlaunch(tmp_path, "status", "test-2").returncode == 2
         run.plan.write_text("{")
         assert amlaunch(tmp_path, "status", "test-1").returncode == 2 and amlaunch(tmp_path, "status").returncode == 0
@@ -180,7 +180,7 @@ class TestCancel:
     def test_nothing_runs(self, tmp_path):
         make_run(tmp_path, ("train", [[]], ONE))
         found = amlaunch(tmp_path, "cancel", "test-1")
-        assert found.returncode == 0 and "nothing of it runs or waits" in found.stdout
+        assert found.returncode == 0 and "test-1 has no running or pending jobs" in found.stdout
 
     def test_what_was_requeued_meanwhile_is_cancelled(self, tmp_path, monkeypatch):
         """The driver was told to end by Slurm a moment before us, and went back into the queue."""
@@ -196,7 +196,7 @@ class TestCancel:
         submitted(run, plan, "train", "123")
         slurm_said(JobInfo("123_0", "RUNNING"))
         monkeypatch.setattr(Queue.__init__, "__defaults__", (60.0, None))
-        monkeypatch.setattr(cancel, "SAVE_SECONDS", 0.5)
+        monkeypatch.setattr(cancel, "MAX_SAVE_SECONDS", 0.5)
         assert cancel._wait_until_saved(run, plan) == 1 and run.element("train", "0").stop.exists()
 
     @pytest.mark.parametrize("host", ["elsewhere", platform.node()])
@@ -212,7 +212,7 @@ class TestCancel:
             with Holder(folder.lock) as driver:
                 found = amlaunch(tmp_path, "cancel", "test-1")
                 assert victim.poll() is None
-                assert found.returncode == 0 and "ended 1 element" in found.stdout
+                assert found.returncode == 0 and "killed 1 element" in found.stdout
                 assert driver.process.wait(timeout=5) == -signal.SIGKILL
         finally:
             victim.kill()
@@ -230,13 +230,17 @@ class TestCancel:
                 {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"},
             )
             found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
-            assert found.returncode == 0 and "train 0 runs on elsewhere, out of reach" in found.stdout, found.stderr
+            assert (
+                found.returncode == 0
+                and "train 0 is running on elsewhere, where signals from here do not reach it" in found.stdout
+            ), found.stderr
             assert folder.stop.exists() and driver.process.poll() is None
             with Holder(run.lock) as launcher:
                 found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
                 assert (
                     found.returncode == 0
-                    and "drives test-1 on another machine, out of reach from here: asked to save" in found.stdout
+                    and "runs test-1 on another machine, where signals from here do not reach it: asked it to save"
+                    in found.stdout
                 )
                 assert run.stop.exists() and launcher.process.poll() is None
 
@@ -309,7 +313,7 @@ class TestCancel:
                 text=True,
                 timeout=60,
             )
-            assert found.returncode == 0 and "asked to save and stop" in found.stdout, found.stderr
+            assert found.returncode == 0 and "asked it to save and stop" in found.stdout, found.stderr
             launcher.wait(timeout=60)
             assert [state.state for state in read_run(run, plan)] == [
                 State.STOPPED,
@@ -365,8 +369,8 @@ def launch(run: RunDir) -> subprocess.Popen:
     """The heart of amlaunch local, one element at a time."""
     code = (
         "from pathlib import Path\n"
-        "from amlaunch.launcher.commands.local import _stopping_on_signals\n"
-        "from amlaunch.launcher.execution.local_executor import Executor\n"
+        "from amlaunch.launcher.submission.local_run import stopping_on_signals\n"
+        "from amlaunch.launcher.execution.local_executor import LocalExecutor\n"
         "from amlaunch.launcher.specs.machine import Machine\n"
         "from amlaunch.launcher.display.live_report import PlainReport\n"
         "from amlaunch.launcher.runs.find import read_plan\n"
@@ -376,8 +380,8 @@ def launch(run: RunDir) -> subprocess.Popen:
         "plan = read_plan(run)\n"
         "lock = Lock(run.lock)\n"
         "assert lock.acquire()\n"
-        "made = Executor(run, plan, Machine(1, ()), lambda states: None)\n"
-        "with _stopping_on_signals(made, PlainReport(print)):\n"
+        "made = LocalExecutor(run, plan, Machine(1, ()), lambda states: None)\n"
+        "with stopping_on_signals(made, PlainReport(print)):\n"
         "    made.execute(plan.stages)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -388,15 +392,15 @@ def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
     states = [
         ElementState("preprocess", str(i), "", state) for i, state in enumerate((State.DONE, State.RUNNING, State.DIED))
     ] + [ElementState("train", "0", "", State.QUEUED)]
-    assert left_alone(plan.stages[0], states, {"2"}) == [
+    assert skipped_lines(plan.stages[0], states, {"2"}) == [
         "preprocess: 1 of 3 already done, skipped",
-        "preprocess: 1 of 3 already on their way, left alone",
+        "preprocess: 1 of 3 already queued or running, left unchanged",
     ]
-    assert left_alone(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
+    assert skipped_lines(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
 
 
 class TestWait:
-    SOON = f"import amlaunch.launcher.commands.wait as w; w.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
+    SOON = f"import amlaunch.launcher.display.following as f; f.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
 
     def test_it_gives_up_on_what_sbatch_never_answered(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
@@ -442,7 +446,7 @@ class TestWait:
             run.element("preprocess", "0").attempts,
             {"event": "end", "attempt": 1, "time": time.time(), "outcome": "failed", "reason": "x"},
         )
-        assert "a stage before it did not finish" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        assert "an earlier stage did not finish" in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
 
     def test_the_time_it_tells_is_the_runs_own(self, tmp_path):
         """Not how long somebody watched, nor the pause between two starts, nor what another run had made before."""
@@ -544,7 +548,7 @@ class TestStatus:
         submitted(run, plan, "train", "11")
         slurm_said(JobInfo("11_0", "PENDING", "Resources", "2026-11-24T18:00:00"))
         assert (
-            "waits for free nodes · starts about 2026-11-24 18:00:00"
+            "waiting for free nodes · estimated start 2026-11-24 18:00:00"
             in amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
         )
         (shown,) = json.loads(amlaunch(tmp_path, "status", "test-1", "--json", patch=KEPT_LONGER).stdout)
@@ -588,7 +592,9 @@ class TestStatus:
             "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n"
             in found
         )
-        assert "and so did 24 more, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
+        assert (
+            "24 more failed for the same reason, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
+        )
         assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, (
             "another exit code is another failure"
         )
@@ -601,7 +607,7 @@ class TestStatus:
         for i, word in enumerate("abcdefghijkl"):
             ended(run, "preprocess", str(i), f"the {word * 3} is missing", "alpha")
         found = amlaunch(tmp_path, "status", "test-1").stdout
-        assert found.count(" failed on ") == 5 and "7 more failed otherwise" in found
+        assert found.count(" failed on ") == 5 and "7 more elements failed for other reasons" in found
 
     def test_a_narrow_terminal_loses_columns_but_no_name_and_no_command(self, tmp_path, monkeypatch):
         run, _ = make_run(tmp_path, ("train", [[]] * 2, ONE))
@@ -627,13 +633,11 @@ class TestStatus:
         slurm_said(JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1"))
         found = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
         command = f"{wording.program()} resume test-1 --resources.train.mem 64G"
-        assert f"train 0 failed on n1: job 11_0 on n1 ran out of memory; give resources more mem: {command}\n" in found
+        assert "train 0 failed on n1: job 11_0 on n1 ran out of memory; raise resources.train.mem\n" in found
         assert f"next: {command}\n" in found, "the same settings would fail again"
         cause = cause_of("oom_kill")
-        assert (
-            cause
-            and cause.explain("rank 1 was killed by SIGKILL (out of memory?)", "train").count("out of memory") == 1
-        )
+        reason = "rank 1 was killed by SIGKILL: out of memory; raise resources.train.mem"
+        assert cause and cause.explain("rank 1 was killed by SIGKILL", "train") == reason
 
 
 HOSTS = ("alpha", "beta")
@@ -779,17 +783,17 @@ class TestRetry:
     def test_of_what_is_done_or_goes_on_nothing_is_started(self, tmp_path):
         run = made(tmp_path)
         found = amlaunch(tmp_path, "retry", "tiny")
-        assert found.returncode == 0 and "every element is done, there is nothing to start again" in found.stdout
+        assert found.returncode == 0 and "nothing to retry, every element is done" in found.stdout
         run.element("train", "0").done.unlink()
         with Holder(run.lock):
             found = amlaunch(tmp_path, "retry", "tiny")
             assert (
                 found.returncode == 0
-                and "nothing to start again, it runs" in found.stdout
+                and "nothing to retry, it is running" in found.stdout
                 and "amlaunch cancel tiny" in found.stdout.replace(wording.program(), "amlaunch")
             )
             shown = amlaunch(tmp_path, "retry", "tiny", "--json")
-            assert json.loads(shown.stdout)["state"] == "running" and "nothing to start again" in shown.stderr
+            assert json.loads(shown.stdout)["state"] == "running" and "nothing to retry" in shown.stderr
         assert not read_json_lines(run.element("train", "0").attempts)
 
     def test_what_is_missing_here_is_said_before(self, tmp_path):
@@ -799,10 +803,14 @@ class TestRetry:
         plan["stages"][0]["needs"]["gpus_per_node"] = 64
         write_json(run.plan, plan)
         found = amlaunch(tmp_path, "retry", "tiny")
-        assert found.returncode == 2 and "trains on 64 GPUs, this machine has" in found.stderr
+        assert found.returncode == 2 and "trains on 64 GPUs, but this machine has" in found.stderr
         run.recipe.unlink()
         found = amlaunch(tmp_path, "retry", "tiny")
-        assert found.returncode == 2 and "recipe.yaml is gone" in found.stderr and "local tiny.yaml" in found.stderr
+        assert (
+            found.returncode == 2
+            and "recipe.yaml no longer exists" in found.stderr
+            and "local tiny.yaml" in found.stderr
+        )
 
 
 class TestResume:
@@ -812,8 +820,8 @@ class TestResume:
             (["--step_scheduler.max_stepz", "9"], "unknown key"),
             (["--step_scheduler.max_steps", "many"], "max_steps"),
             (["--step_scheduler.global_batch_size", "9"], "global_batch_size"),
-            (["--wandb.api_key", "abc123"], "a secret would be written down"),
-            (["--dataset.file_pattern", "gone/*.bin"], "another run"),
+            (["--wandb.api_key", "abc123"], "the run directory would store this secret"),
+            (["--dataset.file_pattern", "gone/*.bin"], "resume cannot change dataset"),
             (["--optimizer.lr", "${NOT_SET}"], "NOT_SET"),
             (["--resources.train.nodes", "2"], "nodes"),
         ],
@@ -836,7 +844,7 @@ class TestResume:
         run = made(tmp_path, {"name": "slurm", "profile": {}})
         with Holder(run.lock):
             found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
-        assert found.returncode == 2 and "being run by amlaunch local" in found.stderr
+        assert found.returncode == 2 and "already being run by another amlaunch process" in found.stderr
 
     def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
         made(tmp_path, {"name": "slurm", "profile": {}})

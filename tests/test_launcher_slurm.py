@@ -243,7 +243,7 @@ class TestEveryProblemIsSaidAtOnce:
         assert refused(
             site, capsys, profile, recipe=recipe.replace("global_batch_size: 8", "global_batch_size: 384")
         ) == [
-            f"tiny.yaml:3: preprocess.data_files: nothing matches 'text/none/**/*.txt' (seen from {site})",
+            f"tiny.yaml:3: preprocess.data_files: no file matches 'text/none/**/*.txt' (relative to {site})",
             "clusters.yaml:3: time is 30:00, but partition short allows at most 10:00",
             "clusters.yaml:5: stages.verify.cpus is 99, but a node of partition short has at most 32 CPUs",
             "clusters.yaml:5: stages.verify.mem is 900G, but a node of partition short has at most 64000 MB",
@@ -290,13 +290,13 @@ class TestEveryProblemIsSaidAtOnce:
         run = Path(json.loads(capsys.readouterr().out)["path"])
         run.parent.mkdir()
         run.write_text("")
-        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is not a folder; --name NAME begins another run"
+        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is not a folder; start another run with --name NAME"
         run.unlink()
         run.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
         assert (
             refused(site, capsys, clusters)[-1]
-            == f"runs/{run.name} is {run.owner()}'s, and you may not write to it; --name NAME begins another run"
+            == f"runs/{run.name} belongs to {run.owner()}, and you may not write to it; start another run with --name NAME"
         )
 
     def test_a_silent_slurm_has_refused_nothing(
@@ -312,7 +312,7 @@ class TestEveryProblemIsSaidAtOnce:
             )
             assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs")]) == code
             said = capsys.readouterr().err.splitlines()[-1]
-            assert words in said and ("would refuse" in said) == (code == 2)
+            assert words in said and ("sbatch refuses the script" in said) == (code == 2)
 
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"
@@ -381,7 +381,7 @@ class TestDryRunsOfContainers:
         (bundle.parent / "bin" / "srun").chmod(0o755)
         monkeypatch.setenv("PATH", str(bundle.parent / "bin"))
         assert main([*self.WORDS, "auto"]) == 0
-        assert "# each node asks what it has to start containers with" in capsys.readouterr().out
+        assert "# each node chooses its container runtime" in capsys.readouterr().out
 
     def test_of_a_variable_that_a_profile_names_and_nobody_has(
         self, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -900,11 +900,11 @@ def test_sweeps_as_people_type_them() -> None:
         "--sweep.seed=[1,2]",
     ]
     assert sweep_overrides(["{seed: [1]}"]) == ["--sweep={seed: [1]}"]
-    with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
+    with pytest.raises(BadInput, match="expected KEY=V1,V2"):
         sweep_overrides(["optimizer.lr"])
-    with pytest.raises(BadInput, match="an axis is KEY=V1,V2"):
+    with pytest.raises(BadInput, match="expected KEY=V1,V2"):
         sweep_overrides(["=1,2"])
-    with pytest.raises(BadInput, match="--sweep seed is given twice"):
+    with pytest.raises(BadInput, match="--sweep seed is listed twice"):
         sweep_overrides(["seed=1", "optimizer.lr=1", "seed=2"])
 
 

@@ -67,7 +67,7 @@ def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
         ("export", 1),
     ]
     again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
-    assert "already on their way, left alone" in again and len(set(tiny.queued())) <= 4, "nothing is submitted twice"
+    assert "already queued or running, left unchanged" in again and len(set(tiny.queued())) <= 4, "nothing is submitted twice"
     found = tiny.wait("tiny", 180)
     assert states(found) == {"preprocess": ["done"] * 2, "verify": ["done"], "train": ["done"], "export": ["done"]}
     train = element(found, "train")
@@ -171,7 +171,7 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
         ([], "  sbatch: {nise: 10}\n", "sbatch.nise: sbatch has no such option; did you mean 'nice'?"),
         ([], "  sbatch: {array: 0-3}\n", "amlaunch sets it (the elements of a stage make it)"),
         ([], "  partitoin: gpu\n", "partitoin: unknown key; did you mean 'partition'?"),
-        ([], "  sbatch: {begin: yesterdayish}\n", "sbatch would refuse it"),
+        ([], "  sbatch: {begin: yesterdayish}\n", "sbatch refuses the script"),
         (["--wandb.project", "x"], "", "export WANDB_API_KEY=…"),
         (["--container.image", "/no/such.sqsh"], "", "file /no/such.sqsh does not exist"),
         (["--cluster", "labb"], "", "did you mean 'lab'?"),
@@ -245,7 +245,7 @@ def test_a_failed_element_is_retried_alone(place: Place) -> None:
     place.cluster.run("scancel", f"{old}_2")
     found = place.wait("test-1", code=75)
     assert states(found)["preprocess"][:2] == ["done"] * 2 and states(found)["train"] == ["cancelled"]
-    assert element(found, "train")["reason"] == "a stage before it did not finish: preprocess 2 is not done"
+    assert element(found, "train")["reason"] == "an earlier stage did not finish: preprocess 2 is not done"
     made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
     assert [(one["stage"], one["elements"]) for one in made["submitted"]] == [("preprocess", ["2"]), ("train", ["0"])]
     assert states(place.wait("test-1")) == {"preprocess": ["done"] * 3, "train": ["done"]}
@@ -370,9 +370,9 @@ def test_cancel_and_go_on(place: Place) -> None:
     place.amlaunch("retry", "test-1")
     place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) >= 2)
     waiting = element(place.status("test-1"), "preprocess", 1)
-    assert waiting["state"] == "queued" and waiting["reason"] == "waits for its siblings (throttle)"
+    assert waiting["state"] == "queued" and waiting["reason"] == "waiting for other elements of the stage (throttle)"
     said = place.amlaunch("cancel", "test-1", "--checkpoint").stdout
-    assert "saving, then leaving" in said and "preprocess 0: stopped" in said
+    assert "saving a checkpoint, then stopping" in said and "preprocess 0: stopped" in said
     found = place.wait("test-1", code=75)
     assert states(found) == {"preprocess": ["stopped", "cancelled"], "train": ["cancelled"]} and not place.queued()
     saved = int((run.element("preprocess", "0").root / "saved0").read_text())
@@ -408,7 +408,7 @@ def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
     tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
     tiny.wait("more", 120)
     refused = tiny.amlaunch("resume", "more", "--model.n_layer", "3", check=False)
-    assert refused.returncode == 2 and "another run" in refused.stderr
+    assert refused.returncode == 2 and "resume cannot change model" in refused.stderr
     tiny.amlaunch("resume", "more", "--step_scheduler.max_steps", "6")
     found = tiny.wait("more", 120)
     run = run_dir(tiny, "more")
@@ -467,7 +467,7 @@ def test_a_vanished_job_is_explained_by_accounting(place: Place) -> None:
     found = place.wait_until("test-1", lambda found: element(found, "train")["state"] not in ("running", "queued"))
     assert (
         element(found, "train")["state"] == "failed"
-        and "without a word from the driver" in element(found, "train")["reason"]
+        and "before its driver recorded a result" in element(found, "train")["reason"]
     )
 
 
@@ -484,7 +484,7 @@ def test_clean_shows_first_and_removes_then(place: Place) -> None:
     run = place.stand_in(("train", [["--do", "sleep"]], CPU))
     place.amlaunch("retry", "test-1")
     refused = place.amlaunch("clean", "test-1", check=False)
-    assert refused.returncode == 2 and "runs or waits" in refused.stderr
+    assert refused.returncode == 2 and "has running or pending jobs" in refused.stderr
     place.amlaunch("cancel", "test-1")
     place.wait_until("test-1", lambda found: found["state"] == "cancelled")
     assert "would remove" in place.amlaunch("clean", "test-1").stdout and run.root.exists()

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from amlaunch.launcher.planning.run_request import RunRequest
+from amlaunch.launcher.runs.states import State
 from amlaunch.recipes.errors import BadInput
+
+if TYPE_CHECKING:
+    from amlaunch.launcher.runs.element_state import ElementState
+    from amlaunch.launcher.specs.plan import Plan
+    from amlaunch.recipes.run_layout import RunDir
 
 RUN_HELP = "ID of a run, the beginning of the ID, the name of its recipe, or its directory"
 RECIPE_HELP = "a YAML file, or the name of a recipe that comes with amlaunch"
@@ -103,3 +112,54 @@ def sweep_overrides(axes: Sequence[str]) -> list[str]:
     if repeated:
         raise BadInput(f"--sweep {repeated} is listed twice; write all values in one option: --sweep {repeated}=V1,V2")
     return overrides
+
+
+def request_of(options: argparse.Namespace) -> RunRequest:
+    """Build the request to start, resume or retry a run from the options of a command; what it lacks is the default."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(RunRequest):
+        if hasattr(options, field.name):
+            value = getattr(options, field.name)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    values["overrides"] = (*options.overrides, *sweep_overrides(getattr(options, "sweep", [])))
+    return RunRequest(**values)
+
+
+def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> list[ElementState]:
+    """Return the states without the elements that another run, which shares the shards, is making."""
+    from amlaunch.launcher.runs.submissions import submissions_of
+
+    jobs = {
+        job
+        for submissions in submissions_of(run_dir, plan).values()
+        for submission in submissions
+        if submission.run == str(run_dir.root)
+        for job in submission.tasks().values()
+    }
+    return [
+        state
+        for state in states
+        if (state.job in jobs if state.job else state.state != State.RUNNING or _started_element(run_dir, state))
+    ]
+
+
+def _started_element(run_dir: RunDir, state: ElementState) -> bool:
+    """Return True if this run's launcher started an element: only then does the run have submitit's files of it."""
+    from amlaunch.recipes.files import read_json_lines
+
+    if run_dir.stage_home(state.stage) == run_dir.root:
+        return True
+    lines = read_json_lines(run_dir.element(state.stage, state.name).attempts)
+    job = next((line.get("job") for line in reversed(lines) if line.get("event") == "start"), None)
+    return bool(job) and any((run_dir.jobs / state.stage / state.name).glob(f"{job}_*"))
+
+
+def raise_if_unknown(states: Sequence[ElementState], command: str, consequence: str) -> None:
+    """Raise SlurmError if an element may be running, but nobody can tell."""
+    from amlaunch.launcher.errors import SlurmError
+
+    unknown = [state for state in states if state.state == State.UNKNOWN]
+    if unknown:
+        first = unknown[0]
+        more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
+        raise SlurmError(command, f"{first.stage} {first.name}{more}: {first.reason}; {consequence}")

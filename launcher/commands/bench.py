@@ -18,7 +18,7 @@ from typing import Any
 from amlaunch.launcher.commands._shared import RECIPE_HELP, accept_overrides, add_allow_target, add_json
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
-from amlaunch.recipes.format.schema import parse_count
+from amlaunch.recipes.format.units import parse_count
 from amlaunch.recipes.python_process import PARENT_VARIABLE, python_command
 
 PASSED = ("steps", "warmup", "profiled")

@@ -1,4 +1,4 @@
-"""``amlaunch cancel``: end what runs and what waits; with ``--checkpoint`` what runs saves first."""
+"""``amlaunch cancel``: cancel the running and pending elements of a run; with ``--checkpoint`` they save first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from amlaunch.launcher.commands._shared import add_run
+from amlaunch.launcher.commands._shared import add_run, own_states, raise_if_unknown
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.runs.element_state import ElementState, read_run
@@ -21,11 +21,12 @@ from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.slurm_submission import recover, submitting
 from amlaunch.recipes.errors import FAILED, OK
-from amlaunch.recipes.files import is_locked, read_json_lines, read_object, signal_lock_holders
+from amlaunch.recipes.files import is_locked, read_object, signal_lock_holders
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
-SAVE_SECONDS = 300.0
-"""How long ranks may take to save before we stop waiting for the word that they have."""
+MAX_SAVE_SECONDS = 300.0
+"""Time for the ranks to save before ``--checkpoint`` stops waiting."""
+POLL_SECONDS = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,186 +38,157 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0 once nothing of the run goes on (with ``--checkpoint``), or once all that goes on was told to end."""
+    """Cancel a run; with ``--checkpoint`` return once nothing of it is active."""
     run_dir = find_run(roots(options.runs), options.run)
-    with submitting(run_dir, read_plan(run_dir)):  # a submit in progress would add stages behind our back
-        plan = read_plan(run_dir)  # as that submit has left it
+    # A submit in progress could add stages after the states were read; the plan is read again once it has finished.
+    with submitting(run_dir, read_plan(run_dir)):
+        plan = read_plan(run_dir)
         _recover(run_dir, plan)
         states = read_run(run_dir, plan, Queue(max_age=0))
-        mine = own_states(run_dir, plan, states)
-        refuse_unknown(mine, "cancel", "nothing was cancelled; try again when Slurm answers")
-        going = [state for state in mine if state.state in ACTIVE_STATES]
-        if not going and not is_locked(run_dir.lock):
-            others = (
-                " (another run, which shares its shards, makes them)"
-                if any(state.state in ACTIVE_STATES for state in states)
-                else ""
-            )
-            print(f"{plan.run_id}: nothing of it runs or waits{others}")
+        own = own_states(run_dir, plan, states)
+        raise_if_unknown(own, "cancel", "nothing was cancelled; try again once Slurm answers")
+
+        active = [state for state in own if state.state in ACTIVE_STATES]
+        if not active and not is_locked(run_dir.lock):
+            is_shared = any(state.state in ACTIVE_STATES for state in states)
+            others = " (another run is making the shards that both share)" if is_shared else ""
+            print(f"{plan.run_id} has no running or pending jobs{others}")
             return OK
-        _cancel_jobs(
-            [state.job for state in going if state.job and (state.state == State.QUEUED or not options.checkpoint)],
-            run_dir,
-            plan,
-        )
+        cancelled = [state for state in active if state.state == State.QUEUED or not options.checkpoint]
+        _cancel_jobs([state.job for state in cancelled if state.job], run_dir, plan)
+
     _stop_launcher(run_dir)
-    _end_here(run_dir, [state for state in going if not state.job], save=options.checkpoint)
+    _stop_processes(run_dir, [state for state in active if not state.job], save=options.checkpoint)
     if options.checkpoint:
         return _wait_until_saved(run_dir, plan)
-    print(
-        f"next: {wording.program()} status {wording.name_of(run_dir)}; {wording.program()} retry {wording.name_of(run_dir)} goes on from the last checkpoint"
-    )
+    name, program = wording.name_of(run_dir), wording.program()
+    print(f"next: {program} status {name}, or continue from the last checkpoint: {program} retry {name}")
     return OK
 
 
-def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> list[ElementState]:
-    """Without what another run makes of the shards that both share: that is not ours to end."""
-    jobs = _own_jobs(run_dir, plan)
-    return [
-        state
-        for state in states
-        if (state.job in jobs if state.job else state.state != State.RUNNING or _started_it(run_dir, state))
-    ]
-
-
-def refuse_unknown(states: Sequence[ElementState], command: str, words: str) -> None:
-    """Raises SlurmError where nobody can say whether an element still runs."""
-    lost = [state for state in states if state.state == State.UNKNOWN]
-    if lost:
-        more = f" (and {len(lost) - 1} more)" if lost[1:] else ""
-        raise SlurmError(command, f"{lost[0].stage} {lost[0].name}{more}: {lost[0].reason}; {words}")
-
-
 def _recover(run_dir: RunDir, plan: Plan) -> None:
-    """Find the jobs whose number an interrupted submit did not write down: they are to be cancelled, too. Raises SlurmError."""
+    """Find the jobs whose IDs an interrupted submit did not record, so that they are cancelled, too. Raises SlurmError."""
     try:
         recover(run_dir, plan, lambda text: print(text, flush=True))
     except SlurmError as error:
         raise SlurmError(
             error.command,
-            f"{error.message}; a submit was interrupted, and whether its jobs run is not known: nothing was cancelled; try again when Slurm answers",
+            f"{error.message}; a submit was interrupted, and its jobs may be running: nothing was cancelled; "
+            "try again once Slurm answers",
         ) from None
 
 
-def _own_jobs(run_dir: RunDir, plan: Plan) -> set[str]:
-    """The jobs that this run submitted."""
-    own = str(run_dir.root)
-    return {
-        job
-        for submissions in submissions_of(run_dir, plan).values()
-        for one in submissions
-        if one.run == own
-        for job in one.tasks().values()
-    }
-
-
-def _started_it(run_dir: RunDir, state: ElementState) -> bool:
-    """Whether this run's launcher started an element: submitit's files of its process are in the run that did."""
-    if run_dir.stage_home(state.stage) == run_dir.root:
-        return True
-    lines = read_json_lines(run_dir.element(state.stage, state.name).attempts)
-    job = next((line.get("job") for line in reversed(lines) if line.get("event") == "start"), None)
-    return bool(job) and any((run_dir.jobs / state.stage / state.name).glob(f"{job}_*"))
+# --- jobs on a cluster
 
 
 def _cancel_jobs(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> None:
     if jobs:
-        scancel(_together(jobs, run_dir, plan))
+        scancel(_merge_arrays(jobs, run_dir, plan))
         print(f"cancelled {len(jobs)} job{'s' * (len(jobs) > 1)}", flush=True)
-        queue_module.forget()
+        queue_module.invalidate_cache()
 
 
-def _together(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
-    """Whole arrays by their own number: 10,000 elements are not 10,000 arguments."""
-    wanted, found = set(jobs), []
+def _merge_arrays(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
+    """Replace the jobs of a complete array by the array's own ID: 10,000 elements are too many arguments."""
+    remaining = set(jobs)
+    job_ids: list[str] = []
     for submissions in submissions_of(run_dir, plan).values():
-        for one in submissions:
-            tasks = [job for job in one.tasks().values() if job in wanted]
-            found += [one.job or ""] if len(tasks) == len(one.elements) else tasks
-    return found
+        for submission in submissions:
+            tasks = [job for job in submission.tasks().values() if job in remaining]
+            job_ids += [submission.job or ""] if len(tasks) == len(submission.elements) else tasks
+    return job_ids
+
+
+# --- processes
 
 
 def _stop_launcher(run_dir: RunDir) -> None:
-    """Have amlaunch local start nothing more: by a signal, or by a file that it looks for, where it is out of reach."""
-    if signal_lock_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):  # to it, this is Ctrl-C
+    """Keep amlaunch local from starting anything else: by a signal, or from another machine by a file."""
+    # To amlaunch local, SIGTERM is Ctrl-C.
+    if signal_lock_holders(run_dir.lock, signal.SIGTERM) or not is_locked(run_dir.lock):
         return
     run_dir.stop.touch()
-    host, name = launcher_host(run_dir), wording.name_of(run_dir)
+    host, name, program = launcher_host(run_dir), wording.name_of(run_dir), wording.program()
     print(
-        f"amlaunch local drives {run_dir.root.name} on {host}, out of reach from here: asked to save and stop, which it does within seconds"
+        f"amlaunch local runs {run_dir.root.name} on {host}, where signals from here do not reach it: "
+        "asked it to save and stop, which takes a few seconds"
     )
     print(
-        f"if {wording.program()} status {name} still shows it running then: on {host}, Ctrl-C where it was started, or amlaunch cancel {name}",
+        f"if {program} status {name} still shows it running after that, press Ctrl-C where it was started on {host}, "
+        f"or run amlaunch cancel {name} there",
         flush=True,
     )
 
 
 def launcher_host(run_dir: RunDir) -> str:
-    """Where amlaunch local was started, for people."""
+    """Return the host on which amlaunch local was started, for messages."""
     host = str(read_object(run_dir.provenance).get("host") or "another machine")
     return f"{host} (this machine, by another user)" if host == platform.node() else host
 
 
-def _end_here(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) -> None:
-    """Ask processes to save and leave, or end them."""
-    ended = 0
+def _stop_processes(run_dir: RunDir, states: Sequence[ElementState], *, save: bool) -> None:
+    """Ask the processes of elements to ``save`` and stop, or kill them."""
+    killed = 0
     for state in states:
         folder = run_dir.element(state.stage, state.name)
-        found = 0 if save else signal_lock_holders(folder.lock, signal.SIGKILL)
-        ended += bool(found)
-        if not found:
-            _ask_to_leave(folder)
-        if not found and not save:
+        if not save and signal_lock_holders(folder.lock, signal.SIGKILL):
+            killed += 1
+            continue
+        _request_stop(folder)
+        if not save:
             print(
-                f"{state.stage} {state.name} runs on {state.host or 'another machine'}, out of reach from here: asked to save and leave"
+                f"{state.stage} {state.name} is running on {state.host or 'another machine'}, where signals from here "
+                "do not reach it: asked it to save and stop"
             )
-    if ended:
-        print(f"ended {ended} element{'s' * (ended > 1)} on this machine", flush=True)
+    if killed:
+        print(f"killed {killed} element{'s' * (killed > 1)} on this machine", flush=True)
 
 
-def _ask_to_leave(folder: ElementDir) -> None:
-    folder.root.mkdir(parents=True, exist_ok=True)  # Slurm has started the job, its driver has not got here yet
+def _request_stop(folder: ElementDir) -> None:
+    folder.root.mkdir(parents=True, exist_ok=True)  # the job may have started without its driver
     folder.stop.touch()
 
 
+# --- with --checkpoint
+
+
 def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
-    """Until nothing of the run goes on; asked again and again, for one that was just starting did not hear it."""
+    """Wait until nothing of the run is active; elements that have only just started are asked again."""
     saving: set[tuple[str, str]] = set()
-    deadline = time.monotonic() + SAVE_SECONDS
+    deadline = time.monotonic() + MAX_SAVE_SECONDS
     while True:
-        states = {
-            (state.stage, state.name): state
-            for state in own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
-        }
-        going = {key: state for key, state in states.items() if state.state in (*ACTIVE_STATES, State.UNKNOWN)}
-        for key in sorted(saving - going.keys()):
+        own = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
+        states = {(state.stage, state.name): state for state in own}
+        active = {key: state for key, state in states.items() if state.state in (*ACTIVE_STATES, State.UNKNOWN)}
+        running = {key for key, state in active.items() if state.state == State.RUNNING}
+        for key in sorted(saving - active.keys()):
             print(wording.status_line(states[key]), flush=True)
-        running = {key for key, state in going.items() if state.state == State.RUNNING}
         if running - saving:
-            new = len(running - saving)
-            print(f"{new} running element{'s' * (new > 1)}: saving, then leaving", flush=True)
-        saving = (saving & going.keys()) | running
-        if not going and not is_locked(run_dir.lock):
-            print(f"next: {wording.program()} retry {wording.name_of(run_dir)} goes on from what was saved")
+            count = len(running - saving)
+            print(f"{count} running element{'s' * (count > 1)}: saving a checkpoint, then stopping", flush=True)
+        saving = (saving & active.keys()) | running
+
+        if not active and not is_locked(run_dir.lock):
+            print(f"next: continue from the saved state with {wording.program()} retry {wording.name_of(run_dir)}")
             return OK
         if time.monotonic() > deadline:
-            return _not_saved(run_dir, list(going.values()))
+            return _report_unsaved(run_dir, list(active.values()))
         for stage, name in running:
-            _ask_to_leave(run_dir.element(stage, name))
-        _cancel_jobs(
-            [state.job for state in going.values() if state.state == State.QUEUED], run_dir, plan
-        )  # requeued meanwhile
-        time.sleep(1.0)
+            _request_stop(run_dir.element(stage, name))
+        # Slurm may have requeued some.
+        _cancel_jobs([state.job for state in active.values() if state.state == State.QUEUED], run_dir, plan)
+        time.sleep(POLL_SECONDS)
 
 
-def _not_saved(run_dir: RunDir, going: Sequence[ElementState]) -> int:
-    refuse_unknown(going, "cancel", f"what ran was asked to save {SAVE_SECONDS:.0f} s ago")
-    if going:
-        print(
-            f"still saving after {SAVE_SECONDS:.0f} s: {', '.join(f'{state.stage} {state.name}' for state in going)}; they leave as soon as they have"
-        )
+def _report_unsaved(run_dir: RunDir, active: Sequence[ElementState]) -> int:
+    """Explain what is still active after the time for saving, and return the exit code."""
+    raise_if_unknown(active, "cancel", f"running elements were asked to save {MAX_SAVE_SECONDS:.0f} s ago")
+    if active:
+        names = ", ".join(f"{state.stage} {state.name}" for state in active)
+        print(f"still saving after {MAX_SAVE_SECONDS:.0f} s: {names}; they stop as soon as they have saved")
     else:
         print(
-            f"amlaunch local still drives {run_dir.root.name} on {launcher_host(run_dir)}: end it where it was started, with Ctrl-C"
+            f"amlaunch local is still running {run_dir.root.name} on {launcher_host(run_dir)}: "
+            "press Ctrl-C where it was started"
         )
     return FAILED

@@ -1,4 +1,4 @@
-"""``amlaunch clean``: what can go, and how large it is; with ``--yes`` it goes."""
+"""``amlaunch clean``: list what can be deleted and its size; with ``--yes`` delete it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlaunch.launcher.commands._shared import add_json, add_runs
-from amlaunch.launcher.commands.cancel import own_states, refuse_unknown
+from amlaunch.launcher.commands._shared import add_json, add_runs, own_states, raise_if_unknown
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.runs.element_state import is_driven, read_run
 from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
@@ -22,13 +21,13 @@ from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import is_locked
 from amlaunch.recipes.run_layout import RunDir
 
-LEFTOVER_SECONDS = 24 * 3600
-"""A temporary file that is younger may still be written."""
+MIN_LEFTOVER_SECONDS = 24 * 3600
+"""Age of a leftover; a younger temporary file may still be written to."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing that can go."""
+    """A file or folder that can be deleted."""
 
     path: Path
     size: int
@@ -38,10 +37,10 @@ class Removal:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch clean``."""
     parser.add_argument(
-        "run", nargs="*", help="runs to delete (default: shards that no run uses and leftover temporary files)"
+        "run", nargs="*", help="runs to delete (default: shards that no run uses, and leftover temporary files)"
     )
     parser.add_argument(
-        "--checkpoints", action="store_true", help="of the runs, delete only all but the newest checkpoint"
+        "--checkpoints", action="store_true", help="of the runs, delete only checkpoints older than the newest"
     )
     parser.add_argument("--yes", action="store_true", help="delete it")
     add_runs(parser)
@@ -49,138 +48,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what would go; remove it only with ``--yes``."""
-    places = roots(options.runs)
-    found = (
-        [one for name in options.run for one in _of_run(find_run(places, name), options)]
-        if options.run
-        else list(_leftovers(places))
-    )
-    for one in found:
+    """List what can be deleted; delete it only with ``--yes``."""
+    folders = roots(options.runs)
+    removals: list[Removal] = []
+    for name in options.run:
+        removals += _removals_of_run(find_run(folders, name), checkpoints_only=options.checkpoints)
+    if not options.run:
+        removals += _leftovers(folders)
+
+    for removal in removals:
         if options.yes:
-            _remove(one.path)
+            _remove(removal.path)
         if not options.json:
-            print(
-                f"{'removed' if options.yes else 'would remove'}  {wording.count(one.size):>8}B  {one.path}  ({one.why})",
-                flush=True,
-            )
-    if options.json:
-        rows = [
-            {"path": str(one.path), "bytes": one.size, "why": one.why, "removed": bool(options.yes)} for one in found
-        ]
-        print(wording.to_json(rows))
-    elif not found:
-        print("nothing to clean")
-    elif not options.yes:
-        print(f"\n{wording.count(sum(one.size for one in found))}B in all; the same command with --yes removes it")
+            action = "removed" if options.yes else "would remove"
+            print(f"{action}  {wording.count(removal.size):>8}B  {removal.path}  ({removal.why})", flush=True)
+    _print_summary(removals, options)
     return OK
 
 
-def _of_run(run_dir: RunDir, options: argparse.Namespace) -> Iterable[Removal]:
-    """A run as a whole, or with ``--checkpoints`` what its training no longer needs. Raises BadInput where it still runs."""
+def _print_summary(removals: Sequence[Removal], options: argparse.Namespace) -> None:
+    if options.json:
+        rows = [
+            {"path": str(removal.path), "bytes": removal.size, "why": removal.why, "removed": bool(options.yes)}
+            for removal in removals
+        ]
+        print(wording.to_json(rows))
+    elif not removals:
+        print("nothing to clean")
+    elif not options.yes:
+        total = wording.count(sum(removal.size for removal in removals))
+        print(f"\n{total}B in total; run the same command with --yes to delete it")
+
+
+def _removals_of_run(run_dir: RunDir, *, checkpoints_only: bool) -> Iterator[Removal]:
+    """Yield a run, or only the checkpoints that training no longer needs. Raises BadInput if the run is active."""
     plan = read_plan(run_dir)
     states = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=0)))
+    cancel = f"{wording.program()} cancel {wording.name_of(run_dir)}"
     if is_driven(run_dir, states):
-        raise BadInput(f"{plan.run_id} runs or waits; {wording.program()} cancel {wording.name_of(run_dir)} first")
-    refuse_unknown(
-        states,
-        "clean",
-        f"nothing was removed; when Slurm answers, {wording.program()} cancel {wording.name_of(run_dir)} first",
-    )
-    if not options.checkpoints:
-        yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may read stay")
-        for folder in _checkpoints_elsewhere(run_dir, plan):
+        raise BadInput(f"{plan.run_id} has running or pending jobs; stop it first: {cancel}")
+    raise_if_unknown(states, "clean", f"nothing was removed; once Slurm answers, stop the run first: {cancel}")
+
+    external = _external_checkpoints(run_dir, plan)
+    if not checkpoints_only:
+        yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may use stay")
+        for folder in external:
             yield Removal(folder, size_of(folder), "its checkpoints")
         return
-    for folder in [run_dir.root / "checkpoints", *_checkpoints_elsewhere(run_dir, plan)]:
+    for folder in [run_dir.root / "checkpoints", *external]:
         for element in sorted(folder.iterdir()) if folder.is_dir() else []:
-            steps = sorted(
-                element.glob("step-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdigit() else -1
-            )
-            for step in steps[:-1]:
-                yield Removal(step, size_of(step), "not the newest checkpoint")
+            for checkpoint in sorted(element.glob("step-*"), key=_step_of)[:-1]:
+                yield Removal(checkpoint, size_of(checkpoint), "not the newest checkpoint")
 
 
-def _checkpoints_elsewhere(run_dir: RunDir, plan: Plan) -> list[Path]:
-    """Where ``checkpoint.checkpoint_dir`` put them, as the train elements' own arguments say."""
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.removeprefix("step-")
+    return int(step) if step.isdigit() else -1
+
+
+def _external_checkpoints(run_dir: RunDir, plan: Plan) -> list[Path]:
+    """Return the folders outside the run where ``checkpoint.checkpoint_dir`` put its checkpoints."""
     folders = []
     for stage in plan.stages:
         for element in stage.elements if stage.name == "train" else []:
-            words = element.arguments
-            place = Path(words[words.index("--checkpoints") + 1]) if "--checkpoints" in words else run_dir.root
-            if not place.is_relative_to(run_dir.root) and place.parent.is_dir() and place.parent not in folders:
-                folders.append(place.parent)
-    return folders
+            arguments = element.arguments
+            if "--checkpoints" not in arguments:
+                continue
+            folder = Path(arguments[arguments.index("--checkpoints") + 1])
+            if not folder.is_relative_to(run_dir.root) and folder.parent.is_dir():
+                folders.append(folder.parent)
+    return list(dict.fromkeys(folders))
 
 
-def _leftovers(places: list[Path]) -> Iterable[Removal]:
-    """What no run reads: shards without a run, checks of the doctor, and what killed processes left half made."""
+# --- leftovers
+
+
+def _leftovers(folders: Iterable[Path]) -> Iterator[Removal]:
+    """Yield what no run uses: shards, old checks of amlaunch doctor, and files that killed processes left incomplete."""
     queue = Queue(max_age=0)
-    places = list({root.resolve(): root for root in places}.values())
-    used = {folder.resolve() for run_dir in _all_runs(places) for folder in (run_dir.data, run_dir.shared)}
-    for folder in dict.fromkeys(root.resolve().parent / "data" for root in places if root.is_dir()):
-        for data in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if data.resolve() not in used and (data / "stages").is_dir() and _is_ours(data) and not in_use(data, queue):
-                yield Removal(data, size_of(data), "shards that no run reads")
-    for root in places:
-        checks = root / "doctor"
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    yield from _unused_shards(folders, queue)
+    for folder in folders:
+        checks = folder / "doctor"
         for check in sorted(checks.iterdir()) if checks.is_dir() else []:
             if check.is_dir() and _is_old(check) and not in_use(check, queue):
-                yield Removal(check, size_of(check), "a check of amlaunch doctor, over a day old")
-        for run_dir in list_runs(root):
-            yield from _half_made(run_dir.root)
+                yield Removal(check, size_of(check), "a check of amlaunch doctor, more than a day old")
+        for run_dir in list_runs(folder):
+            yield from _incomplete_files(run_dir.root)
 
 
-def _all_runs(places: list[Path]) -> list[RunDir]:
-    """The runs of every root that may share a folder of shards with ``places``: those known by name, and those beside them."""
-    beside = [
-        folder
-        for parent in {root.resolve().parent for root in places}
-        if parent.is_dir()
-        for folder in parent.iterdir()
-        if folder.is_dir()
-    ]
-    return list_runs(*dict.fromkeys(root.resolve() for root in [*places, *roots(), *beside]))
+def _unused_shards(folders: Sequence[Path], queue: Queue) -> Iterator[Removal]:
+    """Yield the shards beside ``folders`` that belong to this user, and that no run uses or makes."""
+    used = {shards.resolve() for run_dir in _neighbouring_runs(folders) for shards in (run_dir.data, run_dir.shared)}
+    for data in dict.fromkeys(folder.resolve().parent / "data" for folder in folders if folder.is_dir()):
+        for shards in sorted(data.iterdir()) if data.is_dir() else []:
+            is_candidate = shards.resolve() not in used and (shards / "stages").is_dir() and _is_own(shards)
+            if is_candidate and not in_use(shards, queue):
+                yield Removal(shards, size_of(shards), "shards that no run uses")
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether this user made a folder: the runs of others may be closed to us, and with them what they read."""
+def _neighbouring_runs(folders: Sequence[Path]) -> list[RunDir]:
+    """Return the runs that may share shards with those in ``folders``: in all known folders and those beside them."""
+    parents = {folder.resolve().parent for folder in folders}
+    beside = [child for parent in parents if parent.is_dir() for child in parent.iterdir() if child.is_dir()]
+    return list_runs(*dict.fromkeys(folder.resolve() for folder in [*folders, *roots(), *beside]))
+
+
+def _is_own(folder: Path) -> bool:
+    """Return True if this user created a folder. The runs of others, and what they use, may not be readable."""
     return folder.stat().st_uid == os.getuid()
 
 
 def in_use(folder: Path, queue: Queue) -> bool:
-    """Whether something is being made in a folder, by a process or a job of whatever run; also where nobody can say."""
+    """Return True if a process or a job of any run is writing to a folder, or if that cannot be determined."""
     if any(is_locked(lock) for lock in [folder / "submit.lock", folder / "lock", *folder.glob("stages/*/*/lock")]):
         return True
     submissions = read_submissions(folder / "jobs")
     if not submissions:
         return False
-    if queue.jobs is None or not all(_is_ours(one.folder) for one in submissions):  # Slurm shows everybody his own
+    # Slurm may show users only their own jobs.
+    if queue.jobs is None or not all(_is_own(submission.folder) for submission in submissions):
         return True
     active = [info for info in queue.jobs.values() if info.active]
     known = {info.comment for info in active} | {info.id.split("_")[0] for info in active}
-    return any(one.token in known or one.job in known for one in submissions)
+    return any(submission.token in known or submission.job in known for submission in submissions)
 
 
-def _half_made(root: Path) -> Iterable[Removal]:
+def _incomplete_files(root: Path) -> Iterator[Removal]:
+    """Yield old temporary files and folders of a run."""
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(folder) / name
-            half = name.endswith(".tmp") or (name.startswith(".code.") and Path(folder) == root)
-            if half and not path.is_symlink() and _is_old(path):
-                yield Removal(path, size_of(path), "half made, over a day old")
+            is_temporary = name.endswith(".tmp") or (name.startswith(".code.") and Path(folder) == root)
+            if is_temporary and not path.is_symlink() and _is_old(path):
+                yield Removal(path, size_of(path), "incomplete, more than a day old")
         folders[:] = [name for name in folders if not name.endswith(".tmp")]
 
 
 def _is_old(path: Path) -> bool:
     try:
-        return time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
-    except OSError:  # a heartbeat that was being written, and is in its place now
+        return time.time() - path.stat().st_mtime > MIN_LEFTOVER_SECONDS
+    except OSError:  # a heartbeat was renamed to its final name
         return False
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links are not followed."""
+    """Return the bytes of a file, or of all files below a folder; links are not followed."""
     if not path.is_dir() or path.is_symlink():
         return path.lstat().st_size
     return sum(entry.lstat().st_size for entry in path.rglob("*") if not entry.is_dir() or entry.is_symlink())

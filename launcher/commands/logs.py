@@ -1,4 +1,4 @@
-"""``amlaunch logs``: what the ranks wrote, each line with its origin."""
+"""``amlaunch logs``: print the logs of a run's ranks, each line with its origin."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from amlaunch.launcher.commands._shared import add_run
-from amlaunch.launcher.commands.status import goes_on, rest
+from amlaunch.launcher.display.following import may_be_active, pause_seconds
 from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
 from amlaunch.launcher.runs.submissions import Submission, newest_jobs, submissions_of
@@ -18,31 +18,52 @@ from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.run_layout import RunDir
 
-FOLLOW_SECONDS = 0.3
-LOOK_SECONDS = 1.5
-"""Between two looks for new logs, and for the end of the run."""
-NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
+READ_SECONDS = 0.3
+"""Between two looks for new lines."""
+LIST_SECONDS = 1.5
+"""Between two looks for new log files, and for the end of the run."""
+LOG_NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
 
 
 @dataclass
-class Source:
-    """One log file, and how far it was printed."""
+class LogSource:
+    """A log file, and how much of it was printed."""
 
     path: Path
     prefix: str
     offset: int = 0
-    rest: bytes = field(default=b"")
+    partial_line: bytes = b""
 
-    def new_lines(self, *, last: bool = False) -> list[str]:
-        """Complete lines since the last call; with ``last`` the unfinished one too."""
+    def new_lines(self, *, final: bool) -> list[str]:
+        """Return the complete lines since the last call; a ``final`` call also returns the unfinished one."""
         with open(self.path, "rb") as handle:
             handle.seek(self.offset)
             data = handle.read()
         self.offset += len(data)
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        if last and self.rest:
-            lines, self.rest = [*lines, self.rest], b""
+        *lines, self.partial_line = (self.partial_line + data).split(b"\n")
+        if final and self.partial_line:
+            lines.append(self.partial_line)
+            self.partial_line = b""
         return [self.prefix + line.decode(errors="replace") for line in lines]
+
+
+@dataclass(frozen=True)
+class LogSelection:
+    """The logs to print; None: all, or for the stage and the attempt the newest."""
+
+    stage: str | None
+    element: str | None
+    rank: int | None
+    attempt: int | None
+    follow: bool
+
+    def check(self, plan: Plan) -> None:
+        """Raise BadInput if the plan has no such stage, or no such element in it."""
+        stages = [plan.stage(self.stage)] if self.stage else plan.stages
+        names = [element.name for stage in stages for element in stage.elements]
+        if self.element is not None and self.element not in names:
+            place = f" in stage {self.stage}" if self.stage else ""
+            raise BadInput(f"{plan.run_id} has no element {self.element!r}{place}; {did_you_mean(self.element, names)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,108 +77,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the logs that the options choose; with ``-f`` go on until nothing runs any more."""
+    """Print the selected logs; with ``-f`` continue until nothing of the run is active."""
     run_dir = find_run(roots(options.runs), options.run)
     plan = read_plan(run_dir)
-    _check_names(plan, options)
-    sources: dict[Path, Source] = {}
-    look_again = 0.0
+    selection = LogSelection(options.stage, options.element, options.rank, options.attempt, options.follow)
+    selection.check(plan)
+
+    sources: dict[Path, LogSource] = {}
+    next_listing = 0.0
+    is_active = True
     while True:
-        began = time.monotonic()
-        if began >= look_again:
-            alive = goes_on(run_dir, read_run(run_dir, plan))
-            for path, prefix in choose(run_dir, plan, options):
-                sources.setdefault(path, Source(path, prefix))
-            now = time.monotonic()
-            look_again = now + rest(now - began, LOOK_SECONDS)
-        follow = options.follow and alive
-        reading = _print_new(sources.values(), follow=follow, flush=options.follow)
+        started = time.monotonic()
+        if started >= next_listing:
+            is_active = may_be_active(run_dir, read_run(run_dir, plan))
+            for path, prefix in select_logs(run_dir, plan, selection):
+                sources.setdefault(path, LogSource(path, prefix))
+            listed = time.monotonic()
+            next_listing = listed + pause_seconds(listed - started, LIST_SECONDS)
+        follow = selection.follow and is_active
+        reading_seconds = _print_new(sources.values(), final=not follow, flush=selection.follow)
         if not follow:
             break
-        time.sleep(rest(reading, FOLLOW_SECONDS))
+        time.sleep(pause_seconds(reading_seconds, READ_SECONDS))
+
     if not sources:
         raise BadInput(
-            f"{plan.run_id} has no logs of that; amlaunch status {plan.run_id} says which stages, elements and attempts there are"
+            f"{plan.run_id} has no such logs; amlaunch status {plan.run_id} lists its stages, elements and attempts"
         )
     return 0
 
 
-def _check_names(plan: Plan, options: argparse.Namespace) -> None:
-    """Raises BadInput where there is no such stage, or no such element in it."""
-    stages = [plan.stage(options.stage)] if options.stage else plan.stages
-    names = [element.name for stage in stages for element in stage.elements]
-    if options.element is not None and options.element not in names:
-        raise BadInput(
-            f"{plan.run_id} has no element {options.element!r}{f' in {options.stage}' if options.stage else ''}; {did_you_mean(options.element, names)}"
-        )
-
-
-def _print_new(sources: Iterable[Source], *, follow: bool, flush: bool) -> float:
-    """Print what was written since; the seconds that looking for it took, without those that the reader of our lines took."""
-    reading = 0.0
+def _print_new(sources: Iterable[LogSource], *, final: bool, flush: bool) -> float:
+    """Print new lines; return the seconds spent reading, without those spent waiting for a reader of stdout."""
+    reading_seconds = 0.0
     for source in sources:
-        began = time.monotonic()
-        lines = source.new_lines(last=not follow)
-        reading += time.monotonic() - began
+        started = time.monotonic()
+        lines = source.new_lines(final=final)
+        reading_seconds += time.monotonic() - started
         for line in lines:
             print(line, flush=flush)
-    return reading
+    return reading_seconds
 
 
-def choose(run_dir: RunDir, plan: Plan, options: argparse.Namespace) -> list[tuple[Path, str]]:
-    """``(file, line prefix)`` of every log that the options ask for."""
-    stages = [plan.stage(options.stage)] if options.stage else _newest_stage(run_dir, plan, options.follow)
-    several = len(stages) > 1
-    jobs = submissions_of(run_dir, plan)
-    found = []
+def select_logs(run_dir: RunDir, plan: Plan, selection: LogSelection) -> list[tuple[Path, str]]:
+    """Return ``(file, line prefix)`` of every selected log."""
+    if selection.stage:
+        stages = [plan.stage(selection.stage)]
+    elif selection.follow:
+        stages = plan.stages  # the next one may start
+    else:
+        stages = _newest_stage(run_dir, plan)
+
+    submissions = submissions_of(run_dir, plan)
+    logs = []
     for stage in stages:
-        own = newest_jobs(jobs[stage.name])
+        place = f"{stage.name} " if len(stages) > 1 else ""
+        jobs = newest_jobs(submissions[stage.name])
         for element in stage.elements:
-            if options.element not in (None, element.name):
+            if selection.element not in (None, element.name):
                 continue
-            where = f"{stage.name} " if several else ""
-            logs = _logs_of(run_dir, stage, element.name, options.attempt)
-            for attempt, rank, path in logs:
-                if options.rank in (None, rank):
-                    again = f" attempt {attempt}" if attempt > 1 else ""
-                    found.append((path, f"[{where}{element.name}:{rank}{again}] "))
-            if not logs and options.rank is None and element.name in own:
-                found += _job_log(*own[element.name], where)
-    return found
+            rank_logs = _rank_logs(run_dir, stage, element.name, selection.attempt)
+            logs += [
+                (path, _prefix(f"{place}{element.name}", rank, attempt))
+                for attempt, rank, path in rank_logs
+                if selection.rank in (None, rank)
+            ]
+            # The job's own output, for an element that failed before its ranks started.
+            if not rank_logs and selection.rank is None and element.name in jobs:
+                logs += _job_log(*jobs[element.name], place)
+    return logs
 
 
-def _job_log(submission: Submission, index: int, where: str) -> list[tuple[Path, str]]:
-    """The job's own output, for an element that did not get as far as its ranks."""
+def _prefix(element: str, rank: int, attempt: int) -> str:
+    return f"[{element}:{rank}{f' attempt {attempt}' if attempt > 1 else ''}] "
+
+
+def _job_log(submission: Submission, index: int, place: str) -> list[tuple[Path, str]]:
     log = submission.log(index)
-    return [(log, f"[{where}{submission.elements[index]}:job {submission.task(index)}] ")] if log.is_file() else []
+    prefix = f"[{place}{submission.elements[index]}:job {submission.task(index)}] "
+    return [(log, prefix)] if log.is_file() else []
 
 
-def _newest_stage(run_dir: RunDir, plan: Plan, follow: bool) -> list[Stage]:
-    """The last stage that has logs; all of them when following, since the next may begin."""
-    if follow:
-        return plan.stages
-    with_logs = [
+def _newest_stage(run_dir: RunDir, plan: Plan) -> list[Stage]:
+    """Return the last stage with logs of ranks, or else of jobs; an empty list if there is none."""
+    with_rank_logs = [
         stage
         for stage in plan.stages
-        if any(_logs_of(run_dir, stage, element.name, None) for element in stage.elements)
+        if any(_rank_logs(run_dir, stage, element.name, None) for element in stage.elements)
     ]
-    if with_logs:
-        return with_logs[-1:]
-    submitted = submissions_of(run_dir, plan)
-    return [
-        stage
-        for stage in plan.stages
-        if any(one.log(i).is_file() for one in submitted[stage.name] for i in range(len(one.elements)))
-    ][-1:]
+    if with_rank_logs:
+        return with_rank_logs[-1:]
+    submissions = submissions_of(run_dir, plan)
+    with_job_logs = [stage for stage in plan.stages if any(map(_has_job_log, submissions[stage.name]))]
+    return with_job_logs[-1:]
 
 
-def _logs_of(run_dir: RunDir, stage: Stage, element: str, attempt: int | None) -> list[tuple[int, int, Path]]:
-    """``(attempt, rank, file)`` of one attempt (None: the newest), by rank."""
-    folder = run_dir.element(stage.name, element).root / "logs"
-    found = []
-    for path in folder.glob("attempt*.rank*.log"):
-        match = NAME.fullmatch(path.name)
+def _has_job_log(submission: Submission) -> bool:
+    return any(submission.log(index).is_file() for index in range(len(submission.elements)))
+
+
+def _rank_logs(run_dir: RunDir, stage: Stage, element: str, attempt: int | None) -> list[tuple[int, int, Path]]:
+    """Return ``(attempt, rank, file)`` of one attempt (None: the newest), by rank."""
+    logs = []
+    for path in (run_dir.element(stage.name, element).root / "logs").glob("attempt*.rank*.log"):
+        match = LOG_NAME.fullmatch(path.name)
         if match:
-            found.append((int(match[1]), int(match[2]), path))
-    wanted = attempt if attempt is not None else max((number for number, _, _ in found), default=0)
-    return sorted(item for item in found if item[0] == wanted)
+            logs.append((int(match[1]), int(match[2]), path))
+    selected = attempt if attempt is not None else max((number for number, _, _ in logs), default=0)
+    return sorted(log for log in logs if log[0] == selected)

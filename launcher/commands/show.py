@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_new_run, sweep_overrides
+from amlaunch.launcher.commands._shared import add_new_run, request_of
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.planning.resolve import notes, prepare
+from amlaunch.launcher.planning.resolve import local_notes, plan_to_show
 from amlaunch.launcher.runs.element_state import read_run
-from amlaunch.launcher.runs.find import run_dir_of
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan, Stage
 
@@ -19,24 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what would run, and what would be skipped; nothing is written."""
-    options.overrides += sweep_overrides(options.sweep)
-    loaded, plan, machine = prepare(options, starting=False)
-    run_dir = run_dir_of(options, plan)
+    """Print what would run and what would be skipped; nothing is written."""
+    loaded, plan, run_dir = plan_to_show(request_of(options))
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == State.DONE}
+    notes = local_notes(loaded, plan)
     if options.json:
-        print(
-            wording.to_json(
-                {
-                    "notes": notes(loaded, plan, machine),
-                    "recipe": loaded.tree,
-                    "plan": plan.to_json(),
-                    "done": sorted(done),
-                }
-            )
-        )
+        print(wording.to_json({"notes": notes, "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}))
         return 0
-    for note in notes(loaded, plan, machine):
+
+    for note in notes:
         print(f"note: {note}")
     print(f"# {loaded.path}")
     print(loaded.text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import Recipe, StageResources
 
 
-def cluster_site(options: argparse.Namespace, loaded: LoadedRecipe, cluster: Cluster, runs: Path) -> Site:
-    """The site of a recipe on a cluster. Raises BadInput (no such partition) and SlurmError."""
+def cluster_site(loaded: LoadedRecipe, cluster: Cluster, runs: Path, gpus: int | None) -> Site:
+    """Describe a cluster to the planner; ``gpus`` overrides the recipe's. Raises BadInput and SlurmError."""
     profile = cluster.profile
-    chosen = choose_partitions(client.partitions(), cluster, wanted_gpus(loaded.recipe, options.gpus))
+    chosen = choose_partitions(client.partitions(), cluster, wanted_gpus(loaded.recipe, gpus))
     train = chosen["train"]
     return Site(
         runs=runs,
@@ -29,7 +28,7 @@ def cluster_site(options: argparse.Namespace, loaded: LoadedRecipe, cluster: Clu
         gpus=profile.gpus_per_node or train.gpus,
         cpus=train.cpus,
         nodes=train.nodes,
-        asked_gpus=options.gpus,
+        asked_gpus=gpus,
         cluster={"name": cluster.name, "profile": dict(cluster.tree)},
         defaults={stage: _defaults(profile, stage) for stage in STAGES},
         containers=containers_of(loaded, available_on(cluster, loaded), Path.cwd()),

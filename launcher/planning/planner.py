@@ -11,14 +11,8 @@ from typing import Any
 
 from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.format.loader import (
-    LoadedRecipe,
-    check_batch,
-    check_ranks,
-    file_targets,
-    recipe_at_point,
-    shards_folder_name,
-)
+from amlaunch.recipes.format.consistency import check_batch, check_ranks
+from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, recipe_at_point, shards_folder_name
 from amlaunch.recipes.format.schema import Preprocess, StageResources
 from amlaunch.recipes.run_layout import RunDir
 
@@ -96,7 +90,7 @@ def _common_arguments(loaded: LoadedRecipe, run: RunDir) -> list[str]:
     """Arguments that every stage takes: the stored recipe, and what its targets may reach."""
     allowed = [argument for name in loaded.policy.allow for argument in ("--allow-target", name)]
     folder = run.code / "recipe" if file_targets(loaded.tree) else run.root
-    return [str(run.recipe), "--recipe-dir", str(folder), *allowed]
+    return [str(run.recipe_json), "--recipe-dir", str(folder), *allowed]
 
 
 def _element(stage: str, name: str, module: str, arguments: Sequence[str], run: RunDir, title: str = "") -> Element:
