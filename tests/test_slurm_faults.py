@@ -142,7 +142,7 @@ def test_a_job_that_another_submit_replaced_does_nothing(place: Place) -> None:
         "sbatch", "--parsable", "--wait", folder / "script.sh", cwd=place.folder, env=place.env, check=False, timeout=60
     )
     assert again.returncode != 0 and len(attempts(run, "train")) == 1
-    assert "another submit took its place" in (folder / f"{again.stdout.strip()}_0.log").read_text()
+    assert "records another job ID" in (folder / f"{again.stdout.strip()}_0.log").read_text()
 
 
 def test_no_process_is_left_on_any_node(place: Place, cluster: Cluster) -> None:

@@ -168,7 +168,7 @@ def test_a_killed_rank_is_tried_again_where_it_was(place: Place, cluster: Cluste
     cluster.on(element(found, "train")["nodes"], "kill", "-9", (run.element("train", "0").root / "pid1").read_text())
     assert states(place.wait("test-1", 120)) == {"train": ["done"]}
     end = next(line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "end")
-    assert end["rank"] == 1 and end["again"] and "tried again (" in end["reason"], end
+    assert end["rank"] == 1 and end["again"] and "retried automatically (" in end["reason"], end
 
 
 def test_ranks_that_hang_are_ended_and_tried_elsewhere_but_not_for_ever(place: Place) -> None:
@@ -212,7 +212,7 @@ def test_more_memory_than_was_asked_for(place: Place) -> None:
     place.stand_in(("train", [["--do", "eat"]], CPU))
     place.amlaunch("retry", "test-1")
     failed = element(place.wait("test-1", 90, code=1), "train")
-    assert failed["state"] == "failed" and "give resources more mem" in failed["reason"], failed
+    assert failed["state"] == "failed" and "raise resources.train.mem" in failed["reason"], failed
 
 
 def test_a_killed_slurmd_does_not_take_its_job_along(place: Place, cluster: Cluster) -> None:

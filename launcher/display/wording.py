@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -187,9 +186,10 @@ def status_line(state: ElementState) -> str:
 
 def failure_report(run: RunDir, state: ElementState, next_command: str) -> list[str]:
     """Explain a failed element: host, reason, the last lines of the right log, the next command."""
-    reason, next_command = _with_run_name(run, state, next_command)
     host = state.host or state.nodes or "this host"
-    lines = [f"{state.stage} {state.name} {state.state} on {host}: {reason}"]
+    lines = [f"{state.stage} {state.name} {state.state} on {host}: {state.reason}"]
+    if state.resume_options and state.job:  # the same settings would fail again
+        next_command = f"{program()} resume {name_of(run)} {state.resume_options}"
     if not state.retry:
         return [*lines, f"next: fix the cause, then run {next_command}"]
     return [*lines, *_log_excerpt(run, state), f"next: {next_command}", "(continues from the last saved state)"]
@@ -204,20 +204,6 @@ def _log_excerpt(run: RunDir, state: ElementState) -> list[str]:
         log, owner = state.log, f"job {state.job}"
         text = last_lines(log)
     return [f"last lines of {owner} ({log}):", *(f"  | {line}" for line in text)] if text else []
-
-
-REMEDY = re.compile(r"amlaunch resume RUN (--\S+ [^\s,;]+)(, say)?")
-"""The command in a reason if the same settings would fail again (see amlaunch.launcher.runs.failure_causes)."""
-
-
-def _with_run_name(run: RunDir, state: ElementState, next_command: str) -> tuple[str, str]:
-    """Complete the command in the reason so that it can be pasted; for a job it is the next command, too."""
-    match = REMEDY.search(state.reason)
-    if match is None:
-        return state.reason, next_command
-    remedy = f"{program()} resume {name_of(run)} {match[1]}"
-    reason = state.reason[: match.start()] + remedy + state.reason[match.end() :]
-    return reason, remedy if state.job else next_command
 
 
 def last_lines(path: Path, lines: int = TAIL_LINES) -> list[str]:
