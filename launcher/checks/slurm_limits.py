@@ -44,41 +44,29 @@ class SlurmFacts:
         return client.associations() or (set(), set(), "")
 
 
-def check_cluster(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage]) -> None:
-    """Check a profile and the stages planned with it. Raises BadInput with all problems, and SlurmError."""
+def check_slurm_limits(cluster: Cluster, loaded: LoadedRecipe | None, stages: Sequence[Stage]) -> list[str]:
+    """Check that a profile's settings exist and are open to the user, and that the stages fit their partitions.
+
+    ``loaded``: the recipe of the stages; None if there is no plan, then only the profile is checked.
+    Returns notes. Raises BadInput with all problems, and SlurmError.
+    """
     problems, facts = ErrorCollector(), SlurmFacts()
+    notes: list[str] = []
+    if loaded is not None:
+        with problems.collected():
+            for stage in stages:
+                problems.add(_StageCheck(loaded, cluster, stage, facts).problems())
+            notes += _memory_notes(stages)
     with problems.collected():
-        check_site(cluster, facts)
-    with problems.collected():
-        check_stages(loaded, cluster, stages, facts)
+        problems.add(option_problems(cluster))
+        with problems.collected():
+            choose_partitions(list(facts.partitions.values()), cluster, 0)
+        problems.add(_association_problems(cluster, facts))
     problems.refuse()
+    return notes
 
 
-def check_site(cluster: Cluster, facts: SlurmFacts) -> None:
-    """Check that the options, partitions, accounts and QOS in a profile exist and are the user's.
-
-    Raises BadInput with all problems, and SlurmError.
-    """
-    problems = ErrorCollector()
-    problems.add(option_problems(cluster))
-    with problems.collected():
-        choose_partitions(list(facts.partitions.values()), cluster, 0)
-    problems.add(_association_problems(cluster, facts))
-    problems.refuse()
-
-
-def check_stages(loaded: LoadedRecipe, cluster: Cluster, stages: Sequence[Stage], facts: SlurmFacts) -> None:
-    """Check that the stages fit the nodes and rules of their partitions.
-
-    Raises BadInput with all problems, and SlurmError.
-    """
-    problems = ErrorCollector()
-    for stage in stages:
-        problems.add(_StageCheck(loaded, cluster, stage, facts).problems())
-    problems.refuse()
-
-
-def memory_notes(stages: Sequence[Stage]) -> list[str]:
+def _memory_notes(stages: Sequence[Stage]) -> list[str]:
     """Warn about stages without a mem setting if the cluster's default is too small. Raises SlurmError."""
     default_mb = client.config().get("DefMemPerCPU", "")
     if not default_mb.isdigit():
