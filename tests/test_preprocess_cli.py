@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -93,17 +94,8 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> No
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, processes: list) -> None:
-    argv = [
-        "element",
-        str(write_recipe(tmp_path)),
-        "--index",
-        "0",
-        "--out",
-        str(tmp_path),
-        "--",
-        "--preprocess.data_files",
-        "/no/*.txt",
-    ]
+    recipe = str(write_recipe(tmp_path))
+    argv = ["element", recipe, "--index=0", f"--out={tmp_path}", "--", "--preprocess.data_files", "/no/*.txt"]
     code, out, err = run_to_end(argv, processes)
     assert (code, out) == (2, "")
     assert err == f"error: preprocess.data_files: no file matches '/no/*.txt' (working directory: {Path.cwd()})\n"
@@ -213,16 +205,7 @@ def test_on_a_terminal_there_is_a_bar_and_ctrl_c_leaves_nothing_behind(recipe: P
         os.environ |= {"PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", "TERM": "xterm", "COLUMNS": "200"}
         os.execv(
             sys.executable,
-            [
-                sys.executable,
-                "-m",
-                "amlaunch.preprocess",
-                str(recipe),
-                "--num-workers",
-                "2",
-                "--output-dir",
-                str(tmp_path),
-            ],
+            [sys.executable, "-m", "amlaunch.preprocess", str(recipe), "--num-workers=2", f"--output-dir={tmp_path}"],
         )
     seen, workers, deadline = b"", [], time.monotonic() + 60
     while b"s left" not in seen:
@@ -249,16 +232,7 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
     (tmp_path / "parts.py").write_text(PARTS)
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.format(folder=tmp_path / "corpus").replace("96", "5").replace("20000", "100") + "\n")
-    files = [
-        "--data-files",
-        f"{tmp_path}/corpus/**/*.txt",
-        "--val-tokens",
-        "100",
-        "--shard-tokens",
-        "40K",
-        "--parts",
-        "5",
-    ]
+    files = [f"--data-files={tmp_path}/corpus/**/*.txt", "--val-tokens=100", "--shard-tokens=40K", "--parts=5"]
     for argv, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
         code, stdout, err = run_to_end([*argv, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
         assert (code, err) == (0, "") and "next: amlaunch data peek" in stdout
@@ -274,18 +248,7 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
 def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
     recipe: Path, tmp_path: Path, processes: list
 ) -> None:
-    argv = [
-        "element",
-        str(recipe),
-        "--index",
-        "0",
-        "--out",
-        str(tmp_path),
-        "--workers",
-        "1",
-        "--",
-        "--preprocess.parts=2",
-    ]
+    argv = ["element", str(recipe), "--index=0", f"--out={tmp_path}", "--workers=1", "--", "--preprocess.parts=2"]
     first = start_process(argv, processes)
     while not list(tmp_path.glob(".lock-*")) and first.poll() is None:
         time.sleep(0.01)
@@ -361,19 +324,8 @@ def test_memory_of_a_worker_stays_flat(tmp_path: Path, processes: list, engine: 
         )
         (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         for name in ("a.parquet", "a.jsonl"):
-            peaks_mb[rows, name] = peak_memory_mb(
-                [
-                    "--data-files",
-                    f"{folder}/{name}",
-                    "--parts",
-                    "1",
-                    "--engine",
-                    engine,
-                    "--output-dir",
-                    f"{folder}/out-{name}",
-                ],
-                processes,
-            )
+            options = [f"--data-files={folder}/{name}", "--parts=1", f"--engine={engine}"]
+            peaks_mb[rows, name] = peak_memory_mb([*options, f"--output-dir={folder}/out-{name}"], processes)
     assert max(peaks_mb.values()) < limit_mb
     assert all(peaks_mb[600, name] < peaks_mb[200, name] + 15 for name in ("a.parquet", "a.jsonl")), peaks_mb
 
@@ -388,22 +340,8 @@ def test_pages_of_forty_megabytes_fit_as_well(tmp_path: Path, processes: list, e
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
     sizes = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
     assert sizes.has_dictionary_page and sizes.total_uncompressed_size > 59e6
-    assert (
-        peak_memory_mb(
-            [
-                "--data-files",
-                f"{tmp_path}/a.parquet",
-                "--parts",
-                "1",
-                "--engine",
-                engine,
-                "--output-dir",
-                f"{tmp_path}/out",
-            ],
-            processes,
-        )
-        < limit_mb
-    )
+    argv = [f"--data-files={tmp_path}/a.parquet", "--parts=1", f"--engine={engine}", f"--output-dir={tmp_path}/out"]
+    assert peak_memory_mb(argv, processes) < limit_mb
 
 
 @pytest.mark.slow
@@ -411,22 +349,8 @@ def test_a_line_of_fifty_megabytes_is_in_memory_once_at_a_time(tmp_path: Path, p
     """Bytes, then text, then the parsed text; 209 MB when the line was copied to be split, or parsed from bytes."""
     huge = (random_words(2, 49_998) + "é") * 1000
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", huge, "behind")))
-    assert (
-        peak_memory_mb(
-            [
-                "--data-files",
-                f"{tmp_path}/a.jsonl",
-                "--parts",
-                "1",
-                "--engine",
-                "tiktoken",
-                "--output-dir",
-                f"{tmp_path}/out",
-            ],
-            processes,
-        )
-        < 190
-    )
+    argv = [f"--data-files={tmp_path}/a.jsonl", "--parts=1", "--engine=tiktoken", f"--output-dir={tmp_path}/out"]
+    assert peak_memory_mb(argv, processes) < 190
 
 
 @pytest.mark.slow
@@ -442,18 +366,7 @@ def test_documents_of_fifty_megabytes_and_a_million_of_one_character(tmp_path: P
         for text in ("before", huge, million, "behind"):
             handle.write(json.dumps({"text": text}) + "\n")
     pq.write_table(pa.table({"text": ["before", huge, million, "behind"]}), source / "c.parquet")
-    argv = [
-        "--data-files",
-        f"{source}/*",
-        "--parts",
-        "3",
-        "--num-workers",
-        "2",
-        "--engine",
-        "tiktoken",
-        "--output-dir",
-        str(out),
-    ]
+    argv = [f"--data-files={source}/*", "--parts=3", "--num-workers=2", "--engine=tiktoken", f"--output-dir={out}"]
     assert run_to_end(argv, processes)[0] == 0
     tiled = np.concatenate([[50256], np.tile(encode(unit), 1000)])
     assert np.array_equal(encode(unit * 3), np.tile(encode(unit), 3)), "else a token would cross a seam"
@@ -517,51 +430,36 @@ def test_preprocess_then_inspect_peek_and_verify(tmp_path: Path) -> None:
     texts = corpus(tmp_path / "corpus")
     argv = ["preprocess", "--data-files", "corpus/**/*.txt", "--max-tokens", "2K", "--val-tokens", "100", "--json"]
     summary = json.loads(amlaunch(*argv, cwd=tmp_path).stdout)
-    assert (summary["tokens"], summary["path"]) == (2000, str(next((tmp_path / "data").iterdir())))
+    folder = summary["path"]
+    assert (summary["tokens"], folder) == (2000, str(next((tmp_path / "data").iterdir())))
     repeated = amlaunch(*argv, cwd=tmp_path)
     assert json.loads(repeated.stdout) == summary and "resuming after" in repeated.stderr
-    manifest = json.loads(amlaunch("data", "inspect", summary["path"], "--json", cwd=tmp_path).stdout)
+
+    def data_json(*words: str) -> Any:
+        return json.loads(amlaunch("data", *words, "--json", cwd=tmp_path).stdout)
+
+    manifest = data_json("inspect", folder)
     assert manifest["splits"]["val"][0]["tokens"] == summary["val_tokens"] >= 100
-    found = json.loads(
-        amlaunch(
-            "data",
-            "peek",
-            summary["path"],
-            "--split",
-            "val",
-            "--document",
-            "0",
-            "--tokens",
-            "9999",
-            "--json",
-            cwd=tmp_path,
-        ).stdout
-    )
-    assert found["text"].removeprefix("<|endoftext|>") in texts
-    begin = json.loads(
-        amlaunch("data", "peek", summary["path"], "--token", "7", "--tokens", "3", "--json", cwd=tmp_path).stdout
-    )
-    first = json.loads(amlaunch("data", "peek", summary["path"], "--tokens", "10", "--json", cwd=tmp_path).stdout)
-    assert begin["ids"] == first["ids"][7:]
+    document = data_json("peek", folder, "--split", "val", "--document", "0", "--tokens", "9999")
+    assert document["text"].removeprefix("<|endoftext|>") in texts
+    first_ten = data_json("peek", folder, "--tokens", "10")
+    last_three = data_json("peek", folder, "--token", "7", "--tokens", "3")
+    assert last_three["ids"] == first_ten["ids"][7:]
+
     reader, writer = os.pipe()
     os.close(reader)
-    unread = subprocess.run(
-        [sys.executable, "-m", "amlaunch", "data", "peek", summary["path"]],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-    )
+    peek = [sys.executable, "-m", "amlaunch", "data", "peek", folder]
+    unread = subprocess.run(peek, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     assert (unread.returncode, unread.stderr) == (141, b""), "as of any program before `head`"
-    shard = Path(summary["path"]) / manifest["splits"]["train"][0]["file"]
-    assert (
-        json.loads(amlaunch("data", "inspect", str(shard), "--json", cwd=tmp_path).stdout)["documents"]
-        == manifest["splits"]["train"][0]["documents"]
-    )
-    assert "verified: " in amlaunch("data", "verify", summary["path"], cwd=tmp_path).stdout
+
+    entry = manifest["splits"]["train"][0]
+    shard = Path(folder) / entry["file"]
+    assert data_json("inspect", str(shard))["documents"] == entry["documents"]
+    assert "verified: " in amlaunch("data", "verify", folder, cwd=tmp_path).stdout
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    damaged = amlaunch("data", "verify", summary["path"], cwd=tmp_path)
+    damaged = amlaunch("data", "verify", folder, cwd=tmp_path)
     assert damaged.returncode == 1 and f"{shard.name}: checksum mismatch" in damaged.stderr
     assert amlaunch(*argv, cwd=tmp_path).returncode == 1, "set aside"
     assert json.loads(amlaunch(*argv, cwd=tmp_path).stdout) == summary, "and made again"

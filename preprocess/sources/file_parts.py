@@ -182,11 +182,11 @@ def assign_val_tokens(sizes: Sequence[int], val_tokens: int) -> list[int]:
 
     If that is not enough, every part gives a share in proportion to its size.
     """
-    shares, left = [], val_tokens
+    shares, remaining = [], val_tokens
     for size in sizes:
-        shares.append(min(left, size // MIN_BYTES_PER_VAL_TOKEN))
-        left -= shares[-1]
-    if left == 0:
+        shares.append(min(remaining, size // MIN_BYTES_PER_VAL_TOKEN))
+        remaining -= shares[-1]
+    if remaining == 0:
         return shares
 
     total = sum(size + 1 for size in sizes)

@@ -246,10 +246,10 @@ def line_location(file_slice: FileSlice, offset: int) -> str:
     Counts lines from the start of the file, which is acceptable because it is rare.
     """
     with file_slice.file.open() as raw, decompress(raw, file_slice.file.name) as handle:
-        number, left = 1, offset
-        while left > 0 and (data := handle.read(min(left, BLOCK_BYTES))):
+        number, remaining = 1, offset
+        while remaining > 0 and (data := handle.read(min(remaining, BLOCK_BYTES))):
             number += data.count(b"\n")
-            left -= len(data)
+            remaining -= len(data)
     return f"{file_slice.file.location}:{number}"
 
 

@@ -133,9 +133,9 @@ class RangeReader(io.RawIOBase):
 
         # A server that ignores ranges sends the file from its start: discard what we already have.
         if response.status == 200 and self._position:
-            left = self._position
-            while left and (data := response.read(min(left, BUFFER_BYTES))):
-                left -= len(data)
+            remaining = self._position
+            while remaining and (data := response.read(min(remaining, BUFFER_BYTES))):
+                remaining -= len(data)
         return response
 
     def _retry_after(self, error: Exception) -> float | None:

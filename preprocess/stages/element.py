@@ -1,7 +1,7 @@
 """One array element of the preprocess stage: its parts, made by worker processes.
 
-Only when the parts before it are counted is it known whether a part is needed for a budget. So parts are made from the
-front, as many as the counts so far suggest, and each with no more tokens than can still be needed;
+Whether a budget needs a part is known only after the parts before it are counted. So parts are made from the front, as
+many as the counts so far suggest, and each with no more tokens than can still be needed;
 :mod:`amlaunch.preprocess.stages.verify` then cuts the last one to the token. The final output depends only on the
 source and the options.
 """
@@ -143,12 +143,16 @@ class BudgetTracker:
             return None
         return self.budget - sum(tokens for other, tokens in self.tokens.items() if other < part)
 
+    def is_spent_before(self, part: int) -> bool:
+        """Return True if the finished parts before this one fill the budget."""
+        tokens_left = self.tokens_left(part)
+        return tokens_left is not None and tokens_left <= 0
+
     def is_needed(self, part: int) -> bool:
-        """Return False if the parts before this one probably fill the budget; certain where all of them are counted."""
-        left = self.tokens_left(part)
-        if left is None:
+        """Return False if the parts before this one fill the budget, as counted or, with a margin, as estimated."""
+        if self.budget is None:
             return True
-        return left > 0 and self._estimate_tokens_before(part) < ESTIMATE_MARGIN * (self.budget or 0)
+        return not self.is_spent_before(part) and self._estimate_tokens_before(part) < ESTIMATE_MARGIN * self.budget
 
     def expected_tokens(self, parts: Sequence[int]) -> int | None:
         """Estimate the tokens of the budget that will come from ``parts``.
@@ -240,8 +244,8 @@ class ElementWork:
 
     def has_all_needed(self, part: FinishedPart) -> bool:
         """Return True if a finished part holds all tokens of it that can be needed."""
-        left = self.budget.tokens_left(part.number)
-        return part.complete or (left is not None and part.cursor.tokens >= left)
+        tokens_left = self.budget.tokens_left(part.number)
+        return part.complete or (tokens_left is not None and part.cursor.tokens >= tokens_left)
 
     def add_finished(self, part: FinishedPart) -> None:
         """Record a finished part."""
@@ -254,7 +258,7 @@ class ElementWork:
     def next_task(self) -> PartTask | None:
         """Return the next part to make; None if no further one is known to be needed."""
         self.budget.refresh()
-        while self.waiting and (left := self.budget.tokens_left(self.waiting[0])) is not None and left <= 0:
+        while self.waiting and self.budget.is_spent_before(self.waiting[0]):
             self.waiting.pop(0)
         if not self.waiting or not self.budget.is_needed(self.waiting[0]):
             return None
@@ -375,12 +379,17 @@ def check_origin(folder: OutputDir, index: int, origin: dict[str, Any]) -> None:
         except ValueError as error:
             raise BadInput(f"{error}. Remove {folder.root}, or set another preprocess.output_dir") from None
         if existing is not None and (changes := list_changes(existing, origin)):
-            raise BadInput(
-                f"{folder.root}: its shards have another source, tokenizer or options: {'; '.join(changes)}. "
-                f"Remove the folder, or set another preprocess.output_dir"
-            )
+            raise BadInput(different_origin_message(f"{folder.root}: its shards were", changes))
     if not folder.origin(index).exists():
         write_json(folder.origin(index), origin)
+
+
+def different_origin_message(subject: str, changes: Sequence[str]) -> str:
+    """Return the message for shards of another origin; ``subject`` is their folder, noun and verb."""
+    return (
+        f"{subject} made with a different source, tokenizer or options: {'; '.join(changes)}. "
+        f"Remove the folder, or set another preprocess.output_dir"
+    )
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -148,20 +148,20 @@ def shard_documents(stream: DocumentStream, cursor: Cursor, limits: PartLimits) 
     shard), where its split is complete, or with the budget, which cuts the last document. That does not move earlier
     ends: a smaller budget gives the beginning of what a larger one gives.
     """
-    left = limits.tokens_left(cursor)
+    tokens_left = limits.tokens_left(cursor)
     target = limits.shard_tokens
     if limits.split_at(cursor) == "val":
         target = min(target, limits.val_tokens - cursor.val)
 
     size = 0
-    while size < target and size != left and (document := stream.peek()) is not None:
+    while size < target and size != tokens_left and (document := stream.peek()) is not None:
         size_after = size + len(document.tokens)
         if size and size_after > limits.shard_tokens:
             return
         stream.advance()
-        if left is not None and size_after > left:
-            document = document._replace(tokens=document.tokens[: left - size])
-            size_after = left
+        if tokens_left is not None and size_after > tokens_left:
+            document = document._replace(tokens=document.tokens[: tokens_left - size])
+            size_after = tokens_left
         size = size_after
         yield document
 
@@ -270,9 +270,9 @@ class PartWriter:
         entry = read_entry(path)
         if entry is None or entry.start != cursor.records or entry.origin != self.origin:
             return None
-        left = self.limits.tokens_left(entry.cursor)
-        exceeds_budget = left is not None and left < 0
-        if exceeds_budget or entry.cut != (left == 0):
+        tokens_left = self.limits.tokens_left(entry.cursor)
+        exceeds_budget = tokens_left is not None and tokens_left < 0
+        if exceeds_budget or entry.cut != (tokens_left == 0):
             return None
         return entry if entry.has_complete_files(self.out.root) else None
 

@@ -34,7 +34,7 @@ from amlaunch.preprocess.shards.shard_format import (
     read_header,
     token_dtype,
 )
-from amlaunch.preprocess.stages.element import list_changes, open_context, skipped_records
+from amlaunch.preprocess.stages.element import different_origin_message, list_changes, open_context, skipped_records
 from amlaunch.preprocess.stages.part_writer import make_part, remove_shard
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import fingerprint, read_json, read_object, sha256_file, write_json
@@ -107,10 +107,7 @@ def check_origins(folder: OutputDir, options: Preprocess) -> int:
     for path, origin in origins.items():
         if changes := list_changes(origin, expected):
             element = int(path.stem.rpartition("-")[2])
-            raise BadInput(
-                f"{folder.root}: element {element} has another source, tokenizer or options: {'; '.join(changes)}. "
-                f"Remove the folder, or set another preprocess.output_dir"
-            )
+            raise BadInput(different_origin_message(f"{folder.root}: element {element} was", changes))
     return int(first.get("parts", 0))
 
 
@@ -122,28 +119,32 @@ def collect_parts(
     Raises IncompleteOutput with the unfinished elements or the missing parts.
     """
     parts: list[FinishedPart] = []
-    left = options.max_tokens
+    tokens_left = options.max_tokens
     context = engine = None
     for number in range(count):
-        if left == 0:
+        if tokens_left == 0:
             return parts
         part = read_part(folder, number)
         has_files = part is not None and part.has_complete_files(folder.root)
-        if part is None or not has_files or not part.matches_budget(left):
-            if not has_files or left is None:
+        if part is None or not has_files or not part.matches_budget(tokens_left):
+            if not has_files or tokens_left is None:
                 check_elements_finished(folder, options, number)
             if context is None:
                 context = open_context(options, folder.root, progress.log, policy)
                 engine = context.open_engine()
                 check_origin_unchanged(folder, context.origin)
-            action = "cutting it to" if part else "making it here, with at most"
-            progress.log(f"part {number}: {action} the {left:,} tokens that are left of the budget")
+            if part is None:
+                progress.log(
+                    f"part {number}: needed for the budget after all; making up to {tokens_left:,} tokens of it"
+                )
+            else:
+                progress.log(f"part {number}: cutting it to the {tokens_left:,} tokens left of the budget")
             assert engine is not None
-            part = make_part(context, engine, number, left)
+            part = make_part(context, engine, number, tokens_left)
         parts.append(part)
-        left = None if left is None else left - part.cursor.tokens
+        tokens_left = None if tokens_left is None else tokens_left - part.cursor.tokens
 
-    if left:
+    if tokens_left:
         tokens = sum(part.cursor.tokens for part in parts)
         progress.log(f"{folder.root}: the source ended at {tokens:,} of {options.max_tokens:,} tokens of the budget")
     return parts
@@ -153,7 +154,7 @@ def check_origin_unchanged(folder: OutputDir, origin: dict[str, Any]) -> None:
     """Raise BadInput if the source or the tokenizer has changed since the elements ran."""
     existing = read_object(next(folder.origins()))
     if changes := list_changes(existing, origin):
-        raise BadInput(f"{folder.root}: its shards have another source, tokenizer or options: {'; '.join(changes)}")
+        raise BadInput(different_origin_message(f"{folder.root}: its shards were", changes))
 
 
 def check_elements_finished(folder: OutputDir, options: Preprocess, part: int) -> None:
