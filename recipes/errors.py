@@ -28,17 +28,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a clause that names the valid name nearest to ``word``, or lists the valid names if none is near.
 
     Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
-    similar spelling.
+    similar spelling. Slurm settings are sent from a recipe to the cluster profile.
     """
     import difflib  # imported here because it slows down every start
 
-    from amlaunch.recipes.key_aliases import resolve_alias
+    from amlaunch.recipes.key_aliases import RECIPE_SECTION, cluster_profile_hint, resolve_alias
 
     names = sorted({str(name) for name in known})
     if not names:
         return "no names are valid here"
 
     same = next((name for name in names if name.lower() == word.lower()), None)
+    names_recipe_keys = RECIPE_SECTION in names or f"--{RECIPE_SECTION}" in names
+    if same is None and names_recipe_keys and (hint := cluster_profile_hint(word)):
+        return hint
+
     nearest = same or resolve_alias(word, names)
     if nearest is None:
         similar = difflib.get_close_matches(word, names, n=1, cutoff=SIMILARITY)

@@ -93,7 +93,7 @@ def problems(folder: Path, text: str, *overrides: str, **options) -> str:
         ),
     ],
 )
-def test_heads_that_tensor_parallelism_cannot_deal_out_are_refused_before_anything_starts(folder, model, size, expected):
+def test_heads_that_tensor_parallelism_cannot_divide_are_refused_early(folder, model, size, expected):
     data = "dataset:\n  file_pattern: d.bin\n  seq_len: 32\n"
     text = f"model:\n  _target_: {model}\n{data}distributed:\n  tp_size: {size}\n"
     assert expected in problems(folder, text)

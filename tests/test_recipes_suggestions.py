@@ -91,6 +91,7 @@ def test_a_key_inside_a_section_that_other_tools_have(tmp_path, section, typed, 
 @pytest.mark.parametrize("key", CLUSTER_PROFILE_KEYS)
 def test_what_belongs_to_the_cluster_profile_is_sent_there(tmp_path, key):
     place = f"stages.train.{key if key in PROFILE_FIELDS else f'sbatch.{key}'} in clusters.yaml"
+    assert place in did_you_mean(f"--{key}", [f"--{section}" for section in SECTIONS])
     for text in (f"{key}: gpu\n", f"resources: {{train: {{{key}: gpu}}}}\n"):
         message = problem(tmp_path, text)
         assert f"{key} belongs to the cluster profile" in message and place in message

@@ -196,9 +196,8 @@ def _key_hint(path: KeyPath, known: typing.Iterable[str]) -> str:
     """Return a clause that says what to write instead of an unknown key."""
     if path in HINTS:
         return HINTS[path]
-    is_for_slurm = len(path) == 1 or path[0] == "resources"
-    stage = path[1] if len(path) == 3 else "train"
-    return (cluster_profile_hint(path[-1], stage) if is_for_slurm else None) or did_you_mean(path[-1], known)
+    profile_hint = cluster_profile_hint(path[2], path[1]) if path[0] == "resources" and len(path) == 3 else None
+    return profile_hint or did_you_mean(path[-1], known)
 
 
 def _with_target(field: dataclasses.Field[Any], section: Mapping[str, Any]) -> Mapping[str, Any]:
