@@ -188,11 +188,15 @@ def failure_report(run: RunDir, state: ElementState, next_command: str) -> list[
     """Explain a failed element: host, reason, the last lines of the right log, the next command."""
     host = state.host or state.nodes or "this host"
     lines = [f"{state.stage} {state.name} {state.state} on {host}: {state.reason}"]
-    if state.resume_options and state.job:  # the same settings would fail again
+    if state.retry:
+        lines += _log_excerpt(run, state)
+
+    # With the same settings, the element would fail again.
+    if state.resume_options and state.job:
         next_command = f"{program()} resume {name_of(run)} {state.resume_options}"
-    if not state.retry:
+    elif not state.retry:
         return [*lines, f"next: fix the cause, then run {next_command}"]
-    return [*lines, *_log_excerpt(run, state), f"next: {next_command}", "(continues from the last saved state)"]
+    return [*lines, f"next: {next_command}", "(continues from the last saved state)"]
 
 
 def _log_excerpt(run: RunDir, state: ElementState) -> list[str]:
