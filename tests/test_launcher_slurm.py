@@ -108,7 +108,7 @@ class TestProfiles:
         assert find_cluster(str(path)).name == "a"
         path.write_text("a: {partition: x}\nb: {partition: y}\n")
         assert find_cluster(f"{path}:b").profile.partition == "y"
-        with pytest.raises(BadInput, match="2 clusters; say which"):
+        with pytest.raises(BadInput, match="2 clusters; choose one with --cluster"):
             find_cluster(str(path))
 
     @pytest.mark.parametrize(
@@ -117,25 +117,31 @@ class TestProfiles:
             ("lab: {partitoin: x}", "clusters.yaml:1: partitoin: unknown key; did you mean 'partition'"),
             ("lab:\n  stages: {trian: {}}", "stages.trian: unknown key; did you mean 'train'"),
             ("lab: {throttle: 0}", "throttle: expected an integer of at least 1"),
-            ("lab: {sbatch: {job-name: x}}", "amlaunch sets it (the run's name makes it)"),
-            ("lab: {stages: {train: {sbatch: {output: x}}}}", "stages.train.sbatch.output: amlaunch sets it"),
+            (
+                "lab: {sbatch: {job-name: x}}",
+                "amlaunch sets this option (it follows from the name of the run); remove it",
+            ),
+            (
+                "lab: {stages: {train: {sbatch: {output: x}}}}",
+                "stages.train.sbatch.output: amlaunch sets this option (logs go into the run directory)",
+            ),
             ("lab: {sbatch: {mail-user: [a]}}", "expected one line of text"),
-            ('lab: {sbatch: {"nice\\nx": 3}}', "sbatch: 'nice\\nx': expected the long name of an option"),
-            ("lab: {sbatch: {--nice: 3}}", "without dashes before it"),
+            ('lab: {sbatch: {"nice\\nx": 3}}', "sbatch: 'nice\\nx': expected the long name of an sbatch option"),
+            ("lab: {sbatch: {--nice: 3}}", "without leading dashes"),
             (
                 'lab: {stages: {train: {account: "a\\n#SBATCH --hold"}}}',
                 "stages.train.account: expected one line of text",
             ),
             ("lab: {stages: [a]}", "stages: expected a section with keys, got a list"),
             ("lab: {stages: {train: gpu}}", "stages.train: expected a section with keys"),
-            ("lab: {shared_roots: [.]}", "shared_roots: '.': expected a path from the root"),
-            ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch takes 65535 at most"),
+            ("lab: {shared_roots: [.]}", "shared_roots: '.': expected an absolute path"),
+            ("lab: {signal_seconds: 70000}", "signal_seconds: sbatch accepts at most 65535"),
             ("lab: {env: {HF_TOKEN: hf_abcdef}}", "export HF_TOKEN=…"),
             ("lab: {time: soon}", "expected a time such as"),
             ("lab:\n  time: 99:99", "clusters.yaml:2: time: expected a time such as"),
             ("lab: {mem: lots}", "mem: expected memory such as 64G"),
             ("lab:\n  stages: {train: {mem: 4X}}", "clusters.yaml:2: stages.train.mem: expected memory such as 64G"),
-            ("lab: {runs: '${NO_SUCH_VARIABLE}/runs'}", "a variable in it is not set here"),
+            ("lab: {runs: '${NO_SUCH_VARIABLE}/runs'}", "a variable in it is not set"),
         ],
     )
     def test_mistakes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
@@ -290,7 +296,10 @@ class TestEveryProblemIsSaidAtOnce:
         run = Path(json.loads(capsys.readouterr().out)["path"])
         run.parent.mkdir()
         run.write_text("")
-        assert refused(site, capsys, clusters)[-1] == f"runs/{run.name} is not a folder; start another run with --name NAME"
+        assert (
+            refused(site, capsys, clusters)[-1]
+            == f"runs/{run.name} is not a folder; start another run with --name NAME"
+        )
         run.unlink()
         run.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
@@ -758,7 +767,9 @@ class TestStates:
             assert found.state == State.UNKNOWN and "belongs to Slurm cluster north" in found.reason, jobs
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         monkeypatch.setattr(client, "squeue", dict)
-        with pytest.raises(SlurmError, match="the state of job 11_0 is unknown: job 11_0 belongs to Slurm cluster north"):
+        with pytest.raises(
+            SlurmError, match="the state of job 11_0 is unknown: job 11_0 belongs to Slurm cluster north"
+        ):
             known_states(run, plan)
         self.attempt(run, end={"outcome": "failed", "reason": "boom"})
         assert self.state(run, plan, answers(tmp_path, {})).state == State.FAILED, (
@@ -786,9 +797,7 @@ class TestStates:
         ):
             check_moved(run, plan, "y", states)
         states = read_runs([(run, plan)], answers(tmp_path, {"11_0": JobInfo("11_0", "CANCELLED")}))[0]
-        assert (
-            check_moved(run, plan, "y", states) == "r-1 moves from cluster x to y; finished elements are kept"
-        )
+        assert check_moved(run, plan, "y", states) == "r-1 moves from cluster x to y; finished elements are kept"
         folder = next_folder(run.jobs, "train")
         Submission(folder, "train", ("0",), str(run.root), "y", token_of(folder), time.time(), job="12").write()
         assert check_moved(run, plan, "y", states) == "", "it has been said"

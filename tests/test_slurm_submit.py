@@ -169,7 +169,7 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
         (["--resources.train.cpus", "99"], "", "cpus is 99, but a node of partition cpu has at most 32 CPUs"),
         (["--resources.train.mem", "900G"], "", "mem is 900G, but a node of partition cpu has at most"),
         ([], "  sbatch: {nise: 10}\n", "sbatch.nise: sbatch has no such option; did you mean 'nice'?"),
-        ([], "  sbatch: {array: 0-3}\n", "amlaunch sets it (the elements of a stage make it)"),
+        ([], "  sbatch: {array: 0-3}\n", "amlaunch sets this option (it follows from the elements of the stage)"),
         ([], "  partitoin: gpu\n", "partitoin: unknown key; did you mean 'partition'?"),
         ([], "  sbatch: {begin: yesterdayish}\n", "sbatch refuses the script"),
         (["--wandb.project", "x"], "", "export WANDB_API_KEY=…"),

@@ -1,8 +1,8 @@
-"""Cluster profiles: what a site needs, so that a recipe runs on every cluster unchanged.
+"""Cluster profiles: the settings of a site, so that a recipe runs on every cluster unchanged.
 
-A profile is found by name in ``clusters.yaml`` of the current folder, then in
-the user's ``~/.config/amlaunch/clusters.yaml``, then among the built-in ones;
-or by file: ``--cluster site.yaml``, ``--cluster sites.yaml:NAME``.
+A profile is found by its name in ``clusters.yaml`` of the current folder, then in the user's
+``~/.config/amlaunch/clusters.yaml``, then among the built-in ones; or by its file: ``--cluster site.yaml``,
+``--cluster sites.yaml:NAME``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,36 @@ from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.format.units import Memory, Minutes, Positive
 from amlaunch.recipes.format.yaml_reader import KeyPath, read_file
 
-OURS = {
-    "array": "the elements of a stage make it", "output": "logs go into the run directory", "error": "logs go into the run directory",
-    "dependency": "the stages' order makes it", "comment": "it finds the job again", "signal": "write signal_seconds",
-    "job-name": "the run's name makes it", "chdir": "relative paths in a recipe start where submit was typed",
-    "export": "write pass_env or env", "requeue": "amlaunch decides", "no-requeue": "amlaunch decides", "open-mode": "logs are appended",
-    "wrap": "amlaunch writes the script", "wait": "write submit --wait", "test-only": "write submit --dry-run", "parsable": "amlaunch reads the id",
-    "quiet": "amlaunch reads the id", "clusters": "export SLURM_CLUSTERS instead",
-    "nodes": "write resources in the recipe", "ntasks-per-node": "write resources in the recipe", "cpus-per-task": "write resources in the recipe",
-    "gpus-per-node": "write resources in the recipe", "mem": "write mem here, or resources in the recipe", "time": "write time here, or resources in the recipe",
-}  # fmt: skip
-"""sbatch's options that amlaunch sets itself, and what to write instead."""
-ONE_LINE = ("partition", "account", "qos", "gpu_type", "interface", "python", "runs")
+_LOGS, _RESOURCES = "logs go into the run directory", "set resources in the recipe"
+_JOB_ID, _REQUEUE = "amlaunch reads the job ID", "amlaunch decides"
+RESERVED_OPTIONS = {
+    "array": "it follows from the elements of the stage",
+    "output": _LOGS,
+    "error": _LOGS,
+    "dependency": "it follows from the order of the stages",
+    "comment": "it identifies the job",
+    "signal": "set signal_seconds",
+    "job-name": "it follows from the name of the run",
+    "chdir": "relative paths in a recipe start in the folder of the submit command",
+    "export": "set pass_env or env",
+    "requeue": _REQUEUE,
+    "no-requeue": _REQUEUE,
+    "open-mode": "logs are appended",
+    "wrap": "amlaunch writes the script",
+    "wait": "use amlaunch submit --wait",
+    "test-only": "use amlaunch submit --dry-run",
+    "parsable": _JOB_ID,
+    "quiet": _JOB_ID,
+    "clusters": "export SLURM_CLUSTERS",
+    "nodes": _RESOURCES,
+    "ntasks-per-node": _RESOURCES,
+    "cpus-per-task": _RESOURCES,
+    "gpus-per-node": _RESOURCES,
+    "mem": "set mem in the profile, or resources in the recipe",
+    "time": "set time in the profile, or resources in the recipe",
+}
+"""Options of sbatch that amlaunch sets itself, with the reason or the alternative."""
+SINGLE_LINE_KEYS = ("partition", "account", "qos", "gpu_type", "interface", "python", "runs")
 MAX_SIGNAL_SECONDS = 65535
 """sbatch(1), ``--signal``."""
 
@@ -44,21 +62,21 @@ STAGES = ("preprocess", "verify", "train", "export")
 
 @dataclass(frozen=True)
 class StageProfile:
-    """Settings for one stage; each one left out is the profile's."""
+    """Settings for one stage; a setting that is not given is the profile's."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     cpus: Positive | None = None
-    """CPUs a node where the recipe does not say."""
+    """CPUs per node, unless the recipe sets them."""
     mem: Memory | None = None
-    """Memory a node where the recipe does not say."""
+    """Memory per node, unless the recipe sets it."""
     time: Minutes | None = None
-    """Time limit where the recipe does not say."""
+    """Time limit, unless the recipe sets it."""
     throttle: Positive | None = None
-    """Elements of an array that run at once."""
+    """Maximum number of elements of an array that run at once."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Anything else that sbatch knows, by its long name."""
+    """Any other options of sbatch, by their long names."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +91,36 @@ class StageProfiles:
 
 @dataclass(frozen=True)
 class ContainerProfile:
-    """What a site says of containers."""
+    """Settings of a site for containers."""
 
     runtime: str = "auto"
-    """What ``runtime: auto`` in a recipe stands for here; ``none``: no container. ``auto``: pyxis where srun has it, else what is installed."""
+    """The meaning of ``runtime: auto`` in a recipe. ``none``: no container.
+
+    ``auto``: pyxis if srun has it, or else an installed runtime.
+    """
     images: dict[str, str] = field(default_factory=dict)
-    """Files that stand for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
+    """Local files for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
     mounts: list[str | MountSection] = field(default_factory=list)
-    """For every stage in a container; a recipe's own win."""
+    """Mounts for every stage in a container; the recipe's override them."""
     options: list[str] = field(default_factory=list)
-    """Further arguments of the runtime (of pyxis: further flags of srun)."""
+    """Further arguments of the runtime (for pyxis: flags of srun)."""
     runtime_env: list[str] = field(default_factory=list)
-    """Names of variables that the runtime's own configuration reads (``graphroot = "$SCRATCH/images"``)."""
+    """Variables that the runtime's own configuration reads (``graphroot = "$SCRATCH/images"``)."""
 
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """One cluster."""
+    """The settings of one cluster."""
 
     executor: Literal["slurm", "local"] = "slurm"
     runs: str | None = None
-    """Where the run directories are: on the file system that all nodes share. None: as ``--runs`` says, else ./runs."""
+    """The folder of run directories, on the file system that all nodes share. None: ``--runs``, or else ./runs."""
     image_folder: str | None = None
-    """Where ``amlaunch image import`` puts images: on the file system that all nodes share. None: ``images`` beside the runs."""
+    """The folder of imported images, on the file system that all nodes share. None: ``images`` beside the runs."""
     shared_roots: list[str] = field(default_factory=list)
-    """Folders that all nodes see; a run elsewhere is refused. None given: a run on a local disk is warned of."""
+    """Folders that all nodes see; a run elsewhere is refused. Empty: a run on a local disk causes a warning."""
     partition: str | None = None
-    """None: Slurm's default, or for stages with GPUs one that has enough of them."""
+    """None: Slurm's default, or for stages with GPUs a partition with enough of them."""
     account: str | None = None
     qos: str | None = None
     mem: Memory | None = None
@@ -107,61 +128,63 @@ class ClusterProfile:
     throttle: Positive | None = None
     sbatch: dict[str, Any] = field(default_factory=dict)
     gpus_per_node: Positive | None = None
-    """None: as Slurm says of the partition."""
+    """None: as Slurm reports for the partition."""
     gpu_type: str | None = None
-    """The name before the count where a site wants one: ``h100`` asks for ``gpu:h100:8``."""
+    """The name before the count, if the site requires it: ``h100`` requests ``gpu:h100:8``."""
     interface: str | None = None
-    """Network interface that ranks meet on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), IPv4 or IPv6."""
+    """The network interface on which ranks meet (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), IPv4 or IPv6."""
     signal_seconds: Positive = 300
-    """How long before the time limit a job is told: at least twice a step and a checkpoint."""
+    """Time of the warning before the job's time limit: at least twice as long as a step and a checkpoint."""
     python: str | None = None
-    """Python on the nodes, with torch. None: the one that submits."""
+    """Python with torch on the nodes. None: the Python that submits."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell that run first on the node: ``module load cuda``."""
     env: dict[str, str] = field(default_factory=dict)
-    """Variables for every stage; a recipe's own win."""
+    """Variables for every stage; the recipe's override them."""
     pass_env: list[str] = field(default_factory=list)
-    """Secret-looking variables of the shell that jobs need besides those that the recipe names; they travel in a 0600 file."""
+    """Secret variables that jobs need besides those that the recipe names; they travel in a private file (0600)."""
     srun: list[str] = field(default_factory=list)
-    """Further arguments for srun."""
+    """Further arguments of srun."""
     container: ContainerProfile = ContainerProfile()
     stages: StageProfiles = StageProfiles()
 
     @property
     def images(self) -> str | None:
-        """Where its images are: as ``image_folder`` says, else beside its ``runs``."""
-        return self.image_folder or (str(Path(self.runs).expanduser().parent / "images") if self.runs else None)
+        """The folder of images: ``image_folder``, or else ``images`` beside the runs."""
+        if self.image_folder or not self.runs:
+            return self.image_folder
+        return str(Path(self.runs).expanduser().parent / "images")
 
     def stage(self, name: str) -> StageProfile:
-        """The settings of one stage, the profile's own filled in; its sbatch options are joined."""
-        own: StageProfile = getattr(self.stages, name)
-        chosen = {
-            key: getattr(own, key) or getattr(self, key)
-            for key in ("partition", "account", "qos", "mem", "time", "throttle")
-        }
-        return StageProfile(**chosen, cpus=own.cpus, sbatch={**self.sbatch, **own.sbatch})
+        """Return the settings of one stage, completed by the profile's; sbatch options are merged."""
+        settings: StageProfile = getattr(self.stages, name)
+        inherited = ("partition", "account", "qos", "mem", "time", "throttle")
+        values = {key: getattr(settings, key) or getattr(self, key) for key in inherited}
+        return StageProfile(**values, cpus=settings.cpus, sbatch={**self.sbatch, **settings.sbatch})
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A profile with its name and where it was found."""
+    """A cluster profile with its name and its source."""
 
     name: str
     profile: ClusterProfile
     source: str
+    """The file of the profile."""
     tree: Mapping[str, Any]
-    """As written: what the run directory stores."""
+    """The profile as written; the run directory stores it."""
     lines: Mapping[KeyPath, str] = field(default_factory=dict)
-    """Where each key was set: ``file:line``."""
+    """The place where each key was set: ``file:line``."""
 
     def where(self, stage: str, key: str) -> str:
-        """Who set a stage's ``key``, for the start of a sentence: ``clusters.yaml:3: stages.train.time``; empty: nobody."""
-        own = ((self.tree.get("stages") or {}).get(stage) or {}).get(key)
-        path = ("stages", stage, key) if own else (key,)
-        return self.at(path) if own or self.tree.get(key) else ""
+        """Return the place of a stage's setting, ``clusters.yaml:3: stages.train.time``; empty if it is not set."""
+        own_value = ((self.tree.get("stages") or {}).get(stage) or {}).get(key)
+        if own_value:
+            return self.at(("stages", stage, key))
+        return self.at((key,)) if self.tree.get(key) else ""
 
     def at(self, path: KeyPath) -> str:
-        """A key with its place."""
+        """Return a key with its place: ``clusters.yaml:3: stages.train.time``."""
         return f"{self.lines.get(path, self.source)}: {'.'.join(path)}"
 
 
@@ -169,103 +192,117 @@ BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local
 
 
 def find_cluster(name: str) -> Cluster:
-    """A cluster by its profile's name or file. Raises BadInput with the nearest name."""
-    file, _, chosen = name.partition(":") if ":" in name else (name, "", "")
+    """Find a cluster by the name or the file of its profile. Raises BadInput with the nearest name."""
+    file, _, name_in_file = name.partition(":")
     if file.endswith((".yaml", ".yml")) or os.sep in file:
-        return _from_file(Path(file).expanduser(), chosen)
+        return _cluster_in(Path(file).expanduser(), name_in_file)
     for path in profile_files():
-        found = _read(path)
-        if name in found[0]:
-            return _checked(name, found[0][name], path, found[1])
+        tree, lines = _read(path)
+        if name in tree:
+            return _cluster(name, tree[name], path, lines)
     if name in BUILT_IN:
-        return _checked(name, BUILT_IN[name], None, {})
-    files = ", ".join(map(str, profile_files())) or f"{FILE} is not here"
+        return _cluster(name, BUILT_IN[name], None, {})
+    files = ", ".join(map(str, profile_files())) or f"there is no {FILE}"
     raise BadInput(
-        f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; amlaunch doctor writes a profile of this site"
+        f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; "
+        "write a profile of this site: amlaunch doctor"
     )
 
 
 def known_clusters() -> list[str]:
-    """The names of all profiles."""
+    """Return the names of all profiles."""
     return sorted({*BUILT_IN, *(name for path in profile_files() for name in _read(path)[0])})
 
 
-def _from_file(path: Path, chosen: str) -> Cluster:
+def _cluster_in(path: Path, name: str) -> Cluster:
+    """Return a cluster from a file; an empty name stands for the only one. Raises BadInput."""
     if not path.is_file():
-        raise BadInput(f"--cluster {path}: there is no such file")
+        raise BadInput(f"--cluster {path}: no such file")
     tree, lines = _read(path)
-    if not chosen and len(tree) == 1:
-        chosen = next(iter(tree))
-    if chosen not in tree:
-        wanted = f"no cluster {chosen!r}" if chosen else f"{len(tree)} clusters; say which: --cluster {path}:NAME"
-        raise BadInput(f"{path}: {wanted}; {did_you_mean(chosen, tree)}")
-    return _checked(chosen, tree[chosen], path, lines)
+    if not name and len(tree) == 1:
+        name = next(iter(tree))
+    if name in tree:
+        return _cluster(name, tree[name], path, lines)
+    hint = did_you_mean(name, tree)
+    if name:
+        raise BadInput(f"{path}: no cluster {name!r}; {hint}")
+    raise BadInput(f"{path}: {len(tree)} clusters; choose one with --cluster {path}:NAME; {hint}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:
     tree, lines = read_file(path)
     if not isinstance(tree, dict) or not tree:
-        raise BadInput(f"{path}: a mapping from a cluster's name to its profile was expected")
+        raise BadInput(f"{path}: expected a mapping from cluster names to profiles")
     return tree, lines
 
 
-def _checked(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
-    below = {key[1:]: where for key, where in lines.items() if key[:1] == (name,)}
-    return Cluster(name, check_profile(tree or {}, below), str(path) if path else "built in", tree or {}, below)
+def _cluster(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
+    own_lines = {key[1:]: place for key, place in lines.items() if key[:1] == (name,)}
+    profile = check_profile(tree or {}, own_lines)
+    return Cluster(name, profile, str(path) if path else "built in", tree or {}, own_lines)
 
 
 def check_profile(tree: Any, lines: Mapping[Any, str]) -> ClusterProfile:
-    """A profile from plain data. Raises BadInput with every problem at its line."""
-    visible = {
-        name: value for name, value in variables().items() if not is_secret_variable(name)
-    }  # scripts hold no secrets
-    checker = Checker(lines, visible, TargetPolicy(), job_start=False)
+    """Build a profile from plain data. Raises BadInput with every problem at its line."""
+    # Scripts must not contain secrets.
+    known = {name: value for name, value in variables().items() if not is_secret_variable(name)}
+    checker = Checker(lines, known, TargetPolicy(), job_start=False)
     profile = checker.section(ClusterProfile, tree, ())
     if isinstance(tree, Mapping):
-        try:
-            refuse_secrets(tree, lines)
-        except BadInput as error:
-            checker.problems.append(str(error))
-        stages = tree.get("stages")
-        sections: list[tuple[KeyPath, Any]] = [((), tree)]
-        sections += (
-            [(("stages", str(name)), own) for name, own in stages.items()] if isinstance(stages, Mapping) else []
-        )
-        for path, own in sections:
-            _check_sbatch(checker, own, path)
-            _check_lines(checker, own, path)
-    if profile is not None and profile.signal_seconds > MAX_SIGNAL_SECONDS:
-        checker.problem(("signal_seconds",), f"sbatch takes {MAX_SIGNAL_SECONDS} at most")
-    for root in profile.shared_roots if profile is not None else []:
+        _check_tree(checker, tree, lines)
+    if profile is not None:
+        _check_values(checker, profile)
+    raise_problems(checker.problems)
+    # Placeholders in ``setup`` are for the shell on the node, and those in ``env`` for the driver: not for this host, and
+    # not for the script.
+    checked: ClusterProfile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
+    return checked
+
+
+def _check_tree(checker: Checker, tree: Mapping[str, Any], lines: Mapping[Any, str]) -> None:
+    """Check the profile and its stages as they are written."""
+    try:
+        refuse_secrets(tree, lines)
+    except BadInput as error:
+        checker.problems.append(str(error))
+    stages = tree.get("stages")
+    sections: list[tuple[KeyPath, Any]] = [((), tree)]
+    if isinstance(stages, Mapping):
+        sections += [(("stages", str(name)), section) for name, section in stages.items()]
+    for path, section in sections:
+        if isinstance(section, Mapping):
+            _check_sbatch(checker, section, path)
+            _check_single_lines(checker, section, path)
+
+
+def _check_values(checker: Checker, profile: ClusterProfile) -> None:
+    if profile.signal_seconds > MAX_SIGNAL_SECONDS:
+        checker.problem(("signal_seconds",), f"sbatch accepts at most {MAX_SIGNAL_SECONDS}")
+    for root in profile.shared_roots:
         if not root.startswith(("/", "~", "$")):
             checker.problem(
-                ("shared_roots",), f"{root!r}: expected a path from the root, for it is the same on every machine"
+                ("shared_roots",), f"{root!r}: expected an absolute path, which is the same on every machine"
             )
-    if profile is not None and has_placeholder(profile.runs):
-        checker.problem(("runs",), f"{profile.runs}: a variable in it is not set here")
-    raise_problems(checker.problems)
-    # The shell on the node fills in what setup says, and the driver what env says: not this host, and not into a script.
-    found: ClusterProfile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
-    return found
+    if has_placeholder(profile.runs):
+        checker.problem(("runs",), f"{profile.runs}: a variable in it is not set; export it")
 
 
-def _check_lines(checker: Checker, tree: Any, path: KeyPath) -> None:
-    """A line break would end an ``#SBATCH`` line, and begin another one."""
-    for key in ONE_LINE if isinstance(tree, Mapping) else ():
-        if isinstance(tree.get(key), str) and len(tree[key].splitlines()) > 1:
+def _check_single_lines(checker: Checker, section: Mapping[str, Any], path: KeyPath) -> None:
+    """Check for line breaks, which would end an ``#SBATCH`` line and begin another one."""
+    for key in SINGLE_LINE_KEYS:
+        if isinstance(section.get(key), str) and len(section[key].splitlines()) > 1:
             checker.problem((*path, key), "expected one line of text")
 
 
-def _check_sbatch(checker: Checker, tree: Any, path: KeyPath) -> None:
-    """Of sbatch's options, those that are ours to set; whether sbatch knows the others is asked of sbatch."""
-    options = tree.get("sbatch") if isinstance(tree, Mapping) else None
+def _check_sbatch(checker: Checker, section: Mapping[str, Any], path: KeyPath) -> None:
+    """Check the names and values of sbatch options; whether sbatch has them is checked elsewhere (slurm.sbatch)."""
+    options = section.get("sbatch")
     for key, value in options.items() if isinstance(options, Mapping) else ():
         name = str(key).replace("_", "-")
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
-            checker.problem(
-                (*path, "sbatch"), f"{key!r}: expected the long name of an option of sbatch, without dashes before it"
-            )
-        elif name in OURS:
-            checker.problem((*path, "sbatch", key), f"amlaunch sets it ({OURS[name]})")
+            problem = f"{key!r}: expected the long name of an sbatch option, without leading dashes"
+            checker.problem((*path, "sbatch"), problem)
+        elif name in RESERVED_OPTIONS:
+            checker.problem((*path, "sbatch", key), f"amlaunch sets this option ({RESERVED_OPTIONS[name]}); remove it")
         elif isinstance(value, (dict, list)) or len(str(value).splitlines()) > 1:
             checker.problem((*path, "sbatch", key), "expected one line of text, a number, or true")
