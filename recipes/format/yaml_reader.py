@@ -33,6 +33,16 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INF = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _NAN = re.compile(r"\.(nan|NaN|NAN)")
 
+PLAIN_TEXT = re.compile(
+    r"([A-Za-z_/$(]|\.[A-Za-z/.])([A-Za-z0-9_/.$()@+=~^%;\\ -]|:(?=[^ ]))*|[0-9]+(\.[0-9]+)?[KMGTB]"
+)
+"""Text that needs no quotes, in block and in flow style."""
+YAML_1_1_BOOLEANS = frozenset(("y", "n", "yes", "no", "on", "off"))
+NOT_PRINTABLE = re.compile(
+    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f\u2028\u2029]"
+)
+"""Characters that YAML 1.1 does not allow, or folds as line breaks: written as escapes."""
+
 
 def scalar(text: str) -> Any:
     """Return the value of a plain (unquoted) scalar: None, bool, int, float or the text itself."""
@@ -229,17 +239,6 @@ def _float(value: float) -> str:
         return ".nan"
     digits, exponent, power = repr(value).partition("e")
     return digits + ".0" * ("." not in digits) + exponent + power
-
-
-PLAIN_TEXT = re.compile(
-    r"([A-Za-z_/$(]|\.[A-Za-z/.])([A-Za-z0-9_/.$()@+=~^%;\\ -]|:(?=[^ ]))*|[0-9]+(\.[0-9]+)?[KMGTB]"
-)
-"""Text that needs no quotes, in block and in flow style."""
-YAML_1_1_BOOLEANS = frozenset(("y", "n", "yes", "no", "on", "off"))
-NOT_PRINTABLE = re.compile(
-    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f\u2028\u2029]"
-)
-"""Characters that YAML 1.1 does not allow, or folds as line breaks: written as escapes."""
 
 
 def _quoted(text: str) -> str:
