@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Further arguments for pip, such as another index, or one with CPU builds of torch.
+# More arguments for pip, such as another index, or one with CPU builds of torch.
 PIP_ARGS ?=
 EXTRAS := train,preprocess,fast,hf,offline,tensorboard,wandb,dev
 
@@ -12,7 +12,7 @@ demo: install
 	$(BIN)/amlaunch local quickstart
 	@echo; echo "to have amlaunch on the path of this shell: . $(BIN)/activate"
 
-# Four processes on two cores: the tests on clusters wait for Slurm most of the time, while others compute.
+# Four processes on two cores, because the tests that use a cluster mostly wait for Slurm.
 test: install lint
 	$(BIN)/python -m pytest tests -n 4 --dist loadfile --no-loadscope-reorder
 
@@ -21,6 +21,8 @@ test-fast: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python tests/code_style.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
