@@ -1,4 +1,4 @@
-"""Benchmarks and fast paths: what is measured, where the time of a trace went, 8-bit products, what compiling cost."""
+"""Benchmarks and fast paths: measurements, time by activity of a trace, FP8 products, compilation time."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ def test_time_on_a_gpu_is_that_of_kernels_and_only_lonely_communication_counts()
         event("pytorch_flash::flash_fwd_kernel", 18.5, 0.5),
         event("cudaDeviceSynchronize", 19.0, 0.5, "cuda_runtime"),
     ]
-    found = summarise_trace(trace, 2)
-    assert found.on_gpu and found.backends == ("flash_attention",) and found.host_waits == 0.5
-    assert found.seconds == pytest.approx(
+    summary = summarise_trace(trace, 2)
+    assert summary.on_gpu and summary.backends == ("flash_attention",) and summary.host_waits == 0.5
+    assert summary.seconds == pytest.approx(
         {"loss": 1.0, "matrix products": 1.5, "optimizer": 0.5, "communication": 1.0, "attention": 0.25}
     )
-    parts = {row.part: row for row in step_parts(found, 5.0, 0.25, {"matrix products": 0.75})}
+    parts = {row.part: row for row in step_parts(summary, 5.0, 0.25, {"matrix products": 0.75})}
     assert parts["gaps"].seconds == pytest.approx(5.0 - 0.25 - 4.25) and parts["matrix products"].least == 0.75
     assert sum(row.share for row in parts.values()) == pytest.approx(1.0)
 
@@ -130,18 +130,20 @@ def test_time_on_a_cpu_is_what_operators_spend_themselves_on_the_thread_that_tra
         event("amlaunch.loss", 8.0, 2.0, "user_annotation"),
         event("aten::mm", 8.5, 1.0, "cpu_op"),
     ]
-    found = summarise_trace(trace, 1)
-    assert not found.on_gpu
-    assert found.seconds == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
-    assert found.wall == pytest.approx(10.0)
-    parts = {row.part: row.seconds for row in step_parts(found, 5.5, 0.5, {})}  # the profiler made it twice as slow
+    summary = summarise_trace(trace, 1)
+    assert not summary.on_gpu
+    assert summary.seconds == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
+    assert summary.wall == pytest.approx(10.0)
+    parts = {row.part: row.seconds for row in step_parts(summary, 5.5, 0.5, {})}  # the profiler made it twice as slow
     assert parts["matrix products"] == pytest.approx(2.0) and parts["gaps"] == pytest.approx(1.5)
 
 
 def test_spans_and_self_times() -> None:
     assert covered_time([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
     nested = self_times([event("a", 0, 10), event("b", 1, 4), event("c", 2, 1), event("d", 6, 2)])
-    assert {one["name"]: own / 1e6 for one, own in nested} == pytest.approx({"a": 4, "b": 3, "c": 1, "d": 2})
+    assert {nested_event["name"]: self_time / 1e6 for nested_event, self_time in nested} == pytest.approx(
+        {"a": 4, "b": 3, "c": 1, "d": 2}
+    )
 
 
 def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
@@ -152,7 +154,7 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "said"),
+    ("shares", "message"),
     [
         ({"waiting for data": 0.2}, "waiting for data"),
         ({"gaps": 0.3}, "idle for 30%"),
@@ -163,13 +165,13 @@ def test_at_best_is_operations_over_rate_and_bytes_over_bandwidth() -> None:
         ({"matrix products": 0.9}, "no bottleneck stands out; matrix products reach 50%"),
     ],
 )
-def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said: str) -> None:
-    found = [
+def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], message: str) -> None:
+    parts = [
         StepPart(part, 1.0, shares.get(part, 0.0), 0.5 if part == "matrix products" else None)
         for part in roofline.PARTS
     ]
-    told = advise(
-        found,
+    advice = advise(
+        parts,
         compiled=False,
         on_gpu=True,
         backends=["cudnn_attention"],
@@ -177,11 +179,11 @@ def test_the_advice_is_about_what_takes_too_long(shares: dict[str, float], said:
         accumulates=True,
         host_waits=shares.get("waits", 0.0),
     )
-    assert said in told and "reduce-overhead" not in told
+    assert message in advice and "reduce-overhead" not in advice
 
 
 def test_what_is_on_already_is_not_advised() -> None:
-    found = [StepPart(part, 1.0, {"elementwise": 0.4}.get(part, 0.0), None) for part in roofline.PARTS]
+    parts = [StepPart(part, 1.0, {"elementwise": 0.4}.get(part, 0.0), None) for part in roofline.PARTS]
     keys: dict[str, Any] = {
         "compiled": True,
         "on_gpu": True,
@@ -189,8 +191,8 @@ def test_what_is_on_already_is_not_advised() -> None:
         "micro_batch": 4,
         "accumulates": False,
     }
-    assert "distributed.bf16_residual to true" in advise(found, **keys, has_float32_residual=True)
-    assert advise(found, **keys, has_float32_residual=False) == "no bottleneck stands out"
+    assert "distributed.bf16_residual to true" in advise(parts, **keys, has_float32_residual=True)
+    assert advise(parts, **keys, has_float32_residual=False) == "no bottleneck stands out"
 
 
 # --- 8-bit products -------------------------------------------------------------------------------
@@ -204,12 +206,12 @@ def test_products_in_eight_bits_are_near_and_exact_where_the_numbers_fit(half: b
     narrow.load_state_dict(plain.state_dict())
     narrow.__class__ = fp8.Float8Linear
     x = torch.randn(2, 16, 64, requires_grad=True)
-    found = []
+    results = []
     for layer in (narrow, plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y = layer(x)
-        found.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))])
-    for ours, expected in zip(*found, strict=True):
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))])
+    for ours, expected in zip(*results, strict=True):
         assert ours.dtype is expected.dtype
         assert (
             1e-3 < ((ours - expected).norm() / expected.norm()).item() < 0.1
@@ -261,15 +263,15 @@ def test_a_whole_model_is_compiled_where_nothing_has_to_go_on_between_its_blocks
 
 def test_the_backend_of_attention_is_known_and_the_cpu_chooses_itself() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    found = attention_kernels.select_backend(model, attention_kernels.backend_order(None, CPU), 16, torch.float32, CPU)
-    assert found is not None and found.backend in attention_kernels.BACKENDS and found.warning is None
+    choice = attention_kernels.select_backend(model, attention_kernels.backend_order(None, CPU), 16, torch.float32, CPU)
+    assert choice is not None and choice.backend in attention_kernels.BACKENDS and choice.warning is None
     assert attention_kernels.backend_order(["math"], CPU) == ("math",)
     assert attention_kernels.select_backend(nn.Linear(2, 2), ("math",), 16, torch.float32, CPU) is None
 
 
 def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **call: asked.append(call) or BACKENDS["math"].value)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **call: calls.append(call) or BACKENDS["math"].value)
     llama = build_llama_model(
         vocab_size=64,
         hidden_size=64,
@@ -283,9 +285,9 @@ def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypa
         attention_kernels.select_backend(model, ("math",), 8, torch.float32, CPU)
     attention_kernels.select_backend(gpt2, ("math",), 8, torch.float32, CPU, packed=True)
     assert [
-        (call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in asked
+        (call["query"].shape[1], call["key"].shape[1], call["enable_gqa"], call["dropout_p"]) for call in calls
     ] == [(4, 2, True, 0.0), (2, 2, False, 0.1), (2, 2, False, 0.1)]
-    assert [(call["is_causal"], call["attn_mask"] is None) for call in asked] == [
+    assert [(call["is_causal"], call["attn_mask"] is None) for call in calls] == [
         (True, True),
         (True, True),
         (False, False),
@@ -293,7 +295,7 @@ def test_the_backend_is_asked_for_with_the_models_own_heads_and_dropout(monkeypa
 
 
 def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what torch says against it."""
+    """The warning includes torch's reason."""
 
     def refusing(**_: Any) -> None:
         warnings.warn("the heads are too wide", stacklevel=1)
@@ -325,29 +327,29 @@ def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_t
     ) == attention_kernels.AttentionBackend("flex_attention", None)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda **_: BACKENDS["efficient_attention"].value)
     with FakeTensorMode():  # as if there were a GPU
-        found = attention_kernels.select_backend(model, order, 8, torch.bfloat16, gpu, packed=True)
-    assert found is not None and found.backend == "efficient_attention"
-    assert "set compile.enabled: true to avoid this" in str(found.warning)
+        choice = attention_kernels.select_backend(model, order, 8, torch.bfloat16, gpu, packed=True)
+    assert choice is not None and choice.backend == "efficient_attention"
+    assert "set compile.enabled: true to avoid this" in str(choice.warning)
 
 
 def test_a_run_says_how_its_own_rows_are_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(attention_kernels, "select_backend", lambda *_, **more: asked.append(more))
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(attention_kernels, "select_backend", lambda *_, **keywords: calls.append(keywords))
     run = Run(tmp_path / "run", recipe(tmp_path))
-    for words in ([], ["--packed_sequence.packed_sequence_size=16", "--compile.enabled=true"]):
-        found = load(run.folder / "recipe.yaml", words).recipe
+    for overrides in ([], ["--packed_sequence.packed_sequence_size=16", "--compile.enabled=true"]):
+        loaded = load(run.folder / "recipe.yaml", overrides).recipe
         job = SimpleNamespace(
-            recipe=found,
+            recipe=loaded,
             world=World(0, 1, CPU, timedelta(minutes=1)),
             model=nn.Linear(1, 1),
             batches=SimpleNamespace(step_tokens=64, global_batch=4),
         )
         describe_fast_paths(job)
-    assert asked == [{"packed": False, "compiled": False}, {"packed": True, "compiled": True}]
+    assert calls == [{"packed": False, "compiled": False}, {"packed": True, "compiled": True}]
 
 
 def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path: Path) -> None:
-    """Of each rank: 8 windows on two ranks are 4, or twice 2."""
+    """The rank's share counts: 8 samples on two ranks are one micro-batch of 4, or two of 2."""
     gpu = World(0, 2, torch.device("cuda"), timedelta(minutes=1))
     run = Run(tmp_path / "run", recipe(tmp_path, step_scheduler={"global_batch_size": 8}))
 
@@ -370,24 +372,24 @@ def test_cuda_graphs_are_refused_where_a_step_has_several_micro_batches(tmp_path
     [("nanogpt", "ddp", True), ("llama-350m", "fsdp2", False), ("llama-1.3b", "fsdp2", True)],
 )
 def test_the_recipes_that_come_with_it_take_the_fast_paths(name: str, strategy: str, gathered_again: bool) -> None:
-    """Red where a default is a slow one. ``gathered_again``: FSDP2's ``reshard_after_forward``, which DDP has nothing of."""
-    found = load(find_recipe(name)).recipe
-    assert (found.compile.enabled, found.compile.mode, found.compile.scope) == (True, "default", "auto")
-    assert (found.distributed.strategy, found.distributed.dtype, found.distributed.reshard_after_forward) == (
+    """Fails if a default is slow. ``gathered_again``: FSDP2's ``reshard_after_forward``, which DDP ignores."""
+    shipped = load(find_recipe(name)).recipe
+    assert (shipped.compile.enabled, shipped.compile.mode, shipped.compile.scope) == (True, "default", "auto")
+    assert (shipped.distributed.strategy, shipped.distributed.dtype, shipped.distributed.reshard_after_forward) == (
         strategy,
         "bfloat16",
         gathered_again,
     )
-    assert found.distributed.bf16_residual or strategy == "fsdp2", "which has the stream in bfloat16 anyway"
-    assert found.loss_fn == {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": 50257}
-    assert found.model["vocab_size"] == 50304 and found.model["vocab_size"] % 128 == 0
-    assert found.optimizer["_target_"] == "torch.optim.AdamW" and "foreach" not in found.optimizer
-    assert found.sdpa_method is None and not found.fp8.enabled
-    assert found.step_scheduler.local_batch_size * found.dataset["seq_len"] >= 32768, "tokens at once"
+    assert shipped.distributed.bf16_residual or strategy == "fsdp2", "which has the stream in bfloat16 anyway"
+    assert shipped.loss_fn == {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": 50257}
+    assert shipped.model["vocab_size"] == 50304 and shipped.model["vocab_size"] % 128 == 0
+    assert shipped.optimizer["_target_"] == "torch.optim.AdamW" and "foreach" not in shipped.optimizer
+    assert shipped.sdpa_method is None and not shipped.fp8.enabled
+    assert shipped.step_scheduler.local_batch_size * shipped.dataset["seq_len"] >= 32768, "tokens at once"
 
 
 class Copies(TorchDispatchMode):
-    """Notes which copies do not wait."""
+    """Records which copies are non-blocking."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,18 +416,18 @@ def test_what_a_gpu_is_given_is_pinned_and_not_waited_for(tmp_path: Path, monkey
 
 def test_the_residual_stream_is_carried_in_the_type_that_is_asked_for() -> None:
     model = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
-    seen = []
-    model.h[1].register_forward_hook(lambda *args: seen.append(args[2].dtype))
-    for asked in (False, True):
-        if asked:
+    dtypes = []
+    model.h[1].register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    for in_bfloat16 in (False, True):
+        if in_bfloat16:
             attention_kernels.cast_residual_stream(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.zeros(1, 4, dtype=torch.int64))
-    assert seen == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 class Attended(TorchFunctionMode):
-    """Notes the types of query, key and value."""
+    """Records the dtypes of query, key and value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -437,31 +439,34 @@ class Attended(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("how", ["autocast", "residual", "weights"])
+@pytest.mark.parametrize("source", ["autocast", "residual", "weights"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_attention_computes_in_bfloat16_all_three_of_them(how: str, packed: bool) -> None:
-    """Red where rotary positions in float32 make query and key wide: twice the bytes, and flex_attention of older torch refuses a mixture."""
+def test_attention_computes_in_bfloat16_all_three_of_them(source: str, packed: bool) -> None:
+    """Fails if float32 rotary positions make query and key float32.
+
+    That doubles the bytes, and flex_attention of older torch rejects mixed dtypes.
+    """
     gpt2 = build_gpt2_model(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     llama = build_llama_model(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     for model in (gpt2, llama):
-        if how == "residual":
+        if source == "residual":
             attention_kernels.cast_residual_stream(model, torch.bfloat16)
-        if how == "weights":  # as FSDP2 gathers them
+        if source == "weights":  # as FSDP2 gathers them
             model.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16, enabled=how != "weights"), Attended() as attended:
+        with torch.autocast("cpu", torch.bfloat16, enabled=source != "weights"), Attended() as attended:
             model(tokens, **({"position_ids": tokens, "documents": tokens.int()} if packed else {}))
         assert attended.types == [torch.bfloat16] * 6
 
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
-"""Operators that a GPU's host has to wait for: what they give is a number on the host, or has a shape that numbers decide."""
+"""Operators for which the host waits for a GPU: their result is a number, or its shape depends on numbers."""
 
 
 class Reads(TorchDispatchMode):
-    """Counts them."""
+    """Counts such operators."""
 
     count = 0
 
@@ -486,23 +491,23 @@ STEPS: dict[str, tuple[int, dict[str, Any]]] = {
     ),  # whole matrices: torch finds a part's place by reading the mesh, on the host
     "an optimizer that is not fused": (1, {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}),
 }
-"""Reads a step, and the recipe."""
+"""Reads per step, and the recipe."""
 
 
 @pytest.mark.parametrize("name", list(STEPS))
 def test_a_step_reads_nothing_back_and_collects_no_garbage(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the loop itself. Red where anything asks for a number: a GPU would run dry meanwhile. The last case shows that this is seen."""
+    """Fails if the loop reads a number, which would idle a GPU. The last case proves that reads are counted."""
     monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
     reads, sections = STEPS[name]
-    found: list[tuple[int, bool, bool]] = []
-    real = training_loop.take_step
+    observed: list[tuple[int, bool, bool]] = []
+    take_step = training_loop.take_step
 
     def watched(*args: Any) -> Any:
-        with Reads() as seen:
-            pending = real(*args)
-        found.append((seen.count, gc.isenabled(), gc.get_freeze_count() > 0))
+        with Reads() as reads_of_step:
+            pending = take_step(*args)
+        observed.append((reads_of_step.count, gc.isenabled(), gc.get_freeze_count() > 0))
         return pending
 
     monkeypatch.setattr(training_loop, "take_step", watched)
@@ -512,8 +517,8 @@ def test_a_step_reads_nothing_back_and_collects_no_garbage(
         "checkpoint": {"enabled": False},
         "export": None,
     }
-    assert Run(tmp_path / "run", recipe(tmp_path, **shorter, **sections)).here() == OK
-    assert found == [(reads, False, True)] * 3
+    assert Run(tmp_path / "run", recipe(tmp_path, **shorter, **sections)).train_inline() == OK
+    assert observed == [(reads, False, True)] * 3
     assert gc.isenabled()
 
 
@@ -529,7 +534,12 @@ def test_garbage_waits_until_training_is_over() -> None:
 
 
 def test_the_start_of_a_process_is_when_the_kernel_made_it() -> None:
-    code = "import time; began = time.time(); from amlaunch.trainer.process.start_time import seconds_since_start as s; print(s(), time.time() - began)"
+    code = """
+import time
+started = time.time()
+from amlaunch.trainer.process.start_time import seconds_since_start
+print(seconds_since_start(), time.time() - started)
+"""
     since, ours = map(
         float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
@@ -545,13 +555,17 @@ from importlib.machinery import PathFinder
 
 MISSING = {"submitit", "datasets", "shtab", "pyarrow", "psutil", "huggingface_hub"}
 real = PathFinder.find_spec
-PathFinder.find_spec = classmethod(lambda _, name, *more: None if name.partition(".")[0] in MISSING else real(name, *more))
+
+def find_spec(_, name, *more):
+    return None if name.partition(".")[0] in MISSING else real(name, *more)
+
+PathFinder.find_spec = classmethod(find_spec)
 """
-"""The image of NGC: torch, numpy, safetensors, tiktoken, transformers, pyyaml and rich are there."""
+"""Imitates the NGC image, which has torch, numpy, safetensors, tiktoken, transformers, pyyaml and rich."""
 
 
 def in_the_image(folder: Path) -> dict[str, str]:
-    """The environment of a process that finds no more than that, and keeps its temporary files in ``folder``."""
+    """Return the environment of a process in that image, with its temporary files in ``folder``."""
     for name in ("site", "tmp"):
         (folder / name).mkdir()
     (folder / "site" / "sitecustomize.py").write_text(IMAGE)
@@ -569,7 +583,10 @@ def bench_recipe(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
-    """In processes of their own, without the launcher's packages: all that a user sees; a trace of an earlier measurement changes nothing."""
+    """Check all that a user sees, in separate processes without the launcher's packages.
+
+    A trace of an earlier measurement changes nothing.
+    """
     kept = tmp_path / "kept"
     (kept / "rank0/profile").mkdir(parents=True)
     (kept / "rank0/profile/to-step-00000001.rank0.json.gz").write_bytes(b"no trace")
@@ -595,25 +612,25 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=in_the_image(tmp_path))
     assert done.returncode == OK, done.stderr
-    found = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     assert f"trace and metrics are in {kept}" in done.stderr and "step 9/9" in done.stderr
-    assert found["steps"] == 4 and found["ranks"] == 2 and not found["synthetic_data"]
+    assert report["steps"] == 4 and report["ranks"] == 2 and not report["synthetic_data"]
     assert (kept / "rank0/profile/to-step-00000009.rank0.json.gz").exists(), (
         "a step between those measured and the two profiled"
     )
-    assert found["tokens_per_s"] == pytest.approx(128 / found["step_time_s"]["median"])
-    assert sum(row["share"] for row in found["roofline"]) == pytest.approx(1.0, abs=0.05)
-    assert {row["part"]: row["seconds"] > 0 for row in found["roofline"]}["loss"]
-    assert found["attention"]["used"] and found["advice"] and found["mfu"] is None
-    assert found["startup_s"] > 0 and found["versions"]["torch"] == torch.__version__
-    assert found["host_waits_per_step"] is None, "there is no device to wait for"
-    shown = format_report(found)
+    assert report["tokens_per_s"] == pytest.approx(128 / report["step_time_s"]["median"])
+    assert sum(row["share"] for row in report["roofline"]) == pytest.approx(1.0, abs=0.05)
+    assert {row["part"]: row["seconds"] > 0 for row in report["roofline"]}["loss"]
+    assert report["attention"]["used"] and report["advice"] and report["mfu"] is None
+    assert report["startup_s"] > 0 and report["versions"]["torch"] == torch.__version__
+    assert report["host_waits_per_step"] is None, "there is no device to wait for"
+    shown = format_report(report)
     for words in (
         "2 x CPU",
-        f"{found['tokens_per_s']:,.0f} (",
+        f"{report['tokens_per_s']:,.0f} (",
         "(median of 4; ",
         "unknown for this device (CPU)",
-        f"{found['peak_memory_gib']:.2f} GiB",
+        f"{report['peak_memory_gib']:.2f} GiB",
         "s to the first step, including 0.0 s of compilation",
         f"torch {torch.__version__}",
         "matrix products",
@@ -622,7 +639,7 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
         assert words in shown, words
     shown = format_report(
         {
-            **found,
+            **report,
             "mfu": 0.512,
             "attention": {"wanted": "cudnn_attention", "used": ["math"]},
             "host_waits_per_step": 2.0,
@@ -638,9 +655,10 @@ def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> None:
-    code = f"from amlaunch.trainer.tools.bench import main; raise SystemExit(main(['data', {bench_recipe(tmp_path)!r}, '--json', '--steps', '3', '--warmup', '1'] + %s))"
+    arguments = ["data", bench_recipe(tmp_path), "--json", "--steps", "3", "--warmup", "1"]
+    code = f"from amlaunch.trainer.tools.bench import main; raise SystemExit(main({arguments} + %s))"
     root = str(Path(__file__).parent.parent)
-    for more, made_up in (
+    for overrides, synthetic in (
         ([], False),
         (
             [
@@ -652,30 +670,32 @@ def test_bench_data_reads_what_training_reads_or_makes_it_up(tmp_path: Path) -> 
             True,
         ),
     ):
-        done = subprocess.run([sys.executable, "-c", code % more], capture_output=True, text=True, cwd=root)
+        done = subprocess.run([sys.executable, "-c", code % overrides], capture_output=True, text=True, cwd=root)
         assert done.returncode == OK, done.stderr
-        found = json.loads(done.stdout)
-        assert found["synthetic_data"] is made_up and found["tokens_per_s"] > 0 and found["seq_len"] == 16
+        report = json.loads(done.stdout)
+        assert report["synthetic_data"] is synthetic and report["tokens_per_s"] > 0 and report["seq_len"] == 16
 
 
 @pytest.mark.slow
 def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> None:
-    """On text of this machine, and on that of a recipe."""
+    """Check both sources of text: this machine, and a recipe."""
     (tmp_path / "text.txt").write_text("abcdefgh" * 1000)
     (tmp_path / "mine.yaml").write_text(
-        "preprocess: {data_files: text.txt, tokenizer: byte}\nmodel: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model}\ndataset: {}\n"
+        "preprocess: {data_files: text.txt, tokenizer: byte}\n"
+        "model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model}\n"
+        "dataset: {}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    for words, tokens, tokenizer in (
+    for arguments, tokens, tokenizer in (
         (["--max-tokens", "50K", "--num-workers", "2"], 50_000, "gpt2"),
         ([str(tmp_path / "mine.yaml"), "--max-tokens", "1K"], 1000, "byte"),
     ):
-        command = [sys.executable, "-m", "amlaunch", "bench", "preprocess", *words]
+        command = [sys.executable, "-m", "amlaunch", "bench", "preprocess", *arguments]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == OK, done.stderr
-        found = json.loads(done.stdout)
-        assert found["tokens"] == tokens and found["tokenizer"] == tokenizer
-        assert found["tokens_per_s"] == pytest.approx(tokens / found["seconds"])
+        report = json.loads(done.stdout)
+        assert report["tokens"] == tokens and report["tokenizer"] == tokenizer
+        assert report["tokens_per_s"] == pytest.approx(tokens / report["seconds"])
     assert (
         "1,000 tokens of"
         in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
@@ -685,8 +705,11 @@ def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
-    """As a terminal sends it, to all processes. Red where the launcher kills what it started, whose folder then stays."""
-    words = [
+    """Send the signal to all processes like a terminal.
+
+    Fails if the launcher kills its child, which then leaves its folder behind.
+    """
+    arguments = [
         "bench",
         "train",
         bench_recipe(tmp_path),
@@ -701,7 +724,7 @@ def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
         "1024",
     ]  # steps that take seconds
     process = subprocess.Popen(
-        [sys.executable, "-m", "amlaunch", *words],
+        [sys.executable, "-m", "amlaunch", *arguments],
         cwd=tmp_path,
         env=in_the_image(tmp_path),
         stdout=subprocess.PIPE,
@@ -712,8 +735,8 @@ def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
     assert process.stderr is not None and any(line.startswith("step 1/") for line in process.stderr)
     time.sleep(0.5)  # into the next step, which is not left before its end
     os.killpg(process.pid, signal.SIGINT)
-    out, said = process.communicate(timeout=60)
-    assert (process.returncode, out) == (INTERRUPTED, "") and said.endswith("interrupted: nothing was measured\n")
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (INTERRUPTED, "") and errors.endswith("interrupted: nothing was measured\n")
     assert list((tmp_path / "tmp").glob("amlaunch-*")) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
@@ -722,14 +745,14 @@ def test_ctrl_c_ends_a_measurement_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_value_is_not_taken_for_the_recipe(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Red where the command leaves the recipe out, and the next word takes its place."""
+    """Fails if the command omits the recipe, so that the next argument takes its place."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
     assert amlaunch(["bench", "data", "--gpus", "0", "--model.n_embed", "3"]) == BAD_INPUT
     assert "did you mean 'n_embd'?" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["train", "nanogtp"], "did you mean 'nanogpt'?"),
         (["train", "--steps", "0"], "argument --steps: expected an integer of at least 1, got '0'"),
@@ -738,15 +761,15 @@ def test_a_value_is_not_taken_for_the_recipe(
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words) == BAD_INPUT
+    assert main(arguments) == BAD_INPUT
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["train", "--gpus", "-1"], "write a number from 0 on"),
         (["train", "--gpus", "3"], "this machine has 2 GPUs"),
@@ -755,21 +778,24 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     ],
 )
 def test_the_command_refuses_what_it_would_not_heed(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert amlaunch(["bench", *words]) == BAD_INPUT
-    assert said in capsys.readouterr().err
+    assert amlaunch(["bench", *arguments]) == BAD_INPUT
+    assert message in capsys.readouterr().err
 
 
 def compile_into(folder: str) -> None:
-    """What the driver has each rank do, with a folder of the run."""
+    """Set the compile cache of a rank, as the driver does."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
 @pytest.mark.slow
 def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    """bfloat16, compiled, residual stream in bfloat16, loss from hidden states, with real kernels: within the bounds of docs/performance.md over 12 steps."""
+    """Combine bfloat16, compilation, a bfloat16 residual stream and the loss from hidden states, with real kernels.
+
+    The deviation over 12 steps stays within the bounds of docs/performance.md.
+    """
     cached = {0: partial(compile_into, str(tmp_path / "cache"))}
     steps = {"max_steps": 12, "val_every_steps": None}
     loss = {"_target_": "amlaunch.trainer.loss.LinearCrossEntropy", "vocab_size": VOCAB, "chunk_tokens": 20}
@@ -791,15 +817,16 @@ def test_everything_fast_at_once_stays_near_the_truth_and_a_second_start_compile
             loss_fn=loss,
         ),
     )
-    assert exact.here("--export", "null") == OK
+    assert exact.train_inline("--export", "null") == OK
     starts = []
     for last in ("6", "12"):
         fast.start(1, "--export", "null", "--step_scheduler.max_steps", last, prepare=cached)
-        codes, said = fast.wait(600.0)
-        assert codes == [OK] and "compile scope: model" in said, said
+        codes, output = fast.wait(600.0)
+        assert codes == [OK] and "compile scope: model" in output, output
         assert re.search(
-            r"first step finished [\d.]+ s after process start; torch.compile took [\d.]+ s \(\d+ of \d+ graphs were cached\)",
-            said,
+            r"first step finished [\d.]+ s after process start; "
+            r"torch.compile took [\d.]+ s \(\d+ of \d+ graphs were cached\)",
+            output,
         )
         starts.append(fast.result()["startup"])
     first, second = starts
@@ -833,21 +860,21 @@ def test_the_gpu_suite_does_on_a_cpu_what_a_cpu_can_do(tmp_path: Path) -> None:
 def test_the_gpu_suite_survives_parts_that_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = [
+    measurements = [
         gpu_suite.Measurement("wrong", gpu_suite.bench, ("llama-of-nobody",)),
         gpu_suite.Measurement("right", lambda *_: {"note": "went on"}),
     ]
-    monkeypatch.setattr(gpu_suite, "measurements", lambda: made)
+    monkeypatch.setattr(gpu_suite, "measurements", lambda: measurements)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry"])
     assert gpu_suite.main() == 1
-    said = capsys.readouterr().out
-    assert "FAILED: " in said and "llama-of-nobody" in said and "went on" in said
+    output = capsys.readouterr().out
+    assert "FAILED: " in output and "llama-of-nobody" in output and "went on" in output
 
 
 def hanging(folder: Path) -> Any:
-    """A part that never ends, nor does what it has started, which holds its output open."""
+    """Make a measurement that never ends, with a descendant that keeps its output open."""
 
-    def run(part: gpu_suite.Measurement, suite: gpu_suite.Suite) -> dict[str, Any]:
+    def run(measurement: gpu_suite.Measurement, suite: gpu_suite.Suite) -> dict[str, Any]:
         suite.process(["sh", "-c", f"sleep 600 & echo $! >> {folder}/pids; echo thinking; sleep 600"])
         return {}
 
@@ -855,32 +882,32 @@ def hanging(folder: Path) -> Any:
 
 
 def suite_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[gpu_suite.Measurement], *words: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurements: list[gpu_suite.Measurement], *arguments: str
 ) -> tuple[int, dict[str, str]]:
-    """The suite's exit code with these parts, and their states as they are written down; no process is left."""
-    monkeypatch.setattr(gpu_suite, "measurements", lambda: made)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry", "--out", str(folder / "out.json"), *words])
+    """Run the suite; return its exit code and the written states, and check that no process is left."""
+    monkeypatch.setattr(gpu_suite, "measurements", lambda: measurements)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry", "--out", str(folder / "out.json"), *arguments])
     code = gpu_suite.main()
     for pid in map(int, (folder / "pids").read_text().split()):
         assert (
             not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
         )  # which nobody has buried yet
-    return code, {name: found["state"] for name, found in json.loads((folder / "out.json").read_text()).items()}
+    return code, {name: outcome["state"] for name, outcome in json.loads((folder / "out.json").read_text()).items()}
 
 
 def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red where only the first process is ended, whose output is then waited for, or where the whole has no end."""
-    began = time.monotonic()
-    made = [
+    """Fails if only the first process is killed and its output awaited, or if there is no total time limit."""
+    started = time.monotonic()
+    measurements = [
         gpu_suite.Measurement("late", hanging(tmp_path), limit=0.1),  # five times that in a dry run
         gpu_suite.Measurement("right", lambda *_: {"note": "went on"}),
         gpu_suite.Measurement("later", hanging(tmp_path)),
         gpu_suite.Measurement("never", hanging(tmp_path)),
     ]
-    code, states = suite_of(tmp_path, monkeypatch, made, "--minutes", "0.05")
-    assert time.monotonic() - began < 8 and code == 1
+    code, states = suite_of(tmp_path, monkeypatch, measurements, "--minutes", "0.05")
+    assert time.monotonic() - started < 8 and code == 1
     assert (
         states["late"].startswith("FAILED: exceeded its time limit of 1 s; last output: thinking")
         and states["right"] == "done"
@@ -894,7 +921,7 @@ def test_the_gpu_suite_ends_parts_that_hang_and_itself_in_time(
 def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
     tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = [
+    measurements = [
         gpu_suite.Measurement("first", lambda *_: {"note": "a figure"}),
         gpu_suite.Measurement("second", hanging(tmp_path)),
         gpu_suite.Measurement("third", hanging(tmp_path)),
@@ -902,7 +929,7 @@ def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 30.0)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), sent))
     timer.start()
-    code, states = suite_of(tmp_path, monkeypatch, made)
+    code, states = suite_of(tmp_path, monkeypatch, measurements)
     assert code == 130 and states == {"first": "done", "second": "interrupted", "third": "not started"}
     assert "a figure" in capsys.readouterr().out
 
@@ -910,7 +937,7 @@ def test_the_gpu_suite_prints_what_it_has_when_it_is_told_to_end(
 def test_the_gpu_suite_leaves_what_nothing_else_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A part that hangs in this very process."""
+    """The measurement hangs in the suite's own process."""
     (tmp_path / "pids").touch()
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0.2)
     code, states = suite_of(

@@ -1,4 +1,4 @@
-"""The loss that never has all logits: exact in float64, with masks, padding and any chunk, and as part of training."""
+"""The chunked loss: exact in float64 with masks, padding and any chunk size, and as part of training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIGHT = 1e-12
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab: int) -> list[torch.Tensor]:
-    """Loss and gradients by torch's own cross entropy over the rows of ``weight`` that are tokens."""
+    """Return loss and gradients of torch's cross entropy over the rows of ``weight`` that are tokens."""
     loss = F.cross_entropy(F.linear(hidden, weight[:vocab]).flatten(0, 1), labels.flatten(), reduction="sum")
     return [loss, *torch.autograd.grad(3.0 * loss, (hidden, weight))]
 
@@ -45,8 +45,8 @@ def test_chunks_padding_and_masks_change_nothing(
     weight = (3 * torch.randn(vocab + padding, 6, dtype=torch.float64)).requires_grad_()
     labels = torch.randint(0, vocab, (batch, length)).masked_fill(torch.rand(batch, length) < masked, -100)
     loss = LinearCrossEntropy(vocab_size=vocab, chunk_tokens=chunk).from_hidden(hidden, weight, labels)
-    found = [loss, *torch.autograd.grad(3.0 * loss, (hidden, weight))]
-    for ours, expected in zip(found, reference(hidden, weight, labels, vocab), strict=True):
+    results = [loss, *torch.autograd.grad(3.0 * loss, (hidden, weight))]
+    for ours, expected in zip(results, reference(hidden, weight, labels, vocab), strict=True):
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)
     from_logits = MaskedCrossEntropy(vocab_size=vocab)(F.linear(hidden, weight), labels)
     torch.testing.assert_close(from_logits, loss, rtol=TIGHT, atol=TIGHT)
@@ -66,7 +66,7 @@ def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
 
 
 def test_torchs_own_adds_up_in_float32() -> None:
-    """Red where torch is asked for the sum, which in bfloat16 loses whole chunks of it."""
+    """Fails if torch computes the sum, which in bfloat16 loses complete chunks."""
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch before 2.13")
     torch.manual_seed(0)
@@ -91,8 +91,8 @@ def test_in_half_precision_its_gradients_are_as_near_to_the_truth_as_plain_ones(
     assert loss.dtype is torch.float32
     ours = [loss, *torch.autograd.grad(3.0 * loss, half)]
     plain = reference(*half, labels, 370)
-    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
-        errors = [((found.double() - truth).norm() / truth.norm()).item() for found in (mine, theirs)]
+    for our_value, plain_value, truth in zip(ours, plain, exact, strict=True):
+        errors = [((value.double() - truth).norm() / truth.norm()).item() for value in (our_value, plain_value)]
         assert errors[0] < 1e-2 and errors[0] < 1.25 * errors[1] + 1e-4
 
 
@@ -113,23 +113,24 @@ def test_gradients_are_there_only_where_they_are_wanted_and_once() -> None:
 @pytest.mark.parametrize("build", [build_gpt2_model, build_llama_model], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_models_loss_and_gradients_are_those_of_its_logits(build: Any, tied: bool) -> None:
-    sizes = {"n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2} if build is build_gpt2_model else {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": tied
-    }  # fmt: skip
+    sizes: dict[str, int] = {"n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    if build is build_llama_model:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes["tie_word_embeddings"] = tied
     model = build(vocab_size=50, **sizes).double()
     inputs, labels = torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8))
-    found = []
+    results = []
     for loss_fn in (LinearCrossEntropy(chunk_tokens=5), MaskedCrossEntropy()):
         loss = compute_loss(model, model, loss_fn, inputs, labels)
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for ours, expected in zip(*found, strict=True):
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    for wrong, word in (({"implementation": "liger"}, "chunked, torch"), ({"chunk_tokens": 0}, "at least 1")):
-        with pytest.raises(BadInput, match=word):
-            LinearCrossEntropy(**wrong)  # type: ignore[arg-type]
+    for keywords, message in (({"implementation": "liger"}, "chunked, torch"), ({"chunk_tokens": 0}, "at least 1")):
+        with pytest.raises(BadInput, match=message):
+            LinearCrossEntropy(**keywords)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
@@ -144,7 +145,7 @@ def test_training_with_it_is_the_same(tmp_path: Path, strategy: str) -> None:
         run = Run(
             tmp_path / name, recipe(tmp_path, loss_fn={"_target_": f"amlaunch.trainer.loss.{loss_fn}"}, **sections)
         )
-        assert run.here("--export", "null") == OK
+        assert run.train_inline("--export", "null") == OK
         losses.append([run.column(column) for column in ("loss", "grad_norm", "val_loss")])
     for ours, expected in zip(*losses, strict=True):
         assert np.abs(np.array(ours) / expected - 1).max() < TIGHT

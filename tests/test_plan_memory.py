@@ -1,4 +1,4 @@
-"""What plan-memory predicts, against what torch's allocator did in a real run; and what it says."""
+"""Compare the predictions of plan-memory with torch's allocator in real runs, and check its output."""
 
 from __future__ import annotations
 
@@ -24,12 +24,26 @@ from amlaunch.trainer.tools.plan_memory import DOES_NOT_FIT, parse_bytes
 from tests.trainer_runs import Run, recipe
 
 GPT2 = {
-    "_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model", "vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "_target_": "amlaunch.trainer.models.gpt2.build_gpt2_model",
+    "vocab_size": 512,
+    "n_positions": 64,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 LLAMA = {
-    "_target_": "amlaunch.trainer.models.llama.build_llama_model", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "_target_": "amlaunch.trainer.models.llama.build_llama_model",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def spread(strategy: str = "fsdp2", dtype: str = "float32", **more: Any) -> dict[str, Any]:
@@ -37,7 +51,7 @@ def spread(strategy: str = "fsdp2", dtype: str = "float32", **more: Any) -> dict
 
 
 def compiled(scope: str) -> dict[str, Any]:
-    """With enough windows at once that what the blocks keep is most of the memory."""
+    """Compile with micro-batches so large that the blocks' activations are most of the memory."""
     return {
         "compile": {"enabled": True, "scope": scope},
         "step_scheduler": {"local_batch_size": 16, "global_batch_size": 32},
@@ -84,7 +98,10 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 """Ranks, model, sections."""
 WITHIN = 0.05
-"""Promised are 10 %; most are within 0.2 %. In bfloat16 the CPU's ``scatter_`` takes 3 % for itself, which a GPU's does not."""
+"""The documentation promises 10 %; most cases are within 0.2 %.
+
+In bfloat16 the CPU's ``scatter_`` takes 3 % for itself, unlike a GPU's.
+"""
 
 
 def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
@@ -101,7 +118,7 @@ def make(folder: Path, model: dict[str, Any], sections: dict[str, Any]) -> Run:
 
 
 def count_memory(folders: Sequence[Path]) -> None:
-    """Have this rank train in each of ``folders``, in place of its own, and write down what torch's allocator gave out at most."""
+    """Make this rank train in each of ``folders`` instead of its own; write the peak of torch's allocator to each."""
     import amlaunch.trainer.loop.job as jobs
 
     train = jobs.run
@@ -123,7 +140,7 @@ def count_memory(folders: Sequence[Path]) -> None:
 
 
 def let_gloo_end() -> None:
-    """Have every wait for a collective wait until gloo's thread has let go of its tensors, too.
+    """Make every wait for a collective also wait until gloo's thread has released its tensors.
 
     It holds them until Python lets it have its lock, in a small run for several collectives more, and what it frees
     last the profiler never hears of: 5 to 30 % more memory was seen, another figure each time. NCCL has no such thread.
@@ -131,60 +148,60 @@ def let_gloo_end() -> None:
     wait = dist.Work.wait
 
     def waited(work: Any, *timeout: Any) -> Any:
-        found = wait(work, *timeout)
+        result = wait(work, *timeout)
         time.sleep(0.001)
-        return found
+        return result
 
     dist.Work.wait = waited  # type: ignore[method-assign]
 
 
 def most_at_a_time(profile: Any) -> int:
-    """From what the allocator told the profiler, all but gloo's own copies of what it sends: NCCL makes none."""
+    """Return the peak of the profiled allocations without gloo's copies of what it sends; NCCL makes none."""
     events = [
         (event, gloos)
         for event, gloos in nested(profile.profiler.kineto_results.experimental_event_tree())
         if event.tag == _EventType.Allocation
     ]
     live: dict[int, int] = {}
-    most = now = 0
+    peak = current = 0
     for event, gloos in sorted(events, key=lambda pair: pair[0].start_time_ns):
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-        now -= live.pop(address, 0)  # given back, or else given out again
+        current -= live.pop(address, 0)  # given back, or else given out again
         if size > 0 and not gloos:
             live[address] = size
-            now += size
-            most = max(most, now)
-    return most
+            current += size
+            peak = max(peak, current)
+    return peak
 
 
-def nested(events: Any, gloos: bool = False) -> Iterator[tuple[Any, bool]]:
-    """All events, and whether they lie in one of gloo's."""
-    left = [(event, gloos) for event in events]
-    while left:
-        event, gloos = left.pop()
-        gloos = gloos or event.name.startswith(("c10d::", "gloo:"))
-        yield event, gloos
-        left += [(child, gloos) for child in event.children]
+def nested(events: Any, in_gloo: bool = False) -> Iterator[tuple[Any, bool]]:
+    """Yield all events, each with True if it is inside one of gloo's."""
+    pending = [(event, in_gloo) for event in events]
+    while pending:
+        event, in_gloo = pending.pop()
+        in_gloo = in_gloo or event.name.startswith(("c10d::", "gloo:"))
+        yield event, in_gloo
+        pending += [(child, in_gloo) for child in event.children]
 
 
 class Measured:
-    """What the cases took in real runs; those with as many ranks happen in one start of them."""
+    """Memory of the cases in real runs; cases with the same number of ranks share one start."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._runs: dict[str, Run] = {}
 
     def run_of(self, case: str) -> Run:
-        """The case's run, which has happened."""
+        """Return the run of a case, after running it if necessary."""
         ranks = CASES[case][0]
         if case not in self._runs:
-            mine = [name for name, (count, *_) in CASES.items() if count == ranks]
-            self._runs |= {name: make(self._folder / f"{ranks}-{i}", *CASES[name][1:]) for i, name in enumerate(mine)}
-            self._start(mine)
+            cases = [name for name, (count, *_) in CASES.items() if count == ranks]
+            self._runs |= {name: make(self._folder / f"{ranks}-{i}", *CASES[name][1:]) for i, name in enumerate(cases)}
+            self._start(cases)
         return self._runs[case]
 
     def taken(self, case: str, again: bool = False) -> int:
-        """Bytes at the peak; the fewer of two runs where it is to happen ``again``."""
+        """Return the peak in bytes; with ``again``, run once more and return the lower peak."""
         written = self.run_of(case).folder / "memory.json"
         before = json.loads(written.read_text())
         if again:
@@ -195,13 +212,13 @@ class Measured:
         first, ranks = self._runs[cases[0]], CASES[cases[0]][0]
         prepare = partial(count_memory, [self._runs[case].folder for case in cases])
         first.start(ranks, prepare=dict.fromkeys(range(ranks), prepare))
-        codes, said = first.wait(600)  # inductor's compiler takes most of it
-        assert codes == [OK] * ranks, said
+        codes, output = first.wait(600)  # inductor's compiler takes most of it
+        assert codes == [OK] * ranks, output
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """Once for all cases."""
+    """Share the measurements among all cases."""
     return Measured(tmp_path_factory.mktemp("memory"))
 
 
@@ -213,11 +230,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) -> None:
     need = predict(load(measured.run_of(case).folder / "recipe.yaml"), CASES[case][0], cuda=False)
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
-    for again in (
-        False,
-        True,
-        True,
-    ):  # on a busy machine gloo's thread may still come too late, with DDP's buckets above all
+    # on a busy machine gloo's thread may still be late, especially with DDP's buckets
+    for again in (False, True, True):
         taken = measured.taken(case, again)
         print(f"{case}: {need.peak:,} predicted, {taken:,} measured, {need.peak / taken:.3f}")
         if need.peak == pytest.approx(taken, rel=WITHIN):
@@ -228,16 +242,16 @@ def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) 
 @pytest.mark.slow
 def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, GPT2, CASES["gpt2"][2])
-    words = [str(run.folder / "recipe.yaml"), "--gpus=1", "--on-cpu", "--step_scheduler.local_batch_size=8"]
-    assert plan_memory.main([*words, "--gpu-memory=1GB"]) == OK
-    told = capsys.readouterr().out
-    assert "it fits" in told and "largest step_scheduler.local_batch_size that fits: 8" in told
-    assert plan_memory.main([*words, "--gpu-memory=6MB", "--json"]) == DOES_NOT_FIT
-    found = json.loads(capsys.readouterr().out)
-    assert not found["fits"] and found["largest_local_batch_size"] in (2, 4)
-    assert [way["fits"] for way in found["ways"]][-1]
-    last = found["ways"][-1]["override"]
-    assert plan_memory.main([*words, "--gpu-memory=6MB", last]) == OK  # the advice is right
+    arguments = [str(run.folder / "recipe.yaml"), "--gpus=1", "--on-cpu", "--step_scheduler.local_batch_size=8"]
+    assert plan_memory.main([*arguments, "--gpu-memory=1GB"]) == OK
+    output = capsys.readouterr().out
+    assert "it fits" in output and "largest step_scheduler.local_batch_size that fits: 8" in output
+    assert plan_memory.main([*arguments, "--gpu-memory=6MB", "--json"]) == DOES_NOT_FIT
+    report = json.loads(capsys.readouterr().out)
+    assert not report["fits"] and report["largest_local_batch_size"] in (2, 4)
+    assert [way["fits"] for way in report["ways"]][-1]
+    last = report["ways"][-1]["override"]
+    assert plan_memory.main([*arguments, "--gpu-memory=6MB", last]) == OK  # the advice is right
 
 
 @pytest.mark.slow
@@ -264,20 +278,20 @@ def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up()
 
 @pytest.mark.slow
 def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
-    words = [
+    overrides = [
         "--model.n_layer=6",
         "--model.n_embd=128",
         "--step_scheduler.local_batch_size=8",
         "--distributed.strategy=none",
         "--resources.train.tasks_per_node=1",
     ]
-    words += [
+    overrides += [
         "--loss_fn._target_=amlaunch.trainer.loss.LinearCrossEntropy",
         "--loss_fn.chunk_tokens=64",
         "--model.vocab_size=50304",
     ]
     plain, compiled = (
-        predict(load(find_recipe("quickstart"), [*words, f"--compile.enabled={value}"]), 1)
+        predict(load(find_recipe("quickstart"), [*overrides, f"--compile.enabled={value}"]), 1)
         for value in ("false", "true")
     )
     assert compiled.parameters == plain.parameters and compiled.flops == plain.flops

@@ -1,4 +1,4 @@
-"""recipes/char.yaml against a training loop that is written out by hand: the same losses, step for step."""
+"""Compare recipes/char.yaml with a hand-written training loop: the same losses at every step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK, BATCH, SEED = 64, 12, 1337
 
 
 def real_text(path: Path) -> int:
-    """A character-level ``.bin`` of Python's own sources, as the recipe makes it; the number of its tokens."""
+    """Write a character-level ``.bin`` of Python's own sources like the recipe; return its number of tokens."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     tokenizer = load_tokenizer(f"char:{stdlib}/pydoc_data/topics.py")
     text = "".join((stdlib / name).read_text() for name in ("argparse.py", "ast.py", "typing.py"))
@@ -40,7 +40,7 @@ def real_text(path: Path) -> int:
 
 
 def by_hand(path: Path, tokens: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step: nanoGPT's loop with AdamW and its learning rates, in float64, and nothing else."""
+    """Return loss and gradient norm of each step of nanoGPT's loop, with its learning rates and AdamW, in float64."""
     data = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
     windows = (tokens - 1) // BLOCK
     order = permute(np.arange(windows), windows, SEED, 0)
@@ -52,7 +52,7 @@ def by_hand(path: Path, tokens: int) -> list[tuple[float, float]]:
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
-    found = []
+    losses_and_norms = []
     for iteration in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = nanogpt_rate(iteration)
@@ -64,12 +64,12 @@ def by_hand(path: Path, tokens: int) -> list[tuple[float, float]]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        found.append((loss.item(), norm.item()))
-    return found
+        losses_and_norms.append((loss.item(), norm.item()))
+    return losses_and_norms
 
 
 def nanogpt_rate(iteration: int) -> float:
-    """As its train.py states it, with 100 iterations of warmup and 2000 of decay."""
+    """Return the learning rate of nanoGPT's train.py, with 100 iterations of warmup and 2000 of decay."""
     if iteration < 100:
         return 1e-3 * (iteration + 1) / 101
     ratio = (iteration - 100) / (2000 - 100)
@@ -83,13 +83,13 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     recipe = find_recipe("char")
     run = Run(tmp_path / "run", yaml.safe_load(recipe.read_text()))
     shutil.copy(recipe, run.folder / "recipe.yaml")
-    wishes = {
+    overrides = {
         "distributed.dtype": "float64",
         "dataset.file_pattern": str(tmp_path / "text.bin"),
         "validation_dataset": "null",
     }
-    words = [word for key, value in wishes.items() for word in (f"--{key}", value)]
-    assert run.here("--step_scheduler.max_steps", str(STEPS), *words) == OK
+    arguments = [argument for key, value in overrides.items() for argument in (f"--{key}", value)]
+    assert run.train_inline("--step_scheduler.max_steps", str(STEPS), *arguments) == OK
     expected = by_hand(tmp_path / "text.bin", tokens)
     assert np.allclose(run.column("loss"), [loss for loss, _ in expected], rtol=TIGHT, atol=0)
     assert np.allclose(run.column("grad_norm"), [norm for _, norm in expected], rtol=TIGHT, atol=0)

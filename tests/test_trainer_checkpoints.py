@@ -1,4 +1,4 @@
-"""Checkpoints through faults: processes really killed, files really damaged, disks really full."""
+"""Checkpoints under faults: killed processes, damaged files, full disks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def steps_of(run: Run) -> list[int]:
 
 @pytest.fixture
 def in_memory() -> Iterator[Path]:
-    """A folder that no disk has to be waited for, where there is one: dozens of runs save in it."""
+    """Provide a folder in memory if possible, because dozens of runs save in it."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
     yield folder
@@ -57,7 +57,7 @@ def in_memory() -> Iterator[Path]:
 def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory: Path) -> None:
     tmp_path = in_memory
     straight, watched = make(tmp_path, "straight", **SHORT), make(tmp_path, "watched", **SHORT)
-    assert straight.here() == OK
+    assert straight.train_inline() == OK
     watched.start(prepare={0: functools.partial(killed_at, None, 4, str(tmp_path / "phases"))})
     assert watched.wait()[0] == [OK]
     phases = (tmp_path / "phases").read_text().splitlines()
@@ -65,16 +65,16 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
     first = sorted({phase: phases.index(phase) for phase in reversed(phases)}.values())
     assert len(first) > 15 and "os.rename step-00000004.tmp" in phases, phases
     runs = [make(tmp_path, f"killed{number}", **SHORT) for number in first]
-    for some in (
+    for batch in (
         runs[i : i + 4] for i in range(0, len(runs), 4)
     ):  # a few at once: they wait for processes more than they compute
-        for run in some:
+        for run in batch:
             run.start(prepare={0: functools.partial(killed_at, int(run.folder.name.removeprefix("killed")), 4)})
-        assert [run.wait()[0] for run in some] == [[-signal.SIGKILL]] * len(some)
-        assert {checkpoint.select_checkpoint(run.checkpoints).step for run in some} <= {2, 4}
-        for run in some:
+        assert [run.wait()[0] for run in batch] == [[-signal.SIGKILL]] * len(batch)
+        assert {checkpoint.select_checkpoint(run.checkpoints).step for run in batch} <= {2, 4}
+        for run in batch:
             run.start()
-        assert [run.wait()[0] for run in some] == [[OK]] * len(some)
+        assert [run.wait()[0] for run in batch] == [[OK]] * len(batch)
     for number, killed in zip(first, runs, strict=True):
         same_bits(straight, killed)
         assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["latest", "lock", "step-00000006"], (
@@ -86,8 +86,8 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_o
     straight, killed = make(tmp_path, "straight", **SHORT), make(tmp_path, "killed", **SHORT)
     straight.train(2)
     killed.start(2, prepare={1: functools.partial(killed_at, 3, 4)})
-    codes, said = killed.wait()
-    assert codes[1] == -signal.SIGKILL and codes[0] in (FAILED, -signal.SIGABRT), said
+    codes, output = killed.wait()
+    assert codes[1] == -signal.SIGKILL and codes[0] in (FAILED, -signal.SIGABRT), output
     assert 4 not in steps_of(killed)
     killed.train(2)
     same_bits(straight, killed)
@@ -103,8 +103,8 @@ def straight_and_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ru
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLAUNCH_DEVICE", "cpu")
         straight, half = make(folder, "straight", **HARMED), make(folder, "half", **HARMED)
-        assert straight.here() == OK
-        assert half.here("--step_scheduler.max_steps", "12") == OK
+        assert straight.train_inline() == OK
+        assert half.train_inline("--step_scheduler.max_steps", "12") == OK
     return straight, half
 
 
@@ -134,9 +134,9 @@ def test_a_damaged_checkpoint_falls_back_on_all_ranks_and_ends_the_same(
     harmed = copy_of(half, tmp_path / "harmed")
     damage(checkpoint.checkpoint_folder(harmed.checkpoints, 12) / "__0_0.distcp", "flip")
     (harmed.checkpoints / "step-00000016.tmp").mkdir()
-    said = harmed.train(ranks)
-    assert said.count("step-00000012 is damaged (__0_0.distcp: checksum mismatch)") == 1
-    assert "resuming after step 8" in said
+    output = harmed.train(ranks)
+    assert output.count("step-00000012 is damaged (__0_0.distcp: checksum mismatch)") == 1
+    assert "resuming after step 8" in output
     if ranks == 1:
         assert [line["loss"] for line in harmed.lines() if "loss" in line] == straight.column("loss")
         assert same_weights(straight, harmed)
@@ -158,9 +158,9 @@ def test_where_all_are_damaged_it_begins_anew(
     harmed = copy_of(half, tmp_path / "harmed")
     for folder in checkpoint.list_checkpoints(harmed.checkpoints):
         damage(folder / "meta.json", "flip")
-    assert harmed.here("--step_scheduler.max_steps", "2", "--checkpoint.restore_from", "latest") == BAD_INPUT
+    assert harmed.train_inline("--step_scheduler.max_steps", "2", "--checkpoint.restore_from", "latest") == BAD_INPUT
     assert "no intact checkpoint" in capsys.readouterr().err
-    assert harmed.here("--step_scheduler.max_steps", "2") == OK
+    assert harmed.train_inline("--step_scheduler.max_steps", "2") == OK
     assert "; starting at step 1" in capsys.readouterr().out
     assert harmed.column("loss")[:2] == straight.column("loss")[:2]
 
@@ -177,7 +177,7 @@ def in_safetensors(tmp_path_factory: pytest.TempPathFactory) -> Run:
             **{**SHORT, "model": {}, "checkpoint": section},
             distributed={"dtype": "float32"},
         )
-        assert run.here() == OK
+        assert run.train_inline() == OK
     return run
 
 
@@ -190,12 +190,12 @@ def test_every_file_of_a_checkpoint_is_verified_and_named(
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     assert len(files) >= 8
     for path in files:
-        kept = path.read_bytes()
+        content = path.read_bytes()
         damage(path, harm)
         assert checkpoint.select_checkpoint(run.checkpoints).folder == before, path
-        said = capsys.readouterr().out
-        assert f"{newest} is damaged" in said and path.name in said
-        path.write_bytes(kept)
+        output = capsys.readouterr().out
+        assert f"{newest} is damaged" in output and path.name in output
+        path.write_bytes(content)
     assert checkpoint.select_checkpoint(run.checkpoints).folder == newest
 
 
@@ -205,12 +205,12 @@ def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_ot
     from transformers import AutoModelForCausalLM
 
     plain = make(tmp_path, "plain", **{**SHORT, "model": {}}, distributed={"dtype": "float32"})
-    assert plain.here() == OK
+    assert plain.train_inline() == OK
     same_bits(plain, in_safetensors)
     crossed = make(tmp_path, "crossed", **{**SHORT, "model": {}, "checkpoint": {}}, distributed={"dtype": "float32"})
     for last, form in ((2, "safetensors"), (4, "torch_save"), (6, "safetensors")):
         assert (
-            crossed.here(
+            crossed.train_inline(
                 "--step_scheduler.max_steps",
                 str(last),
                 "--checkpoint.model_save_format",
@@ -235,7 +235,7 @@ def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     four = make(tmp_path, "four", step_scheduler={"max_steps": 4}, lr_scheduler=None, checkpoint={"is_async": False})
-    assert four.here() == OK
+    assert four.train_inline() == OK
     late = make(tmp_path, "late", step_scheduler={"max_steps": 8, "ckpt_every_steps": 4}, lr_scheduler=None)
     save = dcp.save
 
@@ -246,7 +246,7 @@ def test_what_is_saved_is_the_step_that_was_saved_however_late_it_is_written(
         return save(*arguments, **keywords)
 
     monkeypatch.setattr(dcp, "save", later)
-    assert late.here() == OK
+    assert late.train_inline() == OK
     monkeypatch.undo()
     shutil.rmtree(checkpoint.checkpoint_folder(late.checkpoints, 8))
     assert same_weights(four, late)
@@ -258,7 +258,7 @@ def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: 
     run = make(
         tmp_path, **sections, checkpoint={"max_recent_checkpoints": 2, "keep_every_steps": 4}, optimizer={"lr": 0.5}
     )
-    assert run.here() == OK
+    assert run.train_inline() == OK
     losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
     best = min(losses, key=lambda step: losses[step])
     assert steps_of(run) == sorted({9, 10, 4, 8, best})
@@ -268,7 +268,9 @@ def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path, capsys: 
     with pytest.raises(BadInput, match=r"no checkpoint of step 5. Available steps: 10, 9, 8"):
         checkpoint.select_checkpoint(run.checkpoints, step=5)
     section = load(run.folder / "recipe.yaml", ["--checkpoint.keep_best", "false"]).recipe.checkpoint
-    assert checkpoint.checkpoint_folder(run.checkpoints, best) in expired_checkpoints(run.checkpoints, section) or best in (4, 8, 9, 10)
+    assert checkpoint.checkpoint_folder(run.checkpoints, best) in expired_checkpoints(
+        run.checkpoints, section
+    ) or best in (4, 8, 9, 10)
 
 
 def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,15 +280,15 @@ def test_a_run_goes_back_to_its_best_once_and_then_on(tmp_path: Path, capsys: py
         "optimizer": {"lr": 0.3},
     }
     run = make(tmp_path, **sections, checkpoint={"max_recent_checkpoints": 9})
-    assert run.here() == OK
+    assert run.train_inline() == OK
     losses = {line["step"]: line["val_loss"] for line in run.lines() if "val_loss" in line}
     best = min((2, 4, 6), key=lambda step: losses[step])
     shutil.rmtree(checkpoint.checkpoint_folder(run.checkpoints, 8))
     back = ("--checkpoint.restore_from", "best", "--optimizer.lr", "1e-3")
-    assert run.here(*back, "--step_scheduler.max_steps", str(best + 2)) == OK
+    assert run.train_inline(*back, "--step_scheduler.max_steps", str(best + 2)) == OK
     assert f"resuming after step {best}" in capsys.readouterr().out
     assert steps_of(run)[-1] == best + 2
-    assert run.here(*back) == OK
+    assert run.train_inline(*back) == OK
     assert f"resuming after step {best + 2}" in capsys.readouterr().out, "not back to the best again"
     assert [path.name for path in run.checkpoints.glob("*.replaced")] == []
 
@@ -297,23 +299,23 @@ def test_a_run_begins_from_another_ones_checkpoint(
     straight, half = straight_and_half
     other = Run(tmp_path / "other", half.tree)
     (other.folder / "stop").touch()
-    wish = ("--checkpoint.restore_from", str(half.checkpoints / "step-00000008"))
-    assert other.here(*wish) == RESUMABLE
+    overrides = ("--checkpoint.restore_from", str(half.checkpoints / "step-00000008"))
+    assert other.train_inline(*overrides) == RESUMABLE
     assert steps_of(other) == [8], "stopped at once, it saves what it began from"
     (other.folder / "stop").unlink()
-    assert other.here(*wish) == OK
+    assert other.train_inline(*overrides) == OK
     assert other.column("loss") == straight.column("loss")[8:]
     assert same_weights(straight, other)
-    for where, words in (
+    for restore_from, message in (
         (str(tmp_path), f"no intact checkpoint at {tmp_path}"),
         ("bst", "Set it to auto, latest, best, or"),
         ("best", "has no validated checkpoint"),
     ):
-        fresh = Run(tmp_path / f"fresh-{len(where)}", half.tree)
-        assert fresh.here("--checkpoint.restore_from", where) == BAD_INPUT
-        assert words in capsys.readouterr().err
+        fresh = Run(tmp_path / f"fresh-{len(restore_from)}", half.tree)
+        assert fresh.train_inline("--checkpoint.restore_from", restore_from) == BAD_INPUT
+        assert message in capsys.readouterr().err
     refused = make(tmp_path, "refused", **HARMED, model={"n_layer": 1})
-    assert refused.here(*wish) == BAD_INPUT
+    assert refused.train_inline(*overrides) == BAD_INPUT
     assert "its model differs (n_layer: 2 in the checkpoint, 1 in the recipe)" in capsys.readouterr().err
 
 
@@ -323,9 +325,9 @@ def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: P
         step_scheduler={"max_steps": 6, "ckpt_every_steps": 2, "val_every_steps": 2},
         checkpoint={"max_recent_checkpoints": 1},
     )
-    assert run.here("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
+    assert run.train_inline("--step_scheduler.max_steps", "2", "--validation_dataset", "null") == OK
     assert checkpoint.list_by_validation_loss(run.checkpoints) == []
-    assert run.here("--optimizer.lr", "30") == OK  # from here on it gets worse
+    assert run.train_inline("--optimizer.lr", "30") == OK  # from here on it gets worse
     assert min(run.column("val_loss")) == run.column("val_loss")[0]
     assert (run.checkpoints / "best").read_text() == "step-00000002\n" and steps_of(run) == [2, 6]
     assert checkpoint.select_checkpoint(run.checkpoints, best=True).step == 2, "and it is whole as it was"
@@ -333,7 +335,7 @@ def test_a_validation_that_is_made_up_for_marks_its_step_as_the_best(tmp_path: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of four megabytes."""
+    """Mount a file system of four megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
@@ -352,45 +354,45 @@ def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is
 ) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
     run.checkpoints.symlink_to(small_disk)
-    assert run.here("--step_scheduler.max_steps", "2") == OK
-    whole = checkpoint.select_checkpoint(small_disk).step
+    assert run.train_inline("--step_scheduler.max_steps", "2") == OK
+    saved_step = checkpoint.select_checkpoint(small_disk).step
     ballast = small_disk / "ballast"
-    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast.write_bytes(bytes(room - 16384))
-    assert run.here() == FAILED
-    said, error = capsys.readouterr()
+    free_bytes = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free_bytes - 16384))
+    assert run.train_inline() == FAILED
+    output, errors = capsys.readouterr()
     assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
-    assert "No space left on device" in said and "the checkpoint of step 2 is intact; training continues" in said
-    assert "cannot write the checkpoint of step 8" in error and "Traceback" not in said + error
-    assert whole == checkpoint.select_checkpoint(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
+    assert "No space left on device" in output and "the checkpoint of step 2 is intact; training continues" in output
+    assert "cannot write the checkpoint of step 8" in errors and "Traceback" not in output + errors
+    assert saved_step == checkpoint.select_checkpoint(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
     ballast.unlink()
-    assert run.here() == OK and steps_of(run) == [6, 8]
+    assert run.train_inline() == OK and steps_of(run) == [6, 8]
 
 
 def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 8, "ckpt_every_steps": 2}, validation_dataset=None)
-    assert run.here("--step_scheduler.max_steps", "2") == OK
+    assert run.train_inline("--step_scheduler.max_steps", "2") == OK
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (20_000, before[1])
     )  # Python ignores SIGXFSZ: a write fails, as on a full disk
     try:
-        assert run.here() == FAILED
+        assert run.train_inline() == FAILED
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said, error = capsys.readouterr()
+    output, errors = capsys.readouterr()
     assert run.column("step")[-1] == 8, "to the end, though nothing could be saved"
-    assert "error: " in said and "cannot write the checkpoint of step 4 (rank 0: " in said
-    assert "File too large" in said and "the checkpoint of step 2 is intact; training continues" in said
-    assert "cannot write the checkpoint of step 8" in error and "Traceback" not in said + error
+    assert "error: " in output and "cannot write the checkpoint of step 4 (rank 0: " in output
+    assert "File too large" in output and "the checkpoint of step 2 is intact; training continues" in output
+    assert "cannot write the checkpoint of step 8" in errors and "Traceback" not in output + errors
     assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
-    assert run.here() == OK and steps_of(run) == [6, 8]
+    assert run.train_inline() == OK and steps_of(run) == [6, 8]
 
 
 def as_nobody() -> None:
-    """For root is not kept from writing anywhere. What only root can read is read before."""
+    """Become another user, because root may write anywhere; first read what only root can read."""
     sysconfig.get_config_vars()
     os.setegid(65534)
     os.seteuid(65534)
@@ -406,9 +408,9 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step() -> None
             path.chmod(0o777 if path.is_dir() else 0o666)
         run.checkpoints.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
         run.start(2, prepare={0: as_nobody, 1: as_nobody})
-        codes, said = run.wait()
-        assert codes == [BAD_INPUT] * 2, said
-        assert said.count("checkpoints cannot be written here (Permission denied)") == 1 and run.lines() == []
+        codes, output = run.wait()
+        assert codes == [BAD_INPUT] * 2, output
+        assert output.count("checkpoints cannot be written here (Permission denied)") == 1 and run.lines() == []
     finally:
         shutil.rmtree(folder)
 
@@ -416,7 +418,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step() -> None
 def test_a_file_in_the_folders_place_is_said_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path)
     run.checkpoints.write_text("")
-    assert run.here() == BAD_INPUT
+    assert run.train_inline() == BAD_INPUT
     assert "checkpoints cannot be written here (File exists)" in capsys.readouterr().err
 
 
@@ -426,13 +428,16 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     try:
         first.until_step(1)
         second = Run(tmp_path / "second", first.tree)
-        assert second.here("--checkpoint.checkpoint_dir", "x", "--checkpoints", str(first.checkpoints)) == BAD_INPUT
+        assert (
+            second.train_inline("--checkpoint.checkpoint_dir", "x", "--checkpoints", str(first.checkpoints))
+            == BAD_INPUT
+        )
         assert f"another run (process {first.processes[0].pid} on " in capsys.readouterr().err
         assert second.lines() == []
     finally:
         first.signal(signal.SIGKILL)
     first.processes[0].wait(20)
-    assert first.here("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, (
+    assert first.train_inline("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, (
         "killed, it holds nothing any more"
     )
 
@@ -440,8 +445,8 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
 def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_spread(tmp_path: Path) -> None:
     sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "model": {"vocab_size": 104}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
-    assert straight.here() == OK
-    ways: dict[int, tuple[int, dict[str, Any]]] = {
+    assert straight.train_inline() == OK
+    layouts: dict[int, tuple[int, dict[str, Any]]] = {
         4: (4, {"dp_replicate_size": 2}),
         7: (2, {"tp_size": 2, "sequence_parallel": "true"}),
         10: (1, {"strategy": "none"}),
@@ -449,14 +454,14 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_s
         16: (2, {"cp_size": 2}),
         20: (4, {"tp_size": 2}),
     }
-    for last, (ranks, keys) in ways.items():
-        how = [word for key, value in keys.items() for word in (f"--distributed.{key}", str(value))]
-        said = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *how)
-        assert last == 4 or f"resuming after step {max(step for step in ways if step < last)}" in said
+    for last, (ranks, keys) in layouts.items():
+        overrides = [argument for key, value in keys.items() for argument in (f"--distributed.{key}", str(value))]
+        output = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *overrides)
+        assert last == 4 or f"resuming after step {max(step for step in layouts if step < last)}" in output
     for name in ("loss", "grad_norm", "val_loss"):
-        mine = {line["step"]: line[name] for line in resharded.lines() if name in line}
+        values = {line["step"]: line[name] for line in resharded.lines() if name in line}
         for step, value in {line["step"]: line[name] for line in straight.lines() if name in line}.items():
-            assert abs(mine[step] / value - 1) < TIGHT, (name, step)
+            assert abs(values[step] / value - 1) < TIGHT, (name, step)
 
 
 def poison(step: int) -> None:
@@ -485,14 +490,14 @@ def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_pat
     alone.start(prepare={0: functools.partial(poison, 3)})
     spread.start(2, prepare={1: functools.partial(poison, 3)})
     for run in (alone, spread):
-        codes, said = run.wait()
-        assert codes == [OK] * len(codes) and said.count("warning: step 3: update skipped") == 1, said
+        codes, output = run.wait()
+        assert codes == [OK] * len(codes) and output.count("warning: step 3: update skipped") == 1, output
         assert run.lines()[2]["loss"] is None and run.column("skipped_steps")[-1] == 1
     finite = [i for i in range(8) if i != 2]
-    mine, theirs = (np.array([run.column("loss")[i] for i in finite], dtype=float) for run in (spread, alone))
-    assert np.abs(mine / theirs - 1).max() < TIGHT
-    one, other = weights(spread), weights(alone)
-    assert all((one[name] - other[name]).abs().max() < TIGHT for name in one)
+    actual, expected = (np.array([run.column("loss")[i] for i in finite], dtype=float) for run in (spread, alone))
+    assert np.abs(actual / expected - 1).max() < TIGHT
+    actual_weights, expected_weights = weights(spread), weights(alone)
+    assert all((actual_weights[name] - expected_weights[name]).abs().max() < TIGHT for name in actual_weights)
 
 
 def test_a_checkpoint_says_what_it_is(straight_and_half: tuple[Run, Run]) -> None:

@@ -1,4 +1,4 @@
-"""Whole training runs: equal however they are spread, interrupted or damaged.
+"""Complete training runs: equal results for any number of ranks, interruption or damage.
 
 Runs on one rank happen in this process, the others are real processes.
 """
@@ -31,7 +31,7 @@ from amlaunch.trainer.data.datasets import NanogptDataset
 import numpy as np
 
 class Masked:
-    '''Windows of which a different part counts in each.'''
+    '''Windows with a different number of masked labels in each.'''
     shuffle = True
 
     def __init__(self, *, file_pattern: str, seq_len: int):
@@ -51,7 +51,7 @@ class Masked:
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process see no GPU and no ranks."""
+    """Hide the GPU and ranks from runs in this process."""
     monkeypatch.setenv("AMLAUNCH_DEVICE", "cpu")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -61,15 +61,15 @@ def make(folder: Path, name: str = "run", **sections: Any) -> Run:
     return Run(folder / name, recipe(folder, **sections))
 
 
-def same_bits(one: Run, other: Run) -> None:
+def same_bits(run: Run, other: Run) -> None:
     for name in ("step", "loss", "grad_norm", "val_loss", "lr", "tokens"):
-        assert one.column(name) == other.column(name), name
-    assert same_weights(one, other)
+        assert run.column(name) == other.column(name), name
+    assert same_weights(run, other)
 
 
-def same_weights(one: Run, other: Run) -> bool:
-    mine, theirs = weights(one), weights(other)
-    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+def same_weights(run: Run, other: Run) -> bool:
+    actual, expected = weights(run), weights(other)
+    return all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -78,11 +78,11 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def close(one: Run, other: Run) -> None:
+def close(run: Run, other: Run) -> None:
     for name in ("loss", "grad_norm"):
-        mine, theirs = np.array(one.column(name)), np.array(other.column(name))
-        assert len(mine) == 20
-        assert np.abs(mine / theirs - 1).max() < TIGHT, name
+        actual, expected = np.array(run.column(name)), np.array(other.column(name))
+        assert len(actual) == 20
+        assert np.abs(actual / expected - 1).max() < TIGHT, name
 
 
 def masked(folder: Path, name: str, **sections: Any) -> Run:
@@ -95,9 +95,9 @@ def masked(folder: Path, name: str, **sections: Any) -> Run:
 
 
 def test_the_loop_is_plain_training(tmp_path: Path) -> None:
-    """Against a dozen lines of torch that share nothing with it but the model and the data."""
+    """Compare with a short plain torch loop that shares only the model and the data."""
     run = masked(tmp_path, "run", lr_scheduler=None)
-    assert run.here() == OK
+    assert run.train_inline() == OK
     torch.manual_seed(42)
     model = build_gpt2_model(**{key: value for key, value in MODEL.items() if key != "_target_"}).double()
     dataset = NanogptDataset(file_pattern=run.tree["dataset"]["file_pattern"], seq_len=SEQ_LEN)
@@ -124,12 +124,12 @@ def test_the_loop_is_plain_training(tmp_path: Path) -> None:
 
 
 def test_micro_batches_and_strategy_do_not_matter_even_with_uneven_masks(tmp_path: Path) -> None:
-    whole = masked(tmp_path, "whole", step_scheduler={"local_batch_size": 8}, distributed={"strategy": "none"})
-    assert whole.here() == OK
+    reference = masked(tmp_path, "whole", step_scheduler={"local_batch_size": 8}, distributed={"strategy": "none"})
+    assert reference.train_inline() == OK
     for name, local, strategy in (("accumulated", 2, "none"), ("fsdp2", 2, "fsdp2"), ("ddp", 1, "ddp")):
         run = masked(tmp_path, name, step_scheduler={"local_batch_size": local}, distributed={"strategy": strategy})
-        assert run.here() == OK
-        close(run, whole)
+        assert run.train_inline() == OK
+        close(run, reference)
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD"])
@@ -139,10 +139,10 @@ def test_going_on_is_bitwise_the_same_with_dropout_and_validation_between(tmp_pa
         others = {"others": {"_target_": "torch.optim.AdamW", "lr": 1e-3}} if optimizer == "Muon" else {"momentum": 0.9}
         sections["optimizer"] = {"_target_": f"torch.optim.{optimizer}", "lr": 1e-2, **others}
     straight = make(tmp_path, "straight", **sections)
-    assert straight.here() == OK
+    assert straight.train_inline() == OK
     halves = make(tmp_path, "halves", **sections)
     for steps in ("3", "7", "13", "20"):
-        assert halves.here("--step_scheduler.max_steps", steps, "--step_scheduler.val_every_steps", "10") == OK
+        assert halves.train_inline("--step_scheduler.max_steps", steps, "--step_scheduler.val_every_steps", "10") == OK
     lines = [line for line in halves.lines() if line["step"] in (10, 20) or "val_loss" not in line]
     assert [line.get("loss") for line in lines] == [line.get("loss") for line in straight.lines()]
     assert [line.get("val_loss") for line in lines] == [line.get("val_loss") for line in straight.lines()]
@@ -161,7 +161,7 @@ def test_validation_changes_nothing_and_is_the_same_with_dropout(tmp_path: Path)
         step_scheduler={"val_every_steps": 1, "max_steps": 3},
         lr_scheduler=None,
     )
-    assert [often.here(), never.here(), frozen.here("--optimizer.lr", "0.0")] == [OK, OK, OK]
+    assert [often.train_inline(), never.train_inline(), frozen.train_inline("--optimizer.lr", "0.0")] == [OK, OK, OK]
     assert often.column("loss") == never.column("loss")
     assert len(often.column("val_loss")) == 6 and never.column("val_loss") == []
     assert len(set(frozen.column("val_loss"))) == 1
@@ -174,15 +174,15 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 2})
-    assert run.here() == OK
-    for override, word in (
+    assert run.train_inline() == OK
+    for override, message in (
         (["--model.n_embd", "32"], "n_embd: 16 in the checkpoint, 32 in the recipe"),
         (["--seed", "7"], "seed: 42 in the checkpoint, 7 in the recipe"),
         (["--dataset.shuffle_files", "false"], "shuffle: True in the checkpoint, False"),
         (["--step_scheduler.global_batch_size", "16"], "global_batch_size: 8 in the checkpoint, 16"),
     ):
-        assert run.here(*override) == BAD_INPUT
-        assert word in capsys.readouterr().err
+        assert run.train_inline(*override) == BAD_INPUT
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["at once", "after a checkpoint"])
@@ -191,12 +191,12 @@ def test_losses_that_are_no_numbers_stop_training(
 ) -> None:
     run = make(tmp_path, step_scheduler={"ckpt_every_steps": 2, "max_skipped_steps": 3}, lr_scheduler=None)
     if when != "at once":
-        assert run.here("--step_scheduler.max_steps", "2") == OK
-    assert run.here("--optimizer.lr", "1e200") == FAILED
-    said = capsys.readouterr().err
+        assert run.train_inline("--step_scheduler.max_steps", "2") == OK
+    assert run.train_inline("--optimizer.lr", "1e200") == FAILED
+    errors = capsys.readouterr().err
     last = 4 if when == "at once" else 6
-    assert f"error: step {last}: the loss is nan" in said and "3 steps in a row were skipped" in said
-    assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in said
+    assert f"error: step {last}: the loss is nan" in errors and "3 steps in a row were skipped" in errors
+    assert ("no checkpoint was saved" if when == "at once" else "the last good checkpoint is") in errors
     assert [path.name for path in checkpoint.list_checkpoints(run.checkpoints)] == (
         [] if when == "at once" else ["step-00000002"]
     )
@@ -206,39 +206,39 @@ def test_losses_that_are_no_numbers_stop_training(
 def test_asked_before_it_begins_it_leaves_and_then_trains(tmp_path: Path) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": 2})
     (run.folder / "stop").touch()
-    assert run.here() == RESUMABLE
+    assert run.train_inline() == RESUMABLE
     (run.folder / "stop").unlink()
-    assert run.here() == OK
+    assert run.train_inline() == OK
     assert not (run.folder / "stop").exists()
 
 
 def test_a_validation_that_a_stop_cut_off_is_made_up_for(tmp_path: Path) -> None:
     straight, stopped = make(tmp_path, "straight", **HARMED), make(tmp_path, "stopped", **HARMED)
-    assert straight.here() == OK
-    assert stopped.here("--step_scheduler.max_steps", "10", "--validation_dataset", "null") == OK
+    assert straight.train_inline() == OK
+    assert stopped.train_inline("--step_scheduler.max_steps", "10", "--validation_dataset", "null") == OK
     assert stopped.column("val_loss") == []
-    assert stopped.here() == OK
+    assert stopped.train_inline() == OK
     same_bits(straight, stopped)
 
 
 def test_the_optimizers_settings_are_the_recipes_also_after_a_resume(tmp_path: Path) -> None:
-    one, other = make(tmp_path, "one", **HARMED), make(tmp_path, "other", **HARMED)
-    for run in (one, other):
-        assert run.here("--step_scheduler.max_steps", "4") == OK
-    assert one.here("--step_scheduler.max_steps", "6") == OK
-    assert other.here("--step_scheduler.max_steps", "6", "--optimizer.weight_decay", "9.0") == OK
-    assert one.column("loss")[:5] == other.column("loss")[:5]
-    assert one.column("loss")[5] != other.column("loss")[5]
+    unchanged, changed = make(tmp_path, "one", **HARMED), make(tmp_path, "other", **HARMED)
+    for run in (unchanged, changed):
+        assert run.train_inline("--step_scheduler.max_steps", "4") == OK
+    assert unchanged.train_inline("--step_scheduler.max_steps", "6") == OK
+    assert changed.train_inline("--step_scheduler.max_steps", "6", "--optimizer.weight_decay", "9.0") == OK
+    assert unchanged.column("loss")[:5] == changed.column("loss")[:5]
+    assert unchanged.column("loss")[5] != changed.column("loss")[5]
 
 
 def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make(tmp_path, step_scheduler={"max_steps": None, "num_epochs": 1, "global_batch_size": 32})
-    assert run.here() == OK
+    assert run.train_inline() == OK
     assert run.column("step")[-1] == 218 // 32
     few = make(tmp_path, "few", step_scheduler={"max_steps": None, "global_batch_size": 256})
-    assert few.here() == BAD_INPUT
+    assert few.train_inline() == BAD_INPUT
     assert "218 samples x 1 epochs (step_scheduler.num_epochs) are less than one step" in capsys.readouterr().err
 
 
@@ -259,8 +259,8 @@ def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None
         "config": {**config, "bos_token_id": 0, "eos_token_id": 0},
     }
     run = Run(tmp_path / "hf", tree)
-    assert run.here("--step_scheduler.max_steps", "2") == OK
-    assert run.here() == OK
+    assert run.train_inline("--step_scheduler.max_steps", "2") == OK
+    assert run.train_inline() == OK
     assert run.column("loss")[-1] < run.column("loss")[0]
     assert run.export(tmp_path / "out") == OK
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -292,7 +292,7 @@ def test_an_export_gives_transformers_the_same_logits(
             tmp_path / "llama",
             {**run.tree, "model": {**run.tree["model"], **sizes, "bos_token_id": 0, "eos_token_id": 0}},
         )
-    assert run.here() == OK
+    assert run.train_inline() == OK
     out = tmp_path / "out"
     for _ in range(2):  # the second replaces the first
         assert run.export(out) == OK
@@ -332,7 +332,7 @@ def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(t
     tree |= {"dataset": {"seq_len": SEQ_LEN}, "validation_dataset": None, "preprocess": {"data_files": "x"}}
     tree["export"] = {"prompt": "def ", "max_new_tokens": 20}
     run = Run(tmp_path / "padded", tree)
-    assert run.here("--data", str(data)) == OK
+    assert run.train_inline("--data", str(data)) == OK
     assert run.export(tmp_path / "out", "--data", str(data)) == OK
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").transformer.wte.weight.shape == (50257, 16)
     text = (tmp_path / "out" / "sample.txt").read_text()
@@ -370,10 +370,10 @@ def test_a_users_model_is_exported_under_its_own_names_without_a_sample(
     from safetensors.torch import load_file
 
     run = own_model(tmp_path)
-    assert run.here() == OK
+    assert run.train_inline() == OK
     assert run.export(tmp_path / "out") == OK
-    said = capsys.readouterr().out
-    assert "Own has no hf_export()" in said and "no sample: " in said
+    output = capsys.readouterr().out
+    assert "Own has no hf_export()" in output and "no sample: " in output
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert sorted(tensors) == ["embed.weight", "far"] and tensors["far"].tolist() == [16777217]
     assert run.result()["sample"] is None
@@ -385,7 +385,7 @@ def test_a_secret_of_the_environment_is_in_no_file_and_may_change(
     run = own_model(tmp_path, token="${MY_TOKEN}")
     for secret, steps in (("hush-hush", "1"), ("renewed", "2")):
         monkeypatch.setenv("MY_TOKEN", secret)
-        assert run.here("--step_scheduler.max_steps", steps) == OK
+        assert run.train_inline("--step_scheduler.max_steps", steps) == OK
         assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
     assert run.column("step")[-1] == 2
     assert run.export(tmp_path / "out") == OK
@@ -405,9 +405,9 @@ def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_not
         make(tmp_path, "compiled", compile={"enabled": True}, **sections),
     )
     halves = make(tmp_path, "halves", compile={"enabled": True}, **sections)
-    assert plain.here() == compiled.here() == OK
+    assert plain.train_inline() == compiled.train_inline() == OK
     assert counters["stats"]["unique_graphs"] > 0
-    assert halves.here("--step_scheduler.max_steps", "2") == halves.here() == OK
+    assert halves.train_inline("--step_scheduler.max_steps", "2") == halves.train_inline() == OK
     same_bits(compiled, halves)
     assert np.abs(np.array(compiled.column("loss")) / plain.column("loss") - 1).max() < 1e-5
     counters.clear()
@@ -428,7 +428,7 @@ def test_tensorboard_and_a_trace_lie_beside_the_metrics_and_a_resume_leaves_no_g
         profile={"start_step": 2, "steps": 2},
     )
     for last in ("4", "6"):
-        assert run.here("--step_scheduler.max_steps", last, "--lr_scheduler.lr_decay_steps", "6") == OK
+        assert run.train_inline("--step_scheduler.max_steps", last, "--lr_scheduler.lr_decay_steps", "6") == OK
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     shown = {event.step: event.value for event in events.Scalars("loss")}
     assert [shown[step] for step in range(1, 7)] == pytest.approx(run.column("loss"))
@@ -438,13 +438,13 @@ def test_tensorboard_and_a_trace_lie_beside_the_metrics_and_a_resume_leaves_no_g
 
 
 def wandb_records(path: Path) -> list[bytes]:
-    """The records of wandb's file of an offline run: LevelDB's log format behind 7 bytes of its own."""
+    """Read the records of a wandb file of an offline run: LevelDB's log format after a 7-byte header."""
     data, records, at = path.read_bytes(), [], 7
     while at + 7 <= len(data):
-        left = 32768 - at % 32768
+        remaining = 32768 - at % 32768
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        if left < 7 or kind == 0:  # the rest of a block is padding
-            at += left
+        if remaining < 7 or kind == 0:  # the rest of a block is padding
+            at += remaining
             continue
         part = data[at + 7 : at + 7 + length]
         records += [part] if kind in (1, 2) else [records.pop() + part]
@@ -465,7 +465,7 @@ def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypa
         validation_dataset=None,
     )
     for last in ("2", "4"):
-        assert run.here("--run-id", "one", "--step_scheduler.max_steps", last) == OK
+        assert run.train_inline("--run-id", "one", "--step_scheduler.max_steps", last) == OK
     steps, ids = [], set()
     for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for record in map(Record.FromString, wandb_records(path)):
@@ -479,7 +479,7 @@ def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(
 ) -> None:
     run = make(tmp_path, checkpoint={"enabled": False}, export=None)
     (run.folder / "stop").touch()
-    assert run.here() == RESUMABLE
+    assert run.train_inline() == RESUMABLE
     assert "nothing was saved" in capsys.readouterr().out
 
 
@@ -493,8 +493,8 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
     stopped.start(2)
     stopped.until_step(8)
     stopped.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
-    codes, said = stopped.wait()
-    assert codes == [RESUMABLE] * 2, said
+    codes, output = stopped.wait()
+    assert codes == [RESUMABLE] * 2, output
     at = checkpoint.select_checkpoint(stopped.checkpoints).step
     assert at == stopped.column("step")[-1] < 60
     stopped.train(2)
@@ -505,7 +505,7 @@ def test_stopped_by_a_signal_two_ranks_save_the_same_step_and_go_on_bitwise(tmp_
 def test_a_rank_says_bad_input_in_one_line(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.start(2, "--model.n_embed", "8")
-    codes, said = run.wait()
+    codes, output = run.wait()
     assert codes == [BAD_INPUT] * 2
-    assert said.count("error: ") == 1 and "did you mean 'n_embd'?" in said
-    assert "Traceback" not in said
+    assert output.count("error: ") == 1 and "did you mean 'n_embd'?" in output
+    assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Asked to stop, or stuck, at awkward moments: in a validation, while data is waited for."""
+"""Stop requests and hangs at awkward moments: during validation, while waiting for data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from amlaunch.trainer.data.datasets import NanogptDataset
 
 class Blocking(NanogptDataset):
-    '''Does not come back with a window while there is a file called `block`, on the rank that it names.'''
+    '''Blocks reading while a file `block` exists, on the rank that the file names.'''
 
     def batch(self, windows):
         block = Path("block")
@@ -52,7 +52,7 @@ def blocking(folder: Path, name: str, **sections: Any) -> Run:
 
 
 def slow_validation() -> None:
-    """A validation that takes long enough to be interrupted."""
+    """Slow validation down so that it can be interrupted."""
     from amlaunch.trainer.loop import validation
 
     real = validation.batch_loss
@@ -77,17 +77,17 @@ def test_asked_in_a_validation_all_ranks_save_the_same_step_and_make_up_for_it(t
     stopped.start(2, prepare={0: slow_validation, 1: slow_validation})
     wait_for(lambda: "validating" in stopped.processes[1].log.read_text())
     stopped.processes[1].send_signal(signal.SIGUSR1)
-    codes, said = stopped.wait(20)
-    assert codes == [RESUMABLE] * 2, said
+    codes, output = stopped.wait(20)
+    assert codes == [RESUMABLE] * 2, output
     assert stopped.column("val_loss") == [] and checkpoint.select_checkpoint(stopped.checkpoints).step == 3
     assert checkpoint.list_by_validation_loss(stopped.checkpoints) == []
     stopped.train(2)
     same_bits(straight, stopped)
     third, sixth = stopped.column("val_loss")
     order = [3, 6] if third < sixth else [6, 3]
-    assert [checkpoint.step_of(folder) for folder in checkpoint.list_by_validation_loss(stopped.checkpoints)] == order, (
-        "made up for, it counts"
-    )
+    assert [
+        checkpoint.step_of(folder) for folder in checkpoint.list_by_validation_loss(stopped.checkpoints)
+    ] == order, "made up for, it counts"
 
 
 @pytest.mark.slow
@@ -102,8 +102,8 @@ def test_asked_while_one_rank_waits_for_data_all_save_the_same_step(tmp_path: Pa
     (run.folder / "block").write_text("1")
     wait_for(lambda: stands_still(run))
     (run.folder / "stop").touch()
-    codes, said = run.wait(20)
-    assert codes == [RESUMABLE] * 2, said
+    codes, output = run.wait(20)
+    assert codes == [RESUMABLE] * 2, output
     assert checkpoint.select_checkpoint(run.checkpoints).step == run.column("step")[-1] < 200
     (run.folder / "stop").unlink()
     (run.folder / "block").unlink()
@@ -122,8 +122,8 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     run.start(2)
     run.until_step(3)
     (run.folder / "block").write_text("1")
-    codes, said = run.wait(30)
-    assert codes[1] == HANG and codes[0] in (HANG, FAILED), said
+    codes, output = run.wait(30)
+    assert codes[1] == HANG and codes[0] in (HANG, FAILED), output
     log = run.processes[1].log.read_text()
     assert "error: rank 1 on " in log and "hangs: no progress for 2 s while waiting for the data of step " in log
     assert first_failed_rank(codes) == 1
@@ -131,7 +131,7 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     cause = cause_of(log)
     assert cause is not None and (cause.kind, cause.again, cause.elsewhere) == ("hang", True, True)
     (run.folder / "block").unlink()
-    assert run.here("--step_scheduler.max_steps", "2") == OK
+    assert run.train_inline("--step_scheduler.max_steps", "2") == OK
 
 
 def test_the_watch_is_earlier_than_collectives_and_the_driver() -> None:
@@ -141,9 +141,9 @@ def test_the_watch_is_earlier_than_collectives_and_the_driver() -> None:
     assert hang_limits(timeout_minutes=10, hang_minutes=None, hang_seconds=30) == (30.0, 1620.0)
 
 
-def wait_for(what: functools.partial[bool] | Any, seconds: float = 30) -> None:
+def wait_for(condition: functools.partial[bool] | Any, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

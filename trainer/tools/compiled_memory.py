@@ -38,7 +38,7 @@ REDUCTIONS = {"sum", "mean", "var_mean", "amax", "amin", "max", "min", "any", "p
 
 
 class NodeKind(Enum):
-    """How inductor implements a node of a graph."""
+    """Implementation of a graph node by inductor."""
 
     INPUT = auto()
     """An input or attribute of the graph."""
