@@ -1,7 +1,7 @@
 """Check that an image has enough free space before a tool starts to write it.
 
-The check is a floor, not an estimate: it refuses what cannot fit and leaves the rest to the tools, whose own "no space left on device"
-:mod:`amlaunch.containers.start_failures` explains.
+The check is a floor, not an estimate: it refuses what cannot fit and leaves the rest to the tools, whose own "no space
+left on device" :mod:`amlaunch.containers.start_failures` explains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ INFO_TIMEOUT_SECONDS = 60
 STORAGE_VARIABLES = {"enroot": ("ENROOT_DATA_PATH", "ENROOT_TEMP_PATH"), "charliecloud": ("CH_IMAGE_STORAGE",)}
 """Variables that name the folders in which a runtime unpacks images.
 
-Folders that only a site's configuration names are not checked: ``enroot.conf`` is a shell script, and pyxis reads it with its own environment.
+Folders that only a site's configuration names are not checked: ``enroot.conf`` is a shell script, and pyxis reads it
+with its own environment.
 """
 ENGINES = ("docker", "podman", "buildah")
 """Tools that have a storage of images and report where it is."""
@@ -125,7 +126,8 @@ def node_shortages(
 ) -> Iterator[Shortage]:
     """Yield the folders of a node that are too full for a runtime to bring an image there.
 
-    ``layer_bytes``: the size of the compressed layers if a registry gave it. An image that the node already has needs nothing.
+    ``layer_bytes``: the size of the compressed layers if a registry gave it. An image that the node already has needs
+    nothing.
     """
     folders = _node_folders(runtime, image, environ)
     if image.path is not None:

@@ -1,7 +1,8 @@
 """Prepare a node for containers: ``python -m amlaunch.containers.node_setup JSON`` runs once on each node of a job.
 
-It checks what only the node knows (runtime, image, mounts, free space, driver, processor) and reports a problem in one line that names
-the node and the fix. Then it brings the image to the node, once for all tasks. Standard library only, for whatever Python the node has.
+It checks what only the node knows (runtime, image, mounts, free space, driver, processor) and reports a problem in one
+line that names the node and the fix. Then it brings the image to the node, once for all tasks. Standard library only,
+for whatever Python the node has.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 """The kernel's names of processors, and those that images use."""
 USE_COMPATIBILITY_LIBRARIES = ("pyxis", "enroot", "docker")
-"""Runtimes whose libnvidia-container uses an image's CUDA compatibility libraries, and reports a driver that is still too old."""
+"""Runtimes whose libnvidia-container uses an image's CUDA compatibility libraries, and reports a driver that is too old
+even for them."""
 FAILURES_BY_KIND = {failure.kind: failure for failure in FAILURES}
 
 
@@ -94,7 +96,8 @@ def _signal_when_parent_ends(number: int) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Check the node and bring the image there.
 
-    Returns 0 if containers can start here. Otherwise returns 1, with the reason in the last line and in a file for the driver.
+    Returns 0 if containers can start here. Otherwise returns 1, with the reason in the last line and in a file for the
+    driver.
     """
     spec = json.loads(arguments[0])
     for kind, problem in check(spec):
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def refuse(spec: Mapping[str, Any], failure: StartFailure, problem: str) -> int:
-    """Print the reason, and write it to a file for the driver, because output of srun and of other nodes may cut the line."""
+    """Print the reason, and write it to a file for the driver: output of srun and of other nodes may cut the line."""
     details = f": {problem}" if problem else ""
     remedy = advice(failure, spec["runtime"], spec["image"])
     reason = f"{host()}: {failure.kind} ({spec['image']}){details}; {remedy}"
@@ -217,7 +220,7 @@ def prepare(spec: Mapping[str, Any]) -> str | None:
 
 
 def private_folder() -> Path:
-    """Return a folder on this node that only this user can write; all their jobs share it unless somebody took its name."""
+    """Return a folder on this node that only this user can write; their jobs share it unless its name is taken."""
     folder = Path(tempfile.gettempdir(), f"amlaunch-node-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)

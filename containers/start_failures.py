@@ -1,4 +1,4 @@
-"""Explain why a container did not start, from the runtime's output: the fix, and whether to retry, and whether elsewhere.
+"""Explain why a container did not start, from the runtime's output: the fix, and if and where to retry.
 
 Only lines that a runtime wrote count: a trainer that prints "not found" means something else.
 """
@@ -91,7 +91,7 @@ FAILURES = (
         restart=True,
         avoid_host=False,
         advice=(
-            "nodes often have no internet access; convert the image to a file that they share with amlaunch image import "
+            "nodes often have no internet access; convert the image to a file that they share: amlaunch image import "
             "(images in the profile names it)"
         ),
     ),

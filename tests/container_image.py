@@ -1,6 +1,7 @@
-"""The tests' own image: Debian with Python, torch for the CPU, numpy and safetensors, as an OCI bundle; made once, then kept.
+"""The tests' own image: Debian with Python, torch for the CPU, numpy and safetensors, as an OCI bundle that is kept.
 
-Without amlaunch, and without PyYAML, as a stock image of NVIDIA's has no amlaunch: what a run needs besides comes with it.
+Without amlaunch, and without PyYAML, as a stock image of NVIDIA's has no amlaunch: what a run needs besides comes with
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from image_helpers import leave_out
 
 CACHE = Path("/var/cache/amlaunch-tests")
 TORCH = ("torch", "numpy", "safetensors", "tiktoken")
-"""With what they need, as it is installed where the tests run: their compiled parts fit Debian's own Python of the same version."""
+"""Copied with their dependencies from where the tests run: compiled parts fit Debian's Python of the same version."""
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
 WITHOUT = ("torch/test/", "torch/include", "torch/share", "torch/bin/test", "torch/bin/protoc", "nvidia", "triton")
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE": "image", "BOTH": "image"}

@@ -1,4 +1,4 @@
-"""A recipe whose text and model say where they are made: in the tests' image (container_image.py), or in the environment that submits."""
+"""A recipe whose text and model record where they are made: in the tests' image, or in the environment that submits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(**sizes):
 
 
 def squashed(image: Path, file: Path) -> Path:
-    """The tests' image as a .sqsh with its record, as ``image import`` leaves them; without torch, which would take long."""
+    """The tests' image as a .sqsh with its record, as ``image import`` leaves them; without torch, to save time."""
     subprocess.run(
         ["mksquashfs", image / "rootfs", file, "-comp", "lz4", "-no-progress", "-e", "usr/local"],
         check=True,

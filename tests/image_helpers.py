@@ -1,4 +1,4 @@
-"""Tiny images for the tests: this machine's own Python and a shell, as a root file system of some megabytes, made in a second."""
+"""Tiny images for the tests: this machine's Python and a shell in a root file system of some megabytes."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ def registry_config(folder: Path, place: str, password: str | None = None, *, tl
     encrypted = f", tls: {{certificate: {folder / 'certificate'}, key: {folder / 'key'}}}" if tls else ""
     config = folder / "registry.yml"
     config.write_text(
-        f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\nhttp: {{addr: '{place}'{encrypted}}}\n{auth}"
+        f"version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: "
+        f"{{rootdirectory: {folder / 'data'}}}}}\nhttp: {{addr: '{place}'{encrypted}}}\n{auth}"
     )
     return config
 

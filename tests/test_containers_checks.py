@@ -1,4 +1,4 @@
-"""What a first run in a container lacks is said before anything is submitted: credentials, mounts, what lies in a home that is not mounted."""
+"""Checks before anything is submitted: missing credentials and mounts, and files in a home that is not mounted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Check = Callable[..., list[str]]
 
 @pytest.fixture
 def check(tmp_path, monkeypatch) -> Check:
-    """The remarks on a recipe with these words, in a folder and with a home of its own; ``roots`` of the cluster, None: this machine."""
+    """The notes on a recipe, in its own folder and home; ``roots`` of the cluster, None: this machine."""
     for name in (
         *library_variables(os.environ),
         "ENROOT_CONFIG_PATH",
@@ -212,7 +212,10 @@ def test_a_tar_that_is_no_image_is_refused_before_a_node_tries_it(tmp_path, chec
     (tmp_path / "work" / "image.tar").write_bytes(layer([("manifest.json", b"[]")]))
     with pytest.raises(
         BadInput,
-        match=r"container\.image: \S+system\.tar is a tar archive but not an image .*; create an image archive with docker save or skopeo copy",
+        match=(
+            r"container\.image: \S+system\.tar is a tar archive but not an image .*; create an image archive with "
+            r"docker save or skopeo copy"
+        ),
     ):
         check("--container.image", str(tmp_path / "work" / "system.tar"), "--container.runtime", "podman", roots=None)
     check("--container.image", str(tmp_path / "work" / "image.tar"), "--container.runtime", "podman", roots=None)

@@ -1,4 +1,4 @@
-"""Ranks really inside containers on this machine: podman and docker as root, charliecloud; what becomes of them when somebody is killed."""
+"""Ranks in real containers on this machine (podman and docker as root, charliecloud), and how they end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,16 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = {
-    "LANG": "de_DE.UTF-8", "LD_LIBRARY_PATH": "/opt/host/lib", "CONDA_PREFIX": "/opt/conda", "VIRTUAL_ENV": "/venv", "XDG_CACHE_HOME": "/cache/of/host",
-    "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus", "PMI_RANK": "3", "SLURM_PROCID": "7", "CH_RUN_STORAGE": "/no",
-}  # fmt: skip
+    "LANG": "de_DE.UTF-8",
+    "LD_LIBRARY_PATH": "/opt/host/lib",
+    "CONDA_PREFIX": "/opt/conda",
+    "VIRTUAL_ENV": "/venv",
+    "XDG_CACHE_HOME": "/cache/of/host",
+    "DBUS_SESSION_BUS_ADDRESS": "unix:path=/no/bus",
+    "PMI_RANK": "3",
+    "SLURM_PROCID": "7",
+    "CH_RUN_STORAGE": "/no",
+}
 """Of a shell in a job, with what speaks of files that are not in the image."""
 HEEDED = {
     "https_proxy": "http://u:${PROXY_PASSWORD:-a 'b' $(c)}@proxy:1",
@@ -41,7 +48,8 @@ HEEDED = {
 }
 """Of a recipe, what the runtime's own program would heed."""
 OPTIONS = {
-    # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control groups
+    # for a machine that is a container itself: no higher limits than its own, and no mix of both kinds of control
+    # groups
     "podman": [
         "--runtime",
         "runc",
@@ -59,7 +67,8 @@ STARTER = f"""\
 #!{sys.executable}
 import os, subprocess, sys
 inside = next(i for i, word in enumerate(sys.argv) if word.startswith("docker://")) + 1
-env = {{name.removeprefix("APPTAINERENV_"): value for name, value in os.environ.items() if name.startswith("APPTAINERENV_")}}
+prefix = "APPTAINERENV_"
+env = {{name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}}
 sys.exit(subprocess.run(sys.argv[inside:], env={{**env, "PATH": os.environ["PATH"]}}).returncode)
 """
 """What of apptainer a test without containers can know: who is whose parent, and which environment enters."""
@@ -288,7 +297,7 @@ def test_a_rank_whose_driver_was_killed_does_not_live_on(tmp_path, container):
 
 
 def test_a_runtime_that_stays_the_parent_of_what_it_starts(tmp_path):
-    """As apptainer's starter does: the rank is not the driver's own child, and ends all the same when the driver does."""
+    """As apptainer's starter does: the rank is not the driver's own child, and still ends when the driver does."""
     program = tmp_path / "bin" / "apptainer"
     program.parent.mkdir()
     program.write_text(STARTER)
@@ -310,7 +319,7 @@ def test_bad_input_comes_back_as_such(tmp_path, container):
 
 
 def test_an_image_is_looked_at_as_the_site_starts_it(tmp_path, monkeypatch, capsys, container):
-    """``amlaunch image check`` with the runtime, options and mounts of the profile called local; docker's image here has no torch."""
+    """``amlaunch image check`` as the profile called local has it started; docker's image here has no torch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("USER", "root")
     site = {

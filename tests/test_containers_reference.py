@@ -89,12 +89,29 @@ def test_a_relative_path_begins_where_it_is_typed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, pyxis, enroot, apptainer, docker",
     [
-        ("nvcr.io/nvidia/pytorch:25.08-py3", "nvcr.io#nvidia/pytorch:25.08-py3", "docker://nvcr.io#nvidia/pytorch:25.08-py3",
-         "docker://nvcr.io/nvidia/pytorch:25.08-py3", "nvcr.io/nvidia/pytorch:25.08-py3"),
-        ("debian:12", "debian:12", "docker://debian:12", "docker://docker.io/library/debian:12", "docker.io/library/debian:12"),
-        (f"nvcr.io/a/b@{SHA}", f"nvcr.io#a/b:{SHA}", f"docker://nvcr.io#a/b:{SHA}", f"docker://nvcr.io/a/b@{SHA}", f"nvcr.io/a/b@{SHA}"),
+        (
+            "nvcr.io/nvidia/pytorch:25.08-py3",
+            "nvcr.io#nvidia/pytorch:25.08-py3",
+            "docker://nvcr.io#nvidia/pytorch:25.08-py3",
+            "docker://nvcr.io/nvidia/pytorch:25.08-py3",
+            "nvcr.io/nvidia/pytorch:25.08-py3",
+        ),
+        (
+            "debian:12",
+            "debian:12",
+            "docker://debian:12",
+            "docker://docker.io/library/debian:12",
+            "docker.io/library/debian:12",
+        ),
+        (
+            f"nvcr.io/a/b@{SHA}",
+            f"nvcr.io#a/b:{SHA}",
+            f"docker://nvcr.io#a/b:{SHA}",
+            f"docker://nvcr.io/a/b@{SHA}",
+            f"nvcr.io/a/b@{SHA}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_runtime_has_its_own_spelling(text, pyxis, enroot, apptainer, docker):
     found = parse(text)
     assert reference.for_pyxis(found) == pyxis
@@ -164,7 +181,7 @@ def test_a_tar_that_is_both_is_dockers(archives, tmp_path):
         ("nvcr.io/", "the image name is missing"),
         ("bad_host_#a/b", "is not a registry"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_with_the_nearest_form(text, words):
     with pytest.raises(BadReference) as caught:
         parse(text)

@@ -37,9 +37,19 @@ NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
 SQSH = parse("/images/pytorch.sqsh")
 MOUNTS = (Mount("/runs/a", "/runs/a"), Mount("/lustre/text", "/text", read_only=True))
 HEEDED = {
-    "MY_TOKEN": "hunter1", "NVIDIA_API_KEY": "hunter2", "https_proxy": "http://u:hunter3@proxy:3128", "APPTAINER_DOCKER_PASSWORD": "hunter4", "SLURM_JWT": "hunter5",
-    "DOCKER_HOST": "hunter6", "HOME": "/hunter7", "PATH": "/hunter8", "LD_PRELOAD": "hunter9", "ENROOT_LOGIN": "hunter10", "ALL_PROXY": "hunter11", "SSL_CERT_FILE": "/hunter12",
-}  # fmt: skip
+    "MY_TOKEN": "hunter1",
+    "NVIDIA_API_KEY": "hunter2",
+    "https_proxy": "http://u:hunter3@proxy:3128",
+    "APPTAINER_DOCKER_PASSWORD": "hunter4",
+    "SLURM_JWT": "hunter5",
+    "DOCKER_HOST": "hunter6",
+    "HOME": "/hunter7",
+    "PATH": "/hunter8",
+    "LD_PRELOAD": "hunter9",
+    "ENROOT_LOGIN": "hunter10",
+    "ALL_PROXY": "hunter11",
+    "SSL_CERT_FILE": "/hunter12",
+}
 """Variables of a recipe that runtimes, srun or a shell would heed, too."""
 ENV = {"NCCL_DEBUG": "INFO", "MY_TOKEN": "hunter2", "HOME": "/tmp/home", "MASTER_ADDR": "gpu1"}
 HOOK = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
@@ -68,7 +78,7 @@ def image(reference=NGC, **more) -> ContainerSpec:
 
 @pytest.mark.parametrize("runtime", [name for name in catalog.RUNTIMES if name != "none"])
 def test_a_value_stands_in_no_argv(tmp_path, runtime):
-    """Everybody on a node can read an argv (ps), and a dry run shows it; a proxy, or what the runtime itself would heed, may have a password, too."""
+    """All users of a node can read an argv (ps), and a dry run shows it; a proxy may have a password, too."""
     (tmp_path / "config.json").write_text("{}")
     fitting = next(one for one in (NGC, SQSH, parse(f"{tmp_path}/")) if one.kind in catalog.KINDS[runtime])
     mounts = MOUNTS[:1] if runtime == "charliecloud" else MOUNTS
@@ -109,20 +119,18 @@ def test_inside_every_variable_has_its_own_name_and_value(tmp_path):
 
 
 def test_pyxis():
-    """https://github.com/NVIDIA/pyxis: args.c, the table of options (container-image … container-env) and parse_mount_option."""
+    """https://github.com/NVIDIA/pyxis: args.c, the table of options and parse_mount_option."""
     found = catalog.launch("pyxis", image(), COMMAND)
-    assert (
-        found.srun
-        == (
-            "--container-image=nvcr.io#nvidia/pytorch:25.08-py3",  # [USER@][REGISTRY#]IMAGE[:TAG]|PATH
-            "--container-mounts=/runs/a:/runs/a,/lustre/text:/text:ro",  # SRC:DST[:FLAGS][,SRC:DST...]
-            "--no-container-mount-home",
-            "--no-container-remap-root",
-            "--container-writable",
-            "--container-workdir=/work",
-            "--no-container-entrypoint",
-            "--container-env=AMLAUNCH_OF_RECIPE_HOME,MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",  # names to override with the host's, and set at the entrypoint
-        )
+    assert found.srun == (
+        "--container-image=nvcr.io#nvidia/pytorch:25.08-py3",  # [USER@][REGISTRY#]IMAGE[:TAG]|PATH
+        "--container-mounts=/runs/a:/runs/a,/lustre/text:/text:ro",  # SRC:DST[:FLAGS][,SRC:DST...]
+        "--no-container-mount-home",
+        "--no-container-remap-root",
+        "--container-writable",
+        "--container-workdir=/work",
+        "--no-container-entrypoint",
+        # names to override with the host's, and set at the entrypoint
+        "--container-env=AMLAUNCH_OF_RECIPE_HOME,MASTER_ADDR,MY_TOKEN,NCCL_DEBUG",
     )
     assert found.argv == (
         "sh",
@@ -146,7 +154,7 @@ def test_pyxis():
 
 @pytest.mark.parametrize("runtime", ["pyxis", "enroot"])
 def test_enroots_hook_is_told_whether_there_are_gpus(runtime):
-    """https://github.com/NVIDIA/enroot, conf/hooks/98-nvidia.sh: an image of NGC's asks for GPUs on a node without any, and others for none."""
+    """github.com/NVIDIA/enroot, conf/hooks/98-nvidia.sh: NGC's images ask for GPUs on any node, others for none."""
     assert catalog.launch(runtime, image(gpus=False), COMMAND).env["NVIDIA_VISIBLE_DEVICES"] == "void"
     own = image(env={**ENV, "NVIDIA_DRIVER_CAPABILITIES": "all"})
     assert catalog.launch(runtime, own, COMMAND).env["NVIDIA_DRIVER_CAPABILITIES"] == "all", "a recipe's own words win"
@@ -164,7 +172,7 @@ def test_pyxis_takes_a_file_by_its_whole_path_and_runs_an_entrypoint_that_is_ask
 
 
 def test_enroot():
-    """https://github.com/NVIDIA/enroot: doc/cmd/{import,create,start,list}.md, doc/image-format.md (fstab), src/runtime.sh (--rc takes a pipe)."""
+    """https://github.com/NVIDIA/enroot: doc/cmd/{import,create,start,list}.md, doc/image-format.md, src/runtime.sh."""
     found = catalog.launch("enroot", image(), COMMAND)
     bash, flag, script, name, *words = found.argv
     assert (bash, flag, name) == ("bash", "-c", "bash")
@@ -176,9 +184,19 @@ def test_enroot():
         next(word for word in words if word.startswith("amlaunch-nvcr-io-nvidia-pytorch-25-08-py3-"))
     )
     assert words[:container] == [
-        "--mount", "/runs/a:/runs/a:none:x-create=auto,rbind,rw:0:0", "--mount", "/lustre/text:/text:none:x-create=auto,rbind,ro:0:0",
-        "--env", "AMLAUNCH_OF_RECIPE_HOME", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG",
-    ]  # fmt: skip
+        "--mount",
+        "/runs/a:/runs/a:none:x-create=auto,rbind,rw:0:0",
+        "--mount",
+        "/lustre/text:/text:none:x-create=auto,rbind,ro:0:0",
+        "--env",
+        "AMLAUNCH_OF_RECIPE_HOME",
+        "--env",
+        "MASTER_ADDR",
+        "--env",
+        "MY_TOKEN",
+        "--env",
+        "NCCL_DEBUG",
+    ]
     assert words[container + 1 :] == ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", "/work", *INSIDE]
     ((*_, unpacked, uri),) = found.prepare
     assert (unpacked, uri) == (words[container], "docker://nvcr.io#nvidia/pytorch:25.08-py3")
@@ -187,13 +205,25 @@ def test_enroot():
 
 @pytest.mark.parametrize("program", ["apptainer", "singularity"])
 def test_apptainer(program):
-    """https://apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu (--nv), environment_and_metadata (APPTAINERENV_, --cleanenv, --no-eval)."""
+    """apptainer.org/docs/user/main: cli/apptainer_exec, bind_paths_and_mounts, gpu, environment_and_metadata."""
     found = catalog.launch(program, image(), COMMAND)
     start = found.argv.index(program)
     assert found.argv[start:] == (
-        program, "exec", "--cleanenv", "--no-home", "--writable-tmpfs", "--nv", "--bind", "/runs/a:/runs/a:rw", "--bind", "/lustre/text:/text:ro", "--pwd", "/work",
-        "docker://nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
-    )  # fmt: skip
+        program,
+        "exec",
+        "--cleanenv",
+        "--no-home",
+        "--writable-tmpfs",
+        "--nv",
+        "--bind",
+        "/runs/a:/runs/a:rw",
+        "--bind",
+        "/lustre/text:/text:ro",
+        "--pwd",
+        "/work",
+        "docker://nvcr.io/nvidia/pytorch:25.08-py3",
+        *INSIDE,
+    )
     prefix = program.upper()
     assert found.env == {
         f"{prefix}ENV_AMLAUNCH_OF_RECIPE_HOME": "/tmp/home",
@@ -209,7 +239,7 @@ def test_apptainer(program):
 
 
 def test_who_is_told_to_save_by_the_stop_file_alone():
-    """A signal would end what shows an image's files, or the container: FUSE of ch-run and of apptainer (all processes of a step may get it), Slurm's own."""
+    """A signal would end what serves an image's files (FUSE), or the container itself (Slurm's own)."""
     sif, folder = parse("/a.sif"), parse("/a/")
     ignores_signals = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
     for runtime, of, on_slurm in [
@@ -242,22 +272,55 @@ def test_apptainer_has_what_a_task_alone_knows_under_its_own_names(tmp_path):
 
 
 def test_docker():
-    """https://docs.docker.com/reference/cli/docker/container/run; limits and --ipc as NVIDIA's framework guide recommends."""
+    """https://docs.docker.com/reference/cli/docker/container/run; limits and --ipc by NVIDIA's framework guide."""
     found = catalog.launch("docker", image(on_slurm=False), COMMAND)
     argv = list(found.argv)
     groups = [word for group in sorted(set(os.getgroups()) - {os.getgid()}) for word in ("--group-add", str(group))]
     assert argv == [
-        "docker", "run", "--rm", "--interactive", "--network=host", "--ipc=host",
-        "--mount", "type=bind,source=/runs/a,target=/runs/a", "--mount", "type=bind,source=/lustre/text,target=/text,readonly",
-        "--env", "AMLAUNCH_OF_RECIPE_HOME", "--env", "CUDA_VISIBLE_DEVICES", "--env", "MASTER_ADDR", "--env", "MY_TOKEN", "--env", "NCCL_DEBUG", "--env", "SLURM_PROCID",
-        "--workdir", "/work", "--entrypoint", "", "--init", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864",
-        "--user", f"{os.getuid()}:{os.getgid()}", *groups, "--gpus", "all", "nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
-    ]  # fmt: skip
+        "docker",
+        "run",
+        "--rm",
+        "--interactive",
+        "--network=host",
+        "--ipc=host",
+        "--mount",
+        "type=bind,source=/runs/a,target=/runs/a",
+        "--mount",
+        "type=bind,source=/lustre/text,target=/text,readonly",
+        "--env",
+        "AMLAUNCH_OF_RECIPE_HOME",
+        "--env",
+        "CUDA_VISIBLE_DEVICES",
+        "--env",
+        "MASTER_ADDR",
+        "--env",
+        "MY_TOKEN",
+        "--env",
+        "NCCL_DEBUG",
+        "--env",
+        "SLURM_PROCID",
+        "--workdir",
+        "/work",
+        "--entrypoint",
+        "",
+        "--init",
+        "--ulimit",
+        "memlock=-1",
+        "--ulimit",
+        "stack=67108864",
+        "--user",
+        f"{os.getuid()}:{os.getgid()}",
+        *groups,
+        "--gpus",
+        "all",
+        "nvcr.io/nvidia/pytorch:25.08-py3",
+        *INSIDE,
+    ]
     assert found.stdin, "it lives as long as its input"
 
 
 def test_docker_in_a_job_uses_the_gpus_of_the_job():
-    """Its daemon sees all of the node's; SLURM_STEP_GPUS has their numbers there (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
+    """Its daemon sees all of the node's GPUs; SLURM_STEP_GPUS has the step's numbers (srun(1))."""
     argv = catalog.launch("docker", image(), COMMAND).argv
     assert (
         argv[:4] == ("sh", "-c", 'CUDA_VISIBLE_DEVICES=${SLURM_STEP_GPUS:-${CUDA_VISIBLE_DEVICES-}} exec "$@"', "sh")
@@ -272,9 +335,21 @@ def test_podman(monkeypatch):
     argv = catalog.launch("podman", image(on_slurm=False), COMMAND).argv
     start = argv.index("--entrypoint")
     assert argv[:2] == ("podman", "run") and argv[start:] == (
-        "--entrypoint", "", "--userns=keep-id", "--annotation", "run.oci.keep_original_groups=1", "--ulimit", "host", "--pull=never", "--security-opt", "label=disable", "--device", "nvidia.com/gpu=all",
-        "nvcr.io/nvidia/pytorch:25.08-py3", *INSIDE,
-    )  # fmt: skip
+        "--entrypoint",
+        "",
+        "--userns=keep-id",
+        "--annotation",
+        "run.oci.keep_original_groups=1",
+        "--ulimit",
+        "host",
+        "--pull=never",
+        "--security-opt",
+        "label=disable",
+        "--device",
+        "nvidia.com/gpu=all",
+        "nvcr.io/nvidia/pytorch:25.08-py3",
+        *INSIDE,
+    )
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert "--userns=keep-id" not in catalog.launch("podman", image(), COMMAND).argv
 
@@ -284,10 +359,11 @@ def test_podman(monkeypatch):
     [("2,5", "nvidia.com/gpu=2 nvidia.com/gpu=5", "0,1"), ("", "nvidia.com/gpu=all", "7")],
 )
 def test_podman_in_a_job_has_the_gpus_of_the_job_alone(tmp_path, step, devices, visible):
-    """An ordinary user's podman leaves the job's control group (nvidia-container-toolkit#585); the devices of SLURM_STEP_GPUS are the container's 0, 1, ..."""
+    """Rootless podman leaves the job's control group (nvidia-container-toolkit#585); the step's GPUs count from 0."""
     found = catalog.launch("podman", image(), COMMAND)
     (tmp_path / "podman").write_text(
-        '#!/bin/sh\nfor word in "$@"; do case $word in nvidia*) printf "%s " "$word";; esac; done; echo "$CUDA_VISIBLE_DEVICES" "$1"\n'
+        '#!/bin/sh\nfor word in "$@"; do case $word in nvidia*) printf "%s " "$word";; esac; done; echo '
+        '"$CUDA_VISIBLE_DEVICES" "$1"\n'
     )
     (tmp_path / "podman").chmod(0o755)
     env = {
@@ -303,16 +379,29 @@ def test_charliecloud():
     """ch-run(1) 0.31: --set-env, --unset-env, --bind, --cd; $TMPDIR of the host is its /tmp."""
     found = catalog.launch("charliecloud", image(SQSH, mounts=MOUNTS[:1]), COMMAND)
     assert found.argv == (
-        "env", "-u", "TMPDIR", "ch-run", "--unset-env=!(AMLAUNCH_OF_RECIPE_*|SLURM_PROCID|CUDA_VISIBLE_DEVICES)", "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
-        "--set-env=MASTER_ADDR=$AMLAUNCH_OF_RECIPE_MASTER_ADDR", "--set-env=MY_TOKEN=$AMLAUNCH_OF_RECIPE_MY_TOKEN", "--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG",
-        "--unset-env=AMLAUNCH_OF_RECIPE_*", "--bind=/runs/a:/runs/a", "--cd=/work", "/images/pytorch.sqsh", "--", *COMMAND,
-    )  # fmt: skip
+        "env",
+        "-u",
+        "TMPDIR",
+        "ch-run",
+        "--unset-env=!(AMLAUNCH_OF_RECIPE_*|SLURM_PROCID|CUDA_VISIBLE_DEVICES)",
+        "--set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "--set-env=HOME=$AMLAUNCH_OF_RECIPE_HOME",
+        "--set-env=MASTER_ADDR=$AMLAUNCH_OF_RECIPE_MASTER_ADDR",
+        "--set-env=MY_TOKEN=$AMLAUNCH_OF_RECIPE_MY_TOKEN",
+        "--set-env=NCCL_DEBUG=$AMLAUNCH_OF_RECIPE_NCCL_DEBUG",
+        "--unset-env=AMLAUNCH_OF_RECIPE_*",
+        "--bind=/runs/a:/runs/a",
+        "--cd=/work",
+        "/images/pytorch.sqsh",
+        "--",
+        *COMMAND,
+    )
     with pytest.raises(CannotLaunch, match="read-only"):
         catalog.launch("charliecloud", image(SQSH), COMMAND)
 
 
 def test_a_file_that_was_imported_keeps_the_variables_of_its_image(tmp_path):
-    """They lie in the record beside it; neither runtime finds any in a plain file system. What the recipe or the task says wins."""
+    """The record beside it has them; neither runtime finds any in a plain file system. The recipe and the task win."""
     settings = {"Env": ["PATH=/opt/bin:/bin", "FROM_IMAGE=image", "NCCL_DEBUG=WARN", "CUDA_VISIBLE_DEVICES=9"]}
     (tmp_path / "a.json").write_text(json.dumps({"settings": settings}))
     of_file = image(parse(str(tmp_path / "a.sqsh")), mounts=MOUNTS[:1])
@@ -380,9 +469,17 @@ def test_a_bundle_may_leave_out_what_it_likes(tmp_path, runtime, config):
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [("[]", "expected a JSON object"), ("{", "invalid JSON"), ('{"process": []}', "process: expected a JSON object"), ('{"process": {"env": [1]}}', "process.env: expected a list of strings"),
-     ('{"process": {"env": {"A": "1"}}}', "process.env"), ('{"mounts": [null]}', "mounts: expected a list of objects"), ('{"linux": {"namespaces": 5}}', "linux.namespaces"), ("[" * 10**5, "invalid JSON")],
-)  # fmt: skip
+    [
+        ("[]", "expected a JSON object"),
+        ("{", "invalid JSON"),
+        ('{"process": []}', "process: expected a JSON object"),
+        ('{"process": {"env": [1]}}', "process.env: expected a list of strings"),
+        ('{"process": {"env": {"A": "1"}}}', "process.env"),
+        ('{"mounts": [null]}', "mounts: expected a list of objects"),
+        ('{"linux": {"namespaces": 5}}', "linux.namespaces"),
+        ("[" * 10**5, "invalid JSON"),
+    ],
+)
 def test_a_bundle_that_is_none_is_refused_where_it_is_read(tmp_path, config, words):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CannotLaunch, match=f"{tmp_path}/config.json: {words}"):
@@ -448,7 +545,8 @@ def test_of_the_host_only_what_libraries_read_enters():
         "APPTAINER_CACHEDIR": "/a",
     }
     assert runtime_variables({**host, **own, "LANG": "de_DE"}) == {"PATH": "/bin", "HOME": "/home/me", **own}
-    # pyxis hands on all that srun has, and enroot behind it reads of that ENROOT_*, SLURM_*, HOME and NVIDIA's (pyxis_slurmstepd.c)
+    # pyxis hands on all that srun has, and enroot behind it reads of that ENROOT_*, SLURM_*, HOME and NVIDIA's
+    # (pyxis_slurmstepd.c)
     assert runtime_variables({**host, **own, "LANG": "de_DE", "SLURM_JOB_ID": "1"}, is_srun=True) == {
         "PATH": "/bin",
         "HOME": "/home/me",
@@ -460,29 +558,102 @@ def test_of_the_host_only_what_libraries_read_enters():
 @pytest.mark.parametrize(
     "line, kind, again",
     [
-        ("slurmstepd: error: pyxis: failed to import docker image: curl: (22) The requested URL returned error: 401", "no credentials for the registry", False),
+        (
+            "slurmstepd: error: pyxis: failed to import docker image: curl: (22) The requested URL returned error: 401",
+            "no credentials for the registry",
+            False,
+        ),
         ("slurmstepd: error: pyxis:     [ERROR] No such file or directory: /images/x.sqsh", "no such image", False),
-        ("slurmstepd: error: pyxis:     [ERROR] Command not found: nvidia-container-cli, see https://github.com/NVIDIA/libnvidia-container", "no GPUs in the container", False),
-        ("slurmstepd: error: pyxis:     mksquashfs: write failed: No space left on device", "no space for the image", True),
-        ("docker: Error response from daemon: manifest for nvcr.io/x:1 not found: manifest unknown", "no such image", False),
-        ("docker: Error response from daemon: could not select device driver \"\" with capabilities: [[gpu]].", "no GPUs in the container", False),
-        ("Error: initializing source docker://r/x:1: pinging container registry r: dial tcp: lookup r: no such host", "registry unreachable", True),
-        ("Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=all", "no GPUs in the container", False),
-        ("FATAL:   Unable to handle docker://nvcr.io/x uri: unauthorized: authentication required", "no credentials for the registry", False),
+        (
+            "slurmstepd: error: pyxis:     [ERROR] Command not found: nvidia-container-cli, see "
+            "https://github.com/NVIDIA/libnvidia-container",
+            "no GPUs in the container",
+            False,
+        ),
+        (
+            "slurmstepd: error: pyxis:     mksquashfs: write failed: No space left on device",
+            "no space for the image",
+            True,
+        ),
+        (
+            "docker: Error response from daemon: manifest for nvcr.io/x:1 not found: manifest unknown",
+            "no such image",
+            False,
+        ),
+        (
+            'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].',
+            "no GPUs in the container",
+            False,
+        ),
+        (
+            "Error: initializing source docker://r/x:1: pinging container registry r: dial tcp: lookup r: no such host",
+            "registry unreachable",
+            True,
+        ),
+        (
+            "Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=all",
+            "no GPUs in the container",
+            False,
+        ),
+        (
+            "FATAL:   Unable to handle docker://nvcr.io/x uri: unauthorized: authentication required",
+            "no credentials for the registry",
+            False,
+        ),
         ("FATAL:   could not open image /images/a.sif: failed to retrieve path", "no such image", False),
-        ("FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist", "mount failed", False),
-        ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0, please update your driver", "driver too old", False),
-        ("slurmstepd: error: pyxis: failed to import docker image: curl: (28) Operation timed out after 300000 milliseconds", "registry unreachable", True),
-        ("slurmstepd: error: pyxis: failed to import docker image: curl: (56) OpenSSL SSL_read: unexpected eof while reading", "registry unreachable", True),
-        ("slurmstepd: error: pyxis:     [ERROR] URL https://nvcr.io/v2/ returned error code: 500 Internal Server Error", "registry unreachable", True),
-        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] Could not process JSON input", "image import failed", True),
-        ("slurmstepd: error: pyxis: failed to import docker image: [ERROR] URL https://nvcr.io/v2/ returned error code: 404 Not Found", "no such image", False),
+        (
+            "FATAL:   container creation failed: mount /a->/b error: while mounting /a: mount source /a doesn't exist",
+            "mount failed",
+            False,
+        ),
+        (
+            "nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0, please update your driver",
+            "driver too old",
+            False,
+        ),
+        (
+            "slurmstepd: error: pyxis: failed to import docker image: curl: (28) Operation timed out after 300000 "
+            "milliseconds",
+            "registry unreachable",
+            True,
+        ),
+        (
+            "slurmstepd: error: pyxis: failed to import docker image: curl: (56) OpenSSL SSL_read: unexpected eof "
+            "while reading",
+            "registry unreachable",
+            True,
+        ),
+        (
+            "slurmstepd: error: pyxis:     [ERROR] URL https://nvcr.io/v2/ returned error code: 500 Internal Server "
+            "Error",
+            "registry unreachable",
+            True,
+        ),
+        (
+            "slurmstepd: error: pyxis: failed to import docker image: [ERROR] Could not process JSON input",
+            "image import failed",
+            True,
+        ),
+        (
+            "slurmstepd: error: pyxis: failed to import docker image: [ERROR] URL https://nvcr.io/v2/ returned error "
+            "code: 404 Not Found",
+            "no such image",
+            False,
+        ),
         ("exec /usr/bin/python3: exec format error", "wrong architecture", False),
         ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount failed", False),
-        ("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", "no daemon", True),
-        ("Error: cannot find newuidmap: exec: \"newuidmap\": executable file not found in $PATH", "no user namespaces", False),
+        (
+            "docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+            "no daemon",
+            True,
+        ),
+        (
+            'Error: cannot find newuidmap: exec: "newuidmap": executable file not found in $PATH',
+            "no user namespaces",
+            False,
+        ),
     ],
-)  # fmt: skip
+)
 def test_why_a_container_did_not_start(line, kind, again):
     found = failure_of(f"something else\n{line}\n")
     assert found is not None and found[0].kind == kind and found[0].restart == again and found[1] == line

@@ -223,7 +223,7 @@ def test_what_is_missing_is_said_in_the_first_seconds(
 
 
 def test_what_a_first_run_lacks(cluster: Cluster) -> None:
-    """Credentials and a mount, told at submit; the mount's node says it in the first seconds. The credentials are nobody's business."""
+    """Credentials and a mount are reported at submit; the mount also by its node, in the first seconds."""
     place = Place(
         cluster, "lacks", https_proxy="http://127.0.0.1:9"
     )  # nobody listens: no registry is reached, wherever this runs

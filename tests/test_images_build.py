@@ -1,4 +1,4 @@
-"""``amlaunch image build`` and ``check``: our Dockerfile built without a network on a tiny base, imported, and started."""
+"""``amlaunch image build`` and ``check``: our Dockerfile, built offline on a tiny base, imported and started."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_our_dockerfile_without_a_network(storage, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["made"] and made["source"] == f"build on {BASE}" and made["reference"] == "localhost/baked:1"
     files = unsquashed(Path(made["path"]), storage / "files")
-    code = "import tiny_extra, launcher, trainer; print(tiny_extra.VALUE, launcher.__file__)"
+    code = "import tiny_extra, amlaunch.launcher, amlaunch.trainer; print(tiny_extra.VALUE, amlaunch.launcher.__file__)"
     found = subprocess.run(["chroot", str(files), "/usr/bin/python3", "-c", code], capture_output=True, text=True)
-    assert found.stdout == "12 /opt/amlaunch/launcher/__init__.py\n", found
+    assert found.stdout == "12 /opt/amlaunch/amlaunch/launcher/__init__.py\n", found
     assert not (files / "tmp" / "amlaunch-wheels").exists()
     assert (
         main(
@@ -181,7 +181,8 @@ def test_room_for_a_base_is_looked_for_before_it_is_fetched(storage, monkeypatch
     [
         (
             "nvcr.io/NVIDIA/pytorch:25.08-py3",
-            "--base 'nvcr.io/NVIDIA/pytorch:25.08-py3': image names are in lower case; did you mean 'nvcr.io/nvidia/pytorch:25.08-py3'?",
+            "--base 'nvcr.io/NVIDIA/pytorch:25.08-py3': image names are in lower case; did you mean "
+            "'nvcr.io/nvidia/pytorch:25.08-py3'?",
         ),
         ("https://nvcr.io/nvidia/pytorch:1", "did you mean 'nvcr.io/nvidia/pytorch:1'?"),
         ("nvcr.io#", "the image name is missing"),

@@ -164,7 +164,8 @@ def test_a_tool_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, c
     program = tmp_path / "bin" / "mksquashfs"
     program.parent.mkdir()
     program.write_text(
-        '#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.6" && exit\necho "FATAL ERROR: No space left on device"; exit 1\n'
+        '#!/bin/sh\n[ "$1" = -version ] && echo "mksquashfs version 4.6" && exit\necho "FATAL ERROR: No space left '
+        'on device"; exit 1\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
@@ -547,7 +548,7 @@ def test_a_registry_that_wants_credentials(tmp_path, capsys, monkeypatch):
 
 
 def test_where_credentials_go():
-    """nvcr.io's user is the word $oauthtoken (NGC user guide); enroot's file has netrc's form (enroot doc/cmd/import.md)."""
+    """nvcr.io's user is $oauthtoken (NGC user guide); enroot's file has netrc's form (enroot doc/cmd/import.md)."""
     home = {"HOME": "/home/me"}
     assert credentials.login_advice("enroot", "nvcr.io", home) == (
         "add to /home/me/.config/enroot/.credentials (mode 600): machine nvcr.io login $oauthtoken password KEY, "
@@ -582,19 +583,25 @@ def test_where_credentials_go():
     ],
 )
 def test_what_a_tools_last_words_mean(said, meaning):
-    """The number of an answer is no digits of a size or a digest; out of reach comes before what a word elsewhere may mean."""
+    """A status is no digits of a size or a digest; an unreachable registry comes before other meanings."""
     found = credentials.explain_failure("enroot", "x.io/a:1", said, {"HOME": "/home/me"})
     assert meaning in found and bool(meaning) == bool(found)
 
 
 def test_commands_of_tools_that_are_not_here(tmp_path):
-    """Option by option: https://github.com/NVIDIA/enroot/blob/master/doc/cmd/import.md (``[USER@][REGISTRY#]IMAGE[:TAG]``,
+    """https://github.com/NVIDIA/enroot/blob/master/doc/cmd/import.md (``[USER@][REGISTRY#]IMAGE[:TAG]``,
     ``--output``, ``--arch``), doc/configuration.md (ENROOT_SQUASH_OPTIONS and the paths), and
     https://apptainer.org/docs/user/latest/cli/apptainer_build.html (``--force``, IMAGE, then the spec)."""
     target = tmp_path / "image.sqsh"
     assert image_store.enroot_import("nvcr.io/nvidia/pytorch:25.08-py3", target, "amd64") == [
-        "enroot", "import", "--arch", "x86_64", "--output", str(target), "docker://nvcr.io#nvidia/pytorch:25.08-py3",
-    ]  # fmt: skip
+        "enroot",
+        "import",
+        "--arch",
+        "x86_64",
+        "--output",
+        str(target),
+        "docker://nvcr.io#nvidia/pytorch:25.08-py3",
+    ]
     assert image_store.enroot_settings(tmp_path) == {
         "ENROOT_SQUASH_OPTIONS": "-comp zstd -Xcompression-level 3 -b 1M -noappend",
         "ENROOT_CACHE_PATH": str(tmp_path / "layers"),

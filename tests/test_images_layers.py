@@ -1,4 +1,4 @@
-"""An image's layers as one folder: what is hidden, linked and removed, against the kernel's own overlay where that runs."""
+"""An image's layers as one folder: hidden, linked and removed files, compared with the kernel's overlay."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_a_layer_compressed_with_zstd():
 
 
 def test_the_start_script_keeps_words_apart(tmp_path):
-    """enroot runs /etc/rc with the command as its arguments; an entrypoint comes before it, and exit codes come through."""
+    """enroot runs /etc/rc with the command as its arguments, after the entrypoint; exit codes come through."""
     settings_ = {
         "WorkingDir": str(tmp_path / "a b"),
         "Entrypoint": ["/usr/bin/env", "FROM=entry point"],

@@ -84,7 +84,7 @@ def test_digest_and_size_as_the_registry_has_them(tmp_path, registry):
 
 
 class TokenService(BaseHTTPRequestHandler):
-    """A registry of an index for two architectures, which gives tokens as Docker Hub and nvcr.io do; and where it sends one on."""
+    """A registry with an index for two architectures and a token service, as Docker Hub has; it redirects."""
 
     index: dict
     blobs: dict[str, bytes]
@@ -213,7 +213,7 @@ def test_credentials_lie_where_the_tools_keep_them(tmp_path):
 
 
 def test_enroots_credentials_as_enroot_reads_them(tmp_path):
-    """Its doc/cmd/import.md: Docker Hub's host is the one that gives tokens, and a password may be a command's output, which spoils no other line."""
+    """Its doc/cmd/import.md: Docker Hub's host is that of the tokens, and a password may be a command's output."""
     lines = (
         "# machine x.io login no password no\nmachine 1.dkr.ecr.aws login AWS password $(aws ecr "
         "get-login-password --region x)\nmachine auth.docker.io login hub password pw\n"
@@ -323,7 +323,8 @@ def test_a_submit_asks_of_what_it_knows_for_the_digest_alone(tmp_path, trusted, 
         return [method for line in lines for method in ("GET", "HEAD") if f"http.request.method={method}" in line]
 
     place = trusted.push(write_layout(tmp_path / "oci", [layer([("a", b"1")])]), "team/tiny:1")
-    pinned = f"{place.removesuffix(':1')}@{json.loads((tmp_path / 'oci' / 'index.json').read_text())['manifests'][0]['digest']}"
+    index = json.loads((tmp_path / "oci" / "index.json").read_text())
+    pinned = f"{place.removesuffix(':1')}@{index['manifests'][0]['digest']}"
     first, before = planned(tmp_path, "pyxis", place), asked()
     assert (
         planned(tmp_path, "pyxis", place).plan == first.plan
@@ -335,7 +336,8 @@ def test_a_submit_asks_of_what_it_knows_for_the_digest_alone(tmp_path, trusted, 
         and len(asked()) == len(before) + 1
     )  # type: ignore[union-attr]
     trusted.push(write_layout(tmp_path / "newer", [layer([("blob", os.urandom(1 << 20))])]), "team/tiny:1")
-    assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20  # type: ignore[union-attr]
+    container = planned(tmp_path, "pyxis", place).plan.stages[0].container
+    assert container is not None and container.facts["bytes"] > 1 << 20
     for kept in (tmp_path / "home" / ".cache" / "amlaunch" / "registries").iterdir():
         kept.write_text('{"size": "x"')
     assert planned(tmp_path, "pyxis", place).plan.stages[0].container.facts["bytes"] > 1 << 20, (

@@ -1,4 +1,4 @@
-"""Images as a run meets them: what its image lacks is told before anything starts, and a file that was imported is used."""
+"""Images of runs: what an image lacks is reported before anything starts, and an imported file is used."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
     many = place.amlaunch(
         "image", "check", image, "--cluster", "slurm", "--runtime", "charliecloud", "--gpus", "99", check=False
     )
-    assert many.returncode == 2 and "--gpus 99: a node of partition" in many.stderr
+    assert many.returncode == 2 and "--gpus 99: nodes of partition" in many.stderr
     gone = place.amlaunch("image", "check", "/nowhere", "--cluster", "slurm", check=False)
     assert gone.returncode == 2 and "there is no file /nowhere" in gone.stderr
 
@@ -79,7 +79,7 @@ def test_a_submit_asks_the_registry(cluster: Cluster):
         missing = place.amlaunch(*words, "--dry-run", "--container.image", f"{name}/team/tiny:2", check=False, **trust)
         assert (
             missing.returncode == 2
-            and f"{name} has no such image (404 Not Found): {name}/team/tiny:2; Check the name" in missing.stderr
+            and f"{name} has no such image (404 Not Found): {name}/team/tiny:2. Check the name" in missing.stderr
         )
         place.amlaunch(*words, **trust)
         [plan] = place.folder.glob("runs/*/plan.json")

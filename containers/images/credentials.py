@@ -21,7 +21,8 @@ REFUSED = (
 MISSING = ("manifest unknown", "manifest_unknown", "name unknown", "not found", "no such image")
 UNREACHABLE = (
     "no such host", "connection refused", "network is unreachable", "i/o timeout", "could not resolve", "timed out",
-    "no route to host", "temporary failure in name resolution", "tls handshake", "connection reset", "deadline exceeded",
+    "no route to host", "temporary failure in name resolution", "tls handshake", "connection reset",
+    "deadline exceeded",
 )  # fmt: skip
 PLAIN_HTTP = ("server gave http response to https client", "http: server gave http", "wrong version number")
 NO_SPACE = ("no space left on device", "disk quota exceeded")

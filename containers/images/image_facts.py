@@ -1,4 +1,4 @@
-"""Facts about an image without starting it: the record of ``amlaunch image check``, else a table of NGC's PyTorch images."""
+"""Facts about an image that is not started: the record of ``amlaunch image check``, else a table of NGC's images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIN_DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known about the contents of an image."""
+    """Known contents of an image."""
 
     image: str
     """As the user writes it."""

@@ -1,10 +1,10 @@
-"""The folder of converted images that all nodes share: its file names, its records, and the commands that make an image.
+"""The folder of converted images that all nodes share: file names, records, and the commands that make an image.
 
 <images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.sqsh          the image, named after the start of its digest
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.json          its record; it is written last, so a recorded image is complete
+<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.json          its record, written last: the image is complete
 <images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.check.json    the findings of amlaunch image check
 <images>/checks/<name>.json                                  findings about images that are not in this folder
-<images>/.work/                                              downloads and unfinished images, from which an import continues
+<images>/.work/                                              downloads and unfinished images
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def mksquashfs(rootfs: Path, target: Path) -> list[str]:
 
 
 def build(tool: str, context: Path, tag: str, arguments: Mapping[str, str]) -> list[str]:
-    """Build ``context/Dockerfile``; a base in the tool's storage is not fetched again (docker-build(1), buildah-build(1))."""
+    """Build ``context/Dockerfile``; a stored base is not fetched again (docker-build(1), buildah-build(1))."""
     build_arguments = [word for key, value in arguments.items() for word in ("--build-arg", f"{key}={value}")]
     return [
         tool,

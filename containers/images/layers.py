@@ -1,9 +1,10 @@
 """Read saved images, and unpack one into a folder that ``mksquashfs`` can pack.
 
-skopeo fetches layers and docker and podman save them, but none of these merges layers outside of its own storage, and mksquashfs packs
-only a plain folder. The formats are OCI layouts (https://github.com/opencontainers/image-spec: layer.md, image-layout.md) and docker
-archives (``docker save``, with a ``manifest.json``). enroot and Charliecloud read an image's environment and entrypoint from files, which
-are written here as their manuals describe (enroot doc/image-format.md, ch-run(1) ``--set-env``).
+skopeo fetches layers and docker and podman save them, but none of these merges layers outside of its own storage, and
+mksquashfs packs only a plain folder. The formats are OCI layouts (https://github.com/opencontainers/image-spec:
+layer.md, image-layout.md) and docker archives (``docker save``, with a ``manifest.json``). enroot and Charliecloud read
+an image's environment and entrypoint from files, which are written here as their manuals describe (enroot
+doc/image-format.md, ch-run(1) ``--set-env``).
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class LayeredImage:
 def archive_layout(path: Path) -> str:
     """Return the transport that reads a tar of an image: ``oci`` or ``docker``; ``docker`` also if it cannot be read.
 
-    docker 25 and newer save both layouts in one archive. Such an archive counts as ``docker``, or as ``oci`` if it is compressed and
-    begins with the OCI layout.
+    docker 25 and newer save both layouts in one archive. Such an archive counts as ``docker``, or as ``oci`` if it is
+    compressed and begins with the OCI layout.
     """
     with suppress(*TAR_ERRORS):
         names = _first_names(path)
@@ -232,8 +233,8 @@ def _blob_path(digest: str) -> str:
 def unpack(image: LayeredImage, rootfs: Path, count: Callable[[int], None]) -> None:
     """Unpack all layers into the folder ``rootfs``, lowest first, then add what runtimes expect to find.
 
-    Files belong to the current user, who may read and write all of them. Devices and the content of /dev are left out. ``count``
-    receives the size of each file when it has been written. Raises NotAnImage.
+    Files belong to the current user, who may read and write all of them. Devices and the content of /dev are left out.
+    ``count`` receives the size of each file when it has been written. Raises NotAnImage.
     """
     rootfs = Path(os.path.realpath(rootfs))
     rootfs.chmod(0o755)
@@ -245,7 +246,7 @@ def unpack(image: LayeredImage, rootfs: Path, count: Callable[[int], None]) -> N
 
 @contextmanager
 def _damage_reported() -> Iterator[None]:
-    """Turn what a damaged layer raises into NotAnImage; errors of the file system, such as a full disk, stay as they are."""
+    """Turn what a damaged layer raises into NotAnImage; errors of the file system, such as a full disk, stay."""
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
@@ -289,7 +290,7 @@ def _normal_name(name: str) -> str:
 
 
 def _resolve_inside(rootfs: Path, folder: str) -> Path:
-    """Follow the links of a folder's path. Raises NotAnImage if they lead out of the image, where nothing may be written."""
+    """Follow the links of a folder's path. Raises NotAnImage if they lead out of the image."""
     path = Path(os.path.realpath(rootfs / folder))
     if path != rootfs and rootfs not in path.parents:
         raise NotAnImage(f"a layer writes to {folder!r} through a link that leads out of the image")
@@ -416,7 +417,7 @@ def runtime_files(settings: Mapping[str, Any]) -> dict[str, tuple[bytes, int]]:
 
 
 def _start_script(settings: Mapping[str, Any]) -> str:
-    """Return the script that enroot runs with the command as its arguments: change the folder, then run the entrypoint."""
+    """Return the script that enroot runs with the command as its arguments: change folder, then run the entrypoint."""
     folder = shlex.quote(str(settings.get("WorkingDir") or "/"))
     entrypoint = shlex.join(map(str, settings.get("Entrypoint") or []))
     default = shlex.join(map(str, settings.get("Cmd") or [])) or ("" if entrypoint else "/bin/sh")

@@ -1,7 +1,8 @@
 """Parse image names and paths, and spell them as each runtime expects.
 
 People write the same image as ``nvcr.io/nvidia/pytorch:25.08-py3``, ``docker://nvcr.io/nvidia/pytorch:25.08-py3`` or
-``nvcr.io#nvidia/pytorch:25.08-py3``, or name a file. The grammar of names is https://pkg.go.dev/github.com/distribution/reference.
+``nvcr.io#nvidia/pytorch:25.08-py3``, or name a file. The grammar of names is
+https://pkg.go.dev/github.com/distribution/reference.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _did_you_mean(image: str, registry: str) -> str:
 
 
 def doubts(reference: Reference) -> list[str]:
-    """List what is suspicious about a valid name: a registry close to a known one, a tag that NVIDIA does not publish."""
+    """List what is suspicious about a valid name, such as a registry whose name resembles a known one."""
     if reference.kind != "registry":
         return []
     messages = []
@@ -229,7 +230,7 @@ def doubts(reference: Reference) -> list[str]:
 
 
 def for_pyxis(reference: Reference) -> str:
-    """Return the value of ``--container-image``: ``nvcr.io#nvidia/pytorch:25.08-py3``, or a squashfs file's absolute path.
+    """Return the value of ``--container-image``: ``nvcr.io#nvidia/pytorch:25.08-py3``, or a file's absolute path.
 
     With ``/`` instead of ``#`` pyxis asks Docker Hub (pyxis#39, #168); it takes a relative path for a name (#67).
     """
@@ -237,7 +238,7 @@ def for_pyxis(reference: Reference) -> str:
 
 
 def for_enroot(reference: Reference) -> str:
-    """Return the URI for ``enroot import``, such as ``docker://nvcr.io#nvidia/pytorch:25.08-py3``; for a file its path."""
+    """Return the URI for ``enroot import``: ``docker://nvcr.io#nvidia/pytorch:25.08-py3``, or a file's path."""
     return str(reference.file) if reference.path else f"docker://{_enroot_name(reference)}"
 
 
@@ -265,7 +266,7 @@ def for_podman(reference: Reference) -> str:
 
 
 def _with_transport(reference: Reference) -> str:
-    """Prefix an archive by the transport that the user wrote, else by that of its content: neither reads the other's."""
+    """Prefix an archive by the transport that the user wrote, else by that of its content; each reads only its own."""
     # Imported late: what reads archives takes a while to load.
     from amlaunch.containers.images.layers import archive_layout
 

@@ -1,9 +1,9 @@
 """Ask a registry about an image without fetching it: its digest, the size of its layers, its architectures.
 
-The tools that fetch images report none of these before they begin (only skopeo can), so all of them are served here in one way:
-https://github.com/opencontainers/distribution-spec (pulling manifests) and
-https://distribution.github.io/distribution/spec/auth/token. A tool may still succeed where this fails, because it knows mirrors,
-certificates and password helpers that are not consulted here.
+The tools that fetch images report none of these before they begin (only skopeo can), so all of them are served here in
+one way: https://github.com/opencontainers/distribution-spec (pulling manifests) and
+https://distribution.github.io/distribution/spec/auth/token. A tool may still succeed where this fails, because it knows
+mirrors, certificates and password helpers that are not consulted here.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def fetch_manifest(
 ) -> ImageManifest:
     """Ask an image's registry about the image for an architecture, or for the first one that it has.
 
-    ``insecure``: accept bad certificates, and plain HTTP if the registry has no TLS. With a ``cache`` the digest is asked for first,
-    which Docker Hub does not count as a pull, and a cached manifest is not fetched again. Raises RegistryError.
+    ``insecure``: accept bad certificates, and plain HTTP if the registry has no TLS. With a ``cache`` the digest is
+    asked for first, which Docker Hub does not count as a pull, and a cached manifest is not fetched again. Raises
+    RegistryError.
     """
     with _malformed_answers_reported(image.registry):
         session = _Session(image, environ, insecure, seconds)
@@ -275,7 +276,7 @@ class _Session:
         return bool(self.image.user) or credentials.needs_helper(self._name, self.environ)
 
     def _authenticate(self, refusal: RegistryError) -> str:
-        """Return an Authorization header from the registry's token service: for the user's credentials, else anonymous."""
+        """Return an Authorization header from the token service: for the user's credentials, else anonymous."""
         kind, _, rest = refusal.challenge.partition(" ")
         login = self._login()
         basic = f"Basic {base64.b64encode(':'.join(login).encode()).decode()}" if login else ""

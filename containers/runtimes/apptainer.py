@@ -25,7 +25,7 @@ PASS_ON = (
     'prefix=$1 names=$2; shift 2; for name in $names; do eval "[ -z \\"\\${$name+x}\\" ] || '
     'export $prefix$name=\\"\\$$name\\""; done; exec "$@"'
 )
-"""Shell that exports each task's own variables under the names by which apptainer takes them inside; unset ones stay unset."""
+"""Shell that exports each task's own variables under apptainer's names for them; unset ones stay unset."""
 
 
 def launch(spec: ContainerSpec, command: Sequence[str], program: str = "apptainer") -> Launch:
@@ -64,7 +64,7 @@ def _source(reference: Reference) -> str:
 
 
 def _prepare(reference: Reference, program: str) -> tuple[tuple[str, ...], ...]:
-    """Return the command that fetches and converts once per node into apptainer's cache; eight tasks would do it eight times."""
+    """Return the command that fetches and converts into apptainer's cache once per node, not once per task."""
     if reference.kind not in ("registry", "archive"):
         return ()
     return ((program, "exec", _source(reference), "true"),)

@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 PROGRAMS = {name: name for name in KINDS} | {"charliecloud": "ch-run", "pyxis": "srun", "slurm": "srun"}
 """Each runtime's command."""
 DAEMON_RUNTIMES = ("docker", "podman")
-"""Runtimes whose containers are no children of the process that starts them: they end when their standard input closes."""
+"""Runtimes whose containers are no children of who starts them: they end when their standard input closes."""
 SRUN_RUNTIMES = ("pyxis", "slurm")
 """Runtimes that are flags of srun, and so start only steps of a job."""
 KIND_LABELS = {

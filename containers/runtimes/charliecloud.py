@@ -1,7 +1,7 @@
 """Charliecloud: each task runs ``ch-run`` as an unprivileged process of the user.
 
-ch-run(1), https://hpc.github.io/charliecloud/ch-run.html. Devices, network, shared memory and /tmp are the host's. It adds no GPU
-libraries to an image; ``ch-fromhost --nvidia`` does that once.
+ch-run(1), https://hpc.github.io/charliecloud/ch-run.html. Devices, network, shared memory and /tmp are the host's. It
+adds no GPU libraries to an image; ``ch-fromhost --nvidia`` does that once.
 """
 
 from __future__ import annotations

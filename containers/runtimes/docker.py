@@ -1,8 +1,8 @@
 """Docker: a client asks root's daemon to start the container.
 
-https://docs.docker.com/reference/cli/docker/container/run. The container is no child of ours and would outlive us, so it lives only as
-long as its standard input, which the client holds open (amlaunch.recipes.python_process). GPUs, shared memory and limits follow
-https://docs.nvidia.com/deeplearning/frameworks/user-guide.
+https://docs.docker.com/reference/cli/docker/container/run. The container is no child of ours and would outlive us, so
+it lives only as long as its standard input, which the client holds open (amlaunch.recipes.python_process). GPUs, shared
+memory and limits follow https://docs.nvidia.com/deeplearning/frameworks/user-guide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
 
 
 def common_options(spec: ContainerSpec, program: str) -> list[str]:
-    """Return the options that docker and podman share: remove the container at its end, use the host's network and memory.
+    """Return the options that docker and podman share: remove the container at its end, use the host's network.
 
     Variables are passed by name, so that no value is visible in the argv. Raises CannotLaunch for a path that the
     comma-separated values of ``--mount`` cannot contain.

@@ -1,8 +1,8 @@
 """Choose which variables of the host enter a container, and which its runtime keeps.
 
-A container gets the variables of the recipe and of amlaunch, those that tell a rank who it is, and those of the user's shell that
-libraries inside read. Nothing else of the host enters: its search paths, modules and Python environments name files that are not in
-the image.
+A container gets the variables of the recipe and of amlaunch, those that tell a rank who it is, and those of the user's
+shell that libraries inside read. Nothing else of the host enters: its search paths, modules and Python environments
+name files that are not in the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ RANK_VARIABLES = (
     "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME", "SLURM_JOB_END_TIME", "SLURM_GPUS_ON_NODE",
     "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-"""What srun tells each task. PMI's variables are not among them: ranks meet through torch, and a runtime would start a server."""
+"""Variables that srun sets for each task. PMI's are not among them: ranks meet through torch, and a runtime would start
+a server for PMI."""
 LIBRARY_VARIABLES = (
     "NCCL_*", "UCX_*", "FI_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "TRITON_*", "OMP_*", "MKL_*",
     "KMP_*", "NVTE_*", "CUBLAS_*", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER",
@@ -89,9 +90,9 @@ def runtime_variables(environ: Mapping[str, str], more: Iterable[str] = (), *, i
 def prefixed(env: Mapping[str, str]) -> dict[str, str]:
     """Return a container's variables as the runtime's own program carries them in its environment.
 
-    A variable that the program would obey itself gets a prefix until :func:`with_restored_names` removes it: podman keeps images
-    below HOME, and a client asks a proxy for the daemon. In an argv the values, which may be secret, would be visible to all users
-    of the node.
+    A variable that the program would obey itself gets a prefix until :func:`with_restored_names` removes it: podman
+    keeps images below HOME, and a client asks a proxy for the daemon. In an argv the values, which may be secret, would
+    be visible to all users of the node.
     """
     interpreted = _interpreted(env)
     return {f"{NAME_PREFIX}{name}" if name in interpreted else name: value for name, value in env.items()}

@@ -92,7 +92,7 @@ class ContainerSpec:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a command in a container: pure data, as ``submit --dry-run`` shows it."""
+    """The start of a command in a container: pure data, as ``submit --dry-run`` shows it."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def check_mounts(spec: ContainerSpec, signs: str, runtime: str) -> None:
 
 
 def bundle_variables(folder: Path) -> dict[str, str]:
-    """Return the variables that an OCI bundle sets (``process.env`` of its config.json); none for a plain root file system."""
+    """Return the variables that an OCI bundle sets (``process.env`` of its config.json); none for other folders."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
         return _variables(config["process"]["env"])

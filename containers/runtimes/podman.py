@@ -50,7 +50,7 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
 
 
 def _with_step_gpus(spec: ContainerSpec, argv: list[str]) -> tuple[str, ...]:
-    """Restrict a container in a job to the job's GPUs: rootless podman runs outside of the job's control group and sees all."""
+    """Restrict a container in a job to the job's GPUs: rootless podman leaves the job's control group and sees all."""
     return ("sh", "-c", RUN_WITH_STEP_GPUS, "sh", *argv[2:]) if spec.gpus and spec.on_slurm else tuple(argv)
 
 

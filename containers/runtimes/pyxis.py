@@ -1,7 +1,7 @@
 """pyxis, NVIDIA's Slurm plugin: srun gets flags, and tasks start inside the container.
 
-https://github.com/NVIDIA/pyxis/wiki/Usage and args.c there. The container is unnamed, because a named one outlives its job and a
-requeued job would find its remains. Home is not mounted, and the user keeps their ID.
+https://github.com/NVIDIA/pyxis/wiki/Usage and args.c there. The container is unnamed, because a named one outlives its
+job and a requeued job would find its remains. Home is not mounted, and the user keeps their ID.
 """
 
 from __future__ import annotations

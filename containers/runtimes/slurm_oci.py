@@ -1,7 +1,7 @@
 """Slurm's own containers (``srun --container``): the site's OCI runtime starts a bundle.
 
-https://slurm.schedmd.com/containers.html. A bundle itself describes its mounts, so each attempt gets its own one: the image's root file
-system with our mounts and variables (runtime-spec, config.md).
+https://slurm.schedmd.com/containers.html. A bundle itself describes its mounts, so each attempt gets its own one: the
+image's root file system with our mounts and variables (runtime-spec, config.md).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ fi
 exec "$@"'''
 """Shell that derives a task's rank.
 
-Slurm 22.05 gives a container the variables of the step but not of the task. With one task per node, the node's place in the list is the
-rank.
+Slurm 22.05 gives a container the variables of the step but not of the task. With one task per node, the node's place in
+the list is the rank.
 """
 
 

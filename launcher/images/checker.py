@@ -26,7 +26,7 @@ from amlaunch.launcher.display import wording
 from amlaunch.launcher.images.tools import ToolFailed, content_of
 from amlaunch.launcher.planning.partitions import choose_partition
 from amlaunch.launcher.planning.stage_container import Available
-from amlaunch.launcher.runs.packages import canonical
+from amlaunch.launcher.runs.packages import canonical_name
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.specs.cluster_profile import Cluster
 from amlaunch.launcher.specs.machine import this_machine, user_variables
@@ -46,7 +46,7 @@ MAX_OUTPUT_LINES = 6
 
 @dataclass(frozen=True)
 class ProbeStart:
-    """How to start the probe in an image."""
+    """The start of the probe in an image."""
 
     runtime: str
     launch: Launch
@@ -263,7 +263,7 @@ def probe_record(image: str, digest: str, runtime: str, report: Mapping[str, Any
 
 def vouched_record(image: str, names: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with packages that the user vouches for, added to an earlier record. Raises BadInput."""
-    packages = {canonical(name) for name in names.replace(",", " ").split()}
+    packages = {canonical_name(name) for name in names.replace(",", " ").split()}
     if not packages:
         raise BadInput("--has needs package names, for example --has tiktoken,datasets")
     vouched = earlier.get("said")

@@ -1,8 +1,8 @@
 """Fetch an image with the tools of the site and convert it once for all nodes: atomic, locked and resumable.
 
-A download goes to the folder's ``.work``, layer by layer; after an interruption the same command continues with the layers that are
-there. The converted file is made beside it and renamed, and its record is written last: an image with a record is complete. A second
-import of the same image waits for the first and uses its result.
+A download goes to the folder's ``.work``, layer by layer; after an interruption the same command continues with the
+layers that are there. The converted file is made beside it and renamed, and its record is written last: an image with a
+record is complete. A second import of the same image waits for the first and uses its result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WORK_SPACE_FACTOR = 2
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What to import, and how."""
+    """An image to import, and the options of the import."""
 
     source: str
     folder: ImageFolder
@@ -267,9 +267,10 @@ class _Importer:
     # --- fetch
 
     def _query_registry(self) -> tuple[str, int]:
-        """Return the digest of the manifest for the architecture and the bytes of its layers, before anything is fetched.
+        """Return the manifest's digest and the bytes of its layers, before anything is fetched.
 
-        Both are empty if the registry does not say: the tool may still know a way to fetch the image. Raises ToolFailed.
+        Both are empty if the registry does not say: the tool may still know a way to fetch the image. Raises
+        ToolFailed.
         """
         if self.source.kind != "registry":
             return "", 0

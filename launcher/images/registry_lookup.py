@@ -1,4 +1,4 @@
-"""Look up a run's images in their registries when it is submitted: do they exist, for which processors, how large are they?"""
+"""Look up a run's images in their registries when it is submitted: existence, architectures and sizes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def with_earlier_facts(run: RunDir, plan: Plan) -> Plan:
 
 
 def _ask_registries(images: Mapping[str, Reference], say: Say, seconds: float) -> Answers:
-    """Ask all registries at once, so that a silent one does not delay the others; return the answers that came in time."""
+    """Ask all registries at once, so that a silent one does not delay the others; return the answers in time."""
     answers: dict[str, ImageManifest | RegistryError] = {}
 
     def ask(text: str) -> None:

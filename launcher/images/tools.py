@@ -38,7 +38,7 @@ def this_architecture() -> str:
 
 
 def site_format(runtime: str = "") -> str:
-    """Return the format that the site's runtime starts: ``sif`` for apptainer or where it is the only runtime, else ``sqsh``."""
+    """Return the format that the site's runtime starts: ``sif`` if it is apptainer, or only apptainer is there."""
     if runtime:
         return "sif" if runtime in ("apptainer", "singularity") else "sqsh"
     has_apptainer = shutil.which("apptainer") or shutil.which("singularity")
