@@ -352,7 +352,7 @@ def test_everything_fast_at_once_on_two_ranks_is_near_plain_training_in_float64(
     codes, graph_counts = zip(*two[name], strict=True)
     assert list(codes) == [OK, OK] and min(graph_counts) > 0
     fast, exact = run_of(folder, name, fast=True), run_of(folder, name, fast=False)
-    assert exact.here() == OK
+    assert exact.train_inline() == OK
     for column, bound in (("loss", LOSS_BOUND), ("grad_norm", NORM_BOUND)):
         values, reference = np.array(fast.column(column)), np.array(exact.column(column))
         assert len(values) == 12

@@ -174,11 +174,11 @@ def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks
     straight, resumed, wider = (
         mixed_run(tmp_path, name, size, step_scheduler=STEPS, model=model) for name in ("straight", "resumed", "wider")
     )
-    assert straight.here() == OK
+    assert straight.train_inline() == OK
     for at in (7, 13):
         shortened = ["--step_scheduler.max_steps", str(at), "--validation_dataset", "null"]
-        assert resumed.here(*shortened, "--lr_scheduler.lr_decay_steps", "24") == OK
-    assert resumed.here() == OK
+        assert resumed.train_inline(*shortened, "--lr_scheduler.lr_decay_steps", "24") == OK
+    assert resumed.train_inline() == OK
     assert straight.column("loss") == resumed.column("loss") and same_weights(straight, resumed)
     epochs = [line["epoch/web"] for line in straight.lines() if "epoch/web" in line]
     assert len(epochs) == 24 and 0 < epochs[0] < 1 < epochs[-1], "more than one epoch"
@@ -190,7 +190,7 @@ def test_a_mixture_goes_on_to_the_bit_in_the_middle_of_an_epoch_and_on_two_ranks
     wider.train(
         2, "--step_scheduler.max_steps", "5", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "24"
     )
-    assert wider.here() == OK
+    assert wider.train_inline() == OK
     assert np.allclose(wider.column("loss"), straight.column("loss"), rtol=TIGHT, atol=0)
 
 
@@ -202,11 +202,11 @@ def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(
         mixed_run(tmp_path, name, 3 * SEQ_LEN, step_scheduler={**STEPS, "max_steps": 6, "val_every_steps": None})
         for name in ("straight", "wider")
     )
-    assert straight.here() == OK
+    assert straight.train_inline() == OK
     wider.train(
         2, "--step_scheduler.max_steps", "3", "--validation_dataset", "null", "--lr_scheduler.lr_decay_steps", "6"
     )
-    assert wider.here() == OK
+    assert wider.train_inline() == OK
     assert np.allclose(wider.column("loss"), straight.column("loss"), rtol=TIGHT, atol=0)
     assert np.allclose(wider.column("grad_norm"), straight.column("grad_norm"), rtol=TIGHT, atol=0)
     capsys.readouterr()
@@ -222,7 +222,7 @@ def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(
         (("--dataset.sources.web.align_to_bos", "true"), "sources.web.align_to_bos: None there, True in the recipe"),
         (("--dataset.shuffle_files", "false"), "shuffle: True there, False in the recipe"),
     ):
-        assert straight.here("--step_scheduler.max_steps", "8", *override) == BAD_INPUT
+        assert straight.train_inline("--step_scheduler.max_steps", "8", *override) == BAD_INPUT
         assert key in capsys.readouterr().err
 
 
@@ -234,7 +234,7 @@ def test_ranks_that_share_packed_rows_keep_documents_apart(tmp_path: Path, share
         mixed_run(tmp_path, name, 2 * SEQ_LEN, step_scheduler=steps, model={"vocab_size": VOCAB + 1})
         for name in ("alone", "both")
     )
-    assert alone.here() == OK
+    assert alone.train_inline() == OK
     both.train(2, f"--distributed.{shared}", "2")
     for name in ("loss", "grad_norm", "val_loss/web"):
         assert np.allclose(both.column(name), alone.column(name), rtol=TIGHT, atol=0), name
@@ -252,7 +252,7 @@ def test_an_epoch_of_packed_rows_ends_the_run(tmp_path: Path) -> None:
     )
     run.tree["dataset"] = {"file_pattern": str(tmp_path / "web.bin"), "seq_len": SEQ_LEN, "shuffle_files": True}
     run.__post_init__()
-    assert run.here() == OK
+    assert run.train_inline() == OK
     rows = len(NanogptDataset(file_pattern=str(tmp_path / "web.bin"), seq_len=SEQ_LEN).packed(48))
     assert run.column("step")[-1] == 2 * rows // 8
     assert run.column("tokens")[0] == 8 * 48

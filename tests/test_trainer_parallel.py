@@ -152,7 +152,7 @@ def one(folder: Path) -> Callable[..., Run]:
     """Create and train a run on one rank, once per name."""
     runs: dict[str, Run] = {}
 
-    def run(name: str, family: str, start: Callable[[Run], int] = Run.here, **sections: Any) -> Run:
+    def run(name: str, family: str, start: Callable[[Run], int] = Run.train_inline, **sections: Any) -> Run:
         key = f"{family} {name}"
         if key not in runs:
             runs[key] = case(folder, f"one-{name}", family, {"strategy": "none"}, **sections)
@@ -187,7 +187,7 @@ def test_four_ranks_are_as_one(folder: Path, one: Any, four: dict[str, list[Any]
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_accumulation_is_as_one_batch(folder: Path, one: Any, family: str) -> None:
     whole = case(folder, "one-whole", family, {"strategy": "none"})
-    assert whole.here("--step_scheduler.local_batch_size", "8") == OK
+    assert whole.train_inline("--step_scheduler.local_batch_size", "8") == OK
     assert_same(whole, one("plain", family))
 
 
@@ -231,7 +231,7 @@ def poisoned(run: Run, start: Callable[[Run], int] = train, rank: int = 1) -> in
 
 def test_tensor_parallel_ranks_leave_out_the_same_step(folder: Path, one: Any, four: dict[str, list[Any]]) -> None:
     assert four["poisoned"] == [OK] * 4
-    alone = one("poisoned", "gpt2", start=lambda run: poisoned(run, Run.here, rank=0), max_steps=FEW_STEPS)
+    alone = one("poisoned", "gpt2", start=lambda run: poisoned(run, Run.train_inline, rank=0), max_steps=FEW_STEPS)
     four_ranks = case(folder, "four-poisoned", "gpt2", {"tp_size": 2, "sequence_parallel": True}, FEW_STEPS)
     for name in ("loss", "grad_norm"):
         columns = (run.column(name) for run in (four_ranks, alone))
@@ -431,7 +431,7 @@ def test_models_of_others_are_spread_too(folder: Path, two: dict[str, list[Any]]
     assert two[f"hf {name}"] == [OK, OK]
     alone = hf_case(folder, f"{kind} alone", kind, {"strategy": "none"})
     if not alone.lines():
-        assert alone.here() == OK
+        assert alone.train_inline() == OK
     columns, reference = (
         np.array([run.column("loss"), run.column("grad_norm")]) for run in (hf_case(folder, name, kind, keys), alone)
     )

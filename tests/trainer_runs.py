@@ -205,7 +205,7 @@ class Run:
         assert codes == [0] * ranks, output
         return output
 
-    def here(self, *overrides: str) -> int:
+    def train_inline(self, *overrides: str) -> int:
         """Train on one rank in this process, which is faster, and return the exit code."""
         import torch
         import torch.distributed as dist

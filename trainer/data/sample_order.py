@@ -105,7 +105,7 @@ class SourceOrder:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Interleaved sources: at any position, each is fewer samples off its share than there are sources.
+    """Interleaved sources: at any position, each deviates from its share by fewer samples than there are sources.
 
     Sample i of source k has the number ``offsets[k] + i``. An epoch has as many positions as all sources have samples:
     a source with a share above its size is seen more than once in it, another one less than once.
