@@ -36,19 +36,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temp:
         os.environ["XDG_CACHE_HOME"] = temp
         from amlaunch.containers.images.image_facts import facts_from_name
-        from amlaunch.launcher.runs.packages import inside, resolve, wanted
+        from amlaunch.launcher.runs.packages import packages_for_image, required_packages, resolve
         from amlaunch.launcher.runs.snapshot import take_snapshot
         from amlaunch.recipes.format.loader import load
         from amlaunch.recipes.shipped import shipped_recipes
 
         for recipe in ("quickstart", "llama-350m"):
-            wants, facts = wanted(load(shipped_recipes()[recipe]), STAGES), facts_from_name(IMAGE)
+            wants, facts = required_packages(load(shipped_recipes()[recipe]), STAGES), facts_from_name(IMAGE)
             first = best(lambda wants=wants, facts=facts: resolve(wants, facts), 3)
-            inside(wants, facts)
-            again = best(lambda wants=wants, facts=facts: inside(wants, facts))
+            packages_for_image(wants, facts)
+            again = best(lambda wants=wants, facts=facts: packages_for_image(wants, facts))
             print(f"{recipe:12} packages that the image lacks: first look {first:.1f} ms, later {again:.1f} ms")
 
-        packages = inside(wanted(load(shipped_recipes()["quickstart"]), STAGES), facts_from_name(IMAGE))
+        packages = packages_for_image(
+            required_packages(load(shipped_recipes()["quickstart"]), STAGES), facts_from_name(IMAGE)
+        )
         code = Path(temp) / "code"
 
         def snapshot(with_packages: bool) -> None:

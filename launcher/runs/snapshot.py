@@ -16,7 +16,7 @@ from amlaunch import PACKAGES_FILE
 from amlaunch.recipes.errors import BadInput
 
 if TYPE_CHECKING:  # only a run in an image needs it
-    from amlaunch.launcher.runs.packages import Inside
+    from amlaunch.launcher.runs.packages import ImagePackages
 
 PARTS = ("recipes", "containers", "preprocess", "trainer", "launcher")
 PACKAGES_FOLDER = Path("packages")
@@ -39,7 +39,7 @@ def checkout() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
-def take_snapshot(target: Path, recipe_folder: Path | None, inside: Inside | None = None) -> None:
+def take_snapshot(target: Path, recipe_folder: Path | None, inside: ImagePackages | None = None) -> None:
     """Copy the package to ``target``, the recipe's folder to ``target/recipe``, and ``inside`` to ``target/packages``.
 
     ``inside``: the packages that an image lacks. The snapshot appears atomically; an identical one is left as it is.
