@@ -48,7 +48,7 @@ def apply_override(tree: dict[str, Any], path: KeyPath, value: Any, typed: str) 
         node[_index(node, path[-1], path, typed)] = value
     elif path[-1].isdigit():
         parent = ".".join(path[:-1])
-        raise BadInput(f"{typed}: {parent} is not set, so it has no items; set the whole list: --{parent} '[…]'")
+        raise BadInput(f"{typed}: {parent} is not set, so it has no items; set the entire list: --{parent} '[…]'")
     else:
         node[path[-1]] = value
 
