@@ -50,7 +50,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "image",
         help="nvcr.io/nvidia/pytorch:25.08-py3, a tar file of docker save or of an OCI layout, oci:DIR, "
-        "a tar file of a root file system, podman://NAME, dockerd://NAME",
+        "podman://NAME, dockerd://NAME",
     )
     _add_conversion(parser)
     parser.add_argument("--arch", metavar="NAME", help="amd64 or arm64, if the nodes differ from this machine")
