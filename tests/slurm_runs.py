@@ -20,6 +20,13 @@ TWO_ON_GPU = Needs(1, 2, 2, 2, "400M", 5)
 STEPS = ["--do", "steps"]
 """Words of a stand-in that takes 24 steps, each a fraction of a second."""
 PROFILE = {"signal_seconds": 60}
+RECIPE = """\
+name: test
+model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model, n_positions: 32, n_embd: 16, n_layer: 2, n_head: 2}
+dataset: {file_pattern: "*.bin", seq_len: 32}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
+"""
+"""The recipe of stand-in runs: it is checked when a run is retried, and nothing reads it."""
 ASKED = """\
 import contextlib, io, json, sys
 from amlaunch.launcher.__main__ import main
@@ -110,6 +117,8 @@ class Place:
         settings = {"name": "slurm", "profile": {**PROFILE, **profile}}
         plan = Plan(name, built, None, str(self.folder), cluster=settings)
         write_json(run.plan, plan.to_json())
+        run.recipe.write_text(RECIPE)
+        self.write("tokens.bin", "")
         run.code.mkdir()
         (run.code / "amlaunch").symlink_to(REPOSITORY / "src" / "amlaunch")  # as a snapshot has it
         subprocess.run(["chown", "-R", "lab:lab", str(self.folder / "runs")], check=True)

@@ -84,12 +84,17 @@ def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
     """Return the current states of all elements. Raises SlurmError if Slurm cannot tell: a guess could submit a job twice."""
     queue = Queue(max_age=0)
     states = read_run(run, plan, queue)
-    # An unknown element without a job ID is settled by recover.
-    unknown = next((state for state in states if state.state == State.UNKNOWN and state.job), None)
+    # Without squeue, accounting alone may call a job active that has ended. (An unknown element without a job ID is
+    # settled by recover.)
+    unknown = next((state for state in states if state.job and _is_unknown(state, queue)), None)
     if unknown:
         reason = f"{'; '.join(queue.problems)}; try again once Slurm answers" if queue.problems else unknown.reason
         raise SlurmError("Slurm", f"the state of job {unknown.job} is unknown: {reason}")
     return states
+
+
+def _is_unknown(state: ElementState, queue: Queue) -> bool:
+    return state.state == State.UNKNOWN or (state.state in ACTIVE_STATES and queue.jobs is None)
 
 
 def check_moved(run: RunDir, plan: Plan, cluster: str, states: Sequence[ElementState]) -> str:
