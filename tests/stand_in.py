@@ -1,9 +1,11 @@
 """A stage program for tests of the driver and the local executor: behaves as its arguments say, in milliseconds.
 
-Usage: python -m stand_in --element DIR [--do ok|fail|bad|sleep|linger|hang|once|steps|port|say|eat] [--rank R]: what rank R does (all: -1).
-``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and goes on where it was told to stop;
-``port`` says that its port is taken, the first time; ``say`` prints --words and fails where --on says (a host; any);
-``eat`` takes memory until somebody minds. --print NAME says what a variable is, --touch PATH whether a file can be made.
+Usage: python -m stand_in --element DIR [--do ACTION] [--rank R]
+
+``--rank`` selects the rank that performs the action (default: all): ok, fail, bad (input), sleep, linger, hang;
+``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and continues where it stopped;
+``port`` reports once that its port is taken; ``say`` prints ``--words`` and fails on the host ``--on`` (any);
+``eat`` takes memory until it is killed. ``--print NAME`` prints a variable; ``--touch PATH`` tries to create a file.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ def main() -> int:
     options = parser.parse_args()
     rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
     folder = ElementDir(Path(options.element))
-    asked: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: asked.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
     size = os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"]
     print(
         f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}",
@@ -55,41 +57,41 @@ def main() -> int:
     (folder.root / f"pid{rank}").write_text(str(os.getpid()))
     if rank == 0:
         Heartbeat(folder.progress).beat(unit="step", done=3, total=9, rate=1234.5, eta_s=6.0, loss=2.5)
-    what = options.do if options.rank in (-1, rank) else "ok"
+    action = options.do if options.rank in (-1, rank) else "ok"
     first = rank == 0 and not (folder.root / "tried").exists()
-    if what in ("once", "port") and first:
+    if action in ("once", "port") and first:
         (folder.root / "tried").touch()
-        print(f"port {os.environ['MASTER_PORT']}: EADDRINUSE" if what == "port" else "not this time", flush=True)
+        print(f"port {os.environ['MASTER_PORT']}: EADDRINUSE" if action == "port" else "not this time", flush=True)
         return 1
-    if what == "steps":
-        return count_steps(folder, rank, asked)
-    if what == "say" and options.on in ("", platform.node()):
+    if action == "steps":
+        return count_steps(folder, rank, signals)
+    if action == "say" and options.on in ("", platform.node()):
         print(options.words, file=sys.stderr)
         return 1
-    if what == "eat":
+    if action == "eat":
         eaten = []
         while True:
             eaten.append(b"x" * 50_000_000)
             time.sleep(0.1)
-    if what == "fail":
+    if action == "fail":
         raise RuntimeError("the disk is full of bees")
-    if what == "bad":
+    if action == "bad":
         print("error: r.yaml:3: model.n_layer: expected int", file=sys.stderr)
         return 2
-    if what == "hang":
+    if action == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
-    if what in ("sleep", "linger"):
-        deadline = time.time() + (600 if what == "sleep" else 1.5)
+    if action in ("sleep", "linger"):
+        deadline = time.time() + (600 if action == "sleep" else 1.5)
         while time.time() < deadline:
-            if asked or folder.stop.exists():
+            if signals or folder.stop.exists():
                 return 75
             time.sleep(0.02)
     return leave_result(folder, rank)
 
 
 def leave_result(folder: ElementDir, rank: int) -> int:
-    """What a stage says of its finished work."""
+    """Write the result of a finished stage."""
     if rank == 0:
         output = folder.root / "output"
         output.write_text("made")
@@ -97,14 +99,14 @@ def leave_result(folder: ElementDir, rank: int) -> int:
     return 0
 
 
-def count_steps(folder: ElementDir, rank: int, asked: list[int]) -> int:
-    """Work that is saved at every step, and whose log tells which steps were made."""
+def count_steps(folder: ElementDir, rank: int, signals: list[int]) -> int:
+    """Count steps, save after each, and log which steps were made."""
     saved = folder.root / f"saved{rank}"
     for step in range(int(saved.read_text()) if saved.exists() else 0, STEPS):
-        if asked or folder.stop.exists():
+        if signals or folder.stop.exists():
             return 75
         time.sleep(0.4)
-        write_json(saved, step + 1)  # whole, for nodes lose their power here
+        write_json(saved, step + 1)  # atomically: tests cut the power of nodes
         with open(folder.root / f"steps{rank}", "a") as log:
             log.write(f"{step + 1}\n")
         if rank == 0:

@@ -70,7 +70,10 @@ TWO_RANKS = Needs(1, 0, 2, 2)
 
 def drive(run: RunDir, stage: str = "train") -> subprocess.Popen:
     """The driver as a process of its own, as submitit starts it."""
-    code = f"from amlaunch.launcher.execution.driver import *; print(run_element({str(run.root)!r}, {stage!r}, '0', Assignment(1, ())))"
+    code = (
+        "from amlaunch.launcher.execution.driver import *; "
+        f"print(run_element({str(run.root)!r}, {stage!r}, '0', Assignment(1, ())))"
+    )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
@@ -119,7 +122,7 @@ def test_a_variable_of_a_recipe_or_a_profile_has_the_text_that_the_shell_has(tmp
 
 
 def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch):
-    """Where its images lie may hang on it: the same when they are brought and when they are started, and nothing of it is seen inside."""
+    """It may determine the folder of images: the same for fetching and starting them, and not seen inside."""
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     run, plan = make_run(tmp_path, ("train", [[]], ONE))
     stage = replace(plan.stages[0], container=StageContainer("x/y:1", "podman", runtime_env=["SCRATCH", "NOT_SET_X"]))
@@ -133,7 +136,7 @@ def test_a_site_names_what_the_runtime_itself_is_left_with(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("there", ["nothing", "mine", "a link", "somebody else's", "a file"])
 def test_the_home_inside_a_container_is_private(tmp_path, there):
-    """It may lie in a /tmp that all users of the node share, and compilers keep code below it: nobody else may have made it."""
+    """It may lie in a shared /tmp, and compilers keep code below it: nobody else may have created it."""
     home = tmp_path / "home"
     if there in ("mine", "a link", "somebody else's"):
         (tmp_path / "made").mkdir(mode=0o777)
@@ -272,7 +275,10 @@ def test_an_element_stops_when_nobody_waits_for_it_any_more(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
     holder = Lock(run.lock)
     assert holder.acquire()
-    code = f"from amlaunch.launcher.execution.driver import *; run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
+    code = (
+        "from amlaunch.launcher.execution.driver import *; "
+        f"run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
+    )
     driver = subprocess.Popen([sys.executable, "-c", code])
     pids(run, 1)
     time.sleep(0.3)
@@ -399,11 +405,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("attempts.jsonl", b"3\n"), ("attempts.jsonl", b'{"event": "start"}\n'), ("attempts.jsonl", b"\xff\xfe\n"), ("done.json", b"[1]"),
-     ("attempts.jsonl", b'{"event": "start", "attempt": "x", "time": "y"}\n'), ("done.json", b'{"outputs": {}, "seconds": "long", "tokens": "x"}'),
-     ("attempts.jsonl", b'{"event": "start", "attempt": 1, "time": 1.0, "gpus": "many", "host": 5}\n{"event": "end", "attempt": 1, "outcome": "strange", "reason": 5}\n'),
-     ("progress.json", b'{"unit": 5, "done": "x", "total": "y", "loss": "z", "rate": "fast", "eta_s": "soon", "time": "never"}'), ("done.json", b'{"outputs": [1]}'), ("progress.json", b"[1]"), ("progress.json", b'{"unit": "step"}'), ("metrics.jsonl", b"\x00")],
-)  # fmt: skip
+    [
+        ("attempts.jsonl", b"3\n"),
+        ("attempts.jsonl", b'{"event": "start"}\n'),
+        ("attempts.jsonl", b"\xff\xfe\n"),
+        ("attempts.jsonl", b'{"event": "start", "attempt": "x", "time": "y"}\n'),
+        (
+            "attempts.jsonl",
+            b'{"event": "start", "attempt": 1, "time": 1.0, "gpus": "many", "host": 5}\n'
+            b'{"event": "end", "attempt": 1, "outcome": "strange", "reason": 5}\n',
+        ),
+        ("done.json", b"[1]"),
+        ("done.json", b'{"outputs": {}, "seconds": "long", "tokens": "x"}'),
+        ("done.json", b'{"outputs": [1]}'),
+        ("progress.json", b"[1]"),
+        ("progress.json", b'{"unit": "step"}'),
+        (
+            "progress.json",
+            b'{"unit": 5, "done": "x", "total": "y", "loss": "z", "rate": "fast", "eta_s": "soon", "time": "never"}',
+        ),
+        ("metrics.jsonl", b"\x00"),
+    ],
+)
 def test_damaged_files_of_one_element_hide_nothing(tmp_path, monkeypatch, capsys, finished, name, content):
     run = RunDir(shutil.copytree(finished.root, tmp_path / "runs" / "test-1"))
     if name != "done.json":
@@ -521,10 +544,15 @@ def test_without_progress_it_is_not_tried_for_ever(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "first", "result", "outcome"),
     [
-        ([0, 0], None, {}, State.DONE), ([0, 0], None, None, State.FAILED), ([75, 75], None, None, State.STOPPED), ([0, 75], None, None, State.STOPPED),
-        ([1, -9], 0, {}, State.FAILED), ([75, -9], 1, None, State.FAILED), ([-6, 0], 0, {}, State.FAILED),
+        ([0, 0], None, {}, Outcome.DONE),
+        ([0, 0], None, None, Outcome.FAILED),
+        ([75, 75], None, None, Outcome.STOPPED),
+        ([0, 75], None, None, Outcome.STOPPED),
+        ([1, -9], 0, {}, Outcome.FAILED),
+        ([75, -9], 1, None, Outcome.FAILED),
+        ([-6, 0], 0, {}, Outcome.FAILED),
     ],
-)  # fmt: skip
+)
 def test_exit_codes(codes, first, result, outcome):
     assert classify(RanksEnd(tuple(codes), first), result).outcome == outcome
 

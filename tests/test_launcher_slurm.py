@@ -61,11 +61,18 @@ def test_ranges_there_and_back(numbers: set[int]) -> None:
 @pytest.mark.parametrize(
     ("gres", "found"),
     [
-        ("(null)", (0, "")), ("gpu:8", (8, "")), ("gpu:h100:8(S:0-1)", (8, "h100")), ("gpu", (1, "")), ("gpu:h100", (1, "h100")),
-        ("tmpfs:1T,gpu:a100:4(S:0,1),shard:16", (4, "a100")), ("gpu:2080ti:4", (4, "2080ti")), ("gpu:1g.10gb:7", (7, "1g.10gb")),
-        ("gpu:a100:2,gpu:h100:6", (8, "a100")), ("gpu:nvidia_h100_80gb_hbm3:8(IDX:0-7)", (8, "nvidia_h100_80gb_hbm3")),
+        ("(null)", (0, "")),
+        ("gpu:8", (8, "")),
+        ("gpu:h100:8(S:0-1)", (8, "h100")),
+        ("gpu", (1, "")),
+        ("gpu:h100", (1, "h100")),
+        ("tmpfs:1T,gpu:a100:4(S:0,1),shard:16", (4, "a100")),
+        ("gpu:2080ti:4", (4, "2080ti")),
+        ("gpu:1g.10gb:7", (7, "1g.10gb")),
+        ("gpu:a100:2,gpu:h100:6", (8, "a100")),
+        ("gpu:nvidia_h100_80gb_hbm3:8(IDX:0-7)", (8, "nvidia_h100_80gb_hbm3")),
     ],
-)  # fmt: skip
+)
 def test_gres(gres: str, found: tuple[int, str]) -> None:
     assert gpus_of(gres) == found
 
@@ -158,7 +165,8 @@ class TestProfiles:
         monkeypatch.setenv("MY_TOKEN", "hunter2")
         monkeypatch.setenv("WHO", "ann")
         (tmp_path / "clusters.yaml").write_text(
-            "lab:\n  runs: /shared/${WHO}\n  setup: ['export X=${MY_TOKEN}']\n  env: {T: '${MY_TOKEN}'}\n  sbatch: {mail-user: '${WHO}', nice: '${MY_TOKEN}'}\n  srun: ['${MY_TOKEN}']\n"
+            "lab:\n  runs: /shared/${WHO}\n  setup: ['export X=${MY_TOKEN}']\n  env: {T: '${MY_TOKEN}'}\n"
+            "  sbatch: {mail-user: '${WHO}', nice: '${MY_TOKEN}'}\n  srun: ['${MY_TOKEN}']\n"
         )
         found = find_cluster("lab").profile
         assert found.runs == "/shared/ann" and found.sbatch["mail-user"] == "ann"
@@ -171,7 +179,10 @@ class TestProfiles:
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder with a recipe, on the login side of a Slurm that says what a real one said (cpu: 32 CPUs and 64 GB, gpu: 8 GPUs, too)."""
+    """A folder with a recipe, on a login node whose Slurm gives recorded answers.
+
+    Partition cpu has nodes with 32 CPUs and 64 GB, partition gpu also 8 GPUs.
+    """
     told = {**RECORDED, "squeue": "", "sbatch --help": "  --nice=x\n  --begin=x\n"}
 
     def call(*argv: str, **_: object) -> str:
@@ -209,9 +220,13 @@ class TestEveryProblemIsSaidAtOnce:
     def test_of_a_recipe_that_cannot_be_read_and_of_its_cluster(
         self, site: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        profile = "lab:\n  account: labb\n  qos: hihg\n  python: /nowhere/python\n  sbatch: {nise: 1}\n  stages: {train: {partition: gpuu, sbatch: {beginn: now}}}\n"
+        profile = (
+            "lab:\n  account: labb\n  qos: hihg\n  python: /nowhere/python\n  sbatch: {nise: 1}\n"
+            "  stages: {train: {partition: gpuu, sbatch: {beginn: now}}}\n"
+        )
         assert refused(site, capsys, profile, recipe=TINY.replace("n_layer", "n_layr")) == [
-            "tiny.yaml:13: model.n_layr: unknown key of amlaunch.trainer.models.gpt2.build_gpt2_model; did you mean 'n_layer'?",
+            "tiny.yaml:13: model.n_layr: unknown key of amlaunch.trainer.models.gpt2.build_gpt2_model; "
+            "did you mean 'n_layer'?",
             "clusters.yaml:5: sbatch.nise: sbatch has no such option; did you mean 'nice'?",
             "clusters.yaml:6: stages.train.sbatch.beginn: sbatch has no such option; did you mean 'begin'?",
             "clusters.yaml:6: stages.train.partition 'gpuu' does not exist here; did you mean 'gpu'?",
@@ -272,7 +287,8 @@ class TestEveryProblemIsSaidAtOnce:
             "32",
         ]
         assert refused(site, capsys, "lab: {partition: gpu}\n", *words)[0].startswith(
-            "--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, but a node of partition gpu has at most 8 GPUs"
+            "--resources.train.gpus_per_node=16: resources.train.gpus_per_node is 16, "
+            "but a node of partition gpu has at most 8 GPUs"
         )
 
     def test_of_a_folder_that_is_a_file_and_of_several_partitions(
@@ -303,10 +319,8 @@ class TestEveryProblemIsSaidAtOnce:
         run.unlink()
         run.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
-        assert (
-            refused(site, capsys, clusters)[-1]
-            == f"runs/{run.name} belongs to {run.owner()}, and you may not write to it; start another run with --name NAME"
-        )
+        problem = f"runs/{run.name} belongs to {run.owner()}, and you may not write to it"
+        assert refused(site, capsys, clusters)[-1] == f"{problem}; start another run with --name NAME"
 
     def test_a_silent_slurm_has_refused_nothing(
         self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -471,9 +485,26 @@ class TestScripts:
             sbatch={"exclusive": True, "nice": 3, "hold": False},
         )
         options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
-        expected = ["account=ml", "array=0-2%2", "comment=token", "cpus-per-task=8", "exclusive", "gpus-per-node=h100:8", "job-name=run-1.train", "kill-on-invalid-dep=yes",
-                    "mem=256G", "nice=3", "nodes=2", "ntasks-per-node=8", "open-mode=append", "partition=gpu", "requeue", "signal=B:USR1@300", "time=240"]  # fmt: skip
-        assert set(expected) <= set(options) and not any(option.startswith(("hold", "wckey")) for option in options)
+        expected = {
+            "account=ml",
+            "array=0-2%2",
+            "comment=token",
+            "cpus-per-task=8",
+            "exclusive",
+            "gpus-per-node=h100:8",
+            "job-name=run-1.train",
+            "kill-on-invalid-dep=yes",
+            "mem=256G",
+            "nice=3",
+            "nodes=2",
+            "ntasks-per-node=8",
+            "open-mode=append",
+            "partition=gpu",
+            "requeue",
+            "signal=B:USR1@300",
+            "time=240",
+        }
+        assert expected <= set(options) and not any(option.startswith(("hold", "wckey")) for option in options)
         output = next(option for option in options if option.startswith("output="))
         assert shlex.split(output)[0] == f"output={tmp_path}/a b%%/jobs/001-train/%A_%a.log", "Slurm reads %% as %"
         assert text.splitlines().index("module load cuda") < next(
@@ -598,7 +629,9 @@ def test_nodes_are_avoided_for_an_hour() -> None:
 def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "srun: error: n1: tasks 0-1: Exited with exit code 75\nsrun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n"
+        "srun: error: n1: tasks 0-1: Exited with exit code 75\n"
+        "srun: error: n2: task 3: Exited with exit code 1\n"
+        "srun: error: n1: task 0: Killed\n"
     )
     assert first_failure(log) == TaskFailure("n2", 3, "Exited with exit code 1")
     log.write_text("srun: error: gpu-a.site: tasks 4,6-7: Segmentation fault (core dumped)\n")
@@ -685,7 +718,10 @@ class TestStates:
         )
 
     def test_a_job_that_was_ended_from_outside_is_what_slurm_says_while_slurm_has_it(self, tmp_path: Path) -> None:
-        """Preempted without a grace time: the driver cannot know that Slurm requeues it, and the next attempt needs some seconds to say so."""
+        """Preempted without a grace time: the driver cannot know that Slurm requeues it.
+
+        The next attempt needs some seconds before it records its start.
+        """
         run, plan = self.run(tmp_path)
         self.attempt(run, end={"outcome": "cancelled", "reason": "ended from outside"})
         for word, state in (
@@ -886,7 +922,8 @@ def test_answers_are_shared_until_something_changes(tmp_path: Path, monkeypatch:
     tool = tmp_path / "bin" / "squeue"
     tool.parent.mkdir()
     tool.write_text(
-        f"#!/bin/sh\necho called >> {tmp_path}/calls\necho '1_0|RUNNING|None|2026-01-01T00:00:00|n1|2026-01-01T00:00:00|odd | comment'\n"
+        f"#!/bin/sh\necho called >> {tmp_path}/calls\n"
+        "echo '1_0|RUNNING|None|2026-01-01T00:00:00|n1|2026-01-01T00:00:00|odd | comment'\n"
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
@@ -974,7 +1011,10 @@ def test_completion_scripts_are_for_the_shell() -> None:
 
 def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
     """USR1 in the first instant of a job would end Python."""
-    code = "import amlaunch.launcher.execution.slurm_job, os, signal; os.kill(os.getpid(), signal.SIGUSR1); import time; time.sleep(0.05); print(amlaunch.launcher.execution.slurm_job.EARLY_SIGNALS)"
+    code = (
+        "from amlaunch.launcher.execution import slurm_job; import os, signal; os.kill(os.getpid(), signal.SIGUSR1); "
+        "import time; time.sleep(0.05); print(slurm_job.EARLY_SIGNALS)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Runs on a real Slurm cluster whose daemons, sbatch and submitters fail on purpose: nothing is made twice, none is left behind."""
+"""Runs on a real Slurm cluster whose daemons, sbatch and submitters fail: no work is repeated, no job left behind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def wrapped(place: Place, body: str) -> dict[str, str]:
 
 def test_sbatch_that_times_out_after_it_was_accepted(place: Place) -> None:
     run = place.stand_in(("preprocess", [[], []], CPU), ("train", [[]], CPU))
-    late = '/usr/bin/sbatch "$@" >/dev/null; echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    message = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    late = f'/usr/bin/sbatch "$@" >/dev/null; echo "{message}" >&2; exit 1'
     place.amlaunch("retry", "test-1", **wrapped(place, late))
     assert states(place.wait("test-1", 60)) == {"preprocess": ["done", "done"], "train": ["done"]}
     assert len(jobs_of(place, "test-1")) == 2 and [len(attempts(run, "preprocess", name)) for name in "01"] == [1, 1]

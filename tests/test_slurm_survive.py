@@ -55,11 +55,12 @@ def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cl
     place.write("slow.py", SLOW_MODEL)
     recipe = TINY.split("model:")[0].replace("name: tiny", "name: limit") + (
         "model: {_target_: 'slow.py:build'}\ndataset: {seq_len: 16, shuffle_files: true}\nexport: null\n"
-        "step_scheduler: {max_steps: 60, global_batch_size: 4, ckpt_every_steps: 30}\nresources: {train: {tasks_per_node: 2}}\n"
+        "step_scheduler: {max_steps: 60, global_batch_size: 4, ckpt_every_steps: 30}\n"
+        "resources: {train: {tasks_per_node: 2}}\n"
     )
     place.write("limit.yaml", recipe)
-    # Slurm looks every half minute, and warns at the first look at which not half a minute more is left than was asked for:
-    # an attempt has a minute, of which it needs a part to begin
+    # Slurm checks every half minute, and warns once less than signal_seconds and half a minute are left: an attempt has
+    # a minute, and needs part of it to start.
     place.write("clusters.yaml", "lab: {signal_seconds: 30, mem: 3G, time: 2}\n")
     place.amlaunch(
         "submit", "limit.yaml", "--cluster", "lab", "--runs", "reference/runs", "--resources.train.time", "10", SLOW="0"
@@ -91,7 +92,7 @@ def test_a_time_limit_that_forces_requeues_ends_bitwise_as_if_there_were_none(cl
 
 
 def test_preemption_with_the_users_signal(place: Place) -> None:
-    """The site sends the job's own signal: the driver hears USR1, and the job comes back after the one that pushed it out."""
+    """The site sends the job's own signal: the driver receives USR1, and the job returns after the other one's end."""
     run = place.stand_in(("train", [STEPS], TWO_ON_GPU), stages={"train": {"sbatch": {"nodelist": "gpu1"}}})
     _preempt(place, run, "gpu-low")
 

@@ -162,7 +162,10 @@ class LocalExecutor:
         return history.newest_end is not None and history.newest_end.restart
 
     def _never_began(self, stage: Stage, name: str, attempts_before: int) -> bool:
-        """Return True if we made no attempt: the driver did not begin, or a killed launcher's element ended unfinished."""
+        """Return True if we made no attempt.
+
+        Either our driver did not begin, or an element left by a killed launcher ended unfinished.
+        """
         state = self._state(stage, name)
         return state.state != State.DONE and state.attempts == attempts_before
 

@@ -40,17 +40,18 @@ from amlaunch.recipes.python_process import PARENT_VARIABLE, STDIN_VARIABLE, pyt
 from amlaunch.recipes.run_layout import RunDir
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""For glibc on CPU ranks: otherwise it returns every large tensor to the kernel and faults it in again (docs/log.md)."""
+"""For glibc on CPU ranks: otherwise it returns every large tensor to the kernel and faults it in again."""
 BATCH_TASK_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 """Variables of the batch script's own task. srun sets them anew for each task, except in OCI containers."""
 PRIVATE_HOME = (
-    'if mkdir -m 700 "$HOME" || { [ -d "$HOME" ] && [ ! -L "$HOME" ] && [ -O "$HOME" ] && chmod 700 "$HOME"; }; then :; '
+    'if mkdir -m 700 "$HOME" || '
+    '{ [ -d "$HOME" ] && [ ! -L "$HOME" ] && [ -O "$HOME" ] && chmod 700 "$HOME"; }; then :; '
     'elif other=$(mktemp -d); then export HOME="$other"; fi 2>/dev/null; exec "$@"'
 )
 """Shell code that creates the home folder inside a container, for the user alone.
 
-It may lie in the node's ``/tmp``, where anybody could have created it before, and libraries keep code that they compiled
-below it.
+It may lie in the node's ``/tmp``, where anybody could have created it before, and libraries keep code that they
+compiled below it.
 """
 COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """The cache of ``torch.compile``. By default it is a local folder of the node, which the next node does not have."""

@@ -1,7 +1,7 @@
 """Run the driver of one element in a Slurm job: ``python -m amlaunch.launcher.execution.slurm_job RUN SUBMISSION``.
 
-It is the batch script's own process on the job's first node, so Slurm's warning of the time limit reaches it. It decides
-whether the job is done, goes back into the queue, or fails.
+It is the batch script's own process on the job's first node, so Slurm's warning of the time limit reaches it. It
+decides whether the job is done, goes back into the queue, or fails.
 """
 
 from __future__ import annotations

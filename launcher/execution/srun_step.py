@@ -1,4 +1,4 @@
-"""Start an element's ranks in a Slurm job as one ``srun`` step, and read from its output which rank failed on which node.
+"""Start an element's ranks in a Slurm job as one ``srun`` step, and read from its output which rank failed where.
 
 Behaviour of srun on signals, as observed on Slurm 22.05: SIGTERM to srun kills the tasks at once ("forcing job
 termination"); SIGUSR1 is forwarded to all of them.

@@ -15,7 +15,7 @@ from amlaunch.recipes.version import VERSION
 
 
 def runs_root(option: str | None = None, profile_runs: str | None = None) -> Path:
-    """Return the absolute folder of new runs: ``--runs``, else ``AMLAUNCH_RUNS``, else the profile's, else ``./runs``."""
+    """Return the folder of new runs: ``--runs``, else ``AMLAUNCH_RUNS``, else the profile's, else ``./runs``."""
     return Path(option or os.environ.get("AMLAUNCH_RUNS") or profile_runs or "runs").expanduser().absolute()
 
 

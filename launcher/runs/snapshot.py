@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # only a run in an image needs it
 
 PARTS = ("recipes", "containers", "preprocess", "trainer", "launcher")
 PACKAGES_FOLDER = Path("packages")
-"""Folder of a snapshot for packages that the image lacks; ``amlaunch/__init__.py`` adds it to the end of ``sys.path``."""
+"""Folder of a snapshot for packages that the image lacks; ``amlaunch/__init__.py`` appends it to ``sys.path``."""
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "env", "runs", "data", "checkpoints"}
 """Names of folders that are not copied."""
 MAX_FILES = 500
@@ -35,7 +35,7 @@ def package_root() -> Path:
 
 
 def checkout() -> Path:
-    """Return the root of the repository if amlaunch runs from one: the parts of the package are links to its folders."""
+    """Return the root of the repository if amlaunch runs from one: the package's parts are links to its folders."""
     return Path(__file__).resolve().parents[2]
 
 

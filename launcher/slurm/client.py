@@ -134,7 +134,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def plain_environment() -> dict[str, str]:
-    """Return our environment without the user's defaults for Slurm commands, which could hide jobs or change formats."""
+    """Return our environment without defaults for Slurm commands, which could hide jobs or change formats."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FORMAT_VARIABLE_PREFIXES)}
     return {**kept, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}
 

@@ -1,4 +1,7 @@
-"""Slurm's view of the user's jobs: one squeue and at most one sacct for everything, shared by all calls for ten seconds."""
+"""Slurm's view of the user's jobs: one squeue and at most one sacct for everything.
+
+All calls within ten seconds share the answers.
+"""
 
 from __future__ import annotations
 

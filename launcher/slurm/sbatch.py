@@ -82,7 +82,7 @@ def _command(command: Sequence[str], code: Path) -> str:
 
 
 def _parameters(array: Array, profile: ClusterProfile, run_id: str) -> dict[str, Any]:
-    """Return the arguments of submitit's ``update_parameters``; ``additional_parameters`` takes what it has no name for."""
+    """Return the arguments of submitit's ``update_parameters``; ``additional_parameters`` takes unnamed options."""
     settings = profile.stage(array.stage.name)
     needs = array.stage.needs
     options = {
@@ -136,7 +136,7 @@ def submit(text: str, options: Sequence[str]) -> str:
 
 
 def test_only(text: str, options: Sequence[str] = ()) -> str:
-    """Return sbatch's estimate of a script's start without submitting it. Raises SlurmError if sbatch would refuse it."""
+    """Return sbatch's estimate of a script's start without submitting it. Raises SlurmError if it is refused."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
@@ -184,7 +184,7 @@ def sbatch_options() -> frozenset[str]:
 
 
 def option_problems(cluster: Cluster) -> Iterator[str]:
-    """Yield an error for each option in a profile's ``sbatch`` sections that sbatch does not have. Raises SlurmError."""
+    """Yield an error for each option in a profile's ``sbatch`` sections that does not exist. Raises SlurmError."""
     profile = cluster.profile
     sections: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("sbatch",), profile.sbatch)]
     sections += [(("stages", name, "sbatch"), getattr(profile.stages, name).sbatch) for name in STAGES]

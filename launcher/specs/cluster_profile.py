@@ -253,8 +253,8 @@ def check_profile(tree: Any, lines: Mapping[Any, str]) -> ClusterProfile:
     if profile is not None:
         _check_values(checker, profile)
     raise_problems(checker.problems)
-    # Placeholders in ``setup`` are for the shell on the node, and those in ``env`` for the driver: not for this host, and
-    # not for the script.
+    # The shell on the node fills in placeholders in ``setup``, and the driver those in ``env``: neither this host nor
+    # the script contains their values.
     checked: ClusterProfile = replace(profile, setup=list(tree.get("setup") or []), env=dict(tree.get("env") or {}))
     return checked
 
