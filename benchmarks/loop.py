@@ -63,13 +63,13 @@ def main() -> None:
         reports.append(report)
         print(
             f"process {number + 1}: {report['ms']:.2f} ms per step by hand; "
-            f"ours takes {report['wall']:+.1%} wall time, {report['cpu']:+.1%} CPU time",
+            f"ours {report['wall']:+.1%} wall time, {report['cpu']:+.1%} CPU time",
             flush=True,
         )
     for key, label in (("wall", "wall time"), ("cpu", "CPU time")):
         costs = [report[key] for report in reports]
         print(
-            f"our loop takes {statistics.median(costs):+.1%} {label} (median of {processes} processes of {turns} "
+            f"our loop: {statistics.median(costs):+.1%} {label} (median of {processes} processes of {turns} "
             f"turns of {STEPS} steps; {min(costs):+.1%} to {max(costs):+.1%})"
         )
 

@@ -377,7 +377,7 @@ def _versions(world: World) -> dict[str, Any]:
 def _entries_of_rank(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Flush the files that ``rank`` wrote to disk; return their sizes and digests.
 
-    Each rank hashes its own files, so that hashing is parallelize like writing.
+    Each rank hashes its own files, so that hashing is spread like writing.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and _writer_rank(path.name) == rank]
     return {

@@ -503,9 +503,9 @@ def format_report(report: dict[str, Any]) -> str:
         ("step time", _format_step_time(report)),
         ("MFU", _format_mfu(report)),
         (
-            "of matrix rate",
-            f"{report['of_measured_gemm']:.1%} of {report['measured_gemm_flops'] / 1e12:.4g} TFLOP/s, measured with "
-            f"a large matrix product; copies reach {report['measured_copy_bytes_per_s'] / 1e9:.4g} GB/s",
+            "GEMM rate",
+            f"{report['of_measured_gemm']:.1%} of the {report['measured_gemm_flops'] / 1e12:.4g} TFLOP/s that a large "
+            f"matrix product reaches here; copies reach {report['measured_copy_bytes_per_s'] / 1e9:.4g} GB/s",
         ),
         ("peak memory", f"{report['peak_memory_gib']:.2f} GiB"),
         ("startup", _format_startup(report)),
@@ -540,8 +540,11 @@ def _format_mfu(report: dict[str, Any]) -> str:
 def _format_startup(report: dict[str, Any]) -> str:
     compilation = report["compile"]
     graphs = compilation["hits"] + compilation["misses"]
+    text = f"{report['startup_s']:.1f} s to the first step"
+    if not graphs:
+        return f"{text} (nothing was compiled)"
     return (
-        f"{report['startup_s']:.1f} s to the first step, including {compilation['seconds']:.1f} s of compilation "
+        f"{text}, including {compilation['seconds']:.1f} s of compilation "
         f"({compilation['hits']} of {graphs} graphs were cached)"
     )
 
