@@ -213,14 +213,17 @@ def test_packed_rows_on_other_ranks_and_other_data_refused_by_key(
     for override, key in (
         (
             ("--packed_sequence.packed_sequence_size", "32"),
-            "sources.web.packed_sequence_size: 48 there, 32 in the recipe",
+            "sources.web.packed_sequence_size: 48 in the checkpoint, 32 in the recipe",
         ),
         (
             ("--dataset.sources.web.weight", "0.5", "--dataset.sources.code.weight", "0.5"),
-            "weights: {'code': 2, 'web': 3} there, {'code': 1, 'web': 1} in the recipe",
+            "weights: {'code': 2, 'web': 3} in the checkpoint, {'code': 1, 'web': 1} in the recipe",
         ),
-        (("--dataset.sources.web.align_to_bos", "true"), "sources.web.align_to_bos: None there, True in the recipe"),
-        (("--dataset.shuffle_files", "false"), "shuffle: True there, False in the recipe"),
+        (
+            ("--dataset.sources.web.align_to_bos", "true"),
+            "sources.web.align_to_bos: None in the checkpoint, True in the recipe",
+        ),
+        (("--dataset.shuffle_files", "false"), "shuffle: True in the checkpoint, False in the recipe"),
     ):
         assert straight.train_inline("--step_scheduler.max_steps", "8", *override) == BAD_INPUT
         assert key in capsys.readouterr().err

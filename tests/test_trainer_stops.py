@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_says_where_and_ends_the_job(tmp_path: Path) -> None:
     assert first_failed_rank(codes) == 1
     assert 'blocking.py", line 13 in batch' in log, "the stack of the thread that reads"
     cause = cause_of(log)
-    assert cause is not None and (cause.kind, cause.again, cause.elsewhere) == ("hang", True, True)
+    assert cause is not None and (cause.kind, cause.restart, cause.avoid_host) == ("hang", True, True)
     (run.folder / "block").unlink()
     assert run.train_inline("--step_scheduler.max_steps", "2") == OK
 
