@@ -80,7 +80,7 @@ def site(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_what_a_recipe_needs():
+def test_the_packages_of_a_recipe():
     names = [want.name for want in required_packages(quickstart(), STAGES)]
     assert {"tiktoken", "numpy", "torch", "safetensors"} <= set(names)
     assert not {"pyyaml", "wandb", "datasets"} & set(names)
@@ -104,8 +104,8 @@ def test_what_a_recipe_needs():
     ]
 
 
-def test_the_recipes_own_code(tmp_path, site):
-    """Its imports at the top, of neighbours too; what stands in a try is not needed."""
+def test_packages_of_the_recipes_own_code(tmp_path, site):
+    """Top-level imports count, those of neighbours too; an import in a try does not."""
     installed(site, "einsteinops", needs=("helper-lib>=0.5", 'never; python_version < "3"'))
     installed(site, "helper-lib")
     (tmp_path / "net.py").write_text(
@@ -151,7 +151,7 @@ def test_a_stock_image(tmp_path):
     assert not resolve(required_packages(quickstart(), STAGES), vouched).problems
 
 
-def test_an_image_that_was_checked_and_one_that_nobody_knows():
+def test_checked_images_and_unknown_ones():
     seen = {
         "python": "3.10.12",
         "date": "2026-11-01",
@@ -175,7 +175,7 @@ def test_an_image_that_was_checked_and_one_that_nobody_knows():
     )
 
 
-def test_half_a_package_is_not_copied(site):
+def test_a_package_with_a_compiled_dependency_is_not_copied(site):
     installed(site, "outer", needs=("inner",))
     installed(site, "inner", compiled=True)
     facts = facts_from_check("img", {"python": "3.11", "packages": {}})
@@ -193,7 +193,7 @@ def test_half_a_package_is_not_copied(site):
 
 
 def test_versions_of_python(site, tmp_path):
-    """Requires-Python first; then the grammar of the image's Python, where it is older than ours."""
+    """Requires-Python first; then the grammar of the image's Python, if it is older than ours."""
     installed(site, "newer", requires_python=">=3.13")
     installed(site, "liar", code="try:\n    pass\nexcept* ValueError:\n    pass\n", requires_python=">=3.8")
     old, new = (facts_from_check("img", {"python": version, "packages": {}}) for version in ("3.10.4", "3.13.1"))
@@ -216,8 +216,8 @@ def test_versions_of_python(site, tmp_path):
     assert incompatibility(">=3.10.2", [], [(3, 10)]) == "", "said of early bugs, not of the image's"
 
 
-def test_packages_that_keep_no_list(site):
-    """Debian's, and editable ones: what lies in the module's folder."""
+def test_packages_without_a_list_of_files(site):
+    """Of Debian packages and editable ones, the files in the module's folder count."""
     installed(site, "unlisted", listed=False)
     package = read_package("unlisted")
     assert package and dict(package.files) == {"unlisted/__init__.py": site / "unlisted" / "__init__.py"}
@@ -291,7 +291,7 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     or [sys.executable],
 )
 def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
-    """Made here, run there, with nothing installed: 3.10 to 3.13."""
+    """It runs on Python 3.10 to 3.13 with nothing installed."""
     take_snapshot(tmp_path / "code", None)
     write_json(tmp_path / "recipe.json", quickstart().tree)
     code = (
@@ -303,7 +303,7 @@ def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
     assert run.stdout == "quickstart False True\n", run.stderr
 
 
-def test_the_second_time_is_quick_and_what_is_installed_since_counts(site, tmp_path):
+def test_the_result_is_cached_until_something_is_installed(site, tmp_path):
     """A submission waits for the metadata of twenty packages once, not each time."""
     facts = facts_from_check("img", {"python": "3.10", "packages": {}})
     wants = [RequiredPackage("einsteinops", "x"), *required_packages(load(shipped_recipes()["llama-350m"]), STAGES)]

@@ -99,7 +99,7 @@ def test_heads_that_tensor_parallelism_cannot_divide_are_refused_early(folder, m
     assert expected in problems(folder, text)
 
 
-def test_defaults_make_a_short_recipe_whole(folder):
+def test_a_minimal_recipe_gets_the_defaults(folder):
     recipe = load(write(folder, MINIMAL)).recipe
     assert recipe.optimizer == {"_target_": "torch.optim.AdamW", "lr": 2e-4}  # as in the guide
     assert recipe.dataset["_target_"] == "amlaunch.trainer.data.NanogptDataset"
@@ -144,7 +144,7 @@ def test_defaults_make_a_short_recipe_whole(folder):
         ("sweep:\n  optimizer.lr: 3\n", 9, "expected a list"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(folder, add, line, expected):
+def test_each_problem_names_its_line(folder, add, line, expected):
     message = problems(folder, MINIMAL + add)
     assert f"r.yaml:{line}: " in message and expected in message
 
@@ -155,12 +155,12 @@ def test_keys_of_a_users_own_callable_are_checked_without_importing_it(folder):
     assert "--model.n_layr=3: model.n_layr: unknown key" in message and "expected an integer, got 'two'" in message
 
 
-def test_all_problems_come_at_once(folder):
+def test_all_problems_are_reported_together(folder):
     message = problems(folder, MINIMAL + "seed: x\nnam: y\n", "--step_scheduler.max_steps=no")
     assert len(message.splitlines()) == 3
 
 
-def test_what_must_hold_between_keys(folder):
+def test_inconsistent_keys_are_refused(folder):
     assert "n_embd: 64 is not divisible by n_head 5" in problems(folder, MINIMAL, "--model.n_head", "5")
     assert "exceeds the model's context of 64" in problems(folder, MINIMAL, "--dataset.seq_len", "65")
     assert "exceeds the model's context of 16" in problems(folder, MINIMAL, "--model.n_positions", "16")
@@ -178,7 +178,7 @@ def test_the_global_batch_must_divide(folder, ranks, fits):
         assert "set 6 or 12" in message
 
 
-def test_numbers_and_none_are_what_the_guide_writes(folder):
+def test_numbers_and_none_as_the_guide_writes_them(folder):
     recipe = load(
         write(folder, MINIMAL),
         ["--distributed.dp_size", "none", "--step_scheduler.max_steps", "1e3", "--optimizer.lr", "1e-4"],
@@ -199,7 +199,7 @@ def test_a_stored_recipe_is_the_same_recipe(folder):
     assert again.recipe == first.recipe and again.fingerprint() == first.fingerprint()
 
 
-def test_the_fingerprint_is_of_what_is_computed(folder):
+def test_the_fingerprint_identifies_the_result(folder):
     base = load(write(folder, MINIMAL)).fingerprint()
     assert load(write(folder, MINIMAL), ["--resources.train.cpus=3", "--name=other"]).fingerprint() == base
     assert load(write(folder, MINIMAL), ["--seed=3"]).fingerprint() != base
@@ -227,7 +227,7 @@ def test_the_fingerprint_follows_relative_paths_to_data(folder, tmp_path_factory
     assert len(fingerprints) == 2, "data/*.bin is other data there"
 
 
-def test_every_point_of_a_sweep_must_hold_together(folder):
+def test_every_sweep_point_must_be_consistent(folder):
     text = MINIMAL + "sweep:\n  model.n_embd: [8, 12]\n  model.n_head: [2, 8]\n"
     assert "12 is not divisible by n_head 8" in problems(folder, text)
     loaded = load(write(folder, MINIMAL + "sweep:\n  model.n_embd: [60]\n  model.n_head: [6]\n"))
@@ -239,7 +239,7 @@ def test_every_point_of_a_sweep_must_hold_together(folder):
 
 
 @pytest.mark.parametrize("key", ["preprocess.max_tokens", "name", "resources.train.cpus", "export", "wandb.project"])
-def test_a_sweep_over_what_its_elements_share_is_refused(folder, key):
+def test_a_sweep_over_shared_settings_is_refused(folder, key):
     assert "sweep points share this setting" in problems(folder, MINIMAL + f"sweep:\n  {key}: [1, 2]\n")
 
 
@@ -285,7 +285,7 @@ def test_sizes_that_cannot_work_are_refused(folder, override, expected):
     assert expected in problems(folder, MINIMAL, override)
 
 
-def test_splits_and_vocabularies_that_will_not_be_there(folder):
+def test_missing_splits_and_small_vocabularies_are_refused(folder):
     text = MINIMAL.replace("  file_pattern: data/*.bin\n", "") + "preprocess: {data_files: x}\n"
     assert "did you mean 'train'" in problems(folder, text, "--dataset.split", "tarin")
     assert "val_tokens is 0" in problems(folder, text, "--validation_dataset.split=val")
@@ -319,7 +319,7 @@ class TestVariables:
         assert load(write(folder, MINIMAL), ["--name=a${EMPTY_X}"]).recipe.name == "a"
 
     @pytest.mark.parametrize("value", ["1", "007", "1e5", "1.10", "true", "null", "", "12345678", "0x1f"])
-    def test_text_stays_as_the_environment_has_it(self, folder, monkeypatch, value):
+    def test_text_stays_as_the_environment_sets_it(self, folder, monkeypatch, value):
         monkeypatch.setenv("VALUE_X", value)
         text = MINIMAL + "container: {image: x/y, env: {A: '${VALUE_X}', B: '${NOT_SET_X:-1}', C: 'is ${VALUE_X}'}}\n"
         assert load(write(folder, text), job_start=True).recipe.container.env == {
@@ -340,7 +340,7 @@ class TestVariables:
             ("preprocess.data_files", "a list or text"),
         ],
     )
-    def test_a_variable_that_is_something_else_is_named_and_not_told(self, folder, monkeypatch, key, expected):
+    def test_a_variable_of_the_wrong_type_is_named_without_its_value(self, folder, monkeypatch, key, expected):
         monkeypatch.setenv("VALUE_X", "18764.25")
         message = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
         assert f"{key}: expected {expected}, which ${{VALUE_X}} is not" in message and "18764" not in message
@@ -435,7 +435,7 @@ class TestTargets:
         with pytest.raises(BadInput, match="trust_remote_code"):
             build({"_target_": "my_models.py:Config", "width": 1, "trust_remote_code": True}, TargetPolicy(folder))
 
-    def test_the_tables_say_what_torch_says(self):
+    def test_the_keys_of_optimizers_match_torch(self):
         """A key that torch has and we do not would be refused; one that we have and torch does not, too late."""
         import inspect
 
@@ -443,7 +443,7 @@ class TestTargets:
             real = set(inspect.signature(resolve(name, TargetPolicy())).parameters) - {"params"}
             assert set(keys) == real, name
 
-    def test_the_optimizers_are_torchs(self):
+    def test_the_optimizers_match_torch(self):
         import torch
 
         real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)} - {
@@ -455,7 +455,7 @@ class TestTargets:
         assert "did you mean 'torch.optim.AdamW'" in check_target("torch.optim.Adamw", TargetPolicy())
 
     @pytest.mark.slow
-    def test_a_setting_that_a_configuration_does_not_have(self):
+    def test_unknown_settings_of_a_configuration_are_refused(self):
         node = {"_target_": "transformers.LlamaConfig", "hidden_size": 64, "num_hidden_layers": 1}
         assert build(node, TargetPolicy()).hidden_size == 64
         with pytest.raises(BadInput, match="not a multiple"):
@@ -468,7 +468,7 @@ class TestTargets:
             assert check_target(name, TargetPolicy()) is None and signature(name, TargetPolicy()) is not None, name
 
 
-def test_the_guide_says_activation_checkpointing_with_true_and_false(folder):
+def test_activation_checkpointing_as_the_guide_writes_it(folder):
     for written, expected in (("true", "full"), ("false", "none"), ("selective", "selective")):
         text = MINIMAL + f"distributed:\n  activation_checkpointing: {written}\n"
         assert load(write(folder, text)).recipe.distributed.activation_checkpointing == expected
@@ -514,7 +514,7 @@ def test_the_guides_spellings_are_translated(folder):
         assert f"r.yaml:{line}: " in notes, line
 
 
-def test_a_name_of_the_guide_without_counterpart_says_what_to_write(folder):
+def test_a_guide_name_without_counterpart_gets_alternatives(folder):
     message = problems(
         folder, MINIMAL + "loss_fn:\n  _target_: nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy\n"
     )
@@ -617,7 +617,7 @@ class TestLibrary:
         (tmp_path / "nanogpt.yaml").write_text("x: 1")
         assert find_recipe("nanogpt.yaml") == Path("nanogpt.yaml")
 
-    def test_an_unknown_name_has_a_neighbour(self):
+    def test_an_unknown_name_gets_the_nearest(self):
         with pytest.raises(BadInput, match="did you mean 'nanogpt'"):
             find_recipe("nanogtp")
 
@@ -646,7 +646,7 @@ def test_reading_a_recipe_imports_nothing_heavy(root):
 # --- several validation sets ------------------------------------------------------------------------------
 
 
-def test_validation_sets_by_name_are_data_sets_each(folder):
+def test_each_named_validation_set_is_checked(folder):
     text = (
         MINIMAL
         + "validation_dataset:\n  web: {file_pattern: w.bin, seq_len: 32}\n"
@@ -665,7 +665,7 @@ def test_validation_sets_by_name_are_data_sets_each(folder):
     )
 
 
-def test_a_single_validation_set_and_a_mixture_are_one(folder):
+def test_a_mixture_is_a_single_validation_set(folder):
     single = load(
         write(folder, MINIMAL + "validation_dataset: {file_pattern: w.bin, seq_len: 32}\n")
     ).recipe.validation_dataset
@@ -693,7 +693,7 @@ def test_the_guides_validation_sections_are_read_by_their_names(folder):
     assert any("validation_dataset_code: read as validation_dataset.code" in note for note in loaded.notes)
 
 
-def test_the_guides_loader_workers_are_ours(folder):
+def test_the_guides_dataloader_workers_are_kept(folder):
     recipe = load(
         write(
             folder,

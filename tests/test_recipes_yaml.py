@@ -73,12 +73,12 @@ def test_bad_yaml_names_its_line(text, line, expected):
 
 
 @pytest.mark.parametrize("text", ["a: " + "[" * 3000, "a: " + "{b: " * 3000, "a: " + "[" * 60 + "]" * 60])
-def test_endless_nesting_ends(text):
+def test_deep_nesting_is_refused(text):
     with pytest.raises(BadInput):
         parse(text, "r")
 
 
-def test_growing_aliases_end():
+def test_growing_aliases_are_refused():
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{name}: &{name} [{','.join('*' + before for _ in range(10))}]\n"
         for before, name in zip("abcdef", "bcdefg", strict=True)
@@ -149,7 +149,7 @@ def test_overrides_in_both_spellings():
     ]
 
 
-def test_an_override_reaches_into_lists_and_makes_sections():
+def test_an_override_changes_list_items_and_creates_sections():
     tree = {"optimizer": {"betas": [0.9, 0.95]}, "wandb": None}
     apply_override(tree, ("optimizer", "betas", "0"), 0.8, "x")
     apply_override(tree, ("wandb", "project"), "p", "x")
@@ -163,6 +163,6 @@ def test_a_malformed_override_is_refused(tokens):
 
 
 @pytest.mark.parametrize("path", [("betas", "2"), ("betas", "x"), ("lr", "x")])
-def test_an_override_into_nothing_is_refused(path):
+def test_an_override_of_a_missing_item_is_refused(path):
     with pytest.raises(BadInput):
         apply_override({"betas": [1, 2], "lr": 3}, path, 1, "--x")
