@@ -145,13 +145,14 @@ def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> l
 
 def _started_element(run_dir: RunDir, state: ElementState) -> bool:
     """Return True if this run's launcher started an element: only then does the run have submitit's files of it."""
-    from amlaunch.recipes.files import read_json_lines
+    from amlaunch.launcher.runs.attempt_record import AttemptHistory
 
     if run_dir.stage_home(state.stage) == run_dir.root:
         return True
-    lines = read_json_lines(run_dir.element(state.stage, state.name).attempts)
-    job = next((line.get("job") for line in reversed(lines) if line.get("event") == "start"), None)
-    return bool(job) and any((run_dir.jobs / state.stage / state.name).glob(f"{job}_*"))
+    start = AttemptHistory.read(run_dir.element(state.stage, state.name).attempts).newest_start
+    if start is None or not start.job:
+        return False
+    return any((run_dir.jobs / state.stage / state.name).glob(f"{start.job}_*"))
 
 
 def raise_if_unknown(states: Sequence[ElementState], command: str, consequence: str) -> None:

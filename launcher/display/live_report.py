@@ -105,8 +105,8 @@ def progress_table(states: Sequence[ElementState]) -> Any:
     active = [state for state in states if state.state in (State.RUNNING, State.QUEUED, State.PENDING)]
     active.sort(key=lambda state: state.state != State.RUNNING)
     for state in active[:MAX_ROWS]:
-        beat = state.progress if state.state == State.RUNNING else {}
-        bar = ProgressBar(total=beat.get("total") or 1, completed=beat.get("done") or 0, width=BAR_WIDTH)
+        done = state.progress.done if state.state == State.RUNNING else 0
+        bar = ProgressBar(total=state.progress.total or 1, completed=done or 0, width=BAR_WIDTH)
         table.add_row(f"{state.stage} {state.name}", bar, _activity(state))
     if len(active) > MAX_ROWS:
         table.add_row("", "", f"and {len(active) - MAX_ROWS} more")

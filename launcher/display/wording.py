@@ -108,33 +108,32 @@ def _join(*parts: str) -> str:
 
 def progress(state: ElementState) -> str:
     """Describe an element's progress: ``step 120/200 · loss 5.1200 · 3.41K tokens/s · ETA 0:40``."""
-    beat = state.progress
-    if not beat:
+    newest = state.progress
+    if not newest.record:
         return ""
 
-    total, unit = beat.get("total"), beat.get("unit", "")
-    if unit == "token":
-        position = f"{count(beat.get('done'))}{f'/{count(total)}' if total else ''} tokens"
+    if newest.unit == "token":
+        position = f"{count(newest.done)}{f'/{count(newest.total)}' if newest.total else ''} tokens"
     else:
-        position = f"{unit} {beat.get('done')}{f'/{total}' if total else ''}"
+        position = f"{newest.unit} {newest.done}{f'/{newest.total}' if newest.total else ''}"
 
     losses = [
-        f"{name} {beat[key]:.4f}" for name, key in (("loss", "loss"), ("val", "val_loss")) if _is_number(beat.get(key))
+        f"{name} {value:.4f}" for name, value in (("loss", newest.loss), ("val", newest.val_loss)) if value is not None
     ]
-    shows_eta = state.state == State.RUNNING and _is_number(beat.get("eta_s"))
-    eta = f"ETA {duration(beat['eta_s'])}" if shows_eta else ""
-    return _join(position, *losses, rate(beat.get("rate")), eta)
+    shows_eta = state.state == State.RUNNING and newest.eta_seconds is not None
+    eta = f"ETA {duration(newest.eta_seconds)}" if shows_eta else ""
+    return _join(position, *losses, rate(newest.rate), eta)
 
 
 def saved_progress(state: ElementState) -> str:
     """Describe the last checkpoint of an unfinished element: ``saved at step 120/400``; empty if unknown."""
-    beat = state.progress
-    if state.state == State.DONE or beat.get("unit") != "step" or not _is_number(beat.get("saved")):
+    newest = state.progress
+    if state.state == State.DONE or newest.unit != "step" or newest.saved is None:
         return ""
-    if not beat["saved"]:
+    if not newest.saved:
         return "no checkpoint yet"
-    total = f"/{beat['total']}" if beat.get("total") else ""
-    return f"saved at step {beat['saved']}{total}"
+    total = f"/{newest.total}" if newest.total else ""
+    return f"saved at step {newest.saved}{total}"
 
 
 def waiting_text(state: ElementState) -> str:
@@ -287,6 +286,6 @@ def _element_json(state: ElementState) -> dict[str, Any]:
         "rank": state.rank,
         "reason": state.reason,
         "seconds": state.seconds,
-        "progress": state.progress,
+        "progress": state.progress.record,
         "result": state.result,
     }

@@ -18,6 +18,7 @@ from amlaunch.launcher.display.live_report import LiveReport, PlainReport
 from amlaunch.launcher.doctor.diagnosis import smallest_job
 from amlaunch.launcher.doctor.probe import SitePartition
 from amlaunch.launcher.execution.local_executor import LocalExecutor
+from amlaunch.launcher.runs.attempt_record import AttemptHistory
 from amlaunch.launcher.runs.element_state import ElementState, read_run, read_stage
 from amlaunch.launcher.runs.snapshot import take_snapshot
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
@@ -27,7 +28,7 @@ from amlaunch.launcher.specs.cluster_profile import Cluster
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage
 from amlaunch.launcher.submission.slurm_submission import submit_run
-from amlaunch.recipes.files import Lock, read_json_lines, write_json
+from amlaunch.recipes.files import Lock, write_json
 from amlaunch.recipes.run_layout import RunDir
 
 STAGE, ELEMENT = "train", "gpu-check"
@@ -120,7 +121,7 @@ def _wait(run: RunDir, plan: Plan, report: Report) -> ElementState:
 
 def _has_end(run: RunDir) -> bool:
     """Return True if the driver's record of the attempt's end is visible."""
-    return any(line.get("event") == "end" for line in read_json_lines(run.element(STAGE, ELEMENT).attempts))
+    return bool(AttemptHistory.read(run.element(STAGE, ELEMENT).attempts).ends)
 
 
 def _result(run: RunDir, state: ElementState, report: Report) -> CheckResult:

@@ -15,7 +15,7 @@ from amlaunch.containers.start_failures import failure_of as container_failure_o
 from amlaunch.launcher.execution.attempt import Attempt
 from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.stop_request import StopRequest
-from amlaunch.launcher.planning.stage_container import runtime_here
+from amlaunch.launcher.planning.stage_container import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.runs.failure_causes import cause_of, tail_of
 from amlaunch.launcher.runs.states import Outcome
@@ -136,6 +136,6 @@ def _with_container_failure(attempt: Attempt, end: AttemptEnd, log: str) -> Atte
     if container is None or failed is None:
         return None
     failure, line = failed
-    remedy = advice(failure, runtime_here(container), container.image)
+    remedy = advice(failure, node_runtime(container), container.image)
     reason = f"{failure.kind}: {line}; {remedy}"
     return replace(end, kind=failure.kind, reason=reason, restart=failure.restart, avoid_host=failure.avoid_host)

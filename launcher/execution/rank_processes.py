@@ -21,13 +21,13 @@ from amlaunch.launcher.execution.attempt import Attempt
 from amlaunch.launcher.execution.rank_wait import Processes
 from amlaunch.launcher.execution.rendezvous import local_rendezvous
 from amlaunch.launcher.planning.stage_container import (
-    INSIDE_PYTHON,
+    IMAGE_PYTHON,
     host_python,
-    image_of,
-    named_folders,
-    node_check,
-    passed_names,
-    runtime_here,
+    container_spec,
+    argument_folders,
+    node_check_settings,
+    passed_variables,
+    node_runtime,
 )
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.slurm import client
@@ -168,7 +168,7 @@ def rank_start(
     recipe_env = {key: expand_text(value, variables()) for key, value in attempt.plan.env.items()}
     env = {**default_environment(attempt), **site_env, **recipe_env}
     container = attempt.stage.container
-    runtime = runtime_here(container) if container else "none"
+    runtime = node_runtime(container) if container else "none"
     if container is None or runtime == "none":
         _refuse_missing_runtime(container)
         return _plain_start(attempt, env, rendezvous)
@@ -218,9 +218,9 @@ def _container_start(
     if runtime == "slurm":
         inside_env[NODES_VARIABLE] = " ".join(client.ordered_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))
 
-    passed = passed_names(container, secret_names(attempt.run), on_slurm=on_slurm)
-    spec = image_of(attempt.run, attempt.plan, attempt.stage, inside_env, passed, on_slurm=on_slurm)
-    command = [*python_command(attempt.element.module, INSIDE_PYTHON, any_version=True), *attempt.element.arguments]
+    passed = passed_variables(container, secret_names(attempt.run), on_slurm=on_slurm)
+    spec = container_spec(attempt.run, attempt.plan, attempt.stage, inside_env, passed, on_slurm=on_slurm)
+    command = [*python_command(attempt.element.module, IMAGE_PYTHON, any_version=True), *attempt.element.arguments]
     if not has_own_home:
         command = ["sh", "-c", PRIVATE_HOME, "sh", *command]
     launch = _with_bundle_folder(attempt, replace(catalog.launch(runtime, spec, command), stdin=stdin))
@@ -245,7 +245,7 @@ def _with_bundle_folder(attempt: Attempt, launch: Launch) -> Launch:
 
 def create_folders(attempt: Attempt, start: RankStart) -> None:
     """Create what a container needs on disk: the folders that it mounts, and its bundle, which may hold secrets."""
-    for folder in named_folders(attempt.stage) if start.spec else ():
+    for folder in argument_folders(attempt.stage) if start.spec else ():
         folder.mkdir(parents=True, exist_ok=True)
     if start.launch.bundle is not None:
         folder = attempt.folder.root / "bundle"
@@ -294,6 +294,6 @@ def check_command(attempt: Attempt, start: RankStart, python: str | None = None,
     container = attempt.stage.container
     if container is None or start.spec is None:
         return []
-    settings = {**node_check(container, start.runtime, start.spec, start.launch, attempt.folder.verdicts), **extra}
+    settings = {**node_check_settings(container, start.runtime, start.spec, start.launch, attempt.folder.verdicts), **extra}
     command = python_command("amlaunch.containers.node_setup", host_python(python), any_version=python is not None)
     return [*command, json.dumps(settings)]

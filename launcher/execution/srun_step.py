@@ -26,7 +26,7 @@ from amlaunch.launcher.execution.rank_processes import (
 )
 from amlaunch.launcher.execution.rank_wait import Processes
 from amlaunch.launcher.execution.rendezvous import job_rendezvous
-from amlaunch.launcher.planning.stage_container import runtime_here
+from amlaunch.launcher.planning.stage_container import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.slurm.client import expand_ranges
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
@@ -204,7 +204,7 @@ def preview(run: RunDir, plan: Plan, stage: Stage, profile: ClusterProfile) -> l
 
     Empty if only the nodes know which container runtime they have. Raises BadInput.
     """
-    if stage.container and stage.container.runtime == "auto" and runtime_here(stage.container) == "none":
+    if stage.container and stage.container.runtime == "auto" and node_runtime(stage.container) == "none":
         return []
     needs = stage.needs
     assignment = Assignment(needs.cpus, tuple(map(str, range(needs.gpus_per_node))))

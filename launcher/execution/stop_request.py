@@ -24,7 +24,7 @@ REASONS = {
 
 
 class StopRequest:
-    """Whether the ranks should save and stop, since when, and why.
+    """A request to the ranks to save and stop: its time, its origin, and its reason.
 
     ``launcher_lock``: a lock whose holder waits for the element. ``job_end``: the time limit in Unix seconds.
     """

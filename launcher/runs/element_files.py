@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amlaunch.launcher.runs.attempt_record import AttemptHistory
-from amlaunch.launcher.runs.json_fields import Record, number
+from amlaunch.launcher.runs.json_fields import Record, number, text
 from amlaunch.recipes.files import read_object
 from amlaunch.recipes.run_layout import ElementDir
 
@@ -16,7 +16,6 @@ NUMBER = (int, float)
 Types = Mapping[str, type | tuple[type, ...]]
 PROGRESS_TYPES: Types = {
     **dict.fromkeys(("time", "done", "total", "rate", "eta_s", "loss", "val_loss", "saved"), NUMBER),
-    "rank": int,
     "unit": str,
 }
 """Types of the values of ``progress.json`` that are displayed."""
@@ -28,8 +27,45 @@ RESULT_TYPES: Types = {
     **dict.fromkeys(("sample", "checkpoint"), str),
 }
 """Types of the values of ``done.json`` that are displayed."""
-NULLABLE = ("total", "rate", "eta_s", "loss", "val_loss", "rank", "sample", "tokens_per_s", "loss_first", "loss_last")
+NULLABLE = ("total", "rate", "eta_s", "loss", "val_loss", "sample", "tokens_per_s", "loss_first", "loss_last")
 """Keys whose value may be null because it is not known yet."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The newest heartbeat of an element: ``progress.json``."""
+
+    unit: str = ""
+    """The unit of ``done``, ``total`` and ``saved``: ``step``, ``token``."""
+    done: float | None = None
+    total: float | None = None
+    saved: float | None = None
+    """The position from which the element would continue."""
+    rate: float | None = None
+    """Tokens per second."""
+    eta_seconds: float | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    time: float = 0.0
+    """Unix seconds."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """The complete file, for ``--json``."""
+
+    @staticmethod
+    def from_json(record: Record) -> Progress:
+        """Build the progress from ``progress.json``, without damaged values."""
+        return Progress(
+            unit=text(record, "unit"),
+            done=number(record, "done"),
+            total=number(record, "total"),
+            saved=number(record, "saved"),
+            rate=number(record, "rate"),
+            eta_seconds=number(record, "eta_s"),
+            loss=number(record, "loss"),
+            val_loss=number(record, "val_loss"),
+            time=number(record, "time") or 0.0,
+            record=_valid_values(record, PROGRESS_TYPES),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,20 +117,19 @@ class ElementFiles:
     """The marker, if all its outputs are as recorded."""
     missing_output: str = ""
     """Set if there is a marker whose outputs are not as recorded."""
-    progress: dict[str, Any] = field(default_factory=dict)
-    """The newest heartbeat."""
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def last_sign_of_life(self) -> float:
         """The time of the newest heartbeat or record in Unix seconds; 0 without any."""
-        return max(self.progress.get("time", 0.0), self.history.last_time)
+        return max(self.progress.time, self.history.last_time)
 
     @property
     def attempt_spans(self) -> tuple[tuple[float, float], ...]:
         """Start and end of each attempt; one without a recorded end lasted until the last sign of life."""
         starts = self.history.starts
         # The start of the next attempt is a sign of life of this one.
-        fallbacks = [*(start.time for start in starts[1:]), self.progress.get("time", 0.0)]
+        fallbacks = [*(start.time for start in starts[1:]), self.progress.time]
         spans = []
         for start, fallback in zip(starts, fallbacks, strict=False):
             end = self.history.end_of(start)
@@ -116,7 +151,7 @@ def read_element_files(folder: ElementDir) -> ElementFiles:
         AttemptHistory.read(folder.attempts),
         marker if missing is None else None,
         missing or "",
-        _valid_values(read_object(folder.progress), PROGRESS_TYPES),
+        Progress.from_json(read_object(folder.progress)),
     )
 
 

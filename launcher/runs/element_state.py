@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
-from amlaunch.launcher.runs.element_files import ElementFiles, read_element_files
+from amlaunch.launcher.runs.element_files import ElementFiles, Progress, read_element_files
 from amlaunch.launcher.runs.states import ACTIVE_STATES, BROKEN_STATES, Outcome, State
 from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.files import is_locked
@@ -34,8 +34,7 @@ class ElementState:
     title: str
     state: State
     attempts: int = 0
-    progress: dict[str, Any] = field(default_factory=dict)
-    """The newest heartbeat."""
+    progress: Progress = field(default_factory=Progress)
     result: dict[str, Any] = field(default_factory=dict)
     """The done marker of a finished element."""
     reason: str = ""
@@ -98,7 +97,7 @@ def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[El
 
 @dataclass(frozen=True)
 class _ElementRecord:
-    """What is known of an element before Slurm is asked about it."""
+    """An element, its files, and its newest submission, before Slurm is asked about it."""
 
     stage: str
     name: str
