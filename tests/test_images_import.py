@@ -231,6 +231,7 @@ def test_a_disk_that_fills_up_while_layers_are_unpacked(tmp_path, capsys):
         (["import", "NVCR.io/NVIDIA/PyTorch:25.08"], "lower case"),
         (["import", "https://nvcr.io/nvidia/pytorch:1"], "did you mean 'nvcr.io/nvidia/pytorch:1'"),
         (["import", "debian:12", "--tool", "skopo"], "skopo is not in PATH"),
+        (["import", "podman://debian:12", "--tool", "skopeo"], "--tool skopeo cannot save a local image; use docker"),
         (["import", "debian:12", "--format", "zip"], "invalid choice: 'zip'"),
         (["import", "text.tar", "--images", "/dev/null/x"], "/dev/null/x: cannot create files"),
         (["import", ""], "no image given"),

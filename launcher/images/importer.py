@@ -102,6 +102,8 @@ def resolve_source(request: ImportRequest) -> ImageSource:
         ("dockerd://", "docker"),
     ):
         if text.startswith(prefix):
+            if request.tool and request.tool not in disk_space.ENGINES:
+                raise BadInput(f"--tool {request.tool} cannot save a local image; use {', '.join(disk_space.ENGINES)}")
             return ImageSource("engine", text.removeprefix(prefix), require_tool(request.tool or tool))
 
     path = Path(text).expanduser()
@@ -196,9 +198,11 @@ class _Importer:
             return stored, False
 
         self.work.mkdir(parents=True, exist_ok=True)
+        # An interrupted attempt leaves its files; only its downloads are of use.
+        shutil.rmtree(self.work / "rootfs", ignore_errors=True)
         if self.source.kind in ("registry", "engine"):
-            self._check_space(size or disk_space.UNKNOWN_SIZE_FLOOR)
-            self._check_engine_space(size or disk_space.UNKNOWN_SIZE_FLOOR)
+            self._check_space(size)
+            self._check_engine_space(size)
         if is_one_step:
             return self._import_in_one_step(digest)
 
@@ -251,18 +255,21 @@ class _Importer:
             )
 
     def _check_space(self, layer_bytes: int) -> None:
-        """Raise BadInput if the work folder or the image folder is clearly too full."""
+        """Raise BadInput if the work folder or the image folder is clearly too full; 0 is an unknown size."""
+        work_bytes = WORK_SPACE_FACTOR * layer_bytes or disk_space.UNKNOWN_SIZE_FLOOR
+        image_bytes = layer_bytes or disk_space.UNKNOWN_SIZE_FLOOR
         if self.request.work is None:
-            check_free_space([self.folder.root], WORK_SPACE_FACTOR * layer_bytes, "--images DIR")
+            check_free_space(self.folder.root, work_bytes, "--images DIR")
             return
-        check_free_space([self.request.work], WORK_SPACE_FACTOR * layer_bytes, "--tmp DIR")
+        check_free_space(self.request.work, work_bytes, "--tmp DIR")
         if not disk_space.same_disk(self.request.work, self.folder.root):
-            check_free_space([self.folder.root], layer_bytes, "--images DIR")
+            check_free_space(self.folder.root, image_bytes, "--images DIR")
 
     def _check_engine_space(self, layer_bytes: int) -> None:
         """Raise BadInput if the storage of docker, podman or buildah is clearly too full to pull an image."""
         if self.source.kind == "registry" and self.source.tool in disk_space.ENGINES:
-            check_engine_space(self.source.tool, self.source.place, layer_bytes)
+            needed = layer_bytes or disk_space.UNKNOWN_SIZE_FLOOR
+            check_engine_space(self.source.tool, self.source.place, needed)
 
     # --- fetch
 
@@ -399,7 +406,6 @@ class _Importer:
 
     def _unpack(self, image: LayeredImage) -> Path:
         rootfs = self.work / "rootfs"
-        shutil.rmtree(rootfs, ignore_errors=True)
         rootfs.mkdir()
         written = 0
         with self.meter("unpacking", 0) as show:

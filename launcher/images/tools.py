@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -113,9 +113,9 @@ def version_of(tool: str) -> str:
 # --- check their space ----------------------------------------------------------------------------------
 
 
-def check_free_space(folders: Iterable[Path], needed: int, alternative: str) -> None:
+def check_free_space(folder: Path, needed: int, alternative: str) -> None:
     """Raise BadInput if a folder has fewer than ``needed`` bytes free; ``alternative`` says how to choose another."""
-    for shortage in disk_space.shortages(folders, needed):
+    for shortage in disk_space.shortages([folder], needed):
         raise BadInput(
             f"{shortage.folder}: {wording.size(shortage.free)} free, at least {wording.size(needed)} needed. "
             f"Free some space or choose {alternative}"
@@ -126,7 +126,7 @@ def check_engine_space(engine: str, image: str, layer_bytes: int) -> None:
     """Raise BadInput if an engine's storage is clearly too full to pull an image that it does not have."""
     root = disk_space.storage_root(engine)
     if root is not None and not disk_space.has_image(engine, image):
-        check_free_space([root], layer_bytes, f"another storage folder for {engine}")
+        check_free_space(root, layer_bytes, f"another storage folder for {engine}")
 
 
 # --- run them -------------------------------------------------------------------------------------------
