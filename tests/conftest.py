@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings for all tests."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ import pytest
 from slurm_cluster import Cluster
 
 with suppress(ImportError):
-    import setuptools  # noqa: F401  # torch's compiler takes its distutils, which must come before Python's own in a process
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, and so would all that tests start
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
+    # torch's compiler uses its distutils, which a process must import before Python's own.
+    import setuptools  # noqa: F401
+# A background job of a shell ignores Ctrl-C, and so would all processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Many small processes share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("AMLAUNCH_RUNS", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
     os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist, which keeps the tests of a file together and gives files out in this order.
+    """Order files for pytest-xdist, which keeps the tests of a file together and distributes files in this order.
 
-    Files on a cluster mostly wait and take longest: they begin first, in turn with those that compute;
-    what has no slow tests fills in at the end.
+    Files that use the cluster mostly wait and take longest: they come first, alternating with files that compute.
+    Files without slow tests fill in at the end.
     """
     clusters = Counter(item.path for item in items if "cluster" in getattr(item, "fixturenames", ()))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
@@ -40,13 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def root() -> Path:
-    """The checkout."""
+    """Return the root of the repository."""
     return Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A real Slurm cluster. AMLAUNCH_KEEP_CLUSTER=1 leaves it up for the next session."""
+    """Start a real Slurm cluster. AMLAUNCH_KEEP_CLUSTER=1 keeps it for the next session."""
     obstacle = Cluster.obstacle()
     if obstacle and os.environ.get("CI") == "true":
         pytest.fail(f"the Slurm tests must run here: {obstacle}")
@@ -62,7 +63,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def tidy_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test that uses the cluster: no job is left, and what the test broke works again."""
+    """Cancel all jobs and repair what the test broke, after each test that uses the cluster."""
     used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
     yield
     if used:

@@ -1,4 +1,4 @@
-"""The tests' own Slurm cluster (tests/slurm/cluster.sh) from Python, as an ordinary user sees it."""
+"""The tests' own Slurm cluster (tests/slurm/cluster.sh), used from Python as an ordinary user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOCKS = Path("/run")
 
 
 class Cluster:
-    """Two cpu nodes, two gpu nodes with eight GPUs each, and user ``lab`` on a login side that sees the same files.
+    """Two cpu nodes, two gpu nodes with eight GPUs each, and user ``lab`` on a login node that sees the same files.
 
     Several run side by side and know nothing of each other; each is used by one session of pytest at a time.
     """
@@ -36,12 +36,12 @@ class Cluster:
 
     @staticmethod
     def obstacle() -> str | None:
-        """What keeps a cluster from running on this machine."""
+        """Return why a cluster cannot run on this machine; None if it can."""
         asked = subprocess.run([SCRIPT, "check"], capture_output=True, text=True)
         return asked.stderr.strip().removeprefix("cluster: error: ") if asked.returncode else None
 
     def up(self) -> None:
-        """Start what does not run yet of the first cluster that nobody uses. Needs root."""
+        """Start the first cluster that nobody uses, or what is missing of it. Needs root."""
         while not self._is_mine(self.number + 1):
             self.number += 1
         self.number += 1
@@ -83,7 +83,7 @@ class Cluster:
         timeout: float = 60,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """A command of user lab on the login side, in a clean environment plus ``env``, in ``cwd`` or lab's home."""
+        """Run a command as user lab on the login node, in a clean environment plus ``env``, in ``cwd`` or lab's home."""
         done = subprocess.run(
             self._as_lab(argv, env),
             cwd=cwd or HOME,
@@ -97,7 +97,7 @@ class Cluster:
     def popen(
         self, *argv: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Like ``run``, not waited for: its pid is the command's own, so a signal reaches the command."""
+        """Start a command like ``run`` without waiting for it; its process ID is the command's own."""
         return subprocess.Popen(
             self._as_lab(argv, env),
             cwd=cwd or HOME,
@@ -108,7 +108,7 @@ class Cluster:
         )
 
     def helper(self, *argv: str | Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
-        """A command of lab's that answers lines on its standard input, until the end of the test."""
+        """Start a command of lab's that answers lines on its standard input until the end of the test."""
         made = subprocess.Popen(
             self._as_lab(argv, env), cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -118,19 +118,19 @@ class Cluster:
     def on(
         self, node: str, *argv: str | Path, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """A command as root on a node."""
+        """Run a command as root on a node."""
         return self._script("sh", node, *argv, timeout=timeout, check=check)
 
     def mount(self, folder: Path, size: str) -> None:
-        """A disk of its own for lab's ``folder``, until :meth:`unmount`."""
+        """Mount a separate disk at lab's ``folder``, until :meth:`unmount`."""
         self._script("mount", "-t", "tmpfs", "-o", f"size={size},mode=1777", "tmpfs", folder)
 
     def unmount(self, folder: Path) -> None:
-        """Take the disk away again."""
+        """Unmount the disk."""
         self._script("umount", folder)
 
     def crash(self, node: str) -> None:
-        """Pull the node's plug; Slurm notices after half a minute. Undone by ``revive`` or after the test."""
+        """Cut the power of a node; Slurm notices after half a minute. ``revive`` or the end of the test undoes it."""
         self._repairs[node] = lambda: self.revive(node)
         self._script("crash", node)
 
@@ -140,7 +140,7 @@ class Cluster:
         self._repairs.pop(node, None)
 
     def stop_ctld(self) -> None:
-        """Stop the controller: squeue, sbatch and scontrol fail, running jobs go on."""
+        """Stop the controller: squeue, sbatch and scontrol fail, running jobs continue."""
         self._repairs["slurmctld"] = self.start_ctld
         self._script("ctld-stop")
 
@@ -150,7 +150,7 @@ class Cluster:
         self._repairs.pop("slurmctld", None)
 
     def stop_accounting(self) -> None:
-        """Stop the accounting daemon: sacct fails, everything else goes on."""
+        """Stop the accounting daemon: sacct fails, everything else continues."""
         self._repairs["slurmdbd"] = self.start_accounting
         self._script("acct-off")
 
@@ -160,14 +160,14 @@ class Cluster:
         self._repairs.pop("slurmdbd", None)
 
     def kill_slurmd(self, node: str) -> None:
-        """End the daemon of a node, not its jobs, and start it again after a moment."""
+        """Kill the daemon of a node, not its jobs, and start it again after a moment."""
         self.on(node, "sh", "-c", f"kill -9 $(cat /var/spool/slurmd/{node}/slurmd.pid)")
         time.sleep(2)
         self.on(node, "setsid", "slurmd")
 
     @contextmanager
     def without(self, setting: str) -> Iterator[None]:
-        """The cluster with one word of slurm.conf taken out."""
+        """Run the cluster without one setting of slurm.conf."""
         self._script("without", setting)
         try:
             yield
@@ -175,7 +175,7 @@ class Cluster:
             self._script("restore")
 
     def cancel_all(self, timeout: float = 90) -> None:
-        """Cancel every job of lab and wait for the last one's end."""
+        """Cancel all jobs of lab and wait until the last has ended."""
         deadline = time.monotonic() + timeout
         while jobs := self.run("squeue", "--noheader", "--user", USER, "--format=%i %T").stdout:
             if time.monotonic() > deadline:
@@ -193,7 +193,7 @@ class Cluster:
         self.cancel_all()
 
     def folder(self, name: str) -> Path:
-        """A new folder of lab's that every node sees."""
+        """Create a folder of lab's that all nodes see."""
         assert self._shared, "the cluster is not up"
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._shared))
         folder.chmod(0o755)

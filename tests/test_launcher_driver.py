@@ -628,8 +628,8 @@ def test_attempts_of_older_versions_are_read_without_the_keys_they_lack():
     history = AttemptHistory.from_json(lines)
     assert history.newest_start == AttemptStart(1, 5.0)
     assert history.newest_end == AttemptEnd(Outcome.FAILED, attempt=1, time=0.0)
-    for end in (AttemptEnd(Outcome.FAILED, "x", 3, "n1", "network", False, True, True, False, (1, -9), 2.5, 4, 6.0),
-                AttemptEnd(Outcome.DONE, attempt=1, time=6.0)):  # fmt: skip
+    failed = AttemptEnd(Outcome.FAILED, "x", 3, "n1", "network", False, True, True, False, (1, -9), 2.5, 4, 6.0)
+    for end in (failed, AttemptEnd(Outcome.DONE, attempt=1, time=6.0)):
         assert AttemptEnd.from_json(json.loads(json.dumps(end.to_json()))) == end
     start = AttemptStart(1, 5.0, "n1", 7, "11_0", "11_0", 20, 8, "n[1-2]", 0)
     assert AttemptStart.from_json(json.loads(json.dumps(start.to_json()))) == start

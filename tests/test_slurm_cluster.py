@@ -1,4 +1,4 @@
-"""The tests' Slurm cluster is what the other tests take it for."""
+"""The tests' Slurm cluster has the properties that the other tests rely on."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_preemption_with_the_users_signal(place: Place) -> None:
 
 
 def test_preemption_without_the_users_signal(place: Place, cluster: Cluster) -> None:
-    """TERM to the ranks alone: they save and leave, and the driver finds that nobody asked it."""
+    """TERM to the ranks alone: they save and stop, although nobody asked the driver."""
     run = place.stand_in(("train", [STEPS], TWO_ON_GPU), stages={"train": {"sbatch": {"nodelist": "gpu1"}}})
     with cluster.without("preempt_send_user_signal"):
         _preempt(place, run, "gpu-low")
@@ -139,7 +139,7 @@ def test_scontrol_requeue_takes_one_element_of_an_array_alone(place: Place) -> N
 
 
 def test_a_node_that_crashes_in_training_and_another_in_preprocessing(place: Place, cluster: Cluster) -> None:
-    """Two runs at once, for it takes Slurm half a minute to miss a node."""
+    """Two runs at once, because Slurm takes half a minute to miss a node."""
     makes = place.stand_in(("preprocess", [STEPS, []], CPU), ("train", [[]], CPU), name="makes-1")
     trains = place.stand_in(("train", [STEPS], TWO_ON_GPU), name="trains-1")
     for name in ("makes-1", "trains-1"):

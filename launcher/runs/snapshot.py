@@ -76,7 +76,7 @@ def upgrade_snapshot(code: Path) -> bool:
     package = code / "amlaunch"
     if not code.is_dir() or package.exists():
         return False
-    new = code / f".amlaunch.{os.getpid()}"
+    new = code.with_name(f".{code.name}.{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     _copy({source.relative_to(package_root() / "amlaunch"): source for source in _package_files()}, new)
     new.rename(package)
