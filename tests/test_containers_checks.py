@@ -13,7 +13,7 @@ from image_helpers import layer
 from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.planning.planner import Site, make_plan
-from amlaunch.launcher.planning.stage_container import Available, containers_of, is_seen
+from amlaunch.launcher.planning.stage_container import Available, containers_of, is_visible_inside
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import load
@@ -203,7 +203,7 @@ def test_what_hugging_face_keeps_in_a_home_that_is_not_mounted(tmp_path, check, 
 
 def test_a_key_that_begins_like_a_path_is_none(check, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"/{SECRET}")
-    assert is_seen("AWS_SECRET_ACCESS_KEY", f"/{SECRET}", []) and not is_seen("HF_TOKEN_PATH", "/home/me/token", [])
+    assert is_visible_inside("AWS_SECRET_ACCESS_KEY", f"/{SECRET}", []) and not is_visible_inside("HF_TOKEN_PATH", "/home/me/token", [])
     assert check("--container.image", "nvcr.io/nvidia/pytorch:25.08-py3") == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from image_helpers import layer, need, write_layout
 
 from amlaunch.launcher.__main__ import main
-from amlaunch.launcher.planning.stage_container import image_of
+from amlaunch.launcher.planning.stage_container import container_spec
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.run_layout import RunDir
 
@@ -106,9 +106,9 @@ def test_an_imported_file_stands_for_its_image(tmp_path, capsys):
             ["--container.mounts", "[{source: '{here}/a:b', target: /data}]"],
             "/a:b at /data: it misreads a colon in a path",
         ),
-        (["--container.env", "{A B: x}"], "container.env.A B: no program reads a variable of that name"),
-        (["--container.workdir", "here"], "container.workdir: 'here': the path inside the container begins with a /"),
-        (["--container.image", "./a.sif"], "charliecloud cannot start .sif files; apptainer or singularity can\n"),
+        (["--container.env", "{A B: x}"], "container.env.A B: not a valid variable name"),
+        (["--container.workdir", "here"], "container.workdir: 'here': expected an absolute path inside the container"),
+        (["--container.image", "./a.sif"], "charliecloud cannot start .sif files; use apptainer or singularity\n"),
     ],
 )
 def test_what_a_runtime_cannot_do_is_told_before_anything_starts(tmp_path, capsys, words, message):
@@ -151,7 +151,7 @@ def test_home_is_not_mounted_by_another_name_nor_a_path_of_the_host_told_that_is
     )
     for cwd, mounted in ((tmp_path / "real", False), (tmp_path / "home", False), (tmp_path / "real" / "work", True)):
         plan = Plan("run", [stage], None, str(cwd))
-        image = image_of(RunDir(tmp_path / "run"), plan, stage, {}, [], on_slurm=False)
+        image = container_spec(RunDir(tmp_path / "run"), plan, stage, {}, [], on_slurm=False)
         assert (str(cwd) in [mount.target for mount in image.mounts]) is mounted, cwd
     host = {
         "SSL_CERT_FILE": "/etc/pki/tls/cert.pem",
@@ -161,7 +161,7 @@ def test_home_is_not_mounted_by_another_name_nor_a_path_of_the_host_told_that_is
     }
     for name, value in host.items():
         monkeypatch.setenv(name, value)
-    assert image_of(RunDir(tmp_path / "run"), plan, stage, {}, host, on_slurm=False).passed == (
+    assert container_spec(RunDir(tmp_path / "run"), plan, stage, {}, host, on_slurm=False).passed == (
         "HF_HOME",
         "HF_TOKEN_PATH",
         "http_proxy",

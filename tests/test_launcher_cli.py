@@ -90,10 +90,10 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["local", "quickstart", "--model.n_layr", "6"], "--model.n_layr=6: model.n_layr: unknown key"),
         (["local", "quickstart", "--model.n_layer"], "has no value"),
         (["local", "quickstart", "--stage", "trian"], "its stages: preprocess, verify, train, export"),
-        (["local", "quickstart", "--gpus", "99"], "--gpus 0 runs on the CPU"),
+        (["local", "quickstart", "--gpus", "99"], "to train on the CPU, write --gpus 0"),
         (["local", "quickstart", "--step_scheduler.global_batch_size", "12"], "does not divide over 2 ranks"),
         (["local", "quickstart", "--stage", "train"], "needs stage verify, which is not done"),
-        (["local", "quickstart", "--container.runtime", "dcker"], "'dcker' is not known"),
+        (["local", "quickstart", "--container.runtime", "dcker"], "unknown runtime 'dcker'; did you mean 'docker'?"),
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "start one: amlaunch local or submit"),
         (["clean", "", "--yes"], "the name of the run is empty"),
@@ -196,11 +196,11 @@ class TestPlan:
         loaded = load(shipped_recipes()["quickstart"], ["--resources.train.gpus_per_node", "null"])
         assert make_plan(loaded, self.site(tmp_path, gpus=8)).stage("train").needs.tasks_per_node == 2
         nanogpt = load(shipped_recipes()["nanogpt"])
-        assert make_plan(nanogpt, self.site(tmp_path, gpus=8, asked_gpus=8)).stage("train").needs.gpus_per_node == 8
+        assert make_plan(nanogpt, self.site(tmp_path, gpus=8, requested_gpus=8)).stage("train").needs.gpus_per_node == 8
         assert make_plan(nanogpt, self.site(tmp_path)).stage("train").needs.tasks_per_node == 1
 
     def test_what_does_not_fit_the_site(self, tmp_path):
-        with pytest.raises(BadInput, match=r"nodes is 4, here there is 1"):
+        with pytest.raises(BadInput, match=r"nodes is 4, but amlaunch local uses 1"):
             make_plan(load(shipped_recipes()["llama-1.3b"]), self.site(tmp_path, gpus=8))
         with pytest.raises(BadInput, match="dp_size is 3"):
             make_plan(load(shipped_recipes()["quickstart"], ["--distributed.dp_size=3"]), self.site(tmp_path))

@@ -297,7 +297,7 @@ class TestEveryProblemIsSaidAtOnce:
         found = refused(site, capsys, "lab: {partition: cpu}\n", "--runs", "text/a.txt")
         assert found[0] == "text/a.txt: not a folder; choose another folder with --runs DIR"
         assert refused(site, capsys, "lab: {partition: 'cpu,gpu'}\n")[0].startswith(
-            "clusters.yaml:1: partition 'cpu,gpu' is several; write one"
+            "clusters.yaml:1: partition 'cpu,gpu' lists several partitions; write one"
         )
 
     def test_of_a_run_that_is_somebody_elses(

@@ -15,7 +15,7 @@ from amlaunch.containers.runtimes.catalog import CannotLaunch, Mount, Reference,
 from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.files_and_disk import image_problems, is_shared, sets_variable, uses_wandb
 from amlaunch.launcher.errors import ErrorCollector
-from amlaunch.launcher.planning.stage_container import image_of, is_seen, may_mount
+from amlaunch.launcher.planning.stage_container import container_spec, is_visible_inside, may_mount
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.plan import Plan, Stage, StageContainer
 from amlaunch.recipes.format.loader import LoadedRecipe
@@ -83,7 +83,7 @@ def _launch_problems(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: Clu
         if container is None or container.runtime == "auto":
             continue
         try:
-            launch(container.runtime, image_of(run, plan, stage, env, (), on_slurm=profile is not None), [])
+            launch(container.runtime, container_spec(run, plan, stage, env, (), on_slurm=profile is not None), [])
         except CannotLaunch as error:
             stages_by_problem.setdefault(str(error), []).append(stage.name)
         except (OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def _hidden_variable_notes(loaded: LoadedRecipe, container: StageContainer, moun
     hidden = [
         f"{name}={value}"
         for name, value in library_variables(os.environ).items()
-        if name not in set_inside and not sets_variable(loaded, name) and not is_seen(name, value, mounts)
+        if name not in set_inside and not sets_variable(loaded, name) and not is_visible_inside(name, value, mounts)
     ]
     if hidden:
         yield (
@@ -141,7 +141,7 @@ def _hidden_variable_notes(loaded: LoadedRecipe, container: StageContainer, moun
 def _hidden_cache_notes(loaded: LoadedRecipe, plan: Plan, stage: Stage, mounts: list[Mount]) -> Iterator[str]:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
-    if not _uses_hub(loaded, plan, stage) or not folder.exists() or is_seen("HF_HOME", str(folder), mounts):
+    if not _uses_hub(loaded, plan, stage) or not folder.exists() or is_visible_inside("HF_HOME", str(folder), mounts):
         return
 
     advice = "to keep downloads, set HF_HOME to a folder that container.mounts lists"

@@ -356,7 +356,7 @@ def run_check(options: argparse.Namespace) -> int:
     """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
     from amlaunch.launcher.display.findings import BAD, FindingsReport, worst
     from amlaunch.launcher.images import checker, probe_findings
-    from amlaunch.launcher.planning.stage_container import last_wins, mapped, site_mounts
+    from amlaunch.launcher.planning.stage_container import merge_mounts, site_image, site_mounts
     from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:
@@ -374,7 +374,7 @@ def run_check(options: argparse.Namespace) -> int:
         write_json(place, checker.vouched_record(name, options.has, read_json(place)))
         print(f"written down in {place}")
         return OK
-    reference = mapped(reference, site)
+    reference = site_image(reference, site)
     if reference.path is not None and not reference.path.exists():
         raise BadInput(f"there is no file {reference.path}")
     for mount in mounts:
@@ -382,7 +382,7 @@ def run_check(options: argparse.Namespace) -> int:
             raise BadInput(f"mount {mount.short}: there is no {mount.source} on this machine")
     say = say_for(options)
     runtime = checker.choose_runtime(reference, options.runtime, cluster)
-    start = checker.plan_start(reference, runtime, last_wins(mounts), cluster, options.gpus)
+    start = checker.plan_start(reference, runtime, merge_mounts(mounts), cluster, options.gpus)
     seen = checker.probe_record(
         name,
         stored.digest if stored else reference.digest,

@@ -1,4 +1,4 @@
-"""Where the images are that all nodes see. What is in that folder: amlaunch.containers.images.image_store."""
+"""Locate the folder of container images that all nodes see (contents: amlaunch.containers.images.image_store)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from amlaunch.launcher.specs.profile_files import profile_files
 from amlaunch.recipes.errors import BadInput
 
 
-def image_folder(given: str | None = None, site: str | None = None) -> ImageFolder:
-    """``--images``, else ``AMLAUNCH_IMAGES``, else as a profile says (``site``, or all of the user's together), else ``images`` beside the runs."""
-    named = given or os.environ.get("AMLAUNCH_IMAGES") or site or _of_profiles()
-    return ImageFolder(Path(named).expanduser().absolute() if named else runs_root().parent / "images")
+def image_folder(option: str | None = None, profile_folder: str | None = None) -> ImageFolder:
+    """Return the folder of images.
+
+    It is ``--images``, else ``AMLAUNCH_IMAGES``, else the profile's (or the one that all profiles of the user agree
+    on), else ``images`` beside the runs.
+    """
+    folder = option or os.environ.get("AMLAUNCH_IMAGES") or profile_folder or _folder_of_all_profiles()
+    return ImageFolder(Path(folder).expanduser().absolute() if folder else runs_root().parent / "images")
 
 
-def _of_profiles() -> str | None:
-    """The folder that the user's profiles name, where they agree on one."""
+def _folder_of_all_profiles() -> str | None:
+    """Return the folder that the user's profiles name, if they agree on one."""
     files = profile_files()
     if not files:
         return None
     from amlaunch.launcher.specs.cluster_profile import check_profile
     from amlaunch.recipes.format.yaml_reader import read_file
 
-    found = set()
+    folders = set()
     for path in files:
-        with suppress(BadInput, AttributeError):  # whoever uses that profile is told what is wrong with it
-            found |= {check_profile(profile or {}, {}).images for profile in read_file(path)[0].values()}
-    named = found - {None}
-    return named.pop() if len(named) == 1 else None
+        # Problems of a profile are reported when it is used.
+        with suppress(BadInput, AttributeError):
+            folders |= {check_profile(profile or {}, {}).images for profile in read_file(path)[0].values()}
+    folders.discard(None)
+    return folders.pop() if len(folders) == 1 else None

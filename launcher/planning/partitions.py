@@ -1,4 +1,4 @@
-"""What a cluster has, as the planner wants to know it: which partition each stage goes to, and what its nodes are like."""
+"""Describe a cluster to the planner: the partition of each stage, its nodes, and what can start containers there."""
 
 from __future__ import annotations
 
@@ -20,81 +20,85 @@ from amlaunch.recipes.format.schema import Recipe, StageResources
 def cluster_site(loaded: LoadedRecipe, cluster: Cluster, runs: Path, gpus: int | None) -> Site:
     """Describe a cluster to the planner; ``gpus`` overrides the recipe's. Raises BadInput and SlurmError."""
     profile = cluster.profile
-    chosen = choose_partitions(client.partitions(), cluster, wanted_gpus(loaded.recipe, gpus))
-    train = chosen["train"]
+    partitions = choose_partitions(client.partitions(), cluster, required_gpus(loaded.recipe, gpus))
+    train = partitions["train"]
     return Site(
         runs=runs,
         cwd=Path.cwd(),
         gpus=profile.gpus_per_node or train.gpus,
         cpus=train.cpus,
         nodes=train.nodes,
-        asked_gpus=gpus,
+        requested_gpus=gpus,
         cluster={"name": cluster.name, "profile": dict(cluster.tree)},
-        defaults={stage: _defaults(profile, stage) for stage in STAGES},
-        containers=containers_of(loaded, available_on(cluster, loaded), Path.cwd()),
-        partitions={stage: part.name for stage, part in chosen.items()},
+        defaults={stage: _default_resources(profile, stage) for stage in STAGES},
+        containers=containers_of(loaded, _cluster_runtimes(cluster, loaded), Path.cwd()),
+        partitions={stage: partition.name for stage, partition in partitions.items()},
     )
 
 
-def available_on(cluster: Cluster, loaded: LoadedRecipe) -> Available:
-    """What starts containers on a cluster, as far as it is seen from here; nodes may have more. Raises SlurmError."""
+def _cluster_runtimes(cluster: Cluster, loaded: LoadedRecipe) -> Available:
+    """Return what can start containers on a cluster, as far as this machine shows it. Raises SlurmError."""
     if loaded.recipe.container is None:
         return Available((), asks_node=True)
     options = client.step_options()
-    mine = (
-        ["pyxis"] * ("container-image" in options)
-        + installed()
-        + ["slurm"] * ("container" in options and bool(oci_configuration(client.config().get("SLURM_CONF", ""))))
-    )
-    return Available(
-        tuple(mine), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images
-    )
+    runtimes = list(installed())
+    if "container-image" in options:
+        runtimes.insert(0, "pyxis")
+    if "container" in options and oci_configuration(client.config().get("SLURM_CONF", "")):
+        runtimes.append("slurm")
+    profile = cluster.profile
+    return Available(tuple(runtimes), True, profile.container, cluster.lines, cluster.source, profile.images)
 
 
-def wanted_gpus(recipe: Recipe, asked: int | None) -> int:
-    """GPUs a node for training, as far as the recipe and the command line say; 1 stands for "what there is"."""
-    if asked is not None:
-        return asked
-    given = recipe.resources.train.gpus_per_node
-    return 1 if given is None and not recipe.resources.train.tasks_per_node else given or 0
+def required_gpus(recipe: Recipe, gpus: int | None) -> int:
+    """Return the GPUs per node that training needs; 1 if neither ``--gpus`` nor the recipe says so."""
+    if gpus is not None:
+        return gpus
+    resources = recipe.resources.train
+    if resources.gpus_per_node is None and not resources.tasks_per_node:
+        return 1
+    return resources.gpus_per_node or 0
 
 
-def _defaults(profile: ClusterProfile, stage: str) -> StageResources:
-    own = profile.stage(stage)
-    return StageResources(cpus=own.cpus, mem=own.mem, time=own.time)
+def _default_resources(profile: ClusterProfile, stage: str) -> StageResources:
+    settings = profile.stage(stage)
+    return StageResources(cpus=settings.cpus, mem=settings.mem, time=settings.time)
 
 
-def choose_partitions(known: Sequence[Partition], cluster: Cluster, gpus: int) -> dict[str, Partition]:
-    """The partition of each stage; ``gpus``: of a node that trains. Raises BadInput with all that do not exist."""
-    problems, chosen = ErrorCollector(), {}
+def choose_partitions(partitions: Sequence[Partition], cluster: Cluster, gpus: int) -> dict[str, Partition]:
+    """Choose the partition of each stage; ``gpus`` per node for training. Raises BadInput with all problems."""
+    problems = ErrorCollector()
+    chosen: dict[str, Partition] = {}
     for stage in STAGES:
         with problems.collected():
-            chosen[stage] = choose_partition(known, cluster, stage, gpus if stage == "train" else 0)
+            chosen[stage] = choose_partition(partitions, cluster, stage, gpus if stage == "train" else 0)
     problems.refuse()
     return chosen
 
 
-def choose_partition(known: Sequence[Partition], cluster: Cluster, stage: str, gpus: int) -> Partition:
-    """The partition of a stage: as the profile says, else Slurm's default, else for GPUs the largest that has them.
-
-    Raises BadInput.
-    """
+def choose_partition(partitions: Sequence[Partition], cluster: Cluster, stage: str, gpus: int) -> Partition:
+    """Choose a partition: the profile's, else Slurm's default, else the largest with enough GPUs. Raises BadInput."""
     name = cluster.profile.stage(stage).partition
     if name:
-        if "," in name:
-            raise BadInput(
-                f"{cluster.where(stage, 'partition')} {name!r} is several; write one, for what a job may ask for is looked up there"
-            )
-        found = next((part for part in known if part.name == name), None)
-        if found is None:
-            raise BadInput(
-                f"{cluster.where(stage, 'partition')} {name!r} does not exist here; {did_you_mean(name, [part.name for part in known])}"
-            )
-        return found
-    if not known:
-        raise BadInput("Slurm shows no partition to you (sinfo); ask your administrator")
-    able = [part for part in known if part.up and part.gpus >= gpus]
-    default = next((part for part in able if part.default), None)
-    if default or not able:
-        return default or next((part for part in known if part.default), known[0])
-    return max(able, key=lambda part: part.nodes)
+        return _partition_named(name, partitions, cluster.where(stage, "partition"))
+    if not partitions:
+        raise BadInput("Slurm shows you no partition (see sinfo); ask your administrator for access")
+
+    default = next((partition for partition in partitions if partition.default), None)
+    suitable = [partition for partition in partitions if partition.up and partition.gpus >= gpus]
+    if default in suitable or not suitable:
+        return default or partitions[0]
+    return max(suitable, key=lambda partition: partition.nodes)
+
+
+def _partition_named(name: str, partitions: Sequence[Partition], where: str) -> Partition:
+    """Find a partition by name; ``where`` begins the error. Raises BadInput."""
+    if "," in name:
+        raise BadInput(
+            f"{where} {name!r} lists several partitions; write one (its limits decide what a job may request)"
+        )
+    for partition in partitions:
+        if partition.name == name:
+            return partition
+    names = [partition.name for partition in partitions]
+    raise BadInput(f"{where} {name!r} does not exist here; {did_you_mean(name, names)}")

@@ -1,4 +1,4 @@
-"""From a recipe to its plan on a site. Pure: nothing is read, written or started."""
+"""Plan a recipe for a site: stages, elements, resources. Pure: nothing is read, written or started."""
 
 from __future__ import annotations
 
@@ -16,229 +16,240 @@ from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, recipe_at
 from amlaunch.recipes.format.schema import Preprocess, StageResources
 from amlaunch.recipes.run_layout import RunDir
 
-HANG_MINUTES = 30
-EXPORT_CPUS = 4
-"""Of an export on a cluster, which is one process that copies and samples."""
+DEFAULT_HANG_MINUTES = 30
+CLUSTER_EXPORT_CPUS = 4
+"""CPUs of an export on a cluster, a single process that copies and samples."""
+
+SweepPoint = Mapping[str, Any]
+"""Overrides of one point of a sweep; empty without a sweep."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a plan needs to know of the place where it will run."""
+    """The place where a plan will run, as far as the planner needs to know it."""
 
     runs: Path
+    """Folder of the run directories."""
     cwd: Path
+    """Folder where relative paths in the recipe start."""
     gpus: int
-    """GPUs a node."""
+    """GPUs per node."""
     cpus: int
-    """CPUs a node."""
+    """CPUs per node."""
     nodes: int = 1
-    """Nodes there are."""
-    asked_gpus: int | None = None
-    """``--gpus``; None: as the recipe says, or what there is."""
+    """Available nodes."""
+    requested_gpus: int | None = None
+    """``--gpus``; None: the recipe's, or the available GPUs."""
     cluster: Mapping[str, Any] | None = None
-    """Name and profile of the cluster it is submitted to; None on this machine, whose CPUs an element may have all of."""
+    """Name and profile of the cluster; None: this machine, all of whose CPUs an element may use."""
     defaults: Mapping[str, StageResources] = field(default_factory=dict)
-    """What an element of a stage gets where the recipe does not say."""
+    """Resources of a stage's elements that the recipe does not set."""
     containers: Mapping[str, StageContainer | None] = field(default_factory=dict)
-    """In what each stage runs."""
+    """Container of each stage."""
     partitions: Mapping[str, str | None] = field(default_factory=dict)
-    """Where each stage is queued."""
+    """Partition of each stage."""
 
 
 def run_id(loaded: LoadedRecipe) -> str:
-    """The same recipe is the same run: its name and a fingerprint of what it computes."""
+    """Name the run of a recipe: the recipe's name and a fingerprint of its result. The same recipe is the same run."""
     return f"{loaded.recipe.name}-{loaded.fingerprint()}"
 
 
-def make_plan(loaded: LoadedRecipe, site: Site, run: str | None = None) -> Plan:
-    """The plan of a recipe on a site; ``run``: the id of a run that it goes on with. Raises BadInput where they do not fit."""
-    recipe = loaded.recipe
-    data = data_folder(loaded, recipe.preprocess, site) if recipe.preprocess else None
-    shared = data if recipe.preprocess and not recipe.preprocess.output_dir else None
-    run_dir = RunDir(site.runs / (run or run_id(loaded)), shared)
-    common = _common_arguments(loaded, run_dir)
-    stages = []
-    if recipe.preprocess and data:
-        stages += _preprocess_stages(recipe.preprocess, common, run_dir, data, site, loaded)
-    stages.append(_train_stage(loaded, common, run_dir, data, site, after=["verify"] if data else []))
-    if recipe.export:
-        stages.append(_export_stage(loaded, common, run_dir, data, site))
-    env = (loaded.tree.get("container") or {}).get("env") or {}  # placeholders kept: the driver fills them in
+def make_plan(loaded: LoadedRecipe, site: Site, name: str | None = None) -> Plan:
+    """Plan a recipe for a site; ``name``: the ID of an existing run to continue. Raises BadInput if they do not fit."""
+    section = loaded.recipe.preprocess
+    data = _data_folder(loaded, section, site) if section else None
+    shared = data if section and not section.output_dir else None
+    run_dir = RunDir(site.runs / (name or run_id(loaded)), shared)
+
+    planner = _Planner(loaded, site, run_dir, data)
     stages = [
         dataclasses.replace(stage, partition=site.partitions.get(stage.name), container=site.containers.get(stage.name))
-        for stage in stages
+        for stage in planner.stages()
     ]
     return Plan(
         run_id=run_dir.root.name,
         stages=stages,
         data=str(data) if data else None,
         cwd=str(site.cwd),
-        env=env,
+        # Placeholders are kept: the driver fills them in.
+        env=(loaded.tree.get("container") or {}).get("env") or {},
         cluster=dict(site.cluster) if site.cluster else None,
         shared=str(shared) if shared else None,
     )
 
 
-def data_folder(loaded: LoadedRecipe, section: Preprocess, site: Site) -> Path:
-    """Where the shards go: as the recipe says, or a folder named by what they are made of, which runs then share."""
+def _data_folder(loaded: LoadedRecipe, section: Preprocess, site: Site) -> Path:
+    """Return the folder of the shards: the recipe's, or one named by its contents, which runs share."""
     if section.output_dir:
         return (site.cwd / Path(section.output_dir).expanduser()).resolve()
     return site.runs.resolve().parent / "data" / shards_folder_name(section, loaded.data_paths("preprocess"))
 
 
-def _common_arguments(loaded: LoadedRecipe, run: RunDir) -> list[str]:
-    """Arguments that every stage takes: the stored recipe, and what its targets may reach."""
-    allowed = [argument for name in loaded.policy.allow for argument in ("--allow-target", name)]
-    folder = run.code / "recipe" if file_targets(loaded.tree) else run.root
-    return [str(run.recipe_json), "--recipe-dir", str(folder), *allowed]
+@dataclass(frozen=True)
+class _Planner:
+    """Plans the stages of one run."""
 
+    loaded: LoadedRecipe
+    site: Site
+    run_dir: RunDir
+    data: Path | None
+    """Folder of the shards; None: the recipe has no preprocess section."""
 
-def _element(stage: str, name: str, module: str, arguments: Sequence[str], run: RunDir, title: str = "") -> Element:
-    return Element(name, module, [*arguments, "--element", str(run.element(stage, name).root)], title)
+    def stages(self) -> list[Stage]:
+        """Return the stages in the order in which they run."""
+        recipe = self.loaded.recipe
+        stages = self._preprocess_stages(recipe.preprocess, self.data) if recipe.preprocess and self.data else []
+        stages.append(self._train_stage(after=["verify"] if self.data else []))
+        if recipe.export:
+            stages.append(self._export_stage())
+        return stages
 
-
-def _preprocess_stages(
-    section: Preprocess, common: list[str], run: RunDir, data: Path, site: Site, loaded: LoadedRecipe
-) -> list[Stage]:
-    resources = loaded.recipe.resources
-    workers = section.num_workers or (1 if site.cluster else max(1, site.cpus // section.elements))
-    needs = _needs("preprocess", resources.preprocess, site, cpus=workers)
-    shared = ["element", *common, "--out", str(data), "--workers", str(section.num_workers or needs.cpus)]
-    parts = [
-        _element(
-            "preprocess",
-            str(i),
-            "amlaunch.preprocess",
-            [*shared, "--index", str(i)],
-            run,
-            f"part {i + 1} of {section.elements}",
-        )
-        for i in range(section.elements)
-    ]
-    check = _element("verify", "0", "amlaunch.preprocess", ["verify", *common, "--out", str(data)], run)
-    return [
-        Stage("preprocess", parts, [], needs),
-        Stage("verify", [check], ["preprocess"], _needs("verify", resources.verify, site, cpus=1)),
-    ]
-
-
-def _train_stage(
-    loaded: LoadedRecipe, common: list[str], run: RunDir, data: Path | None, site: Site, after: list[str]
-) -> Stage:
-    needs = _train_needs(loaded, site)
-    elements = []
-    for i, point in enumerate(loaded.elements()):
-        name = str(i)
-        arguments = [
-            *common,
-            "--checkpoints",
-            str(_checkpoints(loaded, run, name, site)),
-            "--run-id",
-            _element_id(run, name, point),
-        ]
-        arguments += _data_arguments(data) + _override_arguments(point)
-        elements.append(
-            _element("train", name, "amlaunch.trainer", arguments, run, " ".join(_override_arguments(point)))
-        )
-    return Stage("train", elements, after, needs)
-
-
-def _export_stage(loaded: LoadedRecipe, common: list[str], run: RunDir, data: Path | None, site: Site) -> Stage:
-    elements = []
-    for i, point in enumerate(loaded.elements()):
-        name = str(i)
-        arguments = [
-            *common,
-            "--checkpoints",
-            str(_checkpoints(loaded, run, name, site)),
-            "--out",
-            str(run.export(name)),
-        ]
-        arguments += _data_arguments(data) + _override_arguments(point)
-        elements.append(
-            _element(
-                "export", name, "amlaunch.trainer.tools.export", arguments, run, " ".join(_override_arguments(point))
+    def _preprocess_stages(self, section: Preprocess, data: Path) -> list[Stage]:
+        """Return the stage that makes the shards, and the one that verifies them."""
+        resources = self.loaded.recipe.resources
+        default_workers = 1 if self.site.cluster else max(1, self.site.cpus // section.elements)
+        needs = self._needs("preprocess", resources.preprocess, cpus=section.num_workers or default_workers)
+        workers = section.num_workers or needs.cpus
+        arguments = ["element", *self._common_arguments(), "--out", str(data), "--workers", str(workers)]
+        parts = [
+            self._element(
+                "preprocess",
+                str(index),
+                "amlaunch.preprocess",
+                [*arguments, "--index", str(index)],
+                f"part {index + 1} of {section.elements}",
             )
+            for index in range(section.elements)
+        ]
+        verify_arguments = ["verify", *self._common_arguments(), "--out", str(data)]
+        verify = self._element("verify", "0", "amlaunch.preprocess", verify_arguments)
+        return [
+            Stage("preprocess", parts, [], needs),
+            Stage("verify", [verify], ["preprocess"], self._needs("verify", resources.verify, cpus=1)),
+        ]
+
+    def _train_stage(self, after: list[str]) -> Stage:
+        needs = self._train_needs()
+        elements = []
+        for index, point in enumerate(self.loaded.elements()):
+            name = str(index)
+            element_id = f"{self.run_dir.root.name}-{name}" if point else self.run_dir.root.name
+            arguments = [*self._checkpoint_arguments(name), "--run-id", element_id, *self._point_arguments(point)]
+            elements.append(self._element("train", name, "amlaunch.trainer", arguments, _title(point)))
+        return Stage("train", elements, after, needs)
+
+    def _export_stage(self) -> Stage:
+        elements = []
+        for index, point in enumerate(self.loaded.elements()):
+            name = str(index)
+            out = str(self.run_dir.export(name))
+            arguments = [*self._checkpoint_arguments(name), "--out", out, *self._point_arguments(point)]
+            elements.append(self._element("export", name, "amlaunch.trainer.tools.export", arguments, _title(point)))
+        cpus = min(self.site.cpus, CLUSTER_EXPORT_CPUS) if self.site.cluster else self.site.cpus
+        return Stage("export", elements, ["train"], self._needs("export", self.loaded.recipe.resources.export, cpus))
+
+    # --- arguments of elements
+
+    def _element(self, stage: str, name: str, module: str, arguments: Sequence[str], title: str = "") -> Element:
+        folder = self.run_dir.element(stage, name).root
+        return Element(name, module, [*arguments, "--element", str(folder)], title)
+
+    def _common_arguments(self) -> list[str]:
+        """Return the arguments of every stage: the stored recipe, and what its targets may use."""
+        folder = self.run_dir.code / "recipe" if file_targets(self.loaded.tree) else self.run_dir.root
+        allowed = [argument for name in self.loaded.policy.allow for argument in ("--allow-target", name)]
+        return [str(self.run_dir.recipe_json), "--recipe-dir", str(folder), *allowed]
+
+    def _checkpoint_arguments(self, name: str) -> list[str]:
+        """Return the arguments that training and export of one element share."""
+        folder = self.run_dir.checkpoints(name)
+        checkpoint_dir = self.loaded.recipe.checkpoint.checkpoint_dir
+        if checkpoint_dir:
+            root = (self.site.cwd / Path(checkpoint_dir).expanduser()).resolve()
+            folder = root / self.run_dir.root.name / name
+        return [*self._common_arguments(), "--checkpoints", str(folder)]
+
+    def _point_arguments(self, point: SweepPoint) -> list[str]:
+        data = ["--data", str(self.data)] if self.data else []
+        return [*data, *_override_arguments(point)]
+
+    # --- resources
+
+    def _needs(self, stage: str, resources: StageResources, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
+        """Return the resources of a stage's elements; ``cpus`` applies if neither recipe nor site sets them."""
+        default = self.site.defaults.get(stage, StageResources())
+        return Needs(
+            nodes=resources.nodes or 1,
+            gpus_per_node=gpus,
+            tasks_per_node=tasks,
+            cpus=resources.cpus or default.cpus or cpus,
+            mem=resources.mem or default.mem,
+            time_minutes=resources.time or default.time,
+            hang_seconds=60.0 * (resources.hang_minutes or DEFAULT_HANG_MINUTES),
         )
-    cpus = min(site.cpus, EXPORT_CPUS) if site.cluster else site.cpus
-    return Stage("export", elements, ["train"], _needs("export", loaded.recipe.resources.export, site, cpus=cpus))
+
+    def _train_needs(self) -> Needs:
+        """Return the resources for training. Raises BadInput if they do not fit the machine, batch or model."""
+        resources, site = self.loaded.recipe.resources.train, self.site
+        nodes = resources.nodes or 1
+        if nodes > site.nodes and not site.cluster:
+            raise BadInput(
+                f"{self.loaded.path}: resources.train.nodes is {nodes}, but amlaunch local uses {site.nodes}; "
+                f"add --resources.train.nodes {site.nodes}"
+            )
+        gpus = self._train_gpus(nodes)
+        default_tasks = 1 if resources.gpus_per_node else resources.tasks_per_node or 1
+        tasks = gpus or default_tasks
+        # Too many nodes or GPUs for a cluster are reported by amlaunch.launcher.checks.slurm_limits.
+        if nodes <= site.nodes and gpus <= site.gpus:
+            self._check_ranks(nodes * tasks)
+        return self._needs("train", resources, self._train_cpus(gpus, tasks), gpus, tasks)
+
+    def _check_ranks(self, ranks: int) -> None:
+        """Raise BadInput if a sweep point cannot be trained on so many ranks."""
+        for point in self.loaded.elements():
+            recipe = recipe_at_point(self.loaded, point) if point else self.loaded.recipe
+            problem = check_ranks(recipe, ranks)
+            if problem:
+                raise BadInput(": ".join(part for part in (str(self.loaded.path), _title(point), problem) if part))
+
+    def _train_cpus(self, gpus: int, tasks: int) -> int:
+        """Return the default CPUs per node: all of this machine; on a cluster the same share as of the node's GPUs."""
+        site = self.site
+        if not site.cluster:
+            return site.cpus
+        if not gpus or not site.gpus:
+            return tasks
+        return max(tasks, site.cpus * min(gpus, site.gpus) // site.gpus)
+
+    def _train_gpus(self, nodes: int) -> int:
+        """Return the GPUs per node: ``--gpus``, else the recipe's, else as many as are available and divide the batch.
+
+        Raises BadInput for more GPUs than this machine has.
+        """
+        site, requested = self.site, self.site.requested_gpus
+        if requested is not None:
+            if requested < 0:
+                raise BadInput(f"--gpus {requested}: expected a number of at least 0 (0 trains on the CPU)")
+            if requested > site.gpus and not site.cluster:
+                raise BadInput(f"--gpus {requested}: this machine has {site.gpus}; to train on the CPU, write --gpus 0")
+            return requested
+
+        recipe_gpus = self.loaded.recipe.resources.train.gpus_per_node
+        if site.cluster and recipe_gpus is not None and recipe_gpus > site.gpus:
+            return recipe_gpus
+        limit = site.gpus if recipe_gpus is None else min(recipe_gpus, site.gpus)
+        for gpus in range(limit, 0, -1):
+            if check_batch(self.loaded.recipe, nodes * gpus) is None:
+                return gpus
+        return 0
 
 
-def _element_id(run: RunDir, name: str, point: Mapping[str, Any]) -> str:
-    return f"{run.root.name}-{name}" if point else run.root.name
+def _title(point: SweepPoint) -> str:
+    return " ".join(_override_arguments(point))
 
 
-def _checkpoints(loaded: LoadedRecipe, run: RunDir, name: str, site: Site) -> Path:
-    elsewhere = loaded.recipe.checkpoint.checkpoint_dir
-    return (
-        (site.cwd / Path(elsewhere).expanduser()).resolve() / run.root.name / name
-        if elsewhere
-        else run.checkpoints(name)
-    )
-
-
-def _data_arguments(data: Path | None) -> list[str]:
-    return ["--data", str(data)] if data else []
-
-
-def _override_arguments(point: Mapping[str, Any]) -> list[str]:
-    """JSON is YAML: a string keeps its quotes, so it stays a string."""
+def _override_arguments(point: SweepPoint) -> list[str]:
+    """Return a sweep point as overrides. JSON is YAML: a string keeps its quotes, so it stays a string."""
     return [f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point.items()]
-
-
-def _needs(stage: str, given: StageResources, site: Site, cpus: int, gpus: int = 0, tasks: int = 1) -> Needs:
-    default = site.defaults.get(stage, StageResources())
-    return Needs(
-        nodes=given.nodes or 1,
-        gpus_per_node=gpus,
-        tasks_per_node=tasks,
-        cpus=given.cpus or default.cpus or cpus,
-        mem=given.mem or default.mem,
-        time_minutes=given.time or default.time,
-        hang_seconds=60.0 * (given.hang_minutes or HANG_MINUTES),
-    )
-
-
-def _train_needs(loaded: LoadedRecipe, site: Site) -> Needs:
-    given = loaded.recipe.resources.train
-    nodes = given.nodes or 1
-    if nodes > site.nodes and not site.cluster:
-        raise BadInput(
-            f"{loaded.path}: resources.train.nodes is {nodes}, here there is {site.nodes}; add --resources.train.nodes {site.nodes}"
-        )
-    gpus = _gpus(loaded, site, nodes)
-    tasks = gpus or (1 if given.gpus_per_node else given.tasks_per_node or 1)
-    ranks = nodes * tasks
-    possible = nodes <= site.nodes and gpus <= site.gpus  # else their number is what is wrong, see _gpus
-    for point in loaded.elements() if possible else []:
-        recipe = recipe_at_point(loaded, point) if point else loaded.recipe
-        wrong = check_ranks(recipe, ranks)
-        if wrong:
-            raise BadInput(f"{loaded.path}: {' '.join(_override_arguments(point))} {wrong}".replace(":  ", ": "))
-    return _needs("train", given, site, cpus=_train_cpus(site, gpus, tasks), gpus=gpus, tasks=tasks)
-
-
-def _train_cpus(site: Site, gpus: int, tasks: int) -> int:
-    """CPUs a node where nobody says: all of this machine; on a cluster, which others use too, as large a part as of its GPUs."""
-    if not site.cluster:
-        return site.cpus
-    return max(tasks, site.cpus * min(gpus, site.gpus) // site.gpus) if gpus and site.gpus else tasks
-
-
-def _gpus(loaded: LoadedRecipe, site: Site, nodes: int) -> int:
-    """GPUs a node for training: as asked, else as the recipe says, else as many as there are and divide the batch.
-
-    More than a node has are an error here, and on a cluster one of those that amlaunch.launcher.checks.slurm_limits tells together.
-    """
-    if site.asked_gpus is not None:
-        if site.asked_gpus < 0:
-            raise BadInput(f"--gpus {site.asked_gpus}: a number of GPUs, or 0 for the CPU")
-        if site.asked_gpus > site.gpus and not site.cluster:
-            raise BadInput(f"--gpus {site.asked_gpus}: this machine has {site.gpus}; --gpus 0 runs on the CPU")
-        return site.asked_gpus
-    wanted = loaded.recipe.resources.train.gpus_per_node
-    if site.cluster and wanted is not None and wanted > site.gpus:
-        return wanted
-    most = site.gpus if wanted is None else min(wanted, site.gpus)
-    fitting = [count for count in range(most, 0, -1) if check_batch(loaded.recipe, nodes * count) is None]
-    return fitting[0] if fitting else 0

@@ -1,4 +1,4 @@
-"""From a recipe's ``container`` section and a site to the container of each stage, and from that to what is started."""
+"""Plan the container of each stage from a recipe and a site, and derive from it what is started on a node."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,82 +36,96 @@ from amlaunch.recipes.format.secret_keys import is_secret_variable
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.run_layout import RunDir
 
-if TYPE_CHECKING:  # only a run in an image needs it
-    from amlaunch.launcher.runs.packages import Inside
+if TYPE_CHECKING:  # only runs in images need it
+    from amlaunch.launcher.runs.packages import ImagePackages
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-INSIDE_PYTHON = "python3"
-"""Of the image's search path."""
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+IMAGE_PYTHON = "python3"
+"""Found on the image's search path."""
+GLOB_CHARACTERS = frozenset("*?[")
 
 
 @dataclass(frozen=True)
 class Available:
-    """What a place has to start containers with."""
+    """The container runtimes of a site, and its profile's settings for them."""
 
     runtimes: tuple[str, ...]
     """Best first."""
     asks_node: bool = False
-    """Whether the nodes may have what is not here."""
+    """True if nodes may have runtimes that this machine lacks."""
     profile: ContainerProfile = field(default_factory=ContainerProfile)
     lines: Mapping[KeyPath, str] = field(default_factory=dict)
+    """``file:line`` of each key of the profile."""
     source: str = ""
+    """The profile's file."""
     images: str | None = None
     """The profile's folder of converted images."""
 
-    def at(self, key: str) -> str:
-        """Where the profile set a key of its ``container`` section."""
-        return f"{self.lines.get(('container', key), self.source)}: container.{key}"
+    def at(self, *key: str) -> str:
+        """Locate a key of the profile's ``container`` section, for the beginning of an error."""
+        return f"{self.lines.get(('container', *key), self.source)}: {'.'.join(('container', *key))}"
+
+
+# --- planning
 
 
 def containers_of(loaded: LoadedRecipe, available: Available, cwd: Path) -> dict[str, StageContainer | None]:
-    """The container of each stage; None: without one. Raises BadInput with all that is wrong."""
+    """Plan the container of each stage; None: without one. Raises BadInput with all problems."""
     section = loaded.recipe.container
     if section is None:
         return dict.fromkeys(STAGES)
+    _check_runtime_names(loaded, section, available)
+
     problems = ErrorCollector()
-    known = (*catalog.RUNTIMES, "auto")
-    for where, name in (
-        (_at(loaded, "runtime"), section.runtime),
-        (available.at("runtime"), available.profile.runtime),
-    ):
-        if name not in known:
-            problems.add([f"{where}: {name!r} is not known; {did_you_mean(name, known)}"])
-    problems.refuse()
-    problems.add(
-        f"{_at(loaded, 'env', name)}: no program reads a variable of that name; letters, digits and _ make one"
-        for name in section.env
-        if not NAME.fullmatch(name)
-    )
-    if section.workdir is not None and not section.workdir.startswith("/"):
-        problems.add([f"{_at(loaded, 'workdir')}: {section.workdir!r}: the path inside the container begins with a /"])
-    mounts: list[Mount] = []
+    problems.add(_section_problems(loaded, section))
+    mounts = [Mount(str(path), str(path)) for path in input_paths(loaded, cwd)]
     with problems.collected():
-        mounts = [*site_mounts(available), *_mounts(section.mounts, partial(_at, loaded), cwd)]
-    found: dict[str, StageContainer | None] = {}
-    reads = list(read_paths(loaded, cwd))
+        mounts += [*site_mounts(available), *_parse_mounts(section.mounts, _at(loaded, "mounts"), cwd)]
+    containers: dict[str, StageContainer | None] = {}
     for stage in STAGES:
         with problems.collected():
-            found[stage] = _container(
-                loaded, section, stage, available, cwd, [*(Mount(str(path), str(path)) for path in reads), *mounts]
-            )
+            containers[stage] = _stage_container(loaded, section, stage, available, cwd, mounts)
     problems.refuse()
-    return found
+    return containers
+
+
+def _check_runtime_names(loaded: LoadedRecipe, section: ContainerSection, available: Available) -> None:
+    """Raise BadInput for an unknown runtime in the recipe or the profile."""
+    problems = ErrorCollector()
+    known = (*catalog.RUNTIMES, "auto")
+    settings = ((_at(loaded, "runtime"), section.runtime), (available.at("runtime"), available.profile.runtime))
+    for where, name in settings:
+        if name not in known:
+            problems.add([f"{where}: unknown runtime {name!r}; {did_you_mean(name, known)}"])
+    problems.refuse()
+
+
+def _section_problems(loaded: LoadedRecipe, section: ContainerSection) -> Iterator[str]:
+    """Yield the problems of variables and the working directory."""
+    for name in section.env:
+        if not VARIABLE_NAME.fullmatch(name):
+            yield f"{_at(loaded, 'env', name)}: not a valid variable name; use letters, digits and _"
+    if section.workdir is not None and not section.workdir.startswith("/"):
+        yield f"{_at(loaded, 'workdir')}: {section.workdir!r}: expected an absolute path inside the container"
 
 
 def _at(loaded: LoadedRecipe, *key: str) -> str:
+    """Locate a key of the recipe's ``container`` section, for the beginning of an error."""
     path = ("container", *key)
-    return f"{next((loaded.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in loaded.lines), loaded.path)}: {'.'.join(path)}"
+    prefixes = (path[:length] for length in range(len(path), 0, -1))
+    line = next((loaded.lines[prefix] for prefix in prefixes if prefix in loaded.lines), loaded.path)
+    return f"{line}: {'.'.join(path)}"
 
 
 def image_text(section: ContainerSection, stage: str) -> tuple[str | None, tuple[str, ...]]:
-    """The image of a stage as the recipe writes it (None: no container), and the key that does."""
+    """Return the image of a stage as written in the recipe (None: no container), and its key."""
     own = getattr(section.stages, stage)
     if own in (None, "none"):
         return None, ("stages", stage)
     return (own, ("stages", stage)) if own else (section.image, ("image",))
 
 
-def _container(
+def _stage_container(
     loaded: LoadedRecipe,
     section: ContainerSection,
     stage: str,
@@ -119,23 +133,25 @@ def _container(
     cwd: Path,
     mounts: Sequence[Mount],
 ) -> StageContainer | None:
+    """Plan the container of one stage; None: without one. Raises BadInput."""
     text, key = image_text(section, stage)
     if text is None or section.runtime == "none":
         return None
     where = _at(loaded, *key)
-    named = _parsed(text, where, cwd)
-    folder = image_folder(site=available.images)
-    reference = mapped(named, available)
+    named = _parse_reference(text, where, cwd)
+    reference = site_image(named, available)
+    folder = image_folder(profile_folder=available.images)
     stored = folder.find(named.name) if reference is named and named.kind == "registry" else None
-    if stored and stored.is_complete and _starts(parse(stored.path), section.runtime, available):
+    if stored and stored.is_complete and _can_start(parse(stored.path), section.runtime, available):
         reference = parse(stored.path)
-    runtime = _runtime(reference, section.runtime, available, where)
-    if runtime is None or runtime == "none":
+
+    runtime = _choose_runtime(reference, section.runtime, available, where)
+    if runtime is None:
         return None
     return StageContainer(
-        image=spelled(reference),
+        image=reference_text(reference),
         runtime=runtime,
-        mounts=[(mount.source, mount.target, mount.read_only) for mount in last_wins(mounts)],
+        mounts=[(mount.source, mount.target, mount.read_only) for mount in merge_mounts(mounts)],
         workdir=section.workdir,
         entrypoint=section.entrypoint,
         options=list(available.profile.options),
@@ -145,233 +161,264 @@ def _container(
     )
 
 
-def _starts(reference: Reference, asked: str, available: Available) -> bool:
-    """Whether what starts containers here can start such a file."""
-    chosen = asked if asked != "auto" else available.profile.runtime
-    return (
-        reference.kind in catalog.KINDS.get(chosen, ())
-        if chosen != "auto"
-        else catalog.choose(reference, available.runtimes) is not None
-    )
-
-
-def _parsed(text: str, where: str, base: Path) -> Reference:
+def _parse_reference(text: str, where: str, base: Path) -> Reference:
     if has_placeholder(text):
-        raise BadInput(f"{where}: {text}: a variable in it is not set here")
+        raise BadInput(f"{where}: {text}: a variable in it is not set here; export it")
     try:
         return parse(text, base)
     except BadReference as error:
         raise BadInput(f"{where}: {error}") from None
 
 
-def spelled(reference: Reference) -> str:
-    """What :func:`containers.parse` reads as the same image."""
+def reference_text(reference: Reference) -> str:
+    """Return a text that :func:`amlaunch.containers.images.reference.parse` reads as the same image."""
     if reference.kind == "archive" and reference.layout:
         return f"{reference.layout}-archive:{reference.file}"
     if reference.path is not None:
         return f"file://{reference.path}" if reference.kind == "folder" else str(reference.path)
-    return (
-        f"{reference.user}@{reference.registry}#{reference.repository}{reference.version}"
-        if reference.user
-        else reference.name
-    )
+    if reference.user:
+        return f"{reference.user}@{reference.registry}#{reference.repository}{reference.version}"
+    return reference.name
 
 
-def mapped(reference: Reference, available: Available) -> Reference:
-    """The file that stands for an image here, as the profile says. Raises BadInput."""
+def site_image(reference: Reference, available: Available) -> Reference:
+    """Return the file by which the profile replaces an image, or the image itself. Raises BadInput."""
     for name, file in available.profile.images.items():
         where = f"{available.lines.get(('container', 'images', name), available.source)}: container.images"
-        if _parsed(name, where, Path("/")).name == reference.name:
-            found = _parsed(file, where, Path("/"))
-            if found.path is None:
-                raise BadInput(f"{where}: {file!r} is not a file; write its path from the root")
-            return found
+        if _parse_reference(name, where, Path("/")).name != reference.name:
+            continue
+        replacement = _parse_reference(file, where, Path("/"))
+        if replacement.path is None:
+            raise BadInput(f"{where}: {file!r} is not a file; write its absolute path")
+        return replacement
     return reference
 
 
-def _runtime(reference: Reference, asked: str, available: Available, where: str) -> str | None:
-    """What starts an image here; ``auto``: the node's; None: nothing does, and nobody insisted."""
-    chosen = asked if asked != "auto" else available.profile.runtime
-    kind = catalog.KIND_LABELS[reference.kind]
-    if chosen not in ("auto", "none"):
-        if reference.kind not in catalog.KINDS[chosen]:
-            converts = reference.kind in ("registry", "archive") and {"sqsh", "sif"} & set(catalog.KINDS[chosen])
-            more = ", and amlaunch image import makes a file that it starts" if converts else ""
-            raise BadInput(
-                f"{where}: {chosen} cannot start {kind}; {' or '.join(catalog.runtimes_for(reference))} can{more}"
-            )
-        if chosen not in available.runtimes and not available.asks_node:
-            raise BadInput(
-                f"{where}: {chosen} is not here ({', '.join(available.runtimes) or 'no runtime is'}); container.runtime: none runs without a container"
-            )
-        return chosen
+# --- runtimes
+
+
+def _can_start(reference: Reference, runtime: str, available: Available) -> bool:
+    """Return True if the site's runtime can start such a file."""
+    chosen = runtime if runtime != "auto" else available.profile.runtime
+    if chosen == "auto":
+        return catalog.choose(reference, available.runtimes) is not None
+    return reference.kind in catalog.KINDS.get(chosen, ())
+
+
+def _choose_runtime(reference: Reference, runtime: str, available: Available, where: str) -> str | None:
+    """Choose what starts an image; ``auto``: each node's own; None: no container. Raises BadInput."""
+    chosen = runtime if runtime != "auto" else available.profile.runtime
     if chosen == "none":
         return None
-    found = catalog.choose(reference, available.runtimes)
-    if found or available.asks_node:
-        return found or "auto"
-    if available.runtimes:
-        raise BadInput(
-            f"{where}: {', '.join(available.runtimes)} cannot start {kind}; {' or '.join(catalog.runtimes_for(reference))} can, and container.runtime: none runs without a container"
-        )
-    return None
-
-
-def inside_of(loaded: LoadedRecipe, stages: Sequence[Stage], images: str | None) -> Inside | None:
-    """What the stages' processes import that their images lack, and that comes with the run; None: no stage is in an image."""
-    by_image: dict[str, list[str]] = {}
-    for stage in stages:
-        text = (
-            image_text(loaded.recipe.container, stage.name)[0] if loaded.recipe.container and stage.container else None
-        )
-        if text:
-            by_image.setdefault(text, []).append(stage.name)
-    if not by_image:
+    if chosen != "auto":
+        _check_runtime(reference, chosen, available, where)
+        return chosen
+    installed = catalog.choose(reference, available.runtimes)
+    if installed or available.asks_node:
+        return installed or "auto"
+    if not available.runtimes:
         return None
-    from amlaunch.launcher.runs import packages  # its look at what is installed takes a while
-
-    folder = image_folder(site=images)
-    found = [packages.inside(packages.wanted(loaded, names), folder.facts(text)) for text, names in by_image.items()]
-    problems = [f"{_at(loaded, 'image')}: {problem}" for one in found for problem in one.problems]
-    copied = {package.name: package for one in found for package in one.copied}
-    expected, notes = [name for one in found for name in one.expected], [note for one in found for note in one.notes]
-    return packages.Inside(
-        tuple(copied.values()), tuple(dict.fromkeys(expected)), tuple(problems), tuple(dict.fromkeys(notes))
+    raise BadInput(
+        f"{where}: {', '.join(available.runtimes)} cannot start {catalog.KIND_LABELS[reference.kind]}; "
+        f"install {' or '.join(catalog.runtimes_for(reference))}, or run without a container: "
+        "container.runtime: none"
     )
 
 
-def images_of(plan: Plan) -> str | None:
-    """The folder of converted images that the profile of a plan names."""
-    tree = (plan.cluster or {}).get("profile")
-    return check_profile(tree, {}).images if tree else None
+def _check_runtime(reference: Reference, runtime: str, available: Available, where: str) -> None:
+    """Raise BadInput if a runtime cannot start an image, or is not installed."""
+    if reference.kind not in catalog.KINDS[runtime]:
+        is_convertible = reference.kind in ("registry", "archive") and {"sqsh", "sif"} & set(catalog.KINDS[runtime])
+        conversion = ", or convert it with amlaunch image import" if is_convertible else ""
+        raise BadInput(
+            f"{where}: {runtime} cannot start {catalog.KIND_LABELS[reference.kind]}; "
+            f"use {' or '.join(catalog.runtimes_for(reference))}{conversion}"
+        )
+    if runtime not in available.runtimes and not available.asks_node:
+        installed = ", ".join(available.runtimes) or "no container runtime"
+        raise BadInput(
+            f"{where}: {runtime} is not installed here (installed: {installed}); "
+            "to run without a container, write container.runtime: none"
+        )
 
 
 def container_notes(loaded: LoadedRecipe, plan: Plan, where: str) -> list[str]:
-    """List what to know about the containers of a plan before it starts ``where`` (this machine, cluster lab)."""
+    """List what to know about the containers of a plan before it starts; ``where``: this machine, cluster lab."""
     section = loaded.recipe.container
     if section is None:
         return []
     notes: list[str] = []
-    for stage, container in ((stage.name, stage.container) for stage in plan.stages):
-        text, _ = image_text(section, stage)
+    for stage in plan.stages:
+        text, _ = image_text(section, stage.name)
         if text is None or section.runtime == "none":
             continue
-        if container is None:
+        if stage.container is None:
             notes.append(
-                f"container.image {text}: {where} has nothing that starts containers, or its profile says none; the stages run without one, in the environment that started them"
+                f"container.image {text}: {where} has no container runtime, or its profile sets runtime: none; "
+                "the stages run without a container, in the current environment"
             )
-        elif container.runtime == "auto":
+        elif stage.container.runtime == "auto":
             notes.append(
-                f"container.image {text}: nothing on {where} says how nodes start containers; each asks what it has (container.runtime in the profile says it)"
+                f"container.image {text}: the container runtime of {where} is not known here; each node uses its own "
+                "(set container.runtime in the profile to choose one)"
             )
         else:
-            notes += doubts(parse(container.image))
+            notes += doubts(parse(stage.container.image))
     return list(dict.fromkeys(notes))
 
 
-def _mounts(given: Iterable[str | MountSection], where: Any, base: Path) -> list[Mount]:
-    problems, found = ErrorCollector(), []
-    for index, one in enumerate(given):
-        try:
-            if isinstance(one, str):
-                found.append(parse_mount(one, base))
-            else:
-                found.append(make_mount(one.source, one.target, one.read_only, base))
-        except BadMount as error:
-            problems.add([f"{where('mounts')}: {index + 1}: {error}"])
-    problems.refuse()
-    return found
+# --- packages
+
+
+def image_packages(loaded: LoadedRecipe, stages: Sequence[Stage], images: str | None) -> ImagePackages | None:
+    """Return the packages that stages import and their images lack, to be copied with the run; None: no images.
+
+    ``images``: the profile's folder of converted images.
+    """
+    section = loaded.recipe.container
+    stages_by_image: dict[str, list[str]] = {}
+    for stage in stages:
+        text = image_text(section, stage.name)[0] if section and stage.container else None
+        if text:
+            stages_by_image.setdefault(text, []).append(stage.name)
+    if not stages_by_image:
+        return None
+    from amlaunch.launcher.runs import packages  # reading what is installed takes a while
+
+    folder = image_folder(profile_folder=images)
+    results = [
+        packages.packages_for_image(packages.required_packages(loaded, names), folder.facts(text))
+        for text, names in stages_by_image.items()
+    ]
+    copied = {package.name: package for result in results for package in result.copied}
+    return packages.ImagePackages(
+        tuple(copied.values()),
+        tuple(dict.fromkeys(name for result in results for name in result.expected)),
+        tuple(f"{_at(loaded, 'image')}: {problem}" for result in results for problem in result.problems),
+        tuple(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+def profile_image_folder(plan: Plan) -> str | None:
+    """Return the folder of converted images that the profile of a plan names."""
+    tree = (plan.cluster or {}).get("profile")
+    return check_profile(tree, {}).images if tree else None
+
+
+# --- mounts
 
 
 def site_mounts(available: Available) -> list[Mount]:
-    """Those of the profile. Raises BadInput."""
-    return _mounts(available.profile.mounts, available.at, Path("/"))
+    """Return the profile's mounts. Raises BadInput."""
+    return _parse_mounts(available.profile.mounts, available.at("mounts"), Path("/"))
 
 
-def last_wins(mounts: Iterable[Mount]) -> list[Mount]:
-    """One mount for each place inside, outer ones first."""
-    return sorted(
-        {mount.target: mount for mount in mounts}.values(), key=lambda mount: (mount.target.count("/"), mount.target)
-    )
+def _parse_mounts(mounts: Iterable[str | MountSection], where: str, base: Path) -> list[Mount]:
+    problems = ErrorCollector()
+    parsed = []
+    for number, mount in enumerate(mounts, start=1):
+        try:
+            if isinstance(mount, str):
+                parsed.append(parse_mount(mount, base))
+            else:
+                parsed.append(make_mount(mount.source, mount.target, mount.read_only, base))
+        except BadMount as error:
+            problems.add([f"{where}: {number}: {error}"])
+    problems.refuse()
+    return parsed
 
 
-def read_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[Path]:
-    """Files and folders that the recipe's processes read or write beside the run directory; the same path inside as outside."""
-    recipe = loaded.recipe
-    texts: list[str] = []
-    if recipe.preprocess:
-        given = recipe.preprocess.data_files
-        texts += [_before_glob(text) for text in ([given] if isinstance(given, str) else given or [])]
-        texts += [recipe.preprocess.data_cache_dir or ""]
-        if is_own_tokenizer(recipe.preprocess.tokenizer):
-            texts.append(recipe.preprocess.tokenizer.removeprefix("char:"))
-        if recipe.preprocess.dataset and (cwd / Path(recipe.preprocess.dataset).expanduser()).exists():
-            texts.append(recipe.preprocess.dataset)
-    for section in (recipe.dataset, recipe.validation_dataset or {}):
-        pattern = section.get("file_pattern")
-        texts += [_before_glob(text) for text in ([pattern] if isinstance(pattern, str) else pattern or [])]
-    texts += [value for value in _values(recipe.model) if "/" in value and (cwd / Path(value).expanduser()).exists()]
-    texts += [
-        recipe.checkpoint.restore_from if "/" in recipe.checkpoint.restore_from else "",
-        recipe.tensorboard.log_dir or "" if recipe.tensorboard else "",
-    ]
-    for text in texts:
+def merge_mounts(mounts: Iterable[Mount]) -> list[Mount]:
+    """Return one mount per target, the last one given; outer targets first."""
+    by_target = {mount.target: mount for mount in mounts}
+    return sorted(by_target.values(), key=lambda mount: (mount.target.count("/"), mount.target))
+
+
+def input_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[Path]:
+    """Yield the existing files and folders that a recipe names; in a container they keep their paths."""
+    for text in _named_paths(loaded, cwd):
         path = cwd / os.path.expanduser(text)
-        if text and not has_placeholder(text) and path.exists():  # what is not there is said by others
+        # Missing paths are reported by the checks.
+        if text and not has_placeholder(text) and path.exists():
             yield Path(os.path.normpath(path))
 
 
+def _named_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[str]:
+    """Yield the paths that a recipe names, as written; of a pattern, the folder in which it starts."""
+    recipe = loaded.recipe
+    if recipe.preprocess:
+        section = recipe.preprocess
+        yield from map(_before_glob, _as_list(section.data_files))
+        yield section.data_cache_dir or ""
+        if is_own_tokenizer(section.tokenizer):
+            yield section.tokenizer.removeprefix("char:")
+        if section.dataset and (cwd / Path(section.dataset).expanduser()).exists():
+            yield section.dataset
+    for dataset in (recipe.dataset, recipe.validation_dataset or {}):
+        yield from map(_before_glob, _as_list(dataset.get("file_pattern")))
+    for value in _strings(recipe.model):
+        if "/" in value and (cwd / Path(value).expanduser()).exists():
+            yield value
+    if "/" in recipe.checkpoint.restore_from:
+        yield recipe.checkpoint.restore_from
+    if recipe.tensorboard:
+        yield recipe.tensorboard.log_dir or ""
+
+
+def _as_list(patterns: list[str] | str | None) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns or []
+
+
 def _before_glob(text: str) -> str:
-    """The folder in which a pattern begins to be one; of a plain path itself."""
+    """Return the folder in which a pattern starts, or a plain path itself."""
     parts = Path(text).parts
-    plain = [part for part in parts if not set("*?[") & set(part)]
-    return (
-        text
-        if len(plain) == len(parts)
-        else str(Path(*parts[: next(i for i, part in enumerate(parts) if set("*?[") & set(part))]))
-    )
+    for index, part in enumerate(parts):
+        if GLOB_CHARACTERS & set(part):
+            return str(Path(*parts[:index]))
+    return text
 
 
-def _values(node: Any) -> Iterator[str]:
+def _strings(node: Any) -> Iterator[str]:
     if isinstance(node, Mapping):
         for child in node.values():
-            yield from _values(child)
+            yield from _strings(child)
     elif isinstance(node, str):
         yield node
 
 
-# --- what is started ------------------------------------------------------------------------------------
+# --- starting a container on a node
 
 
-def runtime_here(container: StageContainer) -> str:
-    """The runtime of a stage on this node, where ``auto`` was left to it. ``none``: it has none that could."""
+def node_runtime(container: StageContainer) -> str:
+    """Return the runtime of a stage on this node, which chooses its own for ``auto``; ``none``: it has none."""
     if container.runtime != "auto":
         return container.runtime
     return catalog.choose(parse(container.image), catalog.installed()) or "none"
 
 
-def image_of(
+def container_spec(
     run: RunDir, plan: Plan, stage: Stage, env: Mapping[str, str], passed: Iterable[str], *, on_slurm: bool
 ) -> ContainerSpec:
-    """All that a stage's container is made of; ``env``: what is set inside, ``passed``: what each task has a value of its own for."""
+    """Describe a stage's container completely.
+
+    ``env``: variables set inside. ``passed``: variables with a value of their own for each task.
+    """
     container = stage.container
     assert container is not None
-    mounts = [
-        *(Mount(str(path), str(path)) for path in run_paths(run, plan, stage)),
-        *(Mount(*mount) for mount in container.mounts),
+    mounts = [Mount(str(path), str(path)) for path in _run_paths(run, plan, stage)]
+    mounts += [Mount(*mount) for mount in container.mounts]
+    visible = [
+        name
+        for name in sorted(set(passed) - set(env))
+        if name in container.passed or is_visible_inside(name, os.environ.get(name, ""), mounts)
     ]
+    default_workdir = plan.cwd if may_mount(Path(plan.cwd)) else str(run.root)
     return ContainerSpec(
         reference=parse(container.image),
-        mounts=tuple(_without_repeats(last_wins(mounts))),
+        mounts=tuple(_without_redundant(merge_mounts(mounts))),
         env=dict(env),
-        passed=tuple(
-            sorted(
-                name
-                for name in set(passed) - set(env)
-                if name in container.passed or is_seen(name, os.environ.get(name, ""), mounts)
-            )
-        ),
-        workdir=container.workdir or (plan.cwd if may_mount(Path(plan.cwd)) else str(run.root)),
+        passed=tuple(visible),
+        workdir=container.workdir or default_workdir,
         entrypoint=container.entrypoint,
         gpus=bool(stage.needs.gpus_per_node),
         on_slurm=on_slurm,
@@ -379,79 +426,79 @@ def image_of(
     )
 
 
-def is_seen(name: str, value: str, mounts: Sequence[Mount]) -> bool:
-    """Whether a variable of the host means the same inside: not where its value is a path that is not mounted; what libraries find by themselves is nearer."""
-    is_word = not value.startswith("/") or (
-        is_secret_variable(name) and not name.endswith(("_PATH", "_FILE", "_DIR"))
-    )  # a key may begin with a /
-    return is_word or any(Path(value).is_relative_to(mount.target) for mount in mounts)
+def is_visible_inside(name: str, value: str, mounts: Sequence[Mount]) -> bool:
+    """Return True if a variable of the host means the same inside: its value is no path, or a mounted one."""
+    # The value of a secret may begin with a slash without being a path.
+    is_path = value.startswith("/") and (not is_secret_variable(name) or name.endswith(("_PATH", "_FILE", "_DIR")))
+    return not is_path or any(Path(value).is_relative_to(mount.target) for mount in mounts)
 
 
-def run_paths(run: RunDir, plan: Plan, stage: Stage) -> list[Path]:
-    """What every stage of a run reads and writes: its directory, the shards, checkpoints elsewhere, the folder it was typed in."""
-    folders = [
-        run.root,
-        *([Path(plan.data)] if plan.data else []),
-        *([Path(plan.shared)] if plan.shared else []),
-        *named_folders(stage),
-    ]
-    folders += [Path(plan.cwd)] if may_mount(Path(plan.cwd)) else []
+def _run_paths(run: RunDir, plan: Plan, stage: Stage) -> list[Path]:
+    """Return the folders that every stage of a run uses, as named and resolved."""
+    folders = [run.root, *(Path(folder) for folder in (plan.data, plan.shared) if folder), *argument_folders(stage)]
+    if may_mount(Path(plan.cwd)):
+        folders.append(Path(plan.cwd))
     return list(dict.fromkeys(path for folder in folders for path in (folder, folder.resolve())))
 
 
-def named_folders(stage: Stage) -> list[Path]:
-    """The folders that the arguments of a stage name: what is mounted must be there."""
-    words = [word for element in stage.elements for word in element.arguments]
-    return [Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--checkpoints", "--data", "--out")]
+def argument_folders(stage: Stage) -> list[Path]:
+    """Return the folders that the arguments of a stage name; they must exist before they can be mounted."""
+    arguments = [argument for element in stage.elements for argument in element.arguments]
+    return [Path(value) for option, value in pairwise(arguments) if option in ("--checkpoints", "--data", "--out")]
 
 
 def may_mount(folder: Path) -> bool:
-    """A user's home, and what is above it, is not mounted unless they say so."""
+    """Return False for the root, the user's home and the folders above it: they are mounted only on request."""
     homes = (Path.home(), Path.home().resolve())
-    return folder != Path("/") and not any(
-        home.is_relative_to(place) for home in homes for place in (folder, folder.resolve())
-    )
+    contains_home = any(home.is_relative_to(place) for home in homes for place in (folder, folder.resolve()))
+    return folder != Path("/") and not contains_home
 
 
-def _without_repeats(mounts: Sequence[Mount]) -> Iterator[Mount]:
-    """Without what another mount shows already, at the same place and for writing, too."""
+def _without_redundant(mounts: Sequence[Mount]) -> Iterator[Mount]:
+    """Yield the mounts that no other mount provides at the same place and with the same access."""
     for mount in mounts:
-        outer = [one for one in mounts if one is not mount and Path(mount.target).is_relative_to(one.target)]
-        nearest = max(outer, key=lambda one: len(one.target), default=None)
-        inside = (
-            os.path.normpath(f"{nearest.source}/{os.path.relpath(mount.target, nearest.target)}") if nearest else None
-        )
-        if nearest is None or inside != mount.source or nearest.read_only != mount.read_only:
+        outer = [other for other in mounts if other is not mount and Path(mount.target).is_relative_to(other.target)]
+        nearest = max(outer, key=lambda other: len(other.target), default=None)
+        if nearest is None:
+            yield mount
+            continue
+        source = os.path.normpath(f"{nearest.source}/{os.path.relpath(mount.target, nearest.target)}")
+        if source != mount.source or nearest.read_only != mount.read_only:
             yield mount
 
 
-def passed_names(container: StageContainer, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
-    """Variables of the host that enter a container, beside those that are set inside: see :mod:`amlaunch.containers.runtimes.environment`."""
-    per_task = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
-    mine = {name for name in (*container.passed, *secrets) if name in os.environ}
-    return sorted(
-        name for name in {*library_variables(os.environ), *per_task, *mine} - {"PATH", "HOME"} if NAME.fullmatch(name)
-    )
+def passed_variables(container: StageContainer, secrets: Iterable[str], *, on_slurm: bool) -> list[str]:
+    """Return the variables of the host that enter a container, besides those that are set inside.
+
+    See :mod:`amlaunch.containers.runtimes.environment`.
+    """
+    rank_variables = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
+    own = {name for name in (*container.passed, *secrets) if name in os.environ}
+    names = {*library_variables(os.environ), *rank_variables, *own} - {"PATH", "HOME"}
+    return sorted(name for name in names if VARIABLE_NAME.fullmatch(name))
 
 
-def node_check(
-    container: StageContainer, runtime: str, image: ContainerSpec, launch: catalog.Launch, verdicts: Path
+def node_check_settings(
+    container: StageContainer, runtime: str, spec: ContainerSpec, launch: catalog.Launch, verdicts: Path
 ) -> dict[str, Any]:
-    """What ``python -m amlaunch.containers.node_setup`` is given: nothing secret. ``verdicts``: the folder for the reasons of nodes that refuse."""
+    """Return the settings of ``python -m amlaunch.containers.node_setup``; no secrets.
+
+    ``verdicts``: folder in which nodes record why they refuse.
+    """
     return {
         "verdicts": str(verdicts),
         "runtime": runtime,
-        "image": image.image.short,
-        "path": str(image.image.path) if image.image.path else None,
-        "mounts": sorted({mount.source for mount in image.mounts}),
+        "image": spec.image.short,
+        "path": str(spec.image.path) if spec.image.path else None,
+        "mounts": sorted({mount.source for mount in spec.mounts}),
         "prepare": [list(command) for command in launch.prepare],
-        "gpus": image.gpus,
-        "entrypoint": image.entrypoint,
-        "passed": [*image.passed, *container.runtime_env],
+        "gpus": spec.gpus,
+        "entrypoint": spec.entrypoint,
+        "passed": [*spec.passed, *container.runtime_env],
         **container.facts,
     }
 
 
 def host_python(profile_python: str | None) -> str:
-    """The Python that checks a node."""
+    """Return the Python that checks a node: the profile's, else this one."""
     return os.path.expanduser(profile_python) if profile_python else sys.executable

@@ -1,4 +1,4 @@
-"""Draft the job arrays that a run needs: what is done is skipped, active jobs are kept, and each stage waits for its inputs."""
+"""Draft the job arrays that a run needs: finished and active elements are skipped, stages wait for their inputs."""
 
 from __future__ import annotations
 

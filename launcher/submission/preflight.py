@@ -20,7 +20,7 @@ from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.resolve import local_notes
 from amlaunch.launcher.planning.run_sources import ResolvedRun, RunSource
-from amlaunch.launcher.planning.stage_container import container_notes, images_of, inside_of
+from amlaunch.launcher.planning.stage_container import container_notes, image_packages, profile_image_folder
 from amlaunch.launcher.runs.element_state import ElementState, read_run, read_stage
 from amlaunch.launcher.runs.find import read_plan
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
@@ -177,13 +177,13 @@ def _is_done(run_dir: RunDir, stage: Stage) -> bool:
 
 
 def _check_images(run: ResolvedRun) -> list[str]:
-    """Check the packages in the images of stages that are not done; returns notes. Raises BadInput with all problems."""
+    """Check the packages in the images of unfinished stages; returns notes. Raises BadInput with all problems."""
     stages = [
         stage
         for stage in run.stages
         if stage.container and (stage.name in run.restarted_stages or not _is_done(run.run_dir, stage))
     ]
-    inside = inside_of(run.loaded, stages, images_of(run.plan))
+    inside = image_packages(run.loaded, stages, profile_image_folder(run.plan))
     if inside is None:
         return []
     raise_problems(list(inside.problems))
@@ -242,8 +242,8 @@ def already_running(run_dir: RunDir) -> BadInput:
     """Return the error for a run that another process drives."""
     name, program = wording.name_of(run_dir), wording.program()
     return BadInput(
-        f"{run_dir.root.name} is already being run by another amlaunch process; follow it with {program} logs {name} -f, "
-        f"or stop it first: {program} cancel {name} --checkpoint"
+        f"{run_dir.root.name} is already being run by another amlaunch process; "
+        f"follow it with {program} logs {name} -f, or stop it first: {program} cancel {name} --checkpoint"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
-from amlaunch.launcher.planning.stage_container import images_of, inside_of
+from amlaunch.launcher.planning.stage_container import image_packages, profile_image_folder
 from amlaunch.launcher.runs.element_state import ElementState
 from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, take_snapshot, upgrade_snapshot
 from amlaunch.launcher.runs.states import ACTIVE_STATES
@@ -82,7 +82,7 @@ def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, argv: Sequence[str]
     run.root.mkdir(parents=True, exist_ok=True)
     if refresh_code or not run.code.is_dir():
         recipe_folder = loaded.policy.folder if file_targets(loaded.tree) else None
-        take_snapshot(run.code, recipe_folder, inside_of(loaded, plan.stages, images_of(plan)))
+        take_snapshot(run.code, recipe_folder, image_packages(loaded, plan.stages, profile_image_folder(plan)))
         _check_targets(run, loaded)
 
     header = f"# {str(loaded.path)!r}, resolved by amlaunch {VERSION}; placeholders are filled in when a job starts\n"

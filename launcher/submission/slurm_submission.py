@@ -1,7 +1,7 @@
 """Submit job arrays so that no work is lost and none is done twice, even if the submitter is killed at any moment.
 
 The folder of an array is written before sbatch is called, and completed once sbatch has answered. A submitter that is
-killed in between leaves a token in the job's comment, by which the next one finds the job instead of submitting another.
+killed in between leaves a token in the job's comment. By it the next one finds the job, instead of submitting another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 
 
 def submit_run(run: RunDir, plan: Plan, profile: ClusterProfile, stages: Sequence[Stage], say: Say) -> list[Submission]:
-    """Submit the elements that are neither done nor active; the run directory must be written. Raises BadInput and SlurmError."""
+    """Submit the elements that are neither done nor active. Raises BadInput and SlurmError."""
     states = known_states(run, plan)
     submissions: list[Submission] = []
     jobs: dict[str, str] = {}
@@ -81,7 +81,10 @@ def skipped_lines(stage: Stage, states: Sequence[ElementState], submitted: Conta
 
 
 def known_states(run: RunDir, plan: Plan) -> list[ElementState]:
-    """Return the current states of all elements. Raises SlurmError if Slurm cannot tell: a guess could submit a job twice."""
+    """Return the current states of all elements.
+
+    Raises SlurmError if Slurm cannot tell: a guess could submit a job twice.
+    """
     queue = Queue(max_age=0)
     states = read_run(run, plan, queue)
     # Without squeue, accounting alone may call a job active that has ended. (An unknown element without a job ID is
@@ -98,7 +101,7 @@ def _is_unknown(state: ElementState, queue: Queue) -> bool:
 
 
 def check_moved(run: RunDir, plan: Plan, cluster: str, states: Sequence[ElementState]) -> str:
-    """Return a note if a run moves to another cluster, else an empty string. Raises BadInput while it has jobs elsewhere."""
+    """Return a note if a run moves to another cluster, else an empty string. Raises BadInput if it is active there."""
     submissions = [
         submission
         for stage_submissions in submissions_of(run, plan).values()
@@ -127,7 +130,7 @@ def check_moved(run: RunDir, plan: Plan, cluster: str, states: Sequence[ElementS
 
 @contextmanager
 def submitting(run: RunDir, plan: Plan) -> Iterator[None]:
-    """Allow one submitter at a time for a run, and for shards that runs share. Raises BadInput after a minute of waiting."""
+    """Allow one submitter at a time for a run, and for shards that runs share. Raises BadInput after a minute."""
     with ExitStack() as locks:
         for folder in ([Path(plan.shared)] if plan.shared else []) + [run.root]:
             lock = Lock(folder / "submit.lock")
