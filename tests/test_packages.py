@@ -297,7 +297,7 @@ def test_a_snapshot_reads_recipes_under_any_python(tmp_path, python):
     code = (
         "import sys; sys.path.insert(0, 'code'); from pathlib import Path; "
         "from amlaunch.recipes.format.loader import load; loaded = load(Path('recipe.json')); "
-        "print(loaded.recipe.name, 'yaml' in sys.modules, len(loaded.text()) > 500)"
+        "print(loaded.recipe.name, 'yaml' in sys.modules, len(loaded.json_text()) > 500)"
     )
     run = subprocess.run([python, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout == "quickstart False True\n", run.stderr

@@ -727,7 +727,7 @@ def test_the_same_recipe_as_json(folder):
         (
             "from amlaunch.trainer.process.arguments import parse; "
             "options = parse('amlaunch.trainer', '', ['recipe.json', '--optimizer.betas=[0.8, 0.9]', '--element=e']); "
-            "print(options.loaded.recipe.optimizer['betas'], 'betas: [0.8, 0.9]' in options.loaded.text())",
+            "print(options.loaded.recipe.optimizer['betas'], '0.9' in options.loaded.json_text())",
             "[0.8, 0.9] True",
         ),
         (

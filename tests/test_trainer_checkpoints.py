@@ -505,4 +505,4 @@ def test_a_checkpoint_says_what_it_is(straight_and_half: tuple[Run, Run]) -> Non
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["step"], meta["world_size"], meta["format"], meta["tokens"]) == (12, 1, "torch_save", 12 * 8 * 16)
     assert meta["val_loss"] == straight_and_half[1].column("val_loss")[-1]
-    assert load(folder / "recipe.yaml").recipe.optimizer["lr"] == recipe(folder)["optimizer"]["lr"]
+    assert load(folder / "recipe.json").recipe.optimizer["lr"] == recipe(folder)["optimizer"]["lr"]

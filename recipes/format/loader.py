@@ -62,6 +62,10 @@ class LoadedRecipe:
         """Return the resolved recipe as YAML, placeholders kept, as a run directory stores it."""
         return dump(self.tree)
 
+    def json_text(self) -> str:
+        """Return the resolved recipe as JSON, placeholders kept: a job can write it without PyYAML."""
+        return json.dumps(self.tree, indent=2) + "\n"
+
     def fingerprint(self) -> str:
         """Return eight hex digits that identify the result: what is computed, from which files, with which code."""
         sections = {key: value for key, value in self.tree.items() if key not in EXECUTION_SECTIONS}

@@ -1,15 +1,15 @@
 """Read YAML as plain data with the line of every key, and with YAML 1.2's rules for scalars.
 
 PyYAML follows YAML 1.1: ``1e-4`` is a string, ``on`` is true, and the last of two duplicate keys wins silently. A
-recipe is read with PyYAML's parser and our own resolver (YAML 1.2.2, chapter 10.3, the core schema). Writing, and
-reading JSON, need no PyYAML: an image may lack it.
+recipe is read with PyYAML's parser and our own resolver (YAML 1.2.2, chapter 10.3, the core schema). PyYAML is imported
+only where YAML is read or written: jobs read recipes as JSON, and an image may lack it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INF = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _NAN = re.compile(r"\.(nan|NaN|NAN)")
 
-PLAIN_TEXT = re.compile(
-    r"([A-Za-z_/$(]|\.[A-Za-z/.])([A-Za-z0-9_/.$()@+=~^%;\\ -]|:(?=[^ ]))*|[0-9]+(\.[0-9]+)?[KMGTB]"
-)
-"""Text that needs no quotes, in block and in flow style."""
-YAML_1_1_BOOLEANS = frozenset(("y", "n", "yes", "no", "on", "off"))
-NOT_PRINTABLE = re.compile(
-    "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f\u2028\u2029]"
-)
-"""Characters that YAML 1.1 does not allow, or folds as line breaks: written as escapes."""
+LINE_BREAKS = frozenset("\n\r\x85\u2028\u2029")
+"""Characters that YAML 1.1, which PyYAML writes, folds in unquoted text."""
 
 
 def scalar(text: str) -> Any:
@@ -186,64 +179,25 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
         raise BadInput(f"{path}: not valid JSON: {error}") from None
 
 
+@cache
+def _dumper() -> Any:
+    """Return PyYAML's dumper, made to quote what our reader would not read back as the same string."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        is_plain = isinstance(scalar(text), str) and not LINE_BREAKS & set(text)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+    Dumper.add_representer(str, represent_text)
+    return Dumper
+
+
 def dump(value: Any) -> str:
     """Return plain data as YAML that :func:`parse` reads back to the same values."""
-    return "".join(f"{line}\n" for line in _block(value, ""))
+    import yaml
 
-
-def _block(value: Any, indent: str) -> Iterator[str]:
-    """Yield the lines of a value in block style; lists of scalars, and empty values, stand on one line."""
-    if isinstance(value, Mapping) and value:
-        for key, child in value.items():
-            yield from _entry(f"{indent}{_quoted(str(key))}:", child, indent)
-    elif isinstance(value, (list, tuple)) and value:
-        for child in value:
-            yield from _entry(f"{indent}-", child, indent)
-    else:
-        yield indent + _inline(value)
-
-
-def _entry(head: str, value: Any, indent: str) -> Iterator[str]:
-    """Yield a key or a list's dash with its value, on the same line if it is short."""
-    if _is_inline(value):
-        yield f"{head} {_inline(value)}"
-    else:
-        yield head
-        yield from _block(value, indent + "  ")
-
-
-def _is_inline(value: Any) -> bool:
-    """Return True for a scalar, an empty value, and a list of scalars."""
-    if isinstance(value, Mapping):
-        return not value
-    if isinstance(value, (list, tuple)):
-        return not any(isinstance(child, (Mapping, list, tuple)) for child in value)
-    return True
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_inline(child) for child in value)}]"
-    if isinstance(value, str):
-        return _quoted(value)
-    return _float(value) if isinstance(value, float) else json.dumps(value)
-
-
-def _float(value: float) -> str:
-    """Return a float as YAML 1.1 and 1.2 both write it: ``1.0e-05``."""
-    if value in (float("inf"), float("-inf")):
-        return ".inf" if value > 0 else "-.inf"
-    if value != value:
-        return ".nan"
-    digits, exponent, power = repr(value).partition("e")
-    return digits + ".0" * ("." not in digits) + exponent + power
-
-
-def _quoted(text: str) -> str:
-    """Return text as a YAML scalar, with quotes unless it reads back as the same string without them."""
-    is_plain = PLAIN_TEXT.fullmatch(text) and not text.endswith(" ") and text.lower() not in YAML_1_1_BOOLEANS
-    if is_plain and isinstance(scalar(text), str):
-        return text
-    return NOT_PRINTABLE.sub(lambda match: f"\\U{ord(match[0]):08x}", json.dumps(text, ensure_ascii=False))
+    return str(yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=110))

@@ -1,7 +1,7 @@
 """Layout of checkpoints on disk, and how they are selected, verified and loaded.
 
 ``step-N/`` holds the files of torch.distributed.checkpoint, ``meta.json``,
-``recipe.yaml``, ``manifest.json`` with the size and SHA-256 of each of these,
+``recipe.json``, ``manifest.json`` with the size and SHA-256 of each of these,
 and ``validation.json`` if the step was validated only after it was saved. The
 folder is written as ``step-N.tmp/`` (:mod:`amlaunch.trainer.checkpoints.saver`)
 and then renamed, so it is either complete or absent. ``latest`` and ``best``
@@ -41,7 +41,7 @@ from amlaunch.trainer.process.errors import TrainingFailed
 
 META = "meta.json"
 MANIFEST = "manifest.json"
-RECIPE = "recipe.yaml"
+RECIPE = "recipe.json"
 VALIDATION = "validation.json"
 """Validation loss of a step that was validated after it was saved; not listed in the older manifest."""
 LATEST = "latest"

@@ -269,7 +269,7 @@ def open_saver(
         true_vocab = min(known_vocab(options.data), vocab or sys.maxsize)
         write_folder(out, unwrap(model), true_vocab, "float32", checkpoint.read_full_weights(source))
 
-    saver = Saver(options.checkpoints, recipe.checkpoint, world, options.loaded.text(), consolidate)
+    saver = Saver(options.checkpoints, recipe.checkpoint, world, options.loaded.json_text(), consolidate)
     cleanup.callback(saver.close)
     return saver
 
