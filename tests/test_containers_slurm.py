@@ -13,7 +13,7 @@ import container_image
 import container_pipeline
 import pytest
 from slurm_cluster import REPOSITORY, Cluster
-from slurm_runs import CPU, PROFILE, Place, attempts, element, states
+from slurm_runs import CPU, PROFILE, RECIPE, Place, attempts, element, states
 
 from amlaunch.launcher.specs.plan import Element, Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.files import read_json_lines, write_json
@@ -63,6 +63,8 @@ def stand_in(place: Place, container: StageContainer, needs: Needs, *words: str)
         {"name": "slurm", "profile": dict(PROFILE)},
     )
     write_json(run.plan, plan.to_json())
+    run.recipe.write_text(RECIPE)
+    place.write("tokens.bin", "")
     run.code.mkdir()
     shutil.copytree(REPOSITORY / "src" / "amlaunch", run.code / "amlaunch")
     shutil.copy(REPOSITORY / "tests" / "stand_in.py", run.code)
