@@ -83,7 +83,7 @@ class Cluster:
         timeout: float = 60,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as user lab on the login node, in a clean environment plus ``env``, in ``cwd`` or lab's home."""
+        """Run a command as lab on the login node, in a clean environment plus ``env``, in ``cwd`` or lab's home."""
         done = subprocess.run(
             self._as_lab(argv, env),
             cwd=cwd or HOME,

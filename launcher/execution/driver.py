@@ -113,10 +113,7 @@ def carry_out(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> Outc
     """Start the ranks, wait for them, and record how the attempt ended and whether it is restarted automatically."""
     started = time.monotonic()
     attempt.record(_start_line(attempt))
-    try:
-        end = _check_nodes(attempt, stop, starter) or _run_ranks(attempt, stop, starter)
-    except (OSError, ValueError, UnsetVariable) as error:  # no such program, a full disk, a variable that is not set
-        end = _not_started(error)
+    end = _run(attempt, stop, starter)
     end = replace(end, attempt=attempt.number, seconds=round(time.monotonic() - started, 3))
     if end.outcome == Outcome.DONE:
         marker = {"time": time.time(), "attempt": end.attempt, "seconds": end.seconds}
@@ -140,11 +137,23 @@ def _start_line(attempt: Attempt) -> AttemptStart:
     )
 
 
+def _run(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> AttemptEnd:
+    """Check the nodes, start the ranks, wait for them, and return how they ended."""
+    try:
+        refusal = _check_nodes(attempt, stop, starter)
+        if refusal is not None:
+            return refusal
+        ranks = _wait_for_ranks(attempt, stop, starter)
+    except (OSError, ValueError, UnsetVariable) as error:  # no such program, a full disk, a variable that is not set
+        return _not_started(error)
+    return _explain(attempt, stop, starter, ranks)
+
+
 def _not_started(error: Exception) -> AttemptEnd:
     problem = (
         f"the variable {error.name} is not set (container.env)" if isinstance(error, UnsetVariable) else str(error)
     )
-    reason = f"the ranks could not be started: {problem}"
+    reason = f"could not start the ranks: {problem}"
     return AttemptEnd(Outcome.FAILED, reason, retryable=not isinstance(error, CannotLaunch))
 
 
@@ -164,16 +173,12 @@ def _check_nodes(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> A
         return AttemptEnd(Outcome.STOPPED, stop.reason, restart=stop.came_by_signal)
     if not any(codes):
         return None
-    without_verdict = {
-        "reason": f"the check of a node before its containers start failed (exit code {codes[0]})",
-        "again": True,
-    }
+    without_verdict = {"reason": f"the node check before the containers failed (exit code {codes[0]})", "again": True}
     return refused_end(verdict_of(verdicts) or without_verdict, codes)
 
 
-def _run_ranks(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> AttemptEnd:
-    """Run the ranks to their end, and explain it."""
-    ranks = _wait_for_ranks(attempt, stop, starter)
+def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: RanksEnd) -> AttemptEnd:
+    """Return how the ranks ended and why."""
     if any(ranks.codes) and attempt.folder.stop.exists():
         stop.set()  # the ranks may have seen the file before the driver did
     result = read_object(attempt.folder.result) or None

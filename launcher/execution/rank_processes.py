@@ -22,12 +22,12 @@ from amlaunch.launcher.execution.rank_wait import Processes
 from amlaunch.launcher.execution.rendezvous import local_rendezvous
 from amlaunch.launcher.planning.stage_container import (
     IMAGE_PYTHON,
-    host_python,
-    container_spec,
     argument_folders,
+    container_spec,
+    host_python,
     node_check_settings,
-    passed_variables,
     node_runtime,
+    passed_variables,
 )
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.slurm import client
@@ -294,6 +294,9 @@ def check_command(attempt: Attempt, start: RankStart, python: str | None = None,
     container = attempt.stage.container
     if container is None or start.spec is None:
         return []
-    settings = {**node_check_settings(container, start.runtime, start.spec, start.launch, attempt.folder.verdicts), **extra}
+    settings = {
+        **node_check_settings(container, start.runtime, start.spec, start.launch, attempt.folder.verdicts),
+        **extra,
+    }
     command = python_command("amlaunch.containers.node_setup", host_python(python), any_version=python is not None)
     return [*command, json.dumps(settings)]

@@ -14,7 +14,7 @@ PREDECESSOR_FAILED = "an earlier stage did not finish"
 NEVER_STARTED = "cancelled before it started"
 
 END_REASONS = {
-    "TIMEOUT": "reached its time limit before it had saved; raise its time in resources, or save more often",
+    "TIMEOUT": "reached its time limit before it had saved; raise time in resources, or checkpoint more often",
     "NODE_FAIL": "failed with its node",
     "OUT_OF_MEMORY": "ran out of memory",
     "BOOT_FAIL": "failed because its node did not boot",
