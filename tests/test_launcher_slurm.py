@@ -424,7 +424,9 @@ def test_of_a_partition_with_several_kinds_of_nodes_the_best_counts_for_each_siz
         client,
         "call",
         lambda *_, **__: (
-            "all*|up|infinite|2|32|64000|gpu:8\nall*|up|infinite|90|128|32000|(null)\nall*|up|infinite|1|16|900000|(null)\n"
+            "all*|up|infinite|2|32|64000|gpu:8\n"
+            "all*|up|infinite|90|128|32000|(null)\n"
+            "all*|up|infinite|1|16|900000|(null)\n"
         ),
     )
     (part,) = client.partitions()

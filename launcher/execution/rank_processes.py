@@ -211,7 +211,8 @@ def _container_start(
         **fixed_environment(attempt, [env.get("PYTHONPATH", "")]),
         **rendezvous,
     }
-    # Slurm ends what is left of a step. Here nobody does, and with few runtimes is the driver the parent of the rank.
+    # Slurm ends what remains of a step. On this machine nothing does, and with most runtimes the driver is not the
+    # parent of the rank: it must keep an input open by which the rank notices its end.
     stdin = runtime in catalog.DAEMON_RUNTIMES or not on_slurm
     if stdin:
         inside_env[STDIN_VARIABLE] = "1"

@@ -113,7 +113,7 @@ def own_submission(folder: Path) -> Submission | None:
     """Return this job's submission; None if another job is recorded for it.
 
     A submitter that was killed before sbatch answered has recorded no job ID; then the job records its own. So a job
-    that nobody knows of finds its work, and of two jobs for the same work only one does it.
+    without a record finds its work, and of two jobs for the same work only one does it.
     """
     submission = read_submission(folder)
     own_id = os.environ["SLURM_ARRAY_JOB_ID"]

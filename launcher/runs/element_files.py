@@ -32,7 +32,7 @@ NULLABLE = ("total", "rate", "eta_s", "loss", "val_loss", "sample", "tokens_per_
 
 
 @dataclass(frozen=True)
-class Progress:
+class ElementProgress:
     """The newest heartbeat of an element: ``progress.json``."""
 
     unit: str = ""
@@ -52,9 +52,9 @@ class Progress:
     """The complete file, for ``--json``."""
 
     @staticmethod
-    def from_json(record: Record) -> Progress:
+    def from_json(record: Record) -> ElementProgress:
         """Build the progress from ``progress.json``, without damaged values."""
-        return Progress(
+        return ElementProgress(
             unit=text(record, "unit"),
             done=number(record, "done"),
             total=number(record, "total"),
@@ -117,7 +117,7 @@ class ElementFiles:
     """The marker, if all its outputs are as recorded."""
     missing_output: str = ""
     """Set if there is a marker whose outputs are not as recorded."""
-    progress: Progress = field(default_factory=Progress)
+    progress: ElementProgress = field(default_factory=ElementProgress)
 
     @property
     def last_sign_of_life(self) -> float:
@@ -151,7 +151,7 @@ def read_element_files(folder: ElementDir) -> ElementFiles:
         AttemptHistory.read(folder.attempts),
         marker if missing is None else None,
         missing or "",
-        Progress.from_json(read_object(folder.progress)),
+        ElementProgress.from_json(read_object(folder.progress)),
     )
 
 

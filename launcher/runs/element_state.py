@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
-from amlaunch.launcher.runs.element_files import ElementFiles, Progress, read_element_files
+from amlaunch.launcher.runs.element_files import ElementFiles, ElementProgress, read_element_files
 from amlaunch.launcher.runs.states import ACTIVE_STATES, BROKEN_STATES, Outcome, State
 from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.files import is_locked
@@ -34,7 +34,7 @@ class ElementState:
     title: str
     state: State
     attempts: int = 0
-    progress: Progress = field(default_factory=Progress)
+    progress: ElementProgress = field(default_factory=ElementProgress)
     result: dict[str, Any] = field(default_factory=dict)
     """The done marker of a finished element."""
     reason: str = ""

@@ -321,7 +321,7 @@ def resolve(required: Sequence[RequiredPackage], facts: ImageFacts) -> ImagePack
 
 
 def _unknown_note(expected: Sequence[RequiredPackage], facts: ImageFacts) -> list[str]:
-    """Return a note about packages of which nobody knows whether the image has them."""
+    """Return a note about packages that an image of unknown content must have."""
     if not expected:
         return []
     names_by_reason: dict[str, list[str]] = {}

@@ -98,7 +98,7 @@ class Queue:
         lock = Lock(self.file.with_name(f"{command}.lock"))
         cache = self.file.with_name(f"{command}-{fingerprint(question)}.json")
         try:
-            lock.acquire(wait=True)  # whoever waits for the lock gets our answer
+            lock.acquire(wait=True)  # processes that wait for the lock get our answer
         except OSError:  # no home to keep anything in
             return self._ask(ask)[0]
         try:
@@ -149,7 +149,7 @@ def cache_file() -> Path:
 
 
 def _delete_old(folder: Path) -> None:
-    """Delete answers to questions that nobody asks any more."""
+    """Delete answers that are no longer used."""
     for path in folder.glob("s*-*.json"):
         if time.time() - path.stat().st_mtime > KEPT_SECONDS:
             path.unlink(missing_ok=True)
