@@ -771,10 +771,10 @@ def test_what_cannot_be_measured_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--gpus", "-1"], "write a number from 0 on"),
+        (["train", "--gpus", "-1"], "--gpus -1: expected a number of at least 0"),
         (["train", "--gpus", "3"], "this machine has 2 GPUs"),
-        (["data", "--gpus", "2"], "one rank's reading is measured"),
-        (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess changes no key"),
+        (["data", "--gpus", "2"], "measures the reading of one rank"),
+        (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess takes no overrides"),
     ],
 )
 def test_the_command_refuses_what_it_would_not_heed(

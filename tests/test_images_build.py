@@ -186,7 +186,7 @@ def test_room_for_a_base_is_looked_for_before_it_is_fetched(storage, monkeypatch
         ),
         ("https://nvcr.io/nvidia/pytorch:1", "did you mean 'nvcr.io/nvidia/pytorch:1'?"),
         ("nvcr.io#", "the image name is missing"),
-        ("base.tar", "--base base.tar: a file or a folder is no base; load it"),
+        ("base.tar", "--base base.tar: a base cannot be a file or a folder; load it"),
     ],
 )
 def test_a_base_that_is_no_image(storage, capsys, base, message):
@@ -354,10 +354,10 @@ def test_check_of_an_image_with_torch_is_content(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing.sqsh"], "there is no file"),
+        (["nothing.sqsh"], "does not exist"),
         (["UPPER/case"], "lower case"),
         (["debian:12", "--mount", "relative:also"], "must start with /"),
-        (["debian:12", "--mount", "/nowhere:/data"], "there is no /nowhere on this machine"),
+        (["debian:12", "--mount", "/nowhere:/data"], "/nowhere does not exist on this machine"),
         (["debian:12", "--runtime", "dcker"], "--runtime dcker: unknown runtime; did you mean 'docker'?"),
         (
             ["debian:12", "--runtime", "pyxis"],

@@ -46,7 +46,7 @@ def test_an_image_is_looked_at_on_a_node(cluster: Cluster):
     )
     assert many.returncode == 2 and "--gpus 99: nodes of partition" in many.stderr
     gone = place.amlaunch("image", "check", "/nowhere", "--cluster", "slurm", check=False)
-    assert gone.returncode == 2 and "there is no file /nowhere" in gone.stderr
+    assert gone.returncode == 2 and "file /nowhere" in gone.stderr
 
 
 @pytest.mark.slow

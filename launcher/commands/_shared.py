@@ -1,11 +1,13 @@
-"""Share arguments between commands, and turn what was typed into typed requests."""
+"""Parts that several commands share: arguments, requests, states of a run, processes of the trainer."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from amlaunch.launcher.planning.run_request import RunRequest
 from amlaunch.launcher.runs.states import State
@@ -13,7 +15,7 @@ from amlaunch.recipes.errors import BadInput
 
 if TYPE_CHECKING:
     from amlaunch.launcher.runs.element_state import ElementState
-    from amlaunch.launcher.specs.plan import Plan
+    from amlaunch.launcher.specs.plan import Element, Plan
     from amlaunch.recipes.run_layout import RunDir
 
 RUN_HELP = "ID of a run, the beginning of the ID, the name of its recipe, or its directory"
@@ -164,3 +166,85 @@ def raise_if_unknown(states: Sequence[ElementState], command: str, consequence: 
         first = unknown[0]
         more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
         raise SlurmError(command, f"{first.stage} {first.name}{more}: {first.reason}; {consequence}")
+
+
+# --- processes of the trainer
+
+
+def require_packages(*packages: str) -> None:
+    """Raise BadInput if a package that training needs is not installed; login nodes often lack torch."""
+    import importlib.util
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(
+                f"{package} is not installed here; run pip install 'amlaunch[train]' (torch's CPU build is enough for "
+                "work without GPUs), or run this command on a node that has it"
+            )
+
+
+def process_environment(*, cpu: bool = False) -> dict[str, str]:
+    """Return the environment of a process of the trainer; ``cpu`` hides the GPUs from it."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    return {**environment, "AMLAUNCH_DEVICE": "cpu"} if cpu else environment
+
+
+def become_preprocess(arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by ``python -m amlaunch.preprocess``: the launcher never imports what tokenises."""
+    from amlaunch.recipes.python_process import python_command
+
+    command = [*python_command("amlaunch.preprocess"), *arguments]
+    os.execve(command[0], command, process_environment())
+
+
+def find_training(options: argparse.Namespace) -> tuple[RunDir, Plan, Element]:
+    """Find the run and the train element that ``options`` choose. Raises BadInput."""
+    from amlaunch.launcher.runs.find import find_run, read_plan, roots
+
+    run_dir = find_run(roots(options.runs), options.run)
+    plan = read_plan(run_dir)
+    return run_dir, plan, _train_element(plan, options.element)
+
+
+def run_on_checkpoint(module: str, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run a module of the trainer on the checkpoint that ``options`` choose; return its exit code.
+
+    It runs in the folder where relative paths in the run's recipe start. Raises BadInput.
+    """
+    import subprocess
+
+    from amlaunch.recipes.python_process import python_command
+
+    run_dir, plan, element = find_training(options)
+    require_packages("torch", "safetensors")
+    command = [*python_command(module), *_element_arguments(element), *_checkpoint_arguments(options), *arguments]
+    folder = Path(plan.cwd) if Path(plan.cwd).is_dir() else run_dir.root
+    return subprocess.run([*command, *options.overrides], cwd=folder).returncode
+
+
+def _train_element(plan: Plan, name: str | None) -> Element:
+    """Return the train element called ``name``, or the only one. Raises BadInput."""
+    elements = plan.stage("train").elements
+    matches = [element for element in elements if name in (None, element.name)]
+    if len(matches) == 1:
+        return matches[0]
+    known = "; ".join(f"{element.name} ({element.title})" if element.title else element.name for element in elements)
+    if name:
+        raise BadInput(f"--element {name}: {plan.run_id} has {known}")
+    raise BadInput(f"{plan.run_id} trained several models; choose one with --element: {known}")
+
+
+def _element_arguments(element: Element) -> list[str]:
+    """Return an element's arguments without those that only training needs."""
+    arguments = list(element.arguments)
+    for option in ("--element", "--run-id"):
+        if option in arguments:
+            position = arguments.index(option)
+            del arguments[position : position + 2]
+    return arguments
+
+
+def _checkpoint_arguments(options: argparse.Namespace) -> list[str]:
+    if options.step is not None:
+        return ["--step", str(options.step)]
+    return ["--best"] if options.best else []

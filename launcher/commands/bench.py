@@ -1,9 +1,8 @@
-"""``amlaunch bench``: how fast this machine trains, reads and preprocesses, measured by what does that work."""
+"""``amlaunch bench``: measure how fast this machine trains, reads and preprocesses."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,19 +10,25 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amlaunch.launcher.commands._shared import RECIPE_HELP, accept_overrides, add_allow_target, add_json
+from amlaunch.launcher.commands._shared import (
+    RECIPE_HELP,
+    accept_overrides,
+    add_allow_target,
+    add_json,
+    process_environment,
+    require_packages,
+)
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from amlaunch.recipes.format.units import parse_count
 from amlaunch.recipes.python_process import PARENT_VARIABLE, python_command
 
-PASSED = ("steps", "warmup", "profiled")
-BYTES_PER_TOKEN = 6
-"""At most, of code: what is asked for is then there with any tokenizer that is no worse than GPT-2's."""
+MAX_BYTES_PER_TOKEN = 6
+"""For source code with GPT-2's tokenizer or a better one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,133 +80,142 @@ def _add_measurement(targets: Any, name: str, text: str) -> argparse.ArgumentPar
 def run(options: argparse.Namespace) -> int:
     """Measure, and return the exit code."""
     if options.what == "preprocess":
-        return preprocess(options)
-    check_gpus(options)
-    for package in ("torch", "numpy", "safetensors"):
-        if importlib.util.find_spec(package) is None:
-            raise BadInput(
-                f"{package} is not installed here: pip install 'amlaunch[train]', or run this on a node that has it"
-            )
-    words = [options.what, options.recipe or "nanogpt", *words_of(options), *options.overrides]
-    return waited([*python_command("amlaunch.trainer.tools.bench"), *words], environment(options.gpus))[0]
+        return _bench_preprocess(options)
+    _check_gpus(options)
+    require_packages("torch", "numpy", "safetensors")
+    arguments = [options.what, options.recipe or "nanogpt", *_trainer_arguments(options), *options.overrides]
+    command = [*python_command("amlaunch.trainer.tools.bench"), *arguments]
+    return _run_process(command, process_environment(cpu=options.gpus == 0))[0]
 
 
-def check_gpus(options: argparse.Namespace) -> None:
-    """BadInput where there are not as many GPUs as are asked for."""
-    asked, there = options.gpus or 0, len(this_machine().gpus)
-    if asked < 0:
-        raise BadInput(f"--gpus {asked}: write a number from 0 on")
-    if asked > there:
-        raise BadInput(
-            f"--gpus {asked}: this machine has {there} GPUs" + ("; --gpus 0 measures on the CPU" if there == 0 else "")
-        )
-    if asked > 1 and options.what == "data":
-        raise BadInput(f"--gpus {asked}: one rank's reading is measured; write 1, or 0 for the CPU")
+def _check_gpus(options: argparse.Namespace) -> None:
+    """Raise BadInput for more GPUs than this machine has, or than the measurement uses."""
+    gpus, available = options.gpus or 0, len(this_machine().gpus)
+    if gpus < 0:
+        raise BadInput(f"--gpus {gpus}: expected a number of at least 0")
+    if gpus > available:
+        remedy = "; to measure the CPU, write --gpus 0" if available == 0 else ""
+        raise BadInput(f"--gpus {gpus}: this machine has {available} GPUs{remedy}")
+    if gpus > 1 and options.what == "data":
+        raise BadInput(f"--gpus {gpus}: bench data measures the reading of one rank; write --gpus 1, or 0 for the CPU")
 
 
-def waited(words: list[str], env: dict[str, str], stdout: int | None = None) -> tuple[int, bytes]:
-    """A command's exit code, and what it said where ``stdout`` is a pipe.
+def _trainer_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the options as ``python -m amlaunch.trainer.tools.bench`` takes them."""
+    arguments = []
+    for name in ("steps", "warmup", "profiled"):
+        value = getattr(options, name, None)
+        if value is not None:
+            arguments.append(f"--{name}={value}")
+    for name in ("data", "keep"):
+        folder = getattr(options, name, None)
+        if folder:
+            arguments.append(f"--{name}={Path(folder).absolute()}")
+    if options.what == "train" and (options.gpus or 0) > 1:
+        arguments.append(f"--ranks={options.gpus}")
+    arguments += [f"--allow-target={name}" for name in options.allow_target]
+    return [*arguments, "--json"] if options.json else arguments
 
-    Ctrl-C reaches the command as well, which then ends by itself and leaves nothing behind; a third one does not wait for that.
+
+def _run_process(command: Sequence[str], env: Mapping[str, str], stdout: int | None = None) -> tuple[int, bytes]:
+    """Run a process; return its exit code, and its output if ``stdout`` is a pipe.
+
+    Ctrl-C reaches the process, too, which then ends by itself and cleans up; the third one kills it.
     """
-    child = subprocess.Popen(words, env={**env, PARENT_VARIABLE: str(os.getpid())}, stdout=stdout)
+    child = subprocess.Popen(command, env={**env, PARENT_VARIABLE: str(os.getpid())}, stdout=stdout)
     for _ in range(3):
         try:
-            said, _ = child.communicate()
-            return child.returncode, said or b""
+            output, _ = child.communicate()
+            return child.returncode, output or b""
         except KeyboardInterrupt:
             continue
     child.kill()
     return INTERRUPTED, b""
 
 
-def words_of(options: argparse.Namespace) -> list[str]:
-    """The options that ``python -m amlaunch.trainer.tools.bench`` has too, as it takes them."""
-    words = [f"--{name}={getattr(options, name)}" for name in PASSED if getattr(options, name, None) is not None]
-    words += [
-        f"--{name}={Path(getattr(options, name)).absolute()}"
-        for name in ("data", "keep")
-        if getattr(options, name, None)
-    ]
-    words += [f"--ranks={options.gpus}"] if options.what == "train" and (options.gpus or 0) > 1 else []
-    words += [f"--allow-target={name}" for name in options.allow_target]
-    return [*words, "--json"] if options.json else words
+# --- preprocess
 
 
-def environment(gpus: int | None) -> dict[str, str]:
-    """``--gpus 0`` is the CPU."""
-    return {**os.environ, "PYTHONSAFEPATH": "1", **({"AMLAUNCH_DEVICE": "cpu"} if gpus == 0 else {})}
-
-
-def preprocess(options: argparse.Namespace) -> int:
-    """The whole process from text to verified shards: of a recipe, or of text that this machine has."""
+def _bench_preprocess(options: argparse.Namespace) -> int:
+    """Measure the process from text to verified shards, on a recipe's text or on Python sources of this machine."""
     if options.overrides:
+        option = options.overrides[0].partition("=")[0]
         raise BadInput(
-            f"{options.overrides[0].partition('=')[0]}: bench preprocess changes no key of a recipe; its own options are in amlaunch bench preprocess --help"
+            f"{option}: bench preprocess takes no overrides of a recipe; see amlaunch bench preprocess --help"
         )
     with tempfile.TemporaryDirectory(prefix="amlaunch-bench-") as folder:
-        words = ["--output-dir", f"{folder}/shards", "--max-tokens", options.max_tokens, "--json"]
-        if options.recipe:
-            words.insert(0, options.recipe)
-        else:
-            text = Path(folder) / "text.jsonl"
-            write_text(text, BYTES_PER_TOKEN * tokens_of(options.max_tokens))
-            words += ["--data-files", str(text)]
-        for name in ("tokenizer", "engine", "num_workers"):
-            if getattr(options, name) is not None:
-                words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        began = time.perf_counter()
-        code, said = waited([*python_command("amlaunch.preprocess"), *words], environment(None), stdout=subprocess.PIPE)
-        seconds = time.perf_counter() - began
-        if code:
-            if code != BAD_INPUT:  # of which it has spoken
-                print("nothing was measured", file=sys.stderr)
-            return code
-        made = json.loads(said)
+        command = [*python_command("amlaunch.preprocess"), *_preprocess_arguments(options, Path(folder))]
+        started = time.perf_counter()
+        code, output = _run_process(command, process_environment(), stdout=subprocess.PIPE)
+        seconds = time.perf_counter() - started
+    if code:
+        if code != BAD_INPUT:  # the process has explained invalid input
+            print("nothing was measured", file=sys.stderr)
+        return code
+
+    result = json.loads(output)
     report = {
         "seconds": seconds,
-        "tokens": made["tokens"],
-        "documents": made["documents"],
-        "text_bytes": made["text_bytes"],
-        "tokens_per_s": made["tokens"] / seconds,
-        "mb_per_s": made["text_bytes"] / seconds / 1e6,
-        "tokenizer": made["tokenizer"]["name"],
+        "tokens": result["tokens"],
+        "documents": result["documents"],
+        "text_bytes": result["text_bytes"],
+        "tokens_per_s": result["tokens"] / seconds,
+        "mb_per_s": result["text_bytes"] / seconds / 1e6,
+        "tokenizer": result["tokenizer"]["name"],
         "source": options.recipe or "text of this machine",
     }
     if options.json:
         print(json.dumps(report, indent=2))
     else:
         print(
-            f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: {report['tokens']:,} tokens of {report['documents']:,} documents "
-            f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, from the start of the process to verified shards"
+            f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: "
+            f"{report['tokens']:,} tokens of {report['documents']:,} documents "
+            f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, "
+            "from the start of the process to verified shards"
         )
     return OK
 
 
-def tokens_of(text: str) -> int:
-    """What ``--max-tokens`` says. Raises BadInput."""
+def _preprocess_arguments(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the arguments of the measured process; its text, if there is no recipe, is written to ``folder``."""
+    arguments = ["--output-dir", f"{folder}/shards", "--max-tokens", options.max_tokens, "--json"]
+    if options.recipe:
+        arguments.insert(0, options.recipe)
+    else:
+        text = folder / "text.jsonl"
+        _write_text(text, MAX_BYTES_PER_TOKEN * _parse_max_tokens(options.max_tokens))
+        arguments += ["--data-files", str(text)]
+    for name in ("tokenizer", "engine", "num_workers"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments
+
+
+def _parse_max_tokens(text: str) -> int:
     try:
         return parse_count(text)
     except ValueError as error:
-        raise BadInput(f"--max-tokens {text!r}: write {error}") from None
+        raise BadInput(f"--max-tokens {text!r}: expected {error}") from None
 
 
-def write_text(path: Path, size: int) -> None:
-    """Documents of Python's own sources, as JSON lines, ``size`` bytes of text or a little more."""
+def _write_text(path: Path, size: int) -> None:
+    """Write Python's own sources as JSON lines, at least ``size`` bytes of text. Raises BadInput if there are none."""
     written = 0
     with open(path, "w", encoding="utf-8") as out:
         while written < size:
-            for text in sources():
+            for text in _python_sources():
                 out.write(json.dumps({"text": text}) + "\n")
                 written += len(text)
                 if written >= size:
                     return
             if not written:
-                raise BadInput(f"{sysconfig.get_path('stdlib')} has no Python sources to measure with; name a recipe")
+                folder = sysconfig.get_path("stdlib")
+                raise BadInput(f"{folder} has no Python sources to measure with; name a recipe")
 
 
-def sources() -> Iterator[str]:
-    """The texts of the standard library's modules."""
+def _python_sources() -> Iterator[str]:
+    """Yield the texts of the standard library's modules."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
         try:
             yield path.read_text(encoding="utf-8")

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _recover(run_dir: RunDir, plan: Plan) -> None:
-    """Find the jobs whose IDs an interrupted submit did not record, so that they are cancelled, too. Raises SlurmError."""
+    """Find the jobs whose IDs an interrupted submit did not record, to cancel them, too. Raises SlurmError."""
     try:
         recover(run_dir, plan, lambda text: print(text, flush=True))
     except SlurmError as error:

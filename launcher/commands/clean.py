@@ -124,7 +124,7 @@ def _external_checkpoints(run_dir: RunDir, plan: Plan) -> list[Path]:
 
 
 def _leftovers(folders: Iterable[Path]) -> Iterator[Removal]:
-    """Yield what no run uses: shards, old checks of amlaunch doctor, and files that killed processes left incomplete."""
+    """Yield what no run uses: shards, old checks of amlaunch doctor, and incomplete files of killed processes."""
     queue = Queue(max_age=0)
     folders = list({folder.resolve(): folder for folder in folders}.values())
     yield from _unused_shards(folders, queue)

@@ -1,11 +1,11 @@
-"""``amlaunch data``: inspect, verify and peek into shards, by ``python -m amlaunch.preprocess data``."""
+"""``amlaunch data``: inspect, verify and peek into shards."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
-from amlaunch.launcher.commands.preprocess import become
+from amlaunch.launcher.commands._shared import become_preprocess
 from amlaunch.recipes.preprocess_options import add_data_options
 
 
@@ -15,5 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> NoReturn:
-    """Take the process's place."""
-    become(options.argv[1:])
+    """Become ``python -m amlaunch.preprocess data``."""
+    become_preprocess(options.argv[1:])

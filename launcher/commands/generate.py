@@ -1,12 +1,13 @@
-"""``amlaunch generate``: text that a checkpoint of a run writes, by the trainer's own process."""
+"""``amlaunch generate``: print text that the model of a checkpoint generates, in a process of the trainer."""
 
 from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_checkpoint
-from amlaunch.launcher.commands.export import arguments_of, chosen, start, train_element
-from amlaunch.launcher.runs.find import find_run, read_plan, roots
+from amlaunch.launcher.commands._shared import add_checkpoint, run_on_checkpoint
+
+SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_k")
+"""Options that override keys of the recipe's export section."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print prompt and continuation, and return the trainer's exit code."""
-    found = find_run(roots(options.runs), options.run)
-    plan = read_plan(found)
-    words = [*arguments_of(train_element(plan, options.element)), *chosen(options), f"--prompt={options.prompt}"]
+    arguments = [f"--prompt={options.prompt}"]
     if options.seed is not None:
-        words += ["--sample-seed", str(options.seed)]
-    for key in ("max_new_tokens", "temperature", "top_k"):
-        value = getattr(options, key)
+        arguments += ["--sample-seed", str(options.seed)]
+    for name in SAMPLING_OPTIONS:
+        value = getattr(options, name)
         if value is not None:
-            words.append(f"--export.{key}={value}")
-    return start("amlaunch.trainer.tools.generate", found, plan, [*words, *options.overrides])
+            arguments.append(f"--export.{name}={value}")
+    return run_on_checkpoint("amlaunch.trainer.tools.generate", options, arguments)

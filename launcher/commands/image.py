@@ -1,4 +1,4 @@
-"""``amlaunch image``: fetch and convert an image once for all nodes, build one, list them, and look into one."""
+"""``amlaunch image``: import and convert an image once for all nodes, build one, list them, and check one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from amlaunch.recipes.errors import FAILED, OK, BadInput
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.version import VERSION
 
+DOCKERFILE = Path(containers.__file__).with_name("Dockerfile")
 PLAIN_SECONDS = 5.0
+"""Between two progress lines outside a terminal."""
+
 Say = Callable[[str], None]
 
 
@@ -134,10 +137,10 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out one action; exit code 1 where a tool failed, 2 where what was asked for cannot be."""
+    """Carry out one action; the exit code is 1 if a tool failed, 2 for invalid input."""
     actions = {"import": run_import, "build": run_build, "list": run_list, "check": run_check}
     try:
-        with _told_to_end_as_interrupted():
+        with _interrupted_by_signals():
             return actions[options.action](options)
     except ToolFailed as error:
         for line in str(error).splitlines():
@@ -146,221 +149,229 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _told_to_end_as_interrupted() -> Iterator[None]:
-    """What the tools have begun is ended, however we are told to end."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+def _interrupted_by_signals() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that running tools are ended and cleaned up."""
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
-    """The folder of images, and the format that the site's runtime starts, of the cluster that was named."""
+def image_folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
+    """Return the folder of images, and the image format of the site's runtime."""
     if not options.cluster:
-        return image_folder(options.images, None), site_format()
-    from amlaunch.launcher.specs.cluster_profile import find_cluster  # profiles are read with all that Slurm needs
+        return image_folder(options.images), site_format()
+    from amlaunch.launcher.specs.cluster_profile import find_cluster  # profiles take a while to import
 
     profile = find_cluster(options.cluster).profile
-    return image_folder(options.images, profile.images), site_format(profile.container.runtime.replace("auto", ""))
+    runtime = profile.container.runtime
+    return image_folder(options.images, profile.images), site_format("" if runtime == "auto" else runtime)
 
 
-# --- import ---------------------------------------------------------------------------------------------
-
-
-def run_import(options: argparse.Namespace) -> int:
-    """Fetch and convert; what is there already is only shown."""
-    folder, usual = folder_of(options)
-    say = say_for(options)
-    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    request = ImportRequest(
-        options.image,
-        folder,
-        options.format or usual,
-        options.arch or this_architecture(),
-        options.tool,
-        work,
-        options.insecure,
-    )
-    return make(request, options, say)
-
-
-def make(request: ImportRequest, options: argparse.Namespace, say: Say) -> int:
-    """Import, and say where the image is and how to use it."""
-    started = time.monotonic()
-    try:
-        image, made = import_image(request, say, meter_for(options.json, say))
-    except KeyboardInterrupt:
-        say(
-            f"interrupted; what was downloaded stays in {request.work or request.folder.root}, and the same command goes on from it"
-        )
-        raise
-    if options.json:
-        print(wording.to_json({**dataclasses.asdict(image), "made": made}))
-        return OK
-    took = f" in {wording.duration(time.monotonic() - started)}" if made else ""
-    say(f"{'made' if made else 'already there:'} {image.path} ({wording.size(image.size)}, {image.digest[:19]}){took}")
-    say(f"in a recipe: container.image: {image.path}\nwhat is in it: {wording.program()} image check {image.path}")
-    return OK
-
-
-def say_for(options: argparse.Namespace) -> Say:
-    """Words for people; stdout is for JSON where that is asked for."""
+def message_printer(options: argparse.Namespace) -> Say:
+    """Return a function that prints messages: on stderr if stdout is for JSON."""
     stream = sys.stderr if options.json else sys.stdout
     return lambda text: print(text, file=stream, flush=True)
 
 
-def meter_for(json: bool, say: Say) -> Callable[[str, int], Any]:
-    """How far something is: a bar in a terminal, a line every five seconds elsewhere."""
-    return _bar if sys.stdout.isatty() and not json else lambda title, total: _lines(title, total, say)
+# --- import
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Download and convert an image; an image that exists already is only shown."""
+    folder, site_image_format = image_folder_of(options)
+    request = ImportRequest(
+        options.image,
+        folder,
+        options.format or site_image_format,
+        options.arch or this_architecture(),
+        options.tool,
+        _work_folder(options),
+        options.insecure,
+    )
+    return _import(request, options, message_printer(options))
+
+
+def _work_folder(options: argparse.Namespace) -> Path | None:
+    return Path(options.tmp).expanduser().absolute() if options.tmp else None
+
+
+def _import(request: ImportRequest, options: argparse.Namespace, say: Say) -> int:
+    """Import an image, and print its path and how to use it."""
+    started = time.monotonic()
+    try:
+        image, is_new = import_image(request, say, _progress_meter(options.json, say))
+    except KeyboardInterrupt:
+        say(
+            f"interrupted; downloads are kept in {request.work or request.folder.root}: "
+            "run the same command again to continue"
+        )
+        raise
+    if options.json:
+        print(wording.to_json({**dataclasses.asdict(image), "made": is_new}))
+        return OK
+    duration = f" in {wording.duration(time.monotonic() - started)}" if is_new else ""
+    action = "created" if is_new else "exists already:"
+    say(f"{action} {image.path} ({wording.size(image.size)}, {image.digest[:19]}){duration}")
+    say(f"use it in a recipe: container.image: {image.path}")
+    say(f"show its contents: {wording.program()} image check {image.path}")
+    return OK
+
+
+def _progress_meter(json: bool, say: Say) -> Callable[[str, int], Any]:
+    """Return how to show progress: a bar in a terminal, a line every five seconds elsewhere."""
+    if sys.stdout.isatty() and not json:
+        return _progress_bar
+    return lambda title, total: _progress_lines(title, total, say)
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    shown = BarColumn(24) if total else SpinnerColumn()
-    columns = [TextColumn("{task.description}"), shown, TextColumn("{task.fields[size]}"), TimeElapsedColumn()]
+    indicator = BarColumn(24) if total else SpinnerColumn()
+    columns = [TextColumn("{task.description}"), indicator, TextColumn("{task.fields[size]}"), TimeElapsedColumn()]
     started = time.monotonic()
     with Progress(*columns, console=wording.console(), transient=True) as progress:
         task = progress.add_task(title, total=total or None, size="")
-        yield lambda done: progress.update(task, completed=done, size=_how_far(done, total, time.monotonic() - started))
+
+        def show(done: int) -> None:
+            progress.update(task, completed=done, size=_progress_text(done, total, time.monotonic() - started))
+
+        yield show
 
 
 @contextmanager
-def _lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
-    started = spoke = time.monotonic()
-    say(f"{title}{f' {wording.size(total)}' if total else ''}")
+def _progress_lines(title: str, total: int, say: Say) -> Iterator[Callable[[int], None]]:
+    started = last_printed = time.monotonic()
+    say(f"{title} {wording.size(total)}" if total else title)
 
     def show(done: int) -> None:
-        nonlocal spoke
+        nonlocal last_printed
         now = time.monotonic()
-        if now - spoke >= PLAIN_SECONDS:
-            spoke = now
-            say(
-                f"  {title}: {_how_far(done, total, now - started)}, {wording.duration(now - started)}".replace(
-                    ": ,", ":"
-                )
-            )
+        if now - last_printed >= PLAIN_SECONDS:
+            last_printed = now
+            parts = [_progress_text(done, total, now - started), wording.duration(now - started)]
+            say(f"  {title}: {', '.join(part for part in parts if part)}")
 
     yield show
 
 
-def _how_far(done: int, total: int, seconds: float) -> str:
-    """``481.42 MB of 903.71 MB, 48.10 MB/s``; empty where nothing can be measured."""
+def _progress_text(done: int, total: int, seconds: float) -> str:
+    """Return ``481.42 MB of 903.71 MB, 48.10 MB/s``; empty if nothing is known yet."""
     if not done:
         return ""
-    return f"{wording.size(done)}{f' of {wording.size(total)}' if total else ''}, {wording.size(done / max(seconds, 0.1))}/s"
+    of_total = f" of {wording.size(total)}" if total else ""
+    return f"{wording.size(done)}{of_total}, {wording.size(done / max(seconds, 0.1))}/s"
 
 
-# --- build ----------------------------------------------------------------------------------------------
-
-DOCKERFILE = Path(containers.__file__).with_name("Dockerfile")
+# --- build
 
 
 def run_build(options: argparse.Namespace) -> int:
-    """Build with what is here, then import what was built."""
+    """Build an image with a tool of this machine, then import it."""
     dockerfile = Path(options.file).expanduser() if options.file else DOCKERFILE
     if not dockerfile.is_file():
-        raise BadInput(f"--file {dockerfile}: there is no such file")
+        raise BadInput(f"--file {dockerfile}: no such file")
     if options.print_only:
         print(dockerfile.read_text(), end="")
         return OK
-    base = base_of(options.base) if options.base else ""
-    folder, usual = folder_of(options)
-    tool, say = choose_builder(options.tool), say_for(options)
-    arguments = {
-        "VERSION": VERSION,
-        **({"BASE": base} if base else {}),
-        **({} if options.packages is None else {"PACKAGES": options.packages}),
-    }
+
+    base = base_name(options.base) if options.base else ""
+    folder, site_image_format = image_folder_of(options)
+    tool, say = choose_builder(options.tool), message_printer(options)
     tag = options.tag or f"localhost/amlaunch:{VERSION}"
-    needed = base or base_in(dockerfile)
-    if needed:
-        check_base(tool, needed, say)
+    arguments = {"VERSION": VERSION}
+    if base:
+        arguments["BASE"] = base
+    if options.packages is not None:
+        arguments["PACKAGES"] = options.packages
+    needed_base = base or base_in(dockerfile)
+    if needed_base:
+        check_base(tool, needed_base, say)
     with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:
         write_context(Path(context), dockerfile, Path(options.wheels).expanduser() if options.wheels else None)
-        say(f"{tool} builds {tag}")
+        say(f"building {tag} with {tool}")
         build_image(tool, Path(context), tag, arguments, say)
     if options.no_import:
-        say(f"built {tag}, in the storage of {tool}")
+        say(f"built {tag}; it is in the storage of {tool}")
         return OK
+
     source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
-    work = Path(options.tmp).expanduser().absolute() if options.tmp else None
-    origin = f"build on {base}" if base else "build"
-    return make(
-        ImportRequest(source, folder, options.format or usual, this_architecture(), tool, work, origin=origin),
-        options,
-        say,
+    request = ImportRequest(
+        source,
+        folder,
+        options.format or site_image_format,
+        this_architecture(),
+        tool,
+        _work_folder(options),
+        origin=f"build on {base}" if base else "build",
     )
+    return _import(request, options, say)
 
 
-def base_of(text: str) -> str:
-    """The image to build on as a Dockerfile names it, however it is spelled. Raises BadInput."""
+def base_name(text: str) -> str:
+    """Return the name of a base image as a Dockerfile writes it. Raises BadInput for a file or a folder."""
     try:
         reference = parse(text)
     except BadReference as error:
         raise BadInput(f"--base {error}") from None
     if reference.path is not None:
         raise BadInput(
-            f"--base {text}: a file or a folder is no base; load it (buildah pull, podman load, docker load) and give the name that it has there"
+            f"--base {text}: a base cannot be a file or a folder; load it first "
+            "(buildah pull, podman load, docker load) and write the name that it gets"
         )
     return reference.name
 
 
-# --- list -----------------------------------------------------------------------------------------------
+# --- list
 
 
 def run_list(options: argparse.Namespace) -> int:
-    """A row for each image."""
-    folder, _ = folder_of(options)
+    """Print a row for each image."""
+    folder, _ = image_folder_of(options)
     rows = [(image, folder.facts(image.path), folder.check_record(image.path).is_file()) for image in folder.images()]
     if options.json:
-        found = [
+        values = [
             {**dataclasses.asdict(image), "whole": image.is_complete, "checked": facts.source if checked else None}
             for image, facts, checked in rows
         ]
-        print(wording.to_json({"folder": str(folder.root), "images": found}))
+        print(wording.to_json({"folder": str(folder.root), "images": values}))
         return OK
     if not rows:
-        print(f"no images in {folder.root}; {wording.program()} image import IMAGE brings one")
+        print(f"no images in {folder.root}; import one with {wording.program()} image import IMAGE")
         return OK
+
     from rich.table import Table
 
-    table = Table("image", "digest", "size", "made", "made of", "checked", box=None, padding=(0, 2, 0, 0))
+    table = Table("image", "digest", "size", "created", "source", "checked", box=None, padding=(0, 2, 0, 0))
     for image, facts, checked in rows:
-        state = (
-            (facts.source.removeprefix("checked ") if checked else "no")
-            if image.is_complete
-            else "its file is not whole: import it again"
-        )
-        table.add_row(
-            Path(image.path).name,
-            short_digest(image.digest),
-            wording.size(image.size),
-            image.date.replace("T", " ")[:16],
-            image.source,
-            state,
-        )
+        if image.is_complete:
+            state = facts.source.removeprefix("checked ") if checked else "no"
+        else:
+            state = "the file is incomplete: import it again"
+        created = image.date.replace("T", " ")[:16]
+        name, size = Path(image.path).name, wording.size(image.size)
+        table.add_row(name, short_digest(image.digest), size, created, image.source, state)
     print(folder.root)
     wording.console().print(table)
     return OK
 
 
-# --- check ----------------------------------------------------------------------------------------------
+# --- check
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Start an image, print what is in it, and write that down; exit code 1 where something would not work."""
-    from amlaunch.launcher.display.findings import BAD, FindingsReport, worst
-    from amlaunch.launcher.images import checker, probe_findings
+    """Start an image, print its contents, and record them; the exit code is 1 if something would not work."""
+    from amlaunch.launcher.images import checker
     from amlaunch.launcher.planning.stage_container import merge_mounts, site_image, site_mounts
     from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:
-        raise BadInput(f"--gpus {options.gpus}: write a number from 0 on")
+        raise BadInput(f"--gpus {options.gpus}: expected a number of at least 0")
     cluster = find_cluster(options.cluster or "local")
     site, folder = checker.container_site(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
@@ -369,38 +380,40 @@ def run_check(options: argparse.Namespace) -> int:
         mounts = [*site_mounts(site), *(catalog.parse_mount(text, Path.cwd()) for text in options.mount)]
     except (BadReference, catalog.BadMount) as error:
         raise BadInput(str(error)) from None
-    name, place = reference.name, folder.check_record(stored.path if stored else options.image)
+    name, record_file = reference.name, folder.check_record(stored.path if stored else options.image)
     if options.has:
-        write_json(place, checker.vouched_record(name, options.has, read_json(place)))
-        print(f"written down in {place}")
+        write_json(record_file, checker.vouched_record(name, options.has, read_json(record_file)))
+        print(f"recorded in {record_file}")
         return OK
+
     reference = site_image(reference, site)
     if reference.path is not None and not reference.path.exists():
-        raise BadInput(f"there is no file {reference.path}")
+        raise BadInput(f"file {reference.path} does not exist")
     for mount in mounts:
         if not Path(mount.source).exists() and cluster.profile.executor == "local":
-            raise BadInput(f"mount {mount.short}: there is no {mount.source} on this machine")
-    say = say_for(options)
+            raise BadInput(f"mount {mount.short}: {mount.source} does not exist on this machine")
+    say = message_printer(options)
     runtime = checker.choose_runtime(reference, options.runtime, cluster)
     start = checker.plan_start(reference, runtime, merge_mounts(mounts), cluster, options.gpus)
-    seen = checker.probe_record(
-        name,
-        stored.digest if stored else reference.digest,
-        runtime,
-        checker.run_probe(start, name, place.parent, meter_for(options.json, say)),
-    )
-    found = list(probe_findings.findings(options.image, seen, bool(options.gpus)))
-    write_json(place, seen)
-    verdict = worst(found)
+    contents = checker.run_probe(start, name, record_file.parent, _progress_meter(options.json, say))
+    record = checker.probe_record(name, stored.digest if stored else reference.digest, runtime, contents)
+    write_json(record_file, record)
+    return _report_check(options, record, record_file, f"{name}, started by {runtime}")
+
+
+def _report_check(options: argparse.Namespace, record: dict[str, Any], record_file: Path, title: str) -> int:
+    """Print the findings on a checked image, and return the exit code."""
+    from amlaunch.launcher.display.findings import BAD, FindingsReport, worst
+    from amlaunch.launcher.images import probe_findings
+
+    findings = list(probe_findings.findings(options.image, record, bool(options.gpus)))
+    verdict = worst(findings)
     if options.json:
-        print(
-            wording.to_json(
-                {"verdict": verdict, "record": str(place), **seen, "findings": probe_findings.as_json(found)}
-            )
-        )
+        values = {"verdict": verdict, "record": str(record_file), **record}
+        print(wording.to_json({**values, "findings": probe_findings.as_json(findings)}))
     else:
         report = FindingsReport(json_output=False)
-        report.begin("image", f"{name}, started by {runtime}")
-        report.add(found)
-        print(f"written down in {place}")
+        report.begin("image", title)
+        report.add(findings)
+        print(f"recorded in {record_file}")
     return FAILED if verdict == BAD else OK

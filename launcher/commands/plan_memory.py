@@ -1,14 +1,18 @@
-"""``amlaunch plan-memory``: what a recipe needs of a GPU's memory, by the trainer's own process, without a GPU."""
+"""``amlaunch plan-memory``: predict a recipe's GPU memory without a GPU, in a process of the trainer."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 
-from amlaunch.launcher.commands._shared import RECIPE_HELP, accept_overrides, add_allow_target, add_json
-from amlaunch.launcher.commands.bench import environment
-from amlaunch.recipes.errors import BadInput
+from amlaunch.launcher.commands._shared import (
+    RECIPE_HELP,
+    accept_overrides,
+    add_allow_target,
+    add_json,
+    process_environment,
+    require_packages,
+)
 from amlaunch.recipes.python_process import python_command
 
 
@@ -25,15 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict, and return the exit code: 3 where it does not fit."""
-    if importlib.util.find_spec("torch") is None:
-        raise BadInput(
-            "torch is not installed here: pip install 'amlaunch[train]' (its CPU build will do), or run this on a node that has it"
-        )
-    words = [options.recipe, f"--gpu-memory={options.gpu_memory}"]
-    words += [f"--gpus={options.gpus}"] if options.gpus is not None else []
-    words += [f"--allow-target={name}" for name in options.allow_target]
-    words += ["--json"] if options.json else []
-    return subprocess.run(
-        [*python_command("amlaunch.trainer.tools.plan_memory"), *words, *options.overrides], env=environment(0)
-    ).returncode
+    """Predict, and return the exit code: 3 if the training does not fit."""
+    require_packages("torch")
+    arguments = [options.recipe, f"--gpu-memory={options.gpu_memory}"]
+    if options.gpus is not None:
+        arguments.append(f"--gpus={options.gpus}")
+    arguments += [f"--allow-target={name}" for name in options.allow_target]
+    if options.json:
+        arguments.append("--json")
+    command = [*python_command("amlaunch.trainer.tools.plan_memory"), *arguments, *options.overrides]
+    return subprocess.run(command, env=process_environment(cpu=True)).returncode

@@ -1,4 +1,4 @@
-"""``amlaunch recipes``: what comes with amlaunch."""
+"""``amlaunch recipes``: list the recipes that come with amlaunch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print name, file and first line of each shipped recipe."""
-    found = [
+    """Print the name and the first line of each recipe; as JSON, its file too."""
+    recipes = [
         {"name": name, "path": str(path), "summary": recipe_summary(path)} for name, path in shipped_recipes().items()
     ]
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(recipes, indent=2))
         return 0
-    for recipe in found:
+    for recipe in recipes:
         print(f"{recipe['name']:<12} {recipe['summary']}")
     print("\namlaunch show NAME prints one; amlaunch local NAME runs it on this machine")
     return 0

@@ -1,4 +1,4 @@
-"""``amlaunch show``: the resolved recipe, and the plan."""
+"""``amlaunch show``: print the resolved recipe and the plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from amlaunch.launcher.planning.resolve import local_notes, plan_to_show
 from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan, Stage
+
+MAX_LISTED_TITLES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,43 +40,40 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_plan(plan: Plan, done: set[tuple[str, str]]) -> None:
-    """A table of the stages."""
+    """Print a table of the stages; ``done``: finished ``(stage, element)``."""
     from rich.table import Table
 
-    table = Table(
-        "stage",
-        "elements",
-        "after",
-        "each element has",
-        "skipped",
-        box=None,
-        padding=(0, 2, 0, 0),
-        title=f"plan of {plan.run_id}",
-        title_justify="left",
-    )
+    columns = ("stage", "elements", "after", "resources per element", "skipped")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), title=f"plan of {plan.run_id}", title_justify="left")
     for stage in plan.stages:
         skipped = sum((stage.name, element.name) in done for element in stage.elements)
-        words = f"{skipped} of {len(stage.elements)} done" if skipped else ""
-        table.add_row(stage.name, elements(stage), ", ".join(stage.after), needs(stage), words)
+        note = f"{skipped} of {len(stage.elements)} done" if skipped else ""
+        table.add_row(stage.name, describe_elements(stage), ", ".join(stage.after), describe_resources(stage), note)
     wording.console().print(table)
 
 
-def elements(stage: Stage) -> str:
-    """How many, and what sets them apart."""
+def describe_elements(stage: Stage) -> str:
+    """Return the number of a stage's elements and the first titles."""
     titles = [element.title for element in stage.elements if element.title]
-    shown = "; ".join(titles[:4]) + ("; …" if len(titles) > 4 else "")
-    return f"{len(stage.elements)}" + (f" ({shown})" if shown else "")
+    if not titles:
+        return str(len(stage.elements))
+    more = "; …" if titles[MAX_LISTED_TITLES:] else ""
+    return f"{len(stage.elements)} ({'; '.join(titles[:MAX_LISTED_TITLES])}{more})"
 
 
-def needs(stage: Stage) -> str:
-    """Resources of one element, in words."""
-    given = stage.needs
-    parts = [f"{given.nodes} node" + ("s" if given.nodes > 1 else "")]
-    parts.append(f"{given.gpus_per_node} GPUs" if given.gpus_per_node else "CPU")
-    parts.append(f"{given.tasks_per_node} rank" + ("s" if given.tasks_per_node > 1 else ""))
-    parts.append(f"{given.cpus} core" + ("s" if given.cpus > 1 else ""))
-    if given.mem:
-        parts.append(given.mem)
-    if given.time_minutes:
-        parts.append(wording.duration(given.time_minutes * 60))
-    return ", ".join(parts)
+def describe_resources(stage: Stage) -> str:
+    """Return the resources of one element as text."""
+    needs = stage.needs
+    parts = [
+        _count(needs.nodes, "node"),
+        f"{needs.gpus_per_node} GPUs" if needs.gpus_per_node else "CPU",
+        _count(needs.tasks_per_node, "rank"),
+        _count(needs.cpus, "core"),
+        needs.mem or "",
+        wording.duration(needs.time_minutes * 60) if needs.time_minutes else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
