@@ -16,7 +16,7 @@ INTERRUPTED = 130
 """Ended at once by Ctrl-C (128 plus the signal's number, as shells report it)."""
 
 MAX_LISTED_NAMES = 12
-SIMILARITY = 0.67
+SIMILARITY = 0.65
 """Least ``difflib`` ratio of a suggestion: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
 
 

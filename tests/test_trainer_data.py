@@ -330,7 +330,7 @@ def test_bare_tokens_are_read_when_told_so_and_nothing_else_is_taken_for_them(tm
     complete = shard(tmp_path / "whole.bin", np.arange(20)).read_bytes()
     assert "has the header of a token shard; set dataset.format: bin" in raw(complete)
     with pytest.raises(BadInput, match="did you mean 'raw'"):
-        NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="Raw")
+        NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="row")
 
 
 def test_a_manifest_can_be_named_by_its_path(tmp_path: Path) -> None:
