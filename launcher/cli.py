@@ -157,6 +157,12 @@ def _check_override(name: str, options: Sequence[str], sections: Sequence[str]) 
     section = name[2:].split(".")[0]
     if name.startswith("--") and sections and section in (*sections, *AUTOMODEL_SECTIONS):
         return
+    if sections:
+        from amlaunch.recipes.key_aliases import cluster_profile_hint  # imported only for an error
+
+        hint = cluster_profile_hint(section)
+        if hint:
+            raise BadInput(f"unknown option {name}; {hint}")
     raise BadInput(f"unknown option {name}; {did_you_mean(name, [*options, *(f'--{key}' for key in sections)])}")
 
 

@@ -323,7 +323,8 @@ def test_the_guides_yaml_trains(tmp_path, text):
     (place.folder / "dataset.bin").write_bytes(header.tobytes() + tokens.tobytes())
     assert "is read as amlaunch.trainer.models.gpt2.build_gpt2_model" in place.amlaunch("show", "guide.yaml")
     output = place.run(
-        "guide.yaml", "--dataset.file_pattern", "dataset.bin", "--step_scheduler.max_steps", "3", "--step_scheduler.global_batch_size", "2",
+        "guide.yaml", "--dataset.file_pattern", "dataset.bin",
+        "--step_scheduler.max_steps", "3", "--step_scheduler.global_batch_size", "2",
         "--model.n_layer", "2", "--model.n_embd", "48", "--dataset.seq_len", "64",
     )  # fmt: skip
     assert "is done" in output and "loss 10.8" in output

@@ -41,7 +41,10 @@ def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_start_is_quick_and_light(tmp_path):
-    """A login node has no torch, and a user has no patience: at rest 1.95 and 3.3 times a Python that does nothing (43 and 73 ms)."""
+    """A login node has no torch, and a user has no patience.
+
+    At rest it takes 1.95 and 3.3 times as long as a Python that does nothing (43 and 73 ms).
+    """
     for words, bound in ((["--help"], 3.0), (["status"], 5.0)):
         nothing, ours = (
             min(times)
@@ -105,6 +108,9 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["--runs", "x", "status"], "unknown option --runs; write options after the command: amlaunch COMMAND --runs"),
         (["submit", "quickstart", "-cluster", "lab"], "unknown option -cluster; did you mean '--cluster'?"),
         (["submit", "quickstart", "--clustr", "lab"], "unknown option --clustr; did you mean '--cluster'?"),
+        (["submit", "quickstart", "--partition", "gpu"], "set stages.train.partition in clusters.yaml"),
+        (["local", "quickstart", "--account=lab"], "unknown option --account; account belongs to the cluster profile"),
+        (["local", "quickstart", "--mem", "4G"], "unknown option --mem; did you mean"),
         (["status", "--wach"], "unknown option --wach; did you mean '--watch'?"),
         (["status", "--model.n_layer", "6"], "unknown option --model.n_layer; valid names"),
         (["logs"], "the following arguments are required: run; see amlaunch logs --help"),

@@ -1,4 +1,4 @@
-"""cancel, clean, resume, wait, logs and status where no job of Slurm is needed: real files, real processes, a Slurm that does not answer."""
+"""Test cancel, clean, retry, resume, wait, logs and status on real files and processes, with a Slurm that is silent."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ def submitted(run: RunDir, plan: Plan, stage: str, job: str | None, home: Path |
 def slurm_said(*jobs: JobInfo, seconds: float = 60.0) -> None:
     """What squeue answered another terminal a moment ago; good for ``seconds`` more."""
     kept = {"time": time.time(), "question": "", "problem": "", "jobs": [dataclasses.astuple(job) for job in jobs]}
-    code = "import sys; from amlaunch.launcher.slurm import queue; from amlaunch.recipes.files import fingerprint; print(queue.cache_file().with_name(f'squeue-{fingerprint(str())}.json'))"
+    code = (
+        "from amlaunch.launcher.slurm import queue; from amlaunch.recipes.files import fingerprint; "
+        "print(queue.cache_file().with_name(f'squeue-{fingerprint(str())}.json'))"
+    )
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert Path(path).parent == cache_file().parent
     write_json(Path(path), kept)
@@ -103,7 +106,10 @@ class Holder:
     """Another process that holds a lock."""
 
     def __init__(self, lock: Path):
-        code = f"import time; from pathlib import Path; from amlaunch.recipes.files import Lock; l = Lock(Path({str(lock)!r})); l.acquire(); print(1, flush=True); time.sleep(600)"
+        code = (
+            "import time; from pathlib import Path; from amlaunch.recipes.files import Lock; "
+            f"lock = Lock(Path({str(lock)!r})); lock.acquire(); print(1, flush=True); time.sleep(600)"
+        )
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout and self.process.stdout.readline()
 
@@ -142,7 +148,10 @@ class TestSlurmDoesNotAnswer:
         log = run.element("train", "0").log(1, 0)
         log.parent.mkdir(parents=True)
         log.write_text("one\n")
-        patch = "import amlaunch.launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; import amlaunch.launcher.display.following as f; f.MAX_PAUSE_SECONDS = 1.0"
+        patch = (
+            "import amlaunch.launcher.commands.status as s; s.CLUSTER_WATCH_SECONDS = s.WATCH_SECONDS = 0.2; "
+            "import amlaunch.launcher.display.following as f; f.MAX_PAUSE_SECONDS = 1.0"
+        )
         process = start(tmp_path, *words, patch=patch)
         time.sleep(8)
         assert process.poll() is None, process.communicate()
@@ -742,7 +751,13 @@ class TestClean:
 
 RECIPE = """\
 name: tiny
-model: {_target_: amlaunch.trainer.models.gpt2.build_gpt2_model, vocab_size: 50304, n_positions: 32, n_embd: 16, n_layer: 2, n_head: 2}
+model:
+  _target_: amlaunch.trainer.models.gpt2.build_gpt2_model
+  vocab_size: 50304
+  n_positions: 32
+  n_embd: 16
+  n_layer: 2
+  n_head: 2
 dataset: {file_pattern: "*.bin", seq_len: 32}
 step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
 resources: {train: {tasks_per_node: 2, cpus: 2}}

@@ -40,7 +40,7 @@ def place(cluster: Cluster, request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture(scope="module")
 def tiny(cluster: Cluster) -> Place:
-    """A folder with a small recipe, its text, and a profile of the cluster; its data is made by the first test that needs it."""
+    """A folder with a small recipe, its text, and a profile of the cluster; the first test makes its shards."""
     place = Place(cluster, "tiny")
     place.env["TEXT"] = str(place.folder / "text")
     write_text(place.folder / "text")
@@ -67,7 +67,8 @@ def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
         ("export", 1),
     ]
     again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
-    assert "already queued or running, left unchanged" in again and len(set(tiny.queued())) <= 4, "nothing is submitted twice"
+    assert "already queued or running, left unchanged" in again
+    assert len(set(tiny.queued())) <= 4, "nothing is submitted twice"
     found = tiny.wait("tiny", 180)
     assert states(found) == {"preprocess": ["done"] * 2, "verify": ["done"], "train": ["done"], "export": ["done"]}
     train = element(found, "train")
@@ -107,12 +108,16 @@ def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
 
 def test_the_code_that_runs_is_the_code_at_submit_time(tiny: Place) -> None:
     """The model's file is changed while its job waits."""
-    model = "import torch\ndef build(vocab: int = 50304):\n    print('MODEL {0}')\n    return torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Linear(8, vocab))\n"
+    model = (
+        "import torch\ndef build(vocab: int = 50304):\n    print('MODEL {0}')\n"
+        "    return torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Linear(8, vocab))\n"
+    )
     tiny.write("my_model.py", model.format("before"))
     tiny.write(
         "mine.yaml",
         TINY.split("model:")[0].replace("name: tiny", "name: mine")
-        + "model: {_target_: 'my_model.py:build'}\ndataset: {seq_len: 16}\nexport: null\nstep_scheduler: {max_steps: 2, global_batch_size: 4}\n",
+        + "model: {_target_: 'my_model.py:build'}\ndataset: {seq_len: 16}\nexport: null\n"
+        + "step_scheduler: {max_steps: 2, global_batch_size: 4}\n",
     )
     tiny.cluster.run(
         "scontrol", "create", "reservation", check=False
@@ -199,9 +204,7 @@ def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> Non
         clusters = tiny.write("roots.yaml", f"lab: {{signal_seconds: 60, shared_roots: [{full}]}}\n")
         words = ["submit", "tiny.yaml", "--cluster", str(clusters), "--runs", f"{full}/runs", "--name", "full"]
         found = tiny.amlaunch(*words, check=False)
-        assert found.returncode == 2 and ("No space left" in found.stderr or " is free" in found.stderr), (
-            found.stderr
-        )
+        assert found.returncode == 2 and ("No space left" in found.stderr or " is free" in found.stderr), found.stderr
         tiny.cluster.run("rm", f"{full}/fill")
         found = tiny.amlaunch(*words, "--model.n_embd", "4096", "--model.n_layer", "48", check=False)
         assert found.returncode == 2 and "the run needs about" in found.stderr
@@ -219,7 +222,7 @@ def test_a_run_that_nodes_cannot_see_is_refused(tiny: Place) -> None:
 
 
 def test_a_failed_element_is_retried_alone(place: Place) -> None:
-    """While a sibling still runs: of the array that failed only the end can be waited for, and the job looks for itself."""
+    """While a sibling still runs: Slurm can only wait for the end of the failed array, and the job checks its inputs."""
     run = place.stand_in(("preprocess", [[], ["--do", "once"], ["--do", "steps"]], CPU), ("train", [[]], CPU))
     place.amlaunch("retry", "test-1")
     beside = {
@@ -269,8 +272,18 @@ def test_bad_input_in_a_job_ends_with_its_own_words(place: Place) -> None:
 def test_variables_of_an_enclosing_job_do_not_leak(place: Place) -> None:
     """8 ranks where 1 was meant, on the wrong partition, meeting at somebody else's address."""
     run = place.stand_in(("train", [["--print", "MASTER_ADDR"]], CPU))
-    leaks = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "closed", "SLURM_EXPORT_ENV": "NONE",
-             "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "elsewhere", "SLURM_CPUS_PER_TASK": "7", "SBATCH_ARRAY_INX": "0-9"}  # fmt: skip
+    leaks = {
+        "SLURM_NTASKS": "8",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "1",
+        "SBATCH_PARTITION": "closed",
+        "SLURM_EXPORT_ENV": "NONE",
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "elsewhere",
+        "SLURM_CPUS_PER_TASK": "7",
+        "SBATCH_ARRAY_INX": "0-9",
+    }
     place.amlaunch("retry", "test-1", **leaks)
     place.wait("test-1")
     log = run.element("train", "0").log(1, 0).read_text()
