@@ -22,20 +22,28 @@ from amlaunch.launcher.commands import cancel, clean
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution.local_executor import LocalExecutor
+from amlaunch.launcher.planning import partitions, resolve
 from amlaunch.launcher.planning.planner import Site, make_plan, run_id
+from amlaunch.launcher.planning.run_request import RunRequest
+from amlaunch.launcher.planning.run_sources import NewRun, ResumedRun, RetriedRun
 from amlaunch.launcher.runs.element_state import ElementState, read_run
 from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.launcher.runs.find import read_plan
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.submissions import Submission, token_of
-from amlaunch.launcher.slurm.client import JobInfo
+from amlaunch.launcher.slurm.client import JobInfo, Partition
 from amlaunch.launcher.slurm.queue import Queue, cache_file
+from amlaunch.launcher.specs.cluster_profile import Cluster, ClusterProfile
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Plan
-from amlaunch.launcher.submission.run_writer import write_run
+from amlaunch.launcher.submission.preflight import check_files
+from amlaunch.launcher.submission.run_writer import write_environment, write_run, write_start
 from amlaunch.launcher.submission.slurm_submission import skipped_lines
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.shipped import shipped_recipes
 
 pytestmark = pytest.mark.slow
 
@@ -765,9 +773,9 @@ export: null
 """
 
 
-def made(folder: Path, cluster: dict | None = None) -> RunDir:
+def made(folder: Path, cluster: dict | None = None, recipe: str = RECIPE) -> RunDir:
     """A run whose training is done, as far as its files say."""
-    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tiny.yaml").write_text(recipe)
     (folder / "tokens.bin").touch()
     before = os.getcwd()
     os.chdir(folder)  # where relative paths to data begin
@@ -781,6 +789,99 @@ def made(folder: Path, cluster: dict | None = None) -> RunDir:
         os.chdir(before)
     write_json(run.element("train", "0").done, {"outputs": {}})
     return run
+
+
+def unfinished(folder: Path, *argv: str, recipe: str = RECIPE) -> tuple[RunDir, Plan]:
+    """A run whose training is not done, started by this command line."""
+    run = made(folder, recipe=recipe)
+    run.element("train", "0").done.unlink()
+    provenance = read_object(run.provenance)
+    write_json(run.provenance, {**provenance, "command": ["amlaunch", "local", "tiny.yaml", *argv]})
+    return run, read_plan(run)
+
+
+class TestEveryStart:
+    """A new run, a resumed and a retried one are resolved in different ways, and checked in the same."""
+
+    COMMANDS = (["local", "tiny.yaml"], ["retry", "tiny"], ["resume", "tiny", "--step_scheduler.max_steps", "6"])
+
+    @pytest.mark.parametrize("words", COMMANDS)
+    @pytest.mark.parametrize(
+        ("section", "message"),
+        [
+            ("wandb: {project: x}\n", "wandb is enabled, but no API key was found"),
+            ("checkpoint: {checkpoint_dir: /proc/checkpoints}\n", "/proc/checkpoints: not writable"),
+            ("container: {image: /no/such.sif}\n", "file /no/such.sif does not exist"),
+        ],
+    )
+    def test_secrets_disk_and_containers_are_checked(self, tmp_path, monkeypatch, words, section, message):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        run, _ = unfinished(tmp_path, recipe=RECIPE)
+        for file in (tmp_path / "tiny.yaml", run.recipe):
+            file.write_text(file.read_text() + section)
+        before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+        found = amlaunch(tmp_path, *words)
+        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+        assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
+
+    @pytest.mark.parametrize("source", [ResumedRun, RetriedRun])
+    @pytest.mark.parametrize("target", [None, Cluster("lab", ClusterProfile(), "clusters.yaml", {})])
+    def test_the_stage_of_the_first_start_is_remembered(self, tmp_path, monkeypatch, source, target):
+        recipe = RECIPE.replace("export: null\n", "")
+        run, plan = unfinished(tmp_path, "--stage", "train", recipe=recipe)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(
+            partitions.client, "partitions", lambda: [Partition("cpu", True, True, None, 2, 8, 8000, 0)]
+        )
+        start = source(RunRequest(), run, plan)
+        resolved = start.resolve(*start.load(target), target)
+        assert [stage.name for stage in resolved.plan.stages] == ["train", "export"]
+        assert [stage.name for stage in resolved.stages] == ["train"]
+
+    def test_a_resumed_run_keeps_its_container(self, tmp_path, monkeypatch):
+        (tmp_path / "a.sif").touch()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(resolve, "installed", lambda: ("apptainer",))
+        (tmp_path / "tiny.yaml").write_text(RECIPE + "container: {image: ./a.sif, runtime: apptainer}\n")
+        (tmp_path / "tokens.bin").touch()
+        first = NewRun(RunRequest("tiny.yaml", runs=str(tmp_path / "runs")))
+        new = first.resolve(*first.load(None), None)
+        write_run(new.run_dir, new.loaded, new.plan, ["amlaunch", "local", "tiny.yaml"], refresh_code=True)
+        again = ResumedRun(RunRequest(overrides=("--step_scheduler.max_steps", "6")), new.run_dir, new.plan)
+        resumed = again.resolve(*again.load(None), None)
+        container = resumed.plan.stage("train").container
+        assert container and container == new.plan.stage("train").container
+        assert resumed.restarted_stages == {"train", "export"}
+
+    def test_text_that_was_preprocessed_may_be_gone(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        loaded = load(shipped_recipes()["quickstart"], ["--preprocess.data_files", "text/*.txt"])
+        with pytest.raises(BadInput, match=r"preprocess\.data_files: no file matches"):
+            check_files(loaded)
+        check_files(loaded, {"preprocess"})
+
+    def test_a_second_start_while_jobs_run_is_the_one_that_is_remembered(self, tmp_path, monkeypatch):
+        """But the code that they run stays, and what is known of it."""
+        run, _ = unfinished(tmp_path, "--stage", "train")
+        monkeypatch.chdir(tmp_path)
+        before = read_object(run.provenance)
+        start = NewRun(RunRequest("tiny.yaml", runs=str(run.root.parent)))
+        active = [ElementState("train", "0", "", State.RUNNING)]
+        write_start(start.resolve(*start.load(None), None), ["amlaunch", "submit", "tiny.yaml"], active, print)
+        after = read_object(run.provenance)
+        assert after["command"] == ["amlaunch", "submit", "tiny.yaml"] and after["time"] == before["time"]
+
+    def test_secrets_of_the_first_start_need_not_be_exported_again(self, tmp_path, monkeypatch):
+        run, _ = unfinished(tmp_path)
+        loaded, profile = load(tmp_path / "tiny.yaml"), ClusterProfile(pass_env=["SITE_TOKEN"])
+        with pytest.raises(BadInput, match="pass_env lists SITE_TOKEN, which is not set in this shell"):
+            write_environment(run, loaded, profile)
+        monkeypatch.setenv("SITE_TOKEN", "secret")
+        assert "SITE_TOKEN" in write_environment(run, loaded, profile)
+        monkeypatch.delenv("SITE_TOKEN")
+        write_environment(run, loaded, profile)
+        assert read_object(run.environment)["SITE_TOKEN"] == "secret"
 
 
 class TestRetry:

@@ -222,7 +222,7 @@ def test_a_run_that_nodes_cannot_see_is_refused(tiny: Place) -> None:
 
 
 def test_a_failed_element_is_retried_alone(place: Place) -> None:
-    """While a sibling still runs: Slurm can only wait for the end of the failed array, and the job checks its inputs."""
+    """While a sibling runs: Slurm can only wait for the end of the failed array, and the job checks its inputs."""
     run = place.stand_in(("preprocess", [[], ["--do", "once"], ["--do", "steps"]], CPU), ("train", [[]], CPU))
     place.amlaunch("retry", "test-1")
     beside = {
