@@ -1,1 +1,0 @@
-../tests/code_style.py
