@@ -201,7 +201,7 @@ def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
     ]
     assert written[0].startswith("The standard") and written[0] == written[1]
     for words, said in (
-        (["export", "tiny", "--step", "7"], "no checkpoint after step 7; there are those after 40, 35"),
+        (["export", "tiny", "--step", "7"], "no checkpoint of step 7. Available steps: 40, 35"),
         (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
         (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
     ):
