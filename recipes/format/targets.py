@@ -36,6 +36,8 @@ OWN_TARGETS = {
     "amlaunch.trainer.loss.LinearCrossEntropy": "trainer/loss.py",
 }
 """amlaunch's own targets -> the file that defines each, relative to the package."""
+EARLIER_PACKAGES = ("trainer", "preprocess", "recipes", "containers", "launcher")
+"""Our packages, as code beside earlier recipes imports them."""
 LIBRARY_TARGETS = {
     "torch": r"torch\.(nn|optim)(\.[a-z_0-9]+)*\.[A-Z]\w*",
     "transformers": (
@@ -231,7 +233,7 @@ def _imports(tree: ast.Module) -> set[str]:
 
 
 def current_name(text: str) -> str:
-    """Return a target's current name; until version 0.5 our own targets did not begin with ``amlaunch.``."""
+    """Return a target's current name; in earlier recipes our own targets do not begin with ``amlaunch.``."""
     return f"amlaunch.{text}" if f"amlaunch.{text}" in OWN_TARGETS else text
 
 
@@ -340,8 +342,19 @@ def _import_file(path: Path) -> ModuleType:
         raise BadInput(f"{path}: not a Python file that can be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        _refuse_earlier_name(error, path)
+        raise
     return module
+
+
+def _refuse_earlier_name(error: ModuleNotFoundError, path: Path) -> None:
+    """Raise BadInput if a user's file imports one of our packages by the bare name that it once had."""
+    missing = str(error.name)
+    if missing.split(".")[0] in EARLIER_PACKAGES:
+        raise BadInput(f"{path}: no module {missing!r}; if you mean amlaunch's, import amlaunch.{missing}") from None
 
 
 def _import_dotted(text: str, policy: TargetPolicy) -> Any:
