@@ -36,7 +36,7 @@ for line in sys.stdin:
         main(["status", line.rstrip("\\n"), "--json"])
     print(json.dumps(out.getvalue()), flush=True)
 """
-"""A process that says the status of a run whenever it is asked: Python's start is most of what a look costs."""
+"""A process that prints the status of each run that it reads from stdin: starting Python takes most of the time."""
 
 
 class Place:
@@ -77,14 +77,14 @@ class Place:
         assert self._asked.stdin and self._asked.stdout
         self._asked.stdin.write(f"{run}\n")
         self._asked.stdin.flush()
-        said = json.loads(self._asked.stdout.readline())
-        assert said.startswith("["), said
-        (found,) = json.loads(said)
-        return found
+        answer = json.loads(self._asked.stdout.readline())
+        assert answer.startswith("["), answer
+        (result,) = json.loads(answer)
+        return result
 
     def wait(self, run: str, seconds: float = 120, code: int = 0) -> dict[str, Any]:
         """Until the run has ended, with this exit code."""
-        self.wait_until(run, lambda found: found["state"] not in ("running", "queued", "unknown"), seconds)
+        self.wait_until(run, lambda result: result["state"] not in ("running", "queued", "unknown"), seconds)
         done = self.amlaunch("wait", run, "--json", timeout=seconds, check=False)
         assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return json.loads(done.stdout)
@@ -95,11 +95,11 @@ class Place:
         while True:
             for path in (self.folder / "cache").rglob("s*-*.json"):
                 path.unlink(missing_ok=True)
-            found = self.status(run)
-            if test(found):
-                return found
+            result = self.status(run)
+            if test(result):
+                return result
             waited = time.monotonic() - began
-            assert waited < seconds, json.dumps(found, indent=1)
+            assert waited < seconds, json.dumps(result, indent=1)
             time.sleep(min(0.5 + waited / 20, 2.0))  # several tests wait at once
 
     def stand_in(self, *stages: tuple[str, list[list[str]], Needs], name: str = "test-1", **profile: Any) -> RunDir:
@@ -129,19 +129,19 @@ class Place:
         return self.cluster.run("squeue", "-h", "-u", "lab", "-o", "%F").stdout.split()
 
 
-def states(found: dict[str, Any]) -> dict[str, list[str]]:
+def states(result: dict[str, Any]) -> dict[str, list[str]]:
     """``{stage: the states of its elements}`` of a status."""
-    return {stage["name"]: [element["state"] for element in stage["elements"]] for stage in found["stages"]}
+    return {stage["name"]: [element["state"] for element in stage["elements"]] for stage in result["stages"]}
 
 
-def element(found: dict[str, Any], stage: str, index: int = 0) -> dict[str, Any]:
+def element(result: dict[str, Any], stage: str, index: int = 0) -> dict[str, Any]:
     """One element of a status."""
-    return next(one for one in found["stages"] if one["name"] == stage)["elements"][index]
+    return next(one for one in result["stages"] if one["name"] == stage)["elements"][index]
 
 
-def at_step(found: dict[str, Any], stage: str, step: int, index: int = 0) -> bool:
+def at_step(result: dict[str, Any], stage: str, step: int, index: int = 0) -> bool:
     """Whether an element runs and has got that far."""
-    one = element(found, stage, index)
+    one = element(result, stage, index)
     return one["state"] == "running" and (one["progress"].get("done") or 0) >= step
 
 

@@ -101,8 +101,8 @@ class Place:
 
     @property
     def run_dir(self) -> Path:
-        (found,) = (self.folder / "runs").iterdir()
-        return found
+        (result,) = (self.folder / "runs").iterdir()
+        return result
 
     def losses(self) -> list[tuple[int, str]]:
         lines = read_json_lines(self.run_dir / "stages" / "train" / "0" / "metrics.jsonl")
@@ -200,19 +200,19 @@ def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
         for _ in range(2)
     ]
     assert written[0].startswith("The standard") and written[0] == written[1]
-    for words, said in (
+    for words, message in (
         (["export", "tiny", "--step", "7"], "no checkpoint of step 7. Available steps: 40, 35"),
         (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
         (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
     ):
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "amlaunch", *words],
             cwd=undisturbed.folder,
             env=undisturbed.env,
             capture_output=True,
             text=True,
         )
-        assert found.returncode == 2 and said in found.stderr and "Traceback" not in found.stderr, found.stderr
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
@@ -243,8 +243,8 @@ def test_kill_any_process_at_any_moment_then_the_same_command(undisturbed, tmp_p
 def wait_for_step(place: Place, step: int, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
-        found = list((place.folder / "runs").glob("*/stages/train/0/metrics.jsonl"))
-        if found and any(line.get("step", 0) >= step for line in read_json_lines(found[0])):
+        result = list((place.folder / "runs").glob("*/stages/train/0/metrics.jsonl"))
+        if result and any(line.get("step", 0) >= step for line in read_json_lines(result[0])):
             return
         assert time.monotonic() < deadline, "training did not get there"
         time.sleep(0.02)
@@ -258,8 +258,8 @@ def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes
         assert time.monotonic() < deadline, "it did not begin"
         time.sleep(0.02)
     second = place.start()
-    said = second.communicate(timeout=60)[0]
-    assert second.returncode == 2 and "being run by another amlaunch process" in said, said
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 2 and "being run by another amlaunch process" in output, output
     wait_for_step(place, 7)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]

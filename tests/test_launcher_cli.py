@@ -64,14 +64,14 @@ def test_start_is_quick_and_light(tmp_path):
         (["recipes"], set()),
         (["show", "quickstart"], set()),
     ):
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", f"LATE = {more}\n{code}", *words],
             capture_output=True,
             text=True,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         )
-        assert "HEAVY []" in found.stdout, (words, found.stdout[-300:], found.stderr)
+        assert "HEAVY []" in result.stdout, (words, result.stdout[-300:], result.stderr)
 
 
 def _timed(words: list[str] | None, cwd: Path) -> float:
@@ -122,8 +122,8 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
 def test_bad_input_is_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) <= 2, said
+    output = capsys.readouterr().err
+    assert message in output and len(output.splitlines()) <= 2, output
     assert not (tmp_path / "runs").exists(), "nothing is written before the input is known to be good"
 
 
@@ -161,13 +161,13 @@ def test_output_that_is_closed_full_or_of_another_time(tmp_path, words):
 def test_a_users_own_modules_do_not_take_our_place(tmp_path):
     for name in ("trainer", "launcher", "recipes", "yaml"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
-    found = amlaunch("show", "quickstart", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
+    result = amlaunch("show", "quickstart", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_show_prints_a_recipe_that_loads_again(tmp_path):
-    found = amlaunch("show", "quickstart", "--optimizer.lr", "1e-5", "--json", cwd=tmp_path)
-    shown = json.loads(found.stdout)
+    result = amlaunch("show", "quickstart", "--optimizer.lr", "1e-5", "--json", cwd=tmp_path)
+    shown = json.loads(result.stdout)
     assert shown["recipe"]["optimizer"]["lr"] == 1e-5
     assert [stage["name"] for stage in shown["plan"]["stages"]] == ["preprocess", "verify", "train", "export"]
     assert not list(tmp_path.iterdir()), "show writes nothing"

@@ -134,20 +134,20 @@ class TestSlurmDoesNotAnswer:
     def test_cancel_claims_nothing(self, tmp_path, job):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", job)
-        found = amlaunch(tmp_path, "cancel", "test-1")
+        result = amlaunch(tmp_path, "cancel", "test-1")
         assert (
-            found.returncode == SILENT
-            and re.search("squeue|scontrol", found.stderr)
-            and "nothing was cancelled" in found.stderr
+            result.returncode == SILENT
+            and re.search("squeue|scontrol", result.stderr)
+            and "nothing was cancelled" in result.stderr
         )
-        assert "no running or pending" not in found.stdout and not found.stdout
+        assert "no running or pending" not in result.stdout and not result.stdout
 
     @pytest.mark.parametrize("job", ["123", None])
     def test_clean_removes_nothing(self, tmp_path, job):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", job)
-        found = amlaunch(tmp_path, "clean", "test-1", "--yes")
-        assert found.returncode in (1, SILENT) and "nothing was removed" in found.stderr and run.plan.exists()
+        result = amlaunch(tmp_path, "clean", "test-1", "--yes")
+        assert result.returncode in (1, SILENT) and "nothing was removed" in result.stderr and run.plan.exists()
 
     @pytest.mark.parametrize("words", [("logs", "test-1", "-f"), ("status", "test-1", "--watch"), ("wait", "test-1")])
     def test_who_follows_goes_on(self, tmp_path, words):
@@ -169,8 +169,8 @@ class TestSlurmDoesNotAnswer:
     def test_status_itself_is_well(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", "123")
-        found = amlaunch(tmp_path, "status", "test-1")
-        assert found.returncode == 0 and "unknown" in found.stdout and "once Slurm answers again" in found.stdout
+        result = amlaunch(tmp_path, "status", "test-1")
+        assert result.returncode == 0 and "unknown" in result.stdout and "once Slurm answers again" in result.stdout
         assert amlaunch(tmp_path, "status", "test-2").returncode == 2
         run.plan.write_text("{")
         assert amlaunch(tmp_path, "status", "test-1").returncode == 2 and amlaunch(tmp_path, "status").returncode == 0
@@ -196,8 +196,8 @@ class TestCancel:
 
     def test_nothing_runs(self, tmp_path):
         make_run(tmp_path, ("train", [[]], ONE))
-        found = amlaunch(tmp_path, "cancel", "test-1")
-        assert found.returncode == 0 and "test-1 has no running or pending jobs" in found.stdout
+        result = amlaunch(tmp_path, "cancel", "test-1")
+        assert result.returncode == 0 and "test-1 has no running or pending jobs" in result.stdout
 
     def test_what_was_requeued_meanwhile_is_cancelled(self, tmp_path, monkeypatch):
         """The driver was told to end by Slurm a moment before us, and went back into the queue."""
@@ -227,9 +227,9 @@ class TestCancel:
         )
         try:
             with Holder(folder.lock) as driver:
-                found = amlaunch(tmp_path, "cancel", "test-1")
+                result = amlaunch(tmp_path, "cancel", "test-1")
                 assert victim.poll() is None
-                assert found.returncode == 0 and "killed 1 element" in found.stdout
+                assert result.returncode == 0 and "killed 1 element" in result.stdout
                 assert driver.process.wait(timeout=5) == -signal.SIGKILL
         finally:
             victim.kill()
@@ -246,18 +246,18 @@ class TestCancel:
                 folder.attempts,
                 {"event": "start", "attempt": 1, "time": time.time(), "pid": driver.process.pid, "host": "elsewhere"},
             )
-            found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
             assert (
-                found.returncode == 0
-                and "train 0 is running on elsewhere, where signals from here do not reach it" in found.stdout
-            ), found.stderr
+                result.returncode == 0
+                and "train 0 is running on elsewhere, where signals from here do not reach it" in result.stdout
+            ), result.stderr
             assert folder.stop.exists() and driver.process.poll() is None
             with Holder(run.lock) as launcher:
-                found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+                result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
                 assert (
-                    found.returncode == 0
+                    result.returncode == 0
                     and "runs test-1 on another machine, where signals from here do not reach it: asked it to save"
-                    in found.stdout
+                    in result.stdout
                 )
                 assert run.stop.exists() and launcher.process.poll() is None
 
@@ -265,10 +265,10 @@ class TestCancel:
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         for words, state in ([], State.DIED), (["--checkpoint"], State.STOPPED):
             driver = drive(run)
-            found = pids(run, 1)
+            result = pids(run, 1)
             assert amlaunch(tmp_path, "cancel", "test-1", *words).returncode == 0
             driver.wait(timeout=10)
-            wait_until(lambda found=found: not any(psutil.pid_exists(pid) for pid in found))
+            wait_until(lambda result=result: not any(psutil.pid_exists(pid) for pid in result))
             assert only_state(run, plan).state == state
             (run.element("train", "0").root / "pid0").unlink()
 
@@ -285,11 +285,11 @@ class TestCancel:
                 State.PENDING,
                 State.PENDING,
             ]
-            found = amlaunch(tmp_path, "cancel", "test-1", *words)
-            assert found.returncode == 0, found.stdout + found.stderr
+            result = amlaunch(tmp_path, "cancel", "test-1", *words)
+            assert result.returncode == 0, result.stdout + result.stderr
             if words:
                 assert not is_locked(run.lock), "it says so only when nothing of the run goes on"
-                assert "preprocess 0: stopped" in found.stdout
+                assert "preprocess 0: stopped" in result.stdout
             launcher.wait(timeout=15)
             first, *others = [state.state for state in read_run(run, plan)]
             assert first == State.STOPPED or (first == State.DIED and not words), (
@@ -323,14 +323,14 @@ class TestCancel:
         launcher = launch(run)
         try:
             pids(run, 1, "preprocess")
-            found = subprocess.run(
+            result = subprocess.run(
                 [*BLIND, sys.executable, "-m", "amlaunch", "cancel", "test-1"],
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
                 timeout=60,
             )
-            assert found.returncode == 0 and "asked it to save and stop" in found.stdout, found.stderr
+            assert result.returncode == 0 and "asked it to save and stop" in result.stdout, result.stderr
             launcher.wait(timeout=60)
             assert [state.state for state in read_run(run, plan)] == [
                 State.STOPPED,
@@ -349,11 +349,13 @@ class TestCancel:
             run.element("train", "0").progress,
             {"time": time.time(), "unit": "step", "done": 125, "total": 400, "saved": 120},
         )
-        found = amlaunch(tmp_path, "cancel", "test-1", "--checkpoint")
+        result = amlaunch(tmp_path, "cancel", "test-1", "--checkpoint")
         driver.wait(timeout=10)
         assert (
-            found.returncode == 0 and "train 0: stopped" in found.stdout and "· saved at step 120/400\n" in found.stdout
-        ), found.stdout
+            result.returncode == 0
+            and "train 0: stopped" in result.stdout
+            and "· saved at step 120/400\n" in result.stdout
+        ), result.stdout
 
     def test_what_another_run_makes_for_both_is_left_alone(self, tmp_path):
         run, plan = make_run(tmp_path, ("preprocess", [["--do", "sleep"]], ONE))
@@ -370,8 +372,8 @@ class TestCancel:
         launcher = launch(other)
         try:
             (pid,) = pids(other, 1, "preprocess")
-            found = amlaunch(tmp_path, "cancel", "test-1")
-            assert found.returncode == 0 and "another run" in found.stdout and psutil.pid_exists(pid)
+            result = amlaunch(tmp_path, "cancel", "test-1")
+            assert result.returncode == 0 and "another run" in result.stdout and psutil.pid_exists(pid)
             assert "would remove" in amlaunch(tmp_path, "clean", "test-1").stdout, "nothing of its own runs"
             assert amlaunch(tmp_path, "clean", "other-1").returncode == 2
             assert amlaunch(tmp_path, "cancel", "other-1").returncode == 0
@@ -397,9 +399,9 @@ def launch(run: RunDir) -> subprocess.Popen:
         "plan = read_plan(run)\n"
         "lock = Lock(run.lock)\n"
         "assert lock.acquire()\n"
-        "made = LocalExecutor(run, plan, Machine(1, ()), lambda states: None)\n"
-        "with stopping_on_signals(made, PlainReport(print)):\n"
-        "    made.execute(plan.stages)\n"
+        "executor = LocalExecutor(run, plan, Machine(1, ()), lambda states: None)\n"
+        "with stopping_on_signals(executor, PlainReport(print)):\n"
+        "    executor.execute(plan.stages)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
@@ -423,8 +425,8 @@ class TestWait:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", None)
         slurm_said()
-        found = amlaunch(tmp_path, "wait", "test-1", patch=self.SOON)
-        assert found.returncode == 1 and f"next: {wording.program()} retry test-1" in found.stdout
+        result = amlaunch(tmp_path, "wait", "test-1", patch=self.SOON)
+        assert result.returncode == 1 and f"next: {wording.program()} retry test-1" in result.stdout
         assert json.loads(amlaunch(tmp_path, "wait", "test-1", "--json", patch=self.SOON).stdout)["state"] == "unknown"
 
     def test_not_while_slurm_is_silent_or_anything_runs(self, tmp_path):
@@ -451,11 +453,11 @@ class TestWait:
             run.element("preprocess", "0").progress, {"time": start_line["time"] + 61.5, "unit": "token", "done": 1}
         )
         slurm_said(JobInfo("11_0", "CANCELLED", nodes="n1"), JobInfo("12_0", "CANCELLED", "Dependency"))
-        found = amlaunch(tmp_path, "wait", "test-1", patch=KEPT_LONGER)
+        result = amlaunch(tmp_path, "wait", "test-1", patch=KEPT_LONGER)
         assert (
-            found.returncode == 75
-            and "\ntest-1 was cancelled (1:01)\n" in found.stdout
-            and "retry test-1" in found.stdout
+            result.returncode == 75
+            and "\ntest-1 was cancelled (1:01)\n" in result.stdout
+            and "retry test-1" in result.stdout
         )
         shown = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
         assert "cancelled before it started" in shown and "did not finish" not in shown
@@ -485,8 +487,8 @@ class TestWait:
                     {"event": "end", "attempt": attempt, "time": now + ended, "outcome": "done"},
                 )
             write_json(run.element(stage, name).done, {"outputs": {}})
-        found = amlaunch(tmp_path, "wait", "test-1")
-        assert found.returncode == 0 and "test-1 is done (1:30)" in found.stdout, found.stdout
+        result = amlaunch(tmp_path, "wait", "test-1")
+        assert result.returncode == 0 and "test-1 is done (1:30)" in result.stdout, result.stdout
 
 
 class TestLogs:
@@ -540,9 +542,9 @@ class TestStatus:
         run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
         driver = drive(run)
         pids(run, 1)
-        found = amlaunch(tmp_path, "status", "test-1", "--watch")
+        result = amlaunch(tmp_path, "status", "test-1", "--watch")
         driver.wait()
-        assert found.returncode == 0 and "running" in found.stdout and "done" in found.stdout
+        assert result.returncode == 0 and "running" in result.stdout and "done" in result.stdout
 
     def test_a_failed_run_is_no_failure_of_status(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [["--do", "fail"]], ONE))
@@ -584,14 +586,14 @@ class TestStatus:
         loop = RunDir(run.root.with_name("other-2")).element("train", "0").attempts
         loop.parent.mkdir(parents=True)
         loop.symlink_to(loop)
-        found = amlaunch(tmp_path, "status")
+        result = amlaunch(tmp_path, "status")
         assert (
-            found.returncode == 0
-            and "test-1  pending" in found.stdout
-            and f"warning: {loop}: Too many levels" in found.stderr
+            result.returncode == 0
+            and "test-1  pending" in result.stdout
+            and f"warning: {loop}: Too many levels" in result.stderr
         )
-        found = amlaunch(tmp_path, "status", "other-2")
-        assert found.returncode == 1 and f"error: {loop}: Too many levels" in found.stderr
+        result = amlaunch(tmp_path, "status", "other-2")
+        assert result.returncode == 1 and f"error: {loop}: Too many levels" in result.stderr
 
     def test_what_differs_in_numbers_and_hosts_alone_is_told_once(self, tmp_path):
         run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
@@ -604,18 +606,18 @@ class TestStatus:
                 HOSTS[i % 2],
             )
         ended(run, "preprocess", "25", "rank 0 exited with code 9", "alpha")
-        found = amlaunch(tmp_path, "status", "test-1").stdout
+        result = amlaunch(tmp_path, "status", "test-1").stdout
         assert (
             "preprocess 0 failed on alpha: rank 0 exited with code 1 on alpha (pid 3000): no answer from 10.0.0.0:400\n"
-            in found
+            in result
         )
         assert (
-            "24 more failed for the same reason, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in found
+            "24 more failed for the same reason, with other numbers, on 2 hosts: 1, 2, 3, 4, 5, 6, 7, 8, …\n" in result
         )
-        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in found, (
+        assert "preprocess 25 failed on alpha: rank 0 exited with code 9\n" in result, (
             "another exit code is another failure"
         )
-        assert found.count(" failed on ") == 2 and found.count("exited with code 1 on") == 2, (
+        assert result.count(" failed on ") == 2 and result.count("exited with code 1 on") == 2, (
             "in the table, one of them stands for all"
         )
 
@@ -623,8 +625,8 @@ class TestStatus:
         run, _ = make_run(tmp_path, ("preprocess", [[]] * 30, ONE))
         for i, word in enumerate("abcdefghijkl"):
             ended(run, "preprocess", str(i), f"the {word * 3} is missing", "alpha")
-        found = amlaunch(tmp_path, "status", "test-1").stdout
-        assert found.count(" failed on ") == 5 and "7 more elements failed for other reasons" in found
+        result = amlaunch(tmp_path, "status", "test-1").stdout
+        assert result.count(" failed on ") == 5 and "7 more elements failed for other reasons" in result
 
     def test_a_narrow_terminal_loses_columns_but_no_name_and_no_command(self, tmp_path, monkeypatch):
         run, _ = make_run(tmp_path, ("train", [[]] * 2, ONE))
@@ -648,10 +650,10 @@ class TestStatus:
         run, plan = make_run(tmp_path, ("train", [[]], ONE))
         submitted(run, plan, "train", "11")
         slurm_said(JobInfo("11_0", "OUT_OF_MEMORY", nodes="n1"))
-        found = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        result = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
         command = f"{wording.program()} resume test-1 --resources.train.mem 64G"
-        assert "train 0 failed on n1: job 11_0 on n1 ran out of memory; raise resources.train.mem\n" in found
-        assert f"next: {command}\n" in found, "the same settings would fail again"
+        assert "train 0 failed on n1: job 11_0 on n1 ran out of memory; raise resources.train.mem\n" in result
+        assert f"next: {command}\n" in result, "the same settings would fail again"
         cause = cause_of("oom_kill")
         reason = "rank 1 was killed by SIGKILL: out of memory; raise resources.train.mem"
         assert cause and cause.explain("rank 1 was killed by SIGKILL", "train") == reason
@@ -679,10 +681,10 @@ def ended(run: RunDir, stage: str, name: str, reason: str, host: str, **more: ob
 
 
 def shards(folder: Path, name: str) -> Path:
-    made = folder / "data" / name
-    (made / "stages" / "preprocess" / "0").mkdir(parents=True)
-    (made / "part.bin").write_bytes(b"x" * 100)
-    return made
+    folder_of_shards = folder / "data" / name
+    (folder_of_shards / "stages" / "preprocess" / "0").mkdir(parents=True)
+    (folder_of_shards / "part.bin").write_bytes(b"x" * 100)
+    return folder_of_shards
 
 
 def empty_run(root: Path, name: str, data: Path | None = None) -> RunDir:
@@ -695,9 +697,9 @@ def empty_run(root: Path, name: str, data: Path | None = None) -> RunDir:
 
 class TestClean:
     def offered(self, folder: Path, *words: str) -> set[str]:
-        found = amlaunch(folder, "clean", "--json", *words)
-        assert found.returncode == 0, found.stderr
-        paths = [row["path"] for row in json.loads(found.stdout)]
+        result = amlaunch(folder, "clean", "--json", *words)
+        assert result.returncode == 0, result.stderr
+        paths = [row["path"] for row in json.loads(result.stdout)]
         assert len(paths) == len(set(paths))
         return {str(Path(path).relative_to(folder)) for path in paths}
 
@@ -708,8 +710,8 @@ class TestClean:
         empty_run(tmp_path / "more-runs", "b-1", tmp_path / "data" / "theirs")
         for words in [], ["--runs", "runs"], ["--runs", "more-runs"]:
             assert self.offered(tmp_path, *words) == {"data/nobodys"}
-        found = amlaunch(tmp_path, "clean", "--yes")
-        assert found.returncode == 0 and "removed" in found.stdout
+        result = amlaunch(tmp_path, "clean", "--yes")
+        assert result.returncode == 0 and "removed" in result.stdout
         assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["mine", "theirs"]
 
     def test_shards_of_a_run_that_was_removed_can_go(self, tmp_path):
@@ -773,7 +775,7 @@ export: null
 """
 
 
-def made(folder: Path, cluster: dict | None = None, recipe: str = RECIPE) -> RunDir:
+def finished_run(folder: Path, cluster: dict | None = None, recipe: str = RECIPE) -> RunDir:
     """A run whose training is done, as far as its files say."""
     (folder / "tiny.yaml").write_text(recipe)
     (folder / "tokens.bin").touch()
@@ -793,7 +795,7 @@ def made(folder: Path, cluster: dict | None = None, recipe: str = RECIPE) -> Run
 
 def unfinished(folder: Path, *argv: str, recipe: str = RECIPE) -> tuple[RunDir, Plan]:
     """A run whose training is not done, started by this command line."""
-    run = made(folder, recipe=recipe)
+    run = finished_run(folder, recipe=recipe)
     run.element("train", "0").done.unlink()
     provenance = read_object(run.provenance)
     write_json(run.provenance, {**provenance, "command": ["amlaunch", "local", "tiny.yaml", *argv]})
@@ -821,8 +823,8 @@ class TestEveryStart:
         for file in (tmp_path / "tiny.yaml", run.recipe):
             file.write_text(file.read_text() + section)
         before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
-        found = amlaunch(tmp_path, *words)
-        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+        result = amlaunch(tmp_path, *words)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
         assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
 
     @pytest.mark.parametrize("source", [ResumedRun, RetriedRun])
@@ -887,45 +889,45 @@ class TestEveryStart:
 class TestRetry:
     def test_it_starts_what_the_run_directory_holds(self, tmp_path):
         """The recipe's file may be another one by now, or be gone."""
-        run = made(tmp_path)
+        run = finished_run(tmp_path)
         run.element("train", "0").done.unlink()
         (tmp_path / "tiny.yaml").unlink()
-        found = amlaunch(tmp_path, "retry", "tiny", "--json", "--wait")
-        shown = json.loads(found.stdout)
-        assert shown["run"] == run.root.name and shown["state"] == "failed", found.stderr
+        result = amlaunch(tmp_path, "retry", "tiny", "--json", "--wait")
+        shown = json.loads(result.stdout)
+        assert shown["run"] == run.root.name and shown["state"] == "failed", result.stderr
         assert read_json_lines(run.element("train", "0").attempts), "it started (and found no tokens in an empty file)"
         assert list(run.root.parent.iterdir()) == [run.root]
 
     def test_of_what_is_done_or_goes_on_nothing_is_started(self, tmp_path):
-        run = made(tmp_path)
-        found = amlaunch(tmp_path, "retry", "tiny")
-        assert found.returncode == 0 and "nothing to retry, every element is done" in found.stdout
+        run = finished_run(tmp_path)
+        result = amlaunch(tmp_path, "retry", "tiny")
+        assert result.returncode == 0 and "nothing to retry, every element is done" in result.stdout
         run.element("train", "0").done.unlink()
         with Holder(run.lock):
-            found = amlaunch(tmp_path, "retry", "tiny")
+            result = amlaunch(tmp_path, "retry", "tiny")
             assert (
-                found.returncode == 0
-                and "nothing to retry, it is running" in found.stdout
-                and "amlaunch cancel tiny" in found.stdout.replace(wording.program(), "amlaunch")
+                result.returncode == 0
+                and "nothing to retry, it is running" in result.stdout
+                and "amlaunch cancel tiny" in result.stdout.replace(wording.program(), "amlaunch")
             )
             shown = amlaunch(tmp_path, "retry", "tiny", "--json")
             assert json.loads(shown.stdout)["state"] == "running" and "nothing to retry" in shown.stderr
         assert not read_json_lines(run.element("train", "0").attempts)
 
     def test_what_is_missing_here_is_said_before(self, tmp_path):
-        run = made(tmp_path)
+        run = finished_run(tmp_path)
         run.element("train", "0").done.unlink()
         plan = read_object(run.plan)
         plan["stages"][0]["needs"]["gpus_per_node"] = 64
         write_json(run.plan, plan)
-        found = amlaunch(tmp_path, "retry", "tiny")
-        assert found.returncode == 2 and "trains on 64 GPUs, but this machine has" in found.stderr
+        result = amlaunch(tmp_path, "retry", "tiny")
+        assert result.returncode == 2 and "trains on 64 GPUs, but this machine has" in result.stderr
         run.recipe.unlink()
-        found = amlaunch(tmp_path, "retry", "tiny")
+        result = amlaunch(tmp_path, "retry", "tiny")
         assert (
-            found.returncode == 2
-            and "recipe.yaml no longer exists" in found.stderr
-            and "local tiny.yaml" in found.stderr
+            result.returncode == 2
+            and "recipe.yaml no longer exists" in result.stderr
+            and "local tiny.yaml" in result.stderr
         )
 
 
@@ -943,40 +945,40 @@ class TestResume:
         ],
     )
     def test_a_mistake_changes_nothing(self, tmp_path, words, message):
-        run = made(tmp_path)
+        run = finished_run(tmp_path)
         before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
-        found = amlaunch(tmp_path, "resume", "tiny", *words)
-        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+        result = amlaunch(tmp_path, "resume", "tiny", *words)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
         assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
 
     def test_not_what_is_being_run(self, tmp_path):
         """Between two stages, nothing but the launcher's lock says so."""
-        run = made(tmp_path)
+        run = finished_run(tmp_path)
         with Holder(run.lock):
-            found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
-        assert found.returncode == 2 and "cancel" in found.stderr and run.element("train", "0").done.exists()
+            result = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
+        assert result.returncode == 2 and "cancel" in result.stderr and run.element("train", "0").done.exists()
 
     def test_not_on_a_cluster_what_is_being_run_here(self, tmp_path):
-        run = made(tmp_path, {"name": "slurm", "profile": {}})
+        run = finished_run(tmp_path, {"name": "slurm", "profile": {}})
         with Holder(run.lock):
-            found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
-        assert found.returncode == 2 and "already being run by another amlaunch process" in found.stderr
+            result = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
+        assert result.returncode == 2 and "already being run by another amlaunch process" in result.stderr
 
     def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
-        made(tmp_path, {"name": "slurm", "profile": {}})
-        found = amlaunch(tmp_path, "resume", "tiny", "--container.image", "/no/such/image.sif")
-        assert found.returncode == 2 and "file /no/such/image.sif does not exist" in found.stderr
+        finished_run(tmp_path, {"name": "slurm", "profile": {}})
+        result = amlaunch(tmp_path, "resume", "tiny", "--container.image", "/no/such/image.sif")
+        assert result.returncode == 2 and "file /no/such/image.sif does not exist" in result.stderr
 
     def test_what_is_right_goes_on(self, tmp_path):
-        run = made(tmp_path)
+        run = finished_run(tmp_path)
         before = read_object(run.plan)
         (tmp_path / "tiny.yaml").write_text(RECIPE.replace("n_layer: 2", "n_layer: 3"))
-        found = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6", "--json")
-        shown = json.loads(found.stdout)
+        result = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "6", "--json")
+        shown = json.loads(result.stdout)
         assert shown["run"] == run.root.name and list(run.root.parent.iterdir()) == [run.root], (
             "what the run directory holds, not the file as it is now"
         )
-        assert f"{run.root.name}: {run.root}" in found.stderr
+        assert f"{run.root.name}: {run.root}" in result.stderr
         assert (
             "n_layer: 2" in run.recipe.read_text()
             and "max_steps: 6" in run.recipe.read_text()

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_cluster import Cluster
@@ -50,17 +51,22 @@ def tiny(cluster: Cluster) -> Place:
 
 
 def run_dir(place: Place, start: str) -> RunDir:
-    (found,) = (place.folder / "runs").glob(f"{start}-*")
-    return RunDir(found)
+    (result,) = (place.folder / "runs").glob(f"{start}-*")
+    return RunDir(result)
+
+
+def arrays(submission: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The stage and the elements of each array that was submitted, from ``--json``."""
+    return [(array["stage"], array["elements"]) for array in submission["submitted"]]
 
 
 def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
-    made = json.loads(
+    submission = json.loads(
         tiny.amlaunch(
             "submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2", "--json"
         ).stdout
     )
-    assert [(one["stage"], len(one["elements"])) for one in made["submitted"]] == [
+    assert [(one["stage"], len(one["elements"])) for one in submission["submitted"]] == [
         ("preprocess", 2),
         ("verify", 1),
         ("train", 1),
@@ -69,9 +75,9 @@ def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
     again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
     assert "already queued or running, left unchanged" in again
     assert len(set(tiny.queued())) <= 4, "nothing is submitted twice"
-    found = tiny.wait("tiny", 180)
-    assert states(found) == {"preprocess": ["done"] * 2, "verify": ["done"], "train": ["done"], "export": ["done"]}
-    train = element(found, "train")
+    result = tiny.wait("tiny", 180)
+    assert states(result) == {"preprocess": ["done"] * 2, "verify": ["done"], "train": ["done"], "export": ["done"]}
+    train = element(result, "train")
     assert train["nodes"] == "gpu[1-2]" and train["gpu_hours"] > 0 and train["progress"]["done"] == 40
     run = run_dir(tiny, "tiny")
     assert "4 x cpu, fsdp2" in run.element("train", "0").log(1, 0).read_text(), "four ranks on two nodes"
@@ -95,13 +101,13 @@ def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
         "2",
     ]
     words += ["--validation_dataset", "null", "--export", "null", "--resources.train.tasks_per_node", "1"]
-    made = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--json").stdout)
-    by_stage = {one["stage"]: one["elements"] for one in made["submitted"]}
+    submission = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--json").stdout)
+    by_stage = {one["stage"]: one["elements"] for one in submission["submitted"]}
     assert by_stage["train"] == ["0", "1"]
-    found = tiny.wait("sweep", 180)
-    assert set(states(found)["train"]) == {"done"}
-    assert [one["title"] for one in found["stages"][2]["elements"]][1] == "--optimizer.lr=0.01 --seed=2"
-    assert all(one["attempts"] == 1 for one in found["stages"][0]["elements"]), (
+    result = tiny.wait("sweep", 180)
+    assert set(states(result)["train"]) == {"done"}
+    assert [one["title"] for one in result["stages"][2]["elements"]][1] == "--optimizer.lr=0.01 --seed=2"
+    assert all(one["attempts"] == 1 for one in result["stages"][0]["elements"]), (
         "made once, for all runs with the same text"
     )
 
@@ -138,9 +144,9 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
     dry = json.loads(tiny.amlaunch(*words, "--dry-run", "--json").stdout)
     printed = tiny.amlaunch(*words, "--dry-run").stdout
     assert not list((tiny.folder / "runs").glob("dry-*")), "a dry run writes nothing"
-    made = json.loads(tiny.amlaunch(*words, "--json").stdout)
-    assert [one["stage"] for one in dry["scripts"]] == [one["stage"] for one in made["submitted"]]
-    for script, job in zip(dry["scripts"], made["submitted"], strict=True):
+    submission = json.loads(tiny.amlaunch(*words, "--json").stdout)
+    assert [one["stage"] for one in dry["scripts"]] == [one["stage"] for one in submission["submitted"]]
+    for script, job in zip(dry["scripts"], submission["submitted"], strict=True):
         assert script["script"] in printed
         assert Path(script["path"]).read_text() == script["script"]
         held = tiny.cluster.run("scontrol", "write", "batch_script", f"{job['job']}_0", "-").stdout
@@ -185,14 +191,14 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
 def test_what_cannot_work_is_refused_before_anything_is_submitted(
     tiny: Place, words: list[str], profile: str, message: str
 ) -> None:
-    there = {path.name for path in tiny.folder.iterdir()}
+    before = {path.name for path in tiny.folder.iterdir()}
     runs = set((tiny.folder / "runs").glob("*"))
     clusters = tiny.write("wrong.yaml", f"lab:\n  signal_seconds: 60\n{profile}")
     cluster = [] if "--cluster" in words else ["--cluster", str(clusters)]
-    found = tiny.amlaunch("submit", "tiny.yaml", "--name", "wrong", *cluster, *words, check=False)
-    assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+    result = tiny.amlaunch("submit", "tiny.yaml", "--name", "wrong", *cluster, *words, check=False)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not tiny.queued() and set((tiny.folder / "runs").glob("*")) == runs
-    assert {path.name for path in tiny.folder.iterdir()} - there <= {"wrong.yaml", "cache"}
+    assert {path.name for path in tiny.folder.iterdir()} - before <= {"wrong.yaml", "cache"}
 
 
 def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> None:
@@ -203,11 +209,13 @@ def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> Non
         tiny.cluster.run("dd", "if=/dev/zero", f"of={full}/fill", "bs=1M", "count=3", check=False)
         clusters = tiny.write("roots.yaml", f"lab: {{signal_seconds: 60, shared_roots: [{full}]}}\n")
         words = ["submit", "tiny.yaml", "--cluster", str(clusters), "--runs", f"{full}/runs", "--name", "full"]
-        found = tiny.amlaunch(*words, check=False)
-        assert found.returncode == 2 and ("No space left" in found.stderr or " is free" in found.stderr), found.stderr
+        result = tiny.amlaunch(*words, check=False)
+        assert result.returncode == 2 and ("No space left" in result.stderr or " is free" in result.stderr), (
+            result.stderr
+        )
         tiny.cluster.run("rm", f"{full}/fill")
-        found = tiny.amlaunch(*words, "--model.n_embd", "4096", "--model.n_layer", "48", check=False)
-        assert found.returncode == 2 and "the run needs about" in found.stderr
+        result = tiny.amlaunch(*words, "--model.n_embd", "4096", "--model.n_layer", "48", check=False)
+        assert result.returncode == 2 and "the run needs about" in result.stderr
     finally:
         tiny.cluster.unmount(full)
     assert not tiny.queued()
@@ -215,10 +223,10 @@ def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> Non
 
 def test_a_run_that_nodes_cannot_see_is_refused(tiny: Place) -> None:
     clusters = tiny.write("roots.yaml", "lab: {signal_seconds: 60, shared_roots: [/shared]}\n")
-    found = tiny.amlaunch("submit", "tiny.yaml", "--cluster", str(clusters), check=False)
-    assert found.returncode == 2 and "not below the profile's shared_roots (/shared)" in found.stderr
-    found = tiny.amlaunch("submit", "tiny.yaml", "--runs", "/dev/shm/runs", check=False)
-    assert found.returncode == 2 and "which nodes cannot see" in found.stderr
+    result = tiny.amlaunch("submit", "tiny.yaml", "--cluster", str(clusters), check=False)
+    assert result.returncode == 2 and "not below the profile's shared_roots (/shared)" in result.stderr
+    result = tiny.amlaunch("submit", "tiny.yaml", "--runs", "/dev/shm/runs", check=False)
+    assert result.returncode == 2 and "which nodes cannot see" in result.stderr
 
 
 def test_a_failed_element_is_retried_alone(place: Place) -> None:
@@ -229,28 +237,34 @@ def test_a_failed_element_is_retried_alone(place: Place) -> None:
         "preprocess": ["done", "failed", "running"],
         "train": ["queued"],
     }  # Slurm sees that it never starts once the array has ended
-    found = place.wait_until(
-        "test-1", lambda found: states(found) == beside and element(found, "preprocess", 2)["progress"].get("done")
+    result = place.wait_until(
+        "test-1", lambda result: states(result) == beside and element(result, "preprocess", 2)["progress"].get("done")
     )
-    failed = element(found, "preprocess", 1)
+    failed = element(result, "preprocess", 1)
     assert (failed["rank"], failed["host"], failed["reason"]) == (0, failed["nodes"], "rank 0 exited with code 1")
     shown = place.amlaunch("status", "test-1").stdout
     assert "not this time" in shown and "retry test-1" in shown and failed["host"] in shown, (
         "the log's last lines, and what to type"
     )
-    made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
-    assert [(one["stage"], one["elements"]) for one in made["submitted"]] == [("preprocess", ["1"]), ("train", ["0"])]
+    submission = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
+    assert [(one["stage"], one["elements"]) for one in submission["submitted"]] == [
+        ("preprocess", ["1"]),
+        ("train", ["0"]),
+    ]
     waits = json.loads((run.jobs / "004-train" / "submission.json").read_text())
     old = failed["job"].split("_")[0]
-    assert waits["after"] == [f"afterok:{made['submitted'][0]['job']}", f"afterany:{old}"] and waits["inputs"] == [
-        "preprocess"
-    ]
+    assert waits["after"] == [f"afterok:{submission['submitted'][0]['job']}", f"afterany:{old}"] and waits[
+        "inputs"
+    ] == ["preprocess"]
     place.cluster.run("scancel", f"{old}_2")
-    found = place.wait("test-1", code=75)
-    assert states(found)["preprocess"][:2] == ["done"] * 2 and states(found)["train"] == ["cancelled"]
-    assert element(found, "train")["reason"] == "an earlier stage did not finish: preprocess 2 is not done"
-    made = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
-    assert [(one["stage"], one["elements"]) for one in made["submitted"]] == [("preprocess", ["2"]), ("train", ["0"])]
+    result = place.wait("test-1", code=75)
+    assert states(result)["preprocess"][:2] == ["done"] * 2 and states(result)["train"] == ["cancelled"]
+    assert element(result, "train")["reason"] == "an earlier stage did not finish: preprocess 2 is not done"
+    submission = json.loads(place.amlaunch("retry", "test-1", "--json").stdout)
+    assert [(one["stage"], one["elements"]) for one in submission["submitted"]] == [
+        ("preprocess", ["2"]),
+        ("train", ["0"]),
+    ]
     assert states(place.wait("test-1")) == {"preprocess": ["done"] * 3, "train": ["done"]}
     assert [len(attempts(run, "preprocess", name)) for name in "012"] == [1, 2, 2]
 
@@ -341,10 +355,10 @@ def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
     words += ["--resources.train.tasks_per_node", "1"]
     env = {"SECRET_X": secret, "WANDB_API_KEY": secret, "HF_TOKEN": secret}
     assert secret not in (dry := tiny.amlaunch(*words, "--dry-run", **env)).stdout + dry.stderr
-    made = tiny.amlaunch(*words, "--json", **env)
-    assert secret not in made.stdout + made.stderr
-    jobs = [one["job"] for one in json.loads(made.stdout)["submitted"]]
-    seen = tiny.wait_until("secret", lambda found: states(found)["train"] == ["running"], 60)
+    submission = tiny.amlaunch(*words, "--json", **env)
+    assert secret not in submission.stdout + submission.stderr
+    jobs = [one["job"] for one in json.loads(submission.stdout)["submitted"]]
+    seen = tiny.wait_until("secret", lambda result: states(result)["train"] == ["running"], 60)
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(secret.encode() in command for command in commands), seen
     tiny.wait("secret", 90)
@@ -381,19 +395,19 @@ def test_the_secret_reaches_the_ranks(place: Place) -> None:
 def test_cancel_and_go_on(place: Place) -> None:
     run = place.stand_in(("preprocess", [["--do", "steps"]] * 2, CPU), ("train", [[]], CPU), throttle=1)
     place.amlaunch("retry", "test-1")
-    place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) >= 2)
+    place.wait_until("test-1", lambda result: (element(result, "preprocess")["progress"].get("done") or 0) >= 2)
     waiting = element(place.status("test-1"), "preprocess", 1)
     assert waiting["state"] == "queued" and waiting["reason"] == "waiting for other elements of the stage (throttle)"
-    said = place.amlaunch("cancel", "test-1", "--checkpoint").stdout
-    assert "saving a checkpoint, then stopping" in said and "preprocess 0: stopped" in said
-    found = place.wait("test-1", code=75)
-    assert states(found) == {"preprocess": ["stopped", "cancelled"], "train": ["cancelled"]} and not place.queued()
+    output = place.amlaunch("cancel", "test-1", "--checkpoint").stdout
+    assert "saving a checkpoint, then stopping" in output and "preprocess 0: stopped" in output
+    result = place.wait("test-1", code=75)
+    assert states(result) == {"preprocess": ["stopped", "cancelled"], "train": ["cancelled"]} and not place.queued()
     saved = int((run.element("preprocess", "0").root / "saved0").read_text())
     place.amlaunch("retry", "test-1")
-    place.wait_until("test-1", lambda found: (element(found, "preprocess")["progress"].get("done") or 0) > saved)
+    place.wait_until("test-1", lambda result: (element(result, "preprocess")["progress"].get("done") or 0) > saved)
     place.amlaunch("cancel", "test-1")
     place.wait_until(
-        "test-1", lambda found: found["state"] == "cancelled" or states(found)["preprocess"][0] == "stopped", 40
+        "test-1", lambda result: result["state"] == "cancelled" or states(result)["preprocess"][0] == "stopped", 40
     )
     begun = len(attempts(run, "preprocess"))
     time.sleep(12)  # longer than a requeue takes
@@ -406,13 +420,13 @@ def test_scancel_by_hand_is_final_too(place: Place) -> None:
     """Its ranks hear the same signal as preempted ones."""
     run = place.stand_in(("train", [["--do", "steps"]], CPU), ("export", [[]], CPU))
     place.amlaunch("retry", "test-1")
-    found = place.wait_until("test-1", lambda found: (element(found, "train")["progress"].get("done") or 0) >= 2)
-    place.cluster.run("scancel", element(found, "train")["job"])
-    place.wait_until("test-1", lambda found: not place.queued(), 40)
+    result = place.wait_until("test-1", lambda result: (element(result, "train")["progress"].get("done") or 0) >= 2)
+    place.cluster.run("scancel", element(result, "train")["job"])
+    place.wait_until("test-1", lambda result: not place.queued(), 40)
     time.sleep(12)
-    found = place.status("test-1")
+    result = place.status("test-1")
     assert not place.queued() and len(attempts(run, "train")) == 1
-    assert states(found)["train"][0] in ("stopped", "cancelled") and states(found)["export"] == ["cancelled"]
+    assert states(result)["train"][0] in ("stopped", "cancelled") and states(result)["export"] == ["cancelled"]
 
 
 def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
@@ -423,9 +437,9 @@ def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
     refused = tiny.amlaunch("resume", "more", "--model.n_layer", "3", check=False)
     assert refused.returncode == 2 and "resume cannot change model" in refused.stderr
     tiny.amlaunch("resume", "more", "--step_scheduler.max_steps", "6")
-    found = tiny.wait("more", 120)
+    result = tiny.wait("more", 120)
     run = run_dir(tiny, "more")
-    assert states(found)["train"] == ["done"] and element(found, "train")["result"]["step"] == 6
+    assert states(result)["train"] == ["done"] and element(result, "train")["result"]["step"] == 6
     lines = [line["step"] for line in read_json_lines(run.element("train", "0").metrics) if "loss" in line]
     assert lines == [1, 2, 3, 4, 5, 6], "it went on from step 4"
     again = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
@@ -460,27 +474,27 @@ def test_status_is_one_squeue_and_at_most_one_sacct_for_all_terminals(place: Pla
 def test_status_without_slurm_says_what_it_knows(place: Place) -> None:
     place.stand_in(("preprocess", [[]], CPU), ("train", [["--do", "steps"]], CPU))
     place.amlaunch("retry", "test-1")
-    place.wait_until("test-1", lambda found: (element(found, "train")["progress"].get("done") or 0) >= 1)
+    place.wait_until("test-1", lambda result: (element(result, "train")["progress"].get("done") or 0) >= 1)
     bare = place.folder / "bare"
     bare.mkdir()
-    found = place.amlaunch("status", "test-1", "--json", PATH=str(bare), XDG_CACHE_HOME=str(bare))
-    lost = element(json.loads(found.stdout)[0], "train")
+    result = place.amlaunch("status", "test-1", "--json", PATH=str(bare), XDG_CACHE_HOME=str(bare))
+    lost = element(json.loads(result.stdout)[0], "train")
     assert (
         lost["state"] == "unknown" and "last sign of life" in lost["reason"] and "squeue: not found" in lost["reason"]
     )
-    assert states(json.loads(found.stdout)[0])["preprocess"] == ["done"], "markers need no Slurm"
+    assert states(json.loads(result.stdout)[0])["preprocess"] == ["done"], "markers need no Slurm"
 
 
 def test_a_vanished_job_is_explained_by_accounting(place: Place) -> None:
     """Killed by Slurm before the driver could say anything: squeue's or sacct's word for it."""
     run = place.stand_in(("train", [["--do", "hang"]], CPU))
     place.amlaunch("retry", "test-1")
-    place.wait_until("test-1", lambda found: element(found, "train")["attempts"])
+    place.wait_until("test-1", lambda result: element(result, "train")["attempts"])
     place.cluster.on("cpu1", "kill", "-9", str(attempts(run, "train")[0]["pid"]))
-    found = place.wait_until("test-1", lambda found: element(found, "train")["state"] not in ("running", "queued"))
+    result = place.wait_until("test-1", lambda result: element(result, "train")["state"] not in ("running", "queued"))
     assert (
-        element(found, "train")["state"] == "failed"
-        and "before its driver recorded a result" in element(found, "train")["reason"]
+        element(result, "train")["state"] == "failed"
+        and "before its driver recorded a result" in element(result, "train")["reason"]
     )
 
 
@@ -499,7 +513,7 @@ def test_clean_shows_first_and_removes_then(place: Place) -> None:
     refused = place.amlaunch("clean", "test-1", check=False)
     assert refused.returncode == 2 and "has running or pending jobs" in refused.stderr
     place.amlaunch("cancel", "test-1")
-    place.wait_until("test-1", lambda found: found["state"] == "cancelled")
+    place.wait_until("test-1", lambda result: result["state"] == "cancelled")
     assert "would remove" in place.amlaunch("clean", "test-1").stdout and run.root.exists()
     place.amlaunch("clean", "test-1", "--yes")
     assert not run.root.exists()
