@@ -147,11 +147,11 @@ def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> l
 
 def _started_element(run_dir: RunDir, state: ElementState) -> bool:
     """Return True if this run's launcher started an element: only then does the run have submitit's files of it."""
-    from amlaunch.launcher.runs.attempt_record import AttemptHistory
+    from amlaunch.launcher.runs.element_files import read_element_files
 
     if run_dir.stage_home(state.stage) == run_dir.root:
         return True
-    start = AttemptHistory.read(run_dir.element(state.stage, state.name).attempts).newest_start
+    start = read_element_files(run_dir.element(state.stage, state.name)).history.newest_start
     if start is None or not start.job:
         return False
     return any((run_dir.jobs / state.stage / state.name).glob(f"{start.job}_*"))
