@@ -169,7 +169,7 @@ def test_a_dry_run_is_what_is_submitted_byte_for_byte(tiny: Place) -> None:
         ([], "  partition: closed\n", "partition closed accepts only these accounts: nobody; yours is lab"),
         ([], "  account: labb\n", "account 'labb' is not one of your accounts; did you mean 'lab'?"),
         ([], "  qos: hihg\n", "qos 'hihg' is not one of your QOS; did you mean 'high'?"),
-        (["--resources.train.time", "00:01:00"], "", "which leaves no time to work"),
+        (["--resources.train.time", "00:01:00"], "", "which leaves no time for work"),
         (["--resources.train.time", "20"], "  partition: short\n", "partition short allows at most 10:00"),
         (
             ["--resources.train.gpus_per_node", "16"],
@@ -503,7 +503,9 @@ def test_an_environment_that_nodes_do_not_have(place: Place) -> None:
     place.amlaunch("retry", "test-1")
     place.wait("test-1", code=1)
     shown = place.amlaunch("status", "test-1").stdout
-    assert "/nowhere/python3: No such file or directory" in shown and "Python or a package of it is not there" in shown
+    assert (
+        "/nowhere/python3: No such file or directory" in shown and "Python or one of its packages is missing" in shown
+    )
     assert "/nowhere/python3" in place.amlaunch("logs", "test-1").stdout
 
 

@@ -11,8 +11,8 @@ from amlaunch.launcher.display.following import wait_until_ended
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution import srun_step
 from amlaunch.launcher.planning.run_request import RunRequest
-from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
-from amlaunch.launcher.runs.element_state import ElementState, overall, read_run
+from amlaunch.launcher.planning.run_sources import RESUMED_STAGES, ResolvedRun, StartKind
+from amlaunch.launcher.runs.element_state import ElementState, overall_state, read_run
 from amlaunch.launcher.runs.find import read_plan
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.submissions import Submission
@@ -66,9 +66,10 @@ def _expected_states(run: ResolvedRun, states: Sequence[ElementState]) -> list[E
 
 
 def _check_not_training(run: ResolvedRun, states: Sequence[ElementState]) -> None:
-    """Raise BadInput if a run is to be changed while a stage that the change affects is active."""
-    affected = run.restarted_stages if run.kind is StartKind.RESUME else ()
-    if any(state.state in ACTIVE_STATES and state.stage in affected for state in states):
+    """Raise BadInput if the settings of a run are to be changed while it trains or exports."""
+    changes_settings = run.kind is StartKind.RESUME and run.overrides
+    is_training = any(state.state in ACTIVE_STATES and state.stage in RESUMED_STAGES for state in states)
+    if changes_settings and is_training:
         raise BadInput(
             f"{run.plan.run_id} is training; stop it first: "
             f"{wording.program()} cancel {wording.name_of(run.run_dir)} --checkpoint"
@@ -137,7 +138,7 @@ def _as_json(run_dir: RunDir, plan: Plan, submissions: Sequence[Submission]) -> 
     return {
         "run": plan.run_id,
         "path": str(run_dir.root),
-        "state": overall(states, any(state.state in ACTIVE_STATES for state in states)),
+        "state": overall_state(states, any(state.state in ACTIVE_STATES for state in states)),
         "submitted": [
             {"stage": submission.stage, "job": submission.job, "elements": list(submission.elements)}
             for submission in submissions
