@@ -30,7 +30,7 @@ Folders that only a site's configuration names are not checked: ``enroot.conf`` 
 with its own environment.
 """
 ENGINES = ("docker", "podman", "buildah")
-"""Tools that have a storage of images and report where it is."""
+"""Tools with their own image storage, whose folder they report."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Shortage:
 def shortages(folders: Iterable[Path], needed: int) -> Iterator[Shortage]:
     """Yield each folder whose file system has fewer than ``needed`` bytes free; folders need not exist yet."""
     for folder in folders:
-        free = shutil.disk_usage(nearest(folder)).free
+        free = shutil.disk_usage(nearest_existing(folder)).free
         if free < needed:
             yield Shortage(folder, free, needed)
 
 
-def nearest(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the path itself, or its nearest parent that exists."""
     path = Path(os.path.abspath(path))
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
@@ -58,7 +58,7 @@ def nearest(path: Path) -> Path:
 
 def same_disk(first: Path, second: Path) -> bool:
     """Return True if two paths are, or will be, on one file system."""
-    return os.stat(nearest(first)).st_dev == os.stat(nearest(second)).st_dev
+    return os.stat(nearest_existing(first)).st_dev == os.stat(nearest_existing(second)).st_dev
 
 
 def used_bytes(path: Path) -> int:
@@ -74,7 +74,7 @@ def used_bytes(path: Path) -> int:
 
 
 def storage_root(engine: str) -> Path | None:
-    """Return where docker, podman or buildah stores images; None if it does not say, or does so on another machine."""
+    """Return the folder of docker's, podman's or buildah's images; None if it is unknown or on another machine."""
     if engine == "docker":
         if not os.environ.get("DOCKER_HOST", "unix://").startswith("unix://"):
             return None
@@ -138,7 +138,7 @@ def node_shortages(
 
 
 def _node_folders(runtime: str, image: Reference, environ: Mapping[str, str]) -> list[Path]:
-    """List the folders that a runtime would unpack an image in; none if it has the image, or if they are not known."""
+    """List the folders in which a runtime would unpack an image; empty if it has the image or they are unknown."""
     if has_image(runtime, local_tag(image)):
         return []
     if runtime in ENGINES:

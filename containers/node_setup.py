@@ -73,7 +73,7 @@ def start(arguments: Sequence[str]) -> int:
 
 
 def _end_group(number: int, _: Any) -> None:
-    """End the process group, so that no fetch goes on without a purpose beside the next attempt's fetch."""
+    """End the process group, so that no orphaned fetch runs beside the next attempt's fetch."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def refuse(spec: Mapping[str, Any], failure: StartFailure, problem: str) -> int:
-    """Print the reason, and write it to a file for the driver: output of srun and of other nodes may cut the line."""
+    """Print the reason, and write it to a file for the driver, because other output may cut the line."""
     details = f": {problem}" if problem else ""
     remedy = advice(failure, spec["runtime"], spec["image"])
     reason = f"{host()}: {failure.kind} ({spec['image']}){details}; {remedy}"
@@ -155,7 +155,7 @@ def check(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if image and not os.path.exists(image):
         yield "no such image", f"{image} does not exist on this node"
     elif image and not os.access(image, os.R_OK):
-        yield "no such image", f"{os.environ.get('USER', os.getuid())} may not read {image}"
+        yield "no such image", f"{os.environ.get('USER', os.getuid())} has no permission to read {image}"
     for source in spec["mounts"]:
         if not os.path.exists(source):
             yield "mount failed", f"{source} does not exist on this node"
@@ -213,7 +213,7 @@ def prepare(spec: Mapping[str, Any]) -> str | None:
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         for command in commands:
-            output = _run(command, f"{host()}: bringing {spec['image']} here with {spec['runtime']}")
+            output = _run(command, f"{host()}: preparing {spec['image']} with {spec['runtime']}")
             if output is not None:
                 return output
     return None

@@ -91,8 +91,8 @@ FAILURES = (
         restart=True,
         avoid_host=False,
         advice=(
-            "nodes often have no internet access; convert the image to a file that they share: amlaunch image import "
-            "(images in the profile names it)"
+            "nodes often have no internet access; convert the image to a file that all nodes share: "
+            "amlaunch image import (jobs look for it in the profile's image_folder)"
         ),
     ),
     StartFailure(
@@ -150,7 +150,7 @@ FAILURES = (
         restart=False,
         avoid_host=False,
         advice=(
-            "the node cannot make a mount of container.mounts or of the profile; "
+            "a mount from container.mounts or the profile failed; "
             "make sure that the source exists on the node, and the target in an image that cannot be written"
         ),
     ),
@@ -169,7 +169,7 @@ FAILURES = (
         restart=False,
         avoid_host=True,
         advice=(
-            "the node does not allow this runtime's containers for users (user namespaces, /etc/subuid); "
+            "the node does not let ordinary users start this runtime's containers (user namespaces, /etc/subuid); "
             "choose another runtime (container.runtime)"
         ),
     ),
@@ -179,7 +179,7 @@ FAILURES = (
         restart=True,
         avoid_host=False,
         advice=(
-            "the registry, or a proxy before it, sent something else than the image; "
+            "the registry, or a proxy before it, sent something other than the image; "
             "make a file that all nodes share with amlaunch image import"
         ),
     ),
@@ -189,7 +189,7 @@ FAILURES = (
         restart=False,
         avoid_host=False,
         advice=(
-            "docker loads what docker save wrote, and this is an OCI layout; "
+            "this archive is an OCI layout, but docker loads only archives from docker save; "
             "convert it with skopeo copy oci-archive:FILE docker-archive:NEW"
         ),
     ),
@@ -201,7 +201,7 @@ FAILURES = (
         advice="the program is not on that node; choose another runtime (container.runtime, or the profile's)",
     ),
 )
-"""Kinds of failures in the order in which they are looked for."""
+"""Kinds of failures, in the order of the search."""
 UNKNOWN_FAILURE = StartFailure(
     "container failed to start", "", restart=True, avoid_host=False, advice="see the last lines of the log"
 )

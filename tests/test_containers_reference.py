@@ -197,14 +197,14 @@ def test_what_is_wrong_is_said_with_the_nearest_form(text, words):
     ],
 )
 def test_doubts_are_said(text, words):
-    assert words in " ".join(reference.doubts(parse(text)))
+    assert words in " ".join(reference.name_warnings(parse(text)))
 
 
 def test_a_plain_image_raises_no_doubt():
     assert (
-        not reference.doubts(NGC)
-        and not reference.doubts(parse("debian:12"))
-        and not reference.doubts(parse("/a.sqsh"))
+        not reference.name_warnings(NGC)
+        and not reference.name_warnings(parse("debian:12"))
+        and not reference.name_warnings(parse("/a.sqsh"))
     )
 
 

@@ -583,4 +583,4 @@ def test_a_node_that_cannot_see_the_folder(cluster: Cluster):
     far = {"AMLAUNCH_RUNS": "/dev/shm/doctor/runs"}
     done = cluster.run(*command, cwd=cluster.folder("doctor-far"), env=far, timeout=150, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the node does not see it" in " ".join(done.stdout.split()), done.stdout + done.stderr
+    assert "the node does not see this folder" in " ".join(done.stdout.split()), done.stdout + done.stderr

@@ -291,8 +291,8 @@ def test_a_submit_learns_how_large_an_image_is_and_for_what(tmp_path, trusted, c
     assert (
         other.notes
         == (
-            f"{place.replace('tiny:1', 'tiny:other')} is for s390x, and this machine is amd64; nodes of the same "
-            "kind cannot start it",
+            f"{place.replace('tiny:1', 'tiny:other')} is for s390x, and this machine is amd64; "
+            "amd64 nodes cannot start it",
         )
         and not other.problems
     )
@@ -517,7 +517,7 @@ TOKEN = {"/token": (200, {"token": "good"}, {})}
             {WANTED: BEARER, **TOKEN},
             {},
             KEEPS,
-            "has no such public image (404 Not Found); passwords behind a credential helper are not tried here",
+            "has no such public image (404 Not Found); credential helpers were not tried",
         ),
         ({"/v2/": BASIC}, {}, None, "requires a login (401 Unauthorized)"),
         ({"/v2/": BASIC}, {WANTED: MANIFEST}, {"auths": {"PLACE": {"auth": "bWU6cHc="}}}, ""),

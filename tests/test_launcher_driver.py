@@ -28,7 +28,7 @@ from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.srun_step import SrunStep
 from amlaunch.launcher.execution.stop_request import StopRequest
 from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
-from amlaunch.launcher.runs.element_state import is_driven, overall, read_run, read_stage
+from amlaunch.launcher.runs.element_state import is_driven, overall_state, read_run, read_stage
 from amlaunch.launcher.runs.find import list_runs, read_plan
 from amlaunch.launcher.runs.snapshot import take_snapshot, upgrade_snapshot
 from amlaunch.launcher.runs.states import Outcome, State
@@ -310,7 +310,7 @@ def test_a_failed_stage_never_lets_the_next_one_start(tmp_path):
     lock.acquire()
     assert not executor(run, plan).execute(plan.stages)
     states = read_run(run, plan)
-    assert [state.state for state in states] == [State.DONE, State.FAILED, State.PENDING] and overall(
+    assert [state.state for state in states] == [State.DONE, State.FAILED, State.PENDING] and overall_state(
         states
     ) == State.FAILED
 
@@ -372,10 +372,10 @@ def test_a_run_between_two_stages_is_running(tmp_path):
     run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
     drive(run, "preprocess").wait()
     states = read_run(run, plan)
-    assert overall(states, is_driven(run, states)) == State.STOPPED
+    assert overall_state(states, is_driven(run, states)) == State.STOPPED
     lock = Lock(run.lock)
     lock.acquire()
-    assert overall(states, is_driven(run, states)) == State.RUNNING
+    assert overall_state(states, is_driven(run, states)) == State.RUNNING
 
 
 def test_a_lock_is_seen_by_who_may_only_read_it():

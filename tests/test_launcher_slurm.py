@@ -39,7 +39,7 @@ from amlaunch.launcher.runs.states import Outcome, State
 from amlaunch.launcher.runs.submissions import Submission, next_folder, read_submission, submissions_of, token_of
 from amlaunch.launcher.slurm import client, sbatch
 from amlaunch.launcher.slurm import queue as queue_module
-from amlaunch.launcher.slurm.client import JobInfo, compress_ranges, expand_ranges, gpus_of, minutes_of
+from amlaunch.launcher.slurm.client import JobInfo, compress_ranges, expand_ranges, limit_minutes, parse_gres
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.slurm.sbatch import Array, job_environment, script, submission_environment
 from amlaunch.launcher.specs.cluster_profile import find_cluster
@@ -74,7 +74,7 @@ def test_ranges_there_and_back(numbers: set[int]) -> None:
     ],
 )
 def test_gres(gres: str, found: tuple[int, str]) -> None:
-    assert gpus_of(gres) == found
+    assert parse_gres(gres) == found
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_gres(gres: str, found: tuple[int, str]) -> None:
     [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("2-00:30:00", 2910), ("n/a", None), ("", None)],
 )
 def test_time_limits(limit: str, minutes: int | None) -> None:
-    assert minutes_of(limit) == minutes
+    assert limit_minutes(limit) == minutes
 
 
 def test_ranges_of_an_array_that_sacct_never_saw_start() -> None:
@@ -270,8 +270,8 @@ class TestEveryProblemIsSaidAtOnce:
             "clusters.yaml:5: stages.verify.mem is 900G, but a node of partition short has at most 64000 MB",
             "tiny.yaml:27: resources.train.nodes is 3, but partition short has 2 nodes",
             "tiny.yaml:27: resources.train.tasks_per_node is 64, but a node of partition short has at most 32 CPUs",
-            "tiny.yaml:27: resources.train.time is 5 min, but jobs are told to save 300 s before the limit, "
-            "which leaves no time to work; set a longer time, or a smaller signal_seconds in the profile",
+            "tiny.yaml:27: resources.train.time is 5 min, but jobs are asked to save 300 s before the limit, "
+            "which leaves no time for work; set a longer time, or a smaller signal_seconds in the profile",
         ]
 
     def test_of_gpus(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -569,7 +569,7 @@ class TestRetries:
         assert not futile.restart and futile.reason == "limit; no progress in 3 attempts"
         killed = AttemptEnd(Outcome.FAILED, "killed", restart=True)
         retried = apply_retry_policy(self.history(5, 5), killed, 5)
-        assert retried.restart and retried.reason == "killed; retried automatically (3 of 3 without progress)"
+        assert retried.restart and retried.reason == "killed; retried automatically (attempt 3 of 3 without progress)"
         final = AttemptEnd(Outcome.FAILED, "boom")
         assert apply_retry_policy(self.history(5), final, 5) == final
 
@@ -653,13 +653,16 @@ def test_slurm_reasons_are_explained() -> None:
 
 
 def answers(
-    folder: Path, jobs: dict[str, JobInfo] | None, past: dict[str, JobInfo] | None = None, asked: float | None = None
+    folder: Path,
+    jobs: dict[str, JobInfo] | None,
+    accounting: dict[str, JobInfo] | None = None,
+    asked: float | None = None,
 ) -> Queue:
     """A queue that finds these answers where another call has left them."""
     queue = Queue(max_age=1e9, cache=folder / "cache" / "queue")
     asked = time.time() if asked is None else asked
     problem = "" if jobs is not None else "squeue: no answer in 30 s"
-    for name, asked_for, found in (("squeue", "", jobs), ("sacct", "11", past or {})):
+    for name, asked_for, found in (("squeue", "", jobs), ("sacct", "11", accounting or {})):
         rows = None if found is None else [dataclasses.astuple(job) for job in found.values()]
         kept = {"time": asked, "question": asked_for, "problem": problem if name == "squeue" else "", "jobs": rows}
         write_json(queue.file.with_name(f"{name}-{fingerprint(asked_for)}.json"), kept)

@@ -145,7 +145,7 @@ def test_a_stock_image(tmp_path):
         not trains.problems
         and not trains.expected
         and trains.notes
-        == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export writes no sample of text",)
+        == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export will write no sample text",)
     )
     vouched = facts_from_check(NGC, {"said": ["tiktoken"]})
     assert not resolve(required_packages(quickstart(), STAGES), vouched).problems
@@ -170,8 +170,8 @@ def test_checked_images_and_unknown_ones():
     unknown = resolve(required_packages(quickstart(), ["train"]), ImageFacts("mine"))
     assert not unknown.problems and set(unknown.expected) == {"torch", "numpy", "safetensors"} and unknown.copied == ()
     assert unknown.notes == (
-        "the packages in mine are unknown, and it needs (stage train: torch, numpy, safetensors); "
-        "check it with: amlaunch image check mine",
+        "the packages in mine are unknown; check that it has those that the run needs "
+        "(stage train: torch, numpy, safetensors): amlaunch image check mine",
     )
 
 
@@ -207,10 +207,12 @@ def test_versions_of_python(site, tmp_path):
         in resolve([RequiredPackage("newer", "x")], facts_from_check("i", {"packages": {}})).problems[0]
     ), "of an unknown Python, all are meant"
     if sys.version_info >= (3, 11):
-        assert "__init__.py is not Python 3.10" in resolve([RequiredPackage("liar", "stage train")], old).problems[0]
+        assert (
+            "__init__.py is not valid Python 3.10" in resolve([RequiredPackage("liar", "stage train")], old).problems[0]
+        )
     module = tmp_path / "m.py"
     module.write_text("match 1:\n    case _: pass\n")
-    assert incompatibility("", [module], [(3, 10)]) == "" and "not Python 3.9" in incompatibility(
+    assert incompatibility("", [module], [(3, 10)]) == "" and "not valid Python 3.9" in incompatibility(
         "", [module], [(3, 9)]
     )
     assert incompatibility(">=3.10.2", [], [(3, 10)]) == "", "said of early bugs, not of the image's"

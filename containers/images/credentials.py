@@ -29,7 +29,7 @@ NO_SPACE = ("no space left on device", "disk quota exceeded")
 NGC_USER = "$oauthtoken"
 """The user name for nvcr.io, literally and for everyone; the password is an API key of ngc.nvidia.com (Setup)."""
 NETRC_MACHINES = {"nvcr.io": ("nvcr.io", "authn.nvidia.com"), "docker.io": ("auth.docker.io",)}
-"""Hosts under which enroot looks for a registry's credentials if not the registry's own: those that issue tokens
+"""Hosts under which enroot looks up credentials of registries whose tokens are issued elsewhere
 (enroot doc/cmd/import.md)."""
 
 
@@ -63,12 +63,12 @@ def login_advice(tool: str, registry: str, environ: Mapping[str, str]) -> str:
 
 
 def explain_failure(tool: str, reference: str, output: str, environ: Mapping[str, str]) -> str:
-    """Return what the end of a tool's output means and what to do; empty if the output says it well enough."""
+    """Explain the end of a tool's output and give the fix; empty if the output is clear enough."""
     registry, text = registry_of(reference), output.lower()
     if _contains(text, NO_SPACE):
         return (
-            "no space left on the disk. Choose another folder with --tmp DIR or --images DIR; "
-            "the same command continues the download"
+            "no space left on the disk. Free some space and run the same command again (it continues the download), "
+            "or choose another folder with --tmp DIR or --images DIR"
         )
     if reference.startswith("/"):
         return ""
@@ -76,7 +76,7 @@ def explain_failure(tool: str, reference: str, output: str, environ: Mapping[str
         return f"{registry} uses plain HTTP. To allow that, add --insecure"
     if _contains(text, UNREACHABLE):
         return (
-            f"{registry} cannot be reached from here. On a machine that reaches it, run: "
+            f"{registry} cannot be reached from this machine. On a machine that can reach it, run: "
             f"skopeo copy docker://{reference} docker-archive:image.tar. "
             "Copy the file here and run: amlaunch image import image.tar"
         )
@@ -109,14 +109,14 @@ def redact(text: str) -> str:
 def find_login(name: str, environ: Mapping[str, str], user: str = "") -> tuple[str, str] | None:
     """Return user and password for an image such as ``nvcr.io/nvidia/pytorch``; None if no file has them.
 
-    ``user``: the only user to look for. Passwords behind a helper program are not asked for: see :func:`needs_helper`.
+    ``user``: the only user to look for. Credential helpers are not run: see :func:`needs_helper`.
     """
     entries = (entry for entry in _entries(name, environ) if entry and user in ("", entry[0]))
     return next(entries, None)
 
 
 def needs_helper(name: str, environ: Mapping[str, str]) -> bool:
-    """Return True if a helper program has or makes the password (credsStore, credHelpers, enroot's ``$(…)``)."""
+    """Return True if the password comes from a helper program (credsStore, credHelpers, enroot's ``$(…)``)."""
     return any(entry is None for entry in _entries(name, environ))
 
 

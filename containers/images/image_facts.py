@@ -59,7 +59,7 @@ class ImageFacts:
 
 
 def facts_from_name(image: str) -> ImageFacts:
-    """Return what an image's name tells: something for NGC's PyTorch images, nothing for others."""
+    """Return the facts that an image's name implies; empty except for NGC's PyTorch images."""
     match = re.search(r"nvcr\.io[/#]nvidia/pytorch:(\d\d)\.(\d\d)-py3(-igpu)?(@|$)", image)
     if not match:
         return ImageFacts(image)
@@ -80,7 +80,7 @@ def facts_from_check(image: str, record: Mapping[str, object]) -> ImageFacts:
         table = facts_from_name(image)
         return ImageFacts(
             image,
-            table.source or "as you said",
+            table.source or "recorded with --has",
             table.python,
             table.cuda,
             {**table.packages, **packages},

@@ -106,7 +106,7 @@ class ImageFolder:
         return next((image for image in self.images() if _is_named(image, name)), None)
 
     def facts(self, image: str) -> ImageFacts:
-        """Return what is known about an image: the record of its check, else what its name tells."""
+        """Return what is known about an image: the record of its check, else what its name implies."""
         stored = self.find(image)
         for name in [stored.path, image] if stored else [image]:
             record = read_json(self.check_record(name))
@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def short_digest(digest: str) -> str:
-    """Return the start of a digest, as file names contain it."""
+    """Return the start of a digest, as used in file names."""
     return digest.rpartition(":")[2][:DIGEST_LENGTH]
 
 
@@ -172,7 +172,7 @@ def file_slug(name: str) -> str:
 
 
 def skopeo_copy(source: str, layout: Path, architecture: str, *, insecure: bool = False) -> list[str]:
-    """Copy an image into an OCI layout; layers that are there are not fetched again (skopeo-copy(1))."""
+    """Copy an image into an OCI layout; existing layers are not fetched again (skopeo-copy(1))."""
     return [
         "skopeo",
         f"--override-arch={architecture}",

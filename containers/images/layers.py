@@ -169,45 +169,45 @@ def open_archive(path: Path, architecture: str) -> Iterator[LayeredImage]:
             )
 
 
-def _read_oci(place: str, read: Callable[[str], IO[bytes]], architecture: str) -> LayeredImage:
-    index = _read_json(place, read("index.json"))
-    entry = _choose_manifest(place, index.get("manifests") or [], architecture)
-    manifest = _read_json(place, read(_blob_path(entry["digest"])))
+def _read_oci(origin: str, read: Callable[[str], IO[bytes]], architecture: str) -> LayeredImage:
+    index = _read_json(origin, read("index.json"))
+    entry = _choose_manifest(origin, index.get("manifests") or [], architecture)
+    manifest = _read_json(origin, read(_blob_path(entry["digest"])))
     if "manifests" in manifest:  # a nested index: one manifest per architecture
-        entry = _choose_manifest(place, manifest["manifests"], architecture)
-        manifest = _read_json(place, read(_blob_path(entry["digest"])))
+        entry = _choose_manifest(origin, manifest["manifests"], architecture)
+        manifest = _read_json(origin, read(_blob_path(entry["digest"])))
     try:
-        config = _read_json(place, read(_blob_path(manifest["config"]["digest"])))
+        config = _read_json(origin, read(_blob_path(manifest["config"]["digest"])))
         names = [_blob_path(layer["digest"]) for layer in manifest["layers"]]
         size = sum(int(layer["size"]) for layer in manifest["layers"])
     except (KeyError, TypeError) as error:
-        raise NotAnImage(f"{place}: its manifest lacks {error}") from None
+        raise NotAnImage(f"{origin}: its manifest lacks {error}") from None
     return LayeredImage(entry["digest"], config, _layer_openers(read, names), size)
 
 
-def _choose_manifest(place: str, manifests: Sequence[Mapping[str, Any]], architecture: str) -> Mapping[str, Any]:
+def _choose_manifest(origin: str, manifests: Sequence[Mapping[str, Any]], architecture: str) -> Mapping[str, Any]:
     """Return the manifest for an architecture; one without an architecture serves all."""
     if not manifests:
-        raise NotAnImage(f"{place} contains no image")
+        raise NotAnImage(f"{origin} contains no image")
     architectures = [str((entry.get("platform") or {}).get("architecture", "")) for entry in manifests]
     for entry, name in zip(manifests, architectures, strict=True):
         if name in (architecture, ""):
             return entry
     available = ", ".join(sorted(set(architectures) - {"unknown"}))
-    raise NotAnImage(f"{place} has images for {available}, none for {architecture}")
+    raise NotAnImage(f"{origin} has images for {available}, none for {architecture}")
 
 
-def _read_docker(place: str, read: Callable[[str], IO[bytes]], members: Mapping[str, tarfile.TarInfo]) -> LayeredImage:
-    manifest = _read_json(place, read("manifest.json"))
+def _read_docker(origin: str, read: Callable[[str], IO[bytes]], members: Mapping[str, tarfile.TarInfo]) -> LayeredImage:
+    manifest = _read_json(origin, read("manifest.json"))
     if not isinstance(manifest, list) or len(manifest) != 1:
-        raise NotAnImage(f"{place} holds {len(manifest)} images. Save one of them: docker save IMAGE -o FILE")
+        raise NotAnImage(f"{origin} holds {len(manifest)} images. Save one of them: docker save IMAGE -o FILE")
     try:
         config_name, names = str(manifest[0]["Config"]), [str(layer) for layer in manifest[0]["Layers"]]
     except (KeyError, TypeError) as error:
-        raise NotAnImage(f"{place}: its manifest.json lacks {error}") from None
+        raise NotAnImage(f"{origin}: its manifest.json lacks {error}") from None
     digest = "sha256:" + posixpath.basename(config_name).removesuffix(".json")
     sizes = [members[name].size for name in map(posixpath.normpath, names) if name in members]
-    config = _read_json(place, read(config_name))
+    config = _read_json(origin, read(config_name))
     return LayeredImage(digest, config, _layer_openers(read, names), sum(sizes))
 
 
@@ -215,12 +215,12 @@ def _layer_openers(read: Callable[[str], IO[bytes]], names: Sequence[str]) -> li
     return [lambda name=name: read(name) for name in names]  # type: ignore[misc]
 
 
-def _read_json(place: str, handle: IO[bytes]) -> Any:
+def _read_json(origin: str, handle: IO[bytes]) -> Any:
     with handle:
         try:
             return json.load(handle)
         except ValueError as error:
-            raise NotAnImage(f"{place}: damaged ({error})") from None
+            raise NotAnImage(f"{origin}: damaged ({error})") from None
 
 
 def _blob_path(digest: str) -> str:

@@ -206,7 +206,7 @@ def _did_you_mean(image: str, registry: str) -> str:
     return f"did you mean {name!r}?"
 
 
-def doubts(reference: Reference) -> list[str]:
+def name_warnings(reference: Reference) -> list[str]:
     """List what is suspicious about a valid name, such as a registry whose name resembles a known one."""
     if reference.kind != "registry":
         return []

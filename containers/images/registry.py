@@ -42,7 +42,7 @@ MEDIA_TYPES = ", ".join(
 
 
 class RegistryError(Exception):
-    """A registry did not give the answer that was asked for; the message says why."""
+    """A failed query of a registry; the message says why."""
 
     def __init__(self, message: str, status: int = 0, summary: str = "", challenge: str = ""):
         super().__init__(message)
@@ -207,8 +207,7 @@ class _Session:
             is_anonymous = bool(self.authorization) and not self._login()
             if error.status == 404 and is_anonymous and self._runtime_may_log_in():
                 raise RegistryError(
-                    f"{self.registry} has no such public image ({error.summary}); "
-                    "passwords behind a credential helper are not tried here",
+                    f"{self.registry} has no such public image ({error.summary}); credential helpers were not tried",
                     0,
                     error.summary,
                 ) from None
@@ -250,7 +249,7 @@ class _Session:
         return f"{self.schemes[0]}://{self.host}/v2/{self.image.repository}/{resource}"
 
     def _probe_authentication(self) -> RegistryError | None:
-        """Return the challenge of a registry that answers 404 to strangers; None if it has none.
+        """Return the challenge of a registry that answers 404 to anonymous requests; None if it has none.
 
         Raises RegistryError if the host is not a registry.
         """
@@ -292,7 +291,7 @@ class _Session:
         return f"Bearer {self._fetch_token(realm, f'{realm}{separator}{query}', basic)}"
 
     def _fetch_token(self, realm: str, url: str, basic: str) -> str:
-        """Fetch a token. A refusal concerns the credentials, and any other failure says nothing about the image."""
+        """Fetch a token. Only a refusal concerns the credentials; other failures say nothing about the image."""
         try:
             raw, _ = self._send(url, basic)
         except RegistryError as error:
@@ -336,7 +335,7 @@ class _Session:
         if error.geturl() != url:
             return RegistryError(f"{self.registry} redirects to a host that fails ({summary})", 0, summary)
         problems = {401: "requires a login", 403: "requires a login", 404: "has no such image"}
-        problem = problems.get(error.code, "gives no answer")
+        problem = problems.get(error.code, "returned an error")
         return RegistryError(f"{self.registry} {problem} ({summary})", error.code, summary, _challenge(error))
 
 

@@ -73,8 +73,8 @@ def prepare(program: str, reference: Reference) -> tuple[tuple[str, ...], ...]:
     tag = local_tag(reference)
     if reference.kind == "archive":
         script = (
-            'set -eu; "$1" image inspect "$2" >/dev/null 2>&1 && exit 0; said=$("$1" load --input "$3"); '
-            'id=$(printf "%s\\n" "$said" | sed -n "s/^Loaded image\\( ID\\|(s)\\)\\?: *//p" | tail -n 1); '
+            'set -eu; "$1" image inspect "$2" >/dev/null 2>&1 && exit 0; output=$("$1" load --input "$3"); '
+            'id=$(printf "%s\\n" "$output" | sed -n "s/^Loaded image\\( ID\\|(s)\\)\\?: *//p" | tail -n 1); '
             '"$1" tag "$id" "$2"'
         )
         return (("sh", "-c", script, "sh", program, tag, str(reference.file)),)

@@ -106,7 +106,7 @@ class Launch:
     stdin: bool = False
     """True if a daemon starts the container: it lives only as long as its standard input stays open."""
     ignores_signals: bool = False
-    """True if a signal would not reach the command but end what serves its files; only the stop file makes it save."""
+    """True if a signal would end the process that serves the files, not the command; only the stop file works."""
 
 
 class CannotLaunch(ValueError):

@@ -34,8 +34,8 @@ SET_RANK = '''\
 if [ -z "${SLURM_PROCID-}" ]; then
   case ${SLURM_STEP_TASKS_PER_NODE-1} in
     1 | "1(x"*) ;;
-    *) echo "error: this Slurm does not tell a task in its containers which one it is; \
-start one task a node (resources.train.tasks_per_node: 1), or take another runtime" >&2; exit 2 ;;
+    *) echo "error: this version of Slurm does not pass SLURM_PROCID into its containers; \
+set resources.train.tasks_per_node: 1, or choose another runtime (container.runtime)" >&2; exit 2 ;;
   esac
   read -r host </proc/sys/kernel/hostname
   rank=0

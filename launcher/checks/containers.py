@@ -55,7 +55,7 @@ def check_containers(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: Clu
         where = loaded.lines.get(("wandb",), loaded.path)
         problems.add(
             [
-                f"{where}: the key from `wandb login` is in your home, which containers do not see; "
+                f"{where}: the key from `wandb login` is in your home folder, which containers do not see; "
                 "export WANDB_API_KEY=…"
             ]
         )

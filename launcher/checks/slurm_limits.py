@@ -96,17 +96,15 @@ class _StageCheck:
         """List everything that does not fit."""
         partition = self.facts.partitions.get(self.stage.partition or "")
         if partition is None:
-            # It was there when the plan was made.
+            # The partition existed when the plan was made.
             name = self.stage.partition or ""
-            yield f"{self.cluster.source}: partition {name!r} does not exist; {self._nearest(name)}"
+            hint = did_you_mean(name, self.facts.partitions)
+            yield f"{self.cluster.source}: partition {name!r} does not exist; {hint}"
             return
         rules = self.facts.rules.get(partition.name, {})
         yield from self._size_problems(partition)
-        yield from self._time_problems(partition, client.minutes_of(rules.get("DefaultTime", "")))
+        yield from self._time_problems(partition, client.limit_minutes(rules.get("DefaultTime", "")))
         yield from self._rule_problems(rules)
-
-    def _nearest(self, name: str) -> str:
-        return did_you_mean(name, self.facts.partitions)
 
     def _where(self, key: str) -> str:
         """Return the place that set ``key`` and its name, such as ``r.yaml:7: resources.train.mem``; empty if unset."""
@@ -124,13 +122,15 @@ class _StageCheck:
 
         if needs.gpus_per_node > partition.gpus:
             from_option = needs.gpus_per_node != self.loaded.recipe.resources.train.gpus_per_node
+            gpus = f"{partition.gpus} GPU{'s' * (partition.gpus != 1)}"
             key = "--gpus" if from_option else self._where("gpus_per_node")
-            yield f"{key} is {needs.gpus_per_node}, but {node} {partition.gpus} GPUs; {self._gpu_partitions()}"
+            yield f"{key} is {needs.gpus_per_node}, but {node} {gpus}; {self._gpu_partitions()}"
         elif _cpus(self.stage) > partition.most_cpus:
             # Reported only if the GPUs fit, because the CPUs are derived from them.
             key = "cpus" if needs.cpus > needs.tasks_per_node else "tasks_per_node"
             where = self._where(key) or f"resources.{self.stage.name}.{key}"
-            yield f"{where} is {_cpus(self.stage)}, but {node} {partition.most_cpus} CPUs"
+            cpus = f"{partition.most_cpus} CPU{'s' * (partition.most_cpus != 1)}"
+            yield f"{where} is {_cpus(self.stage)}, but {node} {cpus}"
 
         if needs.mem and partition.most_mem_mb and megabytes(needs.mem) > partition.most_mem_mb:
             yield f"{self._where('mem')} is {needs.mem}, but {node} {partition.most_mem_mb} MB"
@@ -152,8 +152,8 @@ class _StageCheck:
         signal_seconds = self.cluster.profile.signal_seconds
         if minutes * 60 <= signal_seconds + MIN_WORK_SECONDS:
             yield (
-                f"{where} is {minutes} min, but jobs are told to save {signal_seconds} s before the limit, "
-                "which leaves no time to work; set a longer time, or a smaller signal_seconds in the profile"
+                f"{where} is {minutes} min, but jobs are asked to save {signal_seconds} s before the limit, "
+                "which leaves no time for work; set a longer time, or a smaller signal_seconds in the profile"
             )
 
     def _rule_problems(self, rules: Mapping[str, str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from amlaunch.containers.images.reference import BadReference, parse
 from amlaunch.containers.runtimes import catalog
 from amlaunch.launcher.commands._shared import add_json
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.images.builder import base_in, build_image, check_base, write_context
+from amlaunch.launcher.images.builder import build_image, check_base, default_base, write_context
 from amlaunch.launcher.images.importer import ImportRequest, import_image
 from amlaunch.launcher.images.tools import ToolFailed, choose_builder, site_format, this_architecture
 from amlaunch.launcher.planning.image_folder import image_folder
@@ -289,7 +289,7 @@ def run_build(options: argparse.Namespace) -> int:
         arguments["BASE"] = base
     if options.packages is not None:
         arguments["PACKAGES"] = options.packages
-    needed_base = base or base_in(dockerfile)
+    needed_base = base or default_base(dockerfile)
     if needed_base:
         check_base(tool, needed_base, say)
     with tempfile.TemporaryDirectory(prefix="amlaunch-build-") as context:

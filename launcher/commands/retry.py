@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _report_nothing_left(source: RetriedRun, states: list[ElementState]) -> int:
     """Explain why nothing is started, and suggest the next command; return the exit code."""
     from amlaunch.launcher.display import wording
-    from amlaunch.launcher.runs.element_state import is_driven, overall
+    from amlaunch.launcher.runs.element_state import is_driven, overall_state
     from amlaunch.launcher.runs.states import ACTIVE_STATES
     from amlaunch.launcher.submission.pipeline import message_printer
     from amlaunch.launcher.submission.slurm_run import finish
@@ -65,5 +65,5 @@ def _report_nothing_left(source: RetriedRun, states: list[ElementState]) -> int:
     if plan.cluster is not None and (request.wait or request.json):
         return finish(run_dir, plan, [], request, say)
     if request.json:
-        print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states, driven))))
+        print(wording.to_json(wording.as_json(run_dir, plan, states, overall_state(states, driven))))
     return OK

@@ -14,7 +14,7 @@ from amlaunch.launcher.commands._shared import RUN_HELP, add_json, add_runs
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.advice import advice, group_failures
 from amlaunch.launcher.display.following import may_be_active, pause_seconds
-from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_runs
+from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall_state, read_runs
 from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
 from amlaunch.launcher.runs.states import ACTIVE_STATES, BROKEN_STATES, State
 from amlaunch.launcher.specs.plan import Plan
@@ -58,7 +58,7 @@ class RunStatus:
     @property
     def state(self) -> str:
         """The state of the whole run."""
-        return overall(self.states, self.is_driven)
+        return overall_state(self.states, self.is_driven)
 
     @property
     def is_driven(self) -> bool:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.runs.element_state import ElementState, overall
+from amlaunch.launcher.runs.element_state import ElementState, overall_state
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.files import read_object
@@ -34,11 +34,11 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
     others = sum(len(group) for group in groups[MAX_FAILURE_GROUPS:])
     if others:
         blocks.append(
-            f"{others} more elements failed for other reasons. List them: {program} status {name} --all. "
-            f"Their logs: {program} logs {name}"
+            f"{others} more element{'s' * (others != 1)} failed for other reasons. "
+            f"List them: {program} status {name} --all. Their logs: {program} logs {name}"
         )
 
-    state = overall(states, driven)
+    state = overall_state(states, driven)
     if state in (State.STOPPED, State.CANCELLED) or (state == State.PENDING and plan.cluster):
         blocks.append(f"next: {restart}\n(continues from the last saved state)")
     if driven:
@@ -95,7 +95,7 @@ def _list_siblings(group: list[ElementState]) -> list[str]:
         return []
     names = ", ".join(state.name for state in siblings[:MAX_LISTED_SIBLINGS])
     more = ", …" if siblings[MAX_LISTED_SIBLINGS:] else ""
-    numbers = ", with other numbers" if len({state.reason for state in group}) > 1 else ""
+    numbers = " (numbers differ)" if len({state.reason for state in group}) > 1 else ""
     hosts = {state.host or state.nodes for state in group}
     places = f", on {len(hosts)} hosts" if len(hosts) > 1 else ""
     return [f"{len(siblings)} more failed for the same reason{numbers}{places}: {names}{more}"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.advice import advice, is_lost
-from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall, read_run
+from amlaunch.launcher.runs.element_state import ElementState, is_driven, overall_state, read_run
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # runs that were never on a cluster need no Slurm
     from amlaunch.launcher.slurm.queue import Queue
 
 MAX_POLLING_SHARE = 0.1
-"""Share of the time that a command spends polling, however many elements there are…"""
+"""Largest share of its time that a command spends polling, however many elements there are."""
 MAX_PAUSE_SECONDS = 60.0
-"""…but it polls at least this often, however slowly Slurm answers."""
+"""Longest pause between two polls, however slowly Slurm answers."""
 POLL_SECONDS = 1.0
-"""Between two looks at the run's files; Slurm's answers are cached (amlaunch.launcher.slurm.queue)."""
+"""Shortest pause between two reads of the run's files; Slurm's answers are cached (amlaunch.launcher.slurm.queue)."""
 LOST_SECONDS = 60.0
 """Time for a submit to record its job ID; after that it was interrupted."""
 
@@ -39,16 +39,16 @@ def pause_seconds(polling_seconds: float, least: float) -> float:
 def wait_until_ended(run_dir: RunDir, plan: Plan, *, json: bool) -> int:
     """Show progress until the run has ended, then its summary; return the exit code."""
     from amlaunch.launcher.display.live_report import make_report
-    from amlaunch.launcher.display.summary import closing, exit_code, headline
+    from amlaunch.launcher.display.summary import closing_lines, exit_code, headline
 
     report = make_report(json, "already done")
     with report:
         states = _poll_until_ended(run_dir, plan, report)
 
     if json:
-        print(wording.to_json(wording.as_json(run_dir, plan, states, overall(states))))
+        print(wording.to_json(wording.as_json(run_dir, plan, states, overall_state(states))))
     elif all(state.state == State.DONE for state in states):
-        for line in closing(run_dir, plan, states):
+        for line in closing_lines(run_dir, plan, states):
             report.say(line)
     else:
         for line in ["", headline(run_dir, plan, states), *advice(run_dir, plan, states)]:

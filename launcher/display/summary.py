@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.runs.element_state import ElementState, overall
+from amlaunch.launcher.runs.element_state import ElementState, overall_state
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import BAD_INPUT, OK, RESUMABLE
@@ -41,7 +41,7 @@ def exit_code(states: list[ElementState]) -> int:
 
 def headline(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> str:
     """Return one line with the run's end and the time in which any of its elements ran."""
-    state = overall(states)
+    state = overall_state(states)
     time_taken = wording.duration(running_seconds(run_dir, states))
     return f"{plan.run_id} {HEADLINES.get(state, f'is {state}')} ({time_taken})"
 
@@ -65,7 +65,7 @@ def _created_at(run_dir: RunDir) -> float:
     return min((path.stat().st_mtime for path in locks if path.exists()), default=0.0)
 
 
-def closing(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
+def closing_lines(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str]:
     """Return the lines that end a finished run."""
     results = [_result_line(state) for stage in RESULT_STAGES for state in states if state.stage == stage]
     return [
@@ -82,7 +82,7 @@ def closing(run_dir: RunDir, plan: Plan, states: list[ElementState]) -> list[str
     ]
 
 
-def stage_closing(run_dir: RunDir, states: list[ElementState]) -> list[str]:
+def stage_closing_lines(run_dir: RunDir, states: list[ElementState]) -> list[str]:
     """Return the lines that end a single stage (``--stage``)."""
     status = f"{wording.program()} status {wording.name_of(run_dir)}"
     return [

@@ -255,7 +255,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: str) -> dict[str, Any]:
+def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall_state: str) -> dict[str, Any]:
     """Return a run for ``--json``; the names are stable and documented in docs/commands.md."""
     elements = list(states)
     stages = [
@@ -266,7 +266,7 @@ def as_json(run: RunDir, plan: Plan, states: Iterable[ElementState], overall: st
         "run": plan.run_id,
         "path": str(run.root),
         "cluster": (plan.cluster or {}).get("name"),
-        "state": overall,
+        "state": overall_state,
         "gpu_hours": round(sum(state.gpu_hours for state in elements), 4),
         "stages": stages,
     }

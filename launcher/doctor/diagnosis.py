@@ -94,7 +94,9 @@ def site_findings(site: SlurmSite) -> Iterator[Finding]:
     yield Finding("requeue", OK, f"jobs can be requeued{default}")
     yield _preemption_finding(site)
     yield Finding(
-        "time limit", OK, f"jobs are killed {site.kill_wait_s} s after the limit (KillWait); amlaunch saves before it"
+        "time limit",
+        OK,
+        f"jobs are killed {site.kill_wait_s} s after the limit (KillWait); amlaunch saves before the limit",
     )
     yield _container_finding(site)
 
@@ -382,7 +384,7 @@ def _memory_finding(gpus: Sequence[Mapping[str, Any]]) -> Finding:
         if gpu["memory_free_bytes"] < MIN_FREE_MEMORY_SHARE * gpu["memory_total_bytes"]
     ]
     if in_use:
-        advice = "run nvidia-smi to see the processes: another job's, or left over from a dead one"
+        advice = "run nvidia-smi to see the processes: they belong to another job, or are left over from a dead one"
         return Finding("memory", WARN, f"in use before the check: {', '.join(in_use)}", advice)
     least = min(gpu["memory_free_bytes"] for gpu in gpus)
     return Finding("memory", OK, f"{least / 2**30:.1f} GiB free or more")

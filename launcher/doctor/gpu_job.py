@@ -134,7 +134,7 @@ def _result(run: RunDir, state: ElementState, report: Report) -> CheckResult:
         log = state.log
     lines = wording.last_lines(log)
     if state.state in (State.FAILED, State.DIED) and state.job and not lines:
-        text = f"no output of the job is visible in {run.root}: the node does not see it ({state.reason})"
+        text = f"no output of the job is visible in {run.root}: the node does not see this folder ({state.reason})"
         advice = "choose a folder that all nodes see under the same path: set runs in the profile, or AMLAUNCH_RUNS"
         return {}, [Finding("shared", BAD, text, advice)]
 

@@ -63,15 +63,15 @@ def best_partitions(site: SlurmSite) -> tuple[SitePartition | None, SitePartitio
     preempted. After that the default partition wins, then a longer time limit, then more nodes.
     """
 
-    def merit(partition: SitePartition) -> tuple[bool, int, int]:
+    def preference(partition: SitePartition) -> tuple[bool, int, int]:
         return partition.default, partition.minutes or sys.maxsize, partition.nodes
 
     accounts = [site.default_account] if site.default_account else site.accounts
     usable = [partition for partition in site.partitions if partition.works and partition.open_to(accounts)]
     with_gpus = [partition for partition in usable if partition.gpus]
     return (
-        max(usable, key=lambda partition: (not partition.gpus, *merit(partition)), default=None),
-        max(with_gpus, key=lambda partition: (partition.preempt == "OFF", *merit(partition)), default=None),
+        max(usable, key=lambda partition: (not partition.gpus, *preference(partition)), default=None),
+        max(with_gpus, key=lambda partition: (partition.preempt == "OFF", *preference(partition)), default=None),
     )
 
 

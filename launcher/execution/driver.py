@@ -96,7 +96,7 @@ def run_element(
 
     number = AttemptHistory.read(folder.attempts).next_number
     attempt = Attempt(run, plan, stage, element, assignment, lock, number)
-    return carry_out(attempt, stop, starter or LocalRanks())
+    return run_attempt(attempt, stop, starter or LocalRanks())
 
 
 def _acquire(lock: Lock, timeout: float) -> bool:
@@ -109,7 +109,7 @@ def _acquire(lock: Lock, timeout: float) -> bool:
     return True
 
 
-def carry_out(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> Outcome:
+def run_attempt(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> Outcome:
     """Start the ranks, wait for them, and record how the attempt ended and whether it is restarted automatically."""
     started = time.monotonic()
     attempt.record(_start_line(attempt))
@@ -151,7 +151,9 @@ def _run(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> AttemptEn
 
 def _not_started(error: Exception) -> AttemptEnd:
     problem = (
-        f"the variable {error.name} is not set (container.env)" if isinstance(error, UnsetVariable) else str(error)
+        f"the variable {error.name} is not set (container.env); export it"
+        if isinstance(error, UnsetVariable)
+        else str(error)
     )
     reason = f"could not start the ranks: {problem}"
     return AttemptEnd(Outcome.FAILED, reason, retryable=not isinstance(error, CannotLaunch))
@@ -173,7 +175,10 @@ def _check_nodes(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> A
         return AttemptEnd(Outcome.STOPPED, stop.reason, restart=stop.came_by_signal)
     if not any(codes):
         return None
-    without_verdict = {"reason": f"the node check before the containers failed (exit code {codes[0]})", "again": True}
+    without_verdict = {
+        "reason": f"the node check failed before any container started (exit code {codes[0]})",
+        "again": True,
+    }
     return refused_end(verdict_of(verdicts) or without_verdict, codes)
 
 

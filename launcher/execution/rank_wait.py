@@ -99,7 +99,7 @@ def _signal_running(ranks: Processes, number: int) -> None:
             rank.send_signal(number)
 
 
-CULPRITS: tuple[Callable[[int], bool], ...] = (
+EXIT_CODE_PRIORITY: tuple[Callable[[int], bool], ...] = (
     lambda code: code == BAD_INPUT,
     lambda code: code == HANG,
     lambda code: code < 0,
@@ -113,7 +113,7 @@ def first_failed_rank(codes: Sequence[int | None]) -> int | None:
 
     A rank that loses its peer fails with an error of its own a moment later, so the order of ranks tells nothing.
     """
-    for is_culprit in CULPRITS:
+    for is_culprit in EXIT_CODE_PRIORITY:
         for rank, code in enumerate(codes):
             if code is not None and is_culprit(code):
                 return rank

@@ -25,7 +25,7 @@ def apply_retry_policy(history: AttemptHistory, end: AttemptEnd, progress: float
         return replace(end, restart=False, reason=f"{end.reason}; no progress in {futile} attempts")
     if end.outcome == Outcome.STOPPED:
         return replace(end, reason=f"{end.reason}; continues automatically from the saved state")
-    count = f"{futile + 1} of {MAX_WITHOUT_PROGRESS} without progress"
+    count = f"attempt {futile + 1} of {MAX_WITHOUT_PROGRESS} without progress"
     return replace(end, reason=f"{end.reason}; retried automatically ({count})")
 
 

@@ -195,8 +195,8 @@ def _step_failure(log: Path, end: AttemptEnd) -> str:
     """Return the reason of a failure of srun itself (no such node, no such shell): the last line of its output."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if lines:
-        return f"the step failed: {lines[-1]}"
-    return f"the step failed without output (srun exit codes: {', '.join(map(str, end.exit_codes))})"
+        return f"srun failed: {lines[-1]}"
+    return f"srun failed without output (exit codes: {', '.join(map(str, end.exit_codes))})"
 
 
 def preview(run: RunDir, plan: Plan, stage: Stage, profile: ClusterProfile) -> list[str]:

@@ -52,12 +52,12 @@ def check_base(tool: str, base: str, say: Say) -> None:
     try:
         size = registry.fetch_manifest(parse(base), this_architecture(), os.environ).size
     except registry.RegistryError as error:
-        say(f"the size of {base} is unknown ({error}); free space is checked for 1 GB only")
+        say(f"the size of {base} is unknown ({error}); checking only that 1 GB is free")
         size = disk_space.UNKNOWN_SIZE_FLOOR
     check_engine_space(tool, base, size)
 
 
-def base_in(dockerfile: Path) -> str:
+def default_base(dockerfile: Path) -> str:
     """Return the default base that a Dockerfile names as ``ARG BASE=…``; empty if it has no such line."""
     match = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
     return match[1] if match else ""

@@ -124,7 +124,8 @@ def _srun_command(cluster: Cluster, launch: Launch, gpus: int | None) -> Iterato
     stage = cluster.profile.stage("train")
     partition = choose_partition(client.partitions(), cluster, "train", gpus or 0)
     if (gpus or 0) > partition.gpus:
-        raise BadInput(f"--gpus {gpus}: nodes of partition {partition.name} have {partition.gpus} GPUs")
+        available = f"{partition.gpus} GPU{'s' * (partition.gpus != 1)} each"
+        raise BadInput(f"--gpus {gpus}: nodes of partition {partition.name} have {available}")
     yield from (
         "srun",
         "--nodes=1",

@@ -284,7 +284,7 @@ class _Importer:
         try:
             manifest = self._query_by_skopeo() if self.source.tool == "skopeo" else self._query_directly()
         except registry.RegistryError as error:
-            self.say(f"the size of {self.source.place} is unknown ({error}); free space is checked for 1 GB only")
+            self.say(f"the size of {self.source.place} is unknown ({error}); checking only that 1 GB is free")
             return "", 0
         self._check_architecture(manifest.architectures)
         return manifest.digest, manifest.size
@@ -448,7 +448,7 @@ class _Importer:
         return f"{layers.archive_layout(path)}-archive:{path}"
 
     def _import_in_one_step(self, digest: str) -> tuple[StoredImage, bool]:
-        """Let enroot or apptainer fetch and convert; without a digest of the registry the file's own is recorded."""
+        """Let enroot or apptainer fetch and convert; if the registry gave no digest, the file's own is recorded."""
         tool = self.source.tool
         stored = next((image for image in self._complete_images() if self._is_same_image(image)), None)
         if stored and not digest:

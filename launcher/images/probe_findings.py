@@ -151,7 +151,7 @@ def _mount(mount: Mapping[str, Any]) -> Finding:
         free = f", {wording.size(mount['free_bytes'])} free" if mount.get("free_bytes") is not None else ""
         return Finding("mount", OK, f"{path} is writable{free}")
     reason = f": {problem}" if problem else ""
-    return Finding("mount", WARN, f"{path} is not writable{reason}", "use it for data that is only read")
+    return Finding("mount", WARN, f"{path} is not writable{reason}", "use it for input data only")
 
 
 def _packages(image: str, report: Mapping[str, Any]) -> Iterator[Finding]:

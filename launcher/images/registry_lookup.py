@@ -33,7 +33,7 @@ Answers = Mapping[str, ImageManifest | RegistryError]
 
 @dataclass(frozen=True)
 class LookupResult:
-    """The plan with what the registries said, and what to tell the user."""
+    """The plan with the registries' facts, and the messages for the user."""
 
     plan: Plan
     """With sizes and architectures of its images where they are known."""
@@ -168,7 +168,7 @@ def _architecture_note(text: str, manifest: ImageManifest) -> Iterator[str]:
     if manifest.architectures and this_architecture() not in manifest.architectures:
         yield (
             f"{text} is for {' and '.join(manifest.architectures)}, and this machine is {this_architecture()}; "
-            "nodes of the same kind cannot start it"
+            f"{this_architecture()} nodes cannot start it"
         )
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlaunch.containers.images.reference import doubts
+from amlaunch.containers.images.reference import name_warnings
 from amlaunch.containers.runtimes import catalog
 from amlaunch.containers.runtimes.catalog import (
     BadMount,
@@ -263,7 +263,7 @@ def container_notes(loaded: LoadedRecipe, plan: Plan, where: str) -> list[str]:
                 "(set container.runtime in the profile to choose one)"
             )
         else:
-            notes += doubts(parse(stage.container.image))
+            notes += name_warnings(parse(stage.container.image))
     return list(dict.fromkeys(notes))
 
 

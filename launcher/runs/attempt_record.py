@@ -13,7 +13,7 @@ from amlaunch.launcher.runs.states import Outcome
 from amlaunch.recipes.files import append_json_line, read_json_lines
 
 AVOID_SECONDS = 3600.0
-"""An element's retries stay away from a node for this long after it failed one of them."""
+"""Seconds for which an element's retries avoid a node on which one of its attempts failed."""
 
 
 @dataclass(frozen=True)

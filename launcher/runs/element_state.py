@@ -91,7 +91,7 @@ def read_runs(runs: Iterable[tuple[RunDir, Plan]], queue: Queue) -> list[list[El
         # Ask before reading files: a job that ends in between has left its marker. The other order would lose it.
         _ = queue.jobs
     records = [list(_read_records(run, plan, by_stage)) for run, plan, by_stage in inputs]
-    queue.ask_past(_unexplained_arrays([record for of_run in records for record in of_run], queue))
+    queue.query_accounting(_unexplained_arrays([record for of_run in records for record in of_run], queue))
     return [_explain_dependencies([_state(record, queue) for record in of_run]) for of_run in records]
 
 
@@ -281,7 +281,7 @@ def _ended_according_to_slurm(record: _ElementRecord, info: JobInfo, known: dict
 def _on_other_cluster(record: _ElementRecord, cluster: str, known: dict[str, Any]) -> ElementState:
     """Return ``unknown``: this cluster's job with the same number is another job."""
     reason = (
-        f"job {known['job']} belongs to Slurm cluster {cluster}, which this machine cannot ask; "
+        f"job {known['job']} belongs to Slurm cluster {cluster}, which this machine cannot query; "
         f"run the command there; {_last_sign(record)}"
     )
     return record.state(State.UNKNOWN, reason=reason, **known)
@@ -292,7 +292,9 @@ def _unexplained(record: _ElementRecord, queue: Queue, known: dict[str, Any]) ->
     job = known["job"]
     owner = _other_owner(known["log"])
     if owner:
-        reason = f"job {job} belongs to {owner}, and Slurm shows you only your own; try: squeue -j {job.split('_')[0]}"
+        reason = (
+            f"job {job} belongs to {owner}, and Slurm shows you only your own jobs; try: squeue -j {job.split('_')[0]}"
+        )
         return record.state(State.UNKNOWN, reason=reason, **known)
     if queue.jobs is None:
         problems = "; ".join(dict.fromkeys(queue.problems))
@@ -364,7 +366,7 @@ def is_driven(run: RunDir, states: Iterable[ElementState]) -> bool:
     return is_locked(run.lock) or any(state.state in ACTIVE_STATES for state in states)
 
 
-def overall(states: Sequence[ElementState], driven: bool = False) -> State:
+def overall_state(states: Sequence[ElementState], driven: bool = False) -> State:
     """Return the state of a run: the most urgent state of its elements; done only if all are done."""
     present = {state.state for state in states}
     if driven:

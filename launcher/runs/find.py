@@ -67,7 +67,7 @@ def find_run(folders: Iterable[Path], name: str) -> RunDir:
     Raises BadInput with the nearest name.
     """
     if not name.strip():  # an unset shell variable would match any run
-        raise BadInput("the name of the run is empty")
+        raise BadInput("the run name is empty; list the runs: amlaunch status")
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():
         return RunDir(path.resolve())
@@ -81,7 +81,9 @@ def find_run(folders: Iterable[Path], name: str) -> RunDir:
             hint = did_you_mean(name, [run.root.name for run in runs])
         raise BadInput(f"no run {name!r} in {', '.join(map(str, folders))}; {hint}")
     if len({_recipe_name(run) for run in matches}) > 1:
-        raise BadInput(f"{name!r} matches several runs: {', '.join(run.root.name for run in matches)}")
+        raise BadInput(
+            f"{name!r} matches several runs; name one of them: {', '.join(run.root.name for run in matches)}"
+        )
     return matches[0]
 
 

@@ -308,7 +308,7 @@ def resolve(required: Sequence[RequiredPackage], facts: ImageFacts) -> ImagePack
         elif package.optional:
             if in_image is False and package.name in ("tiktoken", "tokenizers"):
                 notes.append(
-                    f"{facts.image} has no {package.name} ({facts.source}): the export writes no sample of text"
+                    f"{facts.image} has no {package.name} ({facts.source}): the export will write no sample text"
                 )
         elif in_image is None:
             expected.append(package)
@@ -329,8 +329,8 @@ def _unknown_note(expected: Sequence[RequiredPackage], facts: ImageFacts) -> lis
         names_by_reason.setdefault(package.why, []).append(package.name)
     needs = "; ".join(f"{why}: {', '.join(names)}" for why, names in names_by_reason.items())
     return [
-        f"the packages in {facts.image} are unknown, and it needs ({needs}); "
-        f"check it with: amlaunch image check {facts.image}"
+        f"the packages in {facts.image} are unknown; check that it has those that the run needs ({needs}): "
+        f"amlaunch image check {facts.image}"
     ]
 
 
@@ -358,7 +358,7 @@ def closure(name: str, facts: ImageFacts) -> tuple[dict[str, Package], str]:
             return {}, f"{package.name} {package.version} of this machine: {problem}"
     size = sum(source.stat().st_size for package in packages.values() for source in package.files.values())
     if size > MAX_BYTES:
-        return {}, f"{name} is too large to copy for each run, {size / 1e6:.0f} MB"
+        return {}, f"{name} is too large to copy for each run ({size / 1e6:.0f} MB)"
     return packages, ""
 
 
@@ -524,5 +524,5 @@ def _syntax_problem(file: Path, version: Version) -> str:
     try:
         ast.parse(file.read_bytes(), filename=str(file), feature_version=version)
     except (SyntaxError, ValueError) as error:
-        return f"{file.name} is not Python {version[0]}.{version[1]} ({error})"
+        return f"{file.name} is not valid Python {version[0]}.{version[1]} ({error})"
     return ""

@@ -113,7 +113,7 @@ def _user_files(folder: Path) -> list[Path]:
     largest = sorted(files, key=lambda path: -sizes[path])[:MAX_LISTED_FILES]
     shown = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 1e6:.1f} MB)" for path in largest)
     raise BadInput(
-        f"{folder} holds {len(files)} files of {sum(sizes.values()) / 1e6:.0f} MB, too much to copy for each run "
+        f"{folder} holds {len(files)} files ({sum(sizes.values()) / 1e6:.0f} MB), too much to copy for each run "
         f"(limit: {MAX_FILES} files and {MAX_BYTES // 10**6} MB); move the recipe and the files that it names into "
         f"their own folder, or let git ignore the rest. The largest: {shown}"
     )

@@ -253,7 +253,7 @@ def may_be_requeued(job: str) -> bool:
     """
     facts = dict(re.findall(r"(\w+)=(\S*)", call("scontrol", "show", "job", job)))
     if facts.get("JobState") == "COMPLETING":
-        run_time, limit = seconds_of(facts.get("RunTime", "")), seconds_of(facts.get("TimeLimit", ""))
+        run_time, limit = duration_seconds(facts.get("RunTime", "")), duration_seconds(facts.get("TimeLimit", ""))
         return run_time is not None and limit is not None and run_time >= limit
     return facts.get("JobState") != "CANCELLED"
 
@@ -308,12 +308,12 @@ def partition_rules() -> dict[str, Mapping[str, str]]:
 
 def _partition(fields: Sequence[str]) -> Partition:
     name, up, limit, nodes, cpus, mem, gres = (field.strip() for field in fields)
-    gpus, kind = gpus_of(gres)
+    gpus, kind = parse_gres(gres)
     return Partition(
         name.rstrip("*"),
         name.endswith("*"),
         up == "up",
-        minutes_of(limit),
+        limit_minutes(limit),
         int(nodes),
         _number(cpus),
         _number(mem),
@@ -340,7 +340,7 @@ def _number(text: str) -> int:
     return int(match[0]) if match else 0
 
 
-def gpus_of(gres: str) -> tuple[int, str]:
+def parse_gres(gres: str) -> tuple[int, str]:
     """Return ``(count, type)`` of the GPUs in a GRES list: ``gpu:h100:8(S:0-1),tmpfs:1T``."""
     count, kind = 0, ""
     for part in re.sub(r"\([^)]*\)", "", gres).split(","):  # the brackets name sockets or indices
@@ -354,7 +354,7 @@ def gpus_of(gres: str) -> tuple[int, str]:
     return count, kind
 
 
-def seconds_of(text: str) -> int | None:
+def duration_seconds(text: str) -> int | None:
     """Return Slurm's ``[days-][hours:]minutes:seconds`` in seconds; None for ``infinite`` and anything else."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
     if not match:
@@ -363,9 +363,9 @@ def seconds_of(text: str) -> int | None:
     return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-def minutes_of(limit: str) -> int | None:
+def limit_minutes(limit: str) -> int | None:
     """Return a time limit in minutes, rounded down; None for ``infinite``."""
-    seconds = seconds_of(limit)
+    seconds = duration_seconds(limit)
     return None if seconds is None else seconds // 60
 
 

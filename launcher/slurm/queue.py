@@ -78,20 +78,20 @@ class Queue:
                 write_json(cache, {"time": time.time(), "name": name}, durable=False)
         return name
 
-    def ask_past(self, arrays: Iterable[str]) -> None:
+    def query_accounting(self, arrays: Iterable[str]) -> None:
         """Ask accounting about the arrays that it has not been asked about yet, with one sacct."""
         wanted = sorted(set(arrays) - self._past_asked)
         if wanted:
             self._past_asked.update(wanted)
             self._past.update(self._shared("sacct", ",".join(wanted), lambda: client.sacct(wanted)) or {})
 
-    def past(self, job: str) -> JobInfo | None:
-        """Return accounting's record of a job (see :meth:`ask_past`)."""
+    def accounting_record(self, job: str) -> JobInfo | None:
+        """Return accounting's record of a job (see :meth:`query_accounting`)."""
         return self._past.get(job)
 
     def job(self, job: str) -> JobInfo | None:
         """Return what the queue, or else accounting, knows of a job."""
-        return (self.jobs or {}).get(job) or self.past(job)
+        return (self.jobs or {}).get(job) or self.accounting_record(job)
 
     def _shared(self, command: str, question: str, ask: Callable[[], Jobs]) -> Jobs | None:
         """Return another call's answer if it is still fresh, or else a new one, which is kept for others."""

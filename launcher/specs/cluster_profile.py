@@ -62,7 +62,7 @@ STAGES = ("preprocess", "verify", "train", "export")
 
 @dataclass(frozen=True)
 class StageProfile:
-    """Settings for one stage; a setting that is not given is the profile's."""
+    """Settings for one stage; unset ones come from the profile."""
 
     partition: str | None = None
     account: str | None = None
@@ -205,7 +205,7 @@ def find_cluster(name: str) -> Cluster:
     files = ", ".join(map(str, profile_files())) or f"there is no {FILE}"
     raise BadInput(
         f"no cluster {name!r} ({files}); {did_you_mean(name, known_clusters())}; "
-        "write a profile of this site: amlaunch doctor"
+        f"to write a profile of this site, run: amlaunch doctor --save {FILE}"
     )
 
 
@@ -226,7 +226,7 @@ def _cluster_in(path: Path, name: str) -> Cluster:
     hint = did_you_mean(name, tree)
     if name:
         raise BadInput(f"{path}: no cluster {name!r}; {hint}")
-    raise BadInput(f"{path}: {len(tree)} clusters; choose one with --cluster {path}:NAME; {hint}")
+    raise BadInput(f"{path} defines {len(tree)} clusters; choose one with --cluster {path}:NAME; {hint}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:

@@ -11,10 +11,10 @@ from types import FrameType
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.advice import advice
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport, make_report
-from amlaunch.launcher.display.summary import closing, exit_code, headline, stage_closing
+from amlaunch.launcher.display.summary import closing_lines, exit_code, headline, stage_closing_lines
 from amlaunch.launcher.execution.local_executor import LocalExecutor
 from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
-from amlaunch.launcher.runs.element_state import ElementState, overall, read_run, read_stage
+from amlaunch.launcher.runs.element_state import ElementState, overall_state, read_run, read_stage
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.launcher.submission.preflight import already_running, check_inputs
@@ -87,7 +87,7 @@ def _execute(run: ResolvedRun, report: Report, *, json: bool) -> int:
     states = [state for stage in run.stages for state in read_stage(run.run_dir, stage)]
     everything = read_run(run.run_dir, run.plan)
     if json:
-        print(wording.to_json(wording.as_json(run.run_dir, run.plan, everything, overall(everything))))
+        print(wording.to_json(wording.as_json(run.run_dir, run.plan, everything, overall_state(everything))))
     for line in _summary(run, states, done=done, is_partial=len(states) < len(everything)):
         report.say(line)
     return OK if done else exit_code(states)
@@ -97,7 +97,7 @@ def _summary(run: ResolvedRun, states: list[ElementState], *, done: bool, is_par
     if not done:
         blocks = [headline(run.run_dir, run.plan, states), *advice(run.run_dir, run.plan, states)]
         return [f"\n{block}" for block in blocks]
-    return stage_closing(run.run_dir, states) if is_partial else closing(run.run_dir, run.plan, states)
+    return stage_closing_lines(run.run_dir, states) if is_partial else closing_lines(run.run_dir, run.plan, states)
 
 
 @contextmanager
