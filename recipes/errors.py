@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 MAX_LISTED_NAMES = 12
 SIMILARITY = 0.65
-"""Least ``difflib`` ratio of a suggestion: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
+"""Minimum ``difflib`` ratio of a hint: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
 
 
 class BadInput(Exception):

@@ -1,4 +1,4 @@
-"""Output to a terminal that lacks a character, or to a reader that has gone."""
+"""Words and streams of our output: counts with their noun, and terminals that lack a character."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 
 PIPE_CLOSED = 141
 """Exit code after the reader of our output has closed it, as ``| head`` does (128 plus SIGPIPE's number)."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a count with its noun: ``1 shard``, ``2 shards``, ``1,024 shards``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def tolerate_unreadable_output() -> None:

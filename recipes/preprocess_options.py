@@ -36,7 +36,7 @@ PREPROCESS_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "tokenising library; the tokens are the same (auto)",
     ),
     "max_tokens": ({"metavar": "N"}, "total tokens, such as 500M or 10B (all of the source)"),
-    "val_tokens": ({"metavar": "N"}, "tokens of these for validation, at least (0)"),
+    "val_tokens": ({"metavar": "N"}, "minimum validation tokens, part of the total (0)"),
     "shard_tokens": ({"metavar": "N"}, "maximum tokens of a shard (100M)"),
     "parts": ({"metavar": "N", "type": int}, "parts of the source to process independently (by size)"),
     "num_workers": ({"metavar": "N", "type": int}, "processes (one per CPU)"),

@@ -107,7 +107,7 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
     small = ["--", "--preprocess.max_tokens", "100K", "--preprocess.val_tokens=5K"]
     base = [str(recipe), "--out", str(out), "--element"]
     code, _, err = run_to_end(["verify", *base, str(stage / "v"), *small], processes)
-    assert code == 1 and "2 of 2 elements are not finished: 0, 1" in err and "Traceback" not in err
+    assert code == 1 and "2 of 2 elements not finished: 0, 1" in err and "Traceback" not in err
     for index in ("0", "1"):
         code, stdout, err = run_to_end(["element", *base, str(stage / index), "--index", index, *small], processes)
         assert (code, err) == (0, "") and f"element {index}: " in stdout

@@ -299,7 +299,7 @@ def test_a_source_that_ends_before_the_budget_is_said(tmp_path: Path, texts: lis
     options = recipe(tmp_path, max_tokens=10**9)
     (part,) = make(options, tmp_path / "out")
     verify(options, tmp_path / "out", Progress(log=lines.append))
-    assert any(f"the source ended at {part.cursor.tokens:,} of 1,000,000,000" in line for line in lines)
+    assert any(f"the source has only {part.cursor.tokens:,} of max_tokens 1,000,000,000" in line for line in lines)
 
 
 @pytest.mark.parametrize("parts", [1, 5])
@@ -496,7 +496,7 @@ def test_a_finished_element_returns_at_once_and_touches_nothing(tmp_path: Path, 
     lines: list[str] = []
     assert make(options, out, lines=lines) == [first]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    assert "resuming after 1 finished parts" in lines[0]
+    assert "resuming after 1 finished part (" in lines[0]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
@@ -555,12 +555,12 @@ def test_a_stop_file_ends_it_cleanly_and_the_rest_is_identical(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": 5000}, "options.max_tokens was None, is 5000"),
-        ({"val_tokens": 1}, "options.val_tokens was 0, is 1"),
-        ({"encoding": "latin-1"}, "source.encoding was 'utf-8', is 'latin-1'"),
-        ({"exclude": "0007.txt"}, "source.files was 40, is 39"),
-        ({"bos": False}, "options.bos was True, is False"),
-        ({"parts": 2}, "parts was 1, is 2"),
+        ({"max_tokens": 5000}, "options.max_tokens was None, is now 5000"),
+        ({"val_tokens": 1}, "options.val_tokens was 0, is now 1"),
+        ({"encoding": "latin-1"}, "source.encoding was 'utf-8', is now 'latin-1'"),
+        ({"exclude": "0007.txt"}, "source.files was 40, is now 39"),
+        ({"bos": False}, "options.bos was True, is now False"),
+        ({"parts": 2}, "parts was 1, is now 2"),
     ],
 )
 def test_a_folder_made_from_something_else_is_refused(
@@ -614,7 +614,7 @@ def test_the_manifest_lists_all_shards_and_is_written_once(tmp_path: Path, texts
 def test_missing_parts_are_named(tmp_path: Path, texts: list[str]) -> None:
     options = recipe(tmp_path, elements=4, parts=4)
     make(options, tmp_path / "out", range(1, 3))
-    with pytest.raises(IncompleteOutput, match="2 of 4 elements are not finished: 0, 3"):
+    with pytest.raises(IncompleteOutput, match="2 of 4 elements not finished: 0, 3"):
         verify(options, tmp_path / "out", QUIET)
 
 
@@ -696,7 +696,7 @@ def test_elements_of_two_origins_are_refused(tmp_path: Path, texts: list[str]) -
         shutil.copy(path, tmp_path / "one" / path.name)
     with pytest.raises(BadInput, match=r"element 1 was made with a different source.*: source\.digest"):
         verify(options, tmp_path / "one", QUIET)
-    with pytest.raises(BadInput, match=r"options\.shard_tokens was 700, is 800"):
+    with pytest.raises(BadInput, match=r"options\.shard_tokens was 700, is now 800"):
         verify(dataclasses.replace(options, shard_tokens=800), tmp_path / "two", QUIET)
 
 
@@ -704,7 +704,7 @@ def test_a_shard_that_nobody_made_here_is_refused_by_name(tmp_path: Path, texts:
     options, out = recipe(tmp_path), tmp_path / "out"
     make(options, out)
     shutil.copy(out / "train-00000-00001.bin", out / "train-00007-00000.bin")
-    with pytest.raises(BadInput, match=r"shards that no element of this recipe made: train-00007-00000\.bin"):
+    with pytest.raises(BadInput, match=r"holds shards that no element of this recipe made: train-00007-00000\.bin"):
         verify(options, out, QUIET)
 
 

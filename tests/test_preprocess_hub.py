@@ -68,7 +68,7 @@ def test_any_range_is_read(tmp_path: Path) -> None:
         (refuse(404), BadInput, "404 .*the file does not exist, or you have no access"),
         (refuse(403), BadInput, "HF_TOKEN"),
         (refuse(418), ExternalFailure, "418"),
-        (refuse(503), ExternalFailure, f"failed {MAX_ATTEMPTS} times in a row"),
+        (refuse(503), ExternalFailure, f"{MAX_ATTEMPTS} requests in a row failed"),
     ],
 )
 def test_what_waiting_cannot_mend_is_said(fault: Fault, error: type[Exception], message: str) -> None:

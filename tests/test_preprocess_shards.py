@@ -173,15 +173,19 @@ def test_others_layouts_are_read(tmp_path: Path, ints: list[int], body: bytes, h
 @pytest.mark.parametrize(
     ("ints", "body", "message"),
     [
-        ([20240520, 1, 3, 2], bytes(5), "truncated: 1029 bytes on disk, 1030 expected"),
+        ([20240520, 1, 3, 2], bytes(5), "truncated: expected 1030 bytes (3 tokens of 2 bytes), got 1029"),
         ([20240520, 1, 3, 2], bytes(8), "longer than its header says"),
         ([20240520, 1, 3, 4], bytes(6), "truncated"),
         ([20240520, 1, 0, 2], b"", "counts 0 tokens"),
         ([20240520, 1, -5, 2], b"", "counts -5 tokens"),
-        ([20240520, 2, 3, 2], bytes(6), "version 2"),
-        ([20240520, 1, 3, 8], bytes(24), "8 bytes per token"),
-        ([278895051, 1, 3, 0], bytes(6), "0 bytes per token"),
-        ([1179403647, 1, 3, 2], bytes(6), "not a token shard: begins with 1179403647"),
+        ([20240520, 2, 3, 2], bytes(6), "expected shard format version 1, got 2"),
+        ([20240520, 1, 3, 8], bytes(24), "expected 2 or 4 bytes per token in its header, got 8"),
+        ([278895051, 1, 3, 0], bytes(6), "expected 2 or 4 bytes per token in its header, got 0"),
+        (
+            [1179403647, 1, 3, 2],
+            bytes(6),
+            "not a token shard: expected magic number 20240520 (llm.c) or 278895051 (NeMo), got 1179403647",
+        ),
     ],
 )
 def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, ints: list[int], body: bytes, message: str) -> None:

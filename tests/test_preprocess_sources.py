@@ -230,9 +230,9 @@ def test_encodings(tmp_path: Path, raw: bytes, encoding: str, text: str) -> None
 
 
 UNDECODABLE = [
-    (b"abc\xff", "utf-8", "byte offset 3 is not utf-8"),
-    (b"x = 1\ny = 2\nz = '\xe9'\n", "python", "byte offset 17 is not utf-8"),
-    (b"# \xe9\n", "python", "byte offset 2 is not utf-8"),
+    (b"abc\xff", "utf-8", "byte 3 is not valid utf-8"),
+    (b"x = 1\ny = 2\nz = '\xe9'\n", "python", "byte 17 is not valid utf-8"),
+    (b"# \xe9\n", "python", "byte 2 is not valid utf-8"),
     (b"# coding: klingon\n", "python", "unknown encoding"),
     (b"# coding: hex\n", "python", "not a text encoding"),
 ]
@@ -256,7 +256,7 @@ def test_codecs_with_errors_of_their_own_are_named_or_skipped(tmp_path: Path, en
     write(tmp_path, {"bad.txt": f"# coding: {encoding}\nxn--\xff".encode("latin-1")})
     options = {"data_files": f"{tmp_path}/*.txt", "encoding": "python"}
     for errors in ("strict", "replace"):
-        with pytest.raises(BadInput, match=r"bad\.txt: .*(undefined encoding|not ascii|error handling)"):
+        with pytest.raises(BadInput, match=r"bad\.txt: .*(undefined encoding|not valid ascii|error handling)"):
             all_records(Preprocess(**options, encoding_errors=errors))
     assert all_records(Preprocess(**options, encoding_errors="skip")) == [SkippedRecord("undecodable")]
 
@@ -371,7 +371,7 @@ def test_text_of_a_parquet_file_that_is_not_utf_8_is_placed(tmp_path: Path) -> N
     assert [records[0], records[2]] == ["a", "b"]
     assert (
         isinstance(records[1], DamagedRecord)
-        and "a.parquet: row 1: byte 0 of the text is not utf-8" in records[1].message
+        and "a.parquet: row 1: byte 0 of the text is not valid utf-8" in records[1].message
     )
 
 

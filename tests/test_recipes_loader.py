@@ -133,10 +133,10 @@ def test_a_minimal_recipe_gets_the_defaults(folder):
         ("distributed:\n  strategy: ddp\n  cpu_offload: true\n", 10, "needs strategy fsdp2, not ddp"),
         ("packed_sequence:\n  packed_sequence_size: -1\n", 9, "expected an integer of at least 0"),
         ("preprocess:\n  max_tokens: some\n  data_files: x\n", 9, "500M"),
-        ("preprocess:\n  tokenizer: gpt2\n", 8, "set one of dataset"),
+        ("preprocess:\n  tokenizer: gpt2\n", 8, "set exactly one of dataset"),
         ("preprocess:\n  data_files: x\n  max_tokens: 1K\n  val_tokens: 1K\n", 11, "leaves nothing"),
         ("resources:\n  train:\n    time: soon\n", 10, "04:00:00"),
-        ("name: a/b\n", 8, "names a folder"),
+        ("name: a/b\n", 8, "'a/b' cannot name the run's folder"),
         ("wandb:\n  api_key: abc\n", 9, "export API_KEY"),
         ("sweep:\n  optimizer.lrr: [1, 2]\n", 9, "unknown key"),
         ("sweep:\n  optimizer.lr: []\n", 9, "the list is empty"),
@@ -343,7 +343,7 @@ class TestVariables:
     def test_a_variable_of_the_wrong_type_is_named_without_its_value(self, folder, monkeypatch, key, expected):
         monkeypatch.setenv("VALUE_X", "18764.25")
         message = problems(folder, MINIMAL, f"--{key}=${{VALUE_X}}")
-        assert f"{key}: expected {expected}, which ${{VALUE_X}} is not" in message and "18764" not in message
+        assert f"{key}: expected {expected}, but ${{VALUE_X}} is something else" in message and "18764" not in message
 
     def test_another_value_is_another_run_but_another_secret_is_not(self, folder, monkeypatch):
         fingerprints = set()

@@ -64,7 +64,7 @@ def test_quotes_keep_a_string():
         ("a: [1, 2\nb: 3\n", 2, "not valid YAML"),
         ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
         ("? [1, 2]\n: x\n", 1, "plain word"),
-        ("a: &x [*x]\n", 1, "aliases"),
+        ("a: &x [*x]\n", 1, "an alias contains itself"),
     ],
 )
 def test_bad_yaml_names_its_line(text, line, expected):
@@ -83,7 +83,7 @@ def test_growing_aliases_are_refused():
         f"{name}: &{name} [{','.join('*' + before for _ in range(10))}]\n"
         for before, name in zip("abcdef", "bcdefg", strict=True)
     )
-    with pytest.raises(BadInput, match="grow without end"):
+    with pytest.raises(BadInput, match="expands to over 100,000 values"):
         parse(bomb, "r")
 
 

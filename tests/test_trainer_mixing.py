@@ -17,7 +17,7 @@ from amlaunch.preprocess.shards.shard_format import write_shard
 from amlaunch.recipes.errors import BAD_INPUT, OK, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.data.datasets import MixedDataset, NanogptDataset
-from amlaunch.trainer.data.sample_order import MixtureOrder, SourceOrder, rank_positions, whole_shares
+from amlaunch.trainer.data.sample_order import MixtureOrder, SourceOrder, integer_shares, rank_positions
 
 __all__ = ["on_cpu"]  # an autouse fixture
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
@@ -69,12 +69,12 @@ def test_ranks_and_resumes_do_not_matter(ranks: int, steps: list[int], shares: l
 
 
 def test_weights_are_exact_where_they_can_be() -> None:
-    assert whole_shares({"a": 0.7, "b": 0.3}) == (7, 3)
-    assert whole_shares([2, 1, 1]) == (2, 1, 1)
-    assert whole_shares([10**12, 10**12]) == (1, 1)
-    web, code = whole_shares([123456789, 987654321])
+    assert integer_shares({"a": 0.7, "b": 0.3}) == (7, 3)
+    assert integer_shares([2, 1, 1]) == (2, 1, 1)
+    assert integer_shares([10**12, 10**12]) == (1, 1)
+    web, code = integer_shares([123456789, 987654321])
     assert abs(web / (web + code) - 123456789 / 1111111110) < 1e-6
-    assert whole_shares([1e-9, 1]) == (1, 2**20)  # never none at all
+    assert integer_shares([1e-9, 1]) == (1, 2**20)  # never none at all
 
 
 def test_rows_come_from_their_sources(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_what_is_wrong_with_sources_is_said_at_its_line(tmp_path: Path) -> None:
     assert "some sources have a weight and some do not" in problem("--dataset.sources.web.weight", "null")
     assert "must be the same for all sources" in problem("--dataset.sources.web.seq_len", "4")
     assert "expected true or false, got 3" in problem("--dataset.sources.web.align_to_bos", "3")
-    assert "expected sections by name" in problem("--dataset.sources", "[]")
+    assert "expected named sections" in problem("--dataset.sources", "[]")
     assert "no preprocess section" in problem("--dataset.sources.web.file_pattern", "null")
     loaded = load(tmp_path / "r.yaml")
     assert [Path(place).name for place in loaded.data_paths("dataset")] == ["a.bin", "b.bin"]
-    with pytest.raises(BadInput, match=r"dataset\.sources\.x: dataset\.file_pattern: nothing matches"):
+    with pytest.raises(BadInput, match=r"dataset\.sources\.x: dataset\.file_pattern: no file matches"):
         MixedDataset(sources={"x": {"file_pattern": str(tmp_path / "none*.bin")}}, seq_len=8)
 
 

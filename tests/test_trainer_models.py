@@ -136,7 +136,7 @@ def test_a_folder_that_is_no_start_says_why(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"model_type": "opt"}, "model_type is 'opt', not one of gpt2, llama"),
-        ({"n_layer": 3}, "has no tensor 'h.2"),
+        ({"n_layer": 3}, "the tensor 'h.2"),
         ({"n_embd": 64}, "its config.json requires"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

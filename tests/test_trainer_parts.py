@@ -425,7 +425,7 @@ def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
     folder = fake_checkpoint(tmp_path, 1)
     data = folder / "__0_0.distcp"
     assert checkpoint.find_damage(folder) is None
-    for harm, word in ((b"x" * 200, "checksum mismatch"), (bytes(range(199)), "199 bytes instead of 200")):
+    for harm, word in ((b"x" * 200, "checksum mismatch"), (bytes(range(199)), "expected 200 bytes, got 199")):
         data.write_bytes(harm)
         assert word in str(checkpoint.find_damage(folder))
         assert sum(checkpoint.find_damage(folder, rank, 3) is not None for rank in range(3)) == 1

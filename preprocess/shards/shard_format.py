@@ -139,8 +139,8 @@ def read_header(path: Path) -> ShardHeader:
     if size != expected:
         problem = "truncated" if size < expected else "longer than its header says"
         raise BadInput(
-            f"{path}: {problem}: {size} bytes on disk, {expected} expected for {header.tokens} tokens of "
-            f"{header.item_size} bytes"
+            f"{path}: {problem}: expected {expected} bytes ({header.tokens} tokens of {header.item_size} "
+            f"bytes), got {size}"
         )
     return header
 
@@ -149,15 +149,16 @@ def _parse_header(path: Path, ints: npt.NDArray[Any]) -> ShardHeader:
     magic, version, tokens, item_size, documents = (int(value) for value in ints[:5])
     if magic not in (MAGIC_UINT16, MAGIC_SIZED):
         raise BadInput(
-            f"{path}: not a token shard: begins with {magic}, expected {MAGIC_UINT16} (llm.c) or {MAGIC_SIZED} (NeMo)"
+            f"{path}: not a token shard: expected magic number {MAGIC_UINT16} (llm.c) or {MAGIC_SIZED} (NeMo), "
+            f"got {magic}"
         )
     if version != VERSION:
-        raise BadInput(f"{path}: shard format version {version} is not supported; expected version {VERSION}")
+        raise BadInput(f"{path}: expected shard format version {VERSION}, got {version}")
 
     if item_size == 0 and magic == MAGIC_UINT16:
         item_size = 2
     if item_size not in (2, 4):
-        raise BadInput(f"{path}: its header says {item_size} bytes per token; expected 2 or 4")
+        raise BadInput(f"{path}: expected 2 or 4 bytes per token in its header, got {item_size}")
     if tokens <= 0:
         raise BadInput(f"{path}: its header counts {tokens} tokens: the shard is empty or its writer was killed")
     return ShardHeader(tokens, item_size, documents if documents > 0 else None)
@@ -208,8 +209,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{error}; remove it and run the verify stage again") from None
     if manifest is None:
         raise BadInput(
-            f"{path}: no such file. Run the preprocess and verify stages first, or name the .bin files themselves"
+            f"{path}: no such file. Run the preprocess and verify stages first, or set "
+            "dataset.file_pattern to .bin files"
         )
     if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION or "splits" not in manifest:
-        raise BadInput(f"{path}: not a manifest of version {MANIFEST_VERSION}")
+        raise BadInput(
+            f"{path}: not a manifest of version {MANIFEST_VERSION}; run the preprocess and verify stages again"
+        )
     return manifest

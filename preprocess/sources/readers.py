@@ -57,7 +57,7 @@ def decode_text(data: bytes, encoding: str, errors: str) -> str:
         codec = declared_encoding(data, lenient) if encoding == PYTHON else encoding
         return data.decode(codec, "replace" if lenient else "strict")
     except UnicodeDecodeError as error:
-        raise UndecodableText(f"byte offset {error.start} is not {error.encoding} ({error.reason})") from None
+        raise UndecodableText(f"byte {error.start} is not valid {error.encoding} ({error.reason})") from None
     except (LookupError, UnicodeError) as error:
         # A coding line may name a codec that is not for text, or idna.
         raise UndecodableText(str(error)) from None
@@ -370,4 +370,6 @@ def _decode_row(data: bytes | None, location: str) -> Record:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        return DamagedRecord("undecodable", f"{location}: byte {error.start} of the text is not utf-8 ({error.reason})")
+        return DamagedRecord(
+            "undecodable", f"{location}: byte {error.start} of the text is not valid utf-8 ({error.reason})"
+        )

@@ -109,7 +109,9 @@ class RangeReader(io.RawIOBase):
                 self._close_response()
                 retry_after = self._retry_after(error)
                 if attempt == MAX_ATTEMPTS - 1:
-                    raise ExternalFailure(f"{self.file.url}: failed {MAX_ATTEMPTS} times in a row ({error})") from None
+                    raise ExternalFailure(
+                        f"{self.file.url}: {MAX_ATTEMPTS} requests in a row failed ({error})"
+                    ) from None
                 self._wait(backoff(attempt) if retry_after is None else retry_after)
         raise AssertionError("unreachable")
 

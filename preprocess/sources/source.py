@@ -42,7 +42,7 @@ def open_source(options: Preprocess, policy: TargetPolicy | None = None) -> Sour
     if len(names) != 1:
         raise BadInput(
             f"preprocess: set exactly one of dataset (Hugging Face name or folder), data_files (globs of local files) "
-            f"and source (your own iterator, by _target_); found: {' and '.join(names) or 'none'}"
+            f"and source (your own iterator, by _target_); got {' and '.join(names) or 'none'}"
         )
 
     if options.data_files:

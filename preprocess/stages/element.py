@@ -33,6 +33,7 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_json, read_object, write_json
 from amlaunch.recipes.format.schema import Preprocess
 from amlaunch.recipes.format.targets import TargetPolicy
+from amlaunch.recipes.output import counted
 
 ESTIMATE_MARGIN = 1.03
 """A part is not needed if the estimate for the parts before it exceeds the budget by this factor."""
@@ -48,13 +49,16 @@ def check_options(options: Preprocess) -> None:
     max_tokens, val_tokens = options.max_tokens, options.val_tokens
     if not 0 < options.shard_tokens <= MAX_TOKENS:
         raise BadInput(
-            f"preprocess.shard_tokens: {options.shard_tokens:,}: must be 1 to {MAX_TOKENS:,} (the header counts tokens "
-            f"in an int32)"
+            f"preprocess.shard_tokens: expected 1 to {MAX_TOKENS:,} (the header counts tokens in an int32), got "
+            f"{options.shard_tokens:,}"
         )
     if max_tokens is not None and max_tokens < 1:
         raise BadInput("preprocess.max_tokens: 0 leaves nothing to train on. For the entire source, set it to null")
     if max_tokens is not None and val_tokens >= max_tokens:
-        raise BadInput(f"preprocess.val_tokens: {val_tokens:,} of max_tokens {max_tokens:,} leaves nothing to train on")
+        raise BadInput(
+            f"preprocess.val_tokens: {val_tokens:,} of max_tokens {max_tokens:,} leaves nothing to train on; "
+            "lower val_tokens"
+        )
 
 
 def check_output_dir(out: Path) -> None:
@@ -209,7 +213,7 @@ class ElementWork:
         self.progress.begin(self._totals_at_start.tokens)
         if self.finished:
             self.progress.log(
-                f"element {self.index}: resuming after {len(self.finished)} finished parts "
+                f"element {self.index}: resuming after {counted(len(self.finished), 'finished part')} "
                 f"({self._totals_at_start.tokens:,} tokens)"
             )
         self.workers = max(1, min(workers, len(self.waiting)))
@@ -273,9 +277,9 @@ class ElementWork:
             self.progress.log(value)
         elif kind == "done":
             self.add_finished(value)
-            shards = value.shards[0].file if len(value.shards) == 1 else f"{len(value.shards)} shards"
+            shards = value.shards[0].file if len(value.shards) == 1 else counted(len(value.shards), "shard")
             self.progress.log(
-                f"part {value.number}: {value.cursor.tokens:,} tokens, {value.documents:,} documents, {shards}"
+                f"part {value.number}: {value.cursor.tokens:,} tokens, {counted(value.documents, 'document')}, {shards}"
             )
 
     def totals(self) -> PartProgress:
@@ -366,8 +370,8 @@ def check_elements(options: Preprocess, context: PreprocessContext) -> None:
     parts = len(context.source.sizes)
     if options.elements > parts:
         raise BadInput(
-            f"preprocess.elements: {options.elements}, but the source has only {parts} parts. Set it to at most "
-            f"{parts}, or set preprocess.parts to at least {options.elements}"
+            f"preprocess.elements: {options.elements}, but the source has only {counted(parts, 'part')}. Set it "
+            f"to at most {parts}, or set preprocess.parts to at least {options.elements}"
         )
 
 
@@ -393,14 +397,14 @@ def different_origin_message(subject: str, changes: Sequence[str]) -> str:
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """List the differences between two origins, as ``key was this, is that``."""
+    """List the differences between two origins, as ``key was this, is now that``."""
     changes = []
     for key in dict.fromkeys([*old, *new]):
         old_value, new_value = old.get(key), new.get(key)
         if isinstance(old_value, Mapping) and isinstance(new_value, Mapping):
             changes += list_changes(old_value, new_value, f"{path}{key}.")
         elif old_value != new_value:
-            changes.append(f"{path}{key} was {old_value!r}, is {new_value!r}")
+            changes.append(f"{path}{key} was {old_value!r}, is now {new_value!r}")
     return changes
 
 
@@ -417,7 +421,8 @@ def summarize(parts: Sequence[FinishedPart]) -> str:
     """Describe finished parts in one line."""
     train, val = sum(part.cursor.train for part in parts), sum(part.cursor.val for part in parts)
     documents, shards = sum(part.documents for part in parts), sum(len(part.shards) for part in parts)
-    text = f"{train:,} train and {val:,} val tokens, {documents:,} documents, {shards} shards"
+    counts = f"{counted(documents, 'document')}, {counted(shards, 'shard')}"
+    text = f"{train:,} train and {val:,} val tokens, {counts}"
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped_records(parts).items()))
     return f"{text} (skipped: {skipped})" if skipped else text
 

@@ -15,11 +15,12 @@ from amlaunch.preprocess.progress import Progress
 from amlaunch.preprocess.shards.shard_format import index_path, open_tokens, read_ends, read_header, read_manifest
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import sha256_file
+from amlaunch.recipes.output import counted
 
 HISTOGRAM_WIDTH = 30
 """Characters of the longest bar."""
 
-Answer = tuple[dict[str, Any], list[str]]
+CommandOutput = tuple[dict[str, Any], list[str]]
 """A command's result as JSON and as lines."""
 
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def inspect(arguments: argparse.Namespace) -> Answer:
+def inspect(arguments: argparse.Namespace) -> CommandOutput:
     """Show counts, tokenizer, statistics and shards of a folder, or the header of a file."""
     path = Path(arguments.dir)
     if path.is_file():
@@ -57,7 +58,7 @@ def _format_entry(entry: dict[str, Any]) -> str:
     )
 
 
-def _inspect_file(path: Path) -> Answer:
+def _inspect_file(path: Path) -> CommandOutput:
     header = read_header(path)
     value = {
         "file": str(path),
@@ -114,7 +115,7 @@ def _format_value(value: Any) -> str:
     return f"{value:,}" if is_number else f"{value}"
 
 
-def verify(arguments: argparse.Namespace) -> Answer:
+def verify(arguments: argparse.Namespace) -> CommandOutput:
     """Compare every byte of a folder with its manifest. Raises ExternalFailure with all damaged and missing files."""
     from amlaunch.preprocess.stages.verify import find_damage
 
@@ -138,8 +139,8 @@ def verify(arguments: argparse.Namespace) -> Answer:
         elif sha256_file(path) != entry["sha256"]:
             damaged.append(f"{path}: checksum mismatch")
     if damaged:
-        hint = "Run the command that made the folder again: it rewrites only these shards"
-        raise ExternalFailure("\n".join([f"{len(damaged)} damaged or missing files:", *damaged, hint]))
+        hint = "To repair the folder, run the command that made it again; only these shards are rewritten"
+        raise ExternalFailure("\n".join([f"{counted(len(damaged), 'damaged or missing file')}:", *damaged, hint]))
 
     value = {
         "path": str(folder),
@@ -148,7 +149,9 @@ def verify(arguments: argparse.Namespace) -> Answer:
         "documents": manifest["documents"],
         "whole": True,
     }
-    counts = f"{len(entries)} shards, {manifest['tokens']:,} tokens, {manifest['documents']:,} documents"
+    counts = (
+        f"{counted(len(entries), 'shard')}, {manifest['tokens']:,} tokens, {counted(manifest['documents'], 'document')}"
+    )
     return value, [f"{folder}: verified: {counts}"]
 
 
@@ -184,7 +187,7 @@ class ShardSequence:
         return int(self.starts[shard]) + begin, int(token_ends[local]) - begin
 
 
-def peek(arguments: argparse.Namespace) -> Answer:
+def peek(arguments: argparse.Namespace) -> CommandOutput:
     """Show the text of a document, or of the tokens at an offset."""
     from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
 
@@ -205,7 +208,7 @@ def peek(arguments: argparse.Namespace) -> Answer:
             raise BadInput(
                 f"{path}: its tokenizer {manifest['tokenizer']['name']} has fingerprint "
                 f"{manifest['tokenizer']['fingerprint']}, but {tokenizer.name} on this machine has "
-                f"{tokenizer.fingerprint}; give the matching one with --tokenizer"
+                f"{tokenizer.fingerprint}; name the matching one with --tokenizer"
             )
 
     number = arguments.document or 0
@@ -216,7 +219,7 @@ def peek(arguments: argparse.Namespace) -> Answer:
             raise BadInput(f"{path}: the file does not say where documents begin; give --token OFFSET")
         begin, size = shards.locate_document(number, documents)
         count = min(size, count)
-        part_of_document = f" of the {size:,} of document {number}"
+        part_of_document = f" of document {number} ({size:,} tokens)"
 
     shard, ids = shards.read(begin, max(1, count))
     text = tokenizer.decode(ids)

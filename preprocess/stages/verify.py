@@ -40,6 +40,7 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import fingerprint, read_json, read_object, sha256_file, write_json
 from amlaunch.recipes.format.schema import Preprocess
 from amlaunch.recipes.format.targets import TargetPolicy
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.version import VERSION
 
 CHUNK_TOKENS = 1 << 22
@@ -70,8 +71,8 @@ def verify(options: Preprocess, out: Path, progress: Progress, policy: TargetPol
         raise BadInput(f"{out}: {_nothing_to_train_on(manifest)}")
     if manifest["val_tokens"] < options.val_tokens:
         progress.log(
-            f"{out}: only {manifest['val_tokens']:,} of val_tokens {options.val_tokens:,}: the documents at the front "
-            f"of the source hold no more"
+            f"{out}: the validation split has {manifest['val_tokens']:,} tokens, fewer than val_tokens "
+            f"{options.val_tokens:,}, because the documents at the front of the source hold no more"
         )
     if options.format == "raw":
         manifest["raw"] = write_raw(folder, manifest)
@@ -146,7 +147,7 @@ def collect_parts(
 
     if tokens_left:
         tokens = sum(part.cursor.tokens for part in parts)
-        progress.log(f"{folder.root}: the source ended at {tokens:,} of {options.max_tokens:,} tokens of the budget")
+        progress.log(f"{folder.root}: the source has only {tokens:,} of max_tokens {options.max_tokens:,}")
     return parts
 
 
@@ -169,13 +170,14 @@ def check_elements_finished(folder: OutputDir, options: Preprocess, part: int) -
         mark_unfinished(folder, part)
         element = "" if owner is None else f" (element {owner})"
         raise IncompleteOutput(
-            f"{folder.root}: shards of part {part}{element} are missing. Run the element again: it rewrites only these"
+            f"{folder.root}: shards of part {part}{element} are missing. Run the element again; only "
+            "these are rewritten"
         )
 
 
 def _unfinished_message(folder: OutputDir, options: Preprocess, unfinished: Sequence[int]) -> str:
     return (
-        f"{folder.root}: {len(unfinished)} of {options.elements} elements are not finished: "
+        f"{folder.root}: {len(unfinished)} of {counted(options.elements, 'element')} not finished: "
         f"{_shorten(list(map(str, unfinished)))}. Run them first: "
         f"python -m amlaunch.preprocess element RECIPE --index {unfinished[0]} --out {folder.root}"
     )
@@ -201,7 +203,7 @@ def check_damage(folder: OutputDir, parts: Sequence[FinishedPart], progress: Pro
     if damaged:
         raise IncompleteOutput(
             f"{folder.root}: damaged: {'; '.join(damaged)}. The damaged files are kept as *.damaged. Run the same "
-            f"command again: it rewrites only these shards"
+            f"command again; only these shards are rewritten"
         )
 
 
@@ -229,8 +231,8 @@ def find_wrong_content(path: Path, entry: Any, tokenizer: dict[str, Any], bos: b
         return str(error)
     if (header.tokens, header.documents, len(ends)) != (entry.tokens, entry.documents, entry.documents):
         return (
-            f"{header.tokens} tokens in {header.documents} documents, but its entry says {entry.tokens} in "
-            f"{entry.documents}"
+            f"expected {entry.tokens} tokens in {counted(entry.documents, 'document')}, got "
+            f"{header.tokens} in {header.documents}"
         )
 
     tokens = open_tokens(path)
@@ -289,7 +291,7 @@ def remove_surplus(folder: OutputDir, parts: Sequence[FinishedPart], count: int)
         partial.unlink(missing_ok=True)
     if foreign:
         raise BadInput(
-            f"{folder.root}: shards that no element of this recipe made: {_shorten(foreign)}. Remove them, or set "
+            f"{folder.root} holds shards that no element of this recipe made: {_shorten(foreign)}. Remove them, or set "
             f"another preprocess.output_dir"
         )
 

@@ -205,8 +205,8 @@ def _from_tiktoken(name: str) -> TiktokenTokenizer:
         import tiktoken
     except ImportError:
         raise BadInput(
-            f"preprocess.tokenizer: {name} needs the package tiktoken, which is not installed; byte and char:FILE work "
-            f"without it"
+            f"preprocess.tokenizer: {name} needs the package tiktoken, which is not installed: "
+            'pip install "amlaunch[preprocess]". The tokenizers byte and char:FILE work without it'
         ) from None
     known = tiktoken.list_encoding_names()
     if name not in known:

@@ -15,7 +15,7 @@ from amlaunch.recipes.format.yaml_reader import KeyPath
 
 NEMO = re.compile(r"nemo_?automodel[./]", re.IGNORECASE)
 FROM_CONFIG = re.compile(r"transformers\.(?!Auto)[A-Z]\w*\.from_config")
-"""The guide's spelling; only transformers' Auto classes have ``from_config``, and they build what the config says."""
+"""The guide's spelling of ``from_config``, which only the Auto classes of transformers have."""
 TARGETS = {
     "gpt2.build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
     "gpt2.py:build_gpt2_model": "amlaunch.trainer.models.gpt2.build_gpt2_model",
@@ -135,7 +135,7 @@ class Translator:
             return self._counterpart(name, path)
         if FROM_CONFIG.fullmatch(name):
             ours = "transformers.AutoModelForCausalLM.from_config"
-            self.note(path, f"{name} is read as {ours}, which builds what the config says")
+            self.note(path, f"{name} is read as {ours}, which builds the model that the config describes")
             return ours
         return current_name(name)
 
@@ -146,8 +146,8 @@ class Translator:
                 return ours
         counterparts = ", ".join(sorted(set(TARGETS.values())))
         raise BadInput(
-            f"{self._place(path)}: {'.'.join(path)}: {name} is AutoModel's, and amlaunch has no counterpart. "
-            f"Write one of {counterparts}; any torch or transformers callable; or your own file.py:object"
+            f"{self._place(path)}: {'.'.join(path)}: {name} is a NeMo AutoModel target that amlaunch does not have. "
+            f"Write one of {counterparts}, a class of torch or transformers, or your own file.py:object"
         )
 
     def _distributed(self) -> None:
@@ -162,7 +162,7 @@ class Translator:
         strategy = STRATEGIES.get(str(name).lower().rpartition(".")[2])
         if strategy is None:
             raise BadInput(
-                f"{self._place(path)}: distributed._target_: {name} has no counterpart; "
+                f"{self._place(path)}: distributed._target_: {name} is not supported; "
                 "write strategy: fsdp2, ddp or none"
             )
         del section["_target_"]
@@ -176,8 +176,8 @@ class Translator:
             return
         if not str(name).endswith("StatefulDataLoader"):
             raise BadInput(
-                f"{self._place(path)}: dataloader._target_: {name} has no counterpart; remove it: the order of the "
-                "data is a function of seed and step"
+                f"{self._place(path)}: dataloader._target_: {name} is not supported; remove it, because the order of "
+                "the data is a function of seed and step"
             )
         self._drop(path, "the order of the data is a function of seed and step, so there is no state to save")
 

@@ -20,6 +20,7 @@ from amlaunch.recipes.format.schema import (
 from amlaunch.recipes.format.section_checks import DATASET, Checker, annotation_problem, matches_annotation
 from amlaunch.recipes.format.targets import OWN_TARGETS, TargetPolicy, signature
 from amlaunch.recipes.format.yaml_reader import KeyPath
+from amlaunch.recipes.output import counted
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MODEL_SIZES = (
@@ -53,14 +54,17 @@ def check_consistency(recipe: Recipe, checker: Checker) -> None:
     if steps.global_batch_size % steps.local_batch_size:
         checker.problem(
             ("step_scheduler", "global_batch_size"),
-            f"{steps.global_batch_size} is not a multiple of local_batch_size {steps.local_batch_size}",
+            f"{steps.global_batch_size} is not a multiple of local_batch_size {steps.local_batch_size}; "
+            "change one of them",
         )
 
 
 def _check_name(recipe: Recipe, checker: Checker) -> None:
     if not RUN_NAME.fullmatch(recipe.name):
         checker.problem(
-            ("name",), f"{recipe.name!r} names a folder; use letters, digits, '.', '_' and '-' (64 characters at most)"
+            ("name",),
+            f"{recipe.name!r} cannot name the run's folder; use letters, digits, '.', '_' and '-', starting with a "
+            "letter or digit (at most 64 characters)",
         )
 
 
@@ -79,12 +83,12 @@ def _check_numbers(recipe: Recipe, checker: Checker) -> None:
     if recipe.checkpoint.restore_from != "auto" and not recipe.checkpoint.enabled:
         checker.problem(
             ("checkpoint", "restore_from"),
-            "needs checkpoint.enabled: true, because the run must record that it has restored",
+            "needs checkpoint.enabled: true, because the run must record that it has restored the checkpoint",
         )
     if recipe.export:
         _check_not_negative(recipe.export.temperature, ("export", "temperature"), checker, limit=math.inf)
     if recipe.export and not recipe.checkpoint.enabled:
-        checker.problem(("checkpoint", "enabled"), "false leaves nothing to export; add export: null")
+        checker.problem(("checkpoint", "enabled"), "false leaves nothing to export; also set export: null")
 
 
 def _check_not_negative(value: float, path: KeyPath, checker: Checker, *, limit: float | None = None) -> None:
@@ -117,24 +121,24 @@ def _check_parallel(recipe: Recipe, checker: Checker) -> None:
     if section.sequence_parallel and tp_size == 1:
         problem("sequence_parallel", "has no effect with tp_size 1; set false, or a larger tp_size")
     if section.strategy != "fsdp2" and (section.dp_replicate_size or 1) > 1:
-        problem("dp_replicate_size", f"needs strategy fsdp2, not {section.strategy}: it replicates shards")
+        problem("dp_replicate_size", f"needs strategy fsdp2, not {section.strategy}; change one of them")
     if section.cpu_offload and section.strategy != "fsdp2":
-        problem("cpu_offload", f"needs strategy fsdp2, not {section.strategy}")
+        problem("cpu_offload", f"needs strategy fsdp2, not {section.strategy}; change one of them")
     if section.strategy == "none" and section.cp_size > 1:
         problem("cp_size", f"{section.cp_size} needs strategy fsdp2 or ddp: strategy none does not sum gradients")
 
     for key, value in _sizes_to_divide(recipe, checker.policy).items():
         if value % tp_size:
-            advice = "; multiples of 128 are fastest" if key == "vocab_size" else ""
-            problem("tp_size", f"{tp_size} does not divide model.{key} {value}{advice}")
+            advice = " (multiples of 128 are fastest)" if key == "vocab_size" else ""
+            problem("tp_size", f"{tp_size} does not divide model.{key} {value}; change one of them{advice}")
 
     ranks_of_window = tp_size * section.cp_size
     for name, length in _window_lengths(recipe).items():
         if length % ranks_of_window:
             problem(
                 "cp_size" if section.cp_size > 1 else "tp_size",
-                f"{ranks_of_window} (tp_size x cp_size) does not divide {name} {length}: the ranks that share a window "
-                "need equal parts of it",
+                f"{ranks_of_window} (tp_size x cp_size) does not divide {name} {length}; change one of them, because "
+                "the ranks that share a window need equal parts of it",
             )
 
 
@@ -183,10 +187,12 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
             checker.problem(("model", name), f"expected an integer of at least 1, got {sizes[name]}")
     dropout = recipe.model.get("dropout", 0.0)
     if not 0 <= dropout < 1:
-        checker.problem(("model", "dropout"), f"expected a number from 0 to below 1, got {dropout}")
+        checker.problem(("model", "dropout"), f"expected a number of at least 0 and below 1, got {dropout}")
     for width, heads in DIVISIBLE_SIZES:
         if sizes.get(heads, 0) > 0 and width in sizes and sizes[width] % sizes[heads]:
-            checker.problem(("model", width), f"{sizes[width]} is not divisible by {heads} {sizes[heads]}")
+            checker.problem(
+                ("model", width), f"{sizes[width]} is not divisible by {heads} {sizes[heads]}; change one of them"
+            )
 
     context = sizes.get("n_ctx") or sizes.get("n_positions") or sizes.get("max_position_embeddings")
     row = recipe.packed_sequence.packed_sequence_size
@@ -195,7 +201,9 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
         if isinstance(length, int) and length < 1:
             checker.problem((*path, "seq_len"), f"expected an integer of at least 1, got {length}")
         if context and isinstance(length, int) and min(length, row or length) > context:
-            checker.problem((*path, "seq_len"), f"{length} exceeds the model's context of {context} positions")
+            checker.problem(
+                (*path, "seq_len"), f"{length} exceeds the model's context of {context} positions; change one of them"
+            )
 
 
 def _is_our_dataset(node: Mapping[str, Any]) -> bool:
@@ -219,12 +227,12 @@ def _check_preprocess(section: Preprocess, checker: Checker) -> None:
     if sum(bool(source) for source in sources) != 1:
         checker.problem(
             ("preprocess",),
-            "set one of dataset (Hugging Face), data_files (local files) and source (your own iterator)",
+            "set exactly one of dataset (Hugging Face), data_files (local files) and source (your own iterator)",
         )
     if section.max_tokens is not None and section.val_tokens >= section.max_tokens:
         checker.problem(
             ("preprocess", "val_tokens"),
-            f"{section.val_tokens:,} leaves nothing to train on of max_tokens {section.max_tokens:,}",
+            f"{section.val_tokens:,} of max_tokens {section.max_tokens:,} leaves nothing to train on; lower val_tokens",
         )
 
 
@@ -235,11 +243,16 @@ def _check_vocabulary(recipe: Recipe, tokenizer: str, checker: Checker) -> None:
         return
     size = TOKENIZERS.get(tokenizer)
     if size is None:
-        checker.problem(("preprocess", "tokenizer"), f"unknown {tokenizer!r}; {did_you_mean(tokenizer, TOKENIZERS)}")
-    elif _integers(recipe.model, {}).get("vocab_size", size) < size:
+        checker.problem(
+            ("preprocess", "tokenizer"), f"unknown tokenizer {tokenizer!r}; {did_you_mean(tokenizer, TOKENIZERS)}"
+        )
+        return
+    vocab_size = _integers(recipe.model, {}).get("vocab_size", size)
+    if vocab_size < size:
         checker.problem(
             ("model", "vocab_size"),
-            f"{tokenizer} has {size} tokens; set at least as many (multiples of 128 are fastest)",
+            f"{vocab_size} is too small: the tokenizer {tokenizer} has {size} tokens; set at least {size} "
+            "(multiples of 128 are fastest)",
         )
 
 
@@ -247,13 +260,14 @@ def _check_sources(path: KeyPath, node: Mapping[str, Any], checker: Checker) -> 
     """Check the names of a mixture's sources, their keys, and that all of them or none have a weight."""
     sources = node.get("sources")
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, Mapping) for s in sources.values()):
-        checker.problem((*path, "sources"), "expected sections by name, each with file_pattern (or split) and weight")
+        checker.problem((*path, "sources"), "expected named sections, each with file_pattern (or split) and weight")
         return
     for name, source in sources.items():
         _check_source((*path, "sources", name), source, path[-1], checker)
     if len({source.get("weight") is None for source in sources.values()}) > 1:
         checker.problem(
-            (*path, "sources"), "some sources have a weight and some do not; set all, or none to weigh them by size"
+            (*path, "sources"),
+            "some sources have a weight and some do not; set all weights, or none to weight sources by their size",
         )
 
 
@@ -281,11 +295,9 @@ def _check_split(path: KeyPath, node: Mapping[str, Any], recipe: Recipe, checker
     if recipe.preprocess is None:
         checker.problem(path, "no file_pattern, and no preprocess section to make the shards; add one of them")
     elif split not in ("train", "val"):
-        checker.problem((*path, "split"), f"unknown {split!r}; {did_you_mean(str(split), ('train', 'val'))}")
+        checker.problem((*path, "split"), f"unknown split {split!r}; {did_you_mean(str(split), ('train', 'val'))}")
     elif split == "val" and not recipe.preprocess.val_tokens:
-        checker.problem(
-            (*path, "split"), "val is empty, because preprocess.val_tokens is 0; set val_tokens, such as 5M"
-        )
+        checker.problem((*path, "split"), "val is empty, because preprocess.val_tokens is 0; set it, for example to 5M")
 
 
 def check_batch(recipe: Recipe, ranks: int) -> str | None:
@@ -293,14 +305,17 @@ def check_batch(recipe: Recipe, ranks: int) -> str | None:
     steps, parallel = recipe.step_scheduler, recipe.distributed
     ranks_of_window = parallel.tp_size * parallel.cp_size
     if ranks % ranks_of_window:
-        return f"distributed.tp_size {parallel.tp_size} x cp_size {parallel.cp_size} does not divide {ranks} ranks"
+        return (
+            f"distributed.tp_size {parallel.tp_size} x cp_size {parallel.cp_size} does not divide the number of ranks "
+            f"{ranks}; use a multiple of {ranks_of_window} ranks, or change tp_size or cp_size"
+        )
     samples = ranks // ranks_of_window * steps.local_batch_size
     if steps.global_batch_size % samples == 0:
         return None
     lower = steps.global_batch_size // samples * samples
     nearest = f"{lower} or {lower + samples}" if lower else str(samples)
     return (
-        f"step_scheduler.global_batch_size {steps.global_batch_size} does not divide over "
+        f"step_scheduler.global_batch_size {steps.global_batch_size} is not a multiple of "
         f"{_data_parallel_ranks(recipe, ranks)} x local_batch_size {steps.local_batch_size}; "
         f"set {nearest}, or another local_batch_size"
     )
@@ -309,7 +324,7 @@ def check_batch(recipe: Recipe, ranks: int) -> str | None:
 def _data_parallel_ranks(recipe: Recipe, ranks: int) -> str:
     """Return the number of data-parallel ranks among ``ranks``, in words."""
     ranks_of_window = recipe.distributed.tp_size * recipe.distributed.cp_size
-    return f"{ranks // ranks_of_window} {'data-parallel ' if ranks_of_window > 1 else ''}ranks"
+    return counted(ranks // ranks_of_window, "data-parallel rank" if ranks_of_window > 1 else "rank")
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> str | None:
@@ -322,9 +337,11 @@ def check_ranks(recipe: Recipe, ranks: int) -> str | None:
     data_parallel = ranks // ranks_of_window
     available = _data_parallel_ranks(recipe, ranks)
     if parallel.dp_size not in (None, data_parallel):
-        return f"distributed.dp_size is {parallel.dp_size}, but there are {available}; set none to use all of them"
+        return (
+            f"distributed.dp_size is {parallel.dp_size}, but the run has {available}; set it to none to use all of them"
+        )
     if data_parallel % (parallel.dp_replicate_size or 1):
-        return f"distributed.dp_replicate_size {parallel.dp_replicate_size} does not divide {available}"
+        return f"distributed.dp_replicate_size {parallel.dp_replicate_size} does not divide {available}; set a divisor"
     if parallel.strategy == "none" and data_parallel > 1:
-        return f"distributed.strategy none trains on one rank, but there are {available}; set fsdp2 or ddp"
+        return f"distributed.strategy none trains on one rank, but the run has {available}; set fsdp2 or ddp"
     return batch_problem

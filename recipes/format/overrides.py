@@ -7,6 +7,7 @@ from typing import Any
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.yaml_reader import KeyPath, parse_value
+from amlaunch.recipes.output import counted
 
 
 def parse_overrides(argv: Sequence[str]) -> list[tuple[KeyPath, Any, str]]:
@@ -68,4 +69,6 @@ def _index(node: list[Any], key: str, path: KeyPath, typed: str) -> int:
     if key.isdigit() and int(key) < len(node):
         return int(key)
     parent = ".".join(path[:-1])
-    raise BadInput(f"{typed}: {parent} is a list of {len(node)}; write an item's number, from 0 to {len(node) - 1}")
+    if not node:
+        raise BadInput(f"{typed}: {parent} is an empty list; set the entire list: --{parent} '[…]'")
+    raise BadInput(f"{typed}: {parent} has {counted(len(node), 'item')}; write an index from 0 to {len(node) - 1}")

@@ -152,7 +152,7 @@ class Checkpoint:
     model_save_format: Literal["torch_save", "safetensors"] = "torch_save"
     """Format of the sharded weights; optimizer state always uses torch.distributed.checkpoint."""
     save_consolidated: bool = False
-    """Add a folder that transformers loads to every checkpoint."""
+    """Also write a Hugging Face folder, which transformers can load, into every checkpoint."""
     restore_from: str = "auto"
     """`auto`: the latest, if there is one; `latest`; `best`; or the path of a checkpoint to begin from."""
 
@@ -221,8 +221,8 @@ class Preprocess:
     revision: str | None = None
     """Commit, tag or branch of the dataset on the hub. `null`: the latest commit when the element starts."""
     data_files: list[str] | str | None = None
-    """Globs of local files. The ending decides: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; any other file is one
-    document."""
+    """Globs of local files. The suffix selects the format: .parquet, .jsonl, .jsonl.gz, .jsonl.zst; any other file is
+    one document."""
     exclude: list[str] | str = field(default_factory=list)
     """Globs of files to skip."""
     source: dict[str, Any] | None = None
@@ -276,7 +276,7 @@ class StageResources:
     nodes: Positive | None = None
     """Nodes. `null`: one."""
     gpus_per_node: Natural | None = None
-    """GPUs per node. `null`: for `train`, those that are there and divide the batch."""
+    """GPUs per node. `null`: for `train`, as many of the node's as divide the batch."""
     tasks_per_node: Positive | None = None
     """Ranks per node. `null`: one per GPU, or one without GPUs."""
     cpus: Positive | None = None
@@ -286,7 +286,7 @@ class StageResources:
     time: Minutes | None = None
     """Time limit, in Slurm's formats."""
     hang_minutes: Positive | None = None
-    """Time without a step or a line of output after which the ranks are ended and retried. `null`: 30."""
+    """Time without a step or a line of output after which the ranks are stopped and retried. `null`: 30."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class ContainerSection:
     workdir: str | None = None
     """Working directory inside. `null`: the folder in which you typed the command."""
     runtime: str = "auto"
-    """Container runtime; `auto`: the site's."""
+    """Container runtime. `auto`: the one in the cluster profile, else an installed one."""
     entrypoint: bool = False
     """Run the image's own entrypoint first."""
     stages: StageImages = StageImages()

@@ -299,7 +299,7 @@ def _rule_text(rule: Any) -> str:
 
 def _got(written: Any, value: Any) -> str:
     """Return the value that was written; of a variable only the name, because its value may be a secret."""
-    return f"which {written} is not" if has_placeholder(written) else f"got {_shown(value)}"
+    return f"but {written} is something else" if has_placeholder(written) else f"got {_shown(value)}"
 
 
 def _shown(value: Any) -> str:

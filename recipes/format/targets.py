@@ -168,7 +168,7 @@ def _check_dotted(text: str, policy: TargetPolicy) -> str | None:
         libraries = ", ".join(("amlaunch", *LIBRARY_TARGETS))
         return f"{text!r} is outside the known libraries ({libraries}); if you trust it, add --allow-target {root}"
     if text.startswith("torch.optim.") and text.rpartition(".")[2] not in OPTIMIZERS:
-        return f"torch has no optimizer {text!r}; {did_you_mean(text, [f'torch.optim.{name}' for name in OPTIMIZERS])}"
+        return f"unknown optimizer {text!r}; {did_you_mean(text, [f'torch.optim.{name}' for name in OPTIMIZERS])}"
     if re.fullmatch(LIBRARY_TARGETS[root], text):
         return None
     return f"{text!r} is not a class of {root} that recipes may build; if you trust it, add --allow-target {text}"
@@ -384,21 +384,21 @@ def _import_module(root: str, text: str) -> ModuleType:
     try:
         return importlib.import_module(root)
     except ModuleNotFoundError as error:
-        raise BadInput(f"{text!r} needs the package {error.name!r}, which is not installed here") from None
+        raise BadInput(f"{text!r} needs the package {error.name!r}, which is not installed; install it") from None
 
 
 def _refuse_foreign(value: Any, name: str, text: str, policy: TargetPolicy) -> None:
     """Refuse what a module only imported: its namespace holds ``torch.nn.functional.torch``, too."""
     if isinstance(value, ModuleType):
-        home = value.__name__
-        is_own = home == name
+        origin = value.__name__
+        is_own = origin == name
     else:
-        home = getattr(value, "__module__", None) or ""
-        is_own = home.split(".")[0] == text.split(".")[0]
+        origin = getattr(value, "__module__", None) or ""
+        is_own = origin.split(".")[0] == text.split(".")[0]
     if is_own or _allowed(text, policy):
         return
     raise BadInput(
-        f"{text!r} belongs to {home!r}, outside the known libraries; if you trust it, add --allow-target {text}"
+        f"{text!r} is defined in {origin!r}, outside the known libraries; if you trust it, add --allow-target {text}"
     )
 
 

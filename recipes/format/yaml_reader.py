@@ -72,11 +72,13 @@ class _Reader:
         self.count += 1
         if self.count > MAX_NODES or len(self.open_nodes) > MAX_DEPTH or id(node) in self.open_nodes:
             raise BadInput(
-                f"{self.position(node)}: aliases that contain themselves or grow without end, or nesting over "
-                f"{MAX_DEPTH} levels; write the values out"
+                f"{self.position(node)}: an alias contains itself, the file expands to over {MAX_NODES:,} values, "
+                f"or nesting exceeds {MAX_DEPTH} levels; write the values out"
             )
         if node.tag not in PLAIN_TAGS:
-            raise BadInput(f"{self.position(node)}: the tag {node.tag} is not allowed; a recipe is plain data")
+            raise BadInput(
+                f"{self.position(node)}: the tag {node.tag} is not allowed, because a recipe is plain data; remove it"
+            )
 
         self.lines.setdefault(path, self.position(node))
         self.open_nodes.add(id(node))

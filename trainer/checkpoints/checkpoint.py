@@ -178,7 +178,7 @@ def _require(checkpoint: StoredCheckpoint | None, root: Path, restore_from: str)
         return checkpoint
     if restore_from not in ("latest", "best"):
         raise BadInput(
-            f"checkpoint.restore_from: no intact checkpoint at {restore_from} (working directory {Path.cwd()}). "
+            f"checkpoint.restore_from: no intact checkpoint at {restore_from} (working directory: {Path.cwd()}). "
             "Set it to auto, latest, best, or the path of a checkpoint"
         )
     kind = "validated" if restore_from == "best" else "intact"
@@ -286,7 +286,7 @@ def _find_file_damage(path: Path, entry: Any) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != entry["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        return f"{path.name}: expected {entry['bytes']} bytes, got {path.stat().st_size}"
     if sha256_file(path) != entry["sha256"]:
         return f"{path.name}: checksum mismatch"
     return None

@@ -16,7 +16,7 @@ import numpy as np
 from amlaunch.recipes.errors import BadInput, did_you_mean
 from amlaunch.recipes.files import fingerprint
 from amlaunch.trainer.data.packing import PackedRows, assign_rows, cut_documents
-from amlaunch.trainer.data.sample_order import Indices, MixtureOrder, SampleOrder, SourceOrder, whole_shares
+from amlaunch.trainer.data.sample_order import Indices, MixtureOrder, SampleOrder, SourceOrder, integer_shares
 from amlaunch.trainer.data.token_stream import (
     FORMATS,
     Tokens,
@@ -93,7 +93,7 @@ class NanogptDataset:
         return SourceOrder(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the facts in which another data set would differ."""
+        """Return the facts that identify this data set."""
         shards = [{**shard.identity, "tokens": len(shard.tokens)} for shard in self.shards]
         facts = {"shards": fingerprint(shards), "tokens": len(self.stream), "seq_len": self.seq_len}
         return {**facts, "align_to_bos": True, "bos_token": self.bos} if self.aligned else facts
@@ -103,7 +103,7 @@ class NanogptDataset:
         if not self.aligned:
             return f"{len(self):,} windows"
         skipped = 1 - len(self) * self.seq_len / len(self.stream)
-        return f"{len(self):,} windows ({skipped:.1%} of the tokens lie between them)"
+        return f"{len(self):,} windows ({skipped:.1%} of the tokens are in no window)"
 
     def document_starts(self) -> Indices:
         """Return the starts of documents in the stream. Raises BadInput if ``bos_token`` does not occur."""
@@ -152,7 +152,7 @@ class PackedDataset:
         return SourceOrder(len(self), seed, self.shuffle)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the facts in which another data set would differ."""
+        """Return the facts that identify this data set."""
         return {**self._dataset.fingerprint(), "packed_sequence_size": self.seq_len}
 
     def describe(self) -> str:
@@ -216,10 +216,10 @@ class MixedDataset:
         """Return the order of sources and samples."""
         sizes = {name: len(source) for name, source in self.sources.items()}
         orders = tuple(source.order(seed) for source in self.sources.values())
-        return MixtureOrder(tuple(self.sources), orders, whole_shares(self.weights or sizes))
+        return MixtureOrder(tuple(self.sources), orders, integer_shares(self.weights or sizes))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the facts in which another mixture would differ, those of each source under its name."""
+        """Return the facts that identify this mixture, those of each source under its name."""
         facts = {
             f"sources.{name}.{key}": value
             for name, source in self.sources.items()

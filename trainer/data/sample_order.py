@@ -114,7 +114,7 @@ class MixtureOrder:
     names: tuple[str, ...]
     orders: tuple[SourceOrder, ...]
     shares: tuple[int, ...]
-    """Integer shares of the sources; see :func:`whole_shares`."""
+    """Integer shares of the sources; see :func:`integer_shares`."""
 
     @property
     def size(self) -> int:
@@ -162,7 +162,7 @@ class MixtureOrder:
         return epochs
 
 
-def whole_shares(weights: Mapping[str, float] | Sequence[float]) -> tuple[int, ...]:
+def integer_shares(weights: Mapping[str, float] | Sequence[float]) -> tuple[int, ...]:
     """Return integers in proportion to ``weights``: exact for short decimals, else to a millionth of the sum."""
     values = list(weights.values()) if isinstance(weights, Mapping) else list(weights)
     exact = [Fraction(str(value)) for value in values]

@@ -42,7 +42,7 @@ class Shard:
     path: Path
     tokens: Tokens
     identity: dict[str, Any]
-    """Facts in which another file of this name would differ."""
+    """Facts that identify the file, besides its name."""
 
 
 # --- files ----------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def open_matching_shards(pattern: str | list[str], layout: str, split: str) -> l
     for file_pattern in [pattern] if isinstance(pattern, str) else pattern:
         paths = sorted(Path(name) for name in glob.glob(file_pattern, recursive=True))
         if not paths:
-            raise BadInput(f"dataset.file_pattern: nothing matches {file_pattern!r} (relative to {Path.cwd()})")
+            raise BadInput(f"dataset.file_pattern: no file matches {file_pattern!r} (working directory: {Path.cwd()})")
         for path in paths:
             if path.name == MANIFEST:
                 shards += open_manifest_shards(path.parent, split)
@@ -81,7 +81,9 @@ def _open_raw(path: Path) -> Tokens:
     if size == 0:
         raise BadInput(f"{path} is empty (0 bytes)")
     if size % 2:
-        raise BadInput(f"{path}: {size} bytes are not a whole number of uint16 tokens; truncated, or another format?")
+        raise BadInput(
+            f"{path}: {size} bytes is not a multiple of 2 (uint16): the file is truncated, or not of dataset.format raw"
+        )
     tokens = np.memmap(path, dtype="<u2", mode="r")
     if size >= 4 and int(tokens[:2].view("<i4")[0]) in (MAGIC_UINT16, MAGIC_SIZED):
         raise BadInput(f"{path} has the header of a token shard; set dataset.format: bin")
@@ -101,7 +103,10 @@ def _open_listed_shard(folder: Path, entry: dict[str, Any]) -> Shard:
     path = folder / entry["file"]
     tokens = open_tokens(path)
     if len(tokens) != entry["tokens"]:
-        raise BadInput(f"{path}: {len(tokens)} tokens, but the manifest counts {entry['tokens']}; preprocess again")
+        raise BadInput(
+            f"{path}: expected {entry['tokens']} tokens as in the manifest, got {len(tokens)}; "
+            "run the preprocess and verify stages again"
+        )
     return Shard(path, tokens, {"file": path.name, "sha256": entry["sha256"]})
 
 

@@ -69,7 +69,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
             print(
-                f"wrote a trace of the steps up to {step - 1} to {self._folder}; open it at https://ui.perfetto.dev",
+                f"wrote a trace that ends with step {step - 1} to {self._folder}; open it at https://ui.perfetto.dev",
                 flush=True,
             )
 

@@ -53,7 +53,9 @@ def load_pretrained_model(*, path: str, vocab_size: int | None = None, dropout: 
 
 def _build_gpt2(config: Mapping[str, Any], dropout: float, path: str) -> nn.Module:
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise BadInput(f"model.path {path}: its attention or MLP differs from GPT-2's; use {ANY_MODEL_TARGET}")
+        raise BadInput(
+            f"model.path {path}: its attention or MLP differs from GPT-2's; set model._target_ to {ANY_MODEL_TARGET}"
+        )
     sizes = {key: config[key] for key in GPT2_KEYS if config.get(key) is not None}
     return build_gpt2_model(**sizes, activation=config.get("activation_function", "gelu_new"), dropout=dropout)
 
@@ -66,8 +68,8 @@ def _build_llama(config: Mapping[str, Any], dropout: float, path: str) -> nn.Mod
     odd_heads = head_dim * config["num_attention_heads"] != config["hidden_size"]
     if scaled_rope or biases or dropout or odd_heads:
         raise BadInput(
-            f"model.path {path}: our Llama has no scaled rotary positions, biases, dropout or odd head sizes; "
-            f"use {ANY_MODEL_TARGET}"
+            f"model.path {path}: amlaunch's Llama does not support scaled rotary positions, biases, dropout or a "
+            f"head_dim other than hidden_size / num_attention_heads; set model._target_ to {ANY_MODEL_TARGET}"
         )
     sizes = {key: config[key] for key in LLAMA_KEYS if isinstance(config.get(key), (int, float))}
     return build_llama_model(**sizes, rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)))
@@ -102,7 +104,7 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: 
     transposed = TRANSPOSED_IN_HF if hasattr(model, "wte") else ()
     for name, parameter in model.named_parameters():
         if name not in sources:
-            raise BadInput(f"{folder} has no tensor {name!r}")
+            raise BadInput(f"{folder}: the tensor {name!r} is missing")
         source = sources[name].t() if transposed and name.endswith(transposed) else sources[name]
         target = parameter[: len(source)] if name in VOCABULARY_PARAMETERS else parameter
         if target.shape != source.shape:

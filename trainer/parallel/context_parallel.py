@@ -36,7 +36,7 @@ def position_slices(length: int, ranks: int) -> list[list[slice]]:
     mirrored = length % (2 * ranks) == 0
     size = length // (2 * ranks) if mirrored else length // ranks
     indices = [[rank, 2 * ranks - 1 - rank] if mirrored else [rank] for rank in range(ranks)]
-    return [[slice(index * size, (index + 1) * size) for index in of_rank] for of_rank in indices]
+    return [[slice(index * size, (index + 1) * size) for index in rank_indices] for rank_indices in indices]
 
 
 def local_positions(x: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
@@ -57,8 +57,8 @@ def merge_positions(shares: torch.Tensor, dim: int) -> torch.Tensor:
     size = slices[0][0].stop
 
     by_start: dict[int, torch.Tensor] = {}
-    for rank, of_rank in enumerate(slices):
-        for i, positions in enumerate(of_rank):
+    for rank, rank_slices in enumerate(slices):
+        for i, positions in enumerate(rank_slices):
             by_start[positions.start] = shares[rank].narrow(dim, i * size, size)
     return torch.cat([by_start[start] for start in sorted(by_start)], dim)
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from amlaunch.recipes.format.schema import Distributed
+from amlaunch.recipes.output import counted
 from amlaunch.trainer.models.base import blocks, initialize_parameters, parameter_count
 from amlaunch.trainer.parallel.context_parallel import apply_context_parallel
 from amlaunch.trainer.parallel.tensor_parallel import TensorParallelGroup, apply_tensor_parallel
@@ -125,8 +126,8 @@ def _device(ranks: RankEnvironment) -> torch.device:
     index = 0 if count == 1 else ranks.local_rank  # Slurm's --gpus-per-task shows each rank only its own GPU
     if index >= count:
         raise LocalBadInput(
-            f"rank {ranks.rank} on {os.uname().nodename} is local rank {ranks.local_rank}, but sees {count} GPUs. "
-            "Start at most one rank per GPU"
+            f"rank {ranks.rank} on {os.uname().nodename} is local rank {ranks.local_rank}, but sees "
+            f"{counted(count, 'GPU')}. Start at most one rank per GPU"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
