@@ -210,8 +210,8 @@ def prepare(spec: Mapping[str, Any]) -> str | None:
     if not commands:
         return None
     lock = private_folder() / f"{hashlib.sha256(spec['image'].encode()).hexdigest()[:16]}.lock"
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with open(lock, "w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
         for command in commands:
             output = _run(command, f"{host()}: preparing {spec['image']} with {spec['runtime']}")
             if output is not None:

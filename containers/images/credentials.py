@@ -195,7 +195,7 @@ def credential_files(tool: str, environ: Mapping[str, str], *, here: bool = True
         "podman": podman,
         "apptainer": [home / ".apptainer" / "docker-config.json", docker],
         "singularity": [home / ".singularity" / "docker-config.json", docker],
-        "charliecloud": [],  # it has a format of its own
+        "charliecloud": [],  # its format is different
         "pyxis": [enroot],
         "enroot": [enroot],
     }

@@ -29,7 +29,7 @@ SCHEMES = ("docker://", "dockerd://", "podman://", "oras://", "library://", "shu
 ARCHIVE_TRANSPORTS = ("docker-archive:", "oci-archive:")
 EXAMPLE = "nvcr.io/nvidia/pytorch:25.08-py3"
 
-PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+PATH_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REGISTRY = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 DIGEST = r"[A-Za-z][A-Za-z0-9+._-]*:[0-9a-fA-F]{32,}"
@@ -184,7 +184,7 @@ def _split_version(rest: str, text: str, registry: str) -> tuple[str, str, str]:
         raise BadReference(
             f"{text!r}: {tag!r} is not a tag (letters, digits, _ . -, at most 128 characters); {suggestion}"
         )
-    if re.fullmatch(rf"{PART}(?:/{PART})*", repository):
+    if re.fullmatch(rf"{PATH_COMPONENT}(?:/{PATH_COMPONENT})*", repository):
         return repository, tag, digest
     if repository != repository.lower():
         suggestion = _did_you_mean(repository.lower() + rest[len(repository) :], registry)
@@ -267,7 +267,7 @@ def for_podman(reference: Reference) -> str:
 
 def _with_transport(reference: Reference) -> str:
     """Prefix an archive by the transport that the user wrote, else by that of its content; each reads only its own."""
-    # Imported late: what reads archives takes a while to load.
+    # Imported late, because the archive reader is slow to import.
     from amlaunch.containers.images.layers import archive_layout
 
     return f"{reference.layout or archive_layout(reference.file)}-archive:{reference.file}"

@@ -43,9 +43,9 @@ def launch(spec: ContainerSpec, command: Sequence[str], program: str = "apptaine
     argv += ["--pwd", spec.workdir] if spec.workdir else []
     argv += [*spec.options, _source(spec.image)]
 
-    # From a plain file system apptainer reads no variables that the image sets.
-    own = {name: value for name, value in image_variables(spec.image).items() if name not in spec.passed}
-    spec = replace(spec, env={**own, **spec.env})
+    # apptainer does not read the variables that an image sets from a plain file system.
+    image_env = {name: value for name, value in image_variables(spec.image).items() if name not in spec.passed}
+    spec = replace(spec, env={**image_env, **spec.env})
 
     # APPTAINERENV_NAME overrides the image's variables. It goes into the environment, because others can read an argv.
     env = {f"{prefix}{name}": value for name, value in prefixed(spec.env).items()}

@@ -50,8 +50,8 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
         argv.append("--set-env")  # of the image itself
 
     # The image's own variables override what ch-run inherits, so ours come last, each from a prefixed name.
-    own = {name: value for name, value in image_variables(image).items() if name not in spec.passed}
-    env = {**own, **spec.env}
+    image_env = {name: value for name, value in image_variables(image).items() if name not in spec.passed}
+    env = {**image_env, **spec.env}
     argv += [f"--set-env={name}=${NAME_PREFIX}{name}" for name in sorted(env)]
     argv += [f"--unset-env={NAME_PREFIX}*"] if env else []
     argv += [f"--bind={mount.source}:{mount.target}" for mount in spec.mounts]

@@ -31,9 +31,9 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
         raise CannotLaunch(
             f"podman starts images of a registry, archives (.tar) and folders (OCI bundles), not {image.name}"
         )
-    own = bundle_variables(image.file) if image.kind == "folder" else {}
-    own = {name: value for name, value in own.items() if name not in spec.passed}
-    spec = replace(spec, env={**own, **spec.env})
+    image_env = bundle_variables(image.file) if image.kind == "folder" else {}
+    image_env = {name: value for name, value in image_env.items() if name not in spec.passed}
+    spec = replace(spec, env={**image_env, **spec.env})
 
     argv = ["podman", "run", *common_options(spec, "podman"), *_user_options()]
     argv += ["--pull=never", "--security-opt", "label=disable"]

@@ -31,9 +31,9 @@ def may_be_active(run_dir: RunDir, states: Sequence[ElementState]) -> bool:
     return is_driven(run_dir, states) or any(state.state == State.UNKNOWN for state in states)
 
 
-def pause_seconds(polling_seconds: float, least: float) -> float:
+def pause_seconds(polling_seconds: float, min_seconds: float) -> float:
     """Return the pause before the next poll, from the duration of the last one."""
-    return min(max(least, polling_seconds / MAX_POLLING_SHARE), MAX_PAUSE_SECONDS)
+    return min(max(min_seconds, polling_seconds / MAX_POLLING_SHARE), MAX_PAUSE_SECONDS)
 
 
 def wait_until_ended(run_dir: RunDir, plan: Plan, *, json: bool) -> int:

@@ -48,8 +48,10 @@ def program() -> str:
     """
     if shutil.which("amlaunch"):
         return "amlaunch"
-    called = Path(sys.argv[0])
-    return str(called.absolute()) if called.name == "amlaunch" else f"{os.path.basename(sys.executable)} -m amlaunch"
+    program_path = Path(sys.argv[0])
+    if program_path.name == "amlaunch":
+        return str(program_path.absolute())
+    return f"{os.path.basename(sys.executable)} -m amlaunch"
 
 
 def name_of(run: RunDir) -> str:

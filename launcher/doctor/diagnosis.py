@@ -365,8 +365,8 @@ def _floor_findings(
         text = f"{_values(slow, key)} {unit} on {node}, more than 10 % below the median of {median:,.0f}"
         yield Finding(name, WARN, text, f"the slowest GPU sets the pace of training; {BAD_GPU_ADVICE}")
     if not below_floor and not slow:
-        least = min(gpu[key] for gpu in gpus)
-        yield Finding(name, OK, f"{least:,.0f} {unit} or more{_floor_text(floor)}")
+        lowest = min(gpu[key] for gpu in gpus)
+        yield Finding(name, OK, f"{lowest:,.0f} {unit} or more{_floor_text(floor)}")
 
 
 def _values(gpus: Iterable[Mapping[str, Any]], key: str) -> str:
@@ -386,8 +386,8 @@ def _memory_finding(gpus: Sequence[Mapping[str, Any]]) -> Finding:
     if in_use:
         advice = "run nvidia-smi to see the processes: they belong to another job, or are left over from a dead one"
         return Finding("memory", WARN, f"in use before the check: {', '.join(in_use)}", advice)
-    least = min(gpu["memory_free_bytes"] for gpu in gpus)
-    return Finding("memory", OK, f"{least / 2**30:.1f} GiB free or more")
+    lowest = min(gpu["memory_free_bytes"] for gpu in gpus)
+    return Finding("memory", OK, f"{lowest / 2**30:.1f} GiB free or more")
 
 
 def _all_reduce_finding(all_reduce: Mapping[str, Any], ranks: str, floor: float) -> Finding:

@@ -192,7 +192,7 @@ def nodes_to_exclude(history: AttemptHistory, needs: Needs, excluded_nodes: str)
     failed = history.hosts_to_avoid()
     if _partition_nodes() - len(failed) < needs.nodes:
         failed = []  # too few nodes would remain
-    # An earlier list may have run out, and must then be replaced.
+    # An earlier exclusion may have expired, and must then be replaced.
     has_list = failed or any(end.avoid_host for end in history.ends)
     return ",".join(filter(None, [excluded_nodes, *failed])) if has_list else None
 
@@ -212,7 +212,7 @@ def requeue(excluded_nodes: str | None) -> RequeueProblem:
     Returns only if that fails. A job that was cancelled stays cancelled: its ranks were asked to stop, too, and looked
     just like preempted ones.
     """
-    # Slurm now sends SIGTERM to all processes of the job, of which scontrol below would die.
+    # Slurm now sends SIGTERM to all processes of the job, which would kill scontrol below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     problem = RequeueProblem()
     for attempt in range(REQUEUE_TRIES):

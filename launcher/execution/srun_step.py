@@ -59,7 +59,7 @@ class SrunStep:
         command, start = self.command(attempt, {**address, "MASTER_PORT": str(port)})
         create_folders(attempt, start)
         stdin = subprocess.PIPE if start.launch.stdin else subprocess.DEVNULL
-        # srun creates a rank's log when it starts the rank; the driver's log takes what srun says before.
+        # srun creates a rank's log when it starts the rank; the driver's log gets srun's earlier output.
         output = files.enter_context(open(attempt.log(None), "ab"))
         return [
             SrunProcess(

@@ -198,7 +198,7 @@ class _Importer:
             return stored, False
 
         self.work.mkdir(parents=True, exist_ok=True)
-        # An interrupted attempt leaves its files; only its downloads are of use.
+        # An interrupted attempt leaves its files; only its downloads are reusable.
         shutil.rmtree(self.work / "rootfs", ignore_errors=True)
         if self.source.kind in ("registry", "engine"):
             self._check_space(size)

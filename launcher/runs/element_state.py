@@ -240,11 +240,11 @@ def _overrules_queue(end: AttemptEnd | None, info: JobInfo, queue: Queue) -> boo
     return not info.waiting or end.time > queue.time
 
 
-def _active(record: _ElementRecord, info: JobInfo, asked: float, known: dict[str, Any]) -> ElementState:
-    """Return the state of a job that Slurm knows; ``asked``: the time of Slurm's answer."""
+def _active(record: _ElementRecord, info: JobInfo, requested_at: float, known: dict[str, Any]) -> ElementState:
+    """Return the state of a job that Slurm knows; ``requested_at``: the time of Slurm's answer."""
     start, end = record.files.history.newest_start, record.files.history.newest_end
     is_own_start = start is not None and start.job == info.id
-    started_since = start is not None and is_own_start and start.time > asked and end is None
+    started_since = start is not None and is_own_start and start.time > requested_at and end is None
     if info.waiting and not started_since:
         reason = _pending_reason(info.reason, end)
         return record.state(State.QUEUED, reason=reason, start=info.start, **known)
@@ -368,10 +368,10 @@ def is_driven(run: RunDir, states: Iterable[ElementState]) -> bool:
 
 def overall_state(states: Sequence[ElementState], driven: bool = False) -> State:
     """Return the state of a run: the most urgent state of its elements; done only if all are done."""
-    present = {state.state for state in states}
+    states_present = {state.state for state in states}
     if driven:
-        return State.QUEUED if State.QUEUED in present and State.RUNNING not in present else State.RUNNING
-    troubled = present & {*BROKEN_STATES, State.CANCELLED, *ACTIVE_STATES}
-    if State.DONE in present and State.PENDING in present and not troubled:
+        return State.QUEUED if State.QUEUED in states_present and State.RUNNING not in states_present else State.RUNNING
+    active_or_broken = states_present & {*BROKEN_STATES, State.CANCELLED, *ACTIVE_STATES}
+    if State.DONE in states_present and State.PENDING in states_present and not active_or_broken:
         return State.STOPPED
-    return next((state for state in State if state in present), State.PENDING)
+    return next((state for state in State if state in states_present), State.PENDING)

@@ -29,7 +29,7 @@ def roots(option: str | None = None) -> list[Path]:
 def _profile_roots() -> list[str]:
     files = profile_files()
     if not files:
-        return []  # without loading what reads YAML
+        return []  # without importing the YAML reader
     from amlaunch.launcher.specs.cluster_profile import check_profile
     from amlaunch.recipes.format.yaml_reader import read_file
 

@@ -111,17 +111,17 @@ def canonical_name(name: str) -> str:
 def required_packages(loaded: LoadedRecipe, stages: Iterable[str]) -> list[RequiredPackage]:
     """Return what the processes of ``stages`` import besides the standard library and amlaunch."""
     needed: dict[str, list[str]] = {}
-    useful: dict[str, list[str]] = {}
+    optional: dict[str, list[str]] = {}
     for stage in stages:
         for name in _needed_by(loaded, stage):
             needed.setdefault(name, []).append(stage)
         for name in _useful_for(loaded, stage):
-            useful.setdefault(name, []).append(stage)
+            optional.setdefault(name, []).append(stage)
 
     required = [RequiredPackage(name, _subject(users), stages=tuple(users)) for name, users in needed.items()]
     required += [
         RequiredPackage(name, _subject(users), True, tuple(users))
-        for name, users in useful.items()
+        for name, users in optional.items()
         if name not in needed
     ]
     required += [RequiredPackage(name, f"the recipe's own code ({file})") for name, file in _imported_by_code(loaded)]

@@ -18,7 +18,7 @@ from amlaunch.recipes.errors import BadInput
 if TYPE_CHECKING:  # only a run in an image needs it
     from amlaunch.launcher.runs.packages import ImagePackages
 
-PARTS = ("recipes", "containers", "preprocess", "trainer", "launcher")
+SUBPACKAGES = ("recipes", "containers", "preprocess", "trainer", "launcher")
 PACKAGES_FOLDER = Path("packages")
 """Folder of a snapshot for packages that the image lacks; ``amlaunch/__init__.py`` appends it to ``sys.path``."""
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "env", "runs", "data", "checkpoints"}
@@ -93,7 +93,7 @@ def _copy(files: Mapping[Path, Path], target: Path) -> None:
 def _package_files() -> Iterable[Path]:
     package = package_root() / "amlaunch"
     yield from (package / "__init__.py", package / "__main__.py")
-    for part in PARTS:  # each may be a link, which rglob follows only as its root
+    for part in SUBPACKAGES:  # each may be a link, which rglob follows only as its root
         for path in sorted((package / part).rglob("*")):
             if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts:
                 yield path

@@ -99,7 +99,7 @@ class Queue:
         cache = self.file.with_name(f"{command}-{fingerprint(question)}.json")
         try:
             lock.acquire(wait=True)  # processes that wait for the lock get our answer
-        except OSError:  # no home to keep anything in
+        except OSError:  # no writable home folder
             return self._ask(ask)[0]
         try:
             cached = read_object(cache)
@@ -125,13 +125,13 @@ class Queue:
         rows = cached.get("jobs")
         return None if rows is None else {row[0]: JobInfo(*row) for row in rows}
 
-    def _is_fresh(self, asked: float) -> bool:
+    def _is_fresh(self, requested_at: float) -> bool:
         """Return True if an answer is young enough, and was requested after this user's last change."""
         try:
             changed = self.file.with_name(CHANGED_FILE).stat().st_mtime
         except OSError:
             changed = 0.0
-        return 0 <= time.time() - asked < self.max_age and asked > changed
+        return 0 <= time.time() - requested_at < self.max_age and requested_at > changed
 
     def _ask(self, ask: Callable[[], Jobs]) -> tuple[Jobs | None, str]:
         try:
