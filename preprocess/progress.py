@@ -115,8 +115,8 @@ class Progress:
 
 
 def _status_line(done: int, total: int | None, rate: float, eta: float | None, counts: dict[str, Any]) -> str:
-    amount = f"{done:,} tokens" if total is None else f"{done:,} of {total:,} tokens"
-    parts = [amount]
+    progress_text = f"{done:,} tokens" if total is None else f"{done:,} of {total:,} tokens"
+    parts = [progress_text]
     parts += [f"{name} {value:,}" for name, value in counts.items() if isinstance(value, int)]
     parts.append(f"{rate:,.0f} tokens/s")
     if "mb_per_s" in counts:

@@ -16,7 +16,7 @@ INTERRUPTED = 130
 """Ended at once by Ctrl-C (128 plus the signal's number, as shells report it)."""
 
 MAX_LISTED_NAMES = 12
-SIMILARITY = 0.65
+MIN_SIMILARITY = 0.65
 """Minimum ``difflib`` ratio of a hint: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
 
 
@@ -28,7 +28,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a clause that names the valid name nearest to ``word``, or lists the valid names if none is near.
 
     Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
-    similar spelling. Slurm settings are sent from a recipe to the cluster profile.
+    similar spelling. For a Slurm setting, the clause points to the cluster profile.
     """
     import difflib  # imported here because it slows down every start
 
@@ -45,7 +45,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     nearest = same or resolve_alias(word, names)
     if nearest is None:
-        similar = difflib.get_close_matches(word, names, n=1, cutoff=SIMILARITY)
+        similar = difflib.get_close_matches(word, names, n=1, cutoff=MIN_SIMILARITY)
         nearest = similar[0] if similar else None
     if nearest is not None:
         return f"did you mean {nearest!r}?"

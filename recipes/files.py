@@ -94,10 +94,10 @@ def append_json_line(path: Path, value: Any) -> None:
         handle.seek(0, os.SEEK_END)
         if handle.tell():
             handle.seek(-1, os.SEEK_END)
-            torn = handle.read(1) != b"\n"
+            ends_mid_line = handle.read(1) != b"\n"
         else:
-            torn = False
-        handle.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
+            ends_mid_line = False
+        handle.write(b"\n" * ends_mid_line + json.dumps(value).encode() + b"\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def test_time_on_a_cpu_is_what_operators_spend_themselves_on_the_thread_that_tra
     summary = summarise_trace(trace, 1)
     assert not summary.on_gpu
     assert summary.seconds == pytest.approx({"matrix products": 4.0, "elementwise": 2.0, "loss": 1.0})
-    assert summary.wall == pytest.approx(10.0)
+    assert summary.step_seconds == pytest.approx(10.0)
     parts = {row.part: row.seconds for row in step_parts(summary, 5.5, 0.5, {})}  # the profiler made it twice as slow
     assert parts["matrix products"] == pytest.approx(2.0) and parts["gaps"] == pytest.approx(1.5)
 

@@ -25,7 +25,7 @@ MAX_PARTS_BEYOND_BUDGET = 4096
 BYTES_PER_TOKEN = 4
 """Of stored text, approximately. Only the sizes of parts depend on it."""
 MIN_BYTES_PER_VAL_TOKEN = 8
-"""A part gives validation at most one token for so many bytes, so that it certainly has them."""
+"""A part gives validation at most one token per this many bytes, so that it certainly has enough tokens."""
 
 
 class SourceFile(Protocol):

@@ -158,7 +158,7 @@ def line_blocks(handle: IO[bytes], file_slice: FileSlice) -> Iterator[tuple[int,
             cut = buffer.rfind(b"\n", searched) + 1
 
         if cut:
-            # Separate the rest before the lines are split, so that a line of 50 MB is in memory once.
+            # Separate the rest before the lines are split, so that only one copy of a line of 50 MB is in memory.
             rest = buffer[cut:]
             del buffer[cut:]
             lines = buffer.split(b"\n")
@@ -184,7 +184,7 @@ def parse_lines(file_slice: FileSlice, offset: int, lines: list[bytearray], colu
         except (ValueError, TypeError, LookupError, RecursionError):
             text = None
         if type(text) is str:
-            # While a text of 50 MB is tokenised, it is in memory once.
+            # While a text of 50 MB is tokenised, only one copy of it is in memory.
             del line
             yield text
         elif not is_blank(line):
@@ -348,7 +348,7 @@ def read_row_group(file: Any, group: int, column: str, rows: int, file_slice: Fi
     for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
         records = parse_column(batch.column(0), f"{file_slice.file.location}: row", row)
         row += len(batch)
-        # The texts are in memory once from here on.
+        # From here on only one copy of the texts is in memory.
         del batch
         yield from records
 

@@ -42,9 +42,9 @@ class PartLimits:
     """Limits of one part, in tokens."""
 
     max_tokens: int | None
-    """Tokens of both splits; the part has exactly so many unless it ends before. None: no limit."""
+    """Tokens of both splits; the part has exactly this many unless it ends before. None: no limit."""
     val_tokens: int
-    """The first documents go to validation until it has at least so many tokens."""
+    """The first documents go to validation until it has at least this many tokens."""
     shard_tokens: int
 
     def split_at(self, cursor: Cursor) -> str:

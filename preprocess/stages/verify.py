@@ -45,7 +45,7 @@ from amlaunch.recipes.version import VERSION
 
 CHUNK_TOKENS = 1 << 22
 """Tokens checked at once."""
-MAX_NAMES = 20
+MAX_LISTED_NAMES = 20
 """Elements or shards that a message names."""
 
 
@@ -184,7 +184,7 @@ def _unfinished_message(folder: OutputDir, options: Preprocess, unfinished: Sequ
 
 
 def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
+    return ", ".join(names[:MAX_LISTED_NAMES]) + (", …" if len(names) > MAX_LISTED_NAMES else "")
 
 
 def check_damage(folder: OutputDir, parts: Sequence[FinishedPart], progress: Progress) -> None:

@@ -22,9 +22,9 @@ from amlaunch.preprocess.tokenizers.tokenizer import TiktokenTokenizer, Tokenize
 from amlaunch.recipes.errors import BadInput
 
 GIGATOKEN_PRETOKENIZERS = {"gpt2": "gpt2", "r50k_base": "gpt2"}
-"""Encodings for which gigatoken is known to give the same tokens, and its name for their pattern."""
+"""Encodings for which gigatoken gives the same tokens -> gigatoken's name for their pattern."""
 CHECK_INTERVAL = 1000
-"""One document in so many is compared, and also the first of each shard."""
+"""One document in this many is compared, and also the first of each shard."""
 
 
 class TokenMismatch(Exception):

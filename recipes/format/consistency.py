@@ -301,7 +301,7 @@ def _check_split(path: KeyPath, node: Mapping[str, Any], recipe: Recipe, checker
 
 
 def check_batch(recipe: Recipe, ranks: int) -> str | None:
-    """Return why the global batch cannot be divided among so many ranks; None if it can."""
+    """Return why the global batch cannot be divided among ``ranks`` ranks; None if it can."""
     steps, parallel = recipe.step_scheduler, recipe.distributed
     ranks_of_window = parallel.tp_size * parallel.cp_size
     if ranks % ranks_of_window:
@@ -328,7 +328,7 @@ def _data_parallel_ranks(recipe: Recipe, ranks: int) -> str:
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> str | None:
-    """Return why the recipe cannot train on so many ranks; None if it can."""
+    """Return why the recipe cannot train on ``ranks`` ranks; None if it can."""
     parallel = recipe.distributed
     batch_problem = check_batch(recipe, ranks)
     ranks_of_window = parallel.tp_size * parallel.cp_size

@@ -162,7 +162,7 @@ def load(
     folder = (recipe_dir or path.parent).resolve()
     allowed = tuple(_relative_if_inside(name, folder) if name.endswith(".py") else name for name in allow)
     policy = TargetPolicy(folder, allowed)
-    _settle_targets(tree, folder)
+    _resolve_file_targets(tree, folder)
     refuse_secrets(tree, lines)
     recipe = _typed(tree, lines, policy, job_start)
     loaded = LoadedRecipe(path, tree, recipe, notes, policy, lines)
@@ -170,15 +170,15 @@ def load(
     return loaded
 
 
-def _settle_targets(node: Any, folder: Path) -> None:
+def _resolve_file_targets(node: Any, folder: Path) -> None:
     """Make file targets relative to the recipe's folder, so that a code snapshot has them too; others absolute."""
     if isinstance(node, list):
         for child in node:
-            _settle_targets(child, folder)
+            _resolve_file_targets(child, folder)
     if not isinstance(node, dict):
         return
     for child in node.values():
-        _settle_targets(child, folder)
+        _resolve_file_targets(child, folder)
     file, name = split_target(str(node.get("_target_", "")))
     if file:
         node["_target_"] = f"{_relative_if_inside(file, folder)}:{name}"

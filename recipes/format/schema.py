@@ -146,7 +146,7 @@ class Checkpoint:
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
     keep_every_steps: Positive | None = None
-    """Keep one checkpoint for every so many steps permanently."""
+    """Also keep, permanently, the checkpoint of every step that is a multiple of this."""
     is_async: bool = True
     """Write during training, from a copy in the host's memory; false: without the copy, while training waits."""
     model_save_format: Literal["torch_save", "safetensors"] = "torch_save"
@@ -245,7 +245,7 @@ class Preprocess:
     """Tokenising library; the tokens are the same. `auto`: gigatoken if it is installed and verified for the
     encoding."""
     max_tokens: Count | None = None
-    """Token budget, validation included: the first so many tokens of the source. `null`: all."""
+    """Token budget, validation included, from the front of the source. `null`: all tokens."""
     val_tokens: Count = 0
     """Minimum tokens of the validation split, in complete documents."""
     shard_tokens: Count = 100_000_000

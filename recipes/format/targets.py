@@ -256,7 +256,7 @@ def _source(text: str) -> tuple[Path, str] | None:
 def signature(text: str, policy: TargetPolicy) -> Signature | None:
     """Return the keywords of a target in our own packages, in the user's file, or of a common optimizer.
 
-    None if only an import would tell: then the callable itself reports wrong keywords when it is called.
+    None if they cannot be read without an import: then the callable reports wrong keywords when it is called.
     """
     if text in OPTIMIZER_KEYS:
         annotations = OPTIMIZER_KEYS[text] | TRAINER_OPTIMIZER_KEYS.get(text, {})

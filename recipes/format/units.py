@@ -14,7 +14,7 @@ TIME_FORMS = (
     r"(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)",
     r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d)(:(?P<seconds>[0-5]?\d))?)?",
 )
-SECONDS_OF = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+SECONDS_PER_UNIT = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
 def parse_count(value: Any) -> int:
@@ -49,7 +49,7 @@ def parse_minutes(value: Any) -> int:
     matches = (re.fullmatch(form, text, re.ASCII) for form in TIME_FORMS)
     match = next((match for match in matches if match), None)
     numbers = match.groupdict() if match else {}
-    seconds = sum(int(number or 0) * SECONDS_OF[unit] for unit, number in numbers.items())
+    seconds = sum(int(number or 0) * SECONDS_PER_UNIT[unit] for unit, number in numbers.items())
     if not seconds or seconds >= 60 * 2**31:
         raise ValueError(TIME_TEXT)
     return -(-seconds // 60)

@@ -113,7 +113,7 @@ def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, str]]:
 
     Raises BadInput with the line for YAML that does not parse, a duplicate key, a tag, or a second document.
     """
-    # Imported here because an image may lack it, and because every start pays for it.
+    # Imported here because an image may lack it, and because it slows down every start.
     import yaml
 
     try:

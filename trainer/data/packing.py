@@ -124,10 +124,10 @@ class PackedRows:
         itself, and UNLABELLED where the label has no loss.
         """
         counts = self._offsets[rows + 1] - self._offsets[rows]
-        firsts = np.cumsum(counts) - counts
-        pieces = np.repeat(self._offsets[rows] - firsts, counts) + np.arange(counts.sum())
+        row_starts = np.cumsum(counts) - counts
+        pieces = np.repeat(self._offsets[rows] - row_starts, counts) + np.arange(counts.sum())
         lengths = self._lengths[pieces].astype(np.int64)
-        used = np.add.reduceat(lengths, firsts)
+        used = np.add.reduceat(lengths, row_starts)
         padding = self.size - used
         ends = np.cumsum(lengths) + np.repeat(np.cumsum(padding) - padding, counts)
         begins = ends - lengths

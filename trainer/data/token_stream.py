@@ -200,8 +200,8 @@ def find_token(tokens: Tokens, token: int) -> Indices:
 
 def common_first_token(stream: TokenStream, starts: Indices) -> int | None:
     """Return the token that a sample of the documents begins with; None if they differ."""
-    firsts = stream.tokens_at(starts[:: max(1, len(starts) // MAX_SAMPLED_DOCUMENTS)])
-    return int(firsts[0]) if len(firsts) and np.all(firsts == firsts[0]) else None
+    first_tokens = stream.tokens_at(starts[:: max(1, len(starts) // MAX_SAMPLED_DOCUMENTS)])
+    return int(first_tokens[0]) if len(first_tokens) and np.all(first_tokens == first_tokens[0]) else None
 
 
 def aligned_starts(documents: Indices, tokens: int, length: int) -> Indices:
@@ -212,9 +212,9 @@ def aligned_starts(documents: Indices, tokens: int, length: int) -> Indices:
     """
     next_window = np.searchsorted(documents, documents + length)
     last = int(np.searchsorted(documents, tokens - length))  # documents from here on have too few tokens after them
-    jump = next_window.data  # its items become Python integers one by one, not all at once
+    next_indices = next_window.data  # its items become Python integers one by one, not all at once
     chain, document = [], 0
     while document < last:
         chain.append(document)
-        document = jump[document]
+        document = next_indices[document]
     return documents[np.array(chain, dtype=np.int64)]

@@ -56,8 +56,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalised ``x``, with the same shape and type."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        x_float = x if x.dtype == torch.float64 else x.float()
+        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -201,8 +201,8 @@ class Llama(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """Return ``6N + 12 L d T``, where N excludes an embedding that is only looked up."""
         count = sum(parameter.numel() for parameter in self.parameters())
-        looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
-        return 6.0 * (count - looked_up) + 12.0 * len(self.layers) * self.settings.hidden_size * seq_len
+        embedding_parameters = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
+        return 6.0 * (count - embedding_parameters) + 12.0 * len(self.layers) * self.settings.hidden_size * seq_len
 
     def hf_export(
         self, tensors: dict[str, torch.Tensor], vocab_size: int

@@ -62,11 +62,11 @@ def _build_gpt2(config: Mapping[str, Any], dropout: float, path: str) -> nn.Modu
 
 def _build_llama(config: Mapping[str, Any], dropout: float, path: str) -> nn.Module:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaled_rope = rope.get("rope_type", rope.get("type", "default")) != "default"
-    biases = config.get("attention_bias") or config.get("mlp_bias")
+    has_scaled_rope = rope.get("rope_type", rope.get("type", "default")) != "default"
+    has_biases = config.get("attention_bias") or config.get("mlp_bias")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    odd_heads = head_dim * config["num_attention_heads"] != config["hidden_size"]
-    if scaled_rope or biases or dropout or odd_heads:
+    has_custom_head_dim = head_dim * config["num_attention_heads"] != config["hidden_size"]
+    if has_scaled_rope or has_biases or dropout or has_custom_head_dim:
         raise BadInput(
             f"model.path {path}: amlaunch's Llama does not support scaled rotary positions, biases, dropout or a "
             f"head_dim other than hidden_size / num_attention_heads; set model._target_ to {ANY_MODEL_TARGET}"

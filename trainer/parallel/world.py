@@ -166,7 +166,7 @@ def parallelize(model: nn.Module, section: Distributed, world: World, seed: int)
 
     All ranks pass the same weights, or none (on the meta device); then each rank initialises its own shards. Raises
     BadInput if the model does not support the parallelism, and TrainingFailed if sharding changed the number of
-    parameters, that is, untied tied weights.
+    parameters, that is, separated tied weights.
     """
     dtype = compute_dtype(section, world.device)
     model.to(dtype=torch.float64 if dtype is torch.float64 else torch.float32)
@@ -182,7 +182,7 @@ def parallelize(model: nn.Module, section: Distributed, world: World, seed: int)
     _materialize(model, section, world, seed)
     after = parameter_count(model)
     if after != before:
-        raise TrainingFailed(f"sharding untied tied weights: {before:,} parameters became {after:,}")
+        raise TrainingFailed(f"sharding separated tied weights: {before:,} parameters became {after:,}")
     if section.strategy == "ddp" and not is_sharded(section) and world.size > 1:
         return _wrap_in_ddp(model, world)
     return model

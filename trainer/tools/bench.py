@@ -157,13 +157,13 @@ class BenchSetup:
 @contextlib.contextmanager
 def work_folder(options: argparse.Namespace) -> Iterator[Path]:
     """Provide a folder for the measurement; remove it unless the user keeps it or another process owns it."""
-    chosen = os.environ.get(FOLDER_VARIABLE) or getattr(options, "keep", None)
-    folder = Path(chosen or tempfile.mkdtemp(prefix="amlaunch-bench-")).absolute()
+    requested_folder = os.environ.get(FOLDER_VARIABLE) or getattr(options, "keep", None)
+    folder = Path(requested_folder or tempfile.mkdtemp(prefix="amlaunch-bench-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:
-        if not chosen:
+        if not requested_folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 

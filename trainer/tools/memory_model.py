@@ -38,7 +38,7 @@ CUDA_BYTES = 1.5e9
 FRAGMENTATION = 0.04
 """Estimated fraction of the memory in use that CUDA's allocator cannot hand out. Not measured."""
 SIMULATED_MICRO_BATCHES = 2
-"""More micro-batches than these need no more memory."""
+"""More micro-batches than this need no more memory."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def _sample_length(recipe: Recipe, policy: TargetPolicy) -> int:
     from amlaunch.trainer.data.datasets import sample_length
     from amlaunch.trainer.loop.job import build_dataset
 
-    stated = recipe.packed_sequence.packed_sequence_size or recipe.dataset.get("seq_len")
-    return int(stated or sample_length(build_dataset(recipe.dataset, recipe, policy, None)))
+    configured_length = recipe.packed_sequence.packed_sequence_size or recipe.dataset.get("seq_len")
+    return int(configured_length or sample_length(build_dataset(recipe.dataset, recipe, policy, None)))
 
 
 def _fake_batch(size: int, length: int, is_packed: bool) -> Batch:

@@ -69,7 +69,7 @@ class TraceSummary:
     """Seconds per step by part; communication counts only if no other kernel ran at the same time."""
 
     seconds: dict[str, float]
-    wall: float
+    step_seconds: float
     """Duration of a step in the trace, which profiling makes longer."""
     on_gpu: bool
     """True if the trace has GPU kernels."""
@@ -96,10 +96,10 @@ def summarise_trace(events: Sequence[Event], steps: int) -> TraceSummary:
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     names = {str(event["name"]) for event in events}
     backends = [backend for backend, pattern in BACKEND_PATTERNS if any(pattern.search(name) for name in names)]
-    microseconds, wall = _summarise_gpu(kernels, events) if kernels else _summarise_cpu(events)
+    part_microseconds, total_microseconds = _summarise_gpu(kernels, events) if kernels else _summarise_cpu(events)
     return TraceSummary(
-        seconds={part: duration / steps / 1e6 for part, duration in microseconds.items()},
-        wall=wall / steps / 1e6,
+        seconds={part: duration / steps / 1e6 for part, duration in part_microseconds.items()},
+        step_seconds=total_microseconds / steps / 1e6,
         on_gpu=bool(kernels),
         backends=tuple(backends),
         host_waits=count_host_waits(events) / steps if kernels else None,
@@ -238,8 +238,8 @@ def step_parts(
     slows down CPU operators, so only their shares are used.
     """
     scale = 1.0
-    if not summary.on_gpu and summary.wall:
-        scale = (step_seconds - data_seconds) / summary.wall
+    if not summary.on_gpu and summary.step_seconds:
+        scale = (step_seconds - data_seconds) / summary.step_seconds
     seconds = {part: summary.seconds.get(part, 0.0) * scale for part in PARTS}
     seconds["waiting for data"] = data_seconds
     seconds["gaps"] = max(0.0, step_seconds - sum(seconds.values()))
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m amlaunch.trainer.tools.roofline TRACE.json.gz STEPS", file=sys.stderr)
         return BAD_INPUT
     summary = summarise_trace(read_trace(Path(arguments[0])), int(arguments[1]))
-    print(format_table(step_parts(summary, summary.wall, 0.0, {})))
+    print(format_table(step_parts(summary, summary.step_seconds, 0.0, {})))
     return OK
 
 
