@@ -200,10 +200,14 @@ def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
         for _ in range(2)
     ]
     assert written[0].startswith("The standard") and written[0] == written[1]
+    file = undisturbed.folder / "file"
+    file.touch()
     for words, message in (
         (["export", "tiny", "--step", "7"], "no checkpoint of step 7. Available steps: 40, 35"),
         (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
         (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
+        (["export", "tiny", "--out", f"{file}/x"], f"{file} cannot be created"),
+        (["export", "tiny", "--out", f"{file}/x/y"], f"{file}/x cannot be created"),
     ):
         result = subprocess.run(
             [sys.executable, "-m", "amlaunch", *words],

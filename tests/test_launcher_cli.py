@@ -100,6 +100,7 @@ def _timed(words: list[str] | None, cwd: Path) -> float:
         (["status", "nothing"], "no run 'nothing'"),
         (["logs", "nothing"], "start one: amlaunch local or submit"),
         (["clean", "", "--yes"], "the run name is empty"),
+        (["clean", "--checkpoints"], "write amlaunch clean RUN --checkpoints"),
         (["frobnicate"], "unknown command 'frobnicate'; valid names: bench"),
         (["plot", "x"], "unknown command 'plot'; valid names: bench"),
         (["compare", "x", "y"], "unknown command 'compare'; valid names: bench"),

@@ -418,6 +418,15 @@ def test_what_is_left_alone_is_said_stage_by_stage(tmp_path):
     assert skipped_lines(plan.stages[1], states, {"0"}) == [], "it takes another's place in the queue"
 
 
+def test_the_result_says_if_the_source_was_too_small():
+    def outcome(tokens: int) -> str:
+        result = {"tokens": tokens, "max_tokens": 5000, "documents": 1, "shards": 2}
+        return wording.outcome(ElementState("verify", "0", "", State.DONE, result=result))
+
+    assert outcome(5000) == "5,000 tokens from 1 document in 2 shards"
+    assert outcome(40) == "40 tokens from 1 document in 2 shards · the source has fewer than max_tokens 5,000"
+
+
 class TestWait:
     SOON = f"import amlaunch.launcher.display.following as f; f.LOST_SECONDS = 2.0\n{KEPT_LONGER}"
 

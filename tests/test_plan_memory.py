@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
 
-from amlaunch.recipes.errors import OK
+from amlaunch.recipes.errors import BAD_INPUT, OK, BadInput
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.shipped import find_recipe
 from amlaunch.trainer.process.arguments import parse
@@ -298,6 +298,17 @@ def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
     assert 0.3 < compiled.activations / plain.activations < 1.05
 
 
-@pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("79.5GiB", 79.5 * 2**30), ("512", 512.0), ("1tb", 1e12)])
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("79.5GiB", 79.5 * 2**30), ("512k", 512e3), ("1tb", 1e12)])
 def test_sizes_are_read_as_they_are_written(text: str, size: float) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "80XB", "GB", "-1GB"])
+def test_a_size_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match=f"--gpu-memory {text}: expected a size with its unit"):
+        parse_bytes(text)
+
+
+def test_fewer_than_one_rank_is_refused(capfd) -> None:
+    assert plan_memory.main(["quickstart", "--gpus=0"]) == BAD_INPUT
+    assert "--gpus 0: expected at least 1" in capfd.readouterr().err

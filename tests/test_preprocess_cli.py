@@ -118,7 +118,7 @@ def test_elements_and_verify_as_the_launcher_runs_them(recipe: Path, tmp_path: P
     code, stdout, err = run_to_end(["verify", *base, str(stage / "v"), *small], processes)
     assert (code, err) == (0, "")
     verify_result = json.loads((stage / "v" / "result.json").read_text())
-    assert verify_result["tokens"] == 100_000 and verify_result["val_tokens"] >= 5000
+    assert verify_result["tokens"] == verify_result["max_tokens"] == 100_000 and verify_result["val_tokens"] >= 5000
     assert str(out / "manifest.json") in verify_result["outputs"]
     assert len(verify_result["outputs"]) == 1 + 2 * verify_result["shards"]
     assert all(Path(path).stat().st_size == size for path, size in verify_result["outputs"].items())

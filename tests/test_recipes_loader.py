@@ -396,6 +396,23 @@ class TestTargets:
         assert check_target(name, TargetPolicy(folder))
 
     @pytest.mark.parametrize(
+        ("name", "complete"),
+        [
+            ("my_models.build", "my_models.py:build"),
+            ("my_models:build", "my_models.py:build"),
+            ("AdamW", "torch.optim.AdamW"),
+            ("LinearCrossEntropy", "amlaunch.trainer.loss.LinearCrossEntropy"),
+        ],
+    )
+    def test_an_incomplete_name_is_completed(self, folder, name, complete):
+        assert f"did you mean {complete!r}?" in str(check_target(name, TargetPolicy(folder)))
+        assert check_target(complete, TargetPolicy(folder)) is None
+
+    def test_a_name_without_a_file_beside_the_recipe_may_be_a_package(self, folder):
+        for name in ("my_models.missing", "my_package.build"):
+            assert "add --allow-target my_" in str(check_target(name, TargetPolicy(folder)))
+
+    @pytest.mark.parametrize(
         "name",
         ["torch.nn.functional.torch.Tensor", "torch.nn.modules.container.OrderedDict", "torch.nn.modules.module.Any"],
     )

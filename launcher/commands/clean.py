@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """List what can be deleted; delete it only with ``--yes``."""
+    if options.checkpoints and not options.run:
+        raise BadInput("--checkpoints needs a run; write amlaunch clean RUN --checkpoints")
     folders = roots(options.runs)
     removals: list[Removal] = []
     for name in options.run:

@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not sources:
         raise BadInput(
-            f"{plan.run_id} has no such logs; amlaunch status {plan.run_id} lists its stages, elements and attempts"
+            f"{plan.run_id} has no logs for these options; "
+            f"amlaunch status {plan.run_id} lists its stages, elements and attempts"
         )
     return 0
 

@@ -93,8 +93,8 @@ def stage_closing_lines(run_dir: RunDir, states: list[ElementState]) -> list[str
 
 
 def _result_line(state: ElementState) -> str:
-    label = RESULT_STAGES[state.stage] + (f" {state.title}" if state.title else "")
-    return f"  {label:<10} {wording.outcome(state)}"
+    point = f"{state.title}: " if state.title else ""
+    return f"  {RESULT_STAGES[state.stage]:<10} {point}{wording.outcome(state)}"
 
 
 def _sample(states: Sequence[ElementState]) -> list[str]:

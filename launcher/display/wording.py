@@ -18,6 +18,7 @@ from typing import Any
 from amlaunch.launcher.runs.element_state import ElementState
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 STYLES: dict[str, str] = {
@@ -160,8 +161,11 @@ def _result(state: ElementState) -> str:
     result = state.result
     parts: list[str] = []
     if state.stage in ("preprocess", "verify") and "tokens" in result:
-        documents, shards = result.get("documents", 0), result.get("shards", 0)
-        parts.append(f"{result['tokens']:,} tokens from {documents:,} documents in {shards} shards")
+        documents, shards = counted(result.get("documents", 0), "document"), counted(result.get("shards", 0), "shard")
+        parts.append(f"{counted(result['tokens'], 'token')} from {documents} in {shards}")
+        max_tokens = result.get("max_tokens")
+        if _is_number(max_tokens) and result["tokens"] < max_tokens:
+            parts.append(f"the source has fewer than max_tokens {max_tokens:,}")
     if _is_number(result.get("loss_first")) and _is_number(result.get("loss_last")):
         parts.append(f"loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}")
     if _is_number(result.get("val_loss")):

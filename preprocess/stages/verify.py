@@ -355,6 +355,7 @@ def verify_result(manifest: dict[str, Any], out: Path) -> dict[str, Any]:
     outputs = [folder.manifest, *shards, *map(index_path, shards), *raw_files]
     names = ("tokens", "train_tokens", "val_tokens", "documents", "skipped")
     return {name: manifest[name] for name in names} | {
+        "max_tokens": manifest["options"]["max_tokens"],
         "shards": len(shards),
         "outputs": {str(path): path.stat().st_size for path in outputs},
     }

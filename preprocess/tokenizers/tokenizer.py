@@ -227,7 +227,10 @@ def _from_characters(name: str, path: Path) -> CharacterTokenizer:
     try:
         characters = "".join(sorted(set(path.read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"preprocess.tokenizer: {name}: cannot read the characters ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(
+            f"preprocess.tokenizer: {name}: {path} cannot be read ({reason}). Name an existing UTF-8 text file"
+        ) from None
     if not characters:
         raise BadInput(
             f"preprocess.tokenizer: {name}: the file is empty; it must contain every character of the vocabulary"

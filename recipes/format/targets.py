@@ -146,7 +146,9 @@ def check_target(text: Any, policy: TargetPolicy) -> str | None:
 def _check_file(file: str, name: str, text: str, policy: TargetPolicy) -> str | None:
     path = file_of(file, policy)
     if path.suffix != ".py" or not path.is_file():
-        return f"{text!r}: {path} is not an existing Python file"
+        suggestion = _complete_name(text, file, name, policy)
+        hint = f"; did you mean {suggestion!r}?" if suggestion else ""
+        return f"{text!r}: {path} is not an existing Python file{hint}"
     is_beside_recipe = policy.folder is not None and path.resolve().is_relative_to(policy.folder.resolve())
     if not is_beside_recipe and file not in policy.allow and str(path) not in policy.allow:
         return f"{text!r} is outside the recipe's folder; if you trust it, add --allow-target {file}"
@@ -160,6 +162,8 @@ def _check_dotted(text: str, policy: TargetPolicy) -> str | None:
     root = text.split(".")[0]
     if text in OWN_TARGETS or _allowed(text, policy):
         return None
+    if suggestion := _complete_name(text, root, text.partition(".")[2], policy):
+        return f"{text!r} is not a complete name; did you mean {suggestion!r}?"
     if "." not in text:
         return f"{text!r} is a package; name a callable in it"
     if root == "amlaunch":
@@ -172,6 +176,16 @@ def _check_dotted(text: str, policy: TargetPolicy) -> str | None:
     if re.fullmatch(LIBRARY_TARGETS[root], text):
         return None
     return f"{text!r} is not a class of {root} that recipes may build; if you trust it, add --allow-target {text}"
+
+
+def _complete_name(text: str, module: str, name: str, policy: TargetPolicy) -> str | None:
+    """Return the target that was probably meant: an object of a file beside the recipe, or a name without its path."""
+    file = f"{module}.py"
+    path = file_of(file, policy)
+    if name and path.is_file() and name.split(".")[0] in _definitions(path):
+        return f"{file}:{name}"
+    known = [*OWN_TARGETS, *(f"torch.optim.{optimizer}" for optimizer in OPTIMIZERS)]
+    return next((target for target in known if target.rpartition(".")[2] == text), None)
 
 
 def _allowed(text: str, policy: TargetPolicy) -> bool:

@@ -175,7 +175,10 @@ def set_up(options: argparse.Namespace, overrides: Sequence[str], folder: Path) 
     if has_data(loaded, options.data):
         return BenchSetup(loaded, folder, synthetic=False)
     if FOLDER_VARIABLE not in os.environ:
-        print_error("note: the recipe's data is not on this machine; using synthetic tokens (same speed)")
+        print_error(
+            "note: the recipe names no shards (dataset.file_pattern); using synthetic tokens (same speed). To read a "
+            "run's shards, add --data DIR"
+        )
         write_synthetic_shards(loaded, folder)
     all_overrides.append(f"--dataset.file_pattern={folder}/[ab].bin")
     loaded = load(path, all_overrides, allow=options.allow_target, job_start=True)

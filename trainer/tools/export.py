@@ -10,6 +10,7 @@ atomically and replaces an earlier export. Then the model writes a sample.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,12 @@ def check_out_folder(out: Path) -> None:
         raise BadInput(f"--out: {out} holds other files, and an export would replace them. Choose a new folder")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out: {out} is a file. Choose a folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: {out.parent} cannot be created ({error.strerror}). Choose another folder") from None
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--out: {out.parent} is not writable. Choose another folder")
 
 
 def load_selected(options: Options) -> tuple[int, Any]:

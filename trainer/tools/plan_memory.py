@@ -114,12 +114,12 @@ def largest_micro_batch(reload: Reload, need: MemoryNeed, limit: float, cuda: bo
 
 
 def parse_bytes(text: str) -> float:
-    """Parse a size such as ``80GB`` (decimal) or ``80GiB``. Raises argparse's error for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.I)
+    """Parse a size such as ``80GB`` (decimal) or ``80GiB``. Raises BadInput for anything else, also without a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.I)
     if not match:
-        raise argparse.ArgumentTypeError(f"expected a size such as 80GB or 79GiB, got {text!r}")
+        raise BadInput(f"--gpu-memory {text}: expected a size with its unit, such as 80GB or 79GiB")
     number, prefix, binary = match.groups()
-    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
     parser.add_argument("--gpus", type=int, help="number of ranks (default: the recipe's)")
-    parser.add_argument("--gpu-memory", type=parse_bytes, default=80e9, help="memory of each GPU (80GB)")
+    parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="memory of each GPU (80GB)")
     parser.add_argument("--on-cpu", action="store_true", help="predict for CPUs: no CUDA, float32 by default")
     parser.add_argument(
         "--allow-target", action="append", default=[], metavar="NAME", help="allow a _target_ to load NAME"
@@ -142,6 +142,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Predict and print."""
+    if options.gpus is not None and options.gpus < 1:
+        raise BadInput(f"--gpus {options.gpus}: expected at least 1; without --gpus, the recipe's number applies")
+    limit = parse_bytes(options.gpu_memory)
     path = find_recipe(options.recipe)
 
     def reload(more_overrides: Sequence[str]) -> LoadedRecipe:
@@ -150,7 +153,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     loaded = reload([])
     ranks = options.gpus or default_ranks(loaded.recipe)
     cuda = not options.on_cpu
-    limit = options.gpu_memory
 
     print_error(f"{loaded.recipe.name}: simulating a step on rank 0 of {ranks} (no memory is allocated) …")
     need = predict(loaded, ranks, cuda=cuda)
