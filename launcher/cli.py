@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.version import VERSION
 
 COMMANDS = {
@@ -157,12 +157,12 @@ def _check_override(name: str, options: Sequence[str], sections: Sequence[str]) 
     section = name[2:].split(".")[0]
     if name.startswith("--") and sections and section in (*sections, *AUTOMODEL_SECTIONS):
         return
-    if sections:
-        from amlaunch.recipes.key_aliases import cluster_profile_hint  # imported only for an error
+    # Imported here because only an error needs it.
+    from amlaunch.recipes.suggestions import cluster_profile_hint, did_you_mean
 
-        hint = cluster_profile_hint(section)
-        if hint:
-            raise BadInput(f"unknown option {name}; {hint}")
+    hint = cluster_profile_hint(section) if sections else None
+    if hint:
+        raise BadInput(f"unknown option {name}; {hint}")
     raise BadInput(f"unknown option {name}; {did_you_mean(name, [*options, *(f'--{key}' for key in sections)])}")
 
 
@@ -188,6 +188,8 @@ def _find_command(parser: CommandLineParser, words: Sequence[str]) -> tuple[Comm
                 raise BadInput(f"unknown option {word}; write options after the command: amlaunch COMMAND {word}")
             break
         if word not in parser.commands:
+            from amlaunch.recipes.suggestions import did_you_mean
+
             name = " ".join(words[: depth + 1])
             raise BadInput(f"unknown command {name!r}; {did_you_mean(word, parser.commands)}")
         parser, depth = parser.commands[word], depth + 1

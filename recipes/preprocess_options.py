@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.suggestions import did_you_mean
 
 PREPROCESS_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dataset": ({"metavar": "NAME"}, "dataset on the Hugging Face hub, or a local dataset folder"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.suggestions import did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
 ENDINGS = (".yaml", ".yml")

@@ -12,8 +12,9 @@ from image_helpers import layer
 
 from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.containers import check_containers
+from amlaunch.launcher.planning.container_plan import SiteRuntimes, containers_of
+from amlaunch.launcher.planning.container_start import is_visible_inside
 from amlaunch.launcher.planning.planner import Site, make_plan
-from amlaunch.launcher.planning.stage_container import Available, containers_of, is_visible_inside
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import load
@@ -46,7 +47,7 @@ def check(tmp_path, monkeypatch) -> Check:
 
     def made(*words: str, roots: list[str] | None = []) -> list[str]:  # noqa: B006
         loaded = load(work / "inside.yaml", [*PRIVATE, *words])
-        inside = containers_of(loaded, Available(RUNTIMES), work)
+        inside = containers_of(loaded, SiteRuntimes(RUNTIMES), work)
         plan = make_plan(loaded, Site(work / "runs", work, 0, 2, 1, None, containers=inside), "inside-1")
         return check_containers(
             loaded,

@@ -9,7 +9,7 @@ import pytest
 from image_helpers import layer, need, write_layout
 
 from amlaunch.launcher.__main__ import main
-from amlaunch.launcher.planning.stage_container import container_spec
+from amlaunch.launcher.planning.container_start import container_spec
 from amlaunch.launcher.specs.plan import Needs, Plan, Stage, StageContainer
 from amlaunch.recipes.run_layout import RunDir
 

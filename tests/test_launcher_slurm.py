@@ -26,8 +26,8 @@ from amlaunch.launcher.checks.slurm_limits import megabytes
 from amlaunch.launcher.commands._shared import sweep_overrides
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution.attempt_end import failure_of, signal_name
+from amlaunch.launcher.execution.attempt_limit import futile_attempts, limit_attempts
 from amlaunch.launcher.execution.rendezvous import free_ports, interface_address
-from amlaunch.launcher.execution.retry_policy import apply_retry_policy, futile_attempts
 from amlaunch.launcher.execution.srun_step import TaskFailure, first_failure
 from amlaunch.launcher.execution.stage_inputs import missing_input
 from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
@@ -563,15 +563,15 @@ class TestRetries:
 
     def test_only_some_ends_are_restarted(self) -> None:
         stopped = AttemptEnd(Outcome.STOPPED, "limit", restart=True)
-        continued = apply_retry_policy(self.history(0, 10), stopped, 20)
+        continued = limit_attempts(self.history(0, 10), stopped, 20)
         assert continued.restart and continued.reason == "limit; continues automatically from the saved state"
-        futile = apply_retry_policy(self.history(5, 5, 5), stopped, 5)
+        futile = limit_attempts(self.history(5, 5, 5), stopped, 5)
         assert not futile.restart and futile.reason == "limit; no progress in 3 attempts"
         killed = AttemptEnd(Outcome.FAILED, "killed", restart=True)
-        retried = apply_retry_policy(self.history(5, 5), killed, 5)
+        retried = limit_attempts(self.history(5, 5), killed, 5)
         assert retried.restart and retried.reason == "killed; retried automatically (attempt 3 of 3 without progress)"
         final = AttemptEnd(Outcome.FAILED, "boom")
-        assert apply_retry_policy(self.history(5), final, 5) == final
+        assert limit_attempts(self.history(5), final, 5) == final
 
     def test_a_signal_without_a_name(self) -> None:
         assert signal_name(9) == "SIGKILL" and signal_name(60).startswith(("signal 60", "SIG"))

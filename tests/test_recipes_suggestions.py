@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from amlaunch.launcher.specs.cluster_profile import StageProfile
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format import schema
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.format.schema import Recipe
-from amlaunch.recipes.key_aliases import ALIASES, CLUSTER_PROFILE_KEYS, KEY_OF_ALIAS, PROFILE_FIELDS
 from amlaunch.recipes.shipped import find_recipe, shipped_recipes
+from amlaunch.recipes.suggestions import ALIASES, CLUSTER_PROFILE_KEYS, KEY_OF_ALIAS, PROFILE_FIELDS, did_you_mean
 
 SECTIONS = [field.name for field in fields(Recipe)]
 MINIMAL = """\

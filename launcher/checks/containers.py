@@ -15,7 +15,7 @@ from amlaunch.containers.runtimes.catalog import CannotLaunch, Mount, Reference,
 from amlaunch.containers.runtimes.environment import library_variables
 from amlaunch.launcher.checks.files_and_disk import image_problems, is_shared, sets_variable, uses_wandb
 from amlaunch.launcher.errors import ErrorCollector
-from amlaunch.launcher.planning.stage_container import container_spec, is_visible_inside, may_mount
+from amlaunch.launcher.planning.container_start import container_spec, is_visible_inside, may_mount
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.plan import Plan, Stage, StageContainer
 from amlaunch.recipes.format.loader import LoadedRecipe

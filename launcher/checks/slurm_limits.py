@@ -14,8 +14,8 @@ from amlaunch.launcher.slurm.client import Partition
 from amlaunch.launcher.slurm.sbatch import option_problems
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster
 from amlaunch.launcher.specs.plan import Stage
-from amlaunch.recipes.errors import did_you_mean
 from amlaunch.recipes.format.loader import LoadedRecipe
+from amlaunch.recipes.suggestions import did_you_mean
 
 MIN_SENSIBLE_MEM_MB = 1000
 """Python with torch alone takes about 400."""

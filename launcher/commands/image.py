@@ -367,7 +367,7 @@ def run_list(options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Start an image, print its contents, and record them; the exit code is 1 if something would not work."""
     from amlaunch.launcher.images import checker
-    from amlaunch.launcher.planning.stage_container import merge_mounts, site_image, site_mounts
+    from amlaunch.launcher.planning.container_plan import merge_mounts, site_image, site_mounts
     from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:

@@ -15,8 +15,9 @@ from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
 from amlaunch.launcher.runs.submissions import Submission, newest_jobs, submissions_of
 from amlaunch.launcher.specs.plan import Plan, Stage
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.suggestions import did_you_mean
 
 READ_SECONDS = 0.3
 """Between two looks for new lines."""

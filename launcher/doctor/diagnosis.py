@@ -22,7 +22,8 @@ from amlaunch.launcher.slurm import sbatch
 from amlaunch.launcher.slurm.sbatch import Array, option_problems
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.suggestions import did_you_mean
 
 LOW_FREE_BYTES = 10 * 10**9
 """Less free space than this barely holds one checkpoint of a larger model."""

@@ -15,7 +15,7 @@ from amlaunch.containers.start_failures import failure_of as container_failure_o
 from amlaunch.launcher.execution.attempt import Attempt
 from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.stop_request import StopRequest
-from amlaunch.launcher.planning.stage_container import node_runtime
+from amlaunch.launcher.planning.container_start import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.runs.failure_causes import cause_of, tail_of
 from amlaunch.launcher.runs.states import Outcome

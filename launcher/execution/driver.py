@@ -28,10 +28,10 @@ from amlaunch.launcher.execution.attempt_end import (
     with_cause,
     with_error_message,
 )
+from amlaunch.launcher.execution.attempt_limit import limit_attempts
 from amlaunch.launcher.execution.rank_processes import LocalRanks
 from amlaunch.launcher.execution.rank_wait import Processes, RanksEnd, RankWatch, wait_for
 from amlaunch.launcher.execution.rendezvous import free_ports
-from amlaunch.launcher.execution.retry_policy import apply_retry_policy
 from amlaunch.launcher.execution.stop_request import StopRequest
 from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
 from amlaunch.launcher.runs.element_files import is_done
@@ -118,7 +118,7 @@ def run_attempt(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> Ou
     if end.outcome == Outcome.DONE:
         marker = {"time": time.time(), "attempt": end.attempt, "seconds": end.seconds}
         write_json(attempt.folder.done, {**marker, **read_object(attempt.folder.result)})
-    attempt.record(replace(apply_retry_policy(attempt.history, end, attempt.saved_progress), time=time.time()))
+    attempt.record(replace(limit_attempts(attempt.history, end, attempt.saved_progress), time=time.time()))
     return end.outcome
 
 

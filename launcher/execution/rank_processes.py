@@ -20,7 +20,7 @@ from amlaunch.containers.runtimes.slurm_oci import BUNDLE, NODES_VARIABLE
 from amlaunch.launcher.execution.attempt import Attempt
 from amlaunch.launcher.execution.rank_wait import Processes
 from amlaunch.launcher.execution.rendezvous import local_rendezvous
-from amlaunch.launcher.planning.stage_container import (
+from amlaunch.launcher.planning.container_start import (
     IMAGE_PYTHON,
     argument_folders,
     container_spec,

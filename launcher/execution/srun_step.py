@@ -26,7 +26,7 @@ from amlaunch.launcher.execution.rank_processes import (
 )
 from amlaunch.launcher.execution.rank_wait import Processes
 from amlaunch.launcher.execution.rendezvous import job_rendezvous
-from amlaunch.launcher.planning.stage_container import node_runtime
+from amlaunch.launcher.planning.container_start import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.slurm.client import expand_ranges
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile

@@ -24,15 +24,16 @@ from amlaunch.containers.runtimes.launch import ContainerSpec, Launch, Mount
 from amlaunch.containers.runtimes.slurm_oci import BUNDLE
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.images.tools import ToolFailed, content_of
+from amlaunch.launcher.planning.container_plan import SiteRuntimes
 from amlaunch.launcher.planning.partitions import choose_partition
-from amlaunch.launcher.planning.stage_container import Available
 from amlaunch.launcher.runs.packages import canonical_name
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.specs.cluster_profile import Cluster
 from amlaunch.launcher.specs.machine import this_machine, user_variables
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_private
 from amlaunch.recipes.python_process import kill_when_parent_dies
+from amlaunch.recipes.suggestions import did_you_mean
 
 PROBE = Path(containers.__file__).with_name("image_probe.py")
 CHECK_MINUTES = 15
@@ -58,9 +59,9 @@ class ProbeStart:
     """Names of more variables that the site passes to the runtime."""
 
 
-def container_site(cluster: Cluster) -> Available:
+def container_site(cluster: Cluster) -> SiteRuntimes:
     """Return a profile's settings for containers."""
-    return Available((), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
+    return SiteRuntimes((), True, cluster.profile.container, cluster.lines, cluster.source, cluster.profile.images)
 
 
 def choose_runtime(image: catalog.Reference, requested: str | None, cluster: Cluster) -> str:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from amlaunch.containers.runtimes.catalog import installed
 from amlaunch.launcher.errors import ErrorCollector
+from amlaunch.launcher.planning.container_plan import SiteRuntimes, containers_of
 from amlaunch.launcher.planning.planner import Site
-from amlaunch.launcher.planning.stage_container import Available, containers_of
 from amlaunch.launcher.slurm import client
 from amlaunch.launcher.slurm.client import Partition, oci_configuration
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import Recipe, StageResources
+from amlaunch.recipes.suggestions import did_you_mean
 
 
 def cluster_site(loaded: LoadedRecipe, cluster: Cluster, runs: Path, gpus: int | None) -> Site:
@@ -36,10 +37,10 @@ def cluster_site(loaded: LoadedRecipe, cluster: Cluster, runs: Path, gpus: int |
     )
 
 
-def _cluster_runtimes(cluster: Cluster, loaded: LoadedRecipe) -> Available:
+def _cluster_runtimes(cluster: Cluster, loaded: LoadedRecipe) -> SiteRuntimes:
     """Return what can start containers on a cluster, as far as this machine shows it. Raises SlurmError."""
     if loaded.recipe.container is None:
-        return Available((), asks_node=True)
+        return SiteRuntimes((), asks_node=True)
     options = client.step_options()
     runtimes = list(installed())
     if "container-image" in options:
@@ -47,7 +48,7 @@ def _cluster_runtimes(cluster: Cluster, loaded: LoadedRecipe) -> Available:
     if "container" in options and oci_configuration(client.config().get("SLURM_CONF", "")):
         runtimes.append("slurm")
     profile = cluster.profile
-    return Available(tuple(runtimes), True, profile.container, cluster.lines, cluster.source, profile.images)
+    return SiteRuntimes(tuple(runtimes), True, profile.container, cluster.lines, cluster.source, profile.images)
 
 
 def required_gpus(recipe: Recipe, gpus: int | None) -> int:

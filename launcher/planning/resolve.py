@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from amlaunch.containers.runtimes.catalog import installed
+from amlaunch.launcher.planning.container_plan import SiteRuntimes, container_notes, containers_of
 from amlaunch.launcher.planning.partitions import cluster_site
 from amlaunch.launcher.planning.planner import Site, make_plan, run_id
 from amlaunch.launcher.planning.run_request import RunRequest
-from amlaunch.launcher.planning.stage_container import Available, container_notes, containers_of
 from amlaunch.launcher.runs.find import runs_root
 from amlaunch.launcher.runs.stored_recipe import resumed_with
 from amlaunch.launcher.specs.cluster_profile import Cluster, find_cluster
@@ -79,13 +79,13 @@ def _local_site(loaded: LoadedRecipe, runs: Path, gpus: int | None, *, starting:
     return Site(runs, Path.cwd(), available_gpus, machine.cpus, nodes, gpus, containers=containers)
 
 
-def _local_runtimes(loaded: LoadedRecipe) -> Available:
+def _local_runtimes(loaded: LoadedRecipe) -> SiteRuntimes:
     """Return what can start containers on this machine; a profile named ``local`` may add settings. Raises BadInput."""
     if loaded.recipe.container is None:
-        return Available(())
+        return SiteRuntimes(())
     cluster = find_cluster("local")
     profile = cluster.profile
-    return Available(tuple(installed()), False, profile.container, cluster.lines, cluster.source, profile.images)
+    return SiteRuntimes(tuple(installed()), False, profile.container, cluster.lines, cluster.source, profile.images)
 
 
 def run_dir_of(root: Path, plan: Plan) -> RunDir:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.specs.profile_files import profile_files
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_json
 from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.recipes.version import VERSION
 
 

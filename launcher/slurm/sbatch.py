@@ -27,9 +27,10 @@ from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled
 from amlaunch.launcher.slurm.client import call, clean_environment, compress_ranges
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import is_secret_variable
 from amlaunch.recipes.python_process import python_command
+from amlaunch.recipes.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)

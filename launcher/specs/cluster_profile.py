@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amlaunch.launcher.specs.profile_files import FILE, profile_files
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.placeholders import has_placeholder, variables
 from amlaunch.recipes.format.schema import MountSection
 from amlaunch.recipes.format.secret_keys import is_secret_variable, refuse_secrets
@@ -23,6 +23,7 @@ from amlaunch.recipes.format.section_checks import Checker, raise_problems
 from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.format.units import Memory, Minutes, Positive
 from amlaunch.recipes.format.yaml_reader import KeyPath, read_file
+from amlaunch.recipes.suggestions import did_you_mean
 
 _LOGS, _RESOURCES = "logs go into the run directory", "set resources in the recipe"
 _JOB_ID, _REQUEUE = "amlaunch reads the job ID", "amlaunch decides"

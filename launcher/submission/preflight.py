@@ -18,9 +18,9 @@ from amlaunch.launcher.checks.files_and_disk import check_disk, check_prerequisi
 from amlaunch.launcher.checks.slurm_limits import check_slurm_limits
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import ErrorCollector
+from amlaunch.launcher.planning.container_plan import container_notes, image_packages, profile_image_folder
 from amlaunch.launcher.planning.resolve import local_notes
 from amlaunch.launcher.planning.run_sources import ResolvedRun, RunSource
-from amlaunch.launcher.planning.stage_container import container_notes, image_packages, profile_image_folder
 from amlaunch.launcher.runs.element_state import ElementState, read_run, read_stage
 from amlaunch.launcher.runs.find import read_plan
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amlaunch.launcher.planning.container_plan import image_packages, profile_image_folder
 from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
-from amlaunch.launcher.planning.stage_container import image_packages, profile_image_folder
 from amlaunch.launcher.runs.element_state import ElementState
 from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, take_snapshot, upgrade_snapshot
 from amlaunch.launcher.runs.states import ACTIVE_STATES

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from amlaunch.recipes.errors import did_you_mean
 from amlaunch.recipes.format.placeholders import has_placeholder
 from amlaunch.recipes.format.schema import (
     TOKENIZERS,
@@ -21,6 +20,7 @@ from amlaunch.recipes.format.section_checks import DATASET, Checker, annotation_
 from amlaunch.recipes.format.targets import OWN_TARGETS, TargetPolicy, signature
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.output import counted
+from amlaunch.recipes.suggestions import did_you_mean
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MODEL_SIZES = (

@@ -8,12 +8,12 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.placeholders import UnsetVariable, expand, expand_text, has_placeholder
 from amlaunch.recipes.format.schema import has_named_datasets
 from amlaunch.recipes.format.targets import Signature, TargetPolicy, check_target, signature
 from amlaunch.recipes.format.yaml_reader import KeyPath
-from amlaunch.recipes.key_aliases import cluster_profile_hint
+from amlaunch.recipes.suggestions import cluster_profile_hint, did_you_mean
 
 HINTS: dict[KeyPath, str] = {
     ("step_scheduler", "grad_acc_steps"): (

@@ -24,7 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.suggestions import did_you_mean
 
 OWN_TARGETS = {
     "amlaunch.trainer.models.gpt2.build_gpt2_model": "trainer/models/gpt2.py",

@@ -1,8 +1,12 @@
-"""Other tools' names for the keys of a recipe, so that an error can name the key you mean."""
+"""Suggestions for misspelt names: the nearest valid name, and what other tools call a recipe key."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+MAX_LISTED_NAMES = 12
+MIN_SIMILARITY = 0.65
+"""Minimum ``difflib`` ratio of a hint: ``tarin`` finds ``train`` (0.8), ``plot`` does not find ``export`` (0.6)."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "optimizer.lr": ("lr", "learning_rate", "max_lr", "peak_lr"),
@@ -87,6 +91,34 @@ CLUSTER_PROFILE_KEYS = ("partition", "account", "qos", "sbatch", "constraint", "
 """Slurm settings of a site: a cluster profile holds them, never a recipe."""
 PROFILE_FIELDS = ("partition", "account", "qos", "sbatch")
 """Those with a key of their own in a profile; the others are options of ``sbatch``."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a clause that names the valid name nearest to ``word``, or lists the valid names if none is near.
+
+    Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
+    similar spelling. For a Slurm setting, the clause points to the cluster profile.
+    """
+    import difflib  # imported here because it slows down every start
+
+    names = sorted({str(name) for name in known})
+    if not names:
+        return "no names are valid here"
+
+    same = next((name for name in names if name.lower() == word.lower()), None)
+    names_recipe_keys = RECIPE_SECTION in names or f"--{RECIPE_SECTION}" in names
+    if same is None and names_recipe_keys and (hint := cluster_profile_hint(word)):
+        return hint
+
+    nearest = same or resolve_alias(word, names)
+    if nearest is None:
+        similar = difflib.get_close_matches(word, names, n=1, cutoff=MIN_SIMILARITY)
+        nearest = similar[0] if similar else None
+    if nearest is not None:
+        return f"did you mean {nearest!r}?"
+
+    more = ", …" if len(names) > MAX_LISTED_NAMES else ""
+    return f"valid names: {', '.join(names[:MAX_LISTED_NAMES])}{more}"
 
 
 def resolve_alias(word: str, known: Iterable[str]) -> str | None:

@@ -1,4 +1,7 @@
-"""Decide whether an unfinished element is restarted automatically. Pure: depends on the element's own record alone."""
+"""End automatic restarts after several attempts without progress. Pure: depends on the element's own record alone.
+
+Which failures are worth another attempt is decided per cause, in :mod:`amlaunch.launcher.runs.failure_causes`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ MAX_WITHOUT_PROGRESS = 3
 """Number of consecutive attempts that may end without progress."""
 
 
-def apply_retry_policy(history: AttemptHistory, end: AttemptEnd, progress: float) -> AttemptEnd:
-    """Return the end of the newest attempt with the decision in ``restart``, and the explanation in ``reason``.
+def limit_attempts(history: AttemptHistory, end: AttemptEnd, progress: float) -> AttemptEnd:
+    """Return the end of the newest attempt, without ``restart`` if the limit is reached; ``reason`` explains it.
 
-    An attempt that was stopped by a signal (time limit, preemption) or ended from outside (a killed rank, a lost node)
-    is restarted; an error of the recipe or the code, or a stop on request, is not. Restarts end after
-    :data:`MAX_WITHOUT_PROGRESS` consecutive attempts without progress.
+    The limit is :data:`MAX_WITHOUT_PROGRESS` consecutive attempts that saved nothing new.
     """
     if not end.restart:
         return end
