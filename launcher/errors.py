@@ -22,7 +22,7 @@ class SlurmNotInstalled(SlurmError):
     """This machine does not have a Slurm command."""
 
     def __init__(self, command: str):
-        super().__init__(command, "not found; run this on a machine of the cluster")
+        super().__init__(command, "not found; run amlaunch on a machine of the cluster, such as a login node")
 
 
 class SlurmTimeout(SlurmError):
@@ -33,7 +33,7 @@ class SlurmTimeout(SlurmError):
 
 
 class ErrorCollector:
-    """Collects the lines of several BadInput; :meth:`refuse` raises them together."""
+    """Collects the lines of several BadInput; :meth:`raise_if_any` raises them together."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -54,6 +54,6 @@ class ErrorCollector:
         """Add further errors, one line each."""
         self.errors += lines
 
-    def refuse(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise one BadInput with all errors, each once, if there are any."""
         raise_problems(self.errors)

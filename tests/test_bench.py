@@ -697,7 +697,7 @@ def test_bench_preprocess_goes_from_text_to_verified_shards(tmp_path: Path) -> N
         assert report["tokens"] == tokens and report["tokenizer"] == tokenizer
         assert report["tokens_per_s"] == pytest.approx(tokens / report["seconds"])
     assert (
-        "1,000 tokens of"
+        "1,000 tokens from"
         in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
     )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine.yaml", "text.txt"], "nothing is left"
@@ -771,10 +771,10 @@ def test_what_cannot_be_measured_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--gpus", "-1"], "--gpus -1: expected a number of at least 0"),
-        (["train", "--gpus", "3"], "this machine has 2 GPUs"),
-        (["data", "--gpus", "2"], "measures the reading of one rank"),
-        (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess takes no overrides"),
+        (["train", "--gpus", "-1"], "--gpus -1: expected an integer of at least 0"),
+        (["train", "--gpus", "3"], "this machine has 2 GPUs; write --gpus 2 or less"),
+        (["data", "--gpus", "2"], "bench data measures one rank; write --gpus 1"),
+        (["preprocess", "--model.n_embd", "3"], "--model.n_embd: bench preprocess accepts no recipe overrides"),
     ],
 )
 def test_the_command_refuses_what_it_would_not_heed(

@@ -162,7 +162,7 @@ def test_json_has_everything_on_stdout_and_torch_is_not_loaded(tmp_path):
 def test_options_that_need_slurm_are_refused_without_it(tmp_path):
     assert amlaunch("doctor", "--save", "x.yaml", cwd=tmp_path, PATH="").returncode == 2
     done = amlaunch("doctor", "--cluster", "slurm", cwd=tmp_path, PATH="")
-    assert done.returncode == 1 and "sbatch: not found; run this on a machine of the cluster" in done.stdout
+    assert done.returncode == 1 and "sbatch: not found; run amlaunch on a machine of the cluster" in done.stdout
     done = amlaunch("doctor", "--cluster", "slrum", cwd=tmp_path, PATH="")
     assert done.returncode == 2 and "did you mean 'slurm'?" in done.stderr
     done = amlaunch("doctor", "--cluster", "local", cwd=tmp_path, PATH="")
@@ -411,7 +411,7 @@ def test_a_controller_that_does_not_answer(answers, capsys, silent):
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        ("partition: gpuu", "train, export: partition 'gpuu' does not exist here; did you mean 'gpu'?"),
+        ("partition: gpuu", "train, export: partition 'gpuu' does not exist on this cluster; did you mean 'gpu'?"),
         ("account: labb", "labb is not one of your accounts -> did you mean 'lab'?"),
         ("qos: hihg", "hihg is not one of your QOS -> did you mean 'high'?"),
         ("sbatch: {exclusiv: true}", "sbatch has no such option; did you mean 'exclusive'?"),

@@ -263,7 +263,7 @@ def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes
         time.sleep(0.02)
     second = place.start()
     output = second.communicate(timeout=60)[0]
-    assert second.returncode == 2 and "being run by another amlaunch process" in output, output
+    assert second.returncode == 2 and "already running in another amlaunch process" in output, output
     wait_for_step(place, 7)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]

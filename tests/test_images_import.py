@@ -138,7 +138,7 @@ def test_of_imports_at_once_one_works_and_the_others_wait(tmp_path):
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     out = sorted(stdout for stdout, _ in said)
-    assert sum("created " in text for text in out) == 1 and sum("exists already: " in text for text in out) == 1, out
+    assert sum("created " in text for text in out) == 1 and sum("already exists: " in text for text in out) == 1, out
     assert len(list((tmp_path / "images").glob("*.sqsh"))) == 1
 
 

@@ -207,7 +207,7 @@ class TestPlan:
         assert make_plan(nanogpt, self.site(tmp_path)).stage("train").needs.tasks_per_node == 1
 
     def test_what_does_not_fit_the_site(self, tmp_path):
-        with pytest.raises(BadInput, match=r"nodes is 4, but amlaunch local uses 1"):
+        with pytest.raises(BadInput, match=r"nodes is 4, but amlaunch local uses only 1"):
             make_plan(load(shipped_recipes()["llama-1.3b"]), self.site(tmp_path, gpus=8))
         with pytest.raises(BadInput, match="dp_size is 3"):
             make_plan(load(shipped_recipes()["quickstart"], ["--distributed.dp_size=3"]), self.site(tmp_path))

@@ -908,13 +908,13 @@ class TestRetry:
     def test_of_what_is_done_or_goes_on_nothing_is_started(self, tmp_path):
         run = finished_run(tmp_path)
         result = amlaunch(tmp_path, "retry", "tiny")
-        assert result.returncode == 0 and "nothing to retry, every element is done" in result.stdout
+        assert result.returncode == 0 and "nothing to retry: every element is done" in result.stdout
         run.element("train", "0").done.unlink()
         with Holder(run.lock):
             result = amlaunch(tmp_path, "retry", "tiny")
             assert (
                 result.returncode == 0
-                and "nothing to retry, it is running" in result.stdout
+                and "nothing to retry: it is running" in result.stdout
                 and "amlaunch cancel tiny" in result.stdout.replace(wording.program(), "amlaunch")
             )
             shown = amlaunch(tmp_path, "retry", "tiny", "--json")
@@ -969,7 +969,7 @@ class TestResume:
         run = finished_run(tmp_path, {"name": "slurm", "profile": {}})
         with Holder(run.lock):
             result = amlaunch(tmp_path, "resume", "tiny", "--step_scheduler.max_steps", "9")
-        assert result.returncode == 2 and "already being run by another amlaunch process" in result.stderr
+        assert result.returncode == 2 and "already running in another amlaunch process" in result.stderr
 
     def test_what_jobs_would_miss_is_said_before(self, tmp_path, monkeypatch):
         finished_run(tmp_path, {"name": "slurm", "profile": {}})

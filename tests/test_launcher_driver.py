@@ -179,7 +179,7 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
     drive(run).wait()
     output = run.element("train", "0").root / "output"
     output.write_text("mad")
-    assert only_state(run, plan).state == State.PENDING and "3 bytes instead of 4" in only_state(run, plan).reason
+    assert only_state(run, plan).state == State.PENDING and "expected 4 bytes, got 3" in only_state(run, plan).reason
     output.unlink()
     assert "is missing" in only_state(run, plan).reason
     marker = run.element("train", "0").done
@@ -653,5 +653,5 @@ def test_a_run_of_the_old_layout_is_retried(tmp_path):
     (run,) = list_runs(tmp_path / "runs")
     to_old_layout(run)
     run.element("preprocess", "0").done.unlink()
-    assert "the code of this run is from an earlier amlaunch; added the current version" in amlaunch("retry", "old")
+    assert "the code snapshot is from an earlier amlaunch; added the current version" in amlaunch("retry", "old")
     assert [state.attempts for state in read_stage(run, read_plan(run).stages[0])] == [2, 1]

@@ -229,7 +229,7 @@ class TestEveryProblemIsSaidAtOnce:
             "did you mean 'n_layer'?",
             "clusters.yaml:5: sbatch.nise: sbatch has no such option; did you mean 'nice'?",
             "clusters.yaml:6: stages.train.sbatch.beginn: sbatch has no such option; did you mean 'begin'?",
-            "clusters.yaml:6: stages.train.partition 'gpuu' does not exist here; did you mean 'gpu'?",
+            "clusters.yaml:6: stages.train.partition 'gpuu' does not exist on this cluster; did you mean 'gpu'?",
             "clusters.yaml:2: account 'labb' is not one of your accounts; did you mean 'lab'?",
             "clusters.yaml:3: qos 'hihg' is not one of your QOS; did you mean 'high'?",
         ]
@@ -319,7 +319,7 @@ class TestEveryProblemIsSaidAtOnce:
         run.unlink()
         run.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
-        problem = f"runs/{run.name} belongs to {run.owner()}, and you may not write to it"
+        problem = f"runs/{run.name} is not writable (owner: {run.owner()})"
         assert refused(site, capsys, clusters)[-1] == f"{problem}; start another run with --name NAME"
 
     def test_a_silent_slurm_has_refused_nothing(
@@ -335,7 +335,7 @@ class TestEveryProblemIsSaidAtOnce:
             )
             assert main(["submit", "tiny.yaml", "--cluster", "lab", "--runs", str(site / "runs")]) == code
             said = capsys.readouterr().err.splitlines()[-1]
-            assert words in said and ("sbatch refuses the script" in said) == (code == 2)
+            assert words in said and ("sbatch refused the script" in said) == (code == 2)
 
     def test_python_where_it_can_be_seen(self, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = f"lab:\n  shared_roots: ['{site}']\n  python: {site}/venv/bin/python\n  partition: nowhere\n"

@@ -60,7 +60,7 @@ def check_containers(loaded: LoadedRecipe, plan: Plan, run: RunDir, profile: Clu
             ]
         )
     problems.add(_launch_problems(loaded, plan, run, profile))
-    problems.refuse()
+    problems.raise_if_any()
 
     for stage, container in stages:
         notes += _credential_notes(parse(container.image), container.runtime, on_this_machine=profile is None)

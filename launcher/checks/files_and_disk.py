@@ -62,7 +62,7 @@ def check_disk(loaded: LoadedRecipe, plan: Plan, runs: Path, profile: ClusterPro
     for output in outputs:
         with problems.collected():
             _check_output(output, profile, bytes_by_device)
-    problems.refuse()
+    problems.raise_if_any()
     if profile is None:
         return []
 
@@ -106,7 +106,7 @@ def check_prerequisites(loaded: LoadedRecipe) -> None:
                 "(logs stay on disk) or --wandb null (no logging to W&B)"
             ]
         )
-    problems.refuse()
+    problems.raise_if_any()
 
 
 # --- folders that a run writes to

@@ -62,7 +62,7 @@ def check_slurm_limits(cluster: Cluster, loaded: LoadedRecipe | None, stages: Se
         with problems.collected():
             choose_partitions(list(facts.partitions.values()), cluster, 0)
         problems.add(_association_problems(cluster, facts))
-    problems.refuse()
+    problems.raise_if_any()
     return notes
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from amlaunch.launcher.specs.plan import Element, Plan
     from amlaunch.recipes.run_layout import RunDir
 
-RUN_HELP = "ID of a run, the beginning of the ID, the name of its recipe, or its directory"
+RUN_HELP = "ID of a run (or its beginning), name of its recipe, or run directory"
 RECIPE_HELP = "a YAML file, or the name of a recipe that comes with amlaunch"
 
 
@@ -28,12 +28,12 @@ def accept_overrides(parser: argparse.ArgumentParser, synopsis: str) -> None:
     parser.usage = f"{parser.prog} {synopsis} [options] [--section.key VALUE ...]"
 
 
-def add_json(parser: argparse.ArgumentParser, text: str = "print JSON on stdout") -> None:
+def add_json_option(parser: argparse.ArgumentParser, text: str = "print JSON on stdout") -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help=text)
 
 
-def add_runs(parser: argparse.ArgumentParser) -> None:
+def add_runs_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--runs``, the folder of run directories."""
     parser.add_argument(
         "--runs",
@@ -42,52 +42,56 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names one run."""
     parser.add_argument("run", help=RUN_HELP)
-    add_runs(parser)
+    add_runs_option(parser)
 
 
-def add_wait(parser: argparse.ArgumentParser) -> None:
+def add_wait_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--wait``."""
     parser.add_argument(
         "--wait", action="store_true", help="wait until the run has ended; the exit code tells how it ended"
     )
 
 
-def add_allow_target(parser: argparse.ArgumentParser) -> None:
+def add_allow_target_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--allow-target``."""
     parser.add_argument(
-        "--allow-target", action="append", default=[], metavar="NAME", help="let _target_ use NAME as well"
+        "--allow-target",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also let _target_ use this package or module",
     )
 
 
-def add_new_run(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the commands that resolve a recipe: local, submit, show."""
     parser.add_argument("recipe", nargs="?", help=RECIPE_HELP)
     parser.add_argument(
         "--gpus",
         type=int,
         metavar="N",
-        help="GPUs per node to train on; 0 trains on the CPU (default: the recipe's, if available)",
+        help="GPUs per node to train on; 0 trains on the CPU (default: as in the recipe, if available)",
     )
-    parser.add_argument("--stage", metavar="S", help="only this stage")
+    parser.add_argument("--stage", metavar="S", help="run only this stage")
     parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="KEY=V1,V2",
-        help="train once for each value (repeat it for a grid)",
+        help="train once for each value (repeat --sweep with other keys for a grid)",
     )
-    add_allow_target(parser)
-    add_runs(parser)
-    add_json(parser, "print the result as JSON on stdout")
+    add_allow_target_option(parser)
+    add_runs_option(parser)
+    add_json_option(parser, "print the result as JSON on stdout")
     accept_overrides(parser, "[RECIPE]")
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose a checkpoint of a run."""
-    add_run(parser)
+    add_run_argument(parser)
     parser.add_argument("--element", metavar="E", help="in a sweep: the element (sweep point) to use")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: the newest)")
@@ -116,8 +120,8 @@ def sweep_overrides(axes: Sequence[str]) -> list[str]:
     return overrides
 
 
-def request_of(options: argparse.Namespace) -> RunRequest:
-    """Build the request to start, resume or retry a run from the options of a command; what it lacks is the default."""
+def build_request(options: argparse.Namespace) -> RunRequest:
+    """Build the request to start, resume or retry a run from a command's options; others keep their default."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(RunRequest):
         if hasattr(options, field.name):
@@ -128,7 +132,7 @@ def request_of(options: argparse.Namespace) -> RunRequest:
 
 
 def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> list[ElementState]:
-    """Return the states without the elements that another run, which shares the shards, is making."""
+    """Return the states without the elements that another run with the same shards is processing."""
     from amlaunch.launcher.runs.submissions import submissions_of
 
     jobs = {
@@ -146,7 +150,7 @@ def own_states(run_dir: RunDir, plan: Plan, states: Sequence[ElementState]) -> l
 
 
 def _started_element(run_dir: RunDir, state: ElementState) -> bool:
-    """Return True if this run's launcher started an element: only then does the run have submitit's files of it."""
+    """Return True if this run's launcher started an element: only then does the run have submitit files for it."""
     from amlaunch.launcher.runs.element_files import read_element_files
 
     if run_dir.stage_home(state.stage) == run_dir.root:
@@ -158,7 +162,7 @@ def _started_element(run_dir: RunDir, state: ElementState) -> bool:
 
 
 def raise_if_unknown(states: Sequence[ElementState], command: str, consequence: str) -> None:
-    """Raise SlurmError if an element may be running, but nobody can tell."""
+    """Raise SlurmError if it is unknown whether an element is running."""
     from amlaunch.launcher.errors import SlurmError
 
     unknown = [state for state in states if state.state == State.UNKNOWN]
@@ -190,7 +194,7 @@ def process_environment(*, cpu: bool = False) -> dict[str, str]:
 
 
 def become_preprocess(arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by ``python -m amlaunch.preprocess``: the launcher never imports what tokenises."""
+    """Replace this process with ``python -m amlaunch.preprocess``: the launcher never imports tokenizers."""
     from amlaunch.recipes.python_process import python_command
 
     command = [*python_command("amlaunch.preprocess"), *arguments]
@@ -230,7 +234,7 @@ def _train_element(plan: Plan, name: str | None) -> Element:
         return matches[0]
     known = "; ".join(f"{element.name} ({element.title})" if element.title else element.name for element in elements)
     if name:
-        raise BadInput(f"--element {name}: {plan.run_id} has {known}")
+        raise BadInput(f"--element {name}: {plan.run_id} has no such train element; its elements: {known}")
     raise BadInput(f"{plan.run_id} trained several models; choose one with --element: {known}")
 
 

@@ -17,14 +17,15 @@ from typing import Any
 from amlaunch.launcher.commands._shared import (
     RECIPE_HELP,
     accept_overrides,
-    add_allow_target,
-    add_json,
+    add_allow_target_option,
+    add_json_option,
     process_environment,
     require_packages,
 )
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.recipes.errors import BAD_INPUT, INTERRUPTED, OK, BadInput
 from amlaunch.recipes.format.units import parse_count
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.python_process import PARENT_VARIABLE, python_command
 
 MAX_BYTES_PER_TOKEN = 6
@@ -34,22 +35,24 @@ MAX_BYTES_PER_TOKEN = 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands of ``amlaunch bench`` and their arguments."""
     targets = parser.add_subparsers(dest="what", required=True, metavar="train|data|preprocess")
-    train = _add_measurement(targets, "train", "training steps of a recipe: tokens/s, MFU, memory, time by activity")
+    train = _add_measurement(
+        targets, "train", "measure training steps of a recipe: tokens/s, MFU, memory, time by activity"
+    )
     train.add_argument(
-        "--profiled", type=int, metavar="N", help="steps to run under torch's profiler after those (3); 0: none"
+        "--profiled", type=int, metavar="N", help="steps to profile after the measured ones (default: 3; 0: none)"
     )
     train.add_argument("--keep", metavar="DIR", help="keep the trace and the metrics in this folder")
-    _add_measurement(targets, "data", "reading the batches of a recipe, without training")
-    text = "text to verified shards, as one process"
+    _add_measurement(targets, "data", "measure reading the batches of a recipe, without training")
+    text = "measure preprocessing in one process, from text to verified shards"
     preprocess = targets.add_parser("preprocess", help=text, description=f"{text[0].upper()}{text[1:]}.")
     preprocess.add_argument(
         "recipe", nargs="?", help="recipe whose preprocess section to use (default: Python sources of this machine)"
     )
-    preprocess.add_argument("--max-tokens", default="20M", metavar="N", help="number of tokens (20M)")
+    preprocess.add_argument("--max-tokens", default="20M", metavar="N", help="number of tokens (default: 20M)")
     preprocess.add_argument("--tokenizer", metavar="NAME", help="as for amlaunch preprocess")
     preprocess.add_argument("--engine", choices=["auto", "tiktoken", "gigatoken"])
-    preprocess.add_argument("--num-workers", type=int, metavar="N", help="processes (one per CPU)")
-    add_json(preprocess, "print the result as JSON on stdout")
+    preprocess.add_argument("--num-workers", type=int, metavar="N", help="processes (default: one per CPU)")
+    add_json_option(preprocess, "print the result as JSON on stdout")
     accept_overrides(preprocess, "[RECIPE]")  # only to say that it takes none
     preprocess.usage = f"{preprocess.prog} [RECIPE] [options]"
 
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_measurement(targets: Any, name: str, text: str) -> argparse.ArgumentParser:
     """Add the arguments that ``bench train`` and ``bench data`` share."""
     parser: argparse.ArgumentParser = targets.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("recipe", nargs="?", help=f"{RECIPE_HELP} (nanogpt)")
+    parser.add_argument("recipe", nargs="?", help=f"{RECIPE_HELP} (default: nanogpt)")
     parser.add_argument(
         "--gpus",
         type=int,
@@ -69,10 +72,10 @@ def _add_measurement(targets: Any, name: str, text: str) -> argparse.ArgumentPar
         metavar="DIR",
         help="folder of shards (default: the recipe's dataset.file_pattern, else synthetic tokens)",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="steps to measure (20)")
-    parser.add_argument("--warmup", type=int, metavar="N", help="steps before those (5)")
-    add_allow_target(parser)
-    add_json(parser, "print the result as JSON on stdout")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps to measure (default: 20)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="warm-up steps before the measured ones (default: 5)")
+    add_allow_target_option(parser)
+    add_json_option(parser, "print the result as JSON on stdout")
     accept_overrides(parser, "[RECIPE]")
     return parser
 
@@ -92,12 +95,12 @@ def _check_gpus(options: argparse.Namespace) -> None:
     """Raise BadInput for more GPUs than this machine has, or than the measurement uses."""
     gpus, available = options.gpus or 0, len(this_machine().gpus)
     if gpus < 0:
-        raise BadInput(f"--gpus {gpus}: expected a number of at least 0")
+        raise BadInput(f"--gpus {gpus}: expected an integer of at least 0")
     if gpus > available:
-        remedy = "; to measure the CPU, write --gpus 0" if available == 0 else ""
-        raise BadInput(f"--gpus {gpus}: this machine has {available} GPUs{remedy}")
+        remedy = f"; write --gpus {available} or less" if available else "; to measure the CPU, write --gpus 0"
+        raise BadInput(f"--gpus {gpus}: this machine has {counted(available, 'GPU')}{remedy}")
     if gpus > 1 and options.what == "data":
-        raise BadInput(f"--gpus {gpus}: bench data measures the reading of one rank; write --gpus 1, or 0 for the CPU")
+        raise BadInput(f"--gpus {gpus}: bench data measures one rank; write --gpus 1, or --gpus 0 for the CPU")
 
 
 def _trainer_arguments(options: argparse.Namespace) -> list[str]:
@@ -120,7 +123,7 @@ def _trainer_arguments(options: argparse.Namespace) -> list[str]:
 def _run_process(command: Sequence[str], env: Mapping[str, str], stdout: int | None = None) -> tuple[int, bytes]:
     """Run a process; return its exit code, and its output if ``stdout`` is a pipe.
 
-    Ctrl-C reaches the process, too, which then ends by itself and cleans up; the third one kills it.
+    Ctrl-C also reaches the process, which then cleans up and exits; a third Ctrl-C kills it.
     """
     child = subprocess.Popen(command, env={**env, PARENT_VARIABLE: str(os.getpid())}, stdout=stdout)
     for _ in range(3):
@@ -137,12 +140,10 @@ def _run_process(command: Sequence[str], env: Mapping[str, str], stdout: int | N
 
 
 def _bench_preprocess(options: argparse.Namespace) -> int:
-    """Measure the process from text to verified shards, on a recipe's text or on Python sources of this machine."""
+    """Measure preprocessing from text to verified shards, on a recipe's text or on this machine's Python sources."""
     if options.overrides:
         option = options.overrides[0].partition("=")[0]
-        raise BadInput(
-            f"{option}: bench preprocess takes no overrides of a recipe; see amlaunch bench preprocess --help"
-        )
+        raise BadInput(f"{option}: bench preprocess accepts no recipe overrides; see amlaunch bench preprocess --help")
     with tempfile.TemporaryDirectory(prefix="amlaunch-bench-") as folder:
         command = [*python_command("amlaunch.preprocess"), *_preprocess_arguments(options, Path(folder))]
         started = time.perf_counter()
@@ -150,7 +151,7 @@ def _bench_preprocess(options: argparse.Namespace) -> int:
         seconds = time.perf_counter() - started
     if code:
         if code != BAD_INPUT:  # the process has explained invalid input
-            print("nothing was measured", file=sys.stderr)
+            print("preprocessing failed; nothing was measured", file=sys.stderr)
         return code
 
     result = json.loads(output)
@@ -162,14 +163,14 @@ def _bench_preprocess(options: argparse.Namespace) -> int:
         "tokens_per_s": result["tokens"] / seconds,
         "mb_per_s": result["text_bytes"] / seconds / 1e6,
         "tokenizer": result["tokenizer"]["name"],
-        "source": options.recipe or "text of this machine",
+        "source": options.recipe or "Python sources of this machine",
     }
     if options.json:
         print(json.dumps(report, indent=2))
     else:
         print(
             f"{report['tokens_per_s']:,.0f} tokens/s, {report['mb_per_s']:.1f} MB/s of text: "
-            f"{report['tokens']:,} tokens of {report['documents']:,} documents "
+            f"{counted(report['tokens'], 'token')} from {counted(report['documents'], 'document')} "
             f"({report['source']}, {report['tokenizer']}) in {seconds:.1f} s, "
             "from the start of the process to verified shards"
         )
@@ -211,7 +212,9 @@ def _write_text(path: Path, size: int) -> None:
                     return
             if not written:
                 folder = sysconfig.get_path("stdlib")
-                raise BadInput(f"{folder} has no Python sources to measure with; name a recipe")
+                raise BadInput(
+                    f"{folder} has no Python sources to measure with; name a recipe: amlaunch bench preprocess RECIPE"
+                )
 
 
 def _python_sources() -> Iterator[str]:

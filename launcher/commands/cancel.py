@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from amlaunch.launcher.commands._shared import add_run, own_states, raise_if_unknown
+from amlaunch.launcher.commands._shared import add_run_argument, own_states, raise_if_unknown
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.runs.element_state import ElementState, read_run
@@ -22,6 +22,7 @@ from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.slurm_submission import recover, submitting
 from amlaunch.recipes.errors import FAILED, OK
 from amlaunch.recipes.files import is_locked, read_object, signal_lock_holders
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
 MAX_SAVE_SECONDS = 300.0
@@ -31,7 +32,7 @@ POLL_SECONDS = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch cancel``."""
-    add_run(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "--checkpoint", action="store_true", help="let running elements save a checkpoint first, and wait for them"
     )
@@ -45,13 +46,13 @@ def run(options: argparse.Namespace) -> int:
         plan = read_plan(run_dir)
         _recover(run_dir, plan)
         states = read_run(run_dir, plan, Queue(max_age=0))
-        own = own_states(run_dir, plan, states)
-        raise_if_unknown(own, "cancel", "nothing was cancelled; try again once Slurm answers")
+        states_of_run = own_states(run_dir, plan, states)
+        raise_if_unknown(states_of_run, "cancel", "nothing was cancelled; try again once Slurm answers")
 
-        active = [state for state in own if state.state in ACTIVE_STATES]
+        active = [state for state in states_of_run if state.state in ACTIVE_STATES]
         if not active and not is_locked(run_dir.lock):
             is_shared = any(state.state in ACTIVE_STATES for state in states)
-            others = " (another run is making the shards that both share)" if is_shared else ""
+            others = " (another run is making the shards that both use)" if is_shared else ""
             print(f"{plan.run_id} has no running or pending jobs{others}")
             return OK
         cancelled = [state for state in active if state.state == State.QUEUED or not options.checkpoint]
@@ -73,7 +74,7 @@ def _recover(run_dir: RunDir, plan: Plan) -> None:
     except SlurmError as error:
         raise SlurmError(
             error.command,
-            f"{error.message}; a submit was interrupted, and its jobs may be running: nothing was cancelled; "
+            f"{error.message}; a submit was interrupted, and its jobs may be running. Nothing was cancelled; "
             "try again once Slurm answers",
         ) from None
 
@@ -84,12 +85,12 @@ def _recover(run_dir: RunDir, plan: Plan) -> None:
 def _cancel_jobs(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> None:
     if jobs:
         scancel(_merge_arrays(jobs, run_dir, plan))
-        print(f"cancelled {len(jobs)} job{'s' * (len(jobs) > 1)}", flush=True)
+        print(f"cancelled {counted(len(jobs), 'job')}", flush=True)
         queue_module.invalidate_cache()
 
 
 def _merge_arrays(jobs: Sequence[str], run_dir: RunDir, plan: Plan) -> list[str]:
-    """Replace the jobs of a complete array by the array's own ID: 10,000 elements are too many arguments."""
+    """Replace the jobs of a complete array with the array's own ID: 10,000 elements are too many arguments."""
     remaining = set(jobs)
     job_ids: list[str] = []
     for submissions in submissions_of(run_dir, plan).values():
@@ -110,7 +111,7 @@ def _stop_launcher(run_dir: RunDir) -> None:
     run_dir.stop.touch()
     host, name, program = launcher_host(run_dir), wording.name_of(run_dir), wording.program()
     print(
-        f"amlaunch local runs {run_dir.root.name} on {host}, where signals from here do not reach it: "
+        f"amlaunch local is running {run_dir.root.name} on {host}, where signals from here do not reach it: "
         "asked it to save and stop, which takes a few seconds"
     )
     print(
@@ -141,7 +142,7 @@ def _stop_processes(run_dir: RunDir, states: Sequence[ElementState], *, save: bo
                 "do not reach it: asked it to save and stop"
             )
     if killed:
-        print(f"killed {killed} element{'s' * (killed > 1)} on this machine", flush=True)
+        print(f"killed {counted(killed, 'element')} on this machine", flush=True)
 
 
 def _request_stop(folder: ElementDir) -> None:
@@ -157,15 +158,16 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
     saving: set[tuple[str, str]] = set()
     deadline = time.monotonic() + MAX_SAVE_SECONDS
     while True:
-        own = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
-        states = {(state.stage, state.name): state for state in own}
+        states_of_run = own_states(run_dir, plan, read_run(run_dir, plan, Queue(max_age=2.0)))
+        states = {(state.stage, state.name): state for state in states_of_run}
         active = {key: state for key, state in states.items() if state.state in (*ACTIVE_STATES, State.UNKNOWN)}
         running = {key for key, state in active.items() if state.state == State.RUNNING}
         for key in sorted(saving - active.keys()):
             print(wording.status_line(states[key]), flush=True)
         if running - saving:
-            count = len(running - saving)
-            print(f"{count} running element{'s' * (count > 1)}: saving a checkpoint, then stopping", flush=True)
+            print(
+                f"{counted(len(running - saving), 'running element')}: saving a checkpoint, then stopping", flush=True
+            )
         saving = (saving & active.keys()) | running
 
         if not active and not is_locked(run_dir.lock):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlaunch.launcher.commands._shared import add_json, add_runs, own_states, raise_if_unknown
+from amlaunch.launcher.commands._shared import add_json_option, add_runs_option, own_states, raise_if_unknown
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.runs.element_state import is_driven, read_run
 from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", nargs="*", help="runs to delete (default: shards that no run uses, and leftover temporary files)"
     )
     parser.add_argument(
-        "--checkpoints", action="store_true", help="of the runs, delete only checkpoints older than the newest"
+        "--checkpoints", action="store_true", help="delete only the checkpoints of RUN that are older than its newest"
     )
-    parser.add_argument("--yes", action="store_true", help="delete it")
-    add_runs(parser)
-    add_json(parser)
+    parser.add_argument("--yes", action="store_true", help="delete what is listed")
+    add_runs_option(parser)
+    add_json_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,10 +60,13 @@ def run(options: argparse.Namespace) -> int:
 
     for removal in removals:
         if options.yes:
-            _remove(removal.path)
+            try:
+                _remove(removal.path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(removal.path)) from None
         if not options.json:
             action = "removed" if options.yes else "would remove"
-            print(f"{action}  {wording.count(removal.size):>8}B  {removal.path}  ({removal.why})", flush=True)
+            print(f"{action}  {wording.size(removal.size):>9}  {removal.path}  ({removal.why})", flush=True)
     _print_summary(removals, options)
     return OK
 
@@ -78,8 +81,8 @@ def _print_summary(removals: Sequence[Removal], options: argparse.Namespace) -> 
     elif not removals:
         print("nothing to clean")
     elif not options.yes:
-        total = wording.count(sum(removal.size for removal in removals))
-        print(f"\n{total}B in total; run the same command with --yes to delete it")
+        total = wording.size(sum(removal.size for removal in removals))
+        print(f"\n{total} in total; run the same command with --yes to delete it")
 
 
 def _removals_of_run(run_dir: RunDir, *, checkpoints_only: bool) -> Iterator[Removal]:
@@ -93,7 +96,7 @@ def _removals_of_run(run_dir: RunDir, *, checkpoints_only: bool) -> Iterator[Rem
 
     external = _external_checkpoints(run_dir, plan)
     if not checkpoints_only:
-        yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that others may use stay")
+        yield Removal(run_dir.root, size_of(run_dir.root), "the run; shards that other runs may use are kept")
         for folder in external:
             yield Removal(folder, size_of(folder), "its checkpoints")
         return
@@ -134,7 +137,7 @@ def _leftovers(folders: Iterable[Path]) -> Iterator[Removal]:
         checks = folder / "doctor"
         for check in sorted(checks.iterdir()) if checks.is_dir() else []:
             if check.is_dir() and _is_old(check) and not in_use(check, queue):
-                yield Removal(check, size_of(check), "a check of amlaunch doctor, more than a day old")
+                yield Removal(check, size_of(check), "GPU check of amlaunch doctor, more than a day old")
         for run_dir in list_runs(folder):
             yield from _incomplete_files(run_dir.root)
 
@@ -183,7 +186,7 @@ def _incomplete_files(root: Path) -> Iterator[Removal]:
             path = Path(folder) / name
             is_temporary = name.endswith(".tmp") or (name.startswith(".code.") and Path(folder) == root)
             if is_temporary and not path.is_symlink() and _is_old(path):
-                yield Removal(path, size_of(path), "incomplete, more than a day old")
+                yield Removal(path, size_of(path), "temporary file, more than a day old")
         folders[:] = [name for name in folders if not name.endswith(".tmp")]
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amlaunch.launcher.commands._shared import add_json
+from amlaunch.launcher.commands._shared import add_json_option
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.findings import BAD, OK, WARN, Finding, FindingsReport, worst
 from amlaunch.launcher.display.live_report import make_report
@@ -31,12 +31,12 @@ GpuCheck = Callable[[gpu_job.Report], gpu_job.CheckResult]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch doctor``."""
-    parser.add_argument("--cluster", metavar="NAME", help="check this profile")
+    parser.add_argument("--cluster", metavar="NAME", help="check this cluster profile")
     parser.add_argument(
         "--gpu", action="store_true", help="run a check on one GPU node: matrix products, memory, all-reduce"
     )
     parser.add_argument("--save", metavar="FILE", help="write the profile to this file (default: print it)")
-    add_json(parser)
+    add_json_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -105,10 +105,10 @@ def _check_gpus(report: FindingsReport, check: GpuCheck | None) -> Mapping[str, 
     """Run the GPU check and report on it; returns the measurements, None if there are none."""
     try:
         if check is None:
-            raise BadInput("there is no cluster to submit it to")
+            raise BadInput("Slurm was not found or did not answer")
         measured, findings = check(make_report(report.json_output))
     except (BadInput, SlurmError, OSError) as error:
-        report.add([Finding("job", BAD, f"no job was submitted: {error}", "fix what is bad above first")])
+        report.add([Finding("job", BAD, f"no job was submitted: {error}", "fix the problems marked bad above first")])
         return None
 
     report.add(findings)
@@ -138,7 +138,7 @@ def _finish(report: FindingsReport, options: argparse.Namespace, proposal: Propo
         print("\nno profile was written, because Slurm did not answer")
     elif proposal and options.cluster in (None, "slurm"):
         print(
-            f"\nprofile of this cluster; edit it as you like, or write it with --save {FILE}\n\n{proposal.text}", end=""
+            f"\nproposed profile of this cluster; to write it to a file, add --save {FILE}\n\n{proposal.text}", end=""
         )
 
     counts = Counter(finding.verdict for _, finding in report.findings)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from amlaunch.launcher.commands._shared import accept_overrides, add_checkpoint, find_training, run_on_checkpoint
+from amlaunch.launcher.commands._shared import (
+    accept_overrides,
+    add_checkpoint_arguments,
+    find_training,
+    run_on_checkpoint,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch export``."""
-    add_checkpoint(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="the folder to write (default: in the run's export folder)")
     accept_overrides(parser, "RUN")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_checkpoint, run_on_checkpoint
+from amlaunch.launcher.commands._shared import add_checkpoint_arguments, run_on_checkpoint
 
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_k")
 """Options that override keys of the recipe's export section."""
@@ -12,7 +12,7 @@ SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_k")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch generate``."""
-    add_checkpoint(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning of the text")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="number of tokens to generate (default: the recipe's)"

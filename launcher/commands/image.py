@@ -17,7 +17,7 @@ from amlaunch import containers
 from amlaunch.containers.images.image_store import ImageFolder, read_json, short_digest
 from amlaunch.containers.images.reference import BadReference, parse
 from amlaunch.containers.runtimes import catalog
-from amlaunch.launcher.commands._shared import add_json
+from amlaunch.launcher.commands._shared import add_json_option
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.images.builder import build_image, check_base, default_base, write_context
 from amlaunch.launcher.images.importer import ImportRequest, import_image
@@ -29,7 +29,7 @@ from amlaunch.recipes.version import VERSION
 
 DOCKERFILE = Path(containers.__file__).with_name("Dockerfile")
 PLAIN_SECONDS = 5.0
-"""Between two progress lines outside a terminal."""
+"""Pause between two progress lines outside a terminal."""
 
 Say = Callable[[str], None]
 
@@ -73,18 +73,20 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="base image; add a digest to pin it: nvcr.io/nvidia/pytorch@sha256:...",
     )
-    parser.add_argument("--file", metavar="FILE", help="another Dockerfile (default: amlaunch's own; --print shows it)")
+    parser.add_argument("--file", metavar="FILE", help="Dockerfile (default: amlaunch's own; --print shows it)")
     parser.add_argument(
         "--packages",
         metavar="NAMES",
-        help="packages to install, as arguments of pip (default: those of preprocessing and wandb)",
+        help="packages to install, as pip arguments (default: those of preprocessing and wandb)",
     )
     parser.add_argument("--wheels", metavar="DIR", help="install from this folder of wheels, without a network")
     parser.add_argument("--tag", metavar="NAME", help="name of the image (default: amlaunch:VERSION)")
     parser.add_argument(
         "--tool", metavar="NAME", help="tool that builds: buildah, podman or docker (default: the first installed)"
     )
-    parser.add_argument("--no-import", action="store_true", help="leave the image in the storage of the tool")
+    parser.add_argument(
+        "--no-import", action="store_true", help="do not import the image; it stays in the storage of the tool"
+    )
     parser.add_argument(
         "--print", action="store_true", dest="print_only", help="print the Dockerfile and build nothing"
     )
@@ -93,12 +95,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
-    add_json(parser)
+    add_json_option(parser)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "image", help="a reference, a file, or a name or the beginning of a digest from amlaunch image list"
+        "image", help="an image reference, a file, or from amlaunch image list a name or the beginning of a digest"
     )
     _add_folder(parser)
     parser.add_argument("--runtime", metavar="NAME", help="container runtime (default: that of the site)")
@@ -107,13 +109,15 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SRC:DST[:ro]",
-        help="also mount this, and report whether it is writable (repeat it)",
+        help="also mount this, and report whether it is writable (may be repeated)",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="with --cluster: use a node with this many GPUs")
     parser.add_argument(
-        "--has", metavar="NAMES", help="start nothing; record that the image has these packages (tiktoken,datasets)"
+        "--has",
+        metavar="NAMES",
+        help="start nothing; record that the image has these packages, such as tiktoken,datasets",
     )
-    add_json(parser)
+    add_json_option(parser)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +137,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tmp", metavar="DIR", help="folder for downloads and temporary files (default: in the folder of images)"
     )
-    add_json(parser, "print the image as JSON on stdout")
+    add_json_option(parser, "print the image as JSON on stdout")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -214,7 +218,7 @@ def _import(request: ImportRequest, options: argparse.Namespace, say: Say) -> in
         print(wording.to_json({**dataclasses.asdict(image), "made": is_new}))
         return OK
     duration = f" in {wording.duration(time.monotonic() - started)}" if is_new else ""
-    action = "created" if is_new else "exists already:"
+    action = "created" if is_new else "already exists:"
     say(f"{action} {image.path} ({wording.size(image.size)}, {image.digest[:19]}){duration}")
     say(f"use it in a recipe: container.image: {image.path}")
     say(f"show its contents: {wording.program()} image check {image.path}")
@@ -297,7 +301,7 @@ def run_build(options: argparse.Namespace) -> int:
         say(f"building {tag} with {tool}")
         build_image(tool, Path(context), tag, arguments, say)
     if options.no_import:
-        say(f"built {tag}; it is in the storage of {tool}")
+        say(f"built {tag} in the storage of {tool}; not imported")
         return OK
 
     source = f"docker-daemon:{tag}" if tool == "docker" else f"containers-storage:{tag}"
@@ -322,7 +326,7 @@ def base_name(text: str) -> str:
     if reference.path is not None:
         raise BadInput(
             f"--base {text}: a base cannot be a file or a folder; load it first "
-            "(buildah pull, podman load, docker load) and write the name that it gets"
+            "(buildah pull, podman load, docker load), then write the name that it prints"
         )
     return reference.name
 
@@ -371,7 +375,7 @@ def run_check(options: argparse.Namespace) -> int:
     from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     if (options.gpus or 0) < 0:
-        raise BadInput(f"--gpus {options.gpus}: expected a number of at least 0")
+        raise BadInput(f"--gpus {options.gpus}: expected an integer of at least 0")
     cluster = find_cluster(options.cluster or "local")
     site, folder = checker.container_site(cluster), image_folder(options.images, cluster.profile.images)
     stored = folder.find(options.image)
@@ -388,7 +392,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     reference = site_image(reference, site)
     if reference.path is not None and not reference.path.exists():
-        raise BadInput(f"file {reference.path} does not exist")
+        raise BadInput(f"image file {reference.path} does not exist")
     for mount in mounts:
         if not Path(mount.source).exists() and cluster.profile.executor == "local":
             raise BadInput(f"mount {mount.short}: {mount.source} does not exist on this machine")

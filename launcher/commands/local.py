@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_new_run, request_of
+from amlaunch.launcher.commands._shared import add_recipe_arguments, build_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch local``."""
-    add_new_run(parser)
+    add_recipe_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -17,4 +17,4 @@ def run(options: argparse.Namespace) -> int:
     from amlaunch.launcher.planning.run_sources import NewRun
     from amlaunch.launcher.submission.pipeline import start_run
 
-    return start_run(NewRun(request_of(options)))
+    return start_run(NewRun(build_request(options)))

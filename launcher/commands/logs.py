@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlaunch.launcher.commands._shared import add_run
+from amlaunch.launcher.commands._shared import add_run_argument
 from amlaunch.launcher.display.following import may_be_active, pause_seconds
 from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.find import find_run, read_plan, roots
@@ -20,9 +20,9 @@ from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.suggestions import did_you_mean
 
 READ_SECONDS = 0.3
-"""Between two looks for new lines."""
+"""Pause between two checks for new lines."""
 LIST_SECONDS = 1.5
-"""Between two looks for new log files, and for the end of the run."""
+"""Pause between two checks for new log files and for the end of the run."""
 LOG_NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
 
 
@@ -69,7 +69,7 @@ class LogSelection:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch logs``."""
-    add_run(parser)
+    add_run_argument(parser)
     parser.add_argument("--stage", metavar="S", help="default: the newest that has logs")
     parser.add_argument("--element", metavar="E", help="default: all")
     parser.add_argument("--rank", type=int, metavar="R", help="default: all")

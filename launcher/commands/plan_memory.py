@@ -8,8 +8,8 @@ import subprocess
 from amlaunch.launcher.commands._shared import (
     RECIPE_HELP,
     accept_overrides,
-    add_allow_target,
-    add_json,
+    add_allow_target_option,
+    add_json_option,
     process_environment,
     require_packages,
 )
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=RECIPE_HELP)
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks in total (default: the recipe's)")
     parser.add_argument(
-        "--gpu-memory", default="80GB", metavar="SIZE", help="memory of each GPU, such as 80GB or 141GB (80GB)"
+        "--gpu-memory", default="80GB", metavar="SIZE", help="memory of each GPU, such as 80GB or 141GB (default: 80GB)"
     )
-    add_allow_target(parser)
-    add_json(parser)
+    add_allow_target_option(parser)
+    add_json_option(parser)
     accept_overrides(parser, "RECIPE")
 
 

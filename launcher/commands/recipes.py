@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from amlaunch.launcher.commands._shared import add_json
+from amlaunch.launcher.commands._shared import add_json_option
 from amlaunch.recipes.shipped import recipe_summary, shipped_recipes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch recipes``."""
-    add_json(parser)
+    add_json_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import accept_overrides, add_json, add_run, add_wait, request_of
+from amlaunch.launcher.commands._shared import (
+    accept_overrides,
+    add_json_option,
+    add_run_argument,
+    add_wait_option,
+    build_request,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch resume``."""
-    add_run(parser)
-    parser.add_argument("--cluster", metavar="NAME", help="continue on another cluster than before")
-    add_wait(parser)
-    add_json(parser, "print the result as JSON on stdout")
+    add_run_argument(parser)
+    parser.add_argument("--cluster", metavar="NAME", help="continue on this cluster (default: the previous one)")
+    add_wait_option(parser)
+    add_json_option(parser, "print the result as JSON on stdout")
     accept_overrides(parser, "RUN")
 
 
@@ -24,6 +30,6 @@ def run(options: argparse.Namespace) -> int:
     from amlaunch.launcher.submission.preflight import check_not_driven
 
     run_dir = find_run(roots(options.runs), options.run)
-    source = ResumedRun(request_of(options), run_dir, read_plan(run_dir))
+    source = ResumedRun(build_request(options), run_dir, read_plan(run_dir))
     check_not_driven(run_dir)
     return start_run(source)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from amlaunch.launcher.commands._shared import accept_overrides, add_json, add_run, add_wait, request_of
+from amlaunch.launcher.commands._shared import (
+    accept_overrides,
+    add_json_option,
+    add_run_argument,
+    add_wait_option,
+    build_request,
+)
 from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.output import counted
 
 if TYPE_CHECKING:
     from amlaunch.launcher.planning.run_sources import RetriedRun
@@ -15,9 +22,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch retry``."""
-    add_run(parser)
-    add_wait(parser)
-    add_json(parser, "print the result as JSON on stdout")
+    add_run_argument(parser)
+    add_wait_option(parser)
+    add_json_option(parser, "print the result as JSON on stdout")
     accept_overrides(parser, "RUN")  # only to answer them with a hint at resume
     parser.usage = f"{parser.prog} RUN [options]"
 
@@ -34,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.overrides:
         raise BadInput(f"retry changes no settings; use amlaunch resume {options.run} {' '.join(options.overrides)}")
     run_dir = find_run(roots(options.runs), options.run)
-    source = RetriedRun(request_of(options), run_dir, read_plan(run_dir))
+    source = RetriedRun(build_request(options), run_dir, read_plan(run_dir))
     states = known_states(run_dir, source.stored_plan)
     if is_locked(run_dir.lock) or nothing_left(states):
         return _report_nothing_left(source, states)
@@ -56,11 +63,11 @@ def _report_nothing_left(source: RetriedRun, states: list[ElementState]) -> int:
     active = sum(state.state in ACTIVE_STATES for state in states)
     say = message_printer(request)
     if driven:
-        activity = f"{active} element{'s are' if active > 1 else ' is'} active" if active else "it is running"
-        say(f"{plan.run_id}: nothing to retry, {activity}")
+        activity = f"{counted(active, 'element')} active" if active else "it is running"
+        say(f"{plan.run_id}: nothing to retry: {activity}")
         say(f"next: {program} logs {name} -f, or stop it first: {program} cancel {name}")
     else:
-        say(f"{plan.run_id}: nothing to retry, every element is done\nnext: {program} status {name}")
+        say(f"{plan.run_id}: nothing to retry: every element is done\nnext: {program} status {name}")
 
     if plan.cluster is not None and (request.wait or request.json):
         return finish(run_dir, plan, [], request, say)

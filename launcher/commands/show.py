@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_new_run, request_of
+from amlaunch.launcher.commands._shared import add_recipe_arguments, build_request
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.planning.resolve import local_notes, plan_to_show
 from amlaunch.launcher.runs.element_state import read_run
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan, Stage
+from amlaunch.recipes.output import counted
 
 MAX_LISTED_TITLES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch show``."""
-    add_new_run(parser)
+    add_recipe_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what would run and what would be skipped; nothing is written."""
-    loaded, plan, run_dir = plan_to_show(request_of(options))
+    loaded, plan, run_dir = plan_to_show(build_request(options))
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == State.DONE}
     notes = local_notes(loaded, plan)
     if options.json:
@@ -65,15 +66,11 @@ def describe_resources(stage: Stage) -> str:
     """Return the resources of one element as text."""
     needs = stage.needs
     parts = [
-        _count(needs.nodes, "node"),
-        f"{needs.gpus_per_node} GPUs" if needs.gpus_per_node else "CPU",
-        _count(needs.tasks_per_node, "rank"),
-        _count(needs.cpus, "core"),
+        counted(needs.nodes, "node"),
+        counted(needs.gpus_per_node, "GPU") if needs.gpus_per_node else "CPU",
+        counted(needs.tasks_per_node, "rank"),
+        counted(needs.cpus, "core"),
         needs.mem or "",
         wording.duration(needs.time_minutes * 60) if needs.time_minutes else "",
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 else ''}"

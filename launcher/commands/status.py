@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amlaunch.launcher.commands._shared import RUN_HELP, add_json, add_runs
+from amlaunch.launcher.commands._shared import RUN_HELP, add_json_option, add_runs_option
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.advice import advice, group_failures
 from amlaunch.launcher.display.following import may_be_active, pause_seconds
@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="list every element of a large stage, not only those that need attention"
     )
-    add_runs(parser)
-    add_json(parser)
+    add_runs_option(parser)
+    add_json_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         started = time.monotonic()
         runs, problems = _read(options)
         _print(runs, problems, options)
-        if not options.watch or not any(one.may_be_active for one in runs):
+        if not options.watch or not any(status.may_be_active for status in runs):
             return 0
         time.sleep(_pause(runs, time.monotonic() - started))
 
@@ -107,14 +107,14 @@ def _watch(options: argparse.Namespace) -> int:
             runs, problems = _read(options)
             blocks = _blocks(runs, problems, options, live.console.width)
             live.update(Group(*(Text(block) if isinstance(block, str) else block for block in blocks)))
-            if not any(one.may_be_active for one in runs):
+            if not any(status.may_be_active for status in runs):
                 return 0
             time.sleep(_pause(runs, time.monotonic() - started))
 
 
 def _pause(runs: Sequence[RunStatus], polling_seconds: float) -> float:
     """Return the seconds until the next poll; longer while Slurm has to be asked."""
-    states = [state for one in runs for state in one.states]
+    states = [state for status in runs for state in status.states]
     asks_slurm = any(state.job and state.state in (*ACTIVE_STATES, State.UNKNOWN) for state in states)
     return pause_seconds(polling_seconds, CLUSTER_WATCH_SECONDS if asks_slurm else WATCH_SECONDS)
 
@@ -178,7 +178,7 @@ def _read_plan(run_dir: RunDir) -> Plan:
 
 def _print(runs: list[RunStatus], problems: list[str], options: argparse.Namespace) -> None:
     if options.json:
-        values = [wording.as_json(one.run_dir, one.plan, one.states, one.state) for one in runs]
+        values = [wording.as_json(status.run_dir, status.plan, status.states, status.state) for status in runs]
         print(wording.to_json(values), flush=True)
         return
     if not runs:
@@ -200,22 +200,22 @@ def _blocks(runs: list[RunStatus], problems: list[str], options: argparse.Namesp
         return [*warnings, _run_table(runs, width), f"\nfor details: {wording.program()} status RUN"]
 
     blocks: list[Any] = list(warnings)
-    for one in runs:
-        blocks.append(_run_line(one))
-        blocks.append(_element_table(one.states, options.all, width))
-        blocks += [f"\n{text}" for text in advice(one.run_dir, one.plan, one.states, one.is_driven)]
+    for status in runs:
+        blocks.append(_run_line(status))
+        blocks.append(_element_table(status.states, options.all, width))
+        blocks += [f"\n{text}" for text in advice(status.run_dir, status.plan, status.states, status.is_driven)]
     return blocks
 
 
-def _run_line(one: RunStatus) -> str:
+def _run_line(status: RunStatus) -> str:
     """Describe a run in one line: its ID, state, cluster, GPU-hours and directory."""
-    gpu_hours = sum(state.gpu_hours for state in one.states)
+    gpu_hours = sum(state.gpu_hours for state in status.states)
     parts = [
-        one.plan.run_id,
-        one.state,
-        f"on {one.plan.cluster['name']}" if one.plan.cluster else "",
+        status.plan.run_id,
+        status.state,
+        f"on {status.plan.cluster['name']}" if status.plan.cluster else "",
         f"{gpu_hours:.2f} GPU-hours" if gpu_hours else "",
-        str(one.run_dir.root),
+        str(status.run_dir.root),
     ]
     return "  ".join(part for part in parts if part)
 
@@ -223,15 +223,15 @@ def _run_line(one: RunStatus) -> str:
 def _run_table(runs: list[RunStatus], width: int) -> Any:
     """Return a table with a row for each run."""
     rows = []
-    for one in runs:
-        element = most_relevant(one.states)
+    for status in runs:
+        element = most_relevant(status.states)
         progress = wording.progress(element)
         outcome = wording.outcome(element)
-        age = wording.duration(time.time() - one.run_dir.plan.stat().st_mtime)
+        age = wording.duration(time.time() - status.run_dir.plan.stat().st_mtime)
         rows.append(
             {
-                "run": one.plan.run_id,
-                "state": one.state,
+                "run": status.plan.run_id,
+                "state": status.state,
                 "stage": element.stage,
                 "last start": f"{age} ago",
                 "progress": progress if element.state == State.RUNNING else outcome or progress,

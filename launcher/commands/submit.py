@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_new_run, add_wait, request_of
+from amlaunch.launcher.commands._shared import add_recipe_arguments, add_wait_option, build_request
 from amlaunch.recipes.errors import BadInput
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch submit``."""
-    add_new_run(parser)
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--cluster",
         default="slurm",
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a profile in clusters.yaml, a file, or a built-in profile: slurm (asks Slurm), local",
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly the scripts that would be submitted")
-    add_wait(parser)
+    add_wait_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,4 +31,4 @@ def run(options: argparse.Namespace) -> int:
             "no recipe given; write amlaunch submit RECIPE --cluster NAME (amlaunch recipes lists those that come "
             "with amlaunch)"
         )
-    return start_run(NewRun(request_of(options)))
+    return start_run(NewRun(build_request(options)))

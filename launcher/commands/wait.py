@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_json, add_run
+from amlaunch.launcher.commands._shared import add_json_option, add_run_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch wait``."""
-    add_run(parser)
-    add_json(parser, "print the run as JSON on stdout once it has ended")
+    add_run_argument(parser)
+    add_json_option(parser, "print the run as JSON on stdout once it has ended")
 
 
 def run(options: argparse.Namespace) -> int:

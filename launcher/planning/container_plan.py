@@ -63,7 +63,7 @@ class SiteRuntimes:
 
 
 def containers_of(loaded: LoadedRecipe, site: SiteRuntimes, cwd: Path) -> dict[str, StageContainer | None]:
-    """Plan the container of each stage; None: without one. Raises BadInput with all problems."""
+    """Plan the container of each stage (None: no container). Raises BadInput with all problems."""
     section = loaded.recipe.container
     if section is None:
         return dict.fromkeys(STAGES)
@@ -78,7 +78,7 @@ def containers_of(loaded: LoadedRecipe, site: SiteRuntimes, cwd: Path) -> dict[s
     for stage in STAGES:
         with problems.collected():
             containers[stage] = _stage_container(loaded, section, stage, site, cwd, mounts)
-    problems.refuse()
+    problems.raise_if_any()
     return containers
 
 
@@ -90,7 +90,7 @@ def _check_runtime_names(loaded: LoadedRecipe, section: ContainerSection, site: 
     for where, name in settings:
         if name not in known:
             problems.add([f"{where}: unknown runtime {name!r}; {did_you_mean(name, known)}"])
-    problems.refuse()
+    problems.raise_if_any()
 
 
 def _section_problems(loaded: LoadedRecipe, section: ContainerSection) -> Iterator[str]:
@@ -112,10 +112,10 @@ def _at(loaded: LoadedRecipe, *key: str) -> str:
 
 def image_text(section: ContainerSection, stage: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the image of a stage as written in the recipe (None: no container), and its key."""
-    own = getattr(section.stages, stage)
-    if own in (None, "none"):
+    stage_image = getattr(section.stages, stage)
+    if stage_image in (None, "none"):
         return None, ("stages", stage)
-    return (own, ("stages", stage)) if own else (section.image, ("image",))
+    return (stage_image, ("stages", stage)) if stage_image else (section.image, ("image",))
 
 
 def _stage_container(
@@ -126,7 +126,7 @@ def _stage_container(
     cwd: Path,
     mounts: Sequence[Mount],
 ) -> StageContainer | None:
-    """Plan the container of one stage; None: without one. Raises BadInput."""
+    """Plan the container of one stage (None: no container). Raises BadInput."""
     text, key = image_text(section, stage)
     if text is None or section.runtime == "none":
         return None
@@ -156,7 +156,8 @@ def _stage_container(
 
 def _parse_reference(text: str, where: str, base: Path) -> Reference:
     if has_placeholder(text):
-        raise BadInput(f"{where}: {text}: a variable in it is not set here; export it")
+        names = ", ".join(f"${{{name}}}" for name, _ in PLACEHOLDER.findall(text))
+        raise BadInput(f"{where}: {text}: {names} is not set; export it")
     try:
         return parse(text, base)
     except BadReference as error:
@@ -175,14 +176,14 @@ def reference_text(reference: Reference) -> str:
 
 
 def site_image(reference: Reference, site: SiteRuntimes) -> Reference:
-    """Return the file by which the profile replaces an image, or the image itself. Raises BadInput."""
+    """Return the file that the profile uses instead of an image, or the image itself. Raises BadInput."""
     for name, file in site.profile.images.items():
         where = f"{site.lines.get(('container', 'images', name), site.source)}: container.images"
         if _parse_reference(name, where, Path("/")).name != reference.name:
             continue
         replacement = _parse_reference(file, where, Path("/"))
         if replacement.path is None:
-            raise BadInput(f"{where}: {file!r} is not a file; write its absolute path")
+            raise BadInput(f"{where}: expected the absolute path of an image file, got {file!r}")
         return replacement
     return reference
 
@@ -317,7 +318,7 @@ def _parse_mounts(mounts: Iterable[str | MountSection], where: str, base: Path) 
                 parsed.append(make_mount(mount.source, mount.target, mount.read_only, base))
         except BadMount as error:
             problems.add([f"{where}: {number}: {error}"])
-    problems.refuse()
+    problems.raise_if_any()
     return parsed
 
 
@@ -337,7 +338,7 @@ def input_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[Path]:
 
 
 def _named_paths(loaded: LoadedRecipe, cwd: Path) -> Iterator[str]:
-    """Yield the paths that a recipe names, as written; of a pattern, the folder in which it starts."""
+    """Yield the paths that a recipe names, as written; for a glob pattern, the folder in which it starts."""
     recipe = loaded.recipe
     if recipe.preprocess:
         section = recipe.preprocess

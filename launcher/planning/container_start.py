@@ -22,7 +22,7 @@ IMAGE_PYTHON = "python3"
 
 
 def node_runtime(container: StageContainer) -> str:
-    """Return the runtime of a stage on this node, which chooses its own for ``auto``; ``none``: it has none."""
+    """Return the runtime of a stage on this node: for ``auto`` the best one installed, or ``none``."""
     if container.runtime != "auto":
         return container.runtime
     return catalog.choose(parse(container.image), catalog.installed()) or "none"
@@ -33,7 +33,7 @@ def container_spec(
 ) -> ContainerSpec:
     """Describe a stage's container completely.
 
-    ``env``: variables set inside. ``passed``: variables with a value of their own for each task.
+    ``env``: variables set inside. ``passed``: variables whose value may differ between tasks.
     """
     container = stage.container
     assert container is not None
@@ -105,8 +105,8 @@ def passed_variables(container: StageContainer, secrets: Iterable[str], *, on_sl
     See :mod:`amlaunch.containers.runtimes.environment`.
     """
     rank_variables = RANK_VARIABLES if on_slurm else ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
-    own = {name for name in (*container.passed, *secrets) if name in os.environ}
-    names = {*library_variables(os.environ), *rank_variables, *own} - {"PATH", "HOME"}
+    requested = {name for name in (*container.passed, *secrets) if name in os.environ}
+    names = {*library_variables(os.environ), *rank_variables, *requested} - {"PATH", "HOME"}
     return sorted(name for name in names if VARIABLE_NAME.fullmatch(name))
 
 

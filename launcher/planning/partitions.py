@@ -73,7 +73,7 @@ def choose_partitions(partitions: Sequence[Partition], cluster: Cluster, gpus: i
     for stage in STAGES:
         with problems.collected():
             chosen[stage] = choose_partition(partitions, cluster, stage, gpus if stage == "train" else 0)
-    problems.refuse()
+    problems.raise_if_any()
     return chosen
 
 
@@ -83,7 +83,7 @@ def choose_partition(partitions: Sequence[Partition], cluster: Cluster, stage: s
     if name:
         return _partition_named(name, partitions, cluster.where(stage, "partition"))
     if not partitions:
-        raise BadInput("Slurm shows you no partition (see sinfo); ask your administrator for access")
+        raise BadInput("Slurm shows you no partitions (check with sinfo); ask your administrator for access")
 
     default = next((partition for partition in partitions if partition.default), None)
     suitable = [partition for partition in partitions if partition.up and partition.gpus >= gpus]
@@ -102,4 +102,4 @@ def _partition_named(name: str, partitions: Sequence[Partition], where: str) -> 
         if partition.name == name:
             return partition
     names = [partition.name for partition in partitions]
-    raise BadInput(f"{where} {name!r} does not exist here; {did_you_mean(name, names)}")
+    raise BadInput(f"{where} {name!r} does not exist on this cluster; {did_you_mean(name, names)}")

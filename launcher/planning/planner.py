@@ -14,6 +14,7 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.consistency import check_batch, check_ranks
 from amlaunch.recipes.format.loader import LoadedRecipe, file_targets, recipe_at_point, shards_folder_name
 from amlaunch.recipes.format.schema import Preprocess, StageResources
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 DEFAULT_HANG_MINUTES = 30
@@ -195,7 +196,7 @@ class _Planner:
         nodes = resources.nodes or 1
         if nodes > site.nodes and not site.cluster:
             raise BadInput(
-                f"{self.loaded.path}: resources.train.nodes is {nodes}, but amlaunch local uses {site.nodes}; "
+                f"{self.loaded.path}: resources.train.nodes is {nodes}, but amlaunch local uses only {site.nodes}; "
                 f"add --resources.train.nodes {site.nodes}"
             )
         gpus = self._train_gpus(nodes)
@@ -231,9 +232,10 @@ class _Planner:
         site, requested = self.site, self.site.requested_gpus
         if requested is not None:
             if requested < 0:
-                raise BadInput(f"--gpus {requested}: expected a number of at least 0 (0 trains on the CPU)")
+                raise BadInput(f"--gpus {requested}: expected an integer of at least 0 (0 trains on the CPU)")
             if requested > site.gpus and not site.cluster:
-                raise BadInput(f"--gpus {requested}: this machine has {site.gpus}; to train on the CPU, write --gpus 0")
+                available = counted(site.gpus, "GPU")
+                raise BadInput(f"--gpus {requested}: this machine has {available}; to train on the CPU, write --gpus 0")
             return requested
 
         recipe_gpus = self.loaded.recipe.resources.train.gpus_per_node

@@ -16,6 +16,7 @@ from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import LoadedRecipe, load
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 from amlaunch.recipes.shipped import find_recipe
 
@@ -67,7 +68,7 @@ def plan_run(
 def _local_site(loaded: LoadedRecipe, runs: Path, gpus: int | None, *, starting: bool) -> Site:
     if "%" in str(runs):
         raise BadInput(
-            f"{runs}: a path with a % does not work (submitit replaces it by a job ID); "
+            f"{runs}: a path with a % does not work (submitit replaces it with a job ID); "
             "choose another folder with --runs DIR"
         )
     machine = this_machine()
@@ -113,7 +114,7 @@ def local_notes(loaded: LoadedRecipe, plan: Plan) -> list[str]:
     recipe_gpus = loaded.recipe.resources.train.gpus_per_node
     if recipe_gpus and not train.gpus_per_node:
         notes.append(
-            f"the recipe is written for {recipe_gpus} GPUs; this run trains on the CPU "
+            f"the recipe is written for {counted(recipe_gpus, 'GPU')}; this run trains on the CPU "
             f"({this_machine().cpus} cores), which is far slower"
         )
     return notes

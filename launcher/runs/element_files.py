@@ -10,6 +10,7 @@ from typing import Any
 from amlaunch.launcher.runs.attempt_record import AttemptHistory
 from amlaunch.launcher.runs.json_fields import Record, number, text
 from amlaunch.recipes.files import read_object
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import ElementDir
 
 NUMBER = (int, float)
@@ -91,7 +92,7 @@ class DoneMarker:
             except OSError:
                 return f"{name} is missing"
             if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
+                return f"{name}: expected {counted(size, 'byte')}, got {actual:,}"
         return None
 
 

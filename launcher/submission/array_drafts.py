@@ -87,10 +87,10 @@ def _pending_elements(
 
     If an input is submitted again, the queued jobs of the stage wait for an array that has failed.
     """
-    own = [state for state in states if state.stage == stage.name]
-    replaced = [state for state in own if state.state == State.QUEUED and state.job] if inputs_change else []
-    kept = {state.name for state in own if state.state in ACTIVE_STATES} - {state.name for state in replaced}
-    names = tuple(state.name for state in own if state.state != State.DONE and state.name not in kept)
+    stage_states = [state for state in states if state.stage == stage.name]
+    replaced = [state for state in stage_states if state.state == State.QUEUED and state.job] if inputs_change else []
+    kept = {state.name for state in stage_states if state.state in ACTIVE_STATES} - {state.name for state in replaced}
+    names = tuple(state.name for state in stage_states if state.state != State.DONE and state.name not in kept)
     return names, tuple(state.job for state in replaced)
 
 
@@ -103,7 +103,7 @@ def ancestors(plan: Plan, stage: Stage) -> list[str]:
 
 
 def _check_inputs_on_cluster(states: Sequence[ElementState], inputs: Sequence[str]) -> None:
-    """Raise BadInput if a process of ``amlaunch local`` makes an input: a job cannot wait for it."""
+    """Raise BadInput if ``amlaunch local`` is making an input: a job cannot wait for a local process."""
     for state in states:
         if state.stage in inputs and state.state == State.RUNNING and not state.job:
             raise BadInput(

@@ -24,8 +24,8 @@ def start_run(source: RunSource) -> int:
         return submit_to_slurm(run, run.cluster, request, notes, say)
     if request.dry_run:
         raise BadInput(
-            f"--dry-run: cluster {request.cluster!r} is this machine, which needs no scripts; "
-            "print the plan with amlaunch show"
+            f"--dry-run: cluster {request.cluster!r} is this machine, where no scripts are submitted; "
+            "to print the plan, use amlaunch show"
         )
     return run_locally(run, notes, request.argv, json=request.json)
 

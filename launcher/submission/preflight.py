@@ -33,6 +33,7 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import file_sections
 from amlaunch.recipes.format.section_checks import raise_problems
 from amlaunch.recipes.format.yaml_reader import KeyPath
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 Say = Callable[[str], None]
@@ -73,7 +74,7 @@ def resolve_and_check(source: RunSource, say: Say) -> tuple[ResolvedRun, list[st
             notes += check_slurm_limits(cluster, runs[0].loaded if runs else None, runs[0].stages if runs else ())
         with problems.collected():
             notes += check_python(cluster)
-    problems.refuse()
+    problems.raise_if_any()
     return runs[0], notes
 
 
@@ -88,7 +89,7 @@ def _find_cluster(source: RunSource, problems: ErrorCollector) -> Cluster | None
             with problems.collected():
                 check_prerequisites(loaded)
             check_files(loaded)
-    problems.refuse()
+    problems.raise_if_any()
     return clusters[0]
 
 
@@ -135,7 +136,7 @@ def _check_machine(run: ResolvedRun) -> None:
     needed, available = max(stage.needs.gpus_per_node for stage in run.stages), len(this_machine().gpus)
     if needed > available:
         raise BadInput(
-            f"{run.plan.run_id} trains on {needed} GPUs, but this machine has {available}; "
+            f"{run.plan.run_id} trains on {counted(needed, 'GPU')}, but this machine has {available}; "
             f"start its recipe with amlaunch local --gpus {available}"
         )
 
@@ -195,7 +196,7 @@ def _check_ownership(folder: Path, remedy: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; {remedy}")
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"{folder} belongs to {_owner(folder)}, and you may not write to it; {remedy}")
+        raise BadInput(f"{folder} is not writable (owner: {_owner(folder)}); {remedy}")
 
 
 def _owner(folder: Path) -> str:
@@ -242,7 +243,7 @@ def already_running(run_dir: RunDir) -> BadInput:
     """Return the error for a run that another process drives."""
     name, program = wording.name_of(run_dir), wording.program()
     return BadInput(
-        f"{run_dir.root.name} is already being run by another amlaunch process; "
+        f"{run_dir.root.name} is already running in another amlaunch process; "
         f"follow it with {program} logs {name} -f, or stop it first: {program} cancel {name} --checkpoint"
     )
 

@@ -46,7 +46,7 @@ def write_start(run: ResolvedRun, argv: Sequence[str], states: Sequence[ElementS
     ``states`` are the current ones: while an element is active, its code snapshot stays.
     """
     if upgrade_snapshot(run.run_dir.code):
-        say(f"note: the code of this run is from an earlier amlaunch; added the current version: {run.run_dir.code}")
+        say(f"note: the code snapshot is from an earlier amlaunch; added the current version: {run.run_dir.code}")
     if run.kind is StartKind.RETRY:
         # Its recipe.yaml may have been edited.
         write_json(run.run_dir.recipe_json, run.loaded.tree)
@@ -103,7 +103,7 @@ def _check_targets(run: RunDir, loaded: LoadedRecipe) -> None:
         copy = run.code / "recipe" / split_target(name)[0]
         if not copy.is_file():
             raise BadInput(
-                f"{name!r}: its folder is not copied for a run (it is hidden, or one of {', '.join(sorted(SKIPPED))}); "
+                f"{name!r}: the code snapshot skips this folder (hidden, or one of {', '.join(sorted(SKIPPED))}); "
                 "move the file to another folder"
             )
 

@@ -84,7 +84,7 @@ def _check_with_sbatch(pending: Sequence[ArrayDraft]) -> None:
         except SlurmError as error:
             if not is_refusal(error):
                 raise
-            raise BadInput(f"stage {draft.array.stage.name}: sbatch refuses the script: {error.message}") from None
+            raise BadInput(f"stage {draft.array.stage.name}: sbatch refused the script: {error.message}") from None
 
 
 def _submit(run: ResolvedRun, cluster: Cluster, argv: Sequence[str], say: Say) -> list[Submission]:
@@ -168,6 +168,6 @@ def _print_drafts(run: ResolvedRun, cluster: Cluster, pending: Sequence[ArrayDra
         step = srun_step.preview(run.run_dir, run.plan, draft.array.stage, cluster.profile)
         print(f"# ---- sbatch {' '.join(options)}")
         print(draft.script)
-        print(f"# srun step of its first element:\n# {shlex.join(step) or 'each node chooses its container runtime'}")
+        print(f"# srun step of the first element:\n# {shlex.join(step) or 'each node chooses its container runtime'}")
     if not pending:
         print(f"# nothing to submit: every element of {run.plan.run_id} is done or active")

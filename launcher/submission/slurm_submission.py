@@ -1,7 +1,8 @@
 """Submit job arrays so that no work is lost and none is done twice, even if the submitter is killed at any moment.
 
 The folder of an array is written before sbatch is called, and completed once sbatch has answered. A submitter that is
-killed in between leaves a token in the job's comment. By it the next one finds the job, instead of submitting another.
+killed in between leaves a token in the job's comment. The next submitter finds the job by this token instead of submitting
+another.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from amlaunch.launcher.submission.array_drafts import (
 )
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, write_text
+from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 REFUSAL = "Batch job submission failed"
 AMBIGUOUS_ERRORS = ("timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
 """sbatch's errors after which the controller may have accepted the job."""
 MAX_CLOCK_DIFFERENCE_SECONDS = 120.0
-"""Between this host and the controller."""
+"""Largest difference between the clocks of this host and the controller."""
 FIND_JOB_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Pauses before each look for a job that sbatch may have submitted."""
 LOCK_SECONDS = 60.0
@@ -60,8 +62,7 @@ def submit_run(run: RunDir, plan: Plan, profile: ClusterProfile, stages: Sequenc
                 submission = _submit_array(draft, run, plan, jobs)
                 jobs[draft.array.folder.name] = submission.job or ""
                 submissions.append(submission)
-                count = len(submission.elements)
-                say(f"{stage.name}: submitted {count} element{'s' * (count > 1)} as job {submission.job}")
+                say(f"{stage.name}: submitted {counted(len(submission.elements), 'element')} as job {submission.job}")
     finally:
         queue_module.invalidate_cache()
     return submissions
@@ -137,7 +138,9 @@ def submitting(run: RunDir, plan: Plan) -> Iterator[None]:
             deadline = time.monotonic() + LOCK_SECONDS
             while not lock.acquire():
                 if time.monotonic() > deadline:
-                    raise BadInput(f"another amlaunch process has been submitting in {folder} for a minute; try later")
+                    raise BadInput(
+                        f"another amlaunch process has been submitting in {folder} for a minute; try again later"
+                    )
                 time.sleep(0.2)
             locks.callback(lock.release)
         yield
