@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -40,17 +39,8 @@ def amlaunch(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_start_is_quick_and_light(tmp_path):
-    """A login node has no torch, and a user has no patience.
-
-    At rest it takes 1.95 and 3.3 times as long as a Python that does nothing (43 and 73 ms).
-    """
-    for words, bound in ((["--help"], 3.0), (["status"], 5.0)):
-        nothing, ours = (
-            min(times)
-            for times in zip(*((_timed(None, tmp_path), _timed(words, tmp_path)) for _ in range(5)), strict=True)
-        )
-        assert ours < bound * nothing, (words, ours, nothing)
+def test_start_is_light(tmp_path):
+    """A login node has no torch, and a user has no patience. ``benchmarks/cli_start.py`` measures the time."""
     code = (
         "import sys\nfrom amlaunch.launcher.__main__ import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
@@ -72,17 +62,6 @@ def test_start_is_quick_and_light(tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         )
         assert "HEAVY []" in result.stdout, (words, result.stdout[-300:], result.stderr)
-
-
-def _timed(words: list[str] | None, cwd: Path) -> float:
-    """CPU seconds of a command, or of Python alone: other tests run beside this one."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if words is None:
-        subprocess.run([sys.executable, "-c", "pass"], check=True)
-    else:
-        assert amlaunch(*words, cwd=cwd).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(
