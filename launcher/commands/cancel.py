@@ -74,7 +74,7 @@ def _recover(run_dir: RunDir, plan: Plan) -> None:
     except SlurmError as error:
         raise SlurmError(
             error.command,
-            f"{error.message}; a submit was interrupted, and its jobs may be running. Nothing was cancelled; "
+            f"{error.message}; a submit was interrupted, and its jobs may be running: nothing was cancelled; "
             "try again once Slurm answers",
         ) from None
 

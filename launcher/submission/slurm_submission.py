@@ -1,8 +1,8 @@
 """Submit job arrays so that no work is lost and none is done twice, even if the submitter is killed at any moment.
 
 The folder of an array is written before sbatch is called, and completed once sbatch has answered. A submitter that is
-killed in between leaves a token in the job's comment. The next submitter finds the job by this token instead of submitting
-another.
+killed in between leaves a token in the job's comment. The next submitter finds the job by this token
+instead of submitting another.
 """
 
 from __future__ import annotations
