@@ -256,7 +256,7 @@ class TestCancel:
                 result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
                 assert (
                     result.returncode == 0
-                    and "is running test-1 on another machine, where signals from here do not reach it: asked it to save"
+                    and "running test-1 on another machine, where signals from here do not reach it: asked it to save"
                     in result.stdout
                 )
                 assert run.stop.exists() and launcher.process.poll() is None
