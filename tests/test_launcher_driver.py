@@ -247,6 +247,18 @@ def test_ranks_that_need_longer_to_save_than_slurm_warns_are_told_earlier(tmp_pa
     assert patient.job_end - time.time() < 1.5
 
 
+def test_a_stop_because_the_launcher_ended_says_so(tmp_path):
+    folder = make_run(tmp_path, ("train", [[]], ONE))[0].element("train", "0")
+    folder.stop.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(tmp_path / "launcher.lock")
+    assert lock.acquire()
+    stop = StopRequest(folder, lock.path)
+    assert not stop.poll()
+
+    lock.release()
+    assert stop.poll() and stop.reason == "stopped because the amlaunch process ended" and not stop.came_by_signal
+
+
 @pytest.mark.slow
 def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], TWO_RANKS))

@@ -43,7 +43,8 @@ class StopRequest:
         # However long a step and a save take, half of the job is for work.
         self.max_lead = (job_end - time.time()) / 2 if job_end else 0.0
         self.signal: int | None = None
-        """The signal that asked; None if the request came through the stop file."""
+        """The signal that asked; None if the request came through the stop file or from the end of the launcher."""
+        self.launcher_ended = False
         self._requested_at: float | None = None
         self._files_checked_at = 0.0
 
@@ -69,6 +70,7 @@ class StopRequest:
         if self.is_set:
             return True
         if self.launcher_lock is not None and not is_locked(self.launcher_lock):
+            self.launcher_ended = True
             self.set()
         elif time.monotonic() - self._files_checked_at >= FILE_CHECK_SECONDS:
             self._files_checked_at = time.monotonic()
@@ -94,6 +96,8 @@ class StopRequest:
     @property
     def reason(self) -> str:
         """The reason for the stop."""
+        if self.launcher_ended:
+            return "stopped because the amlaunch process ended"
         return REASONS.get(signal.Signals(self.signal), "stopped on request") if self.signal else "stopped on request"
 
 
