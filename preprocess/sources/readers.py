@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from amlaunch.preprocess.sources.file_parts import FileSlice, file_format
 from amlaunch.preprocess.sources.records import DamagedRecord, Record, SkippedRecord
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Preprocess
+from amlaunch.recipes.suggestions import did_you_mean
 
 PYTHON = "python"
 """The encoding that a Python source file declares (PEP 263)."""

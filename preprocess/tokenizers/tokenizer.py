@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from amlaunch.preprocess.shards.shard_format import Tokens, token_dtype
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_object
 from amlaunch.recipes.format.schema import is_own_tokenizer
+from amlaunch.recipes.suggestions import did_you_mean
 
 # Bytes, characters and a tokenizer.json work without tiktoken.
 if TYPE_CHECKING:

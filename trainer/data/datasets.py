@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import fingerprint
+from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.data.packing import PackedRows, assign_rows, cut_documents
 from amlaunch.trainer.data.sample_order import Indices, MixtureOrder, SampleOrder, SourceOrder, integer_shares
 from amlaunch.trainer.data.token_stream import (

@@ -24,7 +24,8 @@ from amlaunch.preprocess.shards.shard_format import (
     read_ends,
     read_manifest,
 )
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.data.sample_order import Indices
 
 Tokens = npt.NDArray[Any]

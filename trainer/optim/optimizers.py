@@ -15,9 +15,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterGroup
 from amlaunch.recipes.format.targets import TargetPolicy, build, resolve
+from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.models.base import blocks
 
 FUSED_OPTIMIZERS = ("AdamW", "Adam")

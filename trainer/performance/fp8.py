@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from amlaunch.recipes.errors import BadInput, did_you_mean
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.schema import Fp8
+from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.models.base import blocks
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
