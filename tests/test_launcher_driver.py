@@ -259,6 +259,26 @@ def test_a_stop_because_the_launcher_ended_says_so(tmp_path):
     assert stop.poll() and stop.reason == "stopped because the amlaunch process ended" and not stop.came_by_signal
 
 
+def test_a_signal_to_the_process_group_of_a_local_run_promises_nothing(tmp_path):
+    """The launcher stops, too: nothing continues the element automatically."""
+    run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))
+    launcher = Lock(run.lock)
+    assert launcher.acquire()
+    code = (
+        "from amlaunch.launcher.execution.driver import *; "
+        f"run_element({str(run.root)!r}, 'train', '0', Assignment(1, (), {str(run.lock)!r}))"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    ranks = pids(run, 2)
+    wait_until(lambda: only_state(run, plan).state == State.RUNNING)
+    for pid in (*ranks, driver.pid):
+        os.kill(pid, signal.SIGTERM)
+    driver.wait(timeout=10)
+    state = only_state(run, plan)
+    assert state.state == State.STOPPED
+    assert state.reason in ("terminated by a signal", "the ranks were terminated by a signal")
+
+
 @pytest.mark.slow
 def test_ranks_die_with_a_killed_driver_and_the_lock_with_them(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "hang"]], TWO_RANKS))

@@ -14,16 +14,21 @@ MAX_WITHOUT_PROGRESS = 3
 """Number of consecutive attempts that may end without progress."""
 
 
-def limit_attempts(history: AttemptHistory, end: AttemptEnd, progress: float) -> AttemptEnd:
+def limit_attempts(
+    history: AttemptHistory, end: AttemptEnd, progress: float, *, restart_is_certain: bool = True
+) -> AttemptEnd:
     """Return the end of the newest attempt, without ``restart`` if the limit is reached; ``reason`` explains it.
 
-    The limit is :data:`MAX_WITHOUT_PROGRESS` consecutive attempts that saved nothing new.
+    The limit is :data:`MAX_WITHOUT_PROGRESS` consecutive attempts that saved nothing new. Unless
+    ``restart_is_certain``, ``reason`` does not promise a restart.
     """
     if not end.restart:
         return end
     futile = futile_attempts(history, progress)
     if futile >= MAX_WITHOUT_PROGRESS:
         return replace(end, restart=False, reason=f"{end.reason}; no progress in {futile} attempts")
+    if not restart_is_certain:
+        return end
     if end.outcome == Outcome.STOPPED:
         return replace(end, reason=f"{end.reason}; continues automatically from the saved state")
     count = f"attempt {futile + 1} of {MAX_WITHOUT_PROGRESS} without progress"

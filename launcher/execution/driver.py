@@ -118,8 +118,19 @@ def run_attempt(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> Ou
     if end.outcome == Outcome.DONE:
         marker = {"time": time.time(), "attempt": end.attempt, "seconds": end.seconds}
         write_json(attempt.folder.done, {**marker, **read_object(attempt.folder.result)})
-    attempt.record(replace(limit_attempts(attempt.history, end, attempt.saved_progress), time=time.time()))
+    is_certain = _restart_is_certain(attempt, end, stop)
+    end = limit_attempts(attempt.history, end, attempt.saved_progress, restart_is_certain=is_certain)
+    attempt.record(replace(end, time=time.time()))
     return end.outcome
+
+
+def _restart_is_certain(attempt: Attempt, end: AttemptEnd, stop: StopRequest) -> bool:
+    """Return False if a launcher on this machine may be stopping: then it restarts nothing.
+
+    A signal to the process group, or a shutdown, reaches launcher, driver and ranks in any order.
+    """
+    is_local = attempt.assignment.launcher_lock is not None
+    return not (is_local and (stop.is_set or end.outcome == Outcome.STOPPED))
 
 
 def _start_line(attempt: Attempt) -> AttemptStart:

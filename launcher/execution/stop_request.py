@@ -98,6 +98,9 @@ class StopRequest:
         """The reason for the stop."""
         if self.launcher_ended:
             return "stopped because the amlaunch process ended"
+        if self.launcher_lock is not None and self.signal == signal.SIGTERM:
+            # Nothing preempts a process of this machine.
+            return "terminated by a signal"
         return REASONS.get(signal.Signals(self.signal), "stopped on request") if self.signal else "stopped on request"
 
 
