@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if not isinstance(error, SlurmError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.report}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, SlurmNotInstalled) else FAILED
 
 

@@ -24,7 +24,7 @@ from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.checks.files_and_disk import check_python, checkpoint_bytes
 from amlaunch.launcher.checks.slurm_limits import megabytes
 from amlaunch.launcher.commands._shared import sweep_overrides
-from amlaunch.launcher.errors import SlurmError
+from amlaunch.launcher.errors import SlurmError, command_error
 from amlaunch.launcher.execution.attempt_end import failure_of, signal_name
 from amlaunch.launcher.execution.attempt_limit import futile_attempts, limit_attempts
 from amlaunch.launcher.execution.rendezvous import free_ports, interface_address
@@ -570,6 +570,9 @@ class TestRetries:
         killed = AttemptEnd(Outcome.FAILED, "killed", restart=True)
         retried = limit_attempts(self.history(5, 5), killed, 5)
         assert retried.restart and retried.reason == "killed; retried automatically (attempt 3 of 3 without progress)"
+        for end in (stopped, killed):
+            unpromised = limit_attempts(self.history(5, 5), end, 5, restart_is_certain=False)
+            assert unpromised.restart and unpromised.reason == end.reason
         final = AttemptEnd(Outcome.FAILED, "boom")
         assert limit_attempts(self.history(5), final, 5) == final
 
@@ -1027,3 +1030,51 @@ def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "src")},
     )
     assert done.returncode == 0 and done.stdout.strip() == str([int(signal.SIGUSR1)])
+
+
+@pytest.mark.parametrize(
+    ("message", "report"),
+    [
+        (
+            "sinfo: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+            "sinfo: error: fetch_config: DNS SRV lookup failed\n"
+            "sinfo: fatal: Could not establish a configuration source",
+            "Slurm did not answer (sinfo: fatal: Could not establish a configuration source). "
+            "Check it with: amlaunch doctor",
+        ),
+        (
+            "slurm_load_partitions: Unable to contact slurm controller (connect failure)",
+            "Slurm did not answer (sinfo: slurm_load_partitions: Unable to contact slurm controller (connect failure))"
+            ". Check it with: amlaunch doctor",
+        ),
+        ("sinfo: error: Invalid user: nobody", "sinfo: Invalid user: nobody"),
+    ],
+)
+def test_an_error_of_slurm_is_one_line(message: str, report: str) -> None:
+    error = command_error("sinfo", message)
+    assert error.report == report and error.message == message and "\n" not in str(error)
+
+
+def test_submit_to_a_slurm_that_cannot_be_reached_says_how_to_check_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for every command, which prints what Slurm prints if it is configured nowhere."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sinfo", "scontrol", "squeue", "sbatch", "sacctmgr", "sacct"):
+        script = commands / name
+        script.write_text(
+            f"#!/bin/sh\necho '{name}: error: fetch_config: DNS SRV lookup failed' >&2\n"
+            f"echo '{name}: fatal: Could not establish a configuration source' >&2\nexit 1\n"
+        )
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clusters.yaml").write_text("lab: {mem: 1G, time: 10}\n")
+    client.config.cache_clear()
+    assert main(["submit", "quickstart", "--cluster", "lab"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == [errors[-1]]
+    assert errors[-1].startswith("error: Slurm did not answer (")
+    assert errors[-1].endswith(": fatal: Could not establish a configuration source). Check it with: amlaunch doctor")

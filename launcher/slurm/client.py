@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled, SlurmTimeout
+from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled, SlurmTimeout, command_error
 
 TIMEOUT_SECONDS = 30.0
 """Time limit of one call; a busy controller answers late."""
@@ -159,7 +159,7 @@ def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | 
         raise SlurmTimeout(argv[0], timeout) from None
     if process.returncode:
         message = (process.stderr or process.stdout).strip()
-        raise SlurmError(argv[0], message or f"exit code {process.returncode}")
+        raise command_error(argv[0], message or f"exit code {process.returncode}")
     return process.stdout
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled
+from amlaunch.launcher.errors import SlurmNotInstalled, command_error
 from amlaunch.launcher.slurm.client import call, clean_environment, compress_ranges
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
@@ -133,7 +133,7 @@ def submit(text: str, options: Sequence[str]) -> str:
         try:
             return str(executor._submit_command(text).job_id)
         except (FailedJobError, FailedSubmissionError, UnicodeDecodeError) as error:
-            raise SlurmError("sbatch", _sbatch_message(str(error)) or "failed without a message") from None
+            raise command_error("sbatch", _sbatch_message(str(error)) or "failed without a message") from None
 
 
 def test_only(text: str, options: Sequence[str] = ()) -> str:

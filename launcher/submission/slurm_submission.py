@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from amlaunch.launcher.display import wording
-from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled, SlurmTimeout
+from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled, SlurmTimeout, is_no_answer
 from amlaunch.launcher.runs.element_state import ElementState, read_run
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
 from amlaunch.launcher.runs.submissions import Submission, submissions_of
@@ -35,8 +35,6 @@ from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 REFUSAL = "Batch job submission failed"
-AMBIGUOUS_ERRORS = ("timed out", "timeout", "Zero Bytes", "connect", "contact", "unexpected message", "try again")
-"""sbatch's errors after which the controller may have accepted the job."""
 MAX_CLOCK_DIFFERENCE_SECONDS = 120.0
 """Largest difference between the clocks of this host and the controller."""
 FIND_JOB_SECONDS = (0.5, 1.0, 2.0, 4.0)
@@ -225,7 +223,7 @@ def is_refusal(error: SlurmError) -> bool:
     """Return True if the controller itself refused a request; False if it may not have been reached."""
     if isinstance(error, (SlurmNotInstalled, SlurmTimeout)):
         return False
-    return not any(text.lower() in error.message.lower() for text in AMBIGUOUS_ERRORS)
+    return not is_no_answer(error.message)
 
 
 def _find_submitted_job(submission: Submission, error: SlurmError) -> str:
