@@ -27,7 +27,7 @@ from amlaunch.launcher.planning.planner import Site, make_plan, run_id
 from amlaunch.launcher.planning.run_request import RunRequest
 from amlaunch.launcher.planning.run_sources import NewRun, ResumedRun, RetriedRun
 from amlaunch.launcher.runs.element_state import ElementState, read_run
-from amlaunch.launcher.runs.failure_causes import cause_of
+from amlaunch.launcher.runs.failure_causes import cause_of, exception_of
 from amlaunch.launcher.runs.find import read_plan
 from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.runs.submissions import Submission, token_of
@@ -652,6 +652,24 @@ class TestStatus:
         assert f"next: {wording.program()} {' '.join(words)}" in lines, "in one piece"
         monkeypatch.setenv("COLUMNS", "20")
         assert "test-1" in amlaunch(tmp_path, "status").stdout, "the terminal breaks the line, we do not cut the name"
+
+    @pytest.mark.parametrize("saved", [0, 20])
+    def test_an_exception_is_the_reason_and_must_be_fixed_first(self, tmp_path, saved):
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        ended(run, "train", "0", "NameError: name 'x' is not defined", "alpha", kind="exception")
+        write_json(run.element("train", "0").progress, {"unit": "step", "done": saved, "total": 60, "saved": saved})
+        result = amlaunch(tmp_path, "status", "test-1").stdout
+        assert "train 0 failed on alpha: NameError: name 'x' is not defined\n" in result
+        assert "next: fix the cause, then run " in result
+        assert ("(continues from the last saved state)" in result) == bool(saved)
+
+    def test_the_exception_is_the_line_below_the_last_traceback(self):
+        frames = 'Traceback (most recent call last):\n  File "m.py", line 3, in build\n    x\n'
+        chained = f"{frames}KeyError: 'a'\n\nDuring handling of the above exception, another occurred:\n\n{frames}"
+        assert exception_of(f"{chained}NameError: name 'x' is not defined\n") == "NameError: name 'x' is not defined"
+        assert exception_of(f"{frames}my.module.Odd\nand then\n") == "my.module.Odd"
+        assert exception_of(f"{frames}ValueError: {'x' * 1000}") == f"ValueError: {'x' * 288}…"
+        assert exception_of(frames) == exception_of("ValueError: boom\n") == ""
 
     def test_what_ran_out_of_memory_is_told_once_with_a_command_that_can_be_pasted(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]], ONE))

@@ -192,7 +192,7 @@ def test_a_marker_is_not_believed_when_its_output_is_gone_or_short(tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "retry", "words"),
-    [("fail", True, "rank 1 exited with code 1"), ("bad", False, "r.yaml:3: model.n_layer: expected int")],
+    [("fail", True, "RuntimeError: the disk is full of bees"), ("bad", False, "r.yaml:3: model.n_layer: expected int")],
 )
 def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, words):
     run, plan = make_run(tmp_path, ("train", [["--do", what, "--rank", "1"]], TWO_RANKS))

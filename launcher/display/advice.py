@@ -40,7 +40,7 @@ def advice(run_dir: RunDir, plan: Plan, states: list[ElementState], driven: bool
 
     state = overall_state(states, driven)
     if state in (State.STOPPED, State.CANCELLED) or (state == State.PENDING and plan.cluster):
-        blocks.append(f"next: {restart}\n(continues from the last saved state)")
+        blocks.append("\n".join([f"next: {restart}", *wording.continuation_note(states)]))
     if driven:
         blocks.append(f"next: {program} logs {name} -f")
     if state == State.UNKNOWN:

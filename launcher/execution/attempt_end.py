@@ -17,7 +17,7 @@ from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.stop_request import StopRequest
 from amlaunch.launcher.planning.container_start import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
-from amlaunch.launcher.runs.failure_causes import cause_of, tail_of
+from amlaunch.launcher.runs.failure_causes import EXCEPTION, cause_of, exception_of, tail_of
 from amlaunch.launcher.runs.states import Outcome
 from amlaunch.recipes.errors import BAD_INPUT, RESUMABLE
 
@@ -117,8 +117,8 @@ def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
     """Complete an unexplained failure by its cause, from the tails of the logs of the failed rank and the driver."""
     if not end.is_unexplained:
         return end
-    logs = (attempt.folder.log(attempt.number, rank) for rank in (end.rank or 0, None))
-    text = "\n".join(tail_of(log) for log in logs)
+    rank_log, driver_log = (tail_of(attempt.folder.log(attempt.number, rank)) for rank in (end.rank or 0, None))
+    text = f"{rank_log}\n{driver_log}"
     by_container = _with_container_failure(attempt, end, text)
     if by_container is not None:
         return by_container
@@ -126,7 +126,10 @@ def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
     if cause is not None:
         reason = cause.explain(end.reason, attempt.stage.name)
         return replace(end, kind=cause.kind, restart=cause.restart, avoid_host=cause.avoid_host, reason=reason)
-    return replace(end, reason=f"{end.reason} (out of memory?)") if end.killed else end
+    if end.killed:
+        return replace(end, reason=f"{end.reason} (out of memory?)")
+    exception = "" if end.restart else exception_of(rank_log)
+    return replace(end, kind=EXCEPTION, reason=exception) if exception else end
 
 
 def _with_container_failure(attempt: Attempt, end: AttemptEnd, log: str) -> AttemptEnd | None:

@@ -42,6 +42,8 @@ class ElementState:
     """The rank whose log explains a failure."""
     retry: bool = True
     """False if the same command would fail again."""
+    is_exception: bool = False
+    """True if an exception ended the rank: the code or its input needs a fix first."""
     host: str = ""
     seconds: float | None = None
     """Duration of the newest attempt so far."""
@@ -60,6 +62,12 @@ class ElementState:
     """Options of ``amlaunch resume`` without which the element would fail again."""
     dependency_failed: bool = False
     """True if Slurm cancelled the job because an earlier stage did not finish."""
+
+    @property
+    def has_saved(self) -> bool:
+        """Return True if another attempt would continue from saved work."""
+        saved = self.progress.done if self.progress.saved is None else self.progress.saved
+        return bool(saved)
 
 
 def read_element(run: RunDir, stage: str, name: str, title: str = "") -> ElementState:
@@ -182,9 +190,10 @@ def _ended(record: _ElementRecord, end: AttemptEnd, **known: Any) -> ElementStat
     if end.host:
         known["host"] = end.host
     if end.kind:
-        from amlaunch.launcher.runs.failure_causes import resume_options_for
+        from amlaunch.launcher.runs.failure_causes import EXCEPTION, resume_options_for
 
         known["resume_options"] = resume_options_for(end.kind, record.stage)
+        known["is_exception"] = end.kind == EXCEPTION
     return record.state(
         State(end.outcome.value), reason=end.reason, rank=end.rank, retry=end.retryable, seconds=end.seconds, **known
     )

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TAIL_BYTES = 65536
+TRACEBACK = "Traceback (most recent call last):"
+EXCEPTION = "exception"
+"""The kind of a failure whose reason is the exception that ended the rank."""
+MAX_REASON_CHARACTERS = 300
+"""An exception's message may be as long as a tensor."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,17 @@ def resume_options_for(kind: str, stage: str) -> str:
     """Return the options of ``amlaunch resume`` that remedy a kind of failure; empty if there are none."""
     cause = cause_with(kind)
     return cause.resume_options.replace("{stage}", stage) if cause else ""
+
+
+def exception_of(text: str) -> str:
+    """Return the line that names the last uncaught exception in a log: ``NameError: name 'x' is not defined``.
+
+    Empty if the log has no complete traceback.
+    """
+    _, header, rest = text.rpartition(TRACEBACK)
+    lines = rest.splitlines()[1:] if header else []
+    line = next((line for line in lines if line.strip() and not line[0].isspace()), "")
+    return line if len(line) <= MAX_REASON_CHARACTERS else f"{line[:MAX_REASON_CHARACTERS]}…"
 
 
 def tail_of(log: Path) -> str:
