@@ -20,6 +20,7 @@ from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, p
 
 from amlaunch.launcher.commands import cancel, clean
 from amlaunch.launcher.display import wording
+from amlaunch.launcher.display.live_report import PlainReport
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution.local_executor import LocalExecutor
 from amlaunch.launcher.planning import partitions, resolve
@@ -36,6 +37,7 @@ from amlaunch.launcher.slurm.queue import Queue, cache_file
 from amlaunch.launcher.specs.cluster_profile import Cluster, ClusterProfile
 from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Plan
+from amlaunch.launcher.submission.local_run import stopping_on_signals
 from amlaunch.launcher.submission.preflight import check_files
 from amlaunch.launcher.submission.run_writer import write_environment, write_run, write_start
 from amlaunch.launcher.submission.slurm_submission import skipped_lines
@@ -289,6 +291,7 @@ class TestCancel:
             assert result.returncode == 0, result.stdout + result.stderr
             if words:
                 assert not is_locked(run.lock), "it says so only when nothing of the run goes on"
+                assert "1 running element: saving finished work, then stopping\n" in result.stdout
                 assert "preprocess 0: stopped" in result.stdout
             launcher.wait(timeout=15)
             first, *others = [state.state for state in read_run(run, plan)]
@@ -315,6 +318,17 @@ class TestCancel:
         finally:
             victim.kill()
             victim.wait()
+
+    @pytest.mark.parametrize(("stage", "work"), [("preprocess", "finished work"), ("train", "a checkpoint")])
+    def test_ctrl_c_names_what_the_stage_saves(self, tmp_path, stage, work):
+        run, plan = make_run(tmp_path, ("preprocess", [[]], ONE), ("train", [[]], ONE))
+        lines: list[str] = []
+        report = PlainReport(lines.append)
+        executor = LocalExecutor(run, plan, Machine(1, ()), report)
+        executor.stage = stage
+        with stopping_on_signals(executor, report):
+            signal.raise_signal(signal.SIGINT)
+        assert lines == [f"saving {work}, then stopping (press Ctrl-C again to end at once)"] and executor.stopping
 
     @needs_namespaces
     def test_a_launcher_out_of_reach_hears_a_file(self, tmp_path):

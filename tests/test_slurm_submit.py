@@ -273,8 +273,10 @@ def test_which_rank_on_which_node_failed(place: Place) -> None:
     place.stand_in(("train", [["--do", "fail", "--rank", "3"]], Needs(2, 2, 2, 2, "400M", 5)))
     place.amlaunch("retry", "test-1")
     failed = element(place.wait("test-1", code=1), "train")
-    assert (failed["rank"], failed["host"]) == (3, "gpu2") and "rank 3 exited with code 1" in failed["reason"]
-    assert "the disk is full of bees" in place.amlaunch("status", "test-1").stdout
+    assert (failed["rank"], failed["host"]) == (3, "gpu2") and failed[
+        "reason"
+    ] == "RuntimeError: the disk is full of bees"
+    assert "last lines of rank 3" in place.amlaunch("status", "test-1").stdout
 
 
 def test_bad_input_in_a_job_ends_with_its_own_words(place: Place) -> None:
@@ -399,7 +401,7 @@ def test_cancel_and_go_on(place: Place) -> None:
     waiting = element(place.status("test-1"), "preprocess", 1)
     assert waiting["state"] == "queued" and waiting["reason"] == "waiting for other elements of the stage (throttle)"
     output = place.amlaunch("cancel", "test-1", "--checkpoint").stdout
-    assert "saving a checkpoint, then stopping" in output and "preprocess 0: stopped" in output
+    assert "saving finished work, then stopping" in output and "preprocess 0: stopped" in output
     result = place.wait("test-1", code=75)
     assert states(result) == {"preprocess": ["stopped", "cancelled"], "train": ["cancelled"]} and not place.queued()
     saved = int((run.element("preprocess", "0").root / "saved0").read_text())

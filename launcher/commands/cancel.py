@@ -164,10 +164,10 @@ def _wait_until_saved(run_dir: RunDir, plan: Plan) -> int:
         running = {key for key, state in active.items() if state.state == State.RUNNING}
         for key in sorted(saving - active.keys()):
             print(wording.status_line(states[key]), flush=True)
-        if running - saving:
-            print(
-                f"{counted(len(running - saving), 'running element')}: saving a checkpoint, then stopping", flush=True
-            )
+        asked_now = running - saving
+        if asked_now:
+            stopping = wording.stopping_text({stage for stage, _ in asked_now})
+            print(f"{counted(len(asked_now), 'running element')}: {stopping}", flush=True)
         saving = (saving & active.keys()) | running
 
         if not active and not is_locked(run_dir.lock):

@@ -186,6 +186,11 @@ def status_line(state: ElementState) -> str:
     return f"{name}: {state.state}{time_taken}{': ' + details if details else ''}"
 
 
+def stopping_text(stages: Iterable[str]) -> str:
+    """Describe what running elements of these stages do when they are asked to stop; only training has checkpoints."""
+    return f"saving {'a checkpoint' if 'train' in stages else 'finished work'}, then stopping"
+
+
 # --- failures
 
 
@@ -199,9 +204,15 @@ def failure_report(run: RunDir, state: ElementState, next_command: str) -> list[
     # With the same settings, the element would fail again.
     if state.resume_options and state.job:
         next_command = f"{program()} resume {name_of(run)} {state.resume_options}"
-    elif not state.retry:
-        return [*lines, f"next: fix the cause, then run {next_command}"]
-    return [*lines, f"next: {next_command}", "(continues from the last saved state)"]
+    elif state.is_exception or not state.retry:
+        next_command = f"fix the cause, then run {next_command}"
+    return [*lines, f"next: {next_command}", *continuation_note([state])]
+
+
+def continuation_note(states: Iterable[ElementState]) -> list[str]:
+    """Return the line that says from where a run continues; none if it has saved nothing."""
+    has_saved = any(state.state == State.DONE or state.has_saved for state in states)
+    return ["(continues from the last saved state)"] if has_saved else []
 
 
 def _log_excerpt(run: RunDir, state: ElementState) -> list[str]:

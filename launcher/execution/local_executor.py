@@ -81,6 +81,8 @@ class LocalExecutor:
         self.jobs: dict[str, Any] = {}
         """submitit jobs by ``stage/element``."""
         self.stopping = False
+        self.stage = ""
+        """The name of the stage that runs."""
 
     def execute(self, stages: list[Stage]) -> bool:
         """Run ``stages``; True once all is done, False after a failure or :meth:`stop`."""
@@ -112,6 +114,7 @@ class LocalExecutor:
                     yield folder
 
     def _run_stage(self, stage: Stage) -> bool:
+        self.stage = stage.name
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != State.DONE]
         launches = dict.fromkeys(waiting, 0)
         active: dict[str, int] = {}  # the number of attempts before the launch, by element

@@ -109,7 +109,7 @@ def stopping_on_signals(executor: LocalExecutor, report: Report) -> Iterator[Non
             executor.kill()
             report.say("ended at once; run the same command again to continue from the last checkpoint")
             sys.exit(128 + number)
-        report.say("saving a checkpoint, then stopping (press Ctrl-C again to end at once)")
+        report.say(f"{wording.stopping_text([executor.stage])} (press Ctrl-C again to end at once)")
         executor.stop()
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
