@@ -72,7 +72,8 @@ def packages() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         try:
             name, version = distribution.metadata["Name"], distribution.version
-        except Exception:  # a damaged one must not hide the others
+        except Exception:
+            # A damaged one must not hide the others.
             continue
         if name and version:
             versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)

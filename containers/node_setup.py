@@ -39,7 +39,8 @@ SHOWN_SECONDS = 2.0
 """Commands that take longer are reported when they end."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Requests to end; Slurm sends SIGUSR1 to its steps, too."""
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 """The kernel's names of processors, and those that images use."""
 USE_COMPATIBILITY_LIBRARIES = ("pyxis", "enroot", "docker")
@@ -82,13 +83,15 @@ def _end_group(number: int, _: Any) -> None:
         while time.monotonic() < deadline:
             os.waitpid(-1, os.WNOHANG)
             time.sleep(0.05)
-    os.killpg(0, signal.SIGKILL)  # ends this process, too
+    # Ends this process, too.
+    os.killpg(0, signal.SIGKILL)
 
 
 def _signal_when_parent_ends(number: int) -> None:
     """Ask the kernel to send this process a signal when its parent ends, if Python can."""
     with suppress(ImportError, OSError, AttributeError):
-        import ctypes  # missing in some minimal Pythons
+        # Missing in some minimal Pythons.
+        import ctypes
 
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 

@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_unreadable_output()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where errors are still reported
+        # Flushed here, where errors are still reported.
+        sys.stdout.flush()
         return code
     except BadInput as error:
         for line in str(error).splitlines():
@@ -23,14 +24,17 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # amlaunch logs … | head
+    except BrokenPipeError:
+        # For example: amlaunch logs … | head.
         sys.stderr.close()
         return PIPE_CLOSED
-    except OSError as error:  # a full disk, a folder that was deleted
+    except OSError as error:
+        # A full disk, a folder that was deleted.
         print(f"error: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled  # most commands never call Slurm
+        # Most commands never call Slurm.
+        from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled
 
         if not isinstance(error, SlurmError):
             raise

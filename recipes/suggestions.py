@@ -99,7 +99,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
     similar spelling. For a Slurm setting, the clause points to the cluster profile.
     """
-    import difflib  # imported here because it slows down every start
+    # Imported here because it slows down every start.
+    import difflib
 
     names = sorted({str(name) for name in known})
     if not names:

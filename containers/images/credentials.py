@@ -123,7 +123,8 @@ def needs_helper(name: str, environ: Mapping[str, str]) -> bool:
 def _entries(name: str, environ: Mapping[str, str]) -> Iterator[tuple[str, str] | None]:
     """Yield all credentials for an image, the most specific first; None stands for a helper program."""
     parts = name.split("/")
-    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]  # containers-auth.json(5)
+    # See containers-auth.json(5).
+    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
     for file in credential_files("", environ):
         if file.name.endswith(".json"):
             yield from _docker_entries(_read_object(file), keys)
@@ -195,7 +196,8 @@ def credential_files(tool: str, environ: Mapping[str, str], *, here: bool = True
         "podman": podman,
         "apptainer": [home / ".apptainer" / "docker-config.json", docker],
         "singularity": [home / ".singularity" / "docker-config.json", docker],
-        "charliecloud": [],  # its format is different
+        # Their format is different.
+        "charliecloud": [],
         "pyxis": [enroot],
         "enroot": [enroot],
     }

@@ -132,7 +132,8 @@ def _read_record(path: Path) -> StoredImage | None:
         image = str(path.with_suffix(f".{record['format']}"))
         return StoredImage(path=image, **{key: value for key, value in record.items() if key in known})
     except (KeyError, TypeError):
-        return None  # another version's, or not a record
+        # Another version's, or not a record.
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

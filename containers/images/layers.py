@@ -173,7 +173,8 @@ def _read_oci(origin: str, read: Callable[[str], IO[bytes]], architecture: str) 
     index = _read_json(origin, read("index.json"))
     entry = _choose_manifest(origin, index.get("manifests") or [], architecture)
     manifest = _read_json(origin, read(_blob_path(entry["digest"])))
-    if "manifests" in manifest:  # a nested index: one manifest per architecture
+    # A nested index: one manifest per architecture.
+    if "manifests" in manifest:
         entry = _choose_manifest(origin, manifest["manifests"], architecture)
         manifest = _read_json(origin, read(_blob_path(entry["digest"])))
     try:
@@ -263,7 +264,8 @@ def _unpack_layer(open_layer: LayerOpener, rootfs: Path, count: Callable[[int], 
     with (
         open_layer() as handle,
         _without_zstd(handle) as stream,
-        tarfile.open(fileobj=stream, mode="r|*") as tar,  # decompresses gzip, xz and bzip2
+        # Decompresses gzip, xz and bzip2.
+        tarfile.open(fileobj=stream, mode="r|*") as tar,
     ):
         for member in tar:
             name = _normal_name(member.name)
@@ -339,7 +341,8 @@ def _write_hard_link(member: tarfile.TarInfo, target: Path, rootfs: Path) -> Non
         raise NotAnImage(f"a layer links {member.name} to {member.linkname}, which is in no layer")
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # some parallel file systems link only within a folder
+    except OSError:
+        # Some parallel file systems link only within a folder.
         shutil.copy2(source, target, follow_symlinks=False)
 
 

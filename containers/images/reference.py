@@ -142,7 +142,8 @@ def _strip_scheme(text: str) -> str:
 
 def _parse_name(rest: str, text: str) -> Reference:
     user, registry = "", ""
-    if "#" in rest:  # enroot's form: [USER@]REGISTRY#IMAGE[:TAG]
+    # The form of enroot: [USER@]REGISTRY#IMAGE[:TAG].
+    if "#" in rest:
         registry, _, rest = rest.partition("#")
         user, _, registry = registry.rpartition("@")
         if not registry:

@@ -47,7 +47,8 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
     ]
     has_environment = image.kind == "folder" and (root_of(image.file) / "ch" / "environment").is_file()
     if image.kind == "registry" or has_environment:
-        argv.append("--set-env")  # of the image itself
+        # Sets the variables of the image itself.
+        argv.append("--set-env")
 
     # The image's own variables override what ch-run inherits, so ours come last, each from a prefixed name.
     image_env = {name: value for name, value in image_variables(image).items() if name not in spec.passed}

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preprocess.add_argument("--engine", choices=["auto", "tiktoken", "gigatoken"])
     preprocess.add_argument("--num-workers", type=int, metavar="N", help="processes (default: one per CPU)")
     add_json_option(preprocess, "print the result as JSON on stdout")
-    accept_overrides(preprocess, "[RECIPE]")  # only to say that it takes none
+    # Accepted only to say that it takes none.
+    accept_overrides(preprocess, "[RECIPE]")
     preprocess.usage = f"{preprocess.prog} [RECIPE] [options]"
 
 
@@ -150,7 +151,8 @@ def _bench_preprocess(options: argparse.Namespace) -> int:
         code, output = _run_process(command, process_environment(), stdout=subprocess.PIPE)
         seconds = time.perf_counter() - started
     if code:
-        if code != BAD_INPUT:  # the process has explained invalid input
+        # The process has explained invalid input.
+        if code != BAD_INPUT:
             print("preprocessing failed; nothing was measured", file=sys.stderr)
         return code
 

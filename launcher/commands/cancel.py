@@ -146,7 +146,8 @@ def _stop_processes(run_dir: RunDir, states: Sequence[ElementState], *, save: bo
 
 
 def _request_stop(folder: ElementDir) -> None:
-    folder.root.mkdir(parents=True, exist_ok=True)  # the job may have started without its driver
+    # The job may have started without its driver.
+    folder.root.mkdir(parents=True, exist_ok=True)
     folder.stop.touch()
 
 

@@ -193,7 +193,8 @@ def _incomplete_files(root: Path) -> Iterator[Removal]:
 def _is_old(path: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime > MIN_LEFTOVER_SECONDS
-    except OSError:  # a heartbeat was renamed to its final name
+    except OSError:
+        # A heartbeat was renamed to its final name.
         return False
 
 

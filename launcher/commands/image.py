@@ -168,7 +168,8 @@ def image_folder_of(options: argparse.Namespace) -> tuple[ImageFolder, str]:
     """Return the folder of images, and the image format of the site's runtime."""
     if not options.cluster:
         return image_folder(options.images), site_format()
-    from amlaunch.launcher.specs.cluster_profile import find_cluster  # profiles take a while to import
+    # Imported here because profiles take a while to import.
+    from amlaunch.launcher.specs.cluster_profile import find_cluster
 
     profile = find_cluster(options.cluster).profile
     runtime = profile.container.runtime

@@ -126,7 +126,8 @@ def select_logs(run_dir: RunDir, plan: Plan, selection: LogSelection) -> list[tu
     if selection.stage:
         stages = [plan.stage(selection.stage)]
     elif selection.follow:
-        stages = plan.stages  # the next one may start
+        # The next one may start.
+        stages = plan.stages
     else:
         stages = _newest_stage(run_dir, plan)
 

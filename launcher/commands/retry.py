@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
     add_wait_option(parser)
     add_json_option(parser, "print the result as JSON on stdout")
-    accept_overrides(parser, "RUN")  # only to answer them with a hint at resume
+    # Accepted only to be answered with a hint at resume.
+    accept_overrides(parser, "RUN")
     parser.usage = f"{parser.prog} RUN [options]"
 
 

@@ -13,7 +13,8 @@ from amlaunch.launcher.runs.states import State
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
 
-if TYPE_CHECKING:  # runs that were never on a cluster need no Slurm
+# Runs that were never on a cluster need no Slurm.
+if TYPE_CHECKING:
     from amlaunch.launcher.slurm.queue import Queue
 
 MAX_POLLING_SHARE = 0.1
@@ -73,7 +74,8 @@ def _poll_until_ended(
         if not _only_lost(run_dir, states, queue):
             last_active = started
         elif started - last_active > LOST_SECONDS:
-            return states  # the job ID will never be recorded: only another submit finds the job
+            # The job ID will never be recorded: only another submit finds the job.
+            return states
         time.sleep(pause_seconds(time.monotonic() - started, POLL_SECONDS))
 
 

@@ -47,7 +47,8 @@ def classify(ranks: RanksEnd, result: Mapping[str, Any] | None, stop: StopReques
     # A rank that our own signal ended had not begun to listen, and so had nothing to save.
     ended_on_request = (0, RESUMABLE, *(BEFORE_LISTENING if stop else ()))
     if ranks.first_failed is None or all(code in ended_on_request for code in ranks.codes):
-        if stop is None:  # the ranks received a signal that the driver did not: it went to all processes of the job
+        # The ranks received a signal that the driver did not: it went to all processes of the job.
+        if stop is None:
             return AttemptEnd(Outcome.STOPPED, "the ranks were terminated by a signal", restart=True)
         return AttemptEnd(Outcome.STOPPED, stop.reason, restart=stop.came_by_signal)
     return failure_of(ranks.codes[ranks.first_failed], ranks.first_failed)

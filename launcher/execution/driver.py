@@ -82,7 +82,8 @@ def run_element(
     lock = Lock(folder.lock)
     if not _acquire(lock, assignment.lock_seconds):
         return Outcome.LOCKED
-    if is_done(folder):  # finished between the launcher's look and ours
+    # Finished between the launcher's look and ours.
+    if is_done(folder):
         return Outcome.DONE
 
     launcher_lock = Path(assignment.launcher_lock) if assignment.launcher_lock else None
@@ -155,7 +156,8 @@ def _run(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> AttemptEn
         if refusal is not None:
             return refusal
         ranks = _wait_for_ranks(attempt, stop, starter)
-    except (OSError, ValueError, UnsetVariable) as error:  # no such program, a full disk, a variable that is not set
+    except (OSError, ValueError, UnsetVariable) as error:
+        # No such program, a full disk, a variable that is not set.
         return _not_started(error)
     return _explain(attempt, stop, starter, ranks)
 
@@ -196,7 +198,8 @@ def _check_nodes(attempt: Attempt, stop: StopRequest, starter: RankStarter) -> A
 def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: RanksEnd) -> AttemptEnd:
     """Return how the ranks ended and why."""
     if any(ranks.codes) and attempt.folder.stop.exists():
-        stop.set()  # the ranks may have seen the file before the driver did
+        # The ranks may have seen the file before the driver did.
+        stop.set()
     result = read_object(attempt.folder.result) or None
     end = replace(classify(ranks, result, stop if stop.is_set else None), exit_codes=ranks.codes)
     end = with_error_message(attempt, ranks.codes, end)

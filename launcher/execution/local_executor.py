@@ -117,7 +117,8 @@ class LocalExecutor:
         self.stage = stage.name
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != State.DONE]
         launches = dict.fromkeys(waiting, 0)
-        active: dict[str, int] = {}  # the number of attempts before the launch, by element
+        # The number of attempts before the launch, by element.
+        active: dict[str, int] = {}
         self.report(read_stage(self.run, stage))
         while (waiting and not self.stopping) or active:
             for name in list(waiting):
@@ -127,7 +128,8 @@ class LocalExecutor:
                     active[name] = attempts
             time.sleep(POLL_SECONDS)
             if self.stopping or self.run.stop.exists():
-                self.stop()  # again: an element that was just being launched can only now be asked
+                # Ask again: an element that was just being launched can only now be asked.
+                self.stop()
             for name in [name for name in active if not self._is_active(stage, name)]:
                 attempts = active.pop(name)
                 if self._restarts(stage, name, attempts):
@@ -150,7 +152,8 @@ class LocalExecutor:
     def _launch(self, stage: Stage, name: str) -> bool:
         """Launch the driver of an element; False if there are no free resources for it."""
         if is_locked(self.run.element(stage.name, name).lock):
-            return True  # left by a killed launcher: wait for it
+            # Left by a killed launcher: wait for it.
+            return True
         assignment = self.capacity.acquire(f"{stage.name}/{name}", stage.needs, str(self.run.lock))
         if assignment is None:
             return False
@@ -226,5 +229,6 @@ def launch_driver(run: RunDir, stage: str, name: str, assignment: Assignment) ->
     folder = run.jobs / stage / name
     with _job_environment(run):
         executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=NO_TIME_LIMIT)  # without GPUs: the driver itself assigns them to ranks
+        # Without GPUs: the driver itself assigns them to ranks.
+        executor.update_parameters(timeout_min=NO_TIME_LIMIT)
         return executor.submit(run_element, str(run.root), stage, name, assignment)

@@ -71,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
 def _run_submitted(run: RunDir, plan: Plan, profile: ClusterProfile, submission: Submission) -> int:
     element = submission.elements[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     element_dir = run.element(submission.stage, element)
-    needs = Needs(**submission.needs)  # as submitted: the plan may have been changed while the job waited
+    # The stage as submitted: the plan may have been changed while the job waited.
+    needs = Needs(**submission.needs)
     plan = with_needs(plan, submission, needs)
     problem = missing_input(run, plan, submission)
     if problem:
@@ -133,7 +134,8 @@ def job_id() -> str:
 def cancel_attempt(folder: ElementDir, reason: str) -> int:
     """Record why the element was not run; return an exit code with which dependent jobs never start."""
     lock = Lock(folder.lock)
-    if lock.acquire():  # otherwise another driver runs the element all the same
+    # Otherwise another driver runs the element all the same.
+    if lock.acquire():
         number = AttemptHistory.read(folder.attempts).next_number
         host = os.environ.get("SLURMD_NODENAME", "")
         append_attempt(folder.attempts, AttemptStart(number, host=host, job=job_id(), budget=job_id()))
@@ -191,7 +193,8 @@ def nodes_to_exclude(history: AttemptHistory, needs: Needs, excluded_nodes: str)
     """Return the nodes that the next attempt avoids: the profile's and failed ones; None if nothing changes."""
     failed = history.hosts_to_avoid()
     if _partition_nodes() - len(failed) < needs.nodes:
-        failed = []  # too few nodes would remain
+        # Too few nodes would remain.
+        failed = []
     # An earlier exclusion may have expired, and must then be replaced.
     has_list = failed or any(end.avoid_host for end in history.ends)
     return ",".join(filter(None, [excluded_nodes, *failed])) if has_list else None
@@ -222,11 +225,13 @@ def requeue(excluded_nodes: str | None) -> RequeueProblem:
             client.requeue(job_id())
             if excluded_nodes is not None:
                 _exclude(excluded_nodes)
-        except client.SlurmError as error:  # the controller restarts, or is busy
+        except client.SlurmError as error:
+            # The controller restarts, or is busy.
             problem = RequeueProblem(str(error))
             time.sleep(min(2.0**attempt, 30.0))
             continue
-        time.sleep(REQUEUE_SECONDS)  # Slurm ends this process here
+        # Slurm ends this process here.
+        time.sleep(REQUEUE_SECONDS)
         return RequeueProblem("Slurm accepted the requeue but did not end the job")
     return problem
 
@@ -235,7 +240,8 @@ def _exclude(nodes: str) -> None:
     """Exclude nodes from the next start; only pending jobs accept that, and this one is pending from its requeue on."""
     try:
         client.exclude(job_id(), nodes)
-    except client.SlurmError as error:  # it may fail on the same node once more; the retry limit ends that
+    except client.SlurmError as error:
+        # It may fail on the same node once more; the retry limit ends that.
         print(f"could not exclude {nodes}: {error}", flush=True)
 
 

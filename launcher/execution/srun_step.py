@@ -218,5 +218,6 @@ def preview(run: RunDir, plan: Plan, stage: Stage, profile: ClusterProfile) -> l
         return SrunStep(profile).command(attempt, dict.fromkeys(names, ""))[0]
     except UnsetVariable as error:
         raise BadInput(f"stage {stage.name}: {error} (container.env, or env of the profile); export it") from None
-    except (OSError, ValueError) as error:  # CannotLaunch, for example
+    except (OSError, ValueError) as error:
+        # CannotLaunch, for example.
         raise BadInput(f"stage {stage.name}: {error}") from None

@@ -33,7 +33,8 @@ def write_context(folder: Path, dockerfile: Path, wheels: Path | None) -> None:
     (folder / "amlaunch" / ".digest").unlink()
 
     (folder / "wheels").mkdir()
-    (folder / "wheels" / ".keep").touch()  # some tools do not copy an empty folder
+    # Some tools do not copy an empty folder.
+    (folder / "wheels" / ".keep").touch()
     wheel_files = sorted(wheels.glob("*.whl")) if wheels else []
     if wheels and not wheel_files:
         raise BadInput(

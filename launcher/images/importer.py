@@ -151,7 +151,8 @@ def import_image(request: ImportRequest, say: Say, meter: Callable[..., Any]) ->
         lock.acquire(wait=True)
     try:
         with suppress(OSError):
-            os.chmod(lock.path, 0o666)  # so that other users can lock it, too
+            # So that other users can lock it, too.
+            os.chmod(lock.path, 0o666)
         return _Importer(request, source, name, lock, say, meter).run()
     except NotAnImage as error:
         raise BadInput(str(error)) from None
@@ -344,7 +345,8 @@ class _Importer:
                 tool, self.source.place, self.request.architecture, insecure=self.request.insecure
             )
             self._run_tool(command, f"{tool} pulls", 0, None)
-        archive.unlink(missing_ok=True)  # an earlier attempt may have left part of one
+        # An earlier attempt may have left part of one.
+        archive.unlink(missing_ok=True)
         command = image_store.save(tool, self.source.place, archive)
         self._run_tool(command, f"{tool} saves", 0, lambda: disk_space.used_bytes(archive))
         return archive

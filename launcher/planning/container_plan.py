@@ -31,7 +31,8 @@ from amlaunch.recipes.format.schema import ContainerSection, MountSection, is_ow
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.suggestions import did_you_mean
 
-if TYPE_CHECKING:  # only runs in images need it
+# Only runs in images need it.
+if TYPE_CHECKING:
     from amlaunch.launcher.runs.packages import ImagePackages
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -277,7 +278,8 @@ def image_packages(loaded: LoadedRecipe, stages: Sequence[Stage], images: str | 
             stages_by_image.setdefault(text, []).append(stage.name)
     if not stages_by_image:
         return None
-    from amlaunch.launcher.runs import packages  # reading what is installed takes a while
+    # Reading what is installed takes a while.
+    from amlaunch.launcher.runs import packages
 
     folder = image_folder(profile_folder=images)
     results = [

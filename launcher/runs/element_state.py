@@ -19,7 +19,8 @@ from amlaunch.launcher.specs.plan import Plan, Stage
 from amlaunch.recipes.files import is_locked
 from amlaunch.recipes.run_layout import ElementDir, RunDir
 
-if TYPE_CHECKING:  # a list of runs that never were on a cluster needs none of them
+# A list of runs that never were on a cluster needs none of them.
+if TYPE_CHECKING:
     from amlaunch.launcher.runs.submissions import Submission
     from amlaunch.launcher.slurm.client import JobInfo
     from amlaunch.launcher.slurm.queue import Queue
@@ -146,7 +147,8 @@ def _read_records(run: RunDir, plan: Plan, submissions: dict[str, list[Submissio
     for stage in plan.stages:
         jobs = newest_jobs(submissions[stage.name])
         folder = run.stage(stage.name)
-        begun = set(os.listdir(folder)) if folder.is_dir() else set()  # one listing instead of a look at each element
+        # One listing instead of a look at each element.
+        begun = set(os.listdir(folder)) if folder.is_dir() else set()
         for element in stage.elements:
             place = ElementDir(folder / element.name)
             files = read_element_files(place) if element.name in begun else ElementFiles()
@@ -185,7 +187,8 @@ def _pending_again(record: _ElementRecord, **known: Any) -> ElementState:
 
 def _ended(record: _ElementRecord, end: AttemptEnd, **known: Any) -> ElementState:
     """Return the state of an element whose newest attempt recorded its end."""
-    if end.outcome == Outcome.DONE:  # only the marker makes an element done
+    # Only the marker makes an element done.
+    if end.outcome == Outcome.DONE:
         return record.state(State.PENDING, reason="finished earlier, but its done marker is missing", **known)
     if end.host:
         known["host"] = end.host
@@ -360,7 +363,8 @@ def _explain_dependencies(states: list[ElementState]) -> list[ElementState]:
     broken = {state.stage for state in states if state.state in BROKEN_STATES}
     stopped = {state.stage for state in states if state.state == State.STOPPED}
     reasons: dict[str, str] = {}
-    for stage in dict.fromkeys(state.stage for state in states):  # in the plan's order: each waits for those before it
+    # In the plan's order: each waits for those before it.
+    for stage in dict.fromkeys(state.stage for state in states):
         if broken & reasons.keys():
             reasons[stage] = PREDECESSOR_FAILED
         elif stopped & reasons.keys():

@@ -30,7 +30,8 @@ def roots(option: str | None = None) -> list[Path]:
 def _profile_roots() -> list[str]:
     files = profile_files()
     if not files:
-        return []  # without importing the YAML reader
+        # Without importing the YAML reader.
+        return []
     from amlaunch.launcher.specs.cluster_profile import check_profile
     from amlaunch.recipes.format.yaml_reader import read_file
 
@@ -40,7 +41,8 @@ def _profile_roots() -> list[str]:
             tree, _ = read_file(path)
             folders += [check_profile(profile or {}, {}).runs for profile in tree.values()]
         except (BadInput, AttributeError):
-            continue  # reported to whoever uses that profile
+            # Reported to whoever uses that profile.
+            continue
     return [folder for folder in folders if folder]
 
 
@@ -58,7 +60,8 @@ def list_runs(*folders: Path) -> list[RunDir]:
 def _is_run(path: Path) -> bool:
     try:
         return (path / "plan.json").is_file()
-    except PermissionError:  # a colleague's private run must not hide the others
+    except PermissionError:
+        # A colleague's private run must not hide the others.
         return False
 
 
@@ -67,7 +70,8 @@ def find_run(folders: Iterable[Path], name: str) -> RunDir:
 
     Raises BadInput with the nearest name.
     """
-    if not name.strip():  # an unset shell variable would match any run
+    # An unset shell variable would match any run.
+    if not name.strip():
         raise BadInput("the run name is empty; list the runs: amlaunch status")
     path = Path(name).expanduser()
     if (path / "plan.json").is_file():

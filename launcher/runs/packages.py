@@ -247,7 +247,8 @@ def packages_for_image(required: Sequence[RequiredPackage], facts: ImageFacts) -
     if cached and all(source.is_file() for package in cached.copied for source in package.files.values()):
         return cached
     resolved = resolve(required, facts)
-    with suppress(OSError):  # a home that cannot be written only makes it slower
+    # A home that cannot be written only makes it slower.
+    with suppress(OSError):
         write_json(cache, _to_json(resolved), durable=False)
     return resolved
 
@@ -352,7 +353,8 @@ def closure(name: str, facts: ImageFacts) -> tuple[dict[str, Package], str]:
         if current not in DATA_PACKAGES:
             waiting += _dependencies(package, pythons)
 
-    for package in packages.values():  # last, because it takes longest
+    # This is last because it takes longest.
+    for package in packages.values():
         problem = incompatibility(package.requires_python, package.files.values(), pythons)
         if problem:
             return {}, f"{package.name} {package.version} of this machine: {problem}"

@@ -15,7 +15,8 @@ import amlaunch
 from amlaunch import PACKAGES_FILE
 from amlaunch.recipes.errors import BadInput
 
-if TYPE_CHECKING:  # only a run in an image needs it
+# Only a run in an image needs it.
+if TYPE_CHECKING:
     from amlaunch.launcher.runs.packages import ImagePackages
 
 SUBPACKAGES = ("recipes", "containers", "preprocess", "trainer", "launcher")
@@ -93,7 +94,8 @@ def _copy(files: Mapping[Path, Path], target: Path) -> None:
 def _package_files() -> Iterable[Path]:
     package = package_root() / "amlaunch"
     yield from (package / "__init__.py", package / "__main__.py")
-    for part in SUBPACKAGES:  # each may be a link, which rglob follows only as its root
+    # Each may be a link, which rglob follows only as its root.
+    for part in SUBPACKAGES:
         for path in sorted((package / part).rglob("*")):
             if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts:
                 yield path
@@ -124,9 +126,11 @@ def _git_files(folder: Path) -> list[Path] | None:
     tracked, untracked = _git_list(folder, "--cached"), _git_list(folder, "--others", "--exclude-standard")
     if tracked is None or untracked is None:
         return None
-    untracked_code = [name for name in untracked if not SKIPPED & set(name.split("/"))]  # without our own ./runs
+    # Leave out our own ./runs.
+    untracked_code = [name for name in untracked if not SKIPPED & set(name.split("/"))]
     paths = (folder / name for name in [*tracked, *untracked_code])
-    return sorted({path for path in paths if path.is_file() and not path.is_symlink()})  # git lists deleted files, too
+    # Git lists deleted files, too.
+    return sorted({path for path in paths if path.is_file() and not path.is_symlink()})
 
 
 def _git_list(folder: Path, *options: str) -> list[str] | None:
@@ -148,7 +152,8 @@ def _python_files(folder: Path) -> Iterable[Path]:
             if name.endswith(".py"):
                 yield Path(root) / name
                 count += 1
-        if count > MAX_FILES:  # somebody's home: report that before all of it is read
+        # Somebody's home: report that before all of it is read.
+        if count > MAX_FILES:
             return
 
 

@@ -141,7 +141,8 @@ def plain_environment() -> dict[str, str]:
 
 def call(*argv: str, timeout: float = TIMEOUT_SECONDS, env: Mapping[str, str] | None = None) -> str:
     """Return the standard output of a Slurm command. Raises SlurmError."""
-    import subprocess  # here: the status of a run that never was on a cluster does not need it
+    # Imported here because the status of a run that never was on a cluster does not need it.
+    import subprocess
 
     try:
         process = subprocess.run(
@@ -191,7 +192,8 @@ def sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
         if len(fields) != 6:
             continue
         job, state, reason, start, nodes, code = fields
-        state_name = state.split(" ")[0]  # "CANCELLED by 1000"
+        # Such as "CANCELLED by 1000".
+        state_name = state.split(" ")[0]
         for task in _array_tasks(job):
             jobs[task] = JobInfo(task, state_name, _known(reason), _known(start), _known(nodes), code)
     return jobs
@@ -231,7 +233,8 @@ def compress_ranges(numbers: Iterable[int]) -> str:
 
 def scancel(ids: Sequence[str], signal: str | None = None) -> None:
     """Cancel jobs, arrays or array tasks, or send them ``signal``; ended ones are ignored. Raises SlurmError."""
-    for start in range(0, len(ids), 500):  # the length of an argument list is limited
+    # The length of an argument list is limited.
+    for start in range(0, len(ids), 500):
         call("scancel", "-Q", *([f"--signal={signal}"] if signal else []), *ids[start : start + 500])
 
 
@@ -343,7 +346,8 @@ def _number(text: str) -> int:
 def parse_gres(gres: str) -> tuple[int, str]:
     """Return ``(count, type)`` of the GPUs in a GRES list: ``gpu:h100:8(S:0-1),tmpfs:1T``."""
     count, kind = 0, ""
-    for part in re.sub(r"\([^)]*\)", "", gres).split(","):  # the brackets name sockets or indices
+    # The brackets name sockets or indices.
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *details = part.strip().split(":")
         if name != "gpu":
             continue
@@ -394,7 +398,8 @@ def version() -> str:
 def usable_nodes() -> dict[str, int]:
     """Return the number of nodes of each partition that are neither down nor drained. Raises SlurmError."""
     counts: dict[str, int] = {}
-    for line in call("sinfo", "-a", "-h", "-o", "%R|%F").splitlines():  # %F: allocated/idle/other/total
+    # %F: allocated/idle/other/total.
+    for line in call("sinfo", "-a", "-h", "-o", "%R|%F").splitlines():
         name, _, numbers = line.partition("|")
         if re.fullmatch(r"\d+/\d+/\d+/\d+", numbers.strip()):
             allocated, idle, _, _ = map(int, numbers.split("/"))

@@ -67,7 +67,8 @@ class Queue:
         cached = read_object(cache)
         if 0 <= time.time() - cached.get("time", 0.0) < KEPT_SECONDS and isinstance(cached.get("name"), str):
             return str(cached["name"])
-        if self.jobs is None:  # do not wait twice for a Slurm that does not answer
+        # Do not wait twice for a Slurm that does not answer.
+        if self.jobs is None:
             return ""
         try:
             name = client.cluster_name()
@@ -98,8 +99,10 @@ class Queue:
         lock = Lock(self.file.with_name(f"{command}.lock"))
         cache = self.file.with_name(f"{command}-{fingerprint(question)}.json")
         try:
-            lock.acquire(wait=True)  # processes that wait for the lock get our answer
-        except OSError:  # no writable home folder
+            # Processes that wait for the lock get our answer.
+            lock.acquire(wait=True)
+        except OSError:
+            # No writable home folder.
             return self._ask(ask)[0]
         try:
             cached = read_object(cache)

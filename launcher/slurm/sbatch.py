@@ -68,7 +68,8 @@ def script(array: Array, profile: ClusterProfile, run_root: Path, code: Path, ru
         raise BadInput(f"{str(run_root)!r}: sbatch does not accept a path with a line break; use another: --runs DIR")
     try:
         renderer = submitit.SlurmExecutor(array.folder.parent)
-    except RuntimeError:  # it looks for srun
+    except RuntimeError:
+        # It looks for srun.
         raise SlurmNotInstalled("srun") from None
     renderer.update_parameters(**_parameters(array, profile, run_id))
     python = os.path.expanduser(profile.python) if profile.python else sys.executable

@@ -202,7 +202,8 @@ def _check_ownership(folder: Path, remedy: str) -> None:
 def _owner(folder: Path) -> str:
     try:
         return folder.owner()
-    except KeyError:  # a user ID without a name on this machine
+    except KeyError:
+        # A user ID without a name on this machine.
         return f"user {folder.stat().st_uid}"
 
 

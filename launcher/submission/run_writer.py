@@ -140,7 +140,8 @@ def provenance_of(loaded: LoadedRecipe, argv: Sequence[str]) -> dict[str, Any]:
 def _user_name() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container that runs under a user ID without a name
+    except (KeyError, OSError):
+        # A container that runs under a user ID without a name.
         return str(os.getuid())
 
 

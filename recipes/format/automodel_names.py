@@ -124,7 +124,8 @@ class Translator:
         if isinstance(name, str):
             node["_target_"] = self._translated(name, (*path, "_target_"))
         for key, child in node.items():
-            if str(key).endswith("._target_") and isinstance(child, list):  # an axis of a sweep
+            # An axis of a sweep.
+            if str(key).endswith("._target_") and isinstance(child, list):
                 points = enumerate(child)
                 node[key] = [self._translated(str(point), (*path, str(key), str(i))) for i, point in points]
             self._targets(child, (*path, str(key)))

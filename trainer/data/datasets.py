@@ -132,7 +132,8 @@ class PackedDataset:
         self.shuffle = dataset.shuffle
         self._dataset = dataset
         starts = dataset.document_starts()
-        if starts[0] > 0:  # the first shard begins within a document
+        # The first shard begins within a document.
+        if starts[0] > 0:
             starts = np.concatenate([[0], starts])
         bos = common_first_token(dataset.stream, starts[1:]) if dataset.bos is None else dataset.bos
         self.documents = len(starts)

@@ -45,7 +45,8 @@ def cut_documents(starts: Indices, tokens: int, longest: int, *, every_label: bo
     begin = np.repeat(starts, counts) + nth * longest
     length = np.minimum(np.repeat(starts + lengths, counts) - begin, longest)
     labelled = np.full(len(begin), True) if every_label else nth + 1 < np.repeat(counts, counts)
-    labelled[begin + length >= tokens] = False  # nothing follows the last token of the stream
+    # Nothing follows the last token of the stream.
+    labelled[begin + length >= tokens] = False
     return Pieces(begin, length, labelled, int(np.count_nonzero(counts > 1)))
 
 
@@ -58,7 +59,8 @@ def assign_rows(lengths: Indices, size: int) -> Indices:
     by_length = np.argsort(-lengths, kind="stable")
     groups = np.split(by_length, np.flatnonzero(np.diff(lengths[by_length])) + 1)
     rows_by_room: list[deque[Indices]] = [deque() for _ in range(size + 1)]
-    available = 0  # bit r is set if there are rows with room for r tokens
+    # Bit r is set if there are rows with room for r tokens.
+    available = 0
     rows = np.empty(len(lengths), dtype=np.int64)
     opened = 0
 
@@ -132,7 +134,8 @@ class PackedRows:
         ends = np.cumsum(lengths) + np.repeat(np.cumsum(padding) - padding, counts)
         begins = ends - lengths
 
-        inputs = np.zeros(len(rows) * self.size + 1, dtype=self._stream.dtype)  # one more, for the last label
+        # One token more, for the last label.
+        inputs = np.zeros(len(rows) * self.size + 1, dtype=self._stream.dtype)
         next_tokens = self._fill(inputs, self._starts[pieces], begins.tolist(), ends.tolist())
         labels = inputs[1:].copy()
         labels[ends - 1] = next_tokens
@@ -154,7 +157,8 @@ class PackedRows:
             if last < len(array):
                 inputs[begin:end] = array[offset:last]
                 next_tokens.append(array.item(last))
-            else:  # the piece or the token after it is in the next array, or the stream ends
+            else:
+                # The piece or the token after it is in the next array, or the stream ends.
                 tokens = self._read_across_arrays(index, offset, end - begin + 1)
                 inputs[begin:end] = tokens[:-1]
                 next_tokens.append(tokens.item(-1))

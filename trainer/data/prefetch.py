@@ -26,7 +26,8 @@ class Prefetcher(Generic[T]):
             for item in items:
                 if not self._put((make(item), None)):
                     return
-        except BaseException as error:  # next() raises it in the training loop
+        except BaseException as error:
+            # next() raises it in the training loop.
             self._put((None, error))
 
     def _put(self, value: tuple[T | None, BaseException | None]) -> bool:

@@ -54,7 +54,8 @@ def _feistel(x: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64])
 
 def _mix(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
     """Hash 64-bit values with a key: the finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
-    x = x + key  # arrays wrap around silently, as intended
+    # Arrays wrap around silently, as intended.
+    x = x + key
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -145,7 +145,8 @@ class TokenStream:
         tokens = self.arrays[array][offset : offset + len(row)]
         filled = len(tokens)
         row[:filled] = tokens
-        while filled < len(row):  # only if the row continues in the next array
+        # Only if the row continues in the next array.
+        while filled < len(row):
             array += 1
             tokens = self.arrays[array][: len(row) - filled]
             row[filled : filled + len(tokens)] = tokens
@@ -212,8 +213,10 @@ def aligned_starts(documents: Indices, tokens: int, length: int) -> Indices:
     window before.
     """
     next_window = np.searchsorted(documents, documents + length)
-    last = int(np.searchsorted(documents, tokens - length))  # documents from here on have too few tokens after them
-    next_indices = next_window.data  # its items become Python integers one by one, not all at once
+    # Documents from here on have too few tokens after them.
+    last = int(np.searchsorted(documents, tokens - length))
+    # Its items become Python integers one by one, not all at once.
+    next_indices = next_window.data
     chain, document = [], 0
     while document < last:
         chain.append(document)

@@ -94,7 +94,8 @@ def supports_deferred_init(target: Any) -> bool:
     """Return True if ``target`` is a class with ``init_parameter``, or is annotated to return one."""
     try:
         model_class = target if isinstance(target, type) else get_type_hints(target).get("return")
-    except (NameError, TypeError):  # annotations that only a type checker can resolve
+    except (NameError, TypeError):
+        # Annotations that only a type checker can resolve.
         return False
     return hasattr(model_class, "init_parameter")
 

@@ -60,7 +60,8 @@ class GPT2Attention(nn.Module):
     def forward(self, x: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         """Map ``(B, T, C)`` to ``(B, T, C)``; ``documents`` as in :func:`amlaunch.trainer.models.attention.attend`."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.dropout if self.training else 0.0  # attend has no eval mode
+        # The attend function has no eval mode.
+        dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, documents=documents, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 

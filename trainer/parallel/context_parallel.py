@@ -160,7 +160,8 @@ def _apply_to_hf_model(model: Any, parallel_attend: Any) -> None:
             "but context parallelism supports only full causal attention. Set cp_size: 1"
         )
     AttentionInterface.register(HF_ATTENTION_NAME, partial(_hf_attention, parallel_attend=parallel_attend))
-    model.set_attn_implementation(HF_ATTENTION_NAME)  # transformers builds no mask for a name that it does not know
+    # The library transformers builds no mask for a name that it does not know.
+    model.set_attn_implementation(HF_ATTENTION_NAME)
     if model.config._attn_implementation != HF_ATTENTION_NAME:
         raise BadInput(
             f"distributed.cp_size: transformers cannot replace the attention of {type(model).__name__}. Set cp_size: 1"

@@ -77,7 +77,8 @@ class World:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum ``value`` over all ranks in place, on its device."""
-        if self.size > 1:  # gloo takes a third of a millisecond even for a single rank
+        # Gloo takes a third of a millisecond even for a single rank.
+        if self.size > 1:
             dist.all_reduce(value)
         return value
 
@@ -123,7 +124,8 @@ def _device(ranks: RankEnvironment) -> torch.device:
     if os.environ.get("AMLAUNCH_DEVICE") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    index = 0 if count == 1 else ranks.local_rank  # Slurm's --gpus-per-task shows each rank only its own GPU
+    # Slurm's --gpus-per-task shows each rank only its own GPU.
+    index = 0 if count == 1 else ranks.local_rank
     if index >= count:
         raise LocalBadInput(
             f"rank {ranks.rank} on {os.uname().nodename} is local rank {ranks.local_rank}, but sees "
@@ -137,7 +139,8 @@ def _device(ranks: RankEnvironment) -> torch.device:
 def _init_group(ranks: RankEnvironment, device: torch.device, timeout: timedelta) -> None:
     """Create the process group, with gloo for the CPU: agreements between ranks must not wait for the GPU's queue."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives in NCCL's flight recorder
+    # Collectives in NCCL's flight recorder.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     prefer_loopback(os.environ)
     if ranks.size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
@@ -148,7 +151,8 @@ def _init_group(ranks: RankEnvironment, device: torch.device, timeout: timedelta
 
 def dump_flight_record(path: Path) -> None:
     """Write NCCL's flight record for the analyser of ``torch.distributed.flight_recorder``, if there is NCCL."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # only in builds with NCCL
+    # Only in builds with NCCL.
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and torch.cuda.is_available() and dist.is_initialized():
         path.write_bytes(dump())
         print(f"NCCL flight record: {path}", file=sys.stderr, flush=True)
@@ -200,7 +204,8 @@ def _materialize(model: nn.Module, section: Distributed, world: World, seed: int
         model.to_empty(device=device)
         torch.manual_seed(seed)
         initialize_parameters(model)
-    elif not is_sharded(section):  # FSDP2 moves the weights itself, block by block
+    elif not is_sharded(section):
+        # FSDP2 moves the weights itself, block by block.
         model.to(device)
 
 

@@ -27,7 +27,8 @@ def checkpoint_activations(model: nn.Module, kind: str) -> None:
     if kind == "none":
         return
     for block in blocks(model):
-        if "forward" in vars(block):  # an instance attribute, which hides any class's forward
+        # An instance attribute, which hides any class's forward.
+        if "forward" in vars(block):
             block.forward = partial(checkpoint, block.forward, **_checkpoint_options(kind))
         else:
             base: Any = type(block)

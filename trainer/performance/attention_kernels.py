@@ -75,7 +75,8 @@ def select_backend(
     if packed and compiled and is_ours and device.type == "cuda" and flex_supports(dtype, head_width, dropout):
         return AttentionBackend("flex_attention", None)
 
-    if packed and not is_ours:  # transformers repeats keys and values if there is a mask
+    # The library transformers repeats keys and values if there is a mask.
+    if packed and not is_ours:
         key_value_heads = heads
     query, key = (
         torch.empty(1, head_count, length, head_width, dtype=dtype, device=device, requires_grad=True)

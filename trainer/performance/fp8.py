@@ -51,7 +51,8 @@ def convert_linear_layers(model: nn.Module, section: Fp8, device: torch.device, 
             f"{DIMENSION_MULTIPLE}; set it to false"
         )
     for layer in layers:
-        layer.__class__ = Float8Linear  # same parameters and names, so checkpoints do not change
+        # Same parameters and names, so checkpoints do not change.
+        layer.__class__ = Float8Linear
     return len(layers)
 
 

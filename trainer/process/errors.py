@@ -40,7 +40,8 @@ def run_guarded(work: Callable[[], int]) -> int:
         if rank == 0:
             print_error(f"error: {error}")
         return FAILED
-    except KeyboardInterrupt:  # a second Ctrl-C, or one outside the training loop
+    except KeyboardInterrupt:
+        # A second Ctrl-C, or one outside the training loop.
         return INTERRUPTED
     except Exception:
         print_error(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")

@@ -29,7 +29,8 @@ class StopFlag:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            # A second Ctrl-C means now.
+            raise KeyboardInterrupt
         self._signalled = True
 
     def requested(self, *, poll: bool = False) -> bool:
