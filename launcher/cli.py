@@ -158,11 +158,15 @@ def _check_override(name: str, options: Sequence[str], sections: Sequence[str]) 
     if name.startswith("--") and sections and section in (*sections, *AUTOMODEL_SECTIONS):
         return
     # Imported here because only an error needs it.
-    from amlaunch.recipes.suggestions import cluster_profile_hint, did_you_mean
+    from amlaunch.recipes.suggestions import cluster_profile_hint, did_you_mean, similar_name
 
     hint = cluster_profile_hint(section) if sections else None
     if hint:
         raise BadInput(f"unknown option {name}; {hint}")
+    _, dot, keys = name.partition(".")
+    nearest_section = similar_name(section, sections) if name.startswith("--") and dot else None
+    if nearest_section:
+        raise BadInput(f"unknown option {name}; did you mean '--{nearest_section}.{keys}'?")
     raise BadInput(f"unknown option {name}; {did_you_mean(name, [*options, *(f'--{key}' for key in sections)])}")
 
 
@@ -203,7 +207,9 @@ def run(argv: Sequence[str]) -> int:
     parser, depth = _find_command(top, words)
     words[depth:], overrides = split_overrides(parser, words[depth:])
 
-    options = top.parse_args(words)
+    options, excess = top.parse_known_args(words)
+    if excess:
+        parser.error(f"unrecognized arguments: {' '.join(excess)}")
     if options.command is None:
         top.print_help()
         return 0

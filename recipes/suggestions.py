@@ -99,9 +99,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     Looks for the same name in another case, then for a common alias (``lr`` means ``optimizer.lr``), then for a
     similar spelling. For a Slurm setting, the clause points to the cluster profile.
     """
-    # Imported here because it slows down every start.
-    import difflib
-
     names = sorted({str(name) for name in known})
     if not names:
         return "no names are valid here"
@@ -112,14 +109,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return hint
 
     nearest = same or resolve_alias(word, names)
-    if nearest is None:
-        similar = difflib.get_close_matches(word, names, n=1, cutoff=MIN_SIMILARITY)
-        nearest = similar[0] if similar else None
+    nearest = nearest or similar_name(word, names)
     if nearest is not None:
         return f"did you mean {nearest!r}?"
 
     more = ", …" if len(names) > MAX_LISTED_NAMES else ""
     return f"valid names: {', '.join(names[:MAX_LISTED_NAMES])}{more}"
+
+
+def similar_name(word: str, known: Iterable[str]) -> str | None:
+    """Return the valid name with the spelling most similar to ``word``; None if none is near."""
+    # Imported here because it slows down every start.
+    import difflib
+
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=MIN_SIMILARITY)
+    return similar[0] if similar else None
 
 
 def resolve_alias(word: str, known: Iterable[str]) -> str | None:

@@ -71,6 +71,18 @@ def test_start_is_light(tmp_path):
         (["local", "quickstart", "--gpu", "1"], "unknown option --gpu; did you mean '--gpus'"),
         (["local", "quickstart", "--model.n_layr", "6"], "--model.n_layr=6: model.n_layr: unknown key"),
         (["local", "quickstart", "--model.n_layer"], "has no value"),
+        (["local", "quickstart", "extra"], "unrecognized arguments: extra; see amlaunch local --help"),
+        (["data", "peek", "a", "b"], "unrecognized arguments: b; see amlaunch data peek --help"),
+        (
+            ["local", "quickstart", "--stepscheduler.max_steps", "3"],
+            "unknown option --stepscheduler.max_steps; did you mean '--step_scheduler.max_steps'?",
+        ),
+        (["resume", "x", "--modl.n_layer=3"], "unknown option --modl.n_layer; did you mean '--model.n_layer'?"),
+        (
+            ["local", "quickstart", "--sweep", "optimizer.l=1,2"],
+            "error: --sweep optimizer.l=1,2: optimizer.l: unknown key of torch.optim.AdamW; did you mean 'lr'?",
+        ),
+        (["local", "quickstart", "--sweep", "seed=1,1"], "error: --sweep seed=1,1: 1 is listed twice"),
         (["local", "quickstart", "--stage", "trian"], "its stages: preprocess, verify, train, export"),
         (["local", "quickstart", "--gpus", "99"], "to train on the CPU, write --gpus 0"),
         (["local", "quickstart", "--step_scheduler.global_batch_size", "12"], "is not a multiple of 2 ranks"),

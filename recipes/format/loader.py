@@ -200,20 +200,26 @@ def _typed(tree: dict[str, Any], lines: Mapping[KeyPath, str], policy: TargetPol
 
 def _check_sweep(loaded: LoadedRecipe, lines: Mapping[KeyPath, str], job_start: bool) -> None:
     for key in loaded.recipe.sweep or {}:
-        place = lines.get(("sweep", key), lines.get(("sweep",), str(loaded.path)))
+        place = _sweep_place(loaded.path, lines, key)
         values = [json.dumps(value, sort_keys=True) for value in loaded.tree["sweep"][key]]
         repeated = next((value for value in values if values.count(value) > 1), None)
         if not values:
-            raise BadInput(f"{place}: sweep.{key}: the list is empty; give it values, or remove the key")
+            raise BadInput(f"{place}: the list is empty; give it values, or remove the key")
         if repeated is not None:
-            raise BadInput(f"{place}: sweep.{key}: {repeated} is listed twice")
+            raise BadInput(f"{place}: {repeated} is listed twice")
         if key.split(".")[0] not in SWEEPABLE_SECTIONS:
-            raise BadInput(
-                f"{place}: sweep.{key}: sweep points share this setting; sweep over {', '.join(SWEEPABLE_SECTIONS)}"
-            )
+            raise BadInput(f"{place}: sweep points share this setting; sweep over {', '.join(SWEEPABLE_SECTIONS)}")
     if loaded.recipe.sweep:
         for point in loaded.elements():
             recipe_at_point(loaded, point, lines, job_start)
+
+
+def _sweep_place(path: Path, lines: Mapping[KeyPath, str], key: str, value: Any = None) -> str:
+    """Return the place of a sweep's key, or of one of its values; an option names both already."""
+    place = lines.get(("sweep", key), lines.get(("sweep",), str(path)))
+    if place.startswith("--sweep "):
+        return place
+    return f"{place}: sweep.{key}" if value is None else f"{place}: sweep.{key}={value}"
 
 
 def recipe_at_point(
@@ -227,7 +233,7 @@ def recipe_at_point(
     point_lines = dict(lines or {})
     for key, value in point.items():
         path = tuple(key.split("."))
-        place = f"{point_lines.get(('sweep', key), loaded.path)}: sweep.{key}={value}"
+        place = _sweep_place(loaded.path, point_lines, key, value)
         apply_override(tree, path, value, place)
         point_lines[path] = place
     return _typed(tree, point_lines, loaded.policy, job_start)

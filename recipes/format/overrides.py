@@ -33,6 +33,8 @@ def parse_overrides(argv: Sequence[str]) -> list[tuple[KeyPath, Any, str]]:
         if not all(path):
             raise BadInput(f"--{key}: an empty name in the key; write overrides as --section.key VALUE")
         typed = f"--{key}={text}"
+        if path[0] == "sweep" and equals and len(path) == 2 and text[:1] + text[-1:] == "[]":
+            typed = f"--sweep {path[1]}={text[1:-1]}"
         overrides.append((path, parse_value(text, typed), typed))
     return overrides
 
