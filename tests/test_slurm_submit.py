@@ -437,7 +437,7 @@ def test_resume_goes_on_with_more_steps(tiny: Place) -> None:
     tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
     tiny.wait("more", 120)
     refused = tiny.amlaunch("resume", "more", "--model.n_layer", "3", check=False)
-    assert refused.returncode == 2 and "resume cannot change model" in refused.stderr
+    assert refused.returncode == 2 and "resume cannot change the model" in refused.stderr
     tiny.amlaunch("resume", "more", "--step_scheduler.max_steps", "6")
     result = tiny.wait("more", 120)
     run = run_dir(tiny, "more")

@@ -7,6 +7,7 @@ The three differ in where recipe, cluster and plan come from. Everything after t
 from __future__ import annotations
 
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,14 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.format.loader import EXECUTION_SECTIONS, LoadedRecipe
 from amlaunch.recipes.run_layout import RunDir
 
-IDENTITY_SECTIONS = ("preprocess", "sweep", "dataset", "model", "name")
-"""Sections that identify a run: a run with another one is a new run."""
+IDENTITY_SECTIONS = {
+    "preprocess": "the preprocessing",
+    "sweep": "the sweep",
+    "dataset": "the dataset",
+    "model": "the model",
+    "name": "the name",
+}
+"""Sections that identify a run, and how to call them: a run with another one is a new run."""
 RESUMED_STAGES = frozenset(("train", "export"))
 """Stages that continue if a run is resumed with other settings, even if they were done."""
 
@@ -157,10 +164,8 @@ class ResumedRun(ExistingRun):
         """Raise BadInput for a change that would make it another run."""
         for section in self._changed_sections():
             if section in IDENTITY_SECTIONS:
-                raise BadInput(
-                    f"--{section}…: resume cannot change {section}, which identifies the run; "
-                    f"start a new run: amlaunch submit or local … --{section}…"
-                )
+                command = f"{advice.start_command(self.run_dir)} {shlex.join(self.request.overrides)}"
+                raise BadInput(f"resume cannot change {IDENTITY_SECTIONS[section]}. Start a new run: {command}")
 
     def find_cluster(self) -> Cluster | None:
         """Find the cluster that was named, else the one that the run is on."""
