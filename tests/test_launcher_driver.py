@@ -20,6 +20,7 @@ from image_helpers import leave_out
 from test_e2e import TINY
 
 from amlaunch.launcher.__main__ import main
+from amlaunch.launcher.display.wording import status_line
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
 from amlaunch.launcher.execution.attempt_end import classify
 from amlaunch.launcher.execution.local_executor import Capacity, LocalExecutor
@@ -27,7 +28,7 @@ from amlaunch.launcher.execution.rank_processes import PRIVATE_HOME, check_comma
 from amlaunch.launcher.execution.rank_wait import RanksEnd
 from amlaunch.launcher.execution.srun_step import SrunStep
 from amlaunch.launcher.execution.stop_request import StopRequest
-from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
+from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart, append_attempt
 from amlaunch.launcher.runs.element_state import is_driven, overall_state, read_run, read_stage
 from amlaunch.launcher.runs.find import list_runs, read_plan
 from amlaunch.launcher.runs.snapshot import take_snapshot, upgrade_snapshot
@@ -212,6 +213,25 @@ def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
     state = only_state(run, plan)
     assert state.state == State.FAILED and state.rank == 1 and "SIGKILL" in state.reason
     assert not any(psutil.pid_exists(pid) for pid in found)
+
+
+@pytest.mark.parametrize(("saved", "text"), [(5, "continuing from step 5"), (0, "starting")])
+def test_a_new_attempt_does_not_show_the_progress_of_the_one_before(tmp_path, saved, text):
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    folder = run.element("train", "0")
+    heartbeat = {"unit": "step", "done": 5, "total": 60, "saved": saved, "eta_s": 0.0}
+    write_json(folder.progress, {**heartbeat, "time": time.time()})
+    append_attempt(folder.attempts, AttemptStart(1, time.time() - 60))
+    append_attempt(folder.attempts, AttemptEnd(Outcome.STOPPED, "stopped on request", attempt=1))
+    lock = Lock(folder.lock)
+    assert lock.acquire()
+    assert status_line(only_state(run, plan)) == f"train 0: {text}", "the driver has only taken the lock"
+
+    append_attempt(folder.attempts, AttemptStart(2))
+    assert status_line(only_state(run, plan)) == f"train 0: {text}"
+
+    write_json(folder.progress, {**heartbeat, "done": 6, "time": time.time()})
+    assert status_line(only_state(run, plan)) == "train 0: step 6/60 · ETA 0.0 s"
 
 
 def test_stop_soon_by_signal_and_by_file(tmp_path):

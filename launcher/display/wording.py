@@ -114,6 +114,8 @@ def progress(state: ElementState) -> str:
     newest = state.progress
     if not newest.record:
         return ""
+    if state.is_starting:
+        return f"continuing from {_position(newest.unit, newest.saved_position)}" if state.has_saved else ""
 
     if newest.unit == "token":
         position = f"{count(newest.done)}{f'/{count(newest.total)}' if newest.total else ''} tokens"
@@ -126,6 +128,10 @@ def progress(state: ElementState) -> str:
     shows_eta = state.state == State.RUNNING and newest.eta_seconds is not None
     eta = f"ETA {duration(newest.eta_seconds)}" if shows_eta else ""
     return _join(position, *losses, rate(newest.rate), eta)
+
+
+def _position(unit: str, number: float | None) -> str:
+    return f"{count(number)} tokens" if unit == "token" else f"{unit} {number}"
 
 
 def saved_progress(state: ElementState) -> str:

@@ -52,6 +52,11 @@ class ElementProgress:
     record: dict[str, Any] = field(default_factory=dict)
     """The complete file, for ``--json``."""
 
+    @property
+    def saved_position(self) -> float | None:
+        """The position from which the element would continue; stages without checkpoints save all that is done."""
+        return self.done if self.saved is None else self.saved
+
     @staticmethod
     def from_json(record: Record) -> ElementProgress:
         """Build the progress from ``progress.json``, without damaged values."""
@@ -124,6 +129,15 @@ class ElementFiles:
     def last_sign_of_life(self) -> float:
         """The time of the newest heartbeat or record in Unix seconds; 0 without any."""
         return max(self.progress.time, self.history.last_time)
+
+    @property
+    def awaits_heartbeat(self) -> bool:
+        """True until the newest attempt has sent a heartbeat: :attr:`progress` is that of an earlier one.
+
+        An attempt that has ended counts as an earlier one, because a new driver first takes the lock.
+        """
+        start = self.history.newest_start
+        return start is None or self.history.newest_end is not None or self.progress.time < start.time
 
     @property
     def attempt_spans(self) -> tuple[tuple[float, float], ...]:

@@ -36,6 +36,8 @@ class ElementState:
     state: State
     attempts: int = 0
     progress: ElementProgress = field(default_factory=ElementProgress)
+    is_starting: bool = False
+    """True if the element runs and has sent no heartbeat yet: ``progress`` is that of an earlier attempt."""
     result: dict[str, Any] = field(default_factory=dict)
     """The done marker of a finished element."""
     reason: str = ""
@@ -67,8 +69,7 @@ class ElementState:
     @property
     def has_saved(self) -> bool:
         """Return True if another attempt would continue from saved work."""
-        saved = self.progress.done if self.progress.saved is None else self.progress.saved
-        return bool(saved)
+        return bool(self.progress.saved_position)
 
 
 def read_element(run: RunDir, stage: str, name: str, title: str = "") -> ElementState:
@@ -125,6 +126,7 @@ class _ElementRecord:
             "title": self.title,
             "attempts": len(self.files.history.starts),
             "progress": self.files.progress,
+            "is_starting": state == State.RUNNING and self.files.awaits_heartbeat,
             "host": start.host if start else "",
             "nodes": start.nodes if start else "",
             "ran": self.files.attempt_spans,
