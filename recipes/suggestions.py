@@ -118,12 +118,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def similar_name(word: str, known: Iterable[str]) -> str | None:
-    """Return the valid name with the spelling most similar to ``word``; None if none is near."""
+    """Return the same name in another case, else the one with the most similar spelling; None if none is near."""
     # Imported here because it slows down every start.
     import difflib
 
-    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=MIN_SIMILARITY)
-    return similar[0] if similar else None
+    names = list(known)
+    same = next((name for name in names if name.lower() == word.lower()), None)
+    return same or next(iter(difflib.get_close_matches(word, names, n=1, cutoff=MIN_SIMILARITY)), None)
 
 
 def resolve_alias(word: str, known: Iterable[str]) -> str | None:

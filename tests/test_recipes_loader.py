@@ -402,6 +402,13 @@ class TestTargets:
             ("my_models:build", "my_models.py:build"),
             ("AdamW", "torch.optim.AdamW"),
             ("LinearCrossEntropy", "amlaunch.trainer.loss.LinearCrossEntropy"),
+            ("my_modls.py:build", "my_models.py:build"),
+            ("my_modls.py:biuld", "my_models.py:build"),
+            ("elsewhere/my_models.py:build", "my_models.py:build"),
+            ("torch.AdamW", "torch.optim.AdamW"),
+            ("torch.adamw", "torch.optim.AdamW"),
+            ("trainer.models.gpt2.build_gpt2_mdl", "amlaunch.trainer.models.gpt2.build_gpt2_model"),
+            ("amlaunch.trainer.models.gpt2.build_gpt2_mdl", "amlaunch.trainer.models.gpt2.build_gpt2_model"),
         ],
     )
     def test_an_incomplete_name_is_completed(self, folder, name, complete):
@@ -411,6 +418,8 @@ class TestTargets:
     def test_a_name_without_a_file_beside_the_recipe_may_be_a_package(self, folder):
         for name in ("my_models.missing", "my_package.build"):
             assert "add --allow-target my_" in str(check_target(name, TargetPolicy(folder)))
+        assert "add --allow-target trainer" in str(check_target("trainer.mine.Thing", TargetPolicy(folder)))
+        assert "did you mean" not in str(check_target("other.py:build", TargetPolicy(folder)))
 
     @pytest.mark.parametrize(
         "name",

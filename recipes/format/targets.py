@@ -17,7 +17,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.suggestions import did_you_mean
+from amlaunch.recipes.suggestions import did_you_mean, similar_name
 
 OWN_TARGETS = {
     "amlaunch.trainer.models.gpt2.build_gpt2_model": "trainer/models/gpt2.py",
@@ -147,7 +148,7 @@ def check_target(text: Any, policy: TargetPolicy) -> str | None:
 def _check_file(file: str, name: str, text: str, policy: TargetPolicy) -> str | None:
     path = file_of(file, policy)
     if path.suffix != ".py" or not path.is_file():
-        suggestion = _complete_name(text, file, name, policy)
+        suggestion = _complete_name(text, file, name, policy) or _similar_file_target(file, name, policy)
         hint = f"; did you mean {suggestion!r}?" if suggestion else ""
         return f"{text!r}: {path} is not an existing Python file{hint}"
     is_beside_recipe = policy.folder is not None and path.resolve().is_relative_to(policy.folder.resolve())
@@ -169,6 +170,8 @@ def _check_dotted(text: str, policy: TargetPolicy) -> str | None:
         return f"{text!r} is a package; name a callable in it"
     if root == "amlaunch":
         return f"amlaunch has no target {text!r}; {did_you_mean(text, OWN_TARGETS)}"
+    if root in EARLIER_PACKAGES and (own := _similar_target(text, OWN_TARGETS)):
+        return f"amlaunch has no target {text!r}; did you mean {own!r}?"
     if root not in LIBRARY_TARGETS:
         libraries = ", ".join(("amlaunch", *LIBRARY_TARGETS))
         return f"{text!r} is outside the known libraries ({libraries}); if you trust it, add --allow-target {root}"
@@ -176,6 +179,8 @@ def _check_dotted(text: str, policy: TargetPolicy) -> str | None:
         return f"unknown optimizer {text!r}; {did_you_mean(text, [f'torch.optim.{name}' for name in OPTIMIZERS])}"
     if re.fullmatch(LIBRARY_TARGETS[root], text):
         return None
+    if root == "torch" and (optimizer := _similar_target(text, OPTIMIZERS)):
+        return f"{text!r} is not a class that recipes may build; did you mean 'torch.optim.{optimizer}'?"
     return f"{text!r} is not a class of {root} that recipes may build; if you trust it, add --allow-target {text}"
 
 
@@ -187,6 +192,29 @@ def _complete_name(text: str, module: str, name: str, policy: TargetPolicy) -> s
         return f"{file}:{name}"
     known = [*OWN_TARGETS, *(f"torch.optim.{optimizer}" for optimizer in OPTIMIZERS)]
     return next((target for target in known if target.rpartition(".")[2] == text), None)
+
+
+def _similar_target(text: str, known: Iterable[str]) -> str | None:
+    """Return the known target whose last part is similar to that of ``text``; None if none is near."""
+    targets = {target.rpartition(".")[2]: target for target in known}
+    nearest = similar_name(text.rpartition(".")[2], targets)
+    return targets[nearest] if nearest else None
+
+
+def _similar_file_target(file: str, name: str, policy: TargetPolicy) -> str | None:
+    """Return a target with similar names in the folder of ``file``, else in the recipe's; None if none is near."""
+    path = file_of(file, policy)
+    for folder, prefix in ((path.parent, Path(file).parent), (file_of("", policy), Path())):
+        neighbours = {neighbour.name: neighbour for neighbour in sorted(folder.glob("*.py"))}
+        nearest_file = similar_name(path.name, neighbours)
+        if nearest_file is None:
+            continue
+        with suppress(BadInput, OSError):
+            definitions = _definitions(neighbours[nearest_file])
+            nearest_name = name if name.split(".")[0] in definitions else similar_name(name, definitions)
+            if nearest_name:
+                return f"{prefix / nearest_file}:{nearest_name}"
+    return None
 
 
 def _allowed(text: str, policy: TargetPolicy) -> bool:
