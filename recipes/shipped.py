@@ -37,11 +37,20 @@ def find_recipe(name: str) -> Path:
         if candidate.is_file():
             return candidate
 
-    nearby = [other.stem for ending in ENDINGS for other in path.parent.glob(f"*{ending}")]
+    if path.is_dir():
+        files = _recipe_files(path)
+        example = f", such as {files[0]}" if files else ""
+        raise BadInput(f"no recipe {name!r}: it is a folder. Name a YAML file{example}")
+    nearby = [file.stem for file in _recipe_files(path.parent)]
     raise BadInput(
         f"no recipe {name!r}: the file does not exist, and no shipped recipe has this name; "
         f"{did_you_mean(base.name, [*shipped, *nearby])} (`amlaunch recipes` lists the shipped ones)"
     )
+
+
+def _recipe_files(folder: Path) -> list[Path]:
+    """Return the YAML files in a folder."""
+    return [path for ending in ENDINGS for path in sorted(folder.glob(f"*{ending}")) if path.is_file()]
 
 
 def recipe_summary(path: Path) -> str:

@@ -647,6 +647,24 @@ class TestLibrary:
         with pytest.raises(BadInput, match="did you mean 'nanogpt'"):
             find_recipe("nanogtp")
 
+    def test_a_folder_is_called_a_folder_and_is_no_suggestion(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for folder in ("pear.yaml", "data", "empty"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / "data" / "tiny.yaml").write_text("x: 1")
+        for name, message in {
+            "data": "no recipe 'data': it is a folder. Name a YAML file, such as data/tiny.yaml",
+            "empty": "no recipe 'empty': it is a folder. Name a YAML file",
+            "pear.yaml": "no recipe 'pear.yaml': it is a folder. Name a YAML file",
+        }.items():
+            with pytest.raises(BadInput) as error:
+                find_recipe(name)
+            assert str(error.value) == message
+        for name in ("pear", "pears"):
+            with pytest.raises(BadInput) as error:
+                find_recipe(name)
+            assert "did you mean" not in str(error.value)
+
 
 def test_reading_a_recipe_imports_nothing_heavy(root):
     code = (
