@@ -137,7 +137,7 @@ class ElementFiles:
         An attempt that has ended counts as an earlier one, because a new driver first takes the lock.
         """
         start = self.history.newest_start
-        return start is None or self.history.newest_end is not None or self.progress.time < start.time
+        return start is not None and (self.history.newest_end is not None or self.progress.time < start.time)
 
     @property
     def attempt_spans(self) -> tuple[tuple[float, float], ...]:
