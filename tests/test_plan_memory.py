@@ -239,6 +239,19 @@ def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) 
     pytest.fail(f"{need.peak:,} predicted, {taken:,} measured")
 
 
+@pytest.mark.parametrize(
+    ("largest", "limit"), [(8, " (limited by step_scheduler.global_batch_size, not by memory)"), (4, "")]
+)
+def test_the_global_batch_is_named_if_it_is_the_limit(largest: int, limit: str) -> None:
+    sizes = dict.fromkeys(
+        ("parameters", "gradients", "optimizer", "activations", "peak", "on_host", "total", "gpu_memory"), 2**30
+    )
+    report = {"recipe": "tiny", "ranks": 2, "local_batch_size": 4, "tokens": 8, "flops": 1e12, "fits": True, "ways": []}
+    report |= {**sizes, "largest_local_batch_size": largest, "samples_per_rank": 8}
+    lines = plan_memory.format_report(report, True).splitlines()
+    assert f"largest step_scheduler.local_batch_size that fits: {largest}{limit}" in lines
+
+
 @pytest.mark.slow
 def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, GPT2, CASES["gpt2"][2])

@@ -88,14 +88,18 @@ def smaller_micro_batches(local_batch_size: int) -> Iterator[int]:
         yield size
 
 
+def samples_per_rank(recipe: Recipe, ranks: int) -> int:
+    """Return a rank's share of a step, which is the largest possible micro-batch."""
+    dp_size = ranks // (recipe.distributed.tp_size * recipe.distributed.cp_size)
+    return recipe.step_scheduler.global_batch_size // dp_size
+
+
 def largest_micro_batch(reload: Reload, need: MemoryNeed, limit: float, cuda: bool) -> int | None:
     """Return the largest micro-batch that fits in ``limit`` bytes and divides a rank's share of a step; None if none.
 
     Memory grows linearly with the micro-batch, so a second prediction is enough.
     """
-    recipe = reload([]).recipe
-    dp_size = need.ranks // (recipe.distributed.tp_size * recipe.distributed.cp_size)
-    rank_batch = recipe.step_scheduler.global_batch_size // dp_size
+    rank_batch = samples_per_rank(reload([]).recipe, need.ranks)
     divisors = [size for size in range(1, rank_batch + 1) if rank_batch % size == 0]
     smaller = [size for size in divisors if size < need.local_batch_size]
     larger = [size for size in divisors if size > need.local_batch_size]
@@ -171,6 +175,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         "gpu_memory": limit,
         "fits": fits,
         "largest_local_batch_size": largest,
+        "samples_per_rank": samples_per_rank(loaded.recipe, ranks),
         "ways": [asdict(alternative) for alternative in alternatives],
     }
     print(json.dumps(report, indent=2) if options.json else format_report(report, cuda), flush=True)
@@ -213,7 +218,9 @@ def format_report(report: dict[str, Any], cuda: bool) -> str:
         f"in matrix products and attention, over all {device}s"
     )
     if largest:
-        lines.append(f"largest step_scheduler.local_batch_size that fits: {largest}")
+        is_whole_step = largest == report["samples_per_rank"]
+        limit = " (limited by step_scheduler.global_batch_size, not by memory)" if is_whole_step else ""
+        lines.append(f"largest step_scheduler.local_batch_size that fits: {largest}{limit}")
     else:
         lines.append("no step_scheduler.local_batch_size fits")
     if report["fits"]:
