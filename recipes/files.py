@@ -26,6 +26,16 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def reason_not_writable(folder: Path) -> str:
+    """Return why files cannot be created in ``folder``: its file system is read-only, or else its owner's name."""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return "read-only file system"
+    try:
+        return f"owner: {folder.owner()}"
+    except KeyError:  # a user ID without a name on this machine
+        return f"owner: user {folder.stat().st_uid}"
+
+
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = True, durable_name: bool = True) -> Iterator[Any]:
     """Yield a binary file handle whose content replaces ``path`` on a clean exit; on an error ``path`` is untouched.

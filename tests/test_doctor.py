@@ -364,7 +364,7 @@ def test_save_adds_to_a_file_and_overwrites_nothing(answers, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "no permission to write")],
+    [("", "is a folder"), ("file/site.yaml", "is a file"), ("shut/site.yaml", "is not writable \\(owner: ")],
 )
 def test_a_bad_save_path_is_refused_before_slurm_is_asked(answers, tmp_path, monkeypatch, place, words):
     (tmp_path / "file").write_text("")

@@ -205,7 +205,10 @@ def test_a_checkpoint_is_exported_and_writes_text(undisturbed):
     for words, message in (
         (["export", "tiny", "--step", "7"], "no checkpoint of step 7. Available steps: 40, 35"),
         (["export", "tiny", "--element", "1"], "--element 1: tiny-"),
-        (["export", "tiny", "--out", str(undisturbed.folder)], "holds other files"),
+        (
+            ["export", "tiny", "--out", str(undisturbed.folder)],
+            "holds other files, and an export would replace them. Choose another folder with --out",
+        ),
         (["export", "tiny", "--out", f"{file}/x"], f"{file} cannot be created"),
         (["export", "tiny", "--out", f"{file}/x/y"], f"{file}/x cannot be created"),
     ):

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -321,6 +322,12 @@ class TestEveryProblemIsSaidAtOnce:
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
         problem = f"runs/{run.name} is not writable (owner: {run.owner()})"
         assert refused(site, capsys, clusters)[-1] == f"{problem}; start another run with --name NAME"
+        read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+        statvfs = os.statvfs
+        monkeypatch.setattr(os, "statvfs", lambda path: read_only if Path(path) == run else statvfs(path))
+        assert refused(site, capsys, clusters)[-1].startswith(
+            f"runs/{run.name} is not writable (read-only file system)"
+        )
 
     def test_a_silent_slurm_has_refused_nothing(
         self, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

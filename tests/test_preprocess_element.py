@@ -350,7 +350,7 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
     [
         ("file", "file is a file, not a folder"),
         ("file/below", "file is a file"),
-        ("locked/new", "no permission to write to .*locked"),
+        ("locked/new", "locked is not writable \\(owner: "),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from amlaunch.trainer.parallel.world import _device
 from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed, run_guarded
 from amlaunch.trainer.process.rank_environment import RankEnvironment, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
+from amlaunch.trainer.tools.export import check_out_folder
 
 CPU = torch.device("cpu")
 
@@ -504,3 +506,12 @@ def test_a_summary_of_nothing_is_empty(tmp_path: Path) -> None:
     assert summarise_metrics(tmp_path / "none") == {}
     append_json_line(tmp_path / "m", {"step": 1, "val_loss": 2.0})
     assert summarise_metrics(tmp_path / "m") == {"val_loss_first": 2.0, "val_loss": 2.0}
+
+
+def test_an_export_that_cannot_write_offers_out_instead_of_blaming_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(BadInput) as error:
+        check_out_folder(tmp_path / "new")
+    reason = f"{tmp_path} is not writable (read-only file system)"
+    assert str(error.value) == f"{reason}. Choose another folder with --out DIR"

@@ -16,7 +16,7 @@ from amlaunch.launcher.doctor.probe import Folder, SitePartition, SlurmSite
 from amlaunch.launcher.specs.cluster_profile import BUILT_IN, Cluster, check_profile
 from amlaunch.launcher.specs.profile_files import FILE
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import write_text
+from amlaunch.recipes.files import reason_not_writable, write_text
 from amlaunch.recipes.format.yaml_reader import parse, read_file, scalar
 
 
@@ -169,4 +169,5 @@ def check_save_path(path: Path) -> None:
     if existing != absolute and not existing.is_dir():
         raise BadInput(f"--save {path}: {existing} is a file, not a folder; choose another path, such as {FILE}")
     if not os.access(existing, os.W_OK):
-        raise BadInput(f"--save {path}: no permission to write to {existing}; choose another file")
+        reason = reason_not_writable(existing)
+        raise BadInput(f"--save {path}: {existing} is not writable ({reason}); choose another file")

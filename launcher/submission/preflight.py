@@ -28,7 +28,7 @@ from amlaunch.launcher.specs.cluster_profile import Cluster
 from amlaunch.launcher.specs.machine import this_machine
 from amlaunch.launcher.specs.plan import Stage
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import is_locked
+from amlaunch.recipes.files import is_locked, reason_not_writable
 from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import file_sections
 from amlaunch.recipes.format.section_checks import raise_problems
@@ -118,7 +118,7 @@ def _check_run(run: ResolvedRun, problems: ErrorCollector) -> list[str]:
         (run.run_dir.shared.resolve(), "make your own shards with --runs DIR"),
     ):
         with problems.collected():
-            _check_ownership(folder, remedy)
+            _check_writable(folder, remedy)
     return notes
 
 
@@ -191,20 +191,12 @@ def _check_images(run: ResolvedRun) -> list[str]:
     return list(inside.notes)
 
 
-def _check_ownership(folder: Path, remedy: str) -> None:
-    """Raise BadInput if a folder that the run writes to belongs to another user, or is a file."""
+def _check_writable(folder: Path, remedy: str) -> None:
+    """Raise BadInput if a folder that the run writes to is not writable, or is a file."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; {remedy}")
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"{folder} is not writable (owner: {_owner(folder)}); {remedy}")
-
-
-def _owner(folder: Path) -> str:
-    try:
-        return folder.owner()
-    except KeyError:
-        # A user ID without a name on this machine.
-        return f"user {folder.stat().st_uid}"
+        raise BadInput(f"{folder} is not writable ({reason_not_writable(folder)}); {remedy}")
 
 
 def add_registry_facts(run: ResolvedRun, say: Say, problems: ErrorCollector) -> tuple[ResolvedRun, Sequence[str]]:

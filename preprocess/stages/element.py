@@ -30,7 +30,7 @@ from amlaunch.preprocess.stages.workers import Send, Work, available_cpus, run_t
 from amlaunch.preprocess.tokenizers.engine import choose_engine, open_engine
 from amlaunch.preprocess.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import read_json, read_object, write_json
+from amlaunch.recipes.files import read_json, read_object, reason_not_writable, write_json
 from amlaunch.recipes.format.schema import Preprocess
 from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.recipes.output import counted
@@ -67,7 +67,7 @@ def check_output_dir(out: Path) -> None:
     if not existing.is_dir():
         raise BadInput(f"preprocess.output_dir: {out}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise BadInput(f"preprocess.output_dir: {out}: no permission to write to {existing}")
+        raise BadInput(f"preprocess.output_dir: {out}: {existing} is not writable ({reason_not_writable(existing)})")
 
 
 def open_context(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch.recipes.errors import OK, BadInput
-from amlaunch.recipes.files import write_json, write_text
+from amlaunch.recipes.files import reason_not_writable, write_json, write_text
 from amlaunch.recipes.format.schema import Export
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.recipes.run_layout import Heartbeat
@@ -27,6 +27,7 @@ from amlaunch.trainer.process.errors import exit_process, run_guarded
 
 SAMPLE = "sample.txt"
 GPT2_VOCAB = 50257
+OTHER_FOLDER = "Choose another folder with --out DIR"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,15 +73,15 @@ def run(options: Options) -> int:
 def check_out_folder(out: Path) -> None:
     """Raise BadInput if ``out`` holds anything but an earlier export, because an export replaces the folder."""
     if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
-        raise BadInput(f"--out: {out} holds other files, and an export would replace them. Choose a new folder")
+        raise BadInput(f"{out} holds other files, and an export would replace them. {OTHER_FOLDER}")
     if out.exists() and not out.is_dir():
-        raise BadInput(f"--out: {out} is a file. Choose a folder")
+        raise BadInput(f"{out} is a file. {OTHER_FOLDER}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out: {out.parent} cannot be created ({error.strerror}). Choose another folder") from None
+        raise BadInput(f"{out.parent} cannot be created ({error.strerror}). {OTHER_FOLDER}") from None
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BadInput(f"--out: {out.parent} is not writable. Choose another folder")
+        raise BadInput(f"{out.parent} is not writable ({reason_not_writable(out.parent)}). {OTHER_FOLDER}")
 
 
 def load_selected(options: Options) -> tuple[int, Any]:
