@@ -6,7 +6,16 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 EXTRAS := train,preprocess,fast,hf,offline,tensorboard,wandb,dev
 
-.PHONY: demo test test-fast lint install clean
+# The ends of the range of torch that pyproject.toml promises; docs/containers.md says which images have which torch.
+OLDEST_TORCH := 2.8.0
+OLDEST_PYTHON ?= python3.12
+NEWEST_TORCH := 2.15.0
+NEWEST_PYTHON ?= python3.13
+TORCH ?= $(OLDEST_TORCH)
+TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_TESTS ?= $(wildcard tests/test_trainer_*.py) tests/test_plan_memory.py tests/test_bench.py tests/test_bench_loss.py
+
+.PHONY: demo test test-fast test-torch test-torch-range lint install clean
 
 demo: install
 	$(BIN)/amlaunch local quickstart
@@ -18,6 +27,25 @@ test: install lint
 
 test-fast: install
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# The trainer's tests on another torch, such as make test-torch TORCH=2.8.0 PYTHON=python3.12
+test-torch: $(TORCH_VENV)/.installed
+	$(TORCH_VENV)/bin/python -m pytest $(TORCH_TESTS) -n 4 --dist loadfile --no-loadscope-reorder
+
+test-torch-range:
+	$(MAKE) test-torch TORCH=$(OLDEST_TORCH) PYTHON=$(OLDEST_PYTHON)
+	$(MAKE) test-torch TORCH=$(NEWEST_TORCH) PYTHON=$(NEWEST_PYTHON)
+
+# numpy: images with torch 2.8 have 1.26.
+$(TORCH_VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) --version >/dev/null || { echo "error: $(PYTHON) does not run; PYTHON=... uses another" >&2; exit 2; }
+	@test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	@echo "installing torch $(TORCH) into $(TORCH_VENV): up to 7 GB, some minutes"
+	@grep -vE '^(torch|numpy)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -c $(TORCH_VENV)/constraints.txt \
+	  torch==$(TORCH) "numpy$(if $(filter 2.8.%,$(TORCH)),<2)" \
+	  -e ".[train,preprocess,offline,tensorboard,wandb]" transformers pytest pytest-xdist hypothesis psutil
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,4 +64,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
