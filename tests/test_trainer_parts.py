@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -164,18 +165,55 @@ def test_muon_has_the_hidden_matrices_and_another_the_rest() -> None:
         optim.build_optimizers({"_target_": "torch.optim.Muon", "lr": 0.02}, [], TargetPolicy(), model)
 
 
-@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
-def test_our_muon_is_torchs_on_whole_matrices(adjust: str | None) -> None:
-    ours, theirs = (nn.Linear(6, 9, bias=False), nn.Linear(6, 9, bias=False))
-    theirs.load_state_dict(ours.state_dict())
-    keywords: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": adjust}
-    steps = [ShardedMuon(ours.parameters(), **keywords), torch.optim.Muon(theirs.parameters(), **keywords)]
-    for _ in range(3):
-        gradient = torch.randn(9, 6)
-        for model, optimizer in zip((ours, theirs), steps, strict=True):
-            model.weight.grad = gradient.clone()
-            optimizer.step()
-    assert (ours.weight - theirs.weight).abs().max() < 1e-6
+TORCHS_MUON = {
+    ((9, 6), None): (-0.309469832573086, 26.615247620735317),
+    ((9, 6), "match_rms_adamw"): (-0.15160856116563082, 26.610409541986883),
+    ((6, 9), None): (-0.3128232331946492, 26.80284276138991),
+    ((6, 9), "match_rms_adamw"): (-0.18769396096467972, 26.72752320021391),
+    ((6, 9), "spectral_unclamped"): (-0.25541916210204363, 26.753416624851525),
+}
+"""Sum and sum of magnitudes of the weights below after three steps of torch.optim.Muon (torch 2.15), for torch before
+2.9, which has no Muon."""
+
+
+@pytest.mark.parametrize(("shape", "adjust"), list(TORCHS_MUON), ids=str)
+def test_our_muon_is_torchs_on_whole_matrices(shape: tuple[int, int], adjust: str | None) -> None:
+    weight = nn.Parameter(torch.linspace(-1, 1, 54).view(shape))
+    optimizer = ShardedMuon([weight], lr=0.1, weight_decay=0.1, adjust_lr_fn=adjust)
+    for step in (1, 2, 3):
+        weight.grad = torch.sin(torch.arange(54.0) * step).view(shape)
+        optimizer.step()
+    sums = weight.double().sum().item(), weight.double().abs().sum().item()
+    assert sums == pytest.approx(TORCHS_MUON[shape, adjust], abs=1e-5)
+
+
+def test_our_muon_has_torchs_keywords_and_defaults() -> None:
+    keywords = {
+        "lr": 0.001,
+        "weight_decay": 0.1,
+        "momentum": 0.95,
+        "nesterov": True,
+        "ns_coefficients": (3.4445, -4.775, 2.0315),
+        "eps": 1e-07,
+        "ns_steps": 5,
+        "adjust_lr_fn": None,
+    }
+    for muon in (ShardedMuon, getattr(torch.optim, "Muon", ShardedMuon)):
+        parameters = list(inspect.signature(muon).parameters.values())[1:]
+        assert {parameter.name: parameter.default for parameter in parameters} == keywords
+
+
+@pytest.mark.parametrize(
+    ("keywords", "problem"),
+    [
+        ({"lr": -1.0}, "lr -1.0 is negative"),
+        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn 'spectral' is not supported; use one of: original,"),
+        ({"ns_steps": 100}, "ns_steps between 1 and 99"),
+    ],
+)
+def test_muon_refuses_keywords_out_of_range(keywords: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadInput, match=problem):
+        optim.build_optimizers({**MUON, **keywords}, [], TargetPolicy(), gpt2())
 
 
 @pytest.mark.parametrize(

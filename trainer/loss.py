@@ -17,6 +17,7 @@ from torch import nn
 from amlaunch.recipes.errors import BadInput
 from amlaunch.trainer.models.base import logits_of
 from amlaunch.trainer.performance.trace_regions import LOSS_REGION
+from amlaunch.trainer.torch_features import has_linear_cross_entropy
 
 IGNORE_INDEX = -100
 """Label of a position without a loss, everywhere in the trainer."""
@@ -66,7 +67,7 @@ class LinearCrossEntropy:
             raise BadInput(
                 f"loss_fn.implementation {implementation!r} is not supported; use one of: {', '.join(IMPLEMENTATIONS)}"
             )
-        if implementation == "torch" and not hasattr(F, "linear_cross_entropy"):
+        if implementation == "torch" and not has_linear_cross_entropy():
             raise BadInput(
                 "loss_fn.implementation torch needs torch 2.13 or newer, "
                 f"but this is torch {torch.__version__}; use chunked"

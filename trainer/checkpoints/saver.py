@@ -55,6 +55,7 @@ from amlaunch.trainer.checkpoints.checkpoint import (
 )
 from amlaunch.trainer.checkpoints.host_copy import HostCopy, set_thread_device
 from amlaunch.trainer.parallel.world import World
+from amlaunch.trainer.torch_features import safetensors_writer
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(hours=2)
@@ -221,7 +222,7 @@ class Saver:
         self._host_copy.wait()
         self._on_main(lambda: _recreate(temp))
         if self._section.model_save_format == SAFETENSORS:
-            writer = dcp.HuggingFaceStorageWriter(path=str(temp / MODEL), save_distributed=True)
+            writer = safetensors_writer(temp / MODEL)
             dcp.save(state["model"], storage_writer=writer, process_group=self._group)
             state = {"optimizer": state["optimizer"]}
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temp), process_group=self._group)

@@ -1,15 +1,17 @@
 """Muon for matrices that may be sharded (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-It differs from torch's class in two ways. It orthogonalises full matrices: a
-sharded matrix is gathered first, so that the result does not depend on the
-number of ranks (torch's formula on sharded tensors rounds differently: 4 % on a
-small matrix, docs/log.md). And a step can be skipped on the device.
+It takes the keywords of ``torch.optim.Muon``, which torch has since 2.9, and
+gives the same results on whole matrices. It differs in two ways. It
+orthogonalises full matrices: a sharded matrix is gathered first, so that the
+result does not depend on the number of ranks (torch's formula on sharded
+tensors rounds differently: 4 % on a small matrix, docs/log.md). And a step can
+be skipped on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +19,57 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 STATE = "momentum_buffer"
+ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    # Moonshot's variant: an update as large as AdamW's, so that AdamW's learning rate can be used.
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+}
+"""Factor of the update of a matrix, by torch's names; torch 2.13 does not know the last one yet."""
 
 
-class ShardedMuon(torch.optim.Muon):
-    """Muon over plain or sharded matrices; takes torch's keywords."""
+class ShardedMuon(torch.optim.Optimizer):
+    """Muon over plain or sharded matrices, with the keywords and defaults of ``torch.optim.Muon``.
+
+    Raises ValueError for keywords out of range and for parameters that are not matrices.
+    """
 
     _step_supports_amp_scaling = True
     found_inf: torch.Tensor
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Sequence[float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+    ):
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} {value} is negative; use 0 or more")
+        if adjust_lr_fn is not None and adjust_lr_fn not in ADJUSTMENTS:
+            raise ValueError(f"adjust_lr_fn {adjust_lr_fn!r} is not supported; use one of: {', '.join(ADJUSTMENTS)}")
+        if len(ns_coefficients) != 3 or not 0 < ns_steps < 100:
+            raise ValueError("ns_coefficients must be three numbers, and ns_steps between 1 and 99")
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": tuple(ns_coefficients),
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults)
+        shapes = [tuple(parameter.shape) for group in self.param_groups for parameter in group["params"]]
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"Muon optimizes matrices only, not {next(shape for shape in shapes if len(shape) != 2)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # the loop passes no closure
@@ -72,11 +118,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def update_scale(shape: Sequence[int], adjust_lr_fn: str | None) -> float:
     """Return the factor of the update of a matrix ``(rows, columns)``; ``adjust_lr_fn`` is torch's option."""
-    rows, columns = shape
-    # Moonshot's variant: an update as large as AdamW's, so that AdamW's learning rate can be used
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
+    return ADJUSTMENTS[adjust_lr_fn or "original"](*shape)
 
 
 def orthogonalize(matrix: torch.Tensor, coefficients: Sequence[float], steps: int, eps: float) -> torch.Tensor:

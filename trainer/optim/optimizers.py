@@ -20,7 +20,9 @@ from amlaunch.recipes.format.schema import ClipGradNorm, LRScheduler, ParameterG
 from amlaunch.recipes.format.targets import TargetPolicy, build, resolve
 from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.models.base import blocks
+from amlaunch.trainer.optim.muon import ShardedMuon
 
+MUON = "torch.optim.Muon"
 FUSED_OPTIMIZERS = ("AdamW", "Adam")
 """torch optimizers whose fused kernels can skip a step on the device, on GPU and CPU."""
 DECAY_STYLES: dict[str, Callable[[float], float]] = {
@@ -162,9 +164,9 @@ def build_optimizers(
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_patterns(groups, [name for name, _ in named])
-    target = resolve(section["_target_"], policy)
+    target = _optimizer_class(section, policy)
     rate = section.get("lr", _default(target, "lr", 1e-3))
-    if not _is_muon(target):
+    if target is not ShardedMuon:
         optimizer, scales = _build_one(section, groups, policy, named, rate)
         return Optimizers([optimizer], scales, rate)
 
@@ -201,24 +203,25 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
-def _is_muon(target: Any) -> bool:
-    # torch before 2.9 has no Muon
-    return target is getattr(torch.optim, "Muon", None)
+def _optimizer_class(section: dict[str, Any], policy: TargetPolicy) -> Any:
+    """Return the class that a section names; our Muon stands for torch's, which torch before 2.9 does not have."""
+    return ShardedMuon if section["_target_"] == MUON else resolve(section["_target_"], policy)
 
 
 def _build_one(
     section: dict[str, Any], groups: Sequence[ParameterGroup], policy: TargetPolicy, named: NamedParameters, rate: float
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """Build one optimizer over ``named``; return it and its groups' learning rates as multiples of ``rate``."""
-    target = resolve(section["_target_"], policy)
+    target = _optimizer_class(section, policy)
     section_rate = section.get("lr", _default(target, "lr", rate))
     takes_weight_decay = "weight_decay" in inspect.signature(target).parameters
     torch_groups, rates = parameter_groups(named, groups, takes_weight_decay, section_rate)
     scales = [group_rate / rate if rate else 1.0 for group_rate in rates]
-    if _is_muon(target):
-        from amlaunch.trainer.optim.muon import ShardedMuon
-
-        return ShardedMuon(torch_groups, **_keywords(section)), scales
+    if target is ShardedMuon:
+        try:
+            return ShardedMuon(torch_groups, **_keywords(section)), scales
+        except ValueError as error:
+            raise BadInput(f"{MUON}: {error}") from error
 
     extra: dict[str, Any] = {}
     has_fused_kernels = target in [getattr(torch.optim, name) for name in FUSED_OPTIMIZERS]

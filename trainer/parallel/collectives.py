@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from amlaunch.trainer.torch_features import all_gather_single, reduce_scatter_single
+
 Group = dist.ProcessGroup
-GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""Renamed in torch 2.13, which warns about the older names."""
 
 
 def _reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -25,13 +24,13 @@ def _reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    GATHER(out, x.contiguous(), group=group)
+    all_gather_single(out, x.contiguous(), group=group)
     return out.unflatten(0, (group.size(), x.shape[0]))
 
 
 def _scatter_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
     out = x.new_empty(x.shape[1:])
-    REDUCE_SCATTER(out, x.contiguous().flatten(0, 1), group=group)
+    reduce_scatter_single(out, x.contiguous().flatten(0, 1), group=group)
     return out
 
 

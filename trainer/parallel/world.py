@@ -26,6 +26,7 @@ from amlaunch.trainer.parallel.tensor_parallel import TensorParallelGroup, apply
 from amlaunch.trainer.performance.activation_checkpointing import checkpoint_activations
 from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed
 from amlaunch.trainer.process.rank_environment import RankEnvironment, prefer_loopback
+from amlaunch.trainer.torch_features import sum_gradients_on_cpu
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -222,6 +223,8 @@ def _apply_fsdp2(model: nn.Module, section: Distributed, mesh: DeviceMesh, dtype
     for block in blocks(model):
         fully_shard(block, reshard_after_forward=section.reshard_after_forward, **options)
     fully_shard(model, **options)
+    if mesh.device_type == "cpu":
+        sum_gradients_on_cpu(model)
 
 
 def _wrap_in_ddp(model: nn.Module, world: World) -> nn.Module:

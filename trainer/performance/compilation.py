@@ -15,9 +15,8 @@ from amlaunch.recipes.format.schema import Compile, Distributed
 from amlaunch.trainer.models.base import blocks
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-FORWARD_TIMERS = ("_compile.compile_inner", "entire_frame_compile")
-BACKWARD_TIMERS = ("backward._backward_impl", "entire_backward_compile")
-"""Torch's own names of these timers: since 2.6, and before."""
+COMPILE_TIMERS = ("_compile.compile_inner", "backward._backward_impl")
+"""Torch's names of its timers of the forward and the backward graphs."""
 
 
 def compile_scope(section: Compile, distributed: Distributed, ranks: int) -> str:
@@ -96,10 +95,6 @@ def compile_stats() -> CompileStats:
         return CompileStats()
     from torch._dynamo.utils import compilation_time_metrics, counters
 
-    seconds = 0.0
-    for names in (FORWARD_TIMERS, BACKWARD_TIMERS):
-        timer = next((name for name in names if name in compilation_time_metrics), None)
-        if timer is not None:
-            seconds += sum(compilation_time_metrics[timer])
+    seconds = sum(sum(compilation_time_metrics.get(timer, ())) for timer in COMPILE_TIMERS)
     graphs = counters["inductor"]
     return CompileStats(seconds, graphs["fxgraph_cache_hit"], graphs["fxgraph_cache_miss"])
