@@ -22,6 +22,7 @@ from amlaunch.trainer.data.packing import PIECE_BEGINS, UNLABELLED, assign_rows,
 from amlaunch.trainer.data.token_stream import aligned_starts
 from amlaunch.trainer.loss import IGNORE_INDEX, MaskedCrossEntropy
 from amlaunch.trainer.models.attention import attend, flex_attend
+from amlaunch.trainer.torch_features import compiles_document_masks
 from amlaunch.trainer.models.base import logits_of
 from amlaunch.trainer.models.document_masks import keep_documents_apart
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
@@ -267,6 +268,12 @@ def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_aga
     torch._dynamo.reset()
     q, k, v = (torch.randn(2, heads, 256, 16, dtype=torch.float64) for heads in (4, 2, 2))
     compiled = torch.compile(flex_attend, backend="eager", fullgraph=True, dynamic=False)
+    can_compile = torch.compile(compiles_document_masks, backend="eager", fullgraph=True)
+    assert can_compile() is compiles_document_masks()  # attend asks while it is being compiled
+    if not compiles_document_masks():
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled(q, k, v, torch.zeros(2, 256, dtype=torch.int32))
+        return
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             documents = torch.randint(0, 2, (2, 256)).cumsum(1).to(torch.int32)

@@ -7,6 +7,7 @@ the recipe asks for.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,22 @@ def safetensors_writer(folder: Path) -> Any:
         f"checkpoint.model_save_format: safetensors needs torch 2.8.0 or newer, but this is torch "
         f"{torch.__version__}; set it to torch_save"
     )
+
+
+def register_fake_collectives() -> None:
+    """Let collectives run on fake tensors, which torch 2.8 supports only after this import. Delete at 2.9."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
+        importlib.import_module("torch.distributed._tools.fake_collectives")
+
+
+@torch.compiler.assume_constant_result
+def compiles_document_masks() -> bool:
+    """Return True if ``torch.compile`` can trace the mask that flex_attention needs for documents.
+
+    Torch 2.8 inspects the mask's signature in a way that its own compiler cannot trace. Delete at 2.9.
+    """
+    # Loads torch's compiler, a second that most runs can save.
+    from torch.nn.attention import flex_attention
+
+    inspects = getattr(flex_attention, "_get_mod_type", None)
+    return inspects is None or "co_argcount" in inspects.__code__.co_names

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from amlaunch.trainer.torch_features import compiles_document_masks
+
 FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types that flex_attention's GPU kernels support."""
 FLEX_MIN_HEAD_WIDTH = 16
@@ -37,8 +39,9 @@ def attend(
 
 
 def flex_supports(dtype: torch.dtype, head_width: int, dropout_p: float) -> bool:
-    """Return True if flex_attention's GPU kernels support this type, head width and dropout."""
-    return dtype in FLEX_DTYPES and head_width >= FLEX_MIN_HEAD_WIDTH and not dropout_p
+    """Return True if this torch compiles flex_attention, and its GPU kernels support type, head width and dropout."""
+    is_supported = dtype in FLEX_DTYPES and head_width >= FLEX_MIN_HEAD_WIDTH and not dropout_p
+    return is_supported and compiles_document_masks()
 
 
 def same_document_mask(documents: torch.Tensor) -> torch.Tensor:

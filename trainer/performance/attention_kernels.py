@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amlaunch.trainer.models.attention import flex_supports
 from amlaunch.trainer.models.base import blocks, config_value
+from amlaunch.trainer.torch_features import compiles_document_masks
 
 BACKENDS = {
     "cudnn_attention": SDPBackend.CUDNN_ATTENTION,
@@ -96,7 +97,11 @@ def select_backend(
     if device.type != "cuda":
         return AttentionBackend(name, None)
     if packed:
-        advice = "; set compile.enabled: true to avoid this" if is_ours and not compiled else ""
+        advice = ""
+        if is_ours and not compiled:
+            advice = "; set compile.enabled: true to avoid this"
+        elif is_ours and not compiles_document_masks():
+            advice = "; an image with torch 2.9 or newer avoids this"
         return AttentionBackend(
             name, f"packed rows: attention by {name} also computes the masked scores between documents{advice}"
         )

@@ -27,6 +27,7 @@ from amlaunch.recipes.format.schema import Recipe
 from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.trainer.tools.compiled_memory import count_compiled
 from amlaunch.trainer.tools.live_tensors import MemoryCounter, local_bytes
+from amlaunch.trainer.torch_features import register_fake_collectives
 
 if TYPE_CHECKING:
     from amlaunch.trainer.data.batches import Batch
@@ -94,6 +95,7 @@ def fake_process_group(ranks: int) -> Iterator[None]:
     """Provide a process group in which collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    register_fake_collectives()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield
