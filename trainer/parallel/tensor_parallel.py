@@ -228,7 +228,8 @@ def regroup_fused_rows(rows: torch.Tensor, matrices: int, group: Group) -> torch
     # Block b of rank r has the number r * matrices + b; each matrix consists of n consecutive blocks.
     blocks = rows.unflatten(0, (matrices, -1))
     destinations = [[(r * matrices + b) % ranks for b in range(matrices)] for r in range(ranks)]
-    slots = max(row.count(destination) for row in destinations for destination in range(ranks))
+    # sum, because torch.compile of torch 2.8 cannot trace list.count
+    slots = max(sum(d == destination for d in row) for row in destinations for destination in range(ranks))
     padding = torch.zeros_like(blocks[0])
 
     outgoing = []
@@ -238,7 +239,7 @@ def regroup_fused_rows(rows: torch.Tensor, matrices: int, group: Group) -> torch
     incoming = all_to_all(torch.stack(outgoing), group)
 
     # In the order of block numbers, and so of the matrices.
-    return torch.cat([incoming[r, slot] for r in range(ranks) for slot in range(destinations[r].count(rank))])
+    return torch.cat([incoming[r, slot] for r in range(ranks) for slot in range(sum(d == rank for d in destinations[r]))])
 
 
 def _row(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:
