@@ -189,8 +189,12 @@ def module(name: str, *arguments: str) -> list[str]:
 
 def bench(measurement: Measurement, suite: Suite) -> dict[str, Any]:
     """Run ``bench train`` with the measurement's arguments: a recipe, then overrides."""
+    from amlaunch.trainer.torch_features import has_linear_cross_entropy
+
     if suite.dry and "--fp8.enabled=true" in measurement.arguments:
         raise MeasurementSkipped("FP8 needs a GPU")
+    if TORCH_LOSS in measurement.arguments and not has_linear_cross_entropy():
+        raise MeasurementSkipped("torch's linear_cross_entropy needs torch 2.13")
     tiny = TINY_LLAMA if measurement.arguments[0].startswith("llama") else TINY_GPT2
     if TORCH_LOSS in measurement.arguments:
         tiny = [override for override in tiny if not override.startswith("--loss_fn.")]

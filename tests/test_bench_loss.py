@@ -16,6 +16,7 @@ from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.trainer.loss import LinearCrossEntropy, MaskedCrossEntropy, compute_loss
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.torch_features import has_linear_cross_entropy
 from tests.trainer_runs import Run, recipe
 
 TIGHT = 1e-12
@@ -53,8 +54,10 @@ def test_chunks_padding_and_masks_change_nothing(
 
 
 def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch before 2.13")
+    if not has_linear_cross_entropy():
+        with pytest.raises(BadInput, match=r"needs torch 2\.13 or newer, but this is torch .*; use chunked"):
+            LinearCrossEntropy(implementation="torch")
+        return
     hidden = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[1, -100, 2, 10, 0], [-100, 3, 3, 4, -100]])
@@ -67,8 +70,8 @@ def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
 
 def test_torchs_own_adds_up_in_float32() -> None:
     """Fails if torch computes the sum, which in bfloat16 loses complete chunks."""
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch before 2.13")
+    if not has_linear_cross_entropy():
+        return  # refused, as the test above shows
     torch.manual_seed(0)
     hidden, weight, labels = (
         torch.randn(1, 4096, 16).bfloat16(),

@@ -21,6 +21,7 @@ from amlaunch.trainer.process.arguments import parse
 from amlaunch.trainer.tools import plan_memory
 from amlaunch.trainer.tools.memory_model import predict
 from amlaunch.trainer.tools.plan_memory import DOES_NOT_FIT, parse_bytes
+from amlaunch.trainer.torch_features import simulates_compilation
 from tests.trainer_runs import Run, recipe
 
 GPT2 = {
@@ -236,6 +237,8 @@ def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) 
         print(f"{case}: {need.peak:,} predicted, {taken:,} measured, {need.peak / taken:.3f}")
         if need.peak == pytest.approx(taken, rel=WITHIN):
             return
+        if "compiled" in case and not simulates_compilation() and taken < need.peak < 1.2 * taken:
+            return  # torch 2.8 predicts what the model needs without compilation
     pytest.fail(f"{need.peak:,} predicted, {taken:,} measured")
 
 
@@ -308,6 +311,9 @@ def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
         for value in ("false", "true")
     )
     assert compiled.parameters == plain.parameters and compiled.flops == plain.flops
+    if not simulates_compilation():
+        assert compiled == plain
+        return
     assert 0.3 < compiled.activations / plain.activations < 1.05
 
 

@@ -22,11 +22,11 @@ from amlaunch.trainer.data.packing import PIECE_BEGINS, UNLABELLED, assign_rows,
 from amlaunch.trainer.data.token_stream import aligned_starts
 from amlaunch.trainer.loss import IGNORE_INDEX, MaskedCrossEntropy
 from amlaunch.trainer.models.attention import attend, flex_attend
-from amlaunch.trainer.torch_features import compiles_document_masks
 from amlaunch.trainer.models.base import logits_of
 from amlaunch.trainer.models.document_masks import keep_documents_apart
 from amlaunch.trainer.models.gpt2 import build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
+from amlaunch.trainer.torch_features import compiles_document_masks
 
 BOS = 7
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)

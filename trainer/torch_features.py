@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amlaunch.recipes.errors import BadInput
 
@@ -80,3 +81,8 @@ def compiles_document_masks() -> bool:
 
     inspects = getattr(flex_attention, "_get_mod_type", None)
     return inspects is None or "co_argcount" in inspects.__code__.co_names
+
+
+def simulates_compilation() -> bool:
+    """Return True if ``torch.compile`` works on fake tensors while their memory is counted. Delete at 2.9."""
+    return hasattr(TorchDispatchMode, "ignore_compile_internals")

@@ -239,7 +239,9 @@ def regroup_fused_rows(rows: torch.Tensor, matrices: int, group: Group) -> torch
     incoming = all_to_all(torch.stack(outgoing), group)
 
     # In the order of block numbers, and so of the matrices.
-    return torch.cat([incoming[r, slot] for r in range(ranks) for slot in range(sum(d == rank for d in destinations[r]))])
+    return torch.cat(
+        [incoming[r, slot] for r in range(ranks) for slot in range(sum(d == rank for d in destinations[r]))]
+    )
 
 
 def _row(module: nn.Module, name: str, ranks: TensorParallelGroup) -> None:

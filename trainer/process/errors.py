@@ -53,6 +53,16 @@ def print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def keep_libraries_off_stdout() -> None:
+    """Keep stdout for this process's own prints; what libraries write to it goes to stderr.
+
+    Gloo of torch 2.8 writes a line for each group to stdout, in the middle of JSON.
+    """
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
+
+
 def exit_process(code: int) -> NoReturn:
     """End the process without torch's own clean-up, which has nothing left to save.
 

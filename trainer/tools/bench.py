@@ -33,7 +33,7 @@ from amlaunch.recipes.python_process import PARENT_VARIABLE, die_with_parent, py
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.recipes.shipped import find_recipe
 from amlaunch.recipes.version import VERSION
-from amlaunch.trainer.process.errors import exit_process, print_error, run_guarded
+from amlaunch.trainer.process.errors import exit_process, keep_libraries_off_stdout, print_error, run_guarded
 from amlaunch.trainer.process.rank_environment import rank_of, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 
@@ -689,4 +689,5 @@ def measure_data(setup: BenchSetup, options: argparse.Namespace) -> dict[str, An
 
 
 if __name__ == "__main__":
+    keep_libraries_off_stdout()
     exit_process(main(sys.argv[1:]))
