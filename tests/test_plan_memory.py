@@ -250,6 +250,7 @@ def test_the_global_batch_is_named_if_it_is_the_limit(largest: int, limit: str) 
         ("parameters", "gradients", "optimizer", "activations", "peak", "on_host", "total", "gpu_memory"), 2**30
     )
     report = {"recipe": "tiny", "ranks": 2, "local_batch_size": 4, "tokens": 8, "flops": 1e12, "fits": True, "ways": []}
+    report["ignores_compilation"] = False
     report |= {**sizes, "largest_local_batch_size": largest, "samples_per_rank": 8}
     lines = plan_memory.format_report(report, True).splitlines()
     assert f"largest step_scheduler.local_batch_size that fits: {largest}{limit}" in lines

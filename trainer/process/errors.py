@@ -9,7 +9,8 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, BadInput
@@ -53,14 +54,21 @@ def print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def keep_libraries_off_stdout() -> None:
-    """Keep stdout for this process's own prints; what libraries write to it goes to stderr.
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send stdout to stderr in this context, including what libraries print, to keep stdout for one report.
 
-    Gloo of torch 2.8 writes a line for each group to stdout, in the middle of JSON.
+    Gloo of torch 2.8 prints a line for each group from C++.
     """
-    own = os.dup(1)
+    sys.stdout.flush()
+    kept = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(own, "w", encoding="utf-8")
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def exit_process(code: int) -> NoReturn:

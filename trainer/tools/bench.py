@@ -33,7 +33,7 @@ from amlaunch.recipes.python_process import PARENT_VARIABLE, die_with_parent, py
 from amlaunch.recipes.run_layout import ElementDir
 from amlaunch.recipes.shipped import find_recipe
 from amlaunch.recipes.version import VERSION
-from amlaunch.trainer.process.errors import exit_process, keep_libraries_off_stdout, print_error, run_guarded
+from amlaunch.trainer.process.errors import exit_process, print_error, run_guarded, stdout_to_stderr
 from amlaunch.trainer.process.rank_environment import rank_of, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 
@@ -229,7 +229,7 @@ def write_synthetic_shards(loaded: LoadedRecipe, folder: Path) -> None:
 def bench_train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run ``bench train`` on this rank."""
     with work_folder(options) as folder:
-        with contextlib.redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             report = measure_training(set_up(options, overrides, folder), options)
         if report is None:
             return OK
@@ -634,7 +634,7 @@ def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 def bench_data(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run ``bench data``: read batches ahead and copy them to the device as training does."""
     with work_folder(options) as folder:
-        with contextlib.redirect_stdout(sys.stderr):
+        with stdout_to_stderr():
             report = measure_data(set_up(options, overrides, folder), options)
         if options.json:
             print(json.dumps(report, indent=2), flush=True)
@@ -689,5 +689,4 @@ def measure_data(setup: BenchSetup, options: argparse.Namespace) -> dict[str, An
 
 
 if __name__ == "__main__":
-    keep_libraries_off_stdout()
     exit_process(main(sys.argv[1:]))
