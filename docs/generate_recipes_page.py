@@ -103,7 +103,7 @@ EXAMPLES = {
     "resources.mem": "256G",
     "resources.time": '"1-12:00:00"',
     "resources.hang_minutes": "60",
-    "container.image": "nvcr.io/nvidia/pytorch:25.08-py3",
+    "container.image": "nvcr.io/nvidia/pytorch:26.06-py3",
     "container.mounts": '["/lustre/data:/data:ro"]',
     "container.env": "{NCCL_DEBUG: INFO}",
     "container.workdir": "/workspace",

@@ -296,7 +296,7 @@ def test_verdicts():
     )
     assert verdict("Python", python="3.9.18")[0] == BAD and verdict("Python", python="3.14.0")[0] == WARN
     assert verdict("torch", torch={"error": "ModuleNotFoundError: No module named 'torch'"})[0] == BAD
-    assert verdict("torch", torch={**torch, "version": "2.1.0"})[2] == "amlaunch needs torch>=2.6; use a newer image"
+    assert verdict("torch", torch={**torch, "version": "2.1.0"})[2] == "amlaunch needs torch>=2.8; use a newer image"
     assert verdict("/dev/shm", shm_bytes=64 << 20)[0] == WARN and verdict("packages")[1] == "torch 2.8, tiktoken 0.9"
     assert verdict(
         "mount", mounts=[{"path": "/d", "there": True, "writable": False, "problem": "Read-only file system"}]

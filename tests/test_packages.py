@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from amlaunch.containers.images.image_facts import ImageFacts, facts_from_check, facts_from_name
+from amlaunch.containers.images.image_facts import NGC_TORCH, ImageFacts, facts_from_check, facts_from_name
+from amlaunch.launcher.checks.torch_version import check_torch, torch_of_run
+from amlaunch.launcher.planning.resolve import plan_run
 from amlaunch.launcher.runs import packages
 from amlaunch.launcher.runs.packages import (
     ImagePackages,
@@ -21,8 +24,10 @@ from amlaunch.launcher.runs.packages import (
     read_package,
     required_packages,
     resolve,
+    too_old,
 )
 from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import LoadedRecipe, load
 from amlaunch.recipes.shipped import shipped_recipes
@@ -134,7 +139,7 @@ def test_a_stock_image(tmp_path):
     for part in (
         "stages preprocess and verify need tiktoken",
         NGC,
-        "as of 2026-11",
+        "as of 2026-12",
         "(--container.stages.preprocess none --container.stages.verify none)",
         f"amlaunch image build --base {NGC}",
         f"amlaunch image check {NGC} --has tiktoken",
@@ -145,7 +150,7 @@ def test_a_stock_image(tmp_path):
         not trains.problems
         and not trains.expected
         and trains.notes
-        == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-11): the export will write no sample text",)
+        == (f"{NGC} has no tiktoken (NGC's PyTorch images, as of 2026-12): the export will write no sample text",)
     )
     vouched = facts_from_check(NGC, {"said": ["tiktoken"]})
     assert not resolve(required_packages(quickstart(), STAGES), vouched).problems
@@ -159,7 +164,7 @@ def test_checked_images_and_unknown_ones():
     }
     resolved = resolve(required_packages(quickstart(), ["train"]), facts_from_check("mine", seen))
     assert resolved.copied == () and resolved.problems == (
-        "stage train needs torch>=2.6; mine has 2.1.0 (checked 2026-11-01); use a newer image",
+        "stage train needs torch>=2.8; mine has 2.1.0 (checked 2026-11-01); use a newer image",
     )
     resolved = resolve(
         required_packages(quickstart("--wandb.project=x"), ["train"]),
@@ -324,6 +329,62 @@ def test_the_result_is_cached_until_something_is_installed(site, tmp_path):
         resolved.problems,
         resolved.notes,
     )
+
+
+def test_the_documentation_has_the_table_of_ngc(root):
+    rows = re.findall(r"^\| (\d\d)\.(\d\d) \| (\S+) \|", (root / "docs/containers.md").read_text(), re.M)
+    oldest = (25, 8)
+    expected = {release: torch for release, torch in NGC_TORCH.items() if release >= oldest}
+    assert {(int(year), int(month)): torch for year, month, torch in rows} == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "overrides", "problem"),
+    [
+        ("nvcr.io/nvidia/pytorch:26.06-py3", [], None),
+        ("nvcr.io/nvidia/pytorch:25.08-py3", [], None),
+        ("nvcr.io/nvidia/pytorch:25.04-py3", [], r"torch 2\.7.*too old.*use a newer one, such as"),
+        ("nvcr.io/nvidia/pytorch:22.01-py3", [], "too old: amlaunch needs torch 2.8"),
+        (
+            "nvcr.io/nvidia/pytorch:26.05-py3",
+            ["--loss_fn.implementation=torch"],
+            r"needs torch 2\.13 or newer, but nvcr.*26.05-py3 has 2\.12.*write implementation: chunked",
+        ),
+        ("nvcr.io/nvidia/pytorch:26.06-py3", ["--loss_fn.implementation=torch"], None),
+    ],
+)
+def test_what_the_images_torch_cannot_do_is_refused_before_the_job(tmp_path, image, overrides, problem):
+    loaded = load(shipped_recipes()["nanogpt"], [f"--container.image={image}", *overrides])
+    plan = plan_run(loaded, tmp_path / "run", None, None, starting=False)
+    if problem is None:
+        assert check_torch(loaded, plan) == []
+        return
+    with pytest.raises(BadInput, match=problem):
+        check_torch(loaded, plan)
+
+
+def test_an_unknown_torch_and_a_slower_one_are_said(tmp_path):
+    def notes(image, *overrides):
+        loaded = load(shipped_recipes()["nanogpt"], [f"--container.image={image}", *overrides])
+        return check_torch(loaded, plan_run(loaded, tmp_path / "run", None, None, starting=False))
+
+    (unknown,) = notes("nvcr.io/nvidia/pytorch:26.12-py3")
+    assert "unknown" in unknown and "amlaunch image check nvcr.io/nvidia/pytorch:26.12-py3" in unknown
+    (slower,) = notes("nvcr.io/nvidia/pytorch:25.08-py3", "--packed_sequence.packed_sequence_size=1024")
+    assert "slower attention kernel" in slower
+    assert notes("nvcr.io/nvidia/pytorch:25.09-py3", "--packed_sequence.packed_sequence_size=1024") == []
+
+
+def test_shipped_recipes_name_an_image_in_the_tested_range(tmp_path):
+    for name, path in shipped_recipes().items():
+        loaded = load(path)
+        torch = torch_of_run(loaded, plan_run(loaded, tmp_path / name, None, None, starting=False))
+        assert torch is not None and torch.describe().endswith("(tested: 2.8 to 2.15)"), name
+
+
+def test_ngcs_snapshot_of_a_release_counts_as_the_release():
+    assert too_old("torch", "2.8.0a0+34c6371d24.nv25.08") == "" == too_old("torch", "2.8.0+cpu")
+    assert too_old("torch", "2.7.1") == "torch>=2.8"
 
 
 def test_the_table_of_ngc():

@@ -34,7 +34,7 @@ NETRC_MACHINES = {"nvcr.io": ("nvcr.io", "authn.nvidia.com"), "docker.io": ("aut
 
 
 def registry_of(reference: str) -> str:
-    """Return ``nvcr.io`` for ``nvcr.io/nvidia/pytorch:25.08-py3``, and docker.io if no registry is named."""
+    """Return ``nvcr.io`` for ``nvcr.io/nvidia/pytorch:26.06-py3``, and docker.io if no registry is named."""
     first, slash, _ = reference.partition("/")
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 

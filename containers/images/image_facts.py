@@ -8,17 +8,31 @@ from dataclasses import dataclass, field
 
 Version = tuple[int, int]
 
-NGC_TABLE_DATE = "2026-11"
+NGC_TABLE_DATE = "2026-12"
 NGC_RELEASES = {
     (23, 5): ((3, 10), "12.1"), (23, 8): ((3, 10), "12.2"), (23, 12): ((3, 10), "12.3"), (24, 4): ((3, 10), "12.4"),
     (24, 6): ((3, 10), "12.5"), (24, 9): ((3, 10), "12.6"), (24, 11): ((3, 12), "12.6"), (25, 1): ((3, 12), "12.8"),
     (25, 5): ((3, 12), "12.9"), (25, 8): ((3, 12), "13.0"), (25, 12): ((3, 12), "13.1"), (26, 3): ((3, 12), "13.2"),
-    (26, 6): ((3, 12), "13.3"), (26, 9): ((3, 12), "13.4"),
+    (26, 6): ((3, 12), "13.3"), (26, 8): ((3, 12), "13.4"),
 }  # fmt: skip
 """Python and CUDA of ``nvcr.io/nvidia/pytorch`` from each release on.
 
 Source: NVIDIA's release notes, and the names of the images that lablup/backend.ai-kernels builds on each release
 (``vendor/ngc-pytorch``), as of NGC_TABLE_DATE.
+"""
+NGC_TORCH = {
+    (24, 12): "2.6.0a0+df5bbc09d1", (25, 2): "2.7.0a0+ecf3bae40a", (25, 4): "2.7.0a0+79aa17489c",
+    (25, 5): "2.8.0a0+5228986c39", (25, 6): "2.8.0a0+5228986c39", (25, 8): "2.8.0a0+34c6371d24",
+    (25, 9): "2.9.0a0+50eac811a6", (25, 10): "2.9.0a0+145a3a7bda", (25, 11): "2.10.0a0+b558c986e8",
+    (25, 12): "2.10.0a0+b4e4ee81d3", (26, 1): "2.10.0a0+a36e1d39eb", (26, 2): "2.11.0a0+eb65b36914",
+    (26, 3): "2.11.0a0+a6c236b9fd", (26, 4): "2.12.0a0+0291f960b6", (26, 5): "2.12.0a0+5aff3928d8",
+    (26, 6): "2.13.0a0+8145d630e8", (26, 7): "2.13.0a0+9186a08b2c", (26, 8): "2.14.0a0+4fdf77b940",
+    (26, 9): "2.14.0a0+b2c75dd062",
+}  # fmt: skip
+"""Torch of each release of ``nvcr.io/nvidia/pytorch``, as ``torch.__version__`` reports it without ``.nvYY.MM``.
+
+Source: NVIDIA's release notes (25.12) and version reports in public repositories, looked up on 2026-12-01. Releases
+that are not listed are unknown, except that those before 24.12 have an older torch than 24.12.
 """
 NGC_PACKAGES = frozenset({"torch", "numpy", "safetensors", "tensorboard"})
 NGC_MISSING_PACKAGES = frozenset(
@@ -68,7 +82,13 @@ def facts_from_name(image: str) -> ImageFacts:
     is_newer = release > max(NGC_RELEASES)
     python, cuda = NGC_RELEASES[max(earlier)] if earlier and not is_newer else (None, None)
     source = f"NGC's PyTorch images, as of {NGC_TABLE_DATE}"
-    return ImageFacts(image, source, python, cuda, dict.fromkeys(NGC_PACKAGES, ""), NGC_MISSING_PACKAGES)
+    packages = {**dict.fromkeys(NGC_PACKAGES, ""), "torch": _ngc_torch(release)}
+    return ImageFacts(image, source, python, cuda, packages, NGC_MISSING_PACKAGES)
+
+
+def _ngc_torch(release: Version) -> str:
+    """Return the torch of an NGC release; a version before 2.6 if it is older than the table, and empty if unknown."""
+    return "2.5" if release < min(NGC_TORCH) else NGC_TORCH.get(release, "")
 
 
 def facts_from_check(image: str, record: Mapping[str, object]) -> ImageFacts:

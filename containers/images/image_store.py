@@ -1,8 +1,8 @@
 """The folder of converted images that all nodes share: file names, records, and the commands that make an image.
 
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.sqsh          the image, named after the start of its digest
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.json          its record, written last: the image is complete
-<images>/nvidia-pytorch-25.08-py3-1a2b3c4d5e6f.check.json    the findings of amlaunch image check
+<images>/nvidia-pytorch-26.06-py3-1a2b3c4d5e6f.sqsh          the image, named after the start of its digest
+<images>/nvidia-pytorch-26.06-py3-1a2b3c4d5e6f.json          its record, written last: the image is complete
+<images>/nvidia-pytorch-26.06-py3-1a2b3c4d5e6f.check.json    the findings of amlaunch image check
 <images>/checks/<name>.json                                  findings about images that are not in this folder
 <images>/.work/                                              downloads and unfinished images
 """
@@ -151,7 +151,7 @@ def short_digest(digest: str) -> str:
 
 
 def canonical_name(text: str) -> str:
-    """Return an image's canonical name, such as ``nvcr.io/nvidia/pytorch:25.08-py3``; a path stays as it is."""
+    """Return an image's canonical name, such as ``nvcr.io/nvidia/pytorch:26.06-py3``; a path stays as it is."""
     try:
         reference = parse(text)
     except BadReference:
@@ -160,7 +160,7 @@ def canonical_name(text: str) -> str:
 
 
 def file_slug(name: str) -> str:
-    """Return a file name for a reference or a path, such as ``nvidia-pytorch-25.08-py3``."""
+    """Return a file name for a reference or a path, such as ``nvidia-pytorch-26.06-py3``."""
     if name.startswith(("/", ".", "~")):
         bare = re.sub(r"\.(tar|tar\.\w+|tgz|sqsh|sif)$", "", Path(name).name)
     else:

@@ -1,7 +1,7 @@
 """Parse image names and paths, and spell them as each runtime expects.
 
-People write the same image as ``nvcr.io/nvidia/pytorch:25.08-py3``, ``docker://nvcr.io/nvidia/pytorch:25.08-py3`` or
-``nvcr.io#nvidia/pytorch:25.08-py3``, or name a file. The grammar of names is
+People write the same image as ``nvcr.io/nvidia/pytorch:26.06-py3``, ``docker://nvcr.io/nvidia/pytorch:26.06-py3`` or
+``nvcr.io#nvidia/pytorch:26.06-py3``, or name a file. The grammar of names is
 https://pkg.go.dev/github.com/distribution/reference.
 """
 
@@ -27,7 +27,7 @@ KIND_BY_ENDING = {
 }
 SCHEMES = ("docker://", "dockerd://", "podman://", "oras://", "library://", "shub://", "http://", "https://", "oci://")
 ARCHIVE_TRANSPORTS = ("docker-archive:", "oci-archive:")
-EXAMPLE = "nvcr.io/nvidia/pytorch:25.08-py3"
+EXAMPLE = "nvcr.io/nvidia/pytorch:26.06-py3"
 
 PATH_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REGISTRY = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
@@ -223,7 +223,7 @@ def name_warnings(reference: Reference) -> list[str]:
         ngc_name = replace(reference, registry="nvcr.io").name
         messages.append(f"{reference.short} names an image on Docker Hub; NVIDIA publishes it as {ngc_name}")
     if reference.registry == "nvcr.io" and reference.tag == "latest":
-        messages.append(f"{reference.name}: NVIDIA publishes no tag 'latest'; write one such as 25.08-py3")
+        messages.append(f"{reference.name}: NVIDIA publishes no tag 'latest'; write one such as 26.06-py3")
     return messages
 
 
@@ -231,7 +231,7 @@ def name_warnings(reference: Reference) -> list[str]:
 
 
 def for_pyxis(reference: Reference) -> str:
-    """Return the value of ``--container-image``: ``nvcr.io#nvidia/pytorch:25.08-py3``, or a file's absolute path.
+    """Return the value of ``--container-image``: ``nvcr.io#nvidia/pytorch:26.06-py3``, or a file's absolute path.
 
     With ``/`` instead of ``#`` pyxis asks Docker Hub (pyxis#39, #168); it takes a relative path for a name (#67).
     """
@@ -239,7 +239,7 @@ def for_pyxis(reference: Reference) -> str:
 
 
 def for_enroot(reference: Reference) -> str:
-    """Return the URI for ``enroot import``: ``docker://nvcr.io#nvidia/pytorch:25.08-py3``, or a file's path."""
+    """Return the URI for ``enroot import``: ``docker://nvcr.io#nvidia/pytorch:26.06-py3``, or a file's path."""
     return str(reference.file) if reference.path else f"docker://{_enroot_name(reference)}"
 
 

@@ -52,7 +52,7 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "image",
-        help="nvcr.io/nvidia/pytorch:25.08-py3, a tar file of docker save or of an OCI layout, oci:DIR, "
+        help="nvcr.io/nvidia/pytorch:26.06-py3, a tar file of docker save or of an OCI layout, oci:DIR, "
         "podman://NAME, dockerd://NAME",
     )
     _add_conversion(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from amlaunch.launcher.checks.torch_version import torch_of_run
 from amlaunch.launcher.commands._shared import add_recipe_arguments, build_request
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.planning.resolve import local_notes, plan_to_show
@@ -25,8 +26,10 @@ def run(options: argparse.Namespace) -> int:
     loaded, plan, run_dir = plan_to_show(build_request(options))
     done = {(state.stage, state.name) for state in read_run(run_dir, plan) if state.state == State.DONE}
     notes = local_notes(loaded, plan)
+    torch = torch_of_run(loaded, plan)
     if options.json:
-        print(wording.to_json({"notes": notes, "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}))
+        report = {"notes": notes, "recipe": loaded.tree, "plan": plan.to_json(), "done": sorted(done)}
+        print(wording.to_json(report | {"torch": {"version": torch.version, "in": torch.place} if torch else None}))
         return 0
 
     for note in notes:
@@ -37,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"\nrun directory  {run_dir.root}")
     if plan.data:
         print(f"shards         {plan.data}")
+    if torch:
+        print(f"torch          {torch.describe()}")
     return 0
 
 

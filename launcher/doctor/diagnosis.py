@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch.launcher.checks.files_and_disk import MEMORY_FILE_SYSTEMS, MIN_FREE_INODES
+from amlaunch.launcher.checks.torch_version import range_verdict
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.findings import BAD, OK, WARN, Finding
 from amlaunch.launcher.doctor.probe import Folder, Host, SitePartition, SlurmSite
@@ -47,7 +48,8 @@ def host_findings(host: Host) -> Iterator[Finding]:
     yield Finding("GPUs", OK, gpus)
     yield Finding("Python", OK, f"{host.python_version}, {host.python}")
     if host.torch:
-        yield Finding("torch", OK, "this Python can import it")
+        verdict = range_verdict(host.torch)
+        yield Finding("torch", WARN if verdict.startswith("too old") else OK, f"{host.torch} ({verdict})")
     else:
         advice = "run pip install 'amlaunch[train]', or set python in a cluster profile to a Python with torch"
         yield Finding("torch", WARN, "this Python has no torch, which training needs", advice)
@@ -235,13 +237,14 @@ def _without_source(cluster: Cluster, problem: object) -> str:
 
 
 def _python_finding(python: str) -> Finding:
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    code = "import importlib.metadata; print(importlib.metadata.version('torch'))"
     try:
-        subprocess.run([python, "-c", code], capture_output=True, timeout=60, check=True)
+        answer = subprocess.run([python, "-c", code], capture_output=True, timeout=60, check=True, text=True)
     except (OSError, subprocess.SubprocessError):
         advice = "this works if the nodes have it, or if setup provides it (doctor --gpu tests it)"
         return Finding("python", WARN, f"no {python} with torch on this machine", advice)
-    return Finding("python", OK, f"{python} has torch")
+    version = answer.stdout.strip()
+    return Finding("python", OK, f"{python} has torch {version} ({range_verdict(version)})")
 
 
 def _association_findings(profile: ClusterProfile, site: SlurmSite) -> Iterator[Finding]:

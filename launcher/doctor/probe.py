@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
-import importlib.util
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amlaunch.launcher.checks.files_and_disk import file_system, nearest_folder, write_probe
+from amlaunch.launcher.checks.torch_version import installed_torch
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.slurm import client
@@ -62,8 +62,8 @@ class Host:
     gpu_models: tuple[str, ...]
     python: str
     python_version: str
-    torch: bool
-    """True if this Python can import torch."""
+    torch: str
+    """Version of this Python's torch; empty if it has none."""
     runtimes: Mapping[str, str]
     """Paths of the container runtimes in the search path, by command."""
 
@@ -80,7 +80,7 @@ def read_host() -> Host:
         gpu_models=gpu_models(Path("/proc/driver/nvidia/gpus")),
         python=sys.executable,
         python_version=platform.python_version(),
-        torch=importlib.util.find_spec("torch") is not None,
+        torch=installed_torch(),
         runtimes={name: path for name, path in runtimes.items() if path},
     )
 

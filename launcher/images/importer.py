@@ -90,7 +90,7 @@ def resolve_source(request: ImportRequest) -> ImageSource:
     text = request.source.strip()
     if not text:
         raise BadInput(
-            "no image given; name one in a registry, such as nvcr.io/nvidia/pytorch:25.08-py3, or a tar of docker save"
+            "no image given; name one in a registry, such as nvcr.io/nvidia/pytorch:26.06-py3, or a tar of docker save"
         )
     for prefix, kind in (("docker-archive:", "archive"), ("oci-archive:", "archive"), ("oci:", "layout")):
         if text.startswith(prefix):

@@ -391,14 +391,18 @@ def _version_problem(package: RequiredPackage, facts: ImageFacts) -> list[str]:
 
 
 def too_old(name: str, version: str) -> str:
-    """Return amlaunch's requirement (``torch>=2.6``) if a version does not meet it; empty if it does, or is unknown."""
+    """Return amlaunch's requirement (``torch>=2.8``) if a version does not meet it; empty if it does, or is unknown.
+
+    A snapshot of a release counts as that release: NGC's torch 2.8 calls itself ``2.8.0a0+34c6371d24.nv25.08``.
+    """
     from packaging.version import InvalidVersion, Version
 
     specifier = _own_requirements().get(name)
     if not version or specifier is None:
         return ""
     with suppress(InvalidVersion):
-        return "" if specifier.contains(Version(version), prereleases=True) else f"{name}{specifier}"
+        release = Version(Version(version).base_version)
+        return "" if specifier.contains(release) else f"{name}{specifier}"
     return ""
 
 

@@ -100,7 +100,7 @@ class ContainerProfile:
     ``auto``: pyxis if srun has it, or else an installed runtime.
     """
     images: dict[str, str] = field(default_factory=dict)
-    """Local files for images: ``nvcr.io/nvidia/pytorch:25.08-py3: /shared/images/pytorch-25.08.sqsh``."""
+    """Local files for images: ``nvcr.io/nvidia/pytorch:26.06-py3: /shared/images/pytorch-26.06.sqsh``."""
     mounts: list[str | MountSection] = field(default_factory=list)
     """Mounts for every stage in a container; the recipe's override them."""
     options: list[str] = field(default_factory=list)

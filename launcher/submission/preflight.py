@@ -16,6 +16,7 @@ from typing import Any
 from amlaunch.launcher.checks.containers import check_containers
 from amlaunch.launcher.checks.files_and_disk import check_disk, check_prerequisites, check_python
 from amlaunch.launcher.checks.slurm_limits import check_slurm_limits
+from amlaunch.launcher.checks.torch_version import check_torch
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.errors import ErrorCollector
 from amlaunch.launcher.planning.container_plan import container_notes, image_packages, profile_image_folder
@@ -111,6 +112,9 @@ def _check_run(run: ResolvedRun, problems: ErrorCollector) -> list[str]:
         notes += check_containers(run.loaded, run.plan, run.run_dir, profile)
     with problems.collected():
         notes += _check_images(run)
+    if any(stage.name == "train" for stage in run.stages):
+        with problems.collected():
+            notes += check_torch(run.loaded, run.plan)
     with problems.collected():
         notes += check_disk(run.loaded, run.plan, run.run_dir.root.parent, profile)
     for folder, remedy in (
