@@ -15,7 +15,7 @@ TORCH ?= $(OLDEST_TORCH)
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_TESTS ?= $(wildcard tests/test_trainer_*.py) tests/test_plan_memory.py tests/test_bench.py tests/test_bench_loss.py
 
-.PHONY: demo test test-fast test-torch test-torch-range lint install clean
+.PHONY: demo test test-fast test-torch test-torch-range torch-range-environments oldest-environment newest-environment lint install clean
 
 demo: install
 	$(BIN)/amlaunch local quickstart
@@ -32,9 +32,17 @@ test-fast: install
 test-torch: $(TORCH_VENV)/.installed
 	$(TORCH_VENV)/bin/python -m pytest $(TORCH_TESTS) -n 4 --dist loadfile --no-loadscope-reorder
 
+# What CI runs at both ends of the range: the tests of what torch changed between them.
 test-torch-range:
-	$(MAKE) test-torch TORCH=$(OLDEST_TORCH) PYTHON=$(OLDEST_PYTHON)
-	$(MAKE) test-torch TORCH=$(NEWEST_TORCH) PYTHON=$(NEWEST_PYTHON)
+	$(MAKE) test-torch TORCH=$(OLDEST_TORCH) PYTHON=$(OLDEST_PYTHON) TORCH_TESTS="$(TORCH_TESTS) -m torch_range"
+	$(MAKE) test-torch TORCH=$(NEWEST_TORCH) PYTHON=$(NEWEST_PYTHON) TORCH_TESTS="$(TORCH_TESTS) -m torch_range"
+
+# Both environments; as make -j2 one downloads while the other unpacks.
+torch-range-environments: oldest-environment newest-environment
+oldest-environment:
+	$(MAKE) .venv-torch-$(OLDEST_TORCH)/.installed TORCH=$(OLDEST_TORCH) PYTHON=$(OLDEST_PYTHON)
+newest-environment:
+	$(MAKE) .venv-torch-$(NEWEST_TORCH)/.installed TORCH=$(NEWEST_TORCH) PYTHON=$(NEWEST_PYTHON)
 
 # numpy: images with torch 2.8 have 1.26.
 $(TORCH_VENV)/.installed: pyproject.toml constraints.txt

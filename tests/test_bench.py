@@ -318,6 +318,7 @@ def test_a_backend_that_is_not_the_one_that_was_wanted_is_a_warning(monkeypatch:
             assert found.warning == (None if had == first else f"{first} is not available: the heads are too wide")
 
 
+@pytest.mark.torch_range
 def test_packed_rows_are_attended_to_by_blocks_where_that_is_compiled_and_else_there_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -588,6 +589,7 @@ def bench_recipe(folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.torch_range
 def test_bench_train_measures_the_trainer(tmp_path: Path) -> None:
     """Check all that a user sees, in separate processes without the launcher's packages.
 

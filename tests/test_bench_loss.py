@@ -53,6 +53,7 @@ def test_chunks_padding_and_masks_change_nothing(
     torch.testing.assert_close(from_logits, loss, rtol=TIGHT, atol=TIGHT)
 
 
+@pytest.mark.torch_range
 def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
     if not has_linear_cross_entropy():
         with pytest.raises(BadInput, match=r"needs torch 2\.13 or newer, but this is torch .*; use chunked"):
@@ -68,6 +69,7 @@ def test_torchs_own_gives_the_same_where_this_torch_has_it() -> None:
         torch.testing.assert_close(ours, expected, rtol=TIGHT, atol=TIGHT)
 
 
+@pytest.mark.torch_range
 def test_torchs_own_adds_up_in_float32() -> None:
     """Fails if torch computes the sum, which in bfloat16 loses complete chunks."""
     if not has_linear_cross_entropy():

@@ -98,6 +98,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "llama, fsdp2 and context parallelism": (4, LLAMA, spread(cp_size=2)),
 }
 """Ranks, model, sections."""
+IN_RANGE = ("gpt2, compiled whole, products kept", "llama in bfloat16, fsdp2", "gpt2, ddp, accumulated")
+"""Cases that also run with the oldest and the newest torch in CI."""
 WITHIN = 0.05
 """The documentation promises 10 %; most cases are within 0.2 %.
 
@@ -227,7 +229,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.torch_range] * (case in IN_RANGE)) for case in CASES]
+)
 def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) -> None:
     need = predict(load(measured.run_of(case).folder / "recipe.yaml"), CASES[case][0], cuda=False)
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak

@@ -82,8 +82,11 @@ def test_killed_in_every_phase_of_a_save_it_goes_on_and_ends_the_same(in_memory:
         )
 
 
-def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_on(tmp_path: Path) -> None:
-    straight, killed = make(tmp_path, "straight", **SHORT), make(tmp_path, "killed", **SHORT)
+@pytest.mark.torch_range
+@pytest.mark.parametrize("form", ["torch_save", "safetensors"])
+def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before_and_both_go_on(tmp_path: Path, form: str) -> None:
+    sections = {**SHORT, "checkpoint": {**SHORT.get("checkpoint", {}), "model_save_format": form}}
+    straight, killed = make(tmp_path, "straight", **sections), make(tmp_path, "killed", **sections)
     straight.train(2)
     killed.start(2, prepare={1: functools.partial(killed_at, 3, 4)})
     codes, output = killed.wait()
@@ -199,6 +202,7 @@ def test_every_file_of_a_checkpoint_is_verified_and_named(
     assert checkpoint.select_checkpoint(run.checkpoints).folder == newest
 
 
+@pytest.mark.torch_range
 def test_safetensors_hold_the_same_weights_and_either_format_goes_on_from_the_other(
     in_safetensors: Run, tmp_path: Path
 ) -> None:
@@ -437,11 +441,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Ca
     finally:
         first.signal(signal.SIGKILL)
     first.processes[0].wait(20)
-    assert first.train_inline("--step_scheduler.max_steps", "1", "--step_scheduler.num_epochs", "1") == OK, (
-        "killed, it holds nothing any more"
-    )
+    assert first.train_inline("--step_scheduler.max_steps", "1") == OK, "killed, it holds nothing any more"
 
 
+@pytest.mark.torch_range
 def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_spread(tmp_path: Path) -> None:
     sections: dict[str, Any] = {"lr_scheduler": {"lr_decay_steps": 20}, "model": {"vocab_size": 104}}
     straight, resharded = make(tmp_path, "straight", **sections), make(tmp_path, "resharded", **sections)
@@ -456,6 +459,8 @@ def test_four_ranks_go_on_as_two_as_one_and_as_four_again_however_the_model_is_s
     }
     for last, (ranks, keys) in layouts.items():
         overrides = [argument for key, value in keys.items() for argument in (f"--distributed.{key}", str(value))]
+        # each format is read by another number of ranks
+        overrides += ["--checkpoint.model_save_format", "safetensors" if last in (7, 13, 16) else "torch_save"]
         output = resharded.train(ranks, "--step_scheduler.max_steps", str(last), *overrides)
         assert last == 4 or f"resuming after step {max(step for step in layouts if step < last)}" in output
     for name in ("loss", "grad_norm", "val_loss"):
@@ -477,6 +482,7 @@ def poison(step: int) -> None:
     forward_backward.batch_loss = poisoned
 
 
+@pytest.mark.torch_range
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_leave_out_the_same_step_and_muon_does_not_mind_shards(tmp_path: Path, optimizer: str) -> None:
     sections: dict[str, Any] = {"step_scheduler": {"max_steps": 8, "val_every_steps": None}, "lr_scheduler": None}

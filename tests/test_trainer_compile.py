@@ -191,6 +191,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
     return in_ranks(2, folder / "ranks", tasks)
 
 
+@pytest.mark.torch_range
 @pytest.mark.parametrize("name", list(TWO))
 def test_two_ranks_compile_one_graph_with_the_same_losses(two: dict[str, list[Any]], name: str) -> None:
     """Fails if DDP's buckets split the graph, or if tensor parallelism gives each block a separate class."""
@@ -344,6 +345,7 @@ def trained_fast(run: Run) -> tuple[int, int]:
     return code, counter.frame_count
 
 
+@pytest.mark.torch_range
 @pytest.mark.parametrize("name", list(FAST))
 def test_everything_fast_at_once_on_two_ranks_is_near_plain_training_in_float64(
     folder: Path, two: dict[str, list[Any]], name: str, monkeypatch: pytest.MonkeyPatch

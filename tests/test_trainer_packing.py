@@ -262,6 +262,7 @@ def test_attention_by_documents_is_attention_of_each_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.torch_range
 @pytest.mark.filterwarnings("ignore")
 def test_attention_by_blocks_is_the_same_and_other_documents_compile_nothing_again() -> None:
     torch.manual_seed(0)

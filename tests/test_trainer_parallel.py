@@ -36,7 +36,7 @@ from amlaunch.trainer.parallel.tensor_parallel import regroup_fused_rows
 from amlaunch.trainer.parallel.world import join_world, parallelize
 from amlaunch.trainer.process.rank_environment import read_rank_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torch_range]
 
 __all__ = ["on_cpu"]  # an autouse fixture
 GPT2: dict[str, Any] = {"vocab_size": 104, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}

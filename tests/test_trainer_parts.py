@@ -176,6 +176,7 @@ TORCHS_MUON = {
 2.9, which has no Muon."""
 
 
+@pytest.mark.torch_range
 @pytest.mark.parametrize(("shape", "adjust"), list(TORCHS_MUON), ids=str)
 def test_our_muon_is_torchs_on_whole_matrices(shape: tuple[int, int], adjust: str | None) -> None:
     weight = nn.Parameter(torch.linspace(-1, 1, 54).view(shape))
@@ -187,6 +188,7 @@ def test_our_muon_is_torchs_on_whole_matrices(shape: tuple[int, int], adjust: st
     assert sums == pytest.approx(TORCHS_MUON[shape, adjust], abs=1e-5)
 
 
+@pytest.mark.torch_range
 def test_our_muon_has_torchs_keywords_and_defaults() -> None:
     keywords = {
         "lr": 0.001,
