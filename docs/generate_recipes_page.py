@@ -22,16 +22,19 @@ from typing import Annotated, Any, Literal, Union
 
 from amlaunch.recipes.format import schema
 from amlaunch.recipes.format.targets import TargetPolicy, signature
-from amlaunch.recipes.format.units import parse_count, parse_memory, parse_minutes
+from amlaunch.recipes.format.units import parse_count, parse_memory, parse_minutes, parse_positive_count
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 MAX_CELL = 200
 RULES = {
     parse_count: "count",
+    parse_positive_count: "count ≥ 1",
     parse_minutes: "time",
     parse_memory: "memory",
-    "positive": "integer ≥ 1",
-    "natural": "integer ≥ 0",
+    (int, "positive"): "integer ≥ 1",
+    (int, "natural"): "integer ≥ 0",
+    (float, "positive"): "number > 0",
+    (float, "natural"): "number ≥ 0",
 }
 PLAIN_TYPES = {int: "integer", float: "number", str: "text", bool: "boolean", dict: "mapping", list: "list"}
 ANNOTATIONS = {"int": "integer", "float": "number", "str": "text", "bool": "boolean", "list[str]": "list of text"}
@@ -171,7 +174,7 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(option) for option in typing.get_args(hint) if option is not type(None))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return RULES[args[1]]
+        return RULES[args[1] if callable(args[1]) else args]
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
     if origin is list:

@@ -53,6 +53,10 @@ class Config:
     def __init__(self, width: int, tag="x"):
         self.width = width
 
+class Own:
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95)):
+        self.lr = lr
+
 not_callable = 3
 """
 
@@ -153,6 +157,15 @@ def test_keys_of_a_users_own_callable_are_checked_without_importing_it(folder):
     (folder / "my_models.py").write_text("raise SystemExit('imported')\n" + MODELS)
     message = problems(folder, MINIMAL, "--model.n_layr", "3", "--model.n_head=two")
     assert "--model.n_layr=3: model.n_layr: unknown key" in message and "expected an integer, got 'two'" in message
+
+
+def test_x_keys_are_a_place_for_anchors(folder):
+    anchors = "x-data: &data\n  seq_len: 32\n  shuffel: true\n"
+    merged = MINIMAL + "validation_dataset:\n  <<: *data\n  file_pattern: v.bin\n"
+    assert "r.yaml:3: validation_dataset.shuffel: unknown key" in problems(folder, anchors + merged)
+    loaded = load(write(folder, anchors.replace("shuffel", "shuffle_files") + merged))
+    assert loaded.recipe.validation_dataset["shuffle_files"] is True
+    assert "x-data" not in loaded.tree and load(write(folder, loaded.text())).tree == loaded.tree
 
 
 def test_all_problems_are_reported_together(folder):
@@ -279,6 +292,21 @@ def test_a_literal_secret_is_refused(folder, section):
         ("--optimizer={_target_: torch.optim.Muon, othrs: {}}", "did you mean 'others'"),
         ("--preprocess={data_files: x, tokenizer: gpt5}", "did you mean 'gpt2'"),
         ("--preprocess.max_tokens=1e400M", "500M"),
+        ("--preprocess={data_files: x, shard_tokens: 0}", "at least 1"),
+        ("--lr_scheduler={min_lr: -1}", "at least 0"),
+        ("--lr_scheduler={init_lr: .inf}", "at least 0"),
+        ("--lr_scheduler={min_lr: 1e-2}", "above optimizer.lr 0.0002"),
+        ("--lr_scheduler={init_lr: 1, lr_warmup_steps: 2}", "above optimizer.lr 0.0002"),
+        ("--lr_scheduler={lr_warmup_steps: 9, lr_decay_steps: 8}", "before the warmup ends at step 9"),
+        ("--lr_scheduler={lr_decay_tokens: 0}", "at least 1"),
+        ("--optimizer={_target_: torch.optim.AdamW, betas: [0.9]}", "a list of 2 numbers"),
+        ("--optimizer={_target_: torch.optim.AdamW, betas: [0.9, 1.0]}", "below 1, got 1.0"),
+        ("--optimizer={_target_: torch.optim.RMSprop, lr: -1}", "at least 0"),
+        ("--optimizer={_target_: torch.optim.AdamW, eps: -1}", "at least 0"),
+        ("--optimizer={_target_: torch.optim.Muon, others: {_target_: torch.optim.SGD, momentum: -1}}", "at least 0"),
+        ("--optimizer={_target_: my_models.py:Own, betas: [0.9]}", "a list of 2 numbers"),
+        ("--optimizer={_target_: my_models.py:Own, betas: [0.9, x]}", "a list of 2 numbers"),
+        ("--dataset.bos_token=-1", "at least 0"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused(folder, override, expected):

@@ -78,6 +78,30 @@ def test_deep_nesting_is_refused(text):
         parse(text, "r")
 
 
+def test_merge_keys_fill_in_what_a_section_does_not_set():
+    text = (
+        "x: &x {a: 1, b: 2, n: {m: 1}}\ny: &y {b: 3,\n  c: 4}\nz:\n  a: 5\n  <<: [*x, *y]\nw: {<<: *y}\nq: {'<<': 1}\n"
+    )
+    data, lines = parse(text, "r")
+    assert data["z"] == {"a": 5, "b": 2, "c": 4, "n": {"m": 1}} and data["w"] == {"b": 3, "c": 4}
+    assert data["q"] == {"<<": 1} == parse(dump(data), "r")[0]["q"]
+    assert lines["z", "a"] == "r:5" and lines["z", "b"] == "r:1" and lines["z", "c"] == "r:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: {<<: 3}", "r:1: <<: expected a section or a list of sections (<<: *name), got 3"),
+        ("a: {<<: [{b: 1}, x]}", "got x"),
+        ("a: &x {<<: *x}", "an alias contains itself"),
+    ],
+)
+def test_a_merge_of_anything_but_sections_is_refused(text, expected):
+    with pytest.raises(BadInput) as caught:
+        parse(text, "r")
+    assert expected in str(caught.value)
+
+
 def test_growing_aliases_are_refused():
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{name}: &{name} [{','.join('*' + before for _ in range(10))}]\n"

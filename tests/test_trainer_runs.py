@@ -242,6 +242,30 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(
     assert "218 samples x 1 epochs (step_scheduler.num_epochs) are less than one step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("max_steps", "last"), [(40, 2 * 218 // 32), (3, 3)])
+def test_the_earlier_of_epochs_and_steps_ends_the_run(
+    max_steps: int, last: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"max_steps": max_steps, "num_epochs": 2, "global_batch_size": 32, "val_every_steps": None}
+    run = make(tmp_path, step_scheduler=both)
+    assert run.train_inline() == OK
+    assert run.column("step")[-1] == last
+    assert ("num_epochs 2 ends the run before max_steps 40" in capsys.readouterr().out) == (max_steps == 40)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused_and_a_longer_schedule_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 6, "val_every_steps": None})
+    assert run.train_inline() == run.train_inline() == OK
+    assert run.train_inline("--step_scheduler.max_steps", "5") == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "is at step 6, beyond the last step 5" in error and "step_scheduler.max_steps" in error
+    assert run.train_inline("--step_scheduler.max_steps", "12") == OK
+    assert "the learning rate was 0.001 at step 6, and the schedule now has 0.00868 there" in capsys.readouterr().out
+
+
+@pytest.mark.torch_range
 def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -391,6 +415,7 @@ def test_a_secret_of_the_environment_is_in_no_file_and_may_change(
     assert run.export(tmp_path / "out") == OK
 
 
+@pytest.mark.torch_range
 def test_compiled_blocks_train_the_same_go_on_bitwise_and_an_export_compiles_nothing(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 

@@ -33,6 +33,8 @@ MODEL_SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+OPTIMIZER_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "alpha", "lambd", "rho", "lr_decay")
+"""Numbers of torch's optimizers that may not be negative."""
 DIVISIBLE_SIZES = (
     ("n_embd", "n_head"),
     ("hidden_size", "num_attention_heads"),
@@ -69,46 +71,65 @@ def _check_name(recipe: Recipe, checker: Checker) -> None:
 
 
 def _check_numbers(recipe: Recipe, checker: Checker) -> None:
-    if recipe.clip_grad_norm and not 0 < recipe.clip_grad_norm.max_norm < math.inf:
-        checker.problem(
-            ("clip_grad_norm", "max_norm"),
-            f"expected a number above 0, got {recipe.clip_grad_norm.max_norm}; clip_grad_norm: null turns clipping off",
-        )
     if recipe.seed >= 2**63:
         checker.problem(("seed",), f"{recipe.seed} exceeds 63 bits; use a smaller seed")
-    rate = recipe.optimizer.get("lr", 0.0)
-    if isinstance(rate, float):
-        _check_not_negative(rate, ("optimizer", "lr"), checker)
-    _check_rates(recipe, checker)
+    _check_optimizer(recipe.optimizer, ("optimizer",), checker)
+    _check_schedule(recipe, checker)
     if recipe.checkpoint.restore_from != "auto" and not recipe.checkpoint.enabled:
         checker.problem(
             ("checkpoint", "restore_from"),
             "needs checkpoint.enabled: true, because the run must record that it has restored the checkpoint",
         )
-    if recipe.export:
-        _check_not_negative(recipe.export.temperature, ("export", "temperature"), checker, limit=math.inf)
     if recipe.export and not recipe.checkpoint.enabled:
         checker.problem(("checkpoint", "enabled"), "false leaves nothing to export; also set export: null")
 
 
-def _check_not_negative(value: float, path: KeyPath, checker: Checker, *, limit: float | None = None) -> None:
-    """Record a number below 0, or not a number; infinity too, unless ``limit`` allows it."""
-    if not (0 <= value < math.inf or value == limit):
+def _check_optimizer(section: Mapping[str, Any], path: KeyPath, checker: Checker) -> None:
+    """Record settings outside of their range: the rate of any optimizer, the others of torch's."""
+    is_torch = str(section.get("_target_")).startswith("torch.optim.")
+    for key in OPTIMIZER_NOT_NEGATIVE if is_torch else ("lr",):
+        _check_not_negative(section.get(key), (*path, key), checker)
+    betas = section.get("betas") if is_torch else None
+    for beta in betas if isinstance(betas, list) else []:
+        if _is_number(beta) and not 0 <= beta < 1:
+            checker.problem((*path, "betas"), f"expected numbers of at least 0 and below 1, got {beta}")
+    if isinstance(section.get("others"), Mapping):
+        _check_optimizer(section["others"], (*path, "others"), checker)
+
+
+def _check_not_negative(value: Any, path: KeyPath, checker: Checker) -> None:
+    """Record a number below 0, infinite or not a number; other types are checked elsewhere."""
+    if _is_number(value) and not 0 <= value < math.inf:
         checker.problem(path, f"expected a number of at least 0, got {value}")
 
 
-def _check_rates(recipe: Recipe, checker: Checker) -> None:
-    """Record lengths that are set in steps and in tokens, and negative rates and decays."""
-    schedule = recipe.lr_scheduler
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_schedule(recipe: Recipe, checker: Checker) -> None:
+    """Record lengths that are set in steps and in tokens, a decay within the warmup, and rates above the peak."""
+    schedule, peak = recipe.lr_scheduler, recipe.optimizer.get("lr")
+    if schedule is None:
+        return
     for phase in ("warmup", "decay", "wsd_decay"):
         steps, tokens = f"lr_{phase}_steps", f"lr_{phase}_tokens"
-        if schedule and getattr(schedule, steps) and getattr(schedule, tokens) is not None:
+        if getattr(schedule, steps) and getattr(schedule, tokens) is not None:
             checker.problem(("lr_scheduler", tokens), f"{steps} is set too; remove one of them")
-    for i, group in enumerate(recipe.parameter_groups):
-        for key in ("lr", "lr_scale", "weight_decay"):
-            value = getattr(group, key)
-            if value is not None:
-                _check_not_negative(value, ("parameter_groups", str(i), key), checker)
+    if schedule.lr_decay_steps is not None and schedule.lr_decay_steps < schedule.lr_warmup_steps:
+        checker.problem(
+            ("lr_scheduler", "lr_decay_steps"),
+            f"the decay ends at step {schedule.lr_decay_steps}, before the warmup ends at step "
+            f"{schedule.lr_warmup_steps}; lengthen the decay or shorten the warmup",
+        )
+    warms_up = schedule.lr_warmup_steps or schedule.lr_warmup_tokens
+    for key, is_used in (("min_lr", schedule.lr_decay_style != "constant"), ("init_lr", warms_up)):
+        rate = getattr(schedule, key)
+        if is_used and _is_number(peak) and 0 <= peak < rate:
+            checker.problem(
+                ("lr_scheduler", key),
+                f"{rate} is above optimizer.lr {peak}, the highest rate; lower it or raise the other",
+            )
 
 
 def _check_parallel(recipe: Recipe, checker: Checker) -> None:
@@ -186,7 +207,7 @@ def _check_model(recipe: Recipe, checker: Checker) -> None:
         if sizes.get(name, 1) < 1:
             checker.problem(("model", name), f"expected an integer of at least 1, got {sizes[name]}")
     dropout = recipe.model.get("dropout", 0.0)
-    if not 0 <= dropout < 1:
+    if _is_number(dropout) and not 0 <= dropout < 1:
         checker.problem(("model", "dropout"), f"expected a number of at least 0 and below 1, got {dropout}")
     for width, heads in DIVISIBLE_SIZES:
         if sizes.get(heads, 0) > 0 and width in sizes and sizes[width] % sizes[heads]:
@@ -218,6 +239,7 @@ def _check_data(recipe: Recipe, checker: Checker) -> None:
         if node["_target_"].endswith("MixedDataset"):
             _check_sources(path, node, checker)
     for path, node in file_sections(recipe).items():
+        _check_not_negative(node.get("bos_token") if _is_our_dataset(node) else None, (*path, "bos_token"), checker)
         if _is_our_dataset(node) and not node.get("file_pattern"):
             _check_split(path, node, recipe, checker)
 

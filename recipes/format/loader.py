@@ -150,6 +150,8 @@ def load(
     tree, lines = read_file(path)
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: expected sections (model:, dataset:, …)")
+    # A place for anchors, as in Compose files.
+    tree = {key: value for key, value in tree.items() if not key.startswith("x-")}
     for key_path, value, typed in parse_overrides(overrides):
         apply_override(tree, key_path, value, typed)
         for depth in range(1, len(key_path)):

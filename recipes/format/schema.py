@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from amlaunch.recipes.format.units import Count, Memory, Minutes, Natural, Positive
+from amlaunch.recipes.format.units import (
+    AboveZero,
+    Count,
+    Memory,
+    Minutes,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveCount,
+)
 
 TOKENIZERS = {
     "gpt2": 50257,
@@ -41,8 +50,9 @@ class StepScheduler:
     """Samples that a rank processes at once (the micro-batch)."""
     max_steps: Positive | None = None
     """Last step. `null`: the end of the last epoch."""
-    num_epochs: Positive = 1
-    """Passes over the data, if `max_steps` does not end the run earlier."""
+    num_epochs: Positive | None = None
+    """Passes over the data; the earlier of `num_epochs` and `max_steps` ends the run. `null`: one without `max_steps`,
+    otherwise as many as its steps need."""
     ckpt_every_steps: Positive | None = 1000
     """Steps between checkpoints. `null`: only at the end."""
     val_every_steps: Positive | None = None
@@ -66,18 +76,18 @@ class LRScheduler:
     """Tokens of the warmup, instead of steps; a step that has begun counts as a full step."""
     lr_decay_steps: Positive | None = None
     """Step at which the rate reaches `min_lr`. `null`: the last step."""
-    lr_decay_tokens: Count | None = None
+    lr_decay_tokens: PositiveCount | None = None
     """Tokens until `min_lr`, instead of steps."""
     lr_wsd_decay_steps: Positive | None = None
     """WSD: steps of the final decay. `null`: a fifth of all steps."""
-    lr_wsd_decay_tokens: Count | None = None
+    lr_wsd_decay_tokens: PositiveCount | None = None
     """WSD: tokens of the final decay, instead of steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
     """WSD: shape of the decay."""
-    init_lr: float = 0.0
+    init_lr: NotNegative = 0.0
     """Rate at the first step of the warmup."""
-    min_lr: float = 0.0
-    """Rate at the end of the decay."""
+    min_lr: NotNegative = 0.0
+    """Rate at the end of the decay; at most the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,11 @@ class ParameterGroup:
 
     match: str
     """Shell pattern of parameter names."""
-    lr: float | None = None
+    lr: NotNegative | None = None
     """Peak rate; the schedule scales it. `null`: `lr_scale` times the optimizer's."""
-    lr_scale: float = 1.0
+    lr_scale: NotNegative = 1.0
     """Factor of the optimizer's rate."""
-    weight_decay: float | None = None
+    weight_decay: NotNegative | None = None
     """`null`: the optimizer's on matrices, 0 on vectors."""
 
 
@@ -182,7 +192,7 @@ class DataLoader:
 class ClipGradNorm:
     """Clipping by the global gradient norm; `clip_grad_norm: null` does not clip."""
 
-    max_norm: float = 1.0
+    max_norm: AboveZero = 1.0
     """Largest norm of the gradient."""
 
 
@@ -248,7 +258,7 @@ class Preprocess:
     """Token budget, validation included, from the front of the source. `null`: all tokens."""
     val_tokens: Count = 0
     """Minimum tokens of the validation split, in complete documents."""
-    shard_tokens: Count = 100_000_000
+    shard_tokens: PositiveCount = 100_000_000
     """Maximum tokens of a shard; a longer document gets a shard of its own."""
     parts: Positive | None = None
     """Parts of the source, processed independently, each into its own shards; more parts use more CPUs. `null`: by
@@ -378,7 +388,7 @@ class Export:
     """Beginning of the text sample."""
     max_new_tokens: Natural = 64
     """Tokens of the sample. 0: no sample."""
-    temperature: float = 0.8
+    temperature: NotNegative = 0.8
     """Sampling temperature."""
     top_k: Positive = 50
     """Sample from the k most likely tokens."""

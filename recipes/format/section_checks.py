@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +24,12 @@ HINTS: dict[KeyPath, str] = {
     ("dataset", "num_workers"): "write dataloader.num_workers (threads that read ahead)",
 }
 TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+RANGE_NAMES = {
+    (int, "positive"): "an integer of at least 1",
+    (int, "natural"): "an integer of at least 0",
+    (float, "positive"): "a number above 0",
+    (float, "natural"): "a number of at least 0",
+}
 ANNOTATION_NAMES = {
     "int": "an integer",
     "float": "a number",
@@ -137,7 +145,9 @@ class Checker:
             except ValueError:
                 return False, None
         ok, number = _plain(base, value)
-        return ok and number >= (1 if rule == "positive" else 0), number
+        if not ok or base is int:
+            return ok and number >= (1 if rule == "positive" else 0), number
+        return (number > 0 if rule == "positive" else number >= 0) and number < math.inf, number
 
     def _list(self, item: Any, value: Any, path: KeyPath) -> tuple[bool, Any]:
         if not isinstance(value, (list, tuple)):
@@ -224,14 +234,34 @@ def matches_annotation(value: Any, annotation: str) -> bool:
         "list[str]": lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v),
     }
     options = [option.strip() for option in annotation.split("|")]
-    return any(option not in checks or checks[option](value) for option in options)
+    return any(
+        _matches_tuple(value, items)
+        if (items := _tuple_items(option))
+        else option not in checks or checks[option](value)
+        for option in options
+    )
+
+
+def _matches_tuple(value: Any, items: list[str]) -> bool:
+    return isinstance(value, list) and len(value) == len(items) and all(map(matches_annotation, value, items))
+
+
+def _tuple_items(annotation: str) -> list[str] | None:
+    """Return the annotations of the items of ``tuple[float, float]``; None for anything but a flat tuple's length."""
+    match = re.fullmatch(r"[Tt]uple\[([^\[\].]+)\]", annotation)
+    return [item.strip() for item in match[1].split(",")] if match else None
 
 
 def annotation_problem(annotation: str, value: Any, written: Any = None) -> str:
     """Return the message for a value that does not match a source annotation."""
     options = [option.strip() for option in annotation.split("|")]
-    wanted = " or ".join(ANNOTATION_NAMES.get(option, option) for option in options)
+    wanted = " or ".join(_annotation_name(option) for option in options)
     return _mismatch(wanted, bool({"int", "float"} & set(options)), written, value)
+
+
+def _annotation_name(option: str) -> str:
+    items = _tuple_items(option)
+    return f"a list of {len(items)} numbers" if items else ANNOTATION_NAMES.get(option, option)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -269,8 +299,7 @@ def _mismatch(wanted: str, wants_number: bool, written: Any, value: Any) -> str:
 
 def _is_number_type(option: Any) -> bool:
     if typing.get_origin(option) is Annotated:
-        base, rule = typing.get_args(option)
-        return base is int and not callable(rule)
+        return not callable(typing.get_args(option)[1])
     return option in (int, float)
 
 
@@ -278,9 +307,7 @@ def describe_type(option: Any) -> str:
     """Return the values that a type of the schema allows, in words."""
     origin, args = typing.get_origin(option), typing.get_args(option)
     if origin is Annotated:
-        if callable(args[1]):
-            return _rule_text(args[1])
-        return "an integer of at least 1" if args[1] == "positive" else "an integer of at least 0"
+        return _rule_text(args[1]) if callable(args[1]) else RANGE_NAMES[args[0], args[1]]
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (list, dict):

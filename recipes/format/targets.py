@@ -79,7 +79,7 @@ OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.AdamW": {
         **_types("float", "lr", "eps", "weight_decay"),
         **_types("bool", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
-        "betas": "list",
+        "betas": "tuple[float, float]",
     },
     "torch.optim.SGD": {
         **_types("float", "lr", "momentum", "dampening", "weight_decay"),
@@ -88,7 +88,7 @@ OPTIMIZER_KEYS: dict[str, dict[str, str]] = {
     "torch.optim.Muon": {
         **_types("float", "lr", "weight_decay", "momentum", "eps"),
         "nesterov": "bool",
-        "ns_coefficients": "list",
+        "ns_coefficients": "tuple[float, float, float]",
         "ns_steps": "int",
         "adjust_lr_fn": "str | None",
     },

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 COUNT_TEXT = "a count such as 500M or 1.5B"
+POSITIVE_COUNT_TEXT = f"{COUNT_TEXT}, at least 1"
 TIME_TEXT = "a time such as 90 (minutes), 04:00:00 or 1-12:00:00"
 MEMORY_TEXT = "memory such as 64G or 900M (an integer with K, M, G or T; 0 is all of a node)"
 TIME_FORMS = (
@@ -39,6 +40,17 @@ def parse_count(value: Any) -> int:
     raise ValueError(COUNT_TEXT)
 
 
+def parse_positive_count(value: Any) -> int:
+    """Return a count of at least 1, as :func:`parse_count` reads it. Raises ValueError for anything else."""
+    try:
+        count = parse_count(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(POSITIVE_COUNT_TEXT)
+    return count
+
+
 def parse_minutes(value: Any) -> int:
     """Return one of Slurm's time formats (sbatch(1), ``--time``) as minutes, rounded up.
 
@@ -67,7 +79,11 @@ def parse_memory(value: Any) -> str:
 
 
 Count = Annotated[int, parse_count]
+PositiveCount = Annotated[int, parse_positive_count]
 Minutes = Annotated[int, parse_minutes]
 Memory = Annotated[str, parse_memory]
 Positive = Annotated[int, "positive"]
 Natural = Annotated[int, "natural"]
+AboveZero = Annotated[float, "positive"]
+NotNegative = Annotated[float, "natural"]
+"""Neither of the two allows infinity or NaN."""

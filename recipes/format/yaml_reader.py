@@ -24,6 +24,8 @@ PLAIN_TAGS = {
     for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
 }
 """Tags that PyYAML's resolver gives to untagged nodes."""
+MERGE_TAG = "tag:yaml.org,2002:merge"
+"""Tag of a key ``<<`` without quotes (yaml.org/type/merge.html)."""
 _CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -94,7 +96,11 @@ class _Reader:
 
     def mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
+        merged_nodes: list[Any] = []
         for key_node, value_node in node.value:
+            if key_node.tag == MERGE_TAG:
+                merged_nodes += value_node.value if value_node.id == "sequence" else [value_node]
+                continue
             if key_node.id != "scalar":
                 raise BadInput(f"{self.position(key_node)}: a key must be a plain word, not a list or a section")
             key = str(key_node.value)
@@ -103,8 +109,20 @@ class _Reader:
                 raise BadInput(
                     f"{self.position(key_node)}: {'.'.join(key_path)} is set twice; first at {self.lines[key_path]}"
                 )
-            self.lines[key_path] = self.position(key_node)
+            self.lines.setdefault(key_path, self.position(key_node))
             values[key] = self.read(value_node, key_path)
+        return {**self.merged(merged_nodes, path), **values}
+
+    def merged(self, nodes: list[Any], path: KeyPath) -> dict[str, Any]:
+        """Return the keys of the sections that ``<<`` names; the first section that has a key sets it."""
+        values: dict[str, Any] = {}
+        for node in nodes:
+            if node.id != "mapping":
+                raise BadInput(
+                    f"{self.position(node)}: <<: expected a section or a list of sections (<<: *name), got "
+                    f"{node.value if node.id == 'scalar' else 'a list'}"
+                )
+            values = {**self.read(node, path), **values}
         return values
 
 

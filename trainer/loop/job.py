@@ -227,21 +227,22 @@ def build_validation(options: Options, vocab: int | None, world: World) -> dict[
 
 
 def total_steps(recipe: Recipe, samples: int) -> int:
-    """Return ``max_steps``, or the number of full steps in the recipe's epochs of ``samples`` samples each.
+    """Return the last step: the earlier of ``max_steps`` and the full steps in ``num_epochs`` of ``samples`` each.
 
     Raises BadInput if there is not even one full step.
     """
     section = recipe.step_scheduler
-    if section.max_steps is not None:
+    if section.max_steps is not None and section.num_epochs is None:
         return section.max_steps
-    steps = section.num_epochs * samples // section.global_batch_size
+    epochs = section.num_epochs or 1
+    steps = epochs * samples // section.global_batch_size
     if steps == 0:
         raise BadInput(
-            f"dataset: {samples} samples x {section.num_epochs} epochs (step_scheduler.num_epochs) are less than one "
+            f"dataset: {samples} samples x {epochs} epochs (step_scheduler.num_epochs) are less than one "
             f"step (step_scheduler.global_batch_size {section.global_batch_size}). "
-            "Set step_scheduler.max_steps or a smaller global_batch_size"
+            "Set a smaller global_batch_size, more num_epochs, or max_steps alone"
         )
-    return steps
+    return min(steps, section.max_steps or steps)
 
 
 def open_metrics(options: Options, world: World, last_step: int, flops: float) -> Metrics:
@@ -280,6 +281,7 @@ def resume(state: TrainingState, options: Options) -> None:
         root, restore_from = state.saver.root, state.recipe.checkpoint.restore_from
         start = checkpoint.find_start(root, restore_from, state.identity, state.world)
         if start is not None:
+            check_steps_left(start, state)
             checkpoint.load(start, state.model, state.optimizers.members)
             state.step = start.step
             state.last_loss = start.meta["loss"]
@@ -288,8 +290,30 @@ def resume(state: TrainingState, options: Options) -> None:
             if state.world.is_main and not is_own:
                 print(f"starting from the checkpoint {start.folder}", flush=True)
     if state.metrics:
-        state.metrics.resume_at(state.step)
+        report_rate_change(state, state.metrics.resume_at(state.step))
         state.metrics.tensorboard = open_tensorboard(state.recipe.tensorboard, options.element, state.step)
+
+
+def check_steps_left(start: checkpoint.StoredCheckpoint, state: TrainingState) -> None:
+    """Raise BadInput if the checkpoint is beyond the last step; at the last step the run is complete."""
+    if start.step > state.last_step:
+        section = state.recipe.step_scheduler
+        key = "max_steps" if state.last_step == section.max_steps else "num_epochs"
+        raise BadInput(
+            f"the checkpoint {start.folder} is at step {start.step}, beyond the last step {state.last_step}, so "
+            f"nothing is left to train. Raise step_scheduler.{key}, or start a new run"
+        )
+
+
+def report_rate_change(state: TrainingState, recorded: float | None) -> None:
+    """Say that the schedule now has another rate at the checkpoint's step than the run had there."""
+    rate = state.schedule.rate(state.step) if state.step else None
+    if rate is not None and recorded is not None and not math.isclose(rate, recorded, rel_tol=1e-6):
+        print(
+            f"note: the learning rate was {recorded:.3g} at step {state.step}, "
+            f"and the schedule now has {rate:.3g} there",
+            flush=True,
+        )
 
 
 # --- what the user sees ---------------------------------------------------------------------------
@@ -306,6 +330,15 @@ def print_start(state: TrainingState) -> None:
     by_source = ", ".join(f"{epoch:.2f} of {name}" for name, epoch in batches.epochs(state.last_step).items())
     if by_source:
         epochs += f": {by_source}"
+    section = recipe.step_scheduler
+    if section.max_steps and state.last_step < section.max_steps:
+        print(f"note: num_epochs {section.num_epochs} ends the run before max_steps {section.max_steps}", flush=True)
+    if state.schedule.warmup > state.last_step:
+        print(
+            f"note: the warmup ends at step {state.schedule.warmup}, after the last step {state.last_step}, so the "
+            "learning rate never reaches its peak",
+            flush=True,
+        )
     print(
         f"{recipe.name}: {parameter_count(unwrap(state.model)):,} parameters, "
         f"{state.world.size} x {state.world.device.type}, {recipe.distributed.strategy}; "

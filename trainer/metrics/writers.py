@@ -148,14 +148,18 @@ class Metrics:
         self.heartbeat = Heartbeat(self.element.progress)
         self.save_seconds = read_object(self.element.progress).get("save_seconds")
 
-    def resume_at(self, step: int) -> None:
-        """Drop the lines of steps that will be repeated, so that each step appears once."""
+    def resume_at(self, step: int) -> float | None:
+        """Drop the lines of steps that will be repeated, so that each step appears once.
+
+        Return the learning rate of ``step``; None if it is not recorded.
+        """
         self.saved_step = step
         kept = [line for line in read_json_lines(self.element.metrics) if line["step"] <= step]
         write_text(self.element.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.val_loss = next((line["val_loss"] for line in reversed(kept) if "val_loss" in line), None)
         self.skipped_steps = next((line["skipped_steps"] for line in reversed(kept) if "skipped_steps" in line), 0)
         self.spike_detector = LossSpikeDetector(line["loss"] for line in kept if line.get("loss") is not None)
+        return next((line["lr"] for line in reversed(kept) if line["step"] == step and "lr" in line), None)
 
     def has_validation(self, step: int) -> bool:
         """Return True if ``metrics.jsonl`` has the validation of ``step``."""

@@ -53,6 +53,7 @@ class LearningRateSchedule:
     step_tokens: int = 1
 
     def __post_init__(self) -> None:
+        # The recipe's checks cannot convert tokens to steps.
         if self.section and self._steps_of("decay") and self.end < self.warmup:
             raise BadInput(
                 f"lr_scheduler: the decay ends at step {self.end}, before the warmup ends at step {self.warmup}. "
@@ -67,7 +68,7 @@ class LearningRateSchedule:
     @property
     def warmup(self) -> int:
         """The step that reaches the peak."""
-        return self._steps_of("warmup") or 0
+        return (self._steps_of("warmup") or 0) if self.section else 0
 
     @property
     def end(self) -> int:

@@ -191,9 +191,12 @@ def step_overrides(options: argparse.Namespace) -> list[str]:
     The step between measured and profiled ones counts as neither, because a step's time ends when the next one starts.
     """
     measured_steps, profiled_steps = options.warmup + options.steps, getattr(options, "profiled", 0)
+    # Else the epochs of a small data set end the measurement early.
+    no_epochs = "--step_scheduler.num_epochs=null"
     if not profiled_steps:
-        return [f"--step_scheduler.max_steps={measured_steps}", "--profile=null"]
+        return [no_epochs, f"--step_scheduler.max_steps={measured_steps}", "--profile=null"]
     return [
+        no_epochs,
         f"--step_scheduler.max_steps={measured_steps + 1 + profiled_steps}",
         f"--profile={{start_step: {measured_steps + 2}, steps: {profiled_steps}}}",
     ]
