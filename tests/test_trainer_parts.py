@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -555,3 +556,19 @@ def test_an_export_that_cannot_write_offers_out_instead_of_blaming_it(tmp_path, 
         check_out_folder(tmp_path / "new")
     reason = f"{tmp_path} is not writable (read-only file system)"
     assert str(error.value) == f"{reason}. Choose another folder with --out DIR"
+
+
+@pytest.mark.parametrize("module", ["amlaunch.trainer", "amlaunch.trainer.tools.export"])
+def test_a_torch_that_is_too_old_is_named_in_the_first_second(tmp_path: Path, module: str) -> None:
+    metadata = tmp_path / "torch-2.6.0.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.6.0a0+ecf3bae40a.nv25.1\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent / 'src'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "quickstart"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == BAD_INPUT
+    assert (
+        "has torch 2.6.0a0+ecf3bae40a.nv25.1, but amlaunch needs torch 2.8 or newer; use a newer image" in done.stderr
+    )
+    assert "Traceback" not in done.stderr

@@ -18,9 +18,8 @@ from amlaunch.launcher.planning.image_folder import image_folder
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.section_checks import raise_problems
+from amlaunch.recipes.version import NEWEST_TORCH, OLDEST_TORCH
 
-OLDEST_TORCH, NEWEST_TORCH = (2, 8), (2, 15)
-"""Ends of the range that amlaunch is tested with (``make test-torch-range``)."""
 INSTALLED = "installed"
 EXAMPLE_IMAGE = "nvcr.io/nvidia/pytorch:26.06-py3"
 

@@ -5,8 +5,10 @@ Uses only the standard library, because it also guards the imports of torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, BadInput
+from amlaunch.recipes.version import OLDEST_TORCH
 from amlaunch.trainer.process.rank_environment import rank_of
 
 
@@ -32,6 +35,7 @@ def run_guarded(work: Callable[[], int]) -> int:
     """
     rank = rank_of(os.environ)
     try:
+        check_torch_release()
         return work()
     except BadInput as error:
         if rank == 0 or isinstance(error, LocalBadInput):
@@ -47,6 +51,21 @@ def run_guarded(work: Callable[[], int]) -> int:
     except Exception:
         print_error(f"rank {rank} on {platform.node()} failed:\n{traceback.format_exc()}")
         return FAILED
+
+
+def check_torch_release() -> None:
+    """Raise BadInput if the installed torch is older than amlaunch supports; reads its metadata only."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match and (int(match[1]), int(match[2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BadInput(
+            f"{sys.executable} on {platform.node()} has torch {version}, but amlaunch needs torch {oldest} or newer; "
+            "use a newer image (docs/containers.md lists them) or install a newer torch"
+        )
 
 
 def print_error(text: str) -> None:
