@@ -236,6 +236,7 @@ def test_a_recipe_s_section_and_the_options_mean_the_same(tmp_path: Path, proces
     for argv, out in (([str(path)], "section"), (files, "options"), ([str(path), "--max-tokens", "1K"], "both")):
         code, stdout, err = run_to_end([*argv, "--engine", "tiktoken", "--output-dir", str(tmp_path / out)], processes)
         assert (code, err) == (0, "") and "next: amlaunch data peek" in stdout
+        assert f'dataset: {{"file_pattern": "{tmp_path / out}/train-*.bin"}}' in stdout
     outputs = [
         {name: raw for name, raw in everything(tmp_path / out).items() if "element" not in name}
         for out in ("section", "options")

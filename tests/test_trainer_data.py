@@ -16,6 +16,7 @@ from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json
 from amlaunch.trainer.data.batches import Batch, StepBatches, ValidationBatches, move_to_device, read_host_batch
 from amlaunch.trainer.data.datasets import NanogptDataset, read_samples, sample_length
+from amlaunch.trainer.data.overlap import refuse_shared_data
 from amlaunch.trainer.data.prefetch import Prefetcher, PrefetcherPool
 from amlaunch.trainer.data.sample_order import SourceOrder, permute, rank_positions
 from amlaunch.trainer.data.token_stream import TokenStream
@@ -331,6 +332,54 @@ def test_bare_tokens_are_read_when_told_so_and_nothing_else_is_taken_for_them(tm
     assert "has the header of a token shard; set dataset.format: bin" in raw(complete)
     with pytest.raises(BadInput, match="did you mean 'raw'"):
         NanogptDataset(file_pattern=str(tmp_path / "x.bin"), format="row")
+
+
+def shards_folder(
+    folder: Path, source: str = "web", parts: int = 1, train: str = "2 to 9", val: str = "0 to 2"
+) -> Path:
+    """Make a folder of one shard each for training and validation, as preprocess leaves it."""
+    folder.mkdir()
+    splits = {}
+    for split, records in (("train", train), ("val", val)):
+        path = shard(folder / f"{split}-00000-00000.bin", np.arange(21))
+        splits[split] = [{"file": path.name, "tokens": 21, "sha256": split, "source": f"part 0, records {records}"}]
+    facts = {"source": {"kind": "files", "digest": source}, "options": {"parts": parts}, "tokenizer": {}}
+    write_json(folder / "manifest.json", {"version": 1, "splits": splits, **facts})
+    return folder
+
+
+def test_a_glob_over_a_folder_of_shards_takes_one_split(tmp_path: Path) -> None:
+    folder = shards_folder(tmp_path / "d")
+
+    def names(pattern: str | list[str], split: str = "train") -> list[str]:
+        return [part.path.name[:5] for part in NanogptDataset(file_pattern=pattern, split=split, seq_len=5).shards]
+
+    assert names(f"{folder}/*.bin") == ["train"] and names(f"{folder}/*.bin", "val") == ["val-0"]
+    assert names(f"{folder}/val-*.bin") == ["val-0"], "a glob that names one split takes it"
+    assert names([f"{folder}/train-*.bin", f"{folder}/val-*.bin"]) == ["train", "val-0"]
+    shard(folder / "more.bin", np.arange(9))
+    assert names(f"{folder}/*.bin") == ["more.", "train"]
+
+
+def test_a_validation_set_that_shares_files_or_documents_with_the_training_set_is_refused(tmp_path: Path) -> None:
+    first = shards_folder(tmp_path / "first")
+    (tmp_path / "link.bin").symlink_to(first / "train-00000-00000.bin")
+
+    def check(train: str | list[str], validation: str) -> None:
+        sets = [NanogptDataset(file_pattern=pattern, seq_len=5) for pattern in (train, validation)]
+        refuse_shared_data(sets[0], {"": sets[1]})
+
+    check(f"{first}/*.bin", f"{first}/val-*.bin")
+    for train in (f"{first}/*.bin", [f"{first}/val-*.bin", f"{first}/train-*.bin"]):
+        with pytest.raises(BadInput, match=r"validation_dataset: .*link.bin is also in the training set"):
+            check(train, str(tmp_path / "link.bin"))
+
+    same_text = shards_folder(tmp_path / "same_text", train="0 to 9", val="9 to 10")
+    with pytest.raises(BadInput, match=r"first/val-.* documents .*same_text/train-"):
+        check(f"{same_text}/*.bin", f"{first}/val-*.bin")
+    check(f"{first}/*.bin", f"{same_text}/val-*.bin")
+    other_text = shards_folder(tmp_path / "other_text", source="code", train="0 to 9")
+    check(f"{other_text}/*.bin", f"{first}/val-*.bin")
 
 
 def test_a_manifest_can_be_named_by_its_path(tmp_path: Path) -> None:

@@ -146,9 +146,9 @@ def write_documents(path: Path, count: int, seed: int) -> None:
 
 
 def mixed_run(folder: Path, name: str, size: int, **sections: Any) -> Run:
-    for which, count in (("web", 60), ("code", 50)):
+    for which, count in (("web", 60), ("code", 50), ("val_web", 30), ("val_code", 30)):
         if not (folder / f"{which}.bin").exists():
-            write_documents(folder / f"{which}.bin", count, ord(which[0]))
+            write_documents(folder / f"{which}.bin", count, ord(which[-1]) + count)
     sources = {
         which: {"file_pattern": str(folder / f"{which}.bin"), "weight": weight}
         for which, weight in (("web", 0.6), ("code", 0.4))
@@ -156,7 +156,7 @@ def mixed_run(folder: Path, name: str, size: int, **sections: Any) -> Run:
     run = make(folder, name, packed_sequence={"packed_sequence_size": size}, **sections)
     run.tree["dataset"] = {"sources": sources, "seq_len": SEQ_LEN, "shuffle_files": True}
     run.tree["validation_dataset"] = {
-        which: {"file_pattern": str(folder / f"{which}.bin"), "seq_len": SEQ_LEN} for which in ("code", "web")
+        which: {"file_pattern": str(folder / f"val_{which}.bin"), "seq_len": SEQ_LEN} for which in ("code", "web")
     }
     run.__post_init__()
     return run

@@ -242,6 +242,18 @@ def test_epochs_end_where_the_data_does_and_too_little_data_is_refused(
     assert "218 samples x 1 epochs (step_scheduler.num_epochs) are less than one step" in capsys.readouterr().err
 
 
+def test_a_run_does_not_validate_on_what_it_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"held_out": "val.bin", "seen": "?.bin"}
+    tree = recipe(tmp_path)
+    tree["validation_dataset"] = {
+        name: {"file_pattern": str(tmp_path / pattern), "seq_len": 16} for name, pattern in sets.items()
+    }
+    run = Run(tmp_path / "run", tree)
+    assert run.train_inline() == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "validation_dataset.seen: " in error and "is also in the training set" in error
+
+
 @pytest.mark.parametrize(("max_steps", "last"), [(40, 2 * 218 // 32), (3, 3)])
 def test_the_earlier_of_epochs_and_steps_ends_the_run(
     max_steps: int, last: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

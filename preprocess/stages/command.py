@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import json
 import sys
 from pathlib import Path
@@ -84,7 +85,16 @@ def summarize_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_report(manifest: dict[str, Any], out: Path) -> str:
-    """Format a manifest in a few lines, with the next command to type."""
+    """Format a manifest in a few lines, with the next command to type and the lines to paste into a recipe."""
     from amlaunch.preprocess.stages.inspect_data import format_statistics
 
-    return "\n".join([*format_statistics(manifest), f"{out}", f"next: amlaunch data peek {out}"])
+    folder = glob.escape(str(out))
+    sections = {"train": "dataset", "val": "validation_dataset"}
+    lines = [
+        f"{sections[split]}: {json.dumps({'file_pattern': f'{folder}/{split}-*.bin'}, ensure_ascii=False)}"
+        for split in sections
+        if manifest["splits"].get(split)
+    ]
+    return "\n".join(
+        [*format_statistics(manifest), f"{out}", f"next: amlaunch data peek {out}", "in a recipe:", *lines]
+    )

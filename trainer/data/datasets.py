@@ -130,6 +130,7 @@ class PackedDataset:
     def __init__(self, dataset: NanogptDataset, size: int):
         self.seq_len = size
         self.shuffle = dataset.shuffle
+        self.shards = dataset.shards
         self._dataset = dataset
         starts = dataset.document_starts()
         # The first shard begins within a document.
@@ -188,6 +189,7 @@ class MixedDataset:
 
     def _set_sources(self, sources: Mapping[str, Any], weights: Mapping[str, Any] | None) -> None:
         self.sources = dict(sources)
+        self.shards = [shard for source in self.sources.values() for shard in source.shards]
         self.weights = weights
         first = next(iter(self.sources.values()))
         self.seq_len, self.shuffle = first.seq_len, first.shuffle

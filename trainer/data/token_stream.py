@@ -7,6 +7,7 @@ Supports ``.bin`` shards with a header (ours, llm.c's, modded-nanogpt's, NeMo's;
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from amlaunch.preprocess.shards.shard_format import (
     read_manifest,
 )
 from amlaunch.recipes.errors import BadInput
+from amlaunch.recipes.files import read_json
 from amlaunch.recipes.suggestions import did_you_mean
 from amlaunch.trainer.data.sample_order import Indices
 
@@ -52,19 +54,40 @@ class Shard:
 def open_matching_shards(pattern: str | list[str], layout: str, split: str) -> list[Shard]:
     """Open the shards of a glob, a list of globs, or a manifest's path; those of each pattern sorted by name.
 
-    Raises BadInput if a pattern matches nothing or a file is not a complete shard.
+    If a pattern matches several splits of a folder that preprocess made, only the shards of ``split`` are taken. Raises
+    BadInput if a pattern matches nothing or a file is not a complete shard.
     """
     shards: list[Shard] = []
     for file_pattern in [pattern] if isinstance(pattern, str) else pattern:
-        paths = sorted(Path(name) for name in glob.glob(file_pattern, recursive=True))
+        paths = sorted(Path(name) for name in glob.glob(os.path.expanduser(file_pattern), recursive=True))
         if not paths:
             raise BadInput(f"dataset.file_pattern: no file matches {file_pattern!r} (working directory: {Path.cwd()})")
-        for path in paths:
+        for path in without_other_splits(paths, split):
             if path.name == MANIFEST:
                 shards += open_manifest_shards(path.parent, split)
             else:
                 shards.append(_open_shard(path, layout))
     return shards
+
+
+def without_other_splits(paths: Sequence[Path], split: str) -> list[Path]:
+    """Leave out the shards of other splits, where ``paths`` has several splits of one folder."""
+    split_of: dict[Path, str] = {}
+    for folder in {path.parent for path in paths}:
+        for name, entries in folder_manifest(folder).get("splits", {}).items():
+            split_of |= {folder / entry["file"]: name for entry in entries}
+    splits = {(path.parent, split_of[path]) for path in paths if path in split_of}
+    mixed = {folder for folder, name in splits if (folder, split) in splits and name != split}
+    return [path for path in paths if path.parent not in mixed or split_of.get(path, split) == split]
+
+
+def folder_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest that preprocess left in ``folder``; empty if there is none, or another program's."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError:
+        manifest = None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("splits"), dict) else {}
 
 
 def _open_shard(path: Path, layout: str) -> Shard:

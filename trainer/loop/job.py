@@ -22,6 +22,7 @@ from amlaunch.trainer.checkpoints.hf_folder import known_vocab, write_folder
 from amlaunch.trainer.checkpoints.saver import Saver
 from amlaunch.trainer.data.batches import StepBatches, ValidationBatches
 from amlaunch.trainer.data.datasets import data_fingerprint, pack_dataset, sample_length, sample_order_of
+from amlaunch.trainer.data.overlap import refuse_shared_data
 from amlaunch.trainer.loop.training_loop import train
 from amlaunch.trainer.loop.training_state import TrainingState
 from amlaunch.trainer.metrics.profiling import Profiler
@@ -110,6 +111,8 @@ def set_up(options: Options, stop: StopFlag, world: World, watch: HangWatch, cle
         keep_documents_apart(bare_model, recipe.distributed)
     vocab, flops = vocab_rows(bare_model), flops_per_token(bare_model, sample_length(train_set))
 
+    validation = build_validation(options, vocab, world)
+    refuse_shared_data(train_set, {name: batches.dataset for name, batches in validation.items()})
     model = parallelize(bare_model, recipe.distributed, world, recipe.seed)
     optimizers = build_optimizers(recipe.optimizer, recipe.parameter_groups, policy, unwrap(model))
     batches = StepBatches(train_set, order, recipe.step_scheduler.global_batch_size, vocab, world)
@@ -121,7 +124,7 @@ def set_up(options: Options, stop: StopFlag, world: World, watch: HangWatch, cle
         optimizers=optimizers,
         schedule=LearningRateSchedule(recipe.lr_scheduler, optimizers.peak_rate, last_step, batches.step_tokens),
         batches=batches,
-        validation=build_validation(options, vocab, world),
+        validation=validation,
         identity=checkpoint.Identity(
             model_identity(options.loaded), data_fingerprint(train_set, recipe.seed, batches.global_batch)
         ),
