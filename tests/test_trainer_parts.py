@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -572,3 +573,13 @@ def test_a_torch_that_is_too_old_is_named_in_the_first_second(tmp_path: Path, mo
         "has torch 2.6.0a0+ecf3bae40a.nv25.1, but amlaunch needs torch 2.8 or newer; use a newer image" in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_a_newer_torch_names_both(tmp_path: Path) -> None:
+    """Torch pickles its metadata in a form that older releases cannot read."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(range(3)))
+    for version, hint in (("99.1.0+cu999", "It was written with torch 99.1.0+cu999, and this is torch"), ("2.8.0", "")):
+        with pytest.raises(TrainingFailed) as raised:
+            checkpoint.load_weights(checkpoint.StoredCheckpoint(tmp_path, {"step": 1, "torch": version}), gpt2())
+        assert f"{tmp_path} cannot be loaded" in str(raised.value) and hint in str(raised.value)
+        assert ("use the newer one" in str(raised.value)) == bool(hint)

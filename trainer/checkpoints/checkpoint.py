@@ -17,7 +17,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return True if the same save can succeed later: errors of disks, memory and other ranks.
+
+    Torch's C++ raises RuntimeError for all of these, and safetensors its own error for a full disk. Every other type
+    says that code and data do not fit together, and comes back at the next save.
+    """
+    if isinstance(error, dcp.CheckpointException):
+        return all(may_pass(cause) for cause, _ in error.failures.values())
+    if isinstance(error, TrainingFailed) and error.__cause__ is not None:
+        return may_pass(error.__cause__)
+    if isinstance(error, NotImplementedError):
+        return False
+    # not imported here, because only some formats need safetensors
+    is_of_safetensors = type(error).__name__ == "SafetensorError"
+    return isinstance(error, (OSError, MemoryError, RuntimeError)) or is_of_safetensors
 
 
 def training_state_dict(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -319,12 +337,8 @@ def load(checkpoint: StoredCheckpoint, model: nn.Module, optimizers: Sequence[to
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     state = training_state_dict(model, optimizers)
-    try:
+    with _explained_errors(checkpoint):
         read_into(checkpoint, state)
-    except (dcp.CheckpointException, KeyError, RuntimeError) as error:
-        raise TrainingFailed(
-            f"{checkpoint.folder} cannot be loaded into this model and optimizer: {describe_error(error)}"
-        ) from error
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"], options=FLAT_OPTIMIZER_STATE)
 
@@ -334,23 +348,46 @@ def load(checkpoint: StoredCheckpoint, model: nn.Module, optimizers: Sequence[to
         group.update(group_settings)
 
 
+@contextmanager
+def _explained_errors(checkpoint: StoredCheckpoint) -> Iterator[None]:
+    """Turn torch's errors into TrainingFailed, with a hint if a newer torch wrote the checkpoint."""
+    try:
+        yield
+    except (dcp.CheckpointException, KeyError, RuntimeError, ValueError) as error:
+        hint = _version_hint(str(checkpoint.meta.get("torch", "")))
+        raise TrainingFailed(
+            f"{checkpoint.folder} cannot be loaded into this model and optimizer: {describe_error(error)}{hint}"
+        ) from error
+
+
+def _version_hint(written_with: str) -> str:
+    """Return a hint if a newer torch wrote a checkpoint: torch reads the files of older releases only."""
+    releases = [re.match(r"(\d+)\.(\d+)", version) for version in (written_with, torch.__version__)]
+    written, own = ((int(match[1]), int(match[2])) if match else (0, 0) for match in releases)
+    if written <= own:
+        return ""
+    return f". It was written with torch {written_with}, and this is torch {torch.__version__}; use the newer one"
+
+
 def load_weights(checkpoint: StoredCheckpoint, model: nn.Module) -> None:
     """Load only the model, in a single process without a process group."""
     state = {"model": get_model_state_dict(model)}
-    read_into(checkpoint, state, single_process=True)
+    with _explained_errors(checkpoint):
+        read_into(checkpoint, state, single_process=True)
     set_model_state_dict(model, state["model"])
 
 
 def read_full_weights(checkpoint: StoredCheckpoint) -> dict[str, torch.Tensor]:
     """Read all unsharded weights by name onto the CPU, in this process alone."""
     prefix = "" if checkpoint.has_safetensors else "model."
-    entries = _reader(checkpoint, "model").read_metadata().state_dict_metadata
-    weights = {
-        key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    read_into(checkpoint, {"model": weights}, single_process=True)
+    with _explained_errors(checkpoint):
+        entries = _reader(checkpoint, "model").read_metadata().state_dict_metadata
+        weights = {
+            key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in entries.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        read_into(checkpoint, {"model": weights}, single_process=True)
     return weights
 
 
