@@ -902,6 +902,28 @@ class TestEveryStart:
             check_files(loaded)
         check_files(loaded, {"preprocess"})
 
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("--preprocess.data_files=text", "text is a folder; name its files, such as text/**/*.txt"),
+            ("--preprocess.text_column=body", "text/a.jsonl has no column 'body'; its first record has: id, text"),
+            ("--preprocess.tokenizer=./nosuch", "preprocess.tokenizer: ./nosuch does not exist"),
+            ("--preprocess.tokenizer=char:nosuch.txt", "preprocess.tokenizer: nosuch.txt does not exist"),
+            ("--checkpoint.restore_from=old/step-00000010", "old/step-00000010 does not exist"),
+        ],
+    )
+    def test_what_the_first_look_at_the_inputs_shows(self, tmp_path, monkeypatch, override, expected):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "a.jsonl").write_text('\n{"id": 1, "text": "x"}\n{"id": 2}\n')
+        files = "--preprocess={data_files: text/*.jsonl, tokenizer: byte}"
+        recipe = shipped_recipes()["quickstart"]
+        overrides = [files, "--dataset={seq_len: 8}", "--validation_dataset=null"]
+        check_files(load(recipe, overrides), is_new=True)
+        with pytest.raises(BadInput) as caught:
+            check_files(load(recipe, [*overrides, override]), is_new=True)
+        assert expected in str(caught.value)
+
     def test_a_second_start_while_jobs_run_is_the_one_that_is_remembered(self, tmp_path, monkeypatch):
         """But the code that they run stays, and what is known of it."""
         run, _ = unfinished(tmp_path, "--stage", "train")

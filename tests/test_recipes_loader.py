@@ -649,7 +649,9 @@ def test_memory_is_slurms(text, value):
     assert parse_memory(text) == value
 
 
-@pytest.mark.parametrize("text", ["lots", "4X", "64GB", "1.5G", "-1", "", "G", True, None, 1.5, "6 4G", "٣G"])
+@pytest.mark.parametrize(
+    "text", ["lots", 4, "15M", "999K", "4X", "64GB", "1.5G", "-1", "", "G", True, None, 1.5, "6 4G", "٣G"]
+)
 def test_not_memory(text):
     with pytest.raises(ValueError, match="64G"):
         parse_memory(text)

@@ -6,10 +6,13 @@ All starts (new, resumed, retried; on this machine or on a cluster) go through :
 from __future__ import annotations
 
 import glob
+import gzip
 import importlib.util
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,15 @@ from amlaunch.launcher.specs.plan import Stage
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import is_locked, reason_not_writable
 from amlaunch.recipes.format.loader import LoadedRecipe
-from amlaunch.recipes.format.schema import file_sections
+from amlaunch.recipes.format.schema import file_sections, is_own_tokenizer
 from amlaunch.recipes.format.section_checks import raise_problems
 from amlaunch.recipes.format.yaml_reader import KeyPath
 from amlaunch.recipes.output import counted
 from amlaunch.recipes.run_layout import RunDir
 
 Say = Callable[[str], None]
+MAX_BLANK_LINES = 100
+"""Lines in which the first record of a file is searched."""
 
 STAGE_PACKAGES = {
     "preprocess": ("numpy", "tiktoken"),
@@ -64,7 +69,8 @@ def resolve_and_check(source: RunSource, say: Say) -> tuple[ResolvedRun, list[st
         with problems.collected():
             check_prerequisites(loaded)
         with problems.collected():
-            check_files(loaded, _finished_stages(root) - source.restarted_stages())
+            finished = _finished_stages(root) - source.restarted_stages()
+            check_files(loaded, finished, is_new=not root.exists())
         run = source.resolve(loaded, root, cluster)
         run, registry_notes = add_registry_facts(run, say, problems)
         runs.append(run)
@@ -145,10 +151,11 @@ def _check_machine(run: ResolvedRun) -> None:
         )
 
 
-def check_files(loaded: LoadedRecipe, finished_stages: Iterable[str] = ()) -> None:
-    """Check that the data files of a recipe exist. Raises BadInput with all that do not.
+def check_files(loaded: LoadedRecipe, finished_stages: Iterable[str] = (), *, is_new: bool = False) -> None:
+    """Check that the files a recipe reads exist, and the first record. Raises BadInput with all problems.
 
-    ``finished_stages`` have read their files, which need not exist any more.
+    ``finished_stages`` have read their files, which need not exist any more. Nor need the checkpoint from which a run
+    began, unless it ``is_new``.
     """
     patterns: dict[KeyPath, Any] = {}
     if loaded.recipe.preprocess and "preprocess" not in finished_stages:
@@ -158,13 +165,58 @@ def check_files(loaded: LoadedRecipe, finished_stages: Iterable[str] = ()) -> No
             key = (*path, "file_pattern")
             patterns[key] = section.get("file_pattern")
 
+    def place(key: KeyPath) -> str:
+        return f"{loaded.lines.get(key, loaded.path)}: {'.'.join(key)}"
+
     problems = []
     for key, value in patterns.items():
         for pattern in value if isinstance(value, list) else [value] if value else []:
-            if next(glob.iglob(os.path.expanduser(pattern), recursive=True), None) is None:
-                where = f"{loaded.lines.get(key, loaded.path)}: {'.'.join(key)}"
-                problems.append(f"{where}: no file matches {pattern!r} (relative to {Path.cwd()})")
+            problems += [f"{place(at)}: {text}" for at, text in _problems_of_pattern(loaded, key, pattern)]
+    for key, name in _named_files(loaded, finished_stages, is_new).items():
+        if not os.path.exists(os.path.expanduser(name)):
+            problems.append(f"{place(key)}: {name} does not exist (relative to {Path.cwd()})")
     raise_problems(problems)
+
+
+def _problems_of_pattern(loaded: LoadedRecipe, key: KeyPath, pattern: str) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what is wrong with a glob: no match, a folder, or a first record without the text column."""
+    expanded = os.path.expanduser(pattern)
+    match = next(glob.iglob(expanded, recursive=True), None)
+    section = loaded.recipe.preprocess if key[0] == "preprocess" else None
+    if match is None:
+        yield key, f"no file matches {pattern!r} (relative to {Path.cwd()})"
+    elif match == expanded and os.path.isdir(match):
+        yield key, f"{pattern} is a folder; name its files, such as {Path(pattern, '**/*.txt' if section else '*.bin')}"
+    elif section and section.on_error == "fail":
+        column, known = section.text_column, _first_json_keys(Path(match))
+        if known and not {column, column.partition(".")[0]} & known:
+            names = ", ".join(sorted(known))
+            yield ("preprocess", "text_column"), f"{match} has no column {column!r}; its first record has: {names}"
+
+
+def _named_files(loaded: LoadedRecipe, finished_stages: Iterable[str], is_new: bool) -> dict[KeyPath, str]:
+    """Return the single files and folders that unfinished stages read, by key."""
+    section, start = loaded.recipe.preprocess, loaded.recipe.checkpoint.restore_from
+    files: dict[KeyPath, str] = {}
+    if section and "preprocess" not in finished_stages and is_own_tokenizer(section.tokenizer):
+        files["preprocess", "tokenizer"] = section.tokenizer.removeprefix("char:")
+    if is_new and start not in ("auto", "latest", "best"):
+        files["checkpoint", "restore_from"] = start
+    return files
+
+
+def _first_json_keys(path: Path) -> set[str]:
+    """Return the keys of the first record of a file of JSON lines; empty if it is none, or cannot be read here."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        return set()
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            line = next((line for line in islice(lines, MAX_BLANK_LINES) if line.strip()), b"")
+        record = json.loads(line)
+    except (OSError, EOFError, ValueError):
+        # Damaged files are the stage's to judge, as preprocess.on_error says.
+        return set()
+    return set(record) if isinstance(record, dict) else set()
 
 
 def _finished_stages(root: Path) -> frozenset[str]:

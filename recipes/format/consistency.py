@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from amlaunch.recipes.format.placeholders import has_placeholder
 from amlaunch.recipes.format.schema import (
@@ -103,7 +103,7 @@ def _check_not_negative(value: Any, path: KeyPath, checker: Checker) -> None:
         checker.problem(path, f"expected a number of at least 0, got {value}")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -9,7 +9,10 @@ SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 COUNT_TEXT = "a count such as 500M or 1.5B"
 POSITIVE_COUNT_TEXT = f"{COUNT_TEXT}, at least 1"
 TIME_TEXT = "a time such as 90 (minutes), 04:00:00 or 1-12:00:00"
-MEMORY_TEXT = "memory such as 64G or 900M (an integer with K, M, G or T; 0 is all of a node)"
+MIN_MEMORY_KB = 16 << 10
+"""Python alone needs more; ``4`` is 4M to Slurm, where 4G is meant."""
+MEMORY_TEXT = "memory such as 64G or 900M (an integer with K, M, G or T, at least 16M; 0 is all of a node)"
+KB_PER_UNIT = {"K": 1, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}
 TIME_FORMS = (
     r"(?P<minutes>\d+)(:(?P<seconds>[0-5]?\d))?",
     r"(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)",
@@ -74,6 +77,9 @@ def parse_memory(value: Any) -> str:
     """
     text = "" if isinstance(value, bool) else str(value).strip().upper()
     if not re.fullmatch(r"[0-9]{1,15}[KMGT]?", text):
+        raise ValueError(MEMORY_TEXT)
+    unit = text[-1] if text[-1] in KB_PER_UNIT else ""
+    if 0 < int(text.removesuffix(unit)) * KB_PER_UNIT[unit or "M"] < MIN_MEMORY_KB:
         raise ValueError(MEMORY_TEXT)
     return text
 
