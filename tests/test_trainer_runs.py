@@ -546,3 +546,50 @@ def test_a_rank_says_bad_input_in_one_line(tmp_path: Path) -> None:
     assert codes == [BAD_INPUT] * 2
     assert output.count("error: ") == 1 and "did you mean 'n_embd'?" in output
     assert "Traceback" not in output
+
+
+OWN_CODE = """
+import torch
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield {"input_ids": [0], "labels": [1]}
+
+class Short(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"n_positions": 4})()
+        self.wpe = torch.nn.Embedding(4, 97)
+
+    def forward(self, x):
+        return self.wpe(torch.arange(x.shape[1])).expand(len(x), -1, -1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "target", "expected"),
+    [
+        ("dataset", "own.py:Stream", "dataset: Stream can only be iterated over. Give it __len__ and __getitem__"),
+        ("model", "own.py:Short", "dataset: samples of 16 positions exceed the model's context of 4."),
+    ],
+)
+def test_what_an_own_data_set_or_model_cannot_do_is_said_at_the_start(
+    section: str, target: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {**recipe(tmp_path, validation_dataset=None), section: {"_target_": target}}
+    run = Run(tmp_path / "run", tree)
+    (run.folder / "own.py").write_text(OWN_CODE)
+    assert run.train_inline() == BAD_INPUT
+    assert expected in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_without_a_network_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = {"_target_": "transformers.AutoModelForCausalLM.from_pretrained"}
+    tree = {**recipe(tmp_path), "model": {**model, "pretrained_model_name_or_path": "some/absent-model"}}
+    assert Run(tmp_path / "run", tree).train_inline() == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "some/absent-model" in error and "Download it where there is a network" in error
+    assert len([line for line in error.splitlines() if "error:" in line or "absent" in line]) == 1

@@ -460,9 +460,17 @@ def build(node: Mapping[str, Any], policy: TargetPolicy, *args: Any, **extra: An
     try:
         return target(*args, **keywords, **extra)
     except Exception as error:
+        # On one line, because a status shows the first line of a reason.
+        text = " ".join(str(error).split())
+        if name.startswith("transformers.") and isinstance(error, OSError) and error.errno is None:
+            source = next((f" {value}" for value in (*args, *keywords.values()) if isinstance(value, str)), "")
+            raise BadInput(
+                f"{name}{source}: {text} Download it where there is a network (hf download{source}), "
+                "or name a local folder"
+            ) from error
         if not _is_about_input(error):
             raise
-        raise BadInput(f"{name}: {error}") from error
+        raise BadInput(f"{name}: {text}") from error
 
 
 def _is_about_input(error: Exception) -> bool:

@@ -27,7 +27,13 @@ from amlaunch.trainer.loop.training_loop import train
 from amlaunch.trainer.loop.training_state import TrainingState
 from amlaunch.trainer.metrics.profiling import Profiler
 from amlaunch.trainer.metrics.writers import Metrics, open_tensorboard, open_wandb, peak_flops, summarise_metrics
-from amlaunch.trainer.models.base import flops_per_token, parameter_count, supports_deferred_init, vocab_rows
+from amlaunch.trainer.models.base import (
+    context_length,
+    flops_per_token,
+    parameter_count,
+    supports_deferred_init,
+    vocab_rows,
+)
 from amlaunch.trainer.models.document_masks import keep_documents_apart
 from amlaunch.trainer.optim.optimizers import LearningRateSchedule, build_optimizers
 from amlaunch.trainer.parallel.world import World, compute_dtype, dump_flight_record, join_world, parallelize, unwrap
@@ -104,6 +110,8 @@ def set_up(options: Options, stop: StopFlag, world: World, watch: HangWatch, cle
     stop.file, stop.polls_file = options.element.stop, world.is_main
 
     bare_model = build_model(recipe, policy, empty=True)
+    if not recipe.packed_sequence.packed_sequence_size:
+        check_context(bare_model, sample_length(train_set))
     apply_fast_paths(bare_model, recipe, world)
     attention_order = attention_kernels.backend_order(recipe.sdpa_method, world.device)
     cleanup.enter_context(attention_kernels.prefer_backends(attention_order, world.device))
@@ -190,7 +198,25 @@ def build_dataset(node: dict[str, Any], recipe: Recipe, policy: TargetPolicy, da
     extra: dict[str, Any] = {}
     if data is not None and accepted is not None and "data_dir" in accepted.parameters and "data_dir" not in node:
         extra["data_dir"] = str(data)
-    return pack_dataset(build(node, policy, **extra), recipe.packed_sequence.packed_sequence_size)
+    dataset = build(node, policy, **extra)
+    by_number = hasattr(dataset, "batch") or hasattr(dataset, "__getitem__")
+    # torch's IterableDataset has a __getitem__ that raises, and may have a length.
+    if not hasattr(dataset, "__len__") or not by_number or isinstance(dataset, torch.utils.data.IterableDataset):
+        raise BadInput(
+            f"dataset: {type(dataset).__name__} can only be iterated over. Give it __len__ and __getitem__, because "
+            "a run finds any step's samples by number, or write its texts to shards with preprocess.source"
+        )
+    return pack_dataset(dataset, recipe.packed_sequence.packed_sequence_size)
+
+
+def check_context(model: torch.nn.Module, length: int) -> None:
+    """Raise BadInput if samples of ``length`` positions exceed the model's context, as far as it is known."""
+    context = context_length(model)
+    if context is not None and context < length:
+        raise BadInput(
+            f"dataset: samples of {length} positions exceed the model's context of {context}. Lower dataset.seq_len, "
+            "or build a model with a longer context"
+        )
 
 
 def check_sequence_split(length: int, recipe: Recipe) -> None:

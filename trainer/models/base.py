@@ -135,7 +135,7 @@ def vocab_rows(model: nn.Module) -> int | None:
 
 def context_length(model: nn.Module) -> int | None:
     """Return the maximum number of positions that the model accepts; None if unknown."""
-    return config_value(model, "context", "max_position_embeddings", "n_positions")
+    return config_value(model, "context", "max_position_embeddings", "n_positions", "block_size", "max_seq_len")
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
