@@ -36,7 +36,7 @@ def sum_gradients_on_cpu(model: nn.Module) -> None:
     """Let FSDP2 sum gradients over the ranks and divide afterwards, instead of asking gloo for averages.
 
     Gloo of torch 2.8 returns the sum where FSDP2 asks for the average, in all dtypes but float64. Sums are right with
-    every version. Delete at 2.9.
+    every version, so all of them take this path. Delete at 2.9.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
