@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_trainer_runs import TIGHT, make, on_cpu, same_bits, same_weights, weights
+from test_trainer_runs import OWN_MODEL, TIGHT, make, on_cpu, same_bits, same_weights, weights
 from trainer_runs import Run, killed_at, recipe
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput
 from amlaunch.recipes.format.loader import load
-from amlaunch.trainer.checkpoints import checkpoint
+from amlaunch.trainer.checkpoints import checkpoint, saver
 from amlaunch.trainer.checkpoints.saver import expired_checkpoints
 from amlaunch.trainer.loop.job import build_model
 
@@ -393,6 +393,101 @@ def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(
     assert "cannot write the checkpoint of step 8" in errors and "Traceback" not in output + errors
     assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == ["step-00000002"]
     assert run.train_inline() == OK and steps_of(run) == [6, 8]
+
+
+def without_safetensors_options() -> None:
+    """Take from torch the options of its safetensors writer, as before 2.8."""
+
+    class Writer:
+        def __init__(self, path: str):
+            pass
+
+    dcp.HuggingFaceStorageWriter = Writer
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_format_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path, ranks: int) -> None:
+    run = make(tmp_path, checkpoint={"model_save_format": "safetensors"})
+    run.start(ranks, prepare=dict.fromkeys(range(ranks), without_safetensors_options))
+    codes, output = run.wait()
+    assert codes == [BAD_INPUT] * ranks, output
+    assert output.count("set it to torch_save") == 1 and "Traceback" not in output and run.lines() == []
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+def unable_to_list_files(error: Exception) -> None:
+    """Let this rank fail after it has written its files."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    saver._entries_of_rank = fail
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_fails_for_good_on_one_rank_ends_the_run_at_once(tmp_path: Path, asynchronous: bool) -> None:
+    steps = {"max_steps": 40, "ckpt_every_steps": 2, "val_every_steps": None}
+    run = make(tmp_path, step_scheduler=steps, checkpoint={"is_async": asynchronous})
+    run.start(2, prepare={1: functools.partial(unable_to_list_files, TypeError("an unexpected keyword"))})
+    codes, output = run.wait()
+    assert codes == [BAD_INPUT] * 2, output
+    assert "cannot write the checkpoint of step 2 (rank 1: TypeError: an unexpected keyword)" in output
+    assert output.count("every later save would fail") == 1 and "training continues" not in output
+    assert asynchronous or run.column("step")[-1] == 2
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a peer is gone")])
+def test_a_save_that_fails_and_may_succeed_later_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2}, validation_dataset=None)
+    real = saver._entries_of_rank
+
+    def fail_once(folder: Path, rank: int) -> Any:
+        if folder.name.startswith("step-00000002"):
+            raise error
+        return real(folder, rank)
+
+    monkeypatch.setattr(saver, "_entries_of_rank", fail_once)
+    assert run.train_inline("--checkpoint.is_async", "false") == OK
+    assert "cannot write the checkpoint of step 2" in capsys.readouterr().out and steps_of(run) == [4, 6]
+
+
+EXPORT = """
+    def hf_export(self, tensors, vocab_size):
+        if self.fails == "for good":
+            raise AttributeError("no such layer")
+        raise OSError(28, "No space left on device")
+"""
+
+
+@pytest.mark.parametrize("fails", ["for good", "for now"])
+def test_a_failed_consolidation_loses_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: str
+) -> None:
+    tree = recipe(tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2}, validation_dataset=None)
+    tree["model"] = {"_target_": "own.py:Own", "vocab": 97, "fails": fails}
+    tree["checkpoint"] = {"save_consolidated": True, "is_async": False}
+    run = Run(tmp_path / "own", tree)
+    model = OWN_MODEL.replace("token: str", "fails: str").replace(
+        "__init__()", "__init__()\n        self.fails = fails"
+    )
+    (run.folder / "own.py").write_text(model + EXPORT)
+    code = run.train_inline()
+    output, errors = capsys.readouterr()
+    assert "Traceback" not in output + errors
+    if fails == "for good":
+        assert code == BAD_INPUT and run.column("step")[-1:] == [2], errors
+        assert "no such layer" in errors and "checkpoint.save_consolidated: false" in errors
+    else:
+        assert code == FAILED and run.column("step")[-1] == 6, errors
+        assert "No space left on device" in output and "step 2 is saved, but not its consolidated folder" in output
+        assert "step 6 is saved, but not its consolidated folder" in errors
+    newest = checkpoint.select_checkpoint(run.checkpoints)
+    assert newest.step == run.column("step")[-1] and not list(newest.folder.glob("*consolidated*"))
+    assert run.train_inline("--checkpoint.save_consolidated", "false") == OK
+    assert steps_of(run)[-1] == 6 and len(run.column("step")) == 6, "it went on from there"
 
 
 def as_nobody() -> None:

@@ -33,11 +33,15 @@ def write_folder(out: Path, model: Any, vocab: int, dtype: str, weights: dict[st
     temp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    _fill(temp, model, vocab, dtype, weights)
-    for path in temp.iterdir():
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-    fsync_folder(temp)
+    try:
+        _fill(temp, model, vocab, dtype, weights)
+        for path in temp.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        fsync_folder(temp)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
 
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -68,10 +72,10 @@ def _fill(folder: Path, model: Any, vocab: int, dtype: str, weights: dict[str, A
             f"writing only {WEIGHTS}, with the model's own tensor names",
             flush=True,
         )
-        _save_tensors(folder, tensors)
+        save_tensors(folder, tensors)
         return
     config, tensors = model.hf_export(tensors, vocab)
-    _save_tensors(folder, tensors)
+    save_tensors(folder, tensors)
     write_json(folder / "config.json", {**config, "torch_dtype": dtype})
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
@@ -84,7 +88,8 @@ def cpu_state(model: Any) -> dict[str, Any]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items() if first_names[id(tensor)] == name}
 
 
-def _save_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+def save_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+    """Write ``tensors`` into ``folder`` as one safetensors file."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

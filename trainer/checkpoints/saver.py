@@ -50,9 +50,11 @@ from amlaunch.trainer.checkpoints.checkpoint import (
     describe_error,
     list_by_validation_loss,
     list_checkpoints,
+    may_pass,
     step_of,
     training_state_dict,
 )
+from amlaunch.trainer.checkpoints.hf_folder import save_tensors
 from amlaunch.trainer.checkpoints.host_copy import HostCopy, set_thread_device
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.torch_features import safetensors_writer
@@ -73,6 +75,11 @@ LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class SaveFailed(Exception):
     """A checkpoint could not be written; raised on all ranks."""
 
+    def __init__(self, message: str, recurs: bool):
+        super().__init__(message)
+        self.recurs = recurs
+        """True if the next save will fail for the same reason (:func:`may_pass`)."""
+
 
 @dataclass(frozen=True)
 class SaveOutcome:
@@ -85,6 +92,11 @@ class SaveOutcome:
     blocked_seconds: float
     """Time during which the loop stood still."""
     error: str | None = None
+    """Why the checkpoint, or only its consolidated folder, could not be written."""
+    recurs: bool = False
+    """True if the next save will fail for the same reason."""
+    is_saved: bool = True
+    """True if training can resume from this checkpoint; it may still lack its consolidated folder."""
 
 
 class Saver:
@@ -116,6 +128,7 @@ class Saver:
         if problem:
             raise BadInput(f"{root}: {problem}")
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self._try_format()
 
     def _open(self) -> str | None:
         """Create and lock the folder and delete leftovers of interrupted saves; return the problem, if any."""
@@ -133,6 +146,27 @@ class Saver:
         except OSError as error:
             return f"checkpoints cannot be written here ({error.strerror}). {advice}"
         return None
+
+    def _try_format(self) -> None:
+        """Write one number per rank in the recipe's format. Raises BadInput on all ranks if that cannot work."""
+        temp = self.root / "step-trial.tmp"
+        tensors = {f"rank{self._world.rank}": torch.zeros(1)}
+        try:
+            self._on_main(lambda: _recreate(temp))
+            self._write_state(temp, {"model": tensors, "optimizer": tensors})
+            if self._section.save_consolidated:
+                self._on_main(lambda: save_tensors(temp, tensors))
+        except BadInput:
+            raise
+        except (Exception, dcp.CheckpointException) as error:
+            problem = str(error) if isinstance(error, SaveFailed) else describe_error(error)
+            raise BadInput(
+                f"{self.root}: checkpoints cannot be written here: {problem}. Fix the cause, set "
+                "checkpoint.model_save_format: torch_save with save_consolidated: false, or use another folder"
+            ) from error
+        finally:
+            if self._world.is_main:
+                shutil.rmtree(temp, ignore_errors=True)
 
     def reserve(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Allocate the memory for a copy of the state in the background."""
@@ -169,7 +203,7 @@ class Saver:
             return None
         self.last_outcome = replace(self._outcome, blocked_seconds=self._blocked_seconds)
         self._outcome = None
-        if self.last_outcome.error is None:
+        if self.last_outcome.is_saved:
             self.saved_step = self.last_outcome.step
         return self.last_outcome
 
@@ -203,35 +237,48 @@ class Saver:
     def _run(self, step: int, state: dict[str, Any], meta: dict[str, Any], started: float) -> None:
         set_thread_device(self._world.device)
         temp = self.root / f"step-{step:08d}.tmp"
-        message = None
+        failure, is_saved = None, False
         try:
-            self._write(temp, state, meta)
+            failure = self._write(temp, state, meta)
+            is_saved = True
         except SaveFailed as error:
-            message = str(error)
+            failure = error
         except dcp.CheckpointException as error:
-            message = describe_error(error)
+            failure = SaveFailed(describe_error(error), not may_pass(error))
         except BaseException as error:
             # for example, the other ranks are gone; their silence soon ends the training, too
-            message = f"rank {self._world.rank}: {describe_error(error)}"
-        if message is not None and self._world.is_main:
+            failure = SaveFailed(f"rank {self._world.rank}: {describe_error(error)}", not may_pass(error))
+        if not is_saved and self._world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
-        seconds = time.perf_counter() - started
-        self._outcome = SaveOutcome(step, checkpoint_folder(self.root, step), seconds, 0.0, message)
+        outcome = SaveOutcome(step, checkpoint_folder(self.root, step), time.perf_counter() - started, 0.0)
+        if failure is not None:
+            outcome = replace(outcome, error=str(failure), recurs=failure.recurs, is_saved=is_saved)
+        self._outcome = outcome
 
-    def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _write(self, temp: Path, state: dict[str, Any], meta: dict[str, Any]) -> SaveFailed | None:
+        """Write and publish a checkpoint; return why it lacks the consolidated folder, if it does."""
         self._host_copy.wait()
         self._on_main(lambda: _recreate(temp))
+        self._write_state(temp, state)
+        failure = None
+        if self._section.save_consolidated:
+            try:
+                self._on_main(lambda: self._consolidate(StoredCheckpoint(temp, meta), temp / CONSOLIDATED))
+            except SaveFailed as error:
+                failure = error
+
+        entries_of_ranks = self._on_all_ranks(lambda: self._manifest_entries(temp, meta))
+        manifest = {name: entry for entries in entries_of_ranks for name, entry in entries.items()}
+        self._on_main(lambda: self._publish(temp, int(meta["step"]), manifest))
+        return failure
+
+    def _write_state(self, temp: Path, state: dict[str, Any]) -> None:
+        """Write model and optimizer in the recipe's format."""
         if self._section.model_save_format == SAFETENSORS:
             writer = safetensors_writer(temp / MODEL)
             dcp.save(state["model"], storage_writer=writer, process_group=self._group)
             state = {"optimizer": state["optimizer"]}
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temp), process_group=self._group)
-        if self._section.save_consolidated:
-            self._on_main(lambda: self._consolidate(StoredCheckpoint(temp, meta), temp / CONSOLIDATED))
-
-        entries_of_ranks = self._on_all_ranks(lambda: self._manifest_entries(temp, meta))
-        manifest = {name: entry for entries in entries_of_ranks for name, entry in entries.items()}
-        self._on_main(lambda: self._publish(temp, int(meta["step"]), manifest))
 
     def _manifest_entries(self, temp: Path, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Return this rank's manifest entries; rank 0 first writes the files that hold no tensors."""
@@ -247,15 +294,15 @@ class Saver:
     def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` on every rank and return all results. Raises SaveFailed on all ranks if one fails."""
         try:
-            result: tuple[T | None, str | None] = (work(), None)
+            result: tuple[T | None, str | None, bool] = (work(), None, False)
         except Exception as error:
-            result = (None, describe_error(error))
+            result = (None, describe_error(error), not may_pass(error))
         results: list[Any] = [None] * self._world.size
         dist.all_gather_object(results, result, group=self._group)
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
+        errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(results) if error]
         if errors:
-            raise SaveFailed("; ".join(errors))
-        return [value for value, _ in results]
+            raise SaveFailed("; ".join(errors), any(recurs for _, _, recurs in results))
+        return [value for value, _, _ in results]
 
     def _publish(self, temp: Path, step: int, manifest: dict[str, Any]) -> None:
         """Turn ``temp`` into a checkpoint with one atomic rename, update the pointers, and delete expired ones."""

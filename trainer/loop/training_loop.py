@@ -8,7 +8,7 @@ import torch
 
 from amlaunch.recipes.errors import RESUMABLE
 from amlaunch.trainer.data.batches import Batch
-from amlaunch.trainer.loop.checkpointing import finish_saving, poll_save, start_save
+from amlaunch.trainer.loop.checkpointing import finish_saving, poll_save, saves_fail, start_save
 from amlaunch.trainer.loop.forward_backward import forward_backward
 from amlaunch.trainer.loop.step_report import report_all_steps, report_oldest_step
 from amlaunch.trainer.loop.training_state import PendingStep, TrainingState
@@ -61,13 +61,14 @@ def take_steps(state: TrainingState, collector: StepGarbageCollector) -> int:
 
 
 def next_batch(state: TrainingState) -> Batch | None:
-    """Return this rank's part of the next step; None on all ranks if any rank was asked to stop."""
+    """Return this rank's part of the next step; None on all ranks if any of them must stop, or cannot save."""
     next_step = state.step + 1
     state.watch.set_activity(f"waiting for the data of step {next_step}")
     with state.timer.measure("data"):
         batch = state.batches.next(lambda: state.stop.requested(poll=True))
     state.watch.set_activity(f"waiting for the other ranks before step {next_step}", waits_for_ranks=True)
-    return None if state.world.any(batch is None or state.stop.requested()) else batch
+    must_stop = batch is None or state.stop.requested() or saves_fail(state)
+    return None if state.world.any(must_stop) else batch
 
 
 def take_step(state: TrainingState, batch: Batch) -> PendingStep:
