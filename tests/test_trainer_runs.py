@@ -6,15 +6,17 @@ Runs on one rank happen in this process, the others are real processes.
 from __future__ import annotations
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from trainer_runs import MODEL, SEQ_LEN, Run, recipe
+from trainer_runs import MODEL, SEQ_LEN, Run, recipe, write_tokens
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE
+from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import load
 from amlaunch.recipes.format.targets import TargetPolicy
 from amlaunch.trainer.checkpoints import checkpoint
@@ -593,3 +595,18 @@ def test_a_model_of_the_hub_without_a_network_is_one_clear_line(
     error = capsys.readouterr().err
     assert "some/absent-model" in error and "Download it where there is a network" in error
     assert len([line for line in error.splitlines() if "error:" in line or "absent" in line]) == 1
+
+
+def test_generate_finds_the_tokenizer_beside_the_shards(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_tokens(data / "train-00000-00000.bin", 500)
+    byte = {"name": "byte", "n_vocab": 257, "bos": 256, "eot": 256, "fingerprint": "1c31626f568a075d"}
+    splits = {"train": [{"file": "train-00000-00000.bin", "tokens": 500}], "val": []}
+    write_json(data / "manifest.json", {"version": 1, "splits": splits, "tokenizer": byte})
+    own = {"dataset": {"file_pattern": f"{data}/*.bin"}, "model": {"vocab_size": 257}}
+    run = make(tmp_path, step_scheduler={"max_steps": 1}, validation_dataset=None, **own)
+    assert run.train_inline() == OK
+    command = run.arguments("amlaunch.trainer.tools.generate", "--prompt", "to be", "--export.max_new_tokens", "3")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == OK and result.stdout.startswith("to be"), result.stderr

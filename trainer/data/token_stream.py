@@ -90,6 +90,16 @@ def folder_manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("splits"), dict) else {}
 
 
+def shards_folder(section: dict[str, Any]) -> Path | None:
+    """Return the folder of a data set's ``file_pattern`` that has our manifest; None if there is none."""
+    patterns = section.get("file_pattern") or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))[:1]:
+            if folder_manifest(Path(name).parent):
+                return Path(name).parent
+    return None
+
+
 def _open_shard(path: Path, layout: str) -> Shard:
     # Opened before stat(), because opening reports a broken link clearly.
     tokens = _open_raw(path) if layout == "raw" else open_tokens(path)
