@@ -17,18 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch.containers.images.reference import Reference
+from amlaunch.containers.runtimes import enroot
 from amlaunch.containers.runtimes.docker import local_tag
-from amlaunch.containers.runtimes.enroot import container_name
 
 UNKNOWN_SIZE_FLOOR = 10**9
 """Bytes that must be free for an image whose size no registry gave."""
 INFO_TIMEOUT_SECONDS = 60
-STORAGE_VARIABLES = {"enroot": ("ENROOT_DATA_PATH", "ENROOT_TEMP_PATH"), "charliecloud": ("CH_IMAGE_STORAGE",)}
-"""Variables that name the folders in which a runtime unpacks images.
-
-Folders that only a site's configuration names are not checked: ``enroot.conf`` is a shell script, and pyxis reads it
-with its own environment.
-"""
 ENGINES = ("docker", "podman", "buildah")
 """Tools with their own image storage, whose folder they report."""
 
@@ -145,7 +139,10 @@ def _node_folders(runtime: str, image: Reference, environ: Mapping[str, str]) ->
         root = storage_root(runtime)
         return [root] if root else []
 
-    folders = [Path(environ[name]) for name in STORAGE_VARIABLES.get(runtime, ()) if environ.get(name)]
-    if runtime == "enroot" and any((folder / container_name(image)).is_dir() for folder in folders):
-        return []
-    return folders
+    if runtime == "enroot":
+        folders = enroot.folders(environ)
+        marker = Path(enroot.container_name(image), enroot.COMPLETE_MARKER)
+        return [] if any((folder / marker).exists() for folder in folders) else folders
+    # pyxis runs enroot with an environment of its own, which only the node's slurmd knows.
+    storage = environ.get("CH_IMAGE_STORAGE") if runtime == "charliecloud" else None
+    return [Path(storage)] if storage else []

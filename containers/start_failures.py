@@ -14,15 +14,19 @@ from amlaunch.containers.images import credentials
 from amlaunch.containers.images.reference import BadReference, parse
 
 RUNTIME_LINE = re.compile(
-    r"^(slurmstepd: error: (pyxis|container|.*runc)|pyxis: |srun: error: .*(pyxis|execve)|docker: |Error: |"
+    r"^(slurmstepd(-\S+)?: error: (pyxis|container|execve|.*runc)|pyxis: |"
+    r"srun: error: .*(pyxis|execve)|docker: |Error: |"
     r"Error response from daemon|FATAL: |ERROR: |ch-run\[|ch-image|\[ERROR\]|curl: |"
     r"enroot|OCI runtime|runc|crun: |time=\S+ level=(error|fatal)|container_linux|standard_init|exec \S+: |"
     r"unable to upgrade|nvidia-container-cli|Trying to pull|Emulate Docker|Unable to find image|"
-    r"slurmstepd: error: execve|mksquashfs|unsquashfs|fuse|cannot |Cannot connect to the Docker daemon|"
+    r"mksquashfs|unsquashfs|FATAL ERROR: |mkdir: |fuse|cannot |Cannot connect to the Docker daemon|"
     r"failed to connect to the docker API|(Got )?permission denied while trying to connect to the [dD]ocker|"
     r"newuidmap|sh: |open \S*/docker-import-)"
 )
 """Start of a line that a container runtime writes, or Slurm about one."""
+
+SLURM_LINE = re.compile(r"^(slurmstepd(-\S+)?|srun): ")
+"""Start of a line that Slurm writes about a step; older versions put no node's name into it."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,28 @@ FAILURES = (
         advice="to log in, {credentials}",
     ),
     StartFailure(
+        "damaged image",
+        r"filesystem corruption|file system corruption|failed to read/uncompress|valid squashfs superblock|"
+        r"read on filesystem failed|uncompress failed|invalid image format",
+        restart=False,
+        avoid_host=False,
+        advice="the image file is damaged or incomplete; make it again with amlaunch image import",
+    ),
+    StartFailure(
         "no such image",
         r"manifest unknown|manifest for .* not found|name unknown|\b404\b|no such image|image not known|"
         r"unable to find image|not find .*image|can't stat|could not open image|not a valid image|"
-        r"invalid image format|no such file or directory: \S+\.sqsh|\.sqsh\S* no such file",
+        r"no such file or directory: \S+\.sqsh|\.sqsh\S* no such file",
         restart=False,
         avoid_host=False,
         advice="check the name and the tag (container.image); try the image alone with amlaunch image check IMAGE",
+    ),
+    StartFailure(
+        "no folder for the image",
+        r"mkdir: cannot create directory",
+        restart=True,
+        avoid_host=True,
+        advice="the runtime cannot create one of its folders on that node: {space}",
     ),
     StartFailure(
         "driver too old",
@@ -200,11 +219,27 @@ FAILURES = (
         avoid_host=True,
         advice="the program is not on that node; choose another runtime (container.runtime, or the profile's)",
     ),
+    StartFailure(
+        "container ended at its start",
+        r"pyxis: container exited too soon",
+        restart=True,
+        avoid_host=True,
+        advice=(
+            "a hook of enroot on that node, or the image's entrypoint (entrypoint: true), ended it; "
+            "the lines after this one in the log name the cause"
+        ),
+    ),
 )
 """Kinds of failures, in the order of the search."""
 UNKNOWN_FAILURE = StartFailure(
     "container failed to start", "", restart=True, avoid_host=False, advice="see the last lines of the log"
 )
+
+
+def has_own_output(text: str) -> bool:
+    """Return True if a log has a line that neither the runtime nor Slurm wrote: the command in the container began."""
+    lines = (line.strip() for line in text.splitlines())
+    return any(line and not RUNTIME_LINE.match(line) and not SLURM_LINE.match(line) for line in lines)
 
 
 def failure_of(text: str) -> tuple[StartFailure, str] | None:

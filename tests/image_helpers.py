@@ -293,3 +293,59 @@ def make_certificate(folder: Path) -> Path:
         capture_output=True,
     )
     return folder / "certificate"
+
+
+ENROOT = """#!/bin/bash
+set -euo pipefail
+if [ -e {conf} ]; then
+    while read -r key value; do export "$key=${{!key:-$(eval echo "$value")}}"; done <{conf}
+fi
+home=${{HOME:-$(echo ~)}}
+export ENROOT_LIBRARY_PATH=${{ENROOT_LIBRARY_PATH:-{library}}}
+export ENROOT_DATA_PATH=${{ENROOT_DATA_PATH:-$home/.local/share/enroot}}
+export ENROOT_CACHE_PATH=${{ENROOT_CACHE_PATH:-$home/.cache/enroot}}
+export ENROOT_RUNTIME_PATH=${{ENROOT_RUNTIME_PATH:-${{XDG_RUNTIME_DIR:-/run}}/enroot}}
+export ENROOT_TEMP_PATH=${{ENROOT_TEMP_PATH:-${{TMPDIR:-/tmp}}}}
+mkdir -p "$ENROOT_CACHE_PATH" "$ENROOT_DATA_PATH" "$ENROOT_RUNTIME_PATH"
+. "$ENROOT_LIBRARY_PATH/common.sh"
+command=$1; shift
+case $command in
+list) ls -1 "$ENROOT_DATA_PATH" ;;
+import) echo "$2" >>{folder}/imports; cp {folder}/image.sqsh "$2" ;;
+create)
+    unsquashfs -s "$4" >/dev/null 2>&1 || {{ echo "[ERROR] Invalid image format: $4" >&2; exit 1; }}
+    unsquashfs -no-progress -d "$ENROOT_DATA_PATH/$3" "$4" ;;
+remove) rm -r "$ENROOT_DATA_PATH/$2" ;;
+start)
+    while [ "${{1#-}}" != "$1" ]; do
+        case $1 in --rc) rc=$2; shift 2 ;; --env|--mount) shift 2 ;; *) shift ;; esac
+    done
+    shift
+    for fd in $(ls /proc/$$/fd); do
+        [ "$fd" -le 2 ] || [ "$fd" = 255 ] || eval "exec $fd>&-"
+    done
+    cp -Lp "$rc" {folder}/rc
+    exec sh {folder}/rc "$@" ;;
+esac
+"""
+"""A stand-in with the parts of enroot that amlaunch relies on, where enroot itself is not packaged.
+
+github.com/NVIDIA/enroot: enroot.in (config::init, config::export, then mkdir, then common.sh), src/runtime.sh
+(runtime::list, runtime::create, runtime::_do_rc), bin/enroot-nsenter.c (closefrom before the rc file is copied).
+"""
+
+
+def write_enroot(folder: Path, conf: str = "") -> Path:
+    """Put the stand-in into ``folder``, with its enroot.conf and an image that its registry has; return the image."""
+    (folder / "library").mkdir(parents=True)
+    (folder / "library" / "common.sh").touch()
+    (folder / "enroot.conf").write_text(conf)
+    (folder / "rootfs").mkdir()
+    # Compressible: squashfs stores other blocks as they are, and does not notice damage there.
+    (folder / "rootfs" / "content").write_text(" ".join(map(str, range(100_000))))
+    image = folder / "image.sqsh"
+    subprocess.run(["mksquashfs", folder / "rootfs", image, "-quiet", "-no-progress"], check=True, capture_output=True)
+    program = folder / "enroot"
+    program.write_text(ENROOT.format(folder=folder, conf=folder / "enroot.conf", library=folder / "library"))
+    program.chmod(0o755)
+    return image

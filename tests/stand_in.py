@@ -5,6 +5,7 @@ Usage: python -m stand_in --element DIR [--do ACTION] [--rank R]
 ``--rank`` selects the rank that performs the action (default: all): ok, fail, bad (input), sleep, linger, hang;
 ``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and continues where it stopped;
 ``port`` reports once that its port is taken; ``say`` prints ``--words`` and fails on the host ``--on`` (any);
+``unpack`` is a runtime that has not started the rank when it is told to stop, and fails;
 ``eat`` takes memory until it is killed. ``--print NAME`` prints a variable; ``--touch PATH`` tries to create a file.
 """
 
@@ -41,6 +42,12 @@ def main() -> int:
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: signals.append(number))
+    if options.do == "unpack":
+        print("pyxis: importing docker image: nvcr.io#nvidia/pytorch:26.06-py3", flush=True)
+        while not signals:
+            time.sleep(0.02)
+        print("slurmstepd-node-1: error: pyxis: child 12 terminated with signal 10")
+        return 1
     size = os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"]
     print(
         f"rank {rank} of {size} on {platform.node()} in {os.getcwd()} threads {os.environ['OMP_NUM_THREADS']}",

@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 import pytest
-from image_helpers import need
+from image_helpers import need, write_enroot
 
 from amlaunch.containers.node_setup import check, main, private_folder, verdict_of
 from amlaunch.containers.runtimes import catalog
 from amlaunch.containers.runtimes.catalog import CannotLaunch, ContainerSpec, Mount, parse
+from amlaunch.containers.runtimes.enroot import COMPLETE_MARKER, SCRIPTS, container_name, folders
 from amlaunch.containers.runtimes.environment import (
     RUNTIME_VARIABLES,
     library_variables,
@@ -30,7 +31,7 @@ from amlaunch.containers.runtimes.environment import (
     runtime_variables,
     with_restored_names,
 )
-from amlaunch.containers.start_failures import FAILURES, failure_of
+from amlaunch.containers.start_failures import FAILURES, failure_of, has_own_output
 
 ROOT = Path(__file__).resolve().parent.parent
 NGC = parse("nvcr.io/nvidia/pytorch:25.08-py3")
@@ -177,7 +178,7 @@ def test_enroot():
     bash, flag, script, name, *words = found.argv
     assert (bash, flag, name) == ("bash", "-c", "bash")
     assert script == (
-        "exec enroot start --rw --rc <(echo 'exec \"$@\"') "
+        "exec enroot start --rw "
         '${CUDA_VISIBLE_DEVICES+--env CUDA_VISIBLE_DEVICES} ${SLURM_PROCID+--env SLURM_PROCID} "$@"'
     )
     container = words.index(
@@ -196,11 +197,71 @@ def test_enroot():
         "MY_TOKEN",
         "--env",
         "NCCL_DEBUG",
+        "--rc",
+        str(SCRIPTS / "exec.sh"),
     ]
     assert words[container + 1 :] == ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", "/work", *INSIDE]
     ((*_, unpacked, uri),) = found.prepare
     assert (unpacked, uri) == (words[container], "docker://nvcr.io#nvidia/pytorch:25.08-py3")
-    assert "enroot import --output" in found.prepare[0][2] and "enroot create --force --name" in found.prepare[0][2]
+
+
+@pytest.fixture
+def enroot(tmp_path, monkeypatch) -> Path:
+    """The stand-in's image; its configuration names folders that no variable does, and there is no home."""
+    need("unsquashfs", "mksquashfs")
+    for name in [name for name in os.environ if name.startswith(("ENROOT_", "XDG_"))] + ["TMPDIR"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/proc/no-home")
+    conf = {"DATA": "data/$(id -u)", "TEMP": "temp", "CACHE": "cache", "RUNTIME": "run"}
+    lines = [f"ENROOT_{name}_PATH  {tmp_path}/{folder}\n" for name, folder in conf.items()]
+    found = write_enroot(tmp_path / "bin", "".join(lines))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return found
+
+
+def run_prepare(reference: str) -> subprocess.CompletedProcess[str]:
+    (command,) = catalog.launch("enroot", image(parse(reference)), COMMAND).prepare
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def listed() -> list[str]:
+    return subprocess.run(["enroot", "list"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_enroot_reads_the_start_script_after_it_has_closed_all_descriptors(enroot):
+    found = catalog.launch("enroot", image(workdir=None, env={}), ["echo", "started"])
+    done = subprocess.run(found.argv, capture_output=True, text=True)
+    assert done.stdout == "started\n", done.stderr
+
+
+def test_enroot_unpacks_once_where_its_configuration_says(enroot, tmp_path):
+    reference = "registry.example/team/tiny:1"
+    for _ in range(2):
+        assert run_prepare(reference).returncode == 0
+    name = container_name(parse(reference))
+    assert listed() == [name], "the lock is no container"
+    assert (tmp_path / "bin" / "imports").read_text().startswith(f"{tmp_path}/temp/amlaunch-"), "imported once"
+    assert not list((tmp_path / "temp").iterdir())
+    assert folders(os.environ) == [tmp_path / "data" / str(os.getuid()), tmp_path / "temp"]
+    # Another image: what no job has started for a month goes, and so does what a killed job left.
+    data = tmp_path / "data" / str(os.getuid())
+    (data / "amlaunch-partial").mkdir()
+    (data / "of-the-user").mkdir()
+    os.utime(data / name / COMPLETE_MARKER, (0, 0))
+    assert run_prepare(str(enroot)).returncode == 0
+    assert sorted(listed()) == [container_name(parse(str(enroot))), "of-the-user"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_enroot_leaves_no_partial_container_and_knows_a_damaged_image(enroot, damage):
+    damaged = enroot.with_name("damaged.sqsh")
+    content = enroot.read_bytes()
+    half = len(content) // 2
+    damaged.write_bytes(content[:half] if damage == "cut" else content[:200] + bytes(half) + content[half + 200 :])
+    done = run_prepare(str(damaged))
+    assert done.returncode and not listed()
+    found = failure_of(done.stdout + done.stderr)
+    assert found is not None and found[0].kind == "damaged image" and not found[0].restart
 
 
 @pytest.mark.parametrize("program", ["apptainer", "singularity"])
@@ -241,12 +302,18 @@ def test_apptainer(program):
 def test_who_is_told_to_save_by_the_stop_file_alone():
     """A signal would end what serves an image's files (FUSE), or the container itself (Slurm's own)."""
     sif, folder = parse("/a.sif"), parse("/a/")
-    ignores_signals = {("charliecloud", SQSH, True), ("charliecloud", SQSH, False), ("apptainer", sif, True)}
+    ignores_signals = {
+        ("charliecloud", SQSH, True),
+        ("charliecloud", SQSH, False),
+        ("apptainer", sif, True),
+        # pyxis with use_squashfuse=1, for registries as well.
+        ("pyxis", SQSH, True),
+        ("pyxis", NGC, True),
+    }
     for runtime, of, on_slurm in [
         *ignores_signals,
         ("charliecloud", folder, True),
         ("apptainer", sif, False),
-        ("pyxis", SQSH, True),
         ("enroot", SQSH, True),
         ("podman", folder, True),
         ("docker", NGC, True),
@@ -640,6 +707,13 @@ def test_of_the_host_only_what_libraries_read_enters():
             "no such image",
             False,
         ),
+        (
+            "slurmstepd: error: pyxis:     mkdir: cannot create directory ‘/scratch/42’: Permission denied",
+            "no folder for the image",
+            True,
+        ),
+        ("mkdir: cannot create directory ‘/run/enroot’: Permission denied", "no folder for the image", True),
+        ("slurmstepd: error: pyxis: container exited too soon", "container ended at its start", True),
         ("exec /usr/bin/python3: exec format error", "wrong architecture", False),
         ("ch-run[12]: error: can't bind: destination not found: /images/x/work (ch_core.c:88)", "mount failed", False),
         (
@@ -657,6 +731,9 @@ def test_of_the_host_only_what_libraries_read_enters():
 def test_why_a_container_did_not_start(line, kind, again):
     found = failure_of(f"something else\n{line}\n")
     assert found is not None and found[0].kind == kind and found[0].restart == again and found[1] == line
+    # Slurm may write the node's name into its prefix.
+    named = line.replace("slurmstepd:", "slurmstepd-node-1:")
+    assert failure_of(named) == (found[0], named) and not has_own_output(named)
 
 
 @pytest.mark.parametrize(

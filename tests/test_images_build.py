@@ -400,3 +400,11 @@ def test_what_the_user_vouches_for(tmp_path, monkeypatch, capsys):
         False,
     ]
     assert spelled.python == (3, 12) and spelled.cuda == "13.0"
+
+
+def test_a_failed_check_names_the_cause_and_not_the_last_lines():
+    """Lines of unsquashfs 4.5 on a damaged file, and its summary after them."""
+    cause = "FATAL ERROR: writer: failed to read/uncompress file /data/a/usr/lib/libtorch.so"
+    summary = [f"created {count} files" for count in range(20)]
+    message = str(checker._failure("enroot", "/images/a.sqsh", "\n".join([cause, *summary])))
+    assert message.startswith(f"/images/a.sqsh: damaged image: {cause}. ") and "amlaunch image import" in message

@@ -614,6 +614,8 @@ def test_commands_of_tools_that_are_not_here(tmp_path):
         "ENROOT_SQUASH_OPTIONS": "-comp zstd -Xcompression-level 3 -b 1M -noappend",
         "ENROOT_CACHE_PATH": str(tmp_path / "layers"),
         "ENROOT_TEMP_PATH": str(tmp_path / "tmp"),
+        "ENROOT_DATA_PATH": str(tmp_path / "data"),
+        "ENROOT_RUNTIME_PATH": str(tmp_path / "run"),
     }
     assert image_store.apptainer_build("apptainer", "oci:/there/layout:image", target) == [
         "apptainer",

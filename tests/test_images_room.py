@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from image_helpers import layer, leave_out, need
+from image_helpers import layer, leave_out, need, write_enroot
 
 from amlaunch.containers import disk_space
 from amlaunch.containers.node_setup import check, main
 from amlaunch.containers.runtimes.catalog import parse
-from amlaunch.containers.runtimes.enroot import container_name
+from amlaunch.containers.runtimes.enroot import COMPLETE_MARKER, container_name
 from amlaunch.containers.start_failures import FAILURES, advice, failure_of
 
 SIZE = 4 << 20
@@ -49,6 +49,9 @@ def alone(tmp_path, monkeypatch):
         if name.startswith(("ENROOT_", "APPTAINER_", "SINGULARITY_", "XDG_", "CH_")) or name == "TMPDIR":
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_enroot(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("ENROOT_RUNTIME_PATH", str(tmp_path / "run"))
 
 
 def problem(runtime: str, image: str = IMAGE, size: int | None = SIZE) -> str:
@@ -82,6 +85,8 @@ def test_an_image_that_the_node_has_needs_nothing(disk, monkeypatch):
     monkeypatch.setenv("ENROOT_DATA_PATH", str(small))
     assert problem("enroot")
     (small / container_name(parse(IMAGE))).mkdir()
+    assert problem("enroot"), "a partial container"
+    (small / container_name(parse(IMAGE)) / COMPLETE_MARKER).touch()
     assert not problem("enroot"), "a container that was unpacked is started as it is"
 
 
@@ -128,9 +133,6 @@ def test_an_engine_without_an_answer_is_not_checked(tmp_path, monkeypatch):
 
 def test_a_node_refuses_with_the_folder_and_the_fix(tmp_path, disk, monkeypatch, capsys):
     monkeypatch.setenv("ENROOT_DATA_PATH", str(disk("small", 3)))
-    (tmp_path / "enroot").write_text("#!/bin/sh\n")
-    (tmp_path / "enroot").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     spec = {
         "runtime": "enroot",
         "image": IMAGE,

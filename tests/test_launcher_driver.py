@@ -409,6 +409,17 @@ def test_stop_is_heard_by_an_element_that_is_just_being_started(tmp_path):
     assert ended == [False] and only_state(run, plan).state == State.STOPPED
 
 
+def test_told_to_stop_while_an_image_is_unpacked_is_stopped(tmp_path):
+    run, _ = make_run(tmp_path, ("train", [["--do", "unpack"]], TWO_RANKS))
+    driver = drive(run)
+    logs = [run.element("train", "0").log(1, rank) for rank in range(2)]
+    wait_until(lambda: all(log.exists() and log.stat().st_size for log in logs))
+    driver.send_signal(signal.SIGUSR1)
+    assert driver.communicate()[0].strip() == Outcome.STOPPED
+    end = AttemptHistory.read(run.element("train", "0").attempts).newest_end
+    assert end.restart and "time limit" in end.reason
+
+
 @pytest.mark.slow
 def test_a_driver_that_never_starts_is_a_failure_with_a_reason(tmp_path):
     run, plan = make_run(tmp_path, ("train", [[]], ONE))

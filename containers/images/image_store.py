@@ -222,6 +222,9 @@ def enroot_settings(work: Path, *, insecure: bool = False) -> dict[str, str]:
         "ENROOT_SQUASH_OPTIONS": f"-comp zstd -Xcompression-level {ZSTD_LEVEL} -b {BLOCK_SIZE} -noappend",
         "ENROOT_CACHE_PATH": str(work / "layers"),
         "ENROOT_TEMP_PATH": str(work / "tmp"),
+        # enroot creates these two at each start, even if it needs neither; their defaults may not be writable.
+        "ENROOT_DATA_PATH": str(work / "data"),
+        "ENROOT_RUNTIME_PATH": str(work / "run"),
         **http,
     }
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from amlaunch.containers.images.reference import Reference, for_enroot
 from amlaunch.containers.runtimes.environment import prefixed, with_restored_names
@@ -15,9 +17,9 @@ from amlaunch.containers.runtimes.launch import CannotLaunch, ContainerSpec, Lau
 
 KINDS = ("registry", "sqsh")
 
-NO_ENTRYPOINT = "<(echo 'exec \"$@\"')"
-"""A start script that skips the image's entrypoint, which is its /etc/rc; enroot accepts a pipe (runtime.sh)."""
-COMPLETE_MARKER = "/.amlaunch-whole"
+SCRIPTS = Path(__file__).with_name("enroot_scripts")
+"""Shell scripts as files: enroot closes all other descriptors before it reads the one for ``--rc``, a pipe included."""
+COMPLETE_MARKER = ".amlaunch-whole"
 """A file in a container that was unpacked completely."""
 
 
@@ -61,7 +63,8 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
 
     # enroot sets an unset name to the empty string, and an empty CUDA_VISIBLE_DEVICES hides every GPU.
     passed = "".join(f"${{{name}+--env {name}}} " for name in sorted(set(spec.passed) - set(spec.env)))
-    script = f'exec enroot start --rw {"" if spec.entrypoint else f"--rc {NO_ENTRYPOINT} "}{passed}"$@"'
+    argv += [] if spec.entrypoint else ["--rc", str(SCRIPTS / "exec.sh")]
+    script = f'exec enroot start --rw {passed}"$@"'
     inner = list(with_restored_names(spec.env, command))
     if spec.workdir:
         inner = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", spec.workdir, *inner]
@@ -89,18 +92,16 @@ def _image_state(reference: Reference) -> str:
 
 
 def _prepare(reference: Reference) -> tuple[tuple[str, ...], ...]:
-    """Return the command that imports and unpacks an image unless the node has done so completely.
+    """Return the command that imports and unpacks an image unless the node has done so completely."""
+    return (("bash", str(SCRIPTS / "prepare.sh"), container_name(reference), for_enroot(reference)),)
 
-    It takes a lock, because the data folder may be in a home that all nodes share.
-    """
-    script = (
-        'set -eu; place=${ENROOT_DATA_PATH:-${XDG_DATA_HOME:-$HOME/.local/share}/enroot}; mkdir -p "$place"; '
-        'exec 9>"$place/$1.lock"; flock 9; '
-        f'enroot list | grep -qxF "$1" && enroot start --rc {NO_ENTRYPOINT} "$1" test -e {COMPLETE_MARKER} && exit 0; '
-        "image=$2; "
-        'case $2 in docker://*) image=$(mktemp -u "${ENROOT_TEMP_PATH:-${TMPDIR:-/tmp}}/amlaunch-XXXXXXXX.sqsh"); '
-        'trap \'rm -f "$image"\' EXIT; enroot import --output "$image" "$2" ;; esac; '
-        'enroot create --force --name "$1" "$image"; '
-        f'enroot start --rw --rc {NO_ENTRYPOINT} "$1" touch {COMPLETE_MARKER}'
-    )
-    return (("bash", "-c", script, "bash", container_name(reference), for_enroot(reference)),)
+
+def folders(environ: Mapping[str, str]) -> list[Path]:
+    """Return enroot's folders for containers and for temporary files, as enroot itself reads its settings."""
+    command = ["enroot", "version"]
+    env = {**environ, "ENROOT_LIBRARY_PATH": str(SCRIPTS)}
+    try:
+        output = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [Path(line) for line in output.splitlines() if line.startswith("/")]

@@ -35,7 +35,13 @@ def launch(spec: ContainerSpec, command: Sequence[str]) -> Launch:
 
     # srun looks up a command with a path on the host (pyxis#104); a shell inside looks it up in the image.
     argv = ("sh", "-c", 'exec "$@"', "sh", *with_restored_names(spec.env, command))
-    return Launch(argv, {**env, **nvidia_hook_variables(spec)}, (*flags, *spec.options))
+    return Launch(
+        argv,
+        {**env, **nvidia_hook_variables(spec)},
+        (*flags, *spec.options),
+        # With use_squashfuse=1, which only the nodes know, a signal to the step ends the process that serves the files.
+        ignores_signals=True,
+    )
 
 
 def _mount_flags(spec: ContainerSpec) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from amlaunch.containers.start_failures import advice
+from amlaunch.containers.start_failures import advice, has_own_output
 from amlaunch.containers.start_failures import failure_of as container_failure_of
 from amlaunch.launcher.execution.attempt import Attempt
 from amlaunch.launcher.execution.rank_wait import RanksEnd
@@ -70,6 +70,17 @@ def hang_end(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
     reason = f"no sign of life for {seconds:.0f} s (resources.{stage}.hang_minutes)"
     failure = AttemptEnd(Outcome.FAILED, reason, end.rank, host=node_name(), kind="hang")
     return replace(failure, restart=True, avoid_host=True)
+
+
+def stopped_before_start(attempt: Attempt, end: AttemptEnd, stop: StopRequest) -> AttemptEnd | None:
+    """Return the end of an attempt that was asked to stop before a rank printed anything, so nothing is lost.
+
+    A runtime that is told to end while it unpacks an image fails. None if a rank had begun, or the input is invalid.
+    """
+    logs = (tail_of(attempt.folder.log(attempt.number, rank)) for rank in range(attempt.ranks))
+    if BAD_INPUT in end.exit_codes or any(has_own_output(log) for log in logs):
+        return None
+    return AttemptEnd(Outcome.STOPPED, stop.reason, restart=stop.came_by_signal)
 
 
 def overdue_end(end: AttemptEnd, stop: StopRequest) -> AttemptEnd:

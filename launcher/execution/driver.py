@@ -25,6 +25,7 @@ from amlaunch.launcher.execution.attempt_end import (
     node_name,
     overdue_end,
     refused_end,
+    stopped_before_start,
     with_cause,
     with_error_message,
 )
@@ -203,6 +204,9 @@ def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: R
     result = read_object(attempt.folder.result) or None
     end = replace(classify(ranks, result, stop if stop.is_set else None), exit_codes=ranks.codes)
     end = with_error_message(attempt, ranks.codes, end)
+    unstarted = stopped_before_start(attempt, end, stop) if end.outcome == Outcome.FAILED and stop.is_set else None
+    if unstarted is not None:
+        return replace(unstarted, exit_codes=ranks.codes)
     if ranks.hung:
         end = hang_end(attempt, end)
     elif end.outcome == Outcome.FAILED and stop.is_overdue:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from amlaunch import containers
+from amlaunch.containers import start_failures
 from amlaunch.containers.image_probe import MARK
 from amlaunch.containers.images import credentials
 from amlaunch.containers.runtimes import catalog
@@ -249,6 +250,10 @@ def _failure(runtime: str, reference: str, output: str) -> ToolFailed:
     explanation = credentials.explain_failure(tool, reference, text, os.environ)
     if "python3" in text and ("not found" in text or "no such file" in text.lower()):
         explanation = f"{reference} has no python3 in its PATH. Use an image with Python 3.10 or newer and torch"
+    failed = start_failures.failure_of(text)
+    if failed and not explanation:
+        failure, line = failed
+        explanation = f"{reference}: {failure.kind}: {line}. {start_failures.advice(failure, runtime, reference)}"
     end = "\n".join(lines[-MAX_OUTPUT_LINES:]) or "no output"
     if explanation:
         return ToolFailed(f"{explanation}\n{runtime} printed: {end}")

@@ -97,7 +97,7 @@ def _package_files() -> Iterable[Path]:
     # Each may be a link, which rglob follows only as its root.
     for part in SUBPACKAGES:
         for path in sorted((package / part).rglob("*")):
-            if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".yaml", ".sh") and "__pycache__" not in path.parts:
                 yield path
 
 
