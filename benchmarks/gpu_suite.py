@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +116,10 @@ class Suite:
         limit = measurement.limit * (DRY_LIMIT_FACTOR if self.dry else 1)
         self.measurement_deadline = min(self.deadline, time.monotonic() + limit)
 
-    def process(self, argv: Sequence[str], ok_codes: Sequence[int] = (0,)) -> str:
-        """Run a command and return its stdout.
+    def process(
+        self, argv: Sequence[str], ok_codes: Sequence[int] = (0,), variables: Mapping[str, str] | None = None
+    ) -> str:
+        """Run a command, with additional environment ``variables``, and return its stdout.
 
         Raises MeasurementFailed for an exit code not in ``ok_codes`` or a timeout, and OutOfTime at the deadline.
         """
@@ -128,6 +130,7 @@ class Suite:
         }
         if self.dry:
             environment["AMLAUNCH_DEVICE"] = "cpu"
+        environment.update(variables or {})
         timeout = max(1.0, min(self.measurement_deadline, self.deadline) - time.monotonic())
 
         # files, because a pipe stays open while any descendant of the process is alive
@@ -265,14 +268,26 @@ def text_overrides(suite: Suite) -> list[str]:
     ]
 
 
-def train(suite: Suite, name: str, *overrides: str, recipe: str = "nanogpt") -> list[dict[str, Any]]:
-    """Train with the trainer itself; return the lines of ``metrics.jsonl``."""
+def train(
+    suite: Suite,
+    name: str,
+    *overrides: str,
+    recipe: str = "nanogpt",
+    ranks: int = 1,
+    variables: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Train with the trainer itself, under torchrun if ``ranks`` > 1; return the lines of ``metrics.jsonl``."""
     element = suite.folder / name
     element.mkdir(exist_ok=True)
     tiny = TINY_GPT2 if recipe == "nanogpt" else TINY_LLAMA
     tiny = [override for override in tiny if "vocab_size" not in override] if suite.dry else []
     folders = ["--element", str(element), "--checkpoints", str(element / "checkpoints")]
-    suite.process(module("amlaunch.trainer", recipe, *folders, *text_overrides(suite), *tiny, *overrides))
+    command = module("amlaunch.trainer")
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [*torchrun, "-m", "amlaunch.trainer"]
+    arguments = [recipe, *folders, *text_overrides(suite), *tiny, *overrides]
+    suite.process([*command, *arguments], variables=variables)
     return [json.loads(line) for line in (element / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -371,6 +386,95 @@ def parity(measurement: Measurement, suite: Suite) -> dict[str, Any]:
     return {"note": note, "errors": errors}
 
 
+TYPE_BOUNDS = {"float32": 1e-6, "bfloat16": 4e-3}
+"""Bounds of the relative difference from one rank in float64: about the unit of rounding of bfloat16, and 16 times
+that of float32 (docs/performance.md). A sum instead of an average over two ranks differs by 1."""
+TYPE_STEPS = (
+    "--step_scheduler.max_steps=3",
+    "--step_scheduler.global_batch_size=8",
+    "--step_scheduler.local_batch_size=4",
+    "--step_scheduler.val_every_steps=null",
+    "--checkpoint.enabled=false",
+    "--compile.enabled=false",
+    "--lr_scheduler=null",
+    "--optimizer={_target_: torch.optim.SGD, lr: 0.5}",
+    "--clip_grad_norm.max_norm=0.2",
+    "--loss_fn={_target_: amlaunch.trainer.loss.MaskedCrossEntropy, vocab_size: 257}",
+    "--dataset.seq_len=64",
+)
+"""SGD and clipping pass on a wrong scale of the gradients to the next loss, which AdamW would hide."""
+TYPE_MODELS = {
+    "nanogpt": ("--model.n_layer=2", "--model.n_embd=64", "--model.n_head=4"),
+    "llama-350m": (
+        "--model.num_hidden_layers=2",
+        "--model.hidden_size=64",
+        "--model.intermediate_size=128",
+        "--model.num_attention_heads=4",
+        "--model.num_key_value_heads=2",
+    ),
+}
+ON_ONE_RANK = {"none": ("nanogpt", ("strategy=none",)), "fsdp2": ("llama-350m", ("strategy=fsdp2",))}
+ON_TWO_RANKS = {
+    "ddp": ("nanogpt", ("strategy=ddp",)),
+    "fsdp2": ("nanogpt", ("strategy=fsdp2",)),
+    "tp": ("llama-350m", ("tp_size=2",)),
+    "cp": ("llama-350m", ("cp_size=2",)),
+}
+
+
+def parity_of_types(measurement: Measurement, suite: Suite) -> dict[str, Any]:
+    """Compare losses and gradient norms before clipping with one rank in float64 on the CPU, in float32 and bfloat16.
+
+    Two GPUs are two ranks over NCCL. NCCL does not put two ranks on one GPU, so one GPU is one rank. A dry run is two
+    ranks over gloo.
+    """
+    import torch
+
+    ranks = 2 if suite.dry else min(2, torch.cuda.device_count())
+    if ranks == 0:
+        raise MeasurementSkipped("this machine has no GPU; --dry compares two ranks on the CPU")
+    cases = ON_TWO_RANKS if ranks == 2 else ON_ONE_RANK
+    # NGC's images switch TF32 on, which is no float32
+    exact = {"NVIDIA_TF32_OVERRIDE": "0"}
+    references = {
+        recipe: train(
+            suite,
+            f"types-{recipe}",
+            *TYPE_STEPS,
+            *sizes,
+            "--distributed.dtype=float64",
+            "--distributed.strategy=none",
+            recipe=recipe,
+            variables={"AMLAUNCH_DEVICE": "cpu"},
+        )
+        for recipe, sizes in TYPE_MODELS.items()
+        if recipe in {recipe for recipe, _ in cases.values()}
+    }
+    errors = {}
+    for name, (recipe, settings) in cases.items():
+        for dtype in TYPE_BOUNDS:
+            distributed = [f"--distributed.{setting}" for setting in (f"dtype={dtype}", *settings)]
+            overrides = (*TYPE_STEPS, *TYPE_MODELS[recipe], *distributed)
+            lines = train(suite, f"types-{name}-{dtype}", *overrides, recipe=recipe, ranks=ranks, variables=exact)
+            errors[f"{name} {dtype}"] = largest_deviation(lines, references[recipe])
+    where = "one rank on a GPU" if ranks == 1 else f"two ranks over {'gloo' if suite.dry else 'NCCL'}"
+    shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    note = f"largest deviation from one rank in float64 on the CPU, {where}, 3 steps: {shown}"
+    # not "error > bound", which a NaN would pass
+    if not all(error < TYPE_BOUNDS[name.split()[1]] for name, error in errors.items()):
+        raise MeasurementFailed(note)
+    return {"note": note, "errors": errors}
+
+
+def largest_deviation(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:
+    """Return the largest relative deviation of losses and gradient norms; NaN if one of them is."""
+    import numpy as np
+
+    columns = ("loss", "grad_norm")
+    values, expected = (np.array([[line[name] for name in columns] for line in run]) for run in (lines, reference))
+    return float(np.abs(values / expected - 1).max())
+
+
 def measurements() -> list[Measurement]:
     """Return all measurements, the most important first.
 
@@ -394,6 +498,7 @@ def measurements() -> list[Measurement]:
         Measurement("350M-32", bench, (*medium, micro_32), 120),
         Measurement("1.3B-16", bench, (*large, "--profiled=1", micro_16), 150),
         Measurement("parity", parity, limit=120),
+        Measurement("parity-types", parity_of_types, limit=150),
         Measurement("micro-64", bench, ("nanogpt", *quick), 90),
         Measurement("loss-logits", bench, ("nanogpt", *quick, masked_loss), 90),
         Measurement("loss-torch", bench, ("nanogpt", *quick, TORCH_LOSS), 90),

@@ -866,6 +866,35 @@ def test_the_gpu_suite_does_on_a_cpu_what_a_cpu_can_do(tmp_path: Path) -> None:
     assert done.returncode == 0 and "advice:" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_gpu_suite_compares_types_over_two_ranks_and_sees_a_sum_for_an_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = gpu_suite.Measurement("types", gpu_suite.parity_of_types)
+    suite = gpu_suite.Suite(dry=True, folder=tmp_path, deadline=time.monotonic() + 300)
+    monkeypatch.setattr(gpu_suite, "ON_TWO_RANKS", {"fsdp2": gpu_suite.ON_TWO_RANKS["fsdp2"]})
+    lines: dict[str, list[dict[str, Any]]] = {}
+    train = gpu_suite.train
+
+    def recorded(suite: gpu_suite.Suite, name: str, *overrides: str, **keys: Any) -> list[dict[str, Any]]:
+        lines[name] = train(suite, name, *overrides, **keys)
+        return lines[name]
+
+    monkeypatch.setattr(gpu_suite, "train", recorded)
+    errors = gpu_suite.parity_of_types(part, suite)["errors"]
+    assert 1e-9 < errors["fsdp2 float32"] < 1e-6 and 1e-5 < errors["fsdp2 bfloat16"] < 4e-3, errors
+
+    for wrong in (lambda norm: 2 * norm, lambda _: float("nan")):
+
+        def spoilt(*arguments: Any, ranks: int = 1, wrong: Any = wrong, **_: Any) -> list[dict[str, Any]]:
+            scale = wrong if ranks == 2 else float
+            return [{**line, "grad_norm": scale(line["grad_norm"])} for line in lines[arguments[1]]]
+
+        monkeypatch.setattr(gpu_suite, "train", spoilt)
+        with pytest.raises(gpu_suite.MeasurementFailed, match=r"float32 (1.0e.00|nan)"):
+            gpu_suite.parity_of_types(part, suite)
+
+
 def test_the_gpu_suite_survives_parts_that_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
