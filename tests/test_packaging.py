@@ -88,7 +88,13 @@ def test_the_wheel_holds_one_package_with_all_its_parts(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert top_level_names(names) == {"amlaunch"}
     assert {name.split("/")[1] for name in names if name.count("/") > 1 and name.startswith("amlaunch/")} == PARTS
-    assert {"amlaunch/py.typed", "amlaunch/recipes/quickstart.yaml", "amlaunch/containers/Dockerfile"} <= set(names)
+    data = (
+        "py.typed",
+        "recipes/quickstart.yaml",
+        "containers/Dockerfile",
+        "containers/runtimes/enroot_scripts/exec.sh",
+    )
+    assert {f"amlaunch/{name}" for name in data} <= set(names)
     tracked = subprocess.run(["git", "ls-files", *PARTS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = {f"amlaunch/{name}" for name in tracked.split() if name.endswith(".py") and (ROOT / name).exists()}
     assert modules <= set(names)
