@@ -69,6 +69,8 @@ class ElementDir:
 SHARED_STAGES = ("preprocess", "verify")
 """Stages that make the shards. If the shards' folder is named by a fingerprint of its content, these stages keep their
 files beside the shards, and all runs with the same data share them."""
+READERS = "readers"
+"""Folder beside shards with a record of each run that reads them: its real path."""
 
 
 @dataclass(frozen=True)

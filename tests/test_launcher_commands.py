@@ -39,7 +39,7 @@ from amlaunch.launcher.specs.machine import Machine
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.local_run import stopping_on_signals
 from amlaunch.launcher.submission.preflight import check_files
-from amlaunch.launcher.submission.run_writer import write_environment, write_run, write_start
+from amlaunch.launcher.submission.run_writer import link_data, write_environment, write_run, write_start
 from amlaunch.launcher.submission.slurm_submission import skipped_lines
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import append_json_line, is_locked, read_json_lines, read_object, write_json
@@ -784,6 +784,38 @@ class TestClean:
         ):
             slurm_said(job)
             assert clean.in_use(data, Queue(60.0)) == kept, job
+
+    def test_shards_know_their_readers_by_real_path(self, tmp_path):
+        """Two projects link their data to one folder: neither lies beside the other's runs."""
+        made = shards(tmp_path / "scratch", "made")
+        for name in ("s1", "s2"):
+            (tmp_path / name / "runs").mkdir(parents=True)
+            (tmp_path / name / "data").symlink_to(tmp_path / "scratch" / "data")
+        run = finished_run(tmp_path / "s1")
+        link_data(run, dataclasses.replace(read_plan(run), data=str(tmp_path / "s1" / "data" / "made")))
+        assert amlaunch(tmp_path / "s2", "clean", "--yes").returncode == 0 and made.is_dir()
+        shutil.rmtree(run.root)
+        assert amlaunch(tmp_path / "s2", "clean", "--yes").returncode == 0 and not made.exists()
+
+    def test_what_a_process_has_open_is_kept(self, tmp_path):
+        """A process that no run started, too."""
+        made = shards(tmp_path, "made")
+        (tmp_path / "runs").mkdir()
+        code = f"import mmap, time; f = open({str(made / 'part.bin')!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1)"
+        code += "; f.close(); print(1, flush=True); time.sleep(600)"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as reader:
+            try:
+                assert reader.stdout and reader.stdout.readline()
+                result = amlaunch(tmp_path, "clean", "--yes")
+                assert made.is_dir() and f"process {reader.pid} " in result.stdout
+            finally:
+                reader.kill()
+
+    def test_an_ambiguous_name_deletes_nothing(self, tmp_path):
+        runs = [empty_run(tmp_path / "runs", f"tiny-{number}") for number in (1, 2)]
+        result = amlaunch(tmp_path, "clean", "tiny", "--yes")
+        assert result.returncode == 2 and "tiny-1" in result.stderr and "tiny-2" in result.stderr
+        assert all(run.root.exists() for run in runs)
 
     def test_the_doctors_old_runs_can_go(self, tmp_path):
         old, new, busy = (

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from amlaunch.launcher.runs.submissions import read_submissions
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.errors import OK, BadInput
-from amlaunch.recipes.files import is_locked
-from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.files import is_locked, read_object
+from amlaunch.recipes.run_layout import READERS, RunDir
 
 MIN_LEFTOVER_SECONDS = 24 * 3600
 """Age of a leftover; a younger temporary file may still be written to."""
@@ -54,10 +55,17 @@ def run(options: argparse.Namespace) -> int:
     folders = roots(options.runs)
     removals: list[Removal] = []
     for name in options.run:
-        removals += _removals_of_run(find_run(folders, name), checkpoints_only=options.checkpoints)
+        removals += _removals_of_run(find_run(folders, name, only=True), checkpoints_only=options.checkpoints)
     if not options.run:
         removals += _leftovers(folders)
 
+    holders = _holders([removal.path for removal in removals])
+    for path, holder in holders.items():
+        if options.run:
+            raise BadInput(f"{path} is in use by {holder}; nothing was removed. Stop that process first")
+        if not options.json:
+            print(f"kept  {path}  (in use by {holder})")
+    removals = [removal for removal in removals if removal.path not in holders]
     for removal in removals:
         if options.yes:
             try:
@@ -147,9 +155,42 @@ def _unused_shards(folders: Sequence[Path], queue: Queue) -> Iterator[Removal]:
     used = {shards.resolve() for run_dir in _neighbouring_runs(folders) for shards in (run_dir.data, run_dir.shared)}
     for data in dict.fromkeys(folder.resolve().parent / "data" for folder in folders if folder.is_dir()):
         for shards in sorted(data.iterdir()) if data.is_dir() else []:
-            is_candidate = shards.resolve() not in used and (shards / "stages").is_dir() and _is_own(shards)
+            is_read = shards.resolve() in used or _has_readers(shards)
+            is_candidate = not is_read and (shards / "stages").is_dir() and _is_own(shards)
             if is_candidate and not in_use(shards, queue):
                 yield Removal(shards, size_of(shards), "shards that no run uses")
+
+
+def _has_readers(shards: Path) -> bool:
+    """Return True if a run on record beside the shards exists, or cannot be looked at."""
+    for record in (shards / READERS).glob("*.json"):
+        run = read_object(record).get("run")
+        if not isinstance(run, str) or os.path.lexists(run) or not os.access(Path(run).parent, os.X_OK):
+            return True
+    return False
+
+
+def _holders(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the files and folders in which a process of this machine has a file open or mapped, and that process.
+
+    Processes of other users, which /proc hides, are not included.
+    """
+    real_paths = {path: path.resolve() for path in paths if not path.is_symlink()}
+    holders: dict[Path, str] = {}
+    for process in Path("/proc").glob("[0-9]*") if real_paths else ():
+        if process.name == str(os.getpid()):
+            continue
+        # It may have ended meanwhile, or belong to another user.
+        with suppress(OSError):
+            opened = {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines() if "/" in line}
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    opened.add(os.readlink(descriptor))
+            name = (process / "comm").read_text().strip()
+            for path, real in real_paths.items():
+                if any(file == str(real) or file.startswith(f"{real}/") for file in opened):
+                    holders[path] = f"process {process.name} ({name})"
+    return holders
 
 
 def _neighbouring_runs(folders: Sequence[Path]) -> list[RunDir]:

@@ -65,10 +65,10 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def find_run(folders: Iterable[Path], name: str) -> RunDir:
+def find_run(folders: Iterable[Path], name: str, *, only: bool = False) -> RunDir:
     """Find a run by its ID, the start of its ID, its recipe's name (the newest), or its path.
 
-    Raises BadInput with the nearest name.
+    ``only``: several runs of one recipe are ambiguous, too. Raises BadInput with the nearest name.
     """
     # An unset shell variable would match any run.
     if not name.strip():
@@ -85,10 +85,9 @@ def find_run(folders: Iterable[Path], name: str) -> RunDir:
         if runs:
             hint = did_you_mean(name, [run.root.name for run in runs])
         raise BadInput(f"no run {name!r} in {', '.join(map(str, folders))}; {hint}")
-    if len({_recipe_name(run) for run in matches}) > 1:
-        raise BadInput(
-            f"{name!r} matches several runs; name one of them: {', '.join(run.root.name for run in matches)}"
-        )
+    if len({run.root.resolve() if only else _recipe_name(run) for run in matches}) > 1:
+        names = [str(run.root) if only else run.root.name for run in matches]
+        raise BadInput(f"{name!r} matches several runs; name one of them: {', '.join(names)}")
     return matches[0]
 
 

@@ -65,8 +65,12 @@ def take_snapshot(target: Path, recipe_folder: Path | None, inside: ImagePackage
         (new / PACKAGES_FOLDER).mkdir(exist_ok=True)
         (new / PACKAGES_FOLDER / PACKAGES_FILE).write_text(record)
     (new / ".digest").write_text(digest)
-    shutil.rmtree(target, ignore_errors=True)
+    # Deleting takes long, and a kill in between must leave a snapshot: set the old one aside first.
+    old = new.with_name(f"{new.name}.old")
+    if target.exists():
+        target.rename(old)
     new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def upgrade_snapshot(code: Path) -> bool:

@@ -23,12 +23,12 @@ from amlaunch.launcher.specs.cluster_profile import ClusterProfile
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.launcher.submission.preflight import Say
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import read_object, write_json, write_private, write_text
+from amlaunch.recipes.files import fingerprint, read_object, write_json, write_private, write_text
 from amlaunch.recipes.format.loader import LoadedRecipe, file_targets
 from amlaunch.recipes.format.placeholders import PLACEHOLDER
 from amlaunch.recipes.format.secret_keys import is_secret, is_secret_variable
 from amlaunch.recipes.format.targets import split_target
-from amlaunch.recipes.run_layout import RunDir
+from amlaunch.recipes.run_layout import READERS, RunDir
 from amlaunch.recipes.version import VERSION
 
 RECORDED_PACKAGES = (
@@ -50,6 +50,7 @@ def write_start(run: ResolvedRun, argv: Sequence[str], states: Sequence[ElementS
     if run.kind is StartKind.RETRY:
         # Its recipe.yaml may have been edited.
         write_json(run.run_dir.recipe_json, run.loaded.tree)
+        link_data(run.run_dir, run.plan)
         return
     if run.kind is StartKind.RESUME:
         _set_done_markers_aside(run)
@@ -91,10 +92,19 @@ def write_run(run: RunDir, loaded: LoadedRecipe, plan: Plan, argv: Sequence[str]
     write_json(run.plan, plan.to_json())
     if refresh_code or not run.provenance.exists():
         write_json(run.provenance, {**provenance_of(loaded, argv), RESUMED: resumed_with(run)})
-    if plan.data:
-        _link(run.data, Path(plan.data))
+    link_data(run, plan)
+
+
+def link_data(run: RunDir, plan: Plan) -> None:
+    """Link a run to its shards, and record the run beside them: they may be reached by other paths, too."""
     if plan.shared:
         _link(run.shared, Path(plan.shared))
+    if plan.data:
+        _link(run.data, Path(plan.data))
+        reader = str(run.root.resolve())
+        # Nothing can be recorded beside read-only shards of someone else.
+        if os.access(run.data, os.W_OK):
+            write_json(run.data.resolve() / READERS / f"{fingerprint(reader)}.json", {"run": reader})
 
 
 def _check_targets(run: RunDir, loaded: LoadedRecipe) -> None:
