@@ -734,6 +734,13 @@ def empty_run(root: Path, name: str, data: Path | None = None) -> RunDir:
     return run
 
 
+def test_a_profile_with_a_typo_hides_no_other_profile(tmp_path):
+    runs = tmp_path / "far" / "runs"
+    empty_run(runs, "there-1")
+    (tmp_path / "clusters.yaml").write_text(f"broken: {{partitoin: gpu}}\nlab: {{runs: {runs}}}\n")
+    assert "there-1" in amlaunch(tmp_path, "clean", "there-1").stdout
+
+
 class TestClean:
     def offered(self, folder: Path, *words: str) -> set[str]:
         result = amlaunch(folder, "clean", "--json", *words)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from amlaunch.containers.images.image_store import ImageFolder
 from amlaunch.launcher.runs.find import runs_root
 from amlaunch.launcher.specs.profile_files import profile_files
-from amlaunch.recipes.errors import BadInput
 
 
 def image_folder(option: str | None = None, profile_folder: str | None = None) -> ImageFolder:
@@ -24,16 +22,9 @@ def image_folder(option: str | None = None, profile_folder: str | None = None) -
 
 def _folder_of_all_profiles() -> str | None:
     """Return the folder that the user's profiles name, if they agree on one."""
-    files = profile_files()
-    if not files:
+    if not profile_files():
         return None
-    from amlaunch.launcher.specs.cluster_profile import check_profile
-    from amlaunch.recipes.format.yaml_reader import read_file
+    from amlaunch.launcher.specs.cluster_profile import readable_profiles
 
-    folders = set()
-    for path in files:
-        # Problems of a profile are reported when it is used.
-        with suppress(BadInput, AttributeError):
-            folders |= {check_profile(profile or {}, {}).images for profile in read_file(path)[0].values()}
-    folders.discard(None)
+    folders = {profile.images for profile in readable_profiles()} - {None}
     return folders.pop() if len(folders) == 1 else None

@@ -28,22 +28,12 @@ def roots(option: str | None = None) -> list[Path]:
 
 
 def _profile_roots() -> list[str]:
-    files = profile_files()
-    if not files:
+    if not profile_files():
         # Without importing the YAML reader.
         return []
-    from amlaunch.launcher.specs.cluster_profile import check_profile
-    from amlaunch.recipes.format.yaml_reader import read_file
+    from amlaunch.launcher.specs.cluster_profile import readable_profiles
 
-    folders = []
-    for path in files:
-        try:
-            tree, _ = read_file(path)
-            folders += [check_profile(profile or {}, {}).runs for profile in tree.values()]
-        except (BadInput, AttributeError):
-            # Reported to whoever uses that profile.
-            continue
-    return [folder for folder in folders if folder]
+    return [profile.runs for profile in readable_profiles() if profile.runs]
 
 
 def list_runs(*folders: Path) -> list[RunDir]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -241,6 +242,17 @@ def _cluster(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) 
     own_lines = {key[1:]: place for key, place in lines.items() if key[:1] == (name,)}
     profile = check_profile(tree or {}, own_lines)
     return Cluster(name, profile, str(path) if path else "built in", tree or {}, own_lines)
+
+
+def readable_profiles() -> list[ClusterProfile]:
+    """Return the valid profiles of all profile files. Problems of the others are reported when those are used."""
+    profiles = []
+    for path in profile_files():
+        with suppress(BadInput, AttributeError):
+            for tree in read_file(path)[0].values():
+                with suppress(BadInput):
+                    profiles.append(check_profile(tree or {}, {}))
+    return profiles
 
 
 def check_profile(tree: Any, lines: Mapping[Any, str]) -> ClusterProfile:
