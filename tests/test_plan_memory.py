@@ -98,8 +98,6 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "llama, fsdp2 and context parallelism": (4, LLAMA, spread(cp_size=2)),
 }
 """Ranks, model, sections."""
-IN_RANGE = ("gpt2, compiled whole, products kept", "llama in bfloat16, fsdp2", "gpt2, ddp, accumulated")
-"""Cases that also run with the oldest and the newest torch in CI."""
 WITHIN = 0.05
 """The documentation promises 10 %; most cases are within 0.2 %.
 
@@ -229,9 +227,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.torch_range] * (case in IN_RANGE)) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_the_prediction_is_what_a_real_run_takes(measured: Measured, case: str) -> None:
     need = predict(load(measured.run_of(case).folder / "recipe.yaml"), CASES[case][0], cuda=False)
     assert need.parameters + need.gradients + need.optimizer + need.activations == need.peak
@@ -276,6 +272,7 @@ def test_it_says_whether_it_fits_and_what_would_make_it_fit(tmp_path: Path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.torch_range
 def test_what_lies_on_the_host_is_not_the_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, LLAMA, {"distributed": {"strategy": "fsdp2", "dtype": "float32"}})
     path = run.folder / "recipe.yaml"
@@ -298,6 +295,7 @@ def test_operations_are_those_of_the_convention_but_for_what_is_only_looked_up()
 
 
 @pytest.mark.slow
+@pytest.mark.torch_range
 def test_compiled_blocks_keep_no_more_than_plain_ones() -> None:
     overrides = [
         "--model.n_layer=6",
