@@ -66,14 +66,23 @@ def command_error(command: str, message: str) -> SlurmError:
 
 
 def is_no_answer(message: str) -> bool:
-    """Return True if a command's message says that it had no answer from the controller."""
-    return any(text.lower() in message.lower() for text in NO_ANSWER_MESSAGES)
+    """Return True if a command's message says that it had no answer from the controller.
+
+    Only the last line counts. A site's own text may come before it ("please contact support").
+    """
+    outcome = _last_line(message).lower()
+    return any(text.lower() in outcome for text in NO_ANSWER_MESSAGES)
+
+
+def _last_line(message: str) -> str:
+    """Return the last line of a message, which names the outcome."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _one_line(command: str, message: str) -> str:
-    """Return the last line of a message, which names the outcome, without the command's own name."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1].removeprefix(f"{command}: ").removeprefix("error: ") if lines else ""
+    """Return the outcome in a message without the command's own name."""
+    return _last_line(message).removeprefix(f"{command}: ").removeprefix("error: ")
 
 
 class ErrorCollector:

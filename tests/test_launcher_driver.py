@@ -21,6 +21,7 @@ from test_e2e import TINY
 
 from amlaunch.launcher.__main__ import main
 from amlaunch.launcher.display.wording import status_line
+from amlaunch.launcher.execution import stop_request
 from amlaunch.launcher.execution.attempt import Assignment, Attempt
 from amlaunch.launcher.execution.attempt_end import classify
 from amlaunch.launcher.execution.local_executor import Capacity, LocalExecutor
@@ -275,8 +276,13 @@ def test_a_stop_because_the_launcher_ended_says_so(tmp_path):
     stop = StopRequest(folder, lock.path)
     assert not stop.poll()
 
+    looks = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop_request, "is_locked", lambda path: looks.append(path) or True)
+        assert not any(stop.poll() for _ in range(20)) and len(looks) <= 1, "each look is a call to the file system"
     lock.release()
-    assert stop.poll() and stop.reason == "stopped because the amlaunch process ended" and not stop.came_by_signal
+    wait_until(stop.poll)
+    assert stop.reason == "stopped because the amlaunch process ended" and not stop.came_by_signal
 
 
 def test_a_signal_to_the_process_group_of_a_local_run_promises_nothing(tmp_path):

@@ -1055,6 +1055,11 @@ def test_signals_before_the_driver_listens_are_not_lost(tmp_path: Path) -> None:
             ". Check it with: amlaunch doctor",
         ),
         ("sinfo: error: Invalid user: nobody", "sinfo: Invalid user: nobody"),
+        (
+            "sinfo: error: please contact support@example.org, or connect to the portal before the timeout\n"
+            "sinfo: error: Batch job submission failed: Job violates accounting/QOS policy",
+            "sinfo: Batch job submission failed: Job violates accounting/QOS policy",
+        ),
     ],
 )
 def test_an_error_of_slurm_is_one_line(message: str, report: str) -> None:

@@ -69,15 +69,16 @@ class StopRequest:
         """Look for a reason to stop: a signal, the stop file, the end of the launcher, or the time limit."""
         if self.is_set:
             return True
-        if self.launcher_lock is not None and not is_locked(self.launcher_lock):
-            self.launcher_ended = True
-            self.set()
-        elif time.monotonic() - self._files_checked_at >= FILE_CHECK_SECONDS:
+        if time.monotonic() - self._files_checked_at >= FILE_CHECK_SECONDS:
             self._files_checked_at = time.monotonic()
             self._check_files()
         return self.is_set
 
     def _check_files(self) -> None:
+        if self.launcher_lock is not None and not is_locked(self.launcher_lock):
+            self.launcher_ended = True
+            self.set()
+            return
         if self.folder.stop.exists():
             self.set()
             return
