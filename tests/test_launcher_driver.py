@@ -204,6 +204,41 @@ def test_one_rank_that_fails_takes_the_others_with_it(tmp_path, what, retry, wor
     assert (state.state, state.rank, end["retry"]) == (State.FAILED, 1, retry) and words in state.reason
 
 
+FRAMES = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    call()\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "reason"),
+    [
+        (
+            f"wandb: WARNING Connection reset by peer\nrank 0 on n1 failed:\n{FRAMES}KeyError: 'txet'",
+            "exception",
+            "KeyError: 'txet'",
+        ),
+        (
+            f"warning: No space left on device; training continues\n{FRAMES}"
+            "torch.distributed.DistBackendError: NCCL error in: x.cpp:1, ncclRemoteError: a remote process exited",
+            "network",
+            "lost their connection",
+        ),
+        (f"{FRAMES}OSError: [Errno 28] No space left on device", "full disk", "the disk or your quota is full"),
+        (
+            "wandb: Connection refused\nerror: ten steps in a row had a loss that is not a number",
+            "exception",
+            "ten steps in a row had a loss that is not a number",
+        ),
+        ("ncclRemoteError: a remote process exited", "network", "lost their connection"),
+    ],
+    ids=["warning and exception", "two causes", "disk", "error line", "words alone"],
+)
+def test_the_error_that_ended_the_rank_decides_and_not_an_earlier_warning(tmp_path, words, kind, reason):
+    run, plan = make_run(tmp_path, ("train", [["--do", "say", "--words", words]], ONE))
+    assert drive(run).communicate()[0].strip() == State.FAILED
+    end = read_json_lines(run.element("train", "0").attempts)[-1]
+    assert (end["kind"], bool(end.get("again"))) == (kind, kind == "network")
+    assert reason in only_state(run, plan).reason
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_its_siblings_end(tmp_path, monkeypatch):
     run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], TWO_RANKS))

@@ -19,7 +19,7 @@ from amlaunch.launcher.planning.container_start import node_runtime
 from amlaunch.launcher.runs.attempt_record import AttemptEnd
 from amlaunch.launcher.runs.failure_causes import EXCEPTION, cause_of, exception_of, tail_of
 from amlaunch.launcher.runs.states import Outcome
-from amlaunch.recipes.errors import BAD_INPUT, RESUMABLE
+from amlaunch.recipes.errors import BAD_INPUT, FAILED, RESUMABLE
 
 BEFORE_LISTENING = (-signal.SIGTERM, -signal.SIGUSR1)
 """Exit codes of a rank that was asked to stop before it had installed its signal handlers."""
@@ -126,22 +126,40 @@ def _error_lines(log: Path) -> list[str]:
 
 
 def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
-    """Complete an unexplained failure by its cause, from the tails of the logs of the failed rank and the driver."""
+    """Complete an unexplained failure by its cause, from the tails of the logs of the failed rank and the driver.
+
+    The error that ended the rank decides. Then Slurm's words in the driver's log count, then any words in the rank's
+    log: a warning that training survived must not explain an error of the code.
+    """
     if not end.is_unexplained:
         return end
     rank_log, driver_log = (tail_of(attempt.folder.log(attempt.number, rank)) for rank in (end.rank or 0, None))
-    text = f"{rank_log}\n{driver_log}"
-    by_container = _with_container_failure(attempt, end, text)
+    by_container = _with_container_failure(attempt, end, f"{rank_log}\n{driver_log}")
     if by_container is not None:
         return by_container
-    cause = cause_of(text)
+    error = _fatal_error(attempt, end, rank_log)
+    cause = cause_of(error) or cause_of(driver_log) or (None if error else cause_of(rank_log))
     if cause is not None:
         reason = cause.explain(end.reason, attempt.stage.name)
         return replace(end, kind=cause.kind, restart=cause.restart, avoid_host=cause.avoid_host, reason=reason)
     if end.killed:
         return replace(end, reason=f"{end.reason} (out of memory?)")
-    exception = "" if end.restart else exception_of(rank_log)
-    return replace(end, kind=EXCEPTION, reason=exception) if exception else end
+    return replace(end, kind=EXCEPTION, reason=error) if error else end
+
+
+def _fatal_error(attempt: Attempt, end: AttemptEnd, rank_log: str) -> str:
+    """Return the exception or the ``error:`` line that ended a rank with exit code 1; empty if there is none.
+
+    Rank 0 prints an error that all ranks have.
+    """
+    code = end.exit_codes[end.rank] if end.rank is not None and end.rank < len(end.exit_codes) else None
+    if code != FAILED:
+        return ""
+    exception = exception_of(rank_log)
+    if exception:
+        return exception
+    errors = _error_lines(attempt.folder.log(attempt.number, 0))
+    return errors[-1].removeprefix("error: ") if errors else ""
 
 
 def _with_container_failure(attempt: Attempt, end: AttemptEnd, log: str) -> AttemptEnd | None:
