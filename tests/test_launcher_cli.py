@@ -158,9 +158,9 @@ def test_a_users_own_modules_do_not_take_our_place(tmp_path):
 
 
 def test_show_prints_a_recipe_that_loads_again(tmp_path):
-    result = amlaunch("show", "quickstart", "--optimizer.lr", "1e-5", "--json", cwd=tmp_path)
+    result = amlaunch("show", "quickstart", "--optimizer.lr", "2e-3", "--json", cwd=tmp_path)
     shown = json.loads(result.stdout)
-    assert shown["recipe"]["optimizer"]["lr"] == 1e-5
+    assert shown["recipe"]["optimizer"]["lr"] == 2e-3
     assert [stage["name"] for stage in shown["plan"]["stages"]] == ["preprocess", "verify", "train", "export"]
     assert not list(tmp_path.iterdir()), "show writes nothing"
 
