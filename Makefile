@@ -47,13 +47,14 @@ oldest-environment:
 newest-environment:
 	$(MAKE) .venv-torch-$(NEWEST_TORCH)/.installed TORCH=$(NEWEST_TORCH) PYTHON=$(NEWEST_PYTHON)
 
-# numpy: images with torch 2.8 have 1.26.
+# numpy: images with torch 2.8 have 1.26. PIP_CONSTRAINT replaces constraints of the machine, such as a newest torch.
 $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) --version >/dev/null || { echo "error: $(PYTHON) does not run; PYTHON=... uses another" >&2; exit 2; }
 	@test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
 	@echo "installing torch $(TORCH) into $(TORCH_VENV): up to 7 GB, some minutes"
 	@grep -vE '^(torch|numpy)==' constraints.txt > $(TORCH_VENV)/constraints.txt
-	$(TORCH_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -c $(TORCH_VENV)/constraints.txt \
+	PIP_CONSTRAINT=$(abspath $(TORCH_VENV))/constraints.txt \
+	$(TORCH_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) \
 	  torch==$(TORCH) "numpy$(if $(filter 2.8.%,$(TORCH)),<2)" \
 	  -e ".[train,preprocess,offline,tensorboard,wandb]" transformers pytest pytest-xdist hypothesis psutil
 	@touch $@
