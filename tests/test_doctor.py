@@ -514,8 +514,8 @@ def test_the_check_on_two_processes_and_on_one(tmp_path):
     rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports(os.getpid())))}
     ranks = [gpucheck(tmp_path / "two.json", RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous) for rank in range(2)]
     for process in ranks:
-        assert process.wait(timeout=120) == 0, process.stdout.read()
-    assert gpucheck(tmp_path / "one.json").wait(timeout=120) == 0
+        assert process.wait(timeout=400) == 0, process.stdout.read()
+    assert gpucheck(tmp_path / "one.json").wait(timeout=400) == 0
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert [gpu["rank"] for gpu in two["gpus"]] == [0, 1]
     assert two["all_reduce"]["right"] and two["all_reduce"]["bus_gb_s"] > 0
@@ -565,7 +565,7 @@ def test_doctor_on_a_cluster(cluster: Cluster):
 def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
     folder = cluster.folder("doctor-gpu")
     command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu", "--cluster", "slurm", "--json"]
-    done = cluster.run(*command, cwd=folder, timeout=300, check=False)
+    done = cluster.run(*command, cwd=folder, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     gpus = report["gpu_check"]["gpus"]
@@ -580,6 +580,6 @@ def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
 def test_a_node_that_cannot_see_the_folder(cluster: Cluster):
     command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu"]
     far = {"AMLAUNCH_RUNS": "/dev/shm/doctor/runs"}
-    done = cluster.run(*command, cwd=cluster.folder("doctor-far"), env=far, timeout=150, check=False)
+    done = cluster.run(*command, cwd=cluster.folder("doctor-far"), env=far, timeout=450, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the node does not see this folder" in " ".join(done.stdout.split()), done.stdout + done.stderr

@@ -85,7 +85,7 @@ class Place:
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=900)[0]
         assert process.returncode == 0, output
         return output
 
@@ -241,7 +241,7 @@ def test_kill_any_process_at_any_moment_then_the_same_command(undisturbed, tmp_p
             killed += 1
         except psutil.NoSuchProcess:  # it was done already
             pass
-        process.communicate(timeout=120)
+        process.communicate(timeout=400)
     place.run()
     place.same_as(undisturbed)
     assert killed
@@ -265,11 +265,11 @@ def test_a_second_launcher_is_refused_and_ctrl_c_saves_and_the_same_command_goes
         assert time.monotonic() < deadline, "it did not begin"
         time.sleep(0.02)
     second = place.start()
-    output = second.communicate(timeout=60)[0]
+    output = second.communicate(timeout=240)[0]
     assert second.returncode == 2 and "already running in another amlaunch process" in output, output
     wait_for_step(place, 7)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 75 and "next: " in output, output
     (shown,) = json.loads(place.amlaunch("status", "tiny", "--json"))
     stopped = shown["stages"][2]["elements"][0]
