@@ -247,7 +247,7 @@ def test_kill_any_process_at_any_moment_then_the_same_command(undisturbed, tmp_p
     assert killed
 
 
-def wait_for_step(place: Place, step: int, seconds: float = 60) -> None:
+def wait_for_step(place: Place, step: int, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while True:
         result = list((place.folder / "runs").glob("*/stages/train/0/metrics.jsonl"))

@@ -150,10 +150,9 @@ def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
 def _fatal_error(attempt: Attempt, end: AttemptEnd, rank_log: str) -> str:
     """Return the exception or the ``error:`` line that ended a rank with exit code 1; empty if there is none.
 
-    Rank 0 prints an error that all ranks have.
+    Rank 0 prints an error that all ranks have. On Slurm the only exit code is srun's.
     """
-    code = end.exit_codes[end.rank] if end.rank is not None and end.rank < len(end.exit_codes) else None
-    if code != FAILED:
+    if end.restart or FAILED not in end.exit_codes:
         return ""
     exception = exception_of(rank_log)
     if exception:
