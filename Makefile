@@ -14,7 +14,6 @@ NEWEST_PYTHON ?= python3.13
 TORCH ?= $(OLDEST_TORCH)
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_TESTS ?= $(wildcard tests/test_trainer_*.py) tests/test_plan_memory.py tests/test_bench.py tests/test_bench_loss.py
-
 NEWEST_TESTS := $(addprefix tests/test_,trainer_parallel.py trainer_checkpoints.py trainer_packing.py bench_loss.py)
 
 .PHONY: demo test test-fast test-torch test-torch-range torch-range-environments oldest-environment newest-environment lint install clean

@@ -7,23 +7,18 @@ the torch beside this amlaunch. Only versions are read; torch is never imported.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from amlaunch.containers.images.reference import EXAMPLE
 from amlaunch.launcher.planning.container_plan import image_text, profile_image_folder
 from amlaunch.launcher.planning.image_folder import image_folder
 from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.section_checks import raise_problems
-from amlaunch.recipes.version import NEWEST_TORCH, OLDEST_TORCH
-
-INSTALLED = "installed"
-EXAMPLE_IMAGE = "nvcr.io/nvidia/pytorch:26.06-py3"
-
-Release = tuple[int, int]
+from amlaunch.recipes.version import NEWEST_TORCH, OLDEST_TORCH, is_torch_too_old, torch_release
 
 
 @dataclass(frozen=True)
@@ -34,27 +29,20 @@ class RunTorch:
     """Empty if it is not known."""
     place: str
     """The image, or the Python, that has it."""
-    source: str = ""
-    """How we know."""
-
-    @property
-    def release(self) -> Release | None:
-        """``(2, 13)`` for ``2.13.0a0+8145d630e8.nv26.06``; None if the version is unknown."""
-        match = re.match(r"(\d+)\.(\d+)", self.version)
-        return (int(match[1]), int(match[2])) if match else None
+    is_in_image: bool
 
     def describe(self) -> str:
         """Return the version, its place, and whether it is in the tested range."""
-        if self.release is None:
+        if torch_release(self.version) is None:
             return f"unknown version in {self.place}"
         return f"{self.version} in {self.place} ({range_verdict(self.version)})"
 
 
 def range_verdict(version: str) -> str:
     """Say if a version of torch is in the tested range."""
-    release = RunTorch(version, "").release
+    release = torch_release(version)
     oldest, newest = (".".join(map(str, end)) for end in (OLDEST_TORCH, NEWEST_TORCH))
-    if release is not None and release < OLDEST_TORCH:
+    if is_torch_too_old(version):
         return f"too old: amlaunch needs torch {oldest} or newer"
     if release is not None and release > NEWEST_TORCH:
         return f"newer than the newest tested one, {newest}"
@@ -70,12 +58,12 @@ def torch_of_run(loaded: LoadedRecipe, plan: Plan) -> RunTorch | None:
     text = image_text(section, "train")[0] if section is not None and train.container is not None else None
     if text is not None:
         facts = image_folder(profile_folder=profile_image_folder(plan)).facts(text)
-        return RunTorch(facts.version("torch"), text, facts.source)
+        return RunTorch(facts.version("torch"), text, is_in_image=True)
     profile_python = ((plan.cluster or {}).get("profile") or {}).get("python")
     if profile_python not in (None, sys.executable):
         return None
     version = installed_torch()
-    return RunTorch(version, sys.executable, INSTALLED) if version else None
+    return RunTorch(version, sys.executable, is_in_image=False) if version else None
 
 
 def installed_torch() -> str:
@@ -86,11 +74,14 @@ def installed_torch() -> str:
 
 
 def check_torch(loaded: LoadedRecipe, plan: Plan) -> list[str]:
-    """Return notes about the run's torch. Raises BadInput for what it cannot do, with the line to change."""
+    """Return notes about the run's torch. Raises BadInput for what it cannot do, with the line to change.
+
+    An image whose torch is too old is refused with its other packages (:mod:`amlaunch.launcher.runs.packages`).
+    """
     torch = torch_of_run(loaded, plan)
-    if torch is None:
+    if torch is None or (torch.is_in_image and is_torch_too_old(torch.version)):
         return []
-    release = torch.release
+    release = torch_release(torch.version)
     if release is None:
         return [
             f"the torch in {torch.place} is unknown; the trainer refuses what it cannot do when it starts "
@@ -103,18 +94,15 @@ def check_torch(loaded: LoadedRecipe, plan: Plan) -> list[str]:
     if compiles_packed and release < (2, 9):
         return [
             f"torch {torch.version} computes packed rows with a slower attention kernel; "
-            f"an image with torch 2.9 or newer, such as {EXAMPLE_IMAGE}, is faster"
+            f"an image with torch 2.9 or newer, such as {EXAMPLE}, is faster"
         ]
     return []
 
 
-def _problems(loaded: LoadedRecipe, torch: RunTorch, release: Release) -> Iterator[str]:
+def _problems(loaded: LoadedRecipe, torch: RunTorch, release: tuple[int, int]) -> Iterator[str]:
     if release < OLDEST_TORCH:
-        where = loaded.lines.get(("container", "image"), loaded.path)
-        remedy = f"use a newer one, such as {EXAMPLE_IMAGE}" if torch.source != INSTALLED else "install a newer one"
-        yield f"{where}: torch {torch.describe()}; {remedy}"
-        return
-    if loaded.recipe.loss_fn.get("implementation") == "torch" and release < (2, 13):
+        yield f"torch {torch.describe()}; install a newer one"
+    elif loaded.recipe.loss_fn.get("implementation") == "torch" and release < (2, 13):
         where = loaded.lines.get(("loss_fn", "implementation"), loaded.path)
         yield (
             f"{where}: loss_fn.implementation: torch needs torch 2.13 or newer, but {torch.place} has {torch.version}; "

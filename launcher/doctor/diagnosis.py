@@ -25,6 +25,7 @@ from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProf
 from amlaunch.launcher.specs.plan import Needs, Stage
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.suggestions import did_you_mean
+from amlaunch.recipes.version import is_torch_too_old
 
 LOW_FREE_BYTES = 10 * 10**9
 """Less free space than this barely holds one checkpoint of a larger model."""
@@ -48,8 +49,8 @@ def host_findings(host: Host) -> Iterator[Finding]:
     yield Finding("GPUs", OK, gpus)
     yield Finding("Python", OK, f"{host.python_version}, {host.python}")
     if host.torch:
-        verdict = range_verdict(host.torch)
-        yield Finding("torch", WARN if verdict.startswith("too old") else OK, f"{host.torch} ({verdict})")
+        severity = WARN if is_torch_too_old(host.torch) else OK
+        yield Finding("torch", severity, f"{host.torch} ({range_verdict(host.torch)})")
     else:
         advice = "run pip install 'amlaunch[train]', or set python in a cluster profile to a Python with torch"
         yield Finding("torch", WARN, "this Python has no torch, which training needs", advice)
@@ -244,7 +245,8 @@ def _python_finding(python: str) -> Finding:
         advice = "this works if the nodes have it, or if setup provides it (doctor --gpu tests it)"
         return Finding("python", WARN, f"no {python} with torch on this machine", advice)
     version = answer.stdout.strip()
-    return Finding("python", OK, f"{python} has torch {version} ({range_verdict(version)})")
+    severity = WARN if is_torch_too_old(version) else OK
+    return Finding("python", severity, f"{python} has torch {version} ({range_verdict(version)})")
 
 
 def _association_findings(profile: ClusterProfile, site: SlurmSite) -> Iterator[Finding]:

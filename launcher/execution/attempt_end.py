@@ -120,9 +120,8 @@ def with_error_message(attempt: Attempt, codes: tuple[int, ...], end: AttemptEnd
 
 
 def _error_lines(log: Path) -> list[str]:
-    if not log.exists():
-        return []
-    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    """Return the ``error:`` lines at the end of a rank's log; the trainer prints one only where it ends the run."""
+    return [line for line in tail_of(log).splitlines() if line.startswith("error: ")]
 
 
 def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from amlaunch.containers.images.image_facts import ImageFacts
+from amlaunch.containers.images.reference import EXAMPLE
 from amlaunch.recipes.files import read_object, write_json
 from amlaunch.recipes.format.loader import LoadedRecipe, file_targets
 from amlaunch.recipes.format.schema import Recipe, is_own_tokenizer
@@ -387,7 +388,9 @@ def _version_problem(package: RequiredPackage, facts: ImageFacts) -> list[str]:
     needed = too_old(package.name, version)
     if not needed:
         return []
-    return [f"{package.why} needs {needed}; {facts.image} has {version} ({facts.source}); use a newer image"]
+    verb = "needs" if len(package.stages) < 2 else "need"
+    remedy = f"use a newer image, such as {EXAMPLE}"
+    return [f"{package.why} {verb} {needed}; {facts.image} has {version} ({facts.source}); {remedy}"]
 
 
 def too_old(name: str, version: str) -> str:

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import read_json, read_object, sha256_file, write_json
+from amlaunch.recipes.version import torch_release
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.process.errors import TrainingFailed
 
@@ -362,9 +363,8 @@ def _explained_errors(checkpoint: StoredCheckpoint) -> Iterator[None]:
 
 def _version_hint(written_with: str) -> str:
     """Return a hint if a newer torch wrote a checkpoint: torch reads the files of older releases only."""
-    releases = [re.match(r"(\d+)\.(\d+)", version) for version in (written_with, torch.__version__)]
-    written, own = ((int(match[1]), int(match[2])) if match else (0, 0) for match in releases)
-    if written <= own:
+    written, own = torch_release(written_with), torch_release(torch.__version__)
+    if written is None or own is None or written <= own:
         return ""
     return f". It was written with torch {written_with}, and this is torch {torch.__version__}; use the newer one"
 

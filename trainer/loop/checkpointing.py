@@ -100,7 +100,7 @@ def _report_outcome(state: TrainingState, outcome: SaveOutcome | None) -> None:
         return
     # start_save or finish_saving raises all other errors
     if outcome.error is not None and not outcome.recurs and outcome.step < state.last_step:
-        print(f"error: {_save_error(state, outcome)}; training continues", flush=True)
+        print(f"warning: {_save_error(state, outcome)}; training continues", flush=True)
     if not outcome.is_saved:
         return
     if state.metrics:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, INTERRUPTED, BadInput
-from amlaunch.recipes.version import OLDEST_TORCH
+from amlaunch.recipes.version import OLDEST_TORCH, is_torch_too_old
 from amlaunch.trainer.process.rank_environment import rank_of
 
 
@@ -59,8 +58,7 @@ def check_torch_release() -> None:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match and (int(match[1]), int(match[2])) < OLDEST_TORCH:
+    if is_torch_too_old(version):
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise BadInput(
             f"{sys.executable} on {platform.node()} has torch {version}, but amlaunch needs torch {oldest} or newer; "

@@ -22,6 +22,7 @@ clean_up() {
     [ -e "$data/$name/$marker" ] || enroot remove --force "$name" >/dev/null 2>&1 || :
 }
 
+mkdir -p "$data"
 exec 9>"$data/.$name.lock"
 flock 9
 if [ -e "$data/$name/$marker" ]; then
