@@ -596,6 +596,7 @@ class TestRetries:
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "out of GPU memory", False, False),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=3.0", "out of memory", False, False),
         ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "broken GPU", True, True),
+        ("error: rank 0 on n1 has a GPU, but torch cannot use it: Found no NVIDIA driver", "broken GPU", True, True),
         ("NCCL error in: ProcessGroupNCCL.cpp: ncclRemoteError", "network", True, True),
         ("[Rank 3] Watchdog caught collective operation timeout", "network", True, True),
         ("Connection closed by peer [10.0.0.1]:3342", "network", True, True),

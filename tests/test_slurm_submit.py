@@ -25,6 +25,7 @@ CLUSTERS = """\
 lab:
   signal_seconds: 60
   time: 5
+  env: {AMLAUNCH_DEVICE: cpu}  # the cluster's GPUs are files
   stages:
     preprocess: {mem: 1G, throttle: 2}
     verify: {mem: 1G}
@@ -87,6 +88,17 @@ def test_the_whole_pipeline_on_two_cpu_and_two_gpu_nodes(tiny: Place) -> None:
     assert "[0:0] " in log and "40" in log
     third = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2").stdout
     assert third.count("already done, skipped") == 4 and not tiny.queued()
+
+
+def test_a_job_with_gpus_does_not_train_on_the_cpu(tiny: Place) -> None:
+    """Its torch is built for the CPU, or finds no driver."""
+    tiny.write("gpus.yaml", CLUSTERS.replace("  env: {AMLAUNCH_DEVICE: cpu}", ""))
+    words = ["--name", "gpus", "--export", "null", "--resources.train.gpus_per_node", "1"]
+    tiny.amlaunch("submit", "tiny.yaml", "--cluster", "gpus.yaml", *words, "--resources.train.tasks_per_node", "null")
+    failed = element(tiny.wait("gpus", 120, code=1), "train")
+    assert failed["reason"].startswith(f"rank 0 on {failed['host']} has a GPU, but torch cannot use it: torch 2.")
+    assert failed["reason"].endswith("use a torch or an image with CUDA, or train on the CPU: --gpus 0")
+    assert failed["attempts"] == 1
 
 
 def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:

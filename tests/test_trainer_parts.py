@@ -40,7 +40,7 @@ from amlaunch.trainer.models.sampling import draw, generate
 from amlaunch.trainer.optim import optimizers as optim
 from amlaunch.trainer.optim.muon import ShardedMuon
 from amlaunch.trainer.parallel.world import _device
-from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed, run_guarded
+from amlaunch.trainer.process.errors import LocalBadInput, LocalTrainingFailed, TrainingFailed, run_guarded
 from amlaunch.trainer.process.rank_environment import RankEnvironment, read_rank_environment
 from amlaunch.trainer.process.stop_request import StopFlag
 from amlaunch.trainer.tools.export import check_out_folder
@@ -308,6 +308,28 @@ def test_a_rank_takes_the_gpu_that_is_its_own(
         assert chosen == [torch.device("cuda", expected)]
 
 
+@pytest.mark.torch_range
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that torch can use")
+def test_a_rank_with_a_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMLAUNCH_DEVICE", "cuda")
+    reason = "Found no NVIDIA driver on your system" if torch.version.cuda else r"torch \S+ is built for the CPU only"
+    with pytest.raises(LocalTrainingFailed, match=rf"^rank 3 on \S+ has a GPU, but torch cannot use it: {reason}"):
+        _device(RankEnvironment(3, 8, 3))
+
+
+def test_the_reason_of_torch_names_what_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("No CUDA GPUs\nare available")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setenv("AMLAUNCH_DEVICE", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(LocalTrainingFailed, match=r"use it: No CUDA GPUs are available \(CUDA_VISIBLE_DEVICES=''\)$"):
+        _device(RankEnvironment(0, 1, 0))
+
+
 @pytest.mark.parametrize(
     ("error", "rank", "code", "message"),
     [
@@ -316,6 +338,7 @@ def test_a_rank_takes_the_gpu_that_is_its_own(
         (LocalBadInput("mine"), "1", BAD_INPUT, "error: mine\n"),
         (TrainingFailed("diverged"), "0", FAILED, "error: diverged\n"),
         (TrainingFailed("diverged"), "2", FAILED, ""),
+        (LocalTrainingFailed("no GPU"), "2", FAILED, "error: no GPU\n"),
     ],
 )
 def test_an_error_that_all_ranks_have_is_said_once(

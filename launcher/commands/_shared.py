@@ -187,10 +187,15 @@ def require_packages(*packages: str) -> None:
             )
 
 
-def process_environment(*, cpu: bool = False) -> dict[str, str]:
-    """Return the environment of a process of the trainer; ``cpu`` hides the GPUs from it."""
+def process_environment(*, gpus: int | None = None) -> dict[str, str]:
+    """Return the environment of a process of the trainer.
+
+    ``gpus``: 0 hides the GPUs from it, more requires that torch can use them, and None leaves the choice to it.
+    """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    return {**environment, "AMLAUNCH_DEVICE": "cpu"} if cpu else environment
+    if gpus == 0:
+        return {**environment, "AMLAUNCH_DEVICE": "cpu"}
+    return {"AMLAUNCH_DEVICE": "cuda", **environment} if gpus else environment
 
 
 def become_preprocess(arguments: Sequence[str]) -> NoReturn:

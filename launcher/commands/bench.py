@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
     require_packages("torch", "numpy", "safetensors")
     arguments = [options.what, options.recipe or "nanogpt", *_trainer_arguments(options), *options.overrides]
     command = [*python_command("amlaunch.trainer.tools.bench"), *arguments]
-    return _run_process(command, process_environment(cpu=options.gpus == 0))[0]
+    gpus = len(this_machine().gpus) if options.gpus is None else options.gpus
+    return _run_process(command, process_environment(gpus=gpus))[0]
 
 
 def _check_gpus(options: argparse.Namespace) -> None:

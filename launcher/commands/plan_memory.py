@@ -38,4 +38,4 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         arguments.append("--json")
     command = [*python_command("amlaunch.trainer.tools.plan_memory"), *arguments, *options.overrides]
-    return subprocess.run(command, env=process_environment(cpu=True)).returncode
+    return subprocess.run(command, env=process_environment(gpus=0)).returncode

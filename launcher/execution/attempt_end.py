@@ -137,9 +137,10 @@ def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
     if by_container is not None:
         return by_container
     error = _fatal_error(attempt, end, rank_log)
-    cause = cause_of(error) or cause_of(driver_log) or (None if error else cause_of(rank_log))
+    named = cause_of(error)
+    cause = named or cause_of(driver_log) or (None if error else cause_of(rank_log))
     if cause is not None:
-        reason = cause.explain(end.reason, attempt.stage.name)
+        reason = cause.explain(error if named else end.reason, attempt.stage.name)
         return replace(end, kind=cause.kind, restart=cause.restart, avoid_host=cause.avoid_host, reason=reason)
     if end.killed:
         return replace(end, reason=f"{end.reason} (out of memory?)")
@@ -149,14 +150,15 @@ def with_cause(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
 def _fatal_error(attempt: Attempt, end: AttemptEnd, rank_log: str) -> str:
     """Return the exception or the ``error:`` line that ended a rank with exit code 1; empty if there is none.
 
-    Rank 0 prints an error that all ranks have. On Slurm the only exit code is srun's.
+    Rank 0 prints an error that all ranks have, and a rank its own. On Slurm the only exit code is srun's.
     """
     if end.restart or FAILED not in end.exit_codes:
         return ""
     exception = exception_of(rank_log)
     if exception:
         return exception
-    errors = _error_lines(attempt.folder.log(attempt.number, 0))
+    logs = (attempt.folder.log(attempt.number, rank) for rank in dict.fromkeys((end.rank or 0, 0)))
+    errors = next(filter(None, map(_error_lines, logs)), [])
     return errors[-1].removeprefix("error: ") if errors else ""
 
 

@@ -271,7 +271,7 @@ def default_environment(attempt: Attempt) -> dict[str, str]:
     defaults = {
         "OMP_NUM_THREADS": str(threads),
         COMPILE_CACHE_VARIABLE: str(attempt.run.compile_cache),
-        **({} if attempt.assignment.gpus else KEEP_MEMORY),
+        **({"AMLAUNCH_DEVICE": "cuda"} if attempt.assignment.gpus else KEEP_MEMORY),
     }
     return {**defaults, **set_variables(defaults)}
 

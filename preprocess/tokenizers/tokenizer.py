@@ -174,6 +174,7 @@ class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json`` of Hugging Face's tokenizers."""
 
     inner: Any = field(repr=False, compare=False)
+    file: Path = field(repr=False, compare=False)
 
     def token_ids(self, text: str) -> npt.NDArray[Any]:
         """Return the tokens without those that the tokenizer would add around a text."""
@@ -266,7 +267,7 @@ def _from_folder(name: str, path: Path) -> JsonTokenizer:
     inner.no_padding()
     bos, eot = _special_token_ids(file.parent, inner, name)
     n_vocab = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    return JsonTokenizer(name, n_vocab, bos, eot, hashlib.sha256(raw).hexdigest()[:16], inner)
+    return JsonTokenizer(name, n_vocab, bos, eot, hashlib.sha256(raw).hexdigest()[:16], inner, file)
 
 
 def _special_token_ids(folder: Path, inner: Any, name: str) -> tuple[int, int]:

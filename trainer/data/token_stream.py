@@ -90,8 +90,10 @@ def folder_manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("splits"), dict) else {}
 
 
-def shards_folder(section: dict[str, Any]) -> Path | None:
-    """Return the folder of a data set's ``file_pattern`` that has our manifest; None if there is none."""
+def shards_folder(data: Path | None, section: dict[str, Any]) -> Path | None:
+    """Return ``data``, else the folder of a data set's ``file_pattern`` that has our manifest, if there is one."""
+    if data is not None:
+        return data
     patterns = section.get("file_pattern") or []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))[:1]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from amlaunch.recipes.format.loader import LoadedRecipe
 from amlaunch.recipes.format.schema import Recipe, validation_sets
 from amlaunch.recipes.format.targets import TargetPolicy, build, resolve, signature, stable_names
 from amlaunch.trainer.checkpoints import checkpoint
-from amlaunch.trainer.checkpoints.hf_folder import known_vocab, write_folder
+from amlaunch.trainer.checkpoints.hf_folder import Vocabulary, write_folder
 from amlaunch.trainer.checkpoints.saver import Saver
 from amlaunch.trainer.data.batches import StepBatches, ValidationBatches
 from amlaunch.trainer.data.datasets import data_fingerprint, pack_dataset, sample_length, sample_order_of
 from amlaunch.trainer.data.overlap import refuse_shared_data
+from amlaunch.trainer.data.token_stream import shards_folder
 from amlaunch.trainer.loop.training_loop import train
 from amlaunch.trainer.loop.training_state import TrainingState
 from amlaunch.trainer.metrics.profiling import Profiler
@@ -136,7 +136,7 @@ def set_up(options: Options, stop: StopFlag, world: World, watch: HangWatch, cle
         identity=checkpoint.Identity(
             model_identity(options.loaded), data_fingerprint(train_set, recipe.seed, batches.global_batch)
         ),
-        saver=open_saver(options, model, vocab, world, cleanup),
+        saver=open_saver(options, model, world, cleanup),
         metrics=open_metrics(options, world, last_step, flops) if world.is_main else None,
         stop=stop,
         watch=watch,
@@ -287,17 +287,16 @@ def open_metrics(options: Options, world: World, last_step: int, flops: float) -
     )
 
 
-def open_saver(
-    options: Options, model: torch.nn.Module, vocab: int | None, world: World, cleanup: ExitStack
-) -> Saver | None:
+def open_saver(options: Options, model: torch.nn.Module, world: World, cleanup: ExitStack) -> Saver | None:
     """Open the checkpoint writer, which locks its folder until ``cleanup``; None if checkpoints are disabled."""
     recipe = options.loaded.recipe
     if not recipe.checkpoint.enabled:
         return None
 
     def consolidate(source: checkpoint.StoredCheckpoint, out: Path) -> None:
-        true_vocab = min(known_vocab(options.data), vocab or sys.maxsize)
-        write_folder(out, unwrap(model), true_vocab, "float32", checkpoint.read_full_weights(source))
+        bare_model = unwrap(model)
+        vocabulary = Vocabulary.of_model(bare_model, shards_folder(options.data, recipe.dataset))
+        write_folder(out, bare_model, vocabulary, "float32", checkpoint.read_full_weights(source))
 
     saver = Saver(options.checkpoints, recipe.checkpoint, world, options.loaded.json_text(), consolidate)
     cleanup.callback(saver.close)

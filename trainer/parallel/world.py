@@ -24,7 +24,7 @@ from amlaunch.trainer.models.base import blocks, initialize_parameters, paramete
 from amlaunch.trainer.parallel.context_parallel import apply_context_parallel
 from amlaunch.trainer.parallel.tensor_parallel import TensorParallelGroup, apply_tensor_parallel
 from amlaunch.trainer.performance.activation_checkpointing import checkpoint_activations
-from amlaunch.trainer.process.errors import LocalBadInput, TrainingFailed
+from amlaunch.trainer.process.errors import LocalBadInput, LocalTrainingFailed, TrainingFailed
 from amlaunch.trainer.process.rank_environment import RankEnvironment, prefer_loopback
 from amlaunch.trainer.torch_features import sum_gradients_on_cpu
 
@@ -122,7 +122,16 @@ def join_world(section: Distributed, ranks: RankEnvironment) -> World:
 
 
 def _device(ranks: RankEnvironment) -> torch.device:
-    if os.environ.get("AMLAUNCH_DEVICE") == "cpu" or not torch.cuda.is_available():
+    """Return the device of this rank: the one that ``AMLAUNCH_DEVICE`` requires, else a GPU if torch can use one.
+
+    Raises LocalTrainingFailed if a GPU is required and torch cannot use one, which costs GPU hours on the CPU.
+    """
+    required = os.environ.get("AMLAUNCH_DEVICE")
+    if required == "cuda" and not torch.cuda.is_available():
+        raise LocalTrainingFailed(
+            f"rank {ranks.rank} on {os.uname().nodename} has a GPU, but torch cannot use it: {_cuda_problem()}"
+        )
+    if required == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # Slurm's --gpus-per-task shows each rank only its own GPU.
@@ -135,6 +144,20 @@ def _device(ranks: RankEnvironment) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _cuda_problem() -> str:
+    """Return torch's own reason why there is no CUDA, with what hides GPUs from this process."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        remedy = "use a torch or an image with CUDA, or train on the CPU: --gpus 0"
+        return f"torch {torch.__version__} is built for the CPU only; {remedy}"
+    reason = "it sees no CUDA device"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return reason if visible is None else f"{reason} (CUDA_VISIBLE_DEVICES={visible!r})"
 
 
 def _init_group(ranks: RankEnvironment, device: torch.device, timeout: timedelta) -> None:

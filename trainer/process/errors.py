@@ -27,6 +27,10 @@ class LocalBadInput(BadInput):
     """Bad input that only this rank has seen, so this rank must report it itself."""
 
 
+class LocalTrainingFailed(TrainingFailed):
+    """A failure that only this rank has seen, so this rank must report it itself. Exit code 1."""
+
+
 def run_guarded(work: Callable[[], int]) -> int:
     """Run ``work`` and return its exit code, or print its error and return the error's exit code.
 
@@ -41,7 +45,7 @@ def run_guarded(work: Callable[[], int]) -> int:
             print_error(f"error: {error}")
         return BAD_INPUT
     except TrainingFailed as error:
-        if rank == 0:
+        if rank == 0 or isinstance(error, LocalTrainingFailed):
             print_error(f"error: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -21,12 +21,11 @@ from amlaunch.recipes.files import reason_not_writable, write_json, write_text
 from amlaunch.recipes.format.schema import Export
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.recipes.run_layout import Heartbeat
-from amlaunch.trainer.checkpoints.hf_folder import known_vocab, manifest_tokenizer, write_folder
+from amlaunch.trainer.checkpoints.hf_folder import Vocabulary, write_folder
 from amlaunch.trainer.process.arguments import Options, parse
 from amlaunch.trainer.process.errors import exit_process, run_guarded
 
 SAMPLE = "sample.txt"
-GPT2_VOCAB = 50257
 OTHER_FOLDER = "Choose another folder with --out DIR"
 
 
@@ -43,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Export the selected checkpoint. Raises BadInput if there is no intact checkpoint of this model."""
-    from amlaunch.trainer.models.base import parameter_count, vocab_rows
+    from amlaunch.trainer.data.token_stream import shards_folder
+    from amlaunch.trainer.models.base import parameter_count
 
     recipe, out = options.loaded.recipe, options.out
     if out is None:
@@ -51,13 +51,12 @@ def run(options: Options) -> int:
     check_out_folder(out)
     section = recipe.export or Export()
     step, model = load_selected(options)
-    tokenizer = manifest_tokenizer(options.data)
-    vocab = min(known_vocab(options.data), vocab_rows(model) or sys.maxsize)
+    vocabulary = Vocabulary.of_model(model, shards_folder(options.data, recipe.dataset))
     print(f"exporting the checkpoint of step {step} to {out}", flush=True)
-    write_folder(out, model, vocab, section.dtype)
+    write_folder(out, model, vocabulary, section.dtype)
 
     parameters = parameter_count(model)
-    text = sample(model, options, tokenizer, vocab, section.prompt) if section.max_new_tokens else None
+    text = sample(model, options, vocabulary, section.prompt) if section.max_new_tokens else None
     if text is not None:
         write_text(out / SAMPLE, text + "\n")
         print(f"--- sample after step {step} ---\n{text}\n---", flush=True)
@@ -100,30 +99,19 @@ def load_selected(options: Options) -> tuple[int, Any]:
     return source.step, model
 
 
-def sample(
-    model: Any, options: Options, tokenizer_entry: dict[str, Any], vocab: int, prompt: str, seed: int | None = None
-) -> str | None:
+def sample(model: Any, options: Options, vocabulary: Vocabulary, prompt: str, seed: int | None = None) -> str | None:
     """Return the prompt and its continuation; None, with a note on stdout, without a matching tokenizer.
 
-    ``tokenizer_entry``: the tokenizer in the data's manifest; if empty, GPT-2's is used if the vocabulary fits.
+    If the data's tokenizer is unknown, GPT-2's is used if the vocabulary fits.
     """
     from amlaunch.trainer.models.base import context_length
     from amlaunch.trainer.models.sampling import generate
 
     recipe = options.loaded.recipe
     section = recipe.export or Export()
-    if not tokenizer_entry and not GPT2_VOCAB <= vocab < sys.maxsize:
-        if vocab == sys.maxsize:
-            reason = "the model has no vocab_size"
-        else:
-            reason = f"the vocabulary size {vocab} is not GPT-2's"
-        print(f"note: no sample: {reason}. Pass --data DIR to use the tokenizer of its manifest", flush=True)
-        return None
     try:
-        from amlaunch.preprocess.tokenizers.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(tokenizer_entry.get("name", "gpt2"))
-    except (ImportError, BadInput) as error:
+        tokenizer = vocabulary.load_tokenizer()
+    except BadInput as error:
         print(f"note: no sample: {error}", flush=True)
         return None
     ids = generate(
@@ -131,7 +119,7 @@ def sample(
         [tokenizer.bos, *tokenizer.encode(prompt).tolist()],
         section.max_new_tokens,
         context=context_length(model) or recipe.dataset.get("seq_len", 1024),
-        vocab_size=min(vocab, tokenizer.n_vocab),
+        vocab_size=min(vocabulary.size, tokenizer.n_vocab),
         temperature=section.temperature,
         top_k=section.top_k,
         seed=recipe.seed if seed is None else seed,

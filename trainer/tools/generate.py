@@ -34,17 +34,15 @@ def run(options: Options) -> int:
 
     Raises BadInput if there is no intact checkpoint or no matching tokenizer.
     """
-    from amlaunch.trainer.checkpoints.hf_folder import known_vocab, manifest_tokenizer
+    from amlaunch.trainer.checkpoints.hf_folder import Vocabulary
     from amlaunch.trainer.data.token_stream import shards_folder
-    from amlaunch.trainer.models.base import vocab_rows
     from amlaunch.trainer.tools.export import load_selected, sample
 
     with redirect_stdout(sys.stderr):
         step, model = load_selected(options)
-        data = options.data or shards_folder(options.loaded.recipe.dataset)
-        vocab = min(known_vocab(data), vocab_rows(model) or sys.maxsize)
+        vocabulary = Vocabulary.of_model(model, shards_folder(options.data, options.loaded.recipe.dataset))
         print(f"generating with the checkpoint of step {step}", flush=True)
-        text = sample(model, options, manifest_tokenizer(data), vocab, options.prompt, options.sample_seed)
+        text = sample(model, options, vocabulary, options.prompt, options.sample_seed)
     if text is None:
         raise BadInput("text generation needs a tokenizer; the note above says why there is none")
     print(text, flush=True)
