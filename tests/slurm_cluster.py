@@ -166,6 +166,15 @@ class Cluster:
         self.on(node, "setsid", "slurmd")
 
     @contextmanager
+    def changed(self, what: str, state: str, normal: str) -> Iterator[None]:
+        """Set the state of nodes or of a partition: ``nodename=gpu1``, ``drain``, ``resume``."""
+        self.on("gpu1", "scontrol", "update", what, f"state={state}", *(["reason=test"] if "node" in what else []))
+        try:
+            yield
+        finally:
+            self.on("gpu1", "scontrol", "update", what, f"state={normal}")
+
+    @contextmanager
     def without(self, setting: str) -> Iterator[None]:
         """Run the cluster without one setting of slurm.conf."""
         self._script("without", setting)

@@ -213,6 +213,41 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(
     assert {path.name for path in tiny.folder.iterdir()} - before <= {"wrong.yaml", "cache"}
 
 
+NOW = "note: stage train cannot start now, and waits in the queue: {} of 2 nodes of partition gpu are down or drained; "
+UNAVAILABLE = [
+    ("nodename=gpu[1-2]", "drain", "resume", NOW.format(2)),
+    ("nodename=gpu[1-2]", "down", "resume", NOW.format(2)),
+    ("nodename=gpu1", "drain", "resume", NOW.format(1)),
+    ("nodename=gpu1", "down", "resume", NOW.format(1)),
+    ("nodename=gpu1", "fail", "resume", NOW.format(1)),
+    ("partitionname=gpu", "down", "up", "note: partition gpu is down; jobs wait in the queue until it is up"),
+]
+
+
+@pytest.mark.parametrize(("what", "state", "normal", "note"), UNAVAILABLE)
+def test_what_slurm_would_queue_is_submitted_with_a_note(
+    tiny: Place, what: str, state: str, normal: str, note: str
+) -> None:
+    """Slurm's own test (sbatch --test-only) refuses all of these."""
+    words = ["submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--resources.train.nodes", "2", "--stage", "train"]
+    name = f"{state}-{what[-1]}".strip("]")
+    words += ["--name", name, "--validation_dataset", "null", "--export", "null", "--step_scheduler.max_steps", "2"]
+    with tiny.cluster.changed(what, state, normal):
+        submitted = tiny.amlaunch(*words, check=False)
+        assert submitted.returncode == 0 and note in submitted.stderr + submitted.stdout, submitted.stderr
+        assert states(tiny.status(name)) == {"train": ["queued"]}
+    if state == "drain":
+        assert states(tiny.wait(name)) == {"train": ["done"]}
+    tiny.amlaunch("cancel", name, check=False)
+
+
+@pytest.mark.parametrize("state", ["drain", "inactive"])
+def test_a_partition_that_takes_no_jobs_is_refused(tiny: Place, state: str) -> None:
+    with tiny.cluster.changed("partitionname=gpu", state, "up"):
+        refused = tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *ON_GPUS, "--name", state, check=False)
+    assert refused.returncode == 2 and f"partition gpu is {state}; choose another one" in refused.stderr
+
+
 def test_a_full_disk_is_refused_before_anything_is_submitted(tiny: Place) -> None:
     full = tiny.folder / "full"
     full.mkdir()

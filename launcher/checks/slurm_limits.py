@@ -56,7 +56,7 @@ def check_slurm_limits(cluster: Cluster, loaded: LoadedRecipe | None, stages: Se
         with problems.collected():
             for stage in stages:
                 problems.add(_StageCheck(loaded, cluster, stage, facts).problems())
-            notes += _memory_notes(stages)
+            notes += [*_memory_notes(stages), *_partition_notes(stages, facts)]
     with problems.collected():
         problems.add(option_problems(cluster))
         with problems.collected():
@@ -81,6 +81,13 @@ def _memory_notes(stages: Sequence[Stage]) -> list[str]:
                 f"set resources.{stage.name}.mem, or mem in the profile"
             )
     return notes
+
+
+def _partition_notes(stages: Sequence[Stage], facts: SlurmFacts) -> list[str]:
+    """Name partitions that queue jobs and start none."""
+    names = dict.fromkeys(stage.partition or "" for stage in stages)
+    down = [name for name in names if facts.rules.get(name, {}).get("State") == "DOWN"]
+    return [f"partition {name} is down; jobs wait in the queue until it is up" for name in down]
 
 
 class _StageCheck:
@@ -160,7 +167,8 @@ class _StageCheck:
         name, partition = self.stage.name, self.stage.partition
         remedy = f"choose another one for stage {name} (stages.{name}.partition in the profile)"
         state = rules.get("State", "UP")
-        if state != "UP":
+        # A partition that is DOWN queues jobs; see _partition_notes.
+        if state in ("DRAIN", "INACTIVE"):
             yield f"partition {partition} is {state.lower()}; {remedy}"
 
         settings = self.cluster.profile.stage(name)

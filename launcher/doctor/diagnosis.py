@@ -290,7 +290,8 @@ def _job_finding(cluster: Cluster, partitions: Sequence[SitePartition], name: st
     target = f"partition {stage.partition}{f' with {gpus} GPUs' if gpus else ''}"
     array = Array(stage, ("0",), runs / "doctor" / "try", "amlaunch-doctor")
     try:
-        sbatch.test_only(sbatch.script(array, cluster.profile, runs, package_root(), "doctor"))
+        script = sbatch.script(array, cluster.profile, runs, package_root(), "doctor")
+        reason = sbatch.reason_to_wait(script, stage.partition)
     except SlurmError as error:
         text = f"sbatch refuses {target}: {'; '.join(error.message.splitlines())}"
         advice = (
@@ -302,6 +303,8 @@ def _job_finding(cluster: Cluster, partitions: Sequence[SitePartition], name: st
     if name == "train" and not gpus:
         advice = "name a partition with GPUs in the profile: stages: {train: {partition: NAME}}"
         return Finding("jobs", WARN, f"sbatch accepts {target}, but training gets no GPUs", advice)
+    if reason:
+        return Finding("jobs", WARN, f"sbatch queues {target}, but cannot start it now: {reason}")
     return Finding("jobs", OK, f"sbatch accepts {target}")
 
 

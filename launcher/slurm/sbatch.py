@@ -23,8 +23,15 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from amlaunch.launcher.errors import SlurmNotInstalled, command_error
-from amlaunch.launcher.slurm.client import call, clean_environment, compress_ranges
+from amlaunch.launcher.errors import SlurmError, SlurmNotInstalled, command_error
+from amlaunch.launcher.slurm.client import (
+    call,
+    clean_environment,
+    compress_ranges,
+    partition_rules,
+    partitions,
+    usable_nodes,
+)
 from amlaunch.launcher.specs.cluster_profile import STAGES, Cluster, ClusterProfile
 from amlaunch.launcher.specs.plan import Needs, Stage
 from amlaunch.recipes.errors import BadInput
@@ -127,6 +134,10 @@ def _gpu_options(needs: Needs, profile: ClusterProfile) -> dict[str, str]:
     return {"gpus-per-node": f"{profile.gpu_type}:{count}" if profile.gpu_type else count}
 
 
+NOT_NOW = ("Requested node configuration is not available", "Required node not available")
+"""What ``sbatch --test-only`` says if the nodes that are up are too few or too small."""
+
+
 def submit(text: str, options: Sequence[str]) -> str:
     """Submit a script; return the job ID. Raises SlurmError with sbatch's message."""
     with tempfile.TemporaryDirectory() as folder, job_environment(), _without_stderr():
@@ -143,6 +154,31 @@ def test_only(text: str, options: Sequence[str] = ()) -> str:
         file.write(text)
         file.flush()
         return call("sbatch", "--test-only", *options, file.name, env=submission_environment())
+
+
+def reason_to_wait(text: str, partition: str | None) -> str:
+    """Return why Slurm would queue a script and not start it while nodes are missing; empty if it could start it.
+
+    sbatch tests a script with the nodes that are up, and so refuses what it would queue. Raises SlurmError for a script
+    that is refused for another reason.
+    """
+    try:
+        test_only(text)
+    except SlurmError as error:
+        state = _partition_shortage(partition or "")
+        if not state or not any(message in error.message for message in NOT_NOW):
+            raise
+        return f"{state}; sbatch says: {error.message.splitlines()[-1]}"
+    return ""
+
+
+def _partition_shortage(partition: str) -> str:
+    """Return what a partition lacks today; empty if all its nodes can take jobs. Raises SlurmError."""
+    if partition_rules().get(partition, {}).get("State") == "DOWN":
+        return f"partition {partition} is down"
+    count = next((known.nodes for known in partitions() if known.name == partition), 0)
+    usable = usable_nodes().get(partition, count)
+    return f"{count - usable} of {count} nodes of partition {partition} are down or drained" if usable < count else ""
 
 
 def _sbatch_message(text: str) -> str:

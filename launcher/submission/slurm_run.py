@@ -45,7 +45,8 @@ def submit_to_slurm(run: ResolvedRun, cluster: Cluster, request: RunRequest, not
         say(f"note: {moved}")
     check_inputs(run, states, [State.DONE, *ACTIVE_STATES])
     pending = draft_arrays(run.run_dir, run.plan, cluster.profile, states, run.stages, client.max_array_size())
-    _check_with_sbatch(pending)
+    for note in _check_with_sbatch(pending):
+        say(f"note: {note}")
 
     if request.dry_run:
         _print_drafts(run, cluster, pending, json=request.json)
@@ -76,15 +77,23 @@ def _check_not_training(run: ResolvedRun, states: Sequence[ElementState]) -> Non
         )
 
 
-def _check_with_sbatch(pending: Sequence[ArrayDraft]) -> None:
-    """Have sbatch test each script: only Slurm knows all limits and rules. Raises BadInput and SlurmError."""
+def _check_with_sbatch(pending: Sequence[ArrayDraft]) -> list[str]:
+    """Have sbatch test each script: only Slurm knows all limits and rules.
+
+    Returns notes about jobs that must wait for nodes. Raises BadInput and SlurmError.
+    """
+    notes = []
     for draft in pending:
+        stage = draft.array.stage
         try:
-            sbatch.test_only(draft.script)
+            reason = sbatch.reason_to_wait(draft.script, stage.partition)
         except SlurmError as error:
             if not is_refusal(error):
                 raise
-            raise BadInput(f"stage {draft.array.stage.name}: sbatch refused the script: {error.message}") from None
+            raise BadInput(f"stage {stage.name}: sbatch refused the script: {error.message}") from None
+        if reason:
+            notes.append(f"stage {stage.name} cannot start now, and waits in the queue: {reason}")
+    return list(dict.fromkeys(notes))
 
 
 def _submit(run: ResolvedRun, cluster: Cluster, argv: Sequence[str], say: Say) -> list[Submission]:
