@@ -47,7 +47,7 @@ RECORDED = {
     "sinfo %P|%a|%l|%D|%c|%m|%G": "cpu*|up|infinite|2|32|64000|(null)\nshort|up|10:00|2|32|64000|(null)\n"
     "closed|up|infinite|2|32|64000|(null)\n"
     "gpu|up|infinite|2|32|64000|gpu:h100:8\ngpu-low|up|infinite|2|32|64000|gpu:h100:8\n",
-    "sinfo %R|%F": "cpu|0/2/0/2\nshort|0/2/0/2\nclosed|0/2/0/2\ngpu|1/1/0/2\ngpu-low|1/1/0/2\n",
+    "sinfo %R|%T|%D": "cpu|idle|2\nshort|idle~|2\nclosed|idle|2\ngpu|idle|1\ngpu|mixed|1\ngpu-low|allocated|2\n",
     "scontrol show partition": (
         "PartitionName=cpu AllowAccounts=ALL GraceTime=0 Nodes=cpu[1-2] PriorityTier=1 PreemptMode=REQUEUE\n"
         "PartitionName=short AllowAccounts=ALL GraceTime=0 Nodes=cpu[1-2] PriorityTier=1 PreemptMode=REQUEUE\n"
@@ -251,10 +251,19 @@ def test_oci_conf_lies_beside_slurm_conf(answers, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("state", "usable"),
+    [("idle", 3), ("allocated+", 3), ("planned", 3), ("idle~", 3), ("idle*", 0), ("draining", 0), ("failing", 0)],
+)
+def test_nodes_that_can_take_jobs(answers, monkeypatch, state, usable):
+    monkeypatch.setitem(answers, "sinfo %R|%T|%D", f"cpu|{state}|3\n")
+    assert client.usable_nodes() == {"cpu": usable}
+
+
+@pytest.mark.parametrize(
     ("key", "answer", "verdict", "words"),
     [
         ("sbatch --version", "slurm 19.05.3\n", BAD, "needs Slurm 20.02"),
-        ("sinfo %R|%F", "cpu|0/2/0/2\ngpu|0/0/2/2\n", WARN, "gpu has 2 nodes, all down or drained"),
+        ("sinfo %R|%T|%D", "cpu|idle|2\ngpu|drained|1\ngpu|down*|1\n", WARN, "gpu has 2 nodes, all down or drained"),
         ("sinfo %P|%a|%l|%D|%c|%m|%G", "cpu|up|infinite|2|32|64000|(null)\n", WARN, "no default"),
         ("sinfo %P|%a|%l|%D|%c|%m|%G", "cpu*|inact|infinite|2|32|64000|(null)\n", BAD, "none of 1 is up"),
         ("sacctmgr user", "", BAD, "jobs need an account, and you have none"),
@@ -564,8 +573,13 @@ def test_doctor_on_a_cluster(cluster: Cluster):
 @pytest.mark.slow
 def test_the_check_on_a_node_of_a_cluster(cluster: Cluster):
     folder = cluster.folder("doctor-gpu")
-    command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu", "--cluster", "slurm", "--json"]
-    done = cluster.run(*command, cwd=folder, timeout=900, check=False)
+    command = [cluster.python, "-m", "amlaunch", "doctor", "--gpu", "--json", "--cluster"]
+    refused = cluster.run(*command, "slurm", cwd=folder, timeout=900, check=False)
+    (finding,) = (one for one in json.loads(refused.stdout)["findings"] if one["topic"] == "gpu")
+    assert refused.returncode == 1 and "has a GPU, but torch cannot use it: torch 2." in finding["text"], finding
+
+    (folder / "site.yaml").write_text("lab: {env: {AMLAUNCH_DEVICE: cpu}}\n")  # its GPUs are files
+    done = cluster.run(*command, "site.yaml", cwd=folder, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     gpus = report["gpu_check"]["gpus"]

@@ -106,8 +106,9 @@ def refused_end(verdict: Mapping[str, Any], codes: tuple[int, ...]) -> AttemptEn
     )
 
 
-def with_error_message(attempt: Attempt, codes: tuple[int, ...], end: AttemptEnd) -> AttemptEnd:
+def with_error_message(attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
     """Complete an end for invalid input by the error message, which one rank prints for all."""
+    codes = end.exit_codes
     if BAD_INPUT not in codes:
         return end
     for rank in range(attempt.ranks):

@@ -203,7 +203,6 @@ def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: R
         stop.set()
     result = read_object(attempt.folder.result) or None
     end = replace(classify(ranks, result, stop if stop.is_set else None), exit_codes=ranks.codes)
-    end = with_error_message(attempt, ranks.codes, end)
     unstarted = stopped_before_start(attempt, end, stop) if end.outcome == Outcome.FAILED and stop.is_set else None
     if unstarted is not None:
         return replace(unstarted, exit_codes=ranks.codes)
@@ -211,7 +210,7 @@ def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: R
         end = hang_end(attempt, end)
     elif end.outcome == Outcome.FAILED and stop.is_overdue:
         end = overdue_end(end, stop)
-    end = with_cause(attempt, starter.explain(attempt, end))
+    end = with_cause(attempt, with_error_message(attempt, starter.explain(attempt, end)))
     return replace(end, exit_codes=ranks.codes)
 
 

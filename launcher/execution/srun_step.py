@@ -124,7 +124,9 @@ class SrunStep:
             return replace(end, reason=reason, restart=True, killed=failure.problem.startswith(KILLED))
         reason = f"rank {failure.rank} exited with code {failure.exit_code}"
         retryable = failure.exit_code != BAD_INPUT
-        return replace(end, reason=reason, restart=False, killed=False, retryable=retryable)
+        # srun's own exit code may be that of a sibling that it killed.
+        codes = (failure.exit_code,)
+        return replace(end, reason=reason, restart=False, killed=False, retryable=retryable, exit_codes=codes)
 
 
 class SrunProcess(RankProcess):

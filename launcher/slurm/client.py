@@ -395,15 +395,18 @@ def version() -> str:
     return (call("sbatch", "--version").split() or [""])[-1]
 
 
+USABLE_STATES = {"idle", "mixed", "allocated", "completing", "planned", "reserved", "maint", "perfctrs"}
+"""States of nodes that are neither down, drained, failing nor unknown."""
+
+
 def usable_nodes() -> dict[str, int]:
-    """Return the number of nodes of each partition that are neither down nor drained. Raises SlurmError."""
+    """Return the number of nodes of each partition that can take jobs, now or once others end. Raises SlurmError."""
     counts: dict[str, int] = {}
-    # %F: allocated/idle/other/total.
-    for line in call("sinfo", "-a", "-h", "-o", "%R|%F").splitlines():
-        name, _, numbers = line.partition("|")
-        if re.fullmatch(r"\d+/\d+/\d+/\d+", numbers.strip()):
-            allocated, idle, _, _ = map(int, numbers.split("/"))
-            counts[name.strip()] = counts.get(name.strip(), 0) + allocated + idle
+    for line in call("sinfo", "-a", "-h", "-o", "%R|%T|%D").splitlines():
+        name, state, nodes = (field.strip() for field in f"{line}||".split("|")[:3])
+        # A suffix tells more, such as ~ for a node that is powered up when needed; * is a node that does not respond.
+        is_usable = state.rstrip("~#!%$@^-+") in USABLE_STATES
+        counts[name] = counts.get(name, 0) + (_number(nodes) if is_usable else 0)
     return counts
 
 
