@@ -29,7 +29,7 @@ from amlaunch.containers import disk_space
 from amlaunch.containers.images.reference import parse
 from amlaunch.containers.runtimes.catalog import PROGRAMS, SRUN_RUNTIMES
 from amlaunch.containers.runtimes.environment import runtime_variables
-from amlaunch.containers.start_failures import FAILURES, UNKNOWN_FAILURE, StartFailure, advice, failure_of
+from amlaunch.containers.start_failures import FAILURES_BY_KIND, UNKNOWN_FAILURE, StartFailure, advice, failure_of
 
 PROGRESS_SECONDS = 60.0
 """Interval between lines about a command that takes long."""
@@ -46,7 +46,6 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le"}
 USE_COMPATIBILITY_LIBRARIES = ("pyxis", "enroot", "docker")
 """Runtimes whose libnvidia-container uses an image's CUDA compatibility libraries, and reports a driver that is too old
 even for them."""
-FAILURES_BY_KIND = {failure.kind: failure for failure in FAILURES}
 
 
 def start(arguments: Sequence[str]) -> int:

@@ -231,6 +231,7 @@ FAILURES = (
     ),
 )
 """Kinds of failures, in the order of the search."""
+FAILURES_BY_KIND = {failure.kind: failure for failure in FAILURES}
 UNKNOWN_FAILURE = StartFailure(
     "container failed to start", "", restart=True, avoid_host=False, advice="see the last lines of the log"
 )

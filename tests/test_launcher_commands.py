@@ -674,8 +674,34 @@ class TestStatus:
         write_json(run.element("train", "0").progress, {"unit": "step", "done": saved, "total": 60, "saved": saved})
         result = amlaunch(tmp_path, "status", "test-1").stdout
         assert "train 0 failed on alpha: NameError: name 'x' is not defined\n" in result
-        assert "next: fix the cause, then run " in result
+        start = f"{wording.program()} local {run.recipe}"
+        assert f"next: fix the cause, then run {start}" in result, "retry would take the stored code and recipe"
         assert ("(continues from the last saved state)" in result) == bool(saved)
+
+    @pytest.mark.parametrize(
+        ("kind", "fixed"),
+        [
+            ("exception", True),
+            ("full disk", True),
+            ("no environment", True),
+            ("out of GPU memory", True),
+            ("no such image", True),
+            ("network", False),
+            ("hang", False),
+            ("overdue", False),
+            ("registry unreachable", False),
+            ("", False),
+        ],
+    )
+    def test_on_a_cluster_a_retry_is_suggested_only_where_it_can_help(self, tmp_path, kind, fixed):
+        run, plan = make_run(tmp_path, ("train", [[]], ONE))
+        submitted(run, plan, "train", "11")
+        ended(run, "train", "0", "so it was", "alpha", job="11_0", kind=kind)
+        write_json(run.provenance, {"command": ["amlaunch", "submit", "r.yaml"], "cwd": str(tmp_path)})
+        slurm_said(JobInfo("11_0", "FAILED", nodes="alpha"))
+        result = amlaunch(tmp_path, "status", "test-1", patch=KEPT_LONGER).stdout
+        start, retry = f"next: fix the cause, then run {wording.program()} submit r.yaml\n", "retry test-1\n"
+        assert (start in result, retry in result) == (fixed, not fixed), result
 
     def test_the_exception_is_the_line_below_the_last_traceback(self):
         frames = 'Traceback (most recent call last):\n  File "m.py", line 3, in build\n    x\n'
@@ -701,10 +727,11 @@ class TestStatus:
 HOSTS = ("alpha", "beta")
 
 
-def ended(run: RunDir, stage: str, name: str, reason: str, host: str, **more: object) -> None:
+def ended(run: RunDir, stage: str, name: str, reason: str, host: str, job: str = "", **more: object) -> None:
     """The record of an attempt that failed."""
     folder = run.element(stage, name)
-    append_json_line(folder.attempts, {"event": "start", "attempt": 1, "time": time.time() - 60, "host": host})
+    start = {"event": "start", "attempt": 1, "time": time.time() - 60, "host": host, "job": job}
+    append_json_line(folder.attempts, start)
     append_json_line(
         folder.attempts,
         {

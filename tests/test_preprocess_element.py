@@ -687,6 +687,18 @@ def test_a_wrong_shard_with_a_right_digest_is_found(tmp_path: Path, texts: list[
         verify(options, out, QUIET)
 
 
+def test_a_text_that_was_corrected_is_read_again_unless_there_are_shards(tmp_path: Path, texts: list[str]) -> None:
+    options, out = recipe(tmp_path), tmp_path / "out"
+    make(options, out)
+    corpus(tmp_path / "corpus", seed=5)
+    with pytest.raises(BadInput, match=rf"If no other run needs them: rm -r {out}; else set another"):
+        make(options, out)
+    for path in [*out.glob("*.bin"), *out.glob("part-*.json")]:
+        path.unlink()
+    (part,) = make(options, out)
+    assert part.has_complete_files(out)
+
+
 def test_elements_of_two_origins_are_refused(tmp_path: Path, texts: list[str]) -> None:
     options = recipe(tmp_path, elements=2, parts=2)
     make(options, tmp_path / "one")

@@ -316,6 +316,43 @@ def test_a_failed_element_is_retried_alone(place: Place) -> None:
     assert [len(attempts(run, "preprocess", name)) for name in "012"] == [1, 2, 2]
 
 
+def follow_advice(place: Place, run: str) -> None:
+    """Type the command that ``status`` prints after "next:"."""
+    shown = place.amlaunch("status", run).stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("next: "))
+    command = line.removeprefix("next: ").removeprefix("fix the cause, then run ")
+    place.cluster.run("sh", "-c", command, cwd=place.folder, env=place.env)
+
+
+def test_the_next_command_takes_the_corrected_code_and_input(place: Place) -> None:
+    """An error in the user's model, then one in a text: ``retry`` would use the run's copy of the model."""
+    model = (
+        "import torch\ndef build(vocab: int = 257):\n{}"
+        "    return torch.nn.Sequential(torch.nn.Embedding(vocab, 8), torch.nn.Linear(8, vocab))\n"
+    )
+    place.write("own.py", model.format("    raise KeyError('lost')\n"))
+    place.write(
+        "own.yaml",
+        "name: own\npreprocess: {data_files: text.jsonl, tokenizer: byte, max_tokens: 4K}\n"
+        "model: {_target_: 'own.py:build'}\ndataset: {seq_len: 16}\nexport: null\n"
+        "step_scheduler: {max_steps: 2, global_batch_size: 4}\nresources: {train: {tasks_per_node: 1}}\n",
+    )
+    place.write("clusters.yaml", "lab: {signal_seconds: 60, time: 5, mem: 1G}\n")
+    records = "\n".join(json.dumps({"text": "a word and another one " * 20}) for _ in range(20))
+    first = records.splitlines()[0]
+    place.write("text.jsonl", f"{first}\n{{broken\n{records}\n")
+
+    place.amlaunch("submit", "own.yaml", "--cluster", "lab")
+    failed = element(place.wait("own", code=2), "preprocess")
+    assert "text.jsonl" in failed["reason"], failed
+    place.write("text.jsonl", f"{records}\n")
+    follow_advice(place, "own")
+    assert element(place.wait("own", code=1), "train")["reason"] == "KeyError: 'lost'"
+    place.write("own.py", model.format(""))
+    follow_advice(place, "own")
+    assert states(place.wait("own"))["train"] == ["done"]
+
+
 def test_which_rank_on_which_node_failed(place: Place) -> None:
     place.stand_in(("train", [["--do", "fail", "--rank", "3"]], Needs(2, 2, 2, 2, "400M", 5)))
     place.amlaunch("retry", "test-1")

@@ -84,7 +84,7 @@ def _normalise(state: ElementState) -> str:
 
 def _explain_failures(run_dir: RunDir, group: list[ElementState], restart: str) -> str:
     """Explain the first failure of a group, and list the others."""
-    first, *lines = wording.failure_report(run_dir, group[0], restart)
+    first, *lines = wording.failure_report(run_dir, group[0], restart, start_command(run_dir))
     return "\n".join([first, *_list_siblings(group), *lines])
 
 
@@ -109,7 +109,7 @@ def restart_command(run_dir: RunDir, plan: Plan) -> str:
 
 
 def start_command(run_dir: RunDir) -> str:
-    """Return the command that started a run, to be typed in the current folder."""
+    """Return the command that started a run, to be typed in the current folder; it reads recipe and code again."""
     provenance = read_object(run_dir.provenance)
     argv = provenance.get("command")
     if not isinstance(argv, list):

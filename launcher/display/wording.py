@@ -200,18 +200,22 @@ def stopping_text(stages: Iterable[str]) -> str:
 # --- failures
 
 
-def failure_report(run: RunDir, state: ElementState, next_command: str) -> list[str]:
-    """Explain a failed element: host, reason, the last lines of the right log, the next command."""
+def failure_report(run: RunDir, state: ElementState, retry: str, start: str) -> list[str]:
+    """Explain a failed element: host, reason, the last lines of the right log, the next command.
+
+    ``retry`` repeats the element with the run's own recipe, code and profile; ``start`` reads them again.
+    """
     host = state.host or state.nodes or "this host"
     lines = [f"{state.stage} {state.name} {state.state} on {host}: {state.reason}"]
     if state.retry:
         lines += _log_excerpt(run, state)
 
-    # With the same settings, the element would fail again.
     if state.resume_options and state.job:
         next_command = f"{program()} resume {name_of(run)} {state.resume_options}"
-    elif state.is_exception or not state.retry:
-        next_command = f"fix the cause, then run {next_command}"
+    elif state.needs_fix or not state.retry:
+        next_command = f"fix the cause, then run {start}"
+    else:
+        next_command = retry
     return [*lines, f"next: {next_command}", *continuation_note([state])]
 
 

@@ -45,8 +45,8 @@ class ElementState:
     """The rank whose log explains a failure."""
     retry: bool = True
     """False if the same command would fail again."""
-    is_exception: bool = False
-    """True if an exception ended the rank: the code or its input needs a fix first."""
+    needs_fix: bool = False
+    """True if the element would fail again until its recipe, code, input or cluster profile is corrected."""
     host: str = ""
     seconds: float | None = None
     """Duration of the newest attempt so far."""
@@ -195,10 +195,10 @@ def _ended(record: _ElementRecord, end: AttemptEnd, **known: Any) -> ElementStat
     if end.host:
         known["host"] = end.host
     if end.kind:
-        from amlaunch.launcher.runs.failure_causes import EXCEPTION, resume_options_for
+        from amlaunch.launcher.runs.failure_causes import needs_fix, resume_options_for
 
         known["resume_options"] = resume_options_for(end.kind, record.stage)
-        known["is_exception"] = end.kind == EXCEPTION
+        known["needs_fix"] = needs_fix(end.kind)
     return record.state(
         State(end.outcome.value), reason=end.reason, rank=end.rank, retry=end.retryable, seconds=end.seconds, **known
     )
@@ -277,7 +277,7 @@ def _pending_reason(slurm_reason: str, end: AttemptEnd | None) -> str:
 
 def _ended_according_to_slurm(record: _ElementRecord, info: JobInfo, known: dict[str, Any]) -> ElementState:
     """Return the state of a job that ended before its driver recorded a result."""
-    from amlaunch.launcher.runs.failure_causes import cause_of, cause_with, resume_options_for, tail_of
+    from amlaunch.launcher.runs.failure_causes import cause_of, cause_with, needs_fix, resume_options_for, tail_of
     from amlaunch.launcher.runs.slurm_reasons import explain_end
 
     job_end = explain_end(info, started=bool(record.files.history.starts))
@@ -287,6 +287,7 @@ def _ended_according_to_slurm(record: _ElementRecord, info: JobInfo, known: dict
         if cause is not None:
             reason = cause.explain(reason, record.stage, is_named=cause.kind == job_end.kind)
             known["resume_options"] = resume_options_for(cause.kind, record.stage)
+            known["needs_fix"] = needs_fix(cause.kind)
     if info.nodes:
         known["nodes"] = info.nodes
     return record.state(job_end.state, reason=reason, dependency_failed=job_end.dependency_failed, **known)

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from amlaunch.containers.start_failures import FAILURES_BY_KIND
+
 TAIL_BYTES = 65536
 TRACEBACK = "Traceback (most recent call last):"
 EXCEPTION = "exception"
@@ -148,6 +150,14 @@ def cause_of(text: str) -> Cause | None:
 def cause_with(kind: str) -> Cause | None:
     """Return the cause of this kind; None if there is none."""
     return next((cause for cause in CAUSES if cause.kind == kind), None)
+
+
+def needs_fix(kind: str) -> bool:
+    """Return True if an element that failed in this way fails again until recipe, code, input or profile change."""
+    if kind == EXCEPTION:
+        return True
+    failure = cause_with(kind) or FAILURES_BY_KIND.get(kind)
+    return failure is not None and not failure.restart
 
 
 def resume_options_for(kind: str, stage: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -376,23 +377,30 @@ def check_elements(options: Preprocess, context: PreprocessContext) -> None:
 
 
 def check_origin(folder: OutputDir, index: int, origin: dict[str, Any]) -> None:
-    """Write the origin of this element. Raises BadInput if the folder holds shards of another origin."""
+    """Write the origin of this element. Raises BadInput if the folder holds shards of another origin.
+
+    An attempt that made no shard may have met a damaged text, which is corrected by now: its origin is dropped.
+    """
+    has_shards = bool(folder.shards_on_disk())
     for path in folder.origins():
         try:
             existing = read_json(path)
         except ValueError as error:
             raise BadInput(f"{error}. Remove {folder.root}, or set another preprocess.output_dir") from None
-        if existing is not None and (changes := list_changes(existing, origin)):
-            raise BadInput(different_origin_message(f"{folder.root}: its shards were", changes))
+        changes = list_changes(existing, origin) if existing is not None else []
+        if changes and has_shards:
+            raise BadInput(different_origin_message(folder.root, f"{folder.root}: its shards were", changes))
+        if changes:
+            path.unlink(missing_ok=True)
     if not folder.origin(index).exists():
         write_json(folder.origin(index), origin)
 
 
-def different_origin_message(subject: str, changes: Sequence[str]) -> str:
-    """Return the message for shards of another origin; ``subject`` is their folder, noun and verb."""
+def different_origin_message(folder: Path, subject: str, changes: Sequence[str]) -> str:
+    """Return the message for shards of another origin in ``folder``; ``subject`` is their noun and verb."""
     return (
         f"{subject} made with a different source, tokenizer or options: {'; '.join(changes)}. "
-        f"Remove the folder, or set another preprocess.output_dir"
+        f"If no other run needs them: rm -r {shlex.quote(str(folder))}; else set another preprocess.output_dir"
     )
 
 

@@ -108,7 +108,7 @@ def check_origins(folder: OutputDir, options: Preprocess) -> int:
     for path, origin in origins.items():
         if changes := list_changes(origin, expected):
             element = int(path.stem.rpartition("-")[2])
-            raise BadInput(different_origin_message(f"{folder.root}: element {element} was", changes))
+            raise BadInput(different_origin_message(folder.root, f"{folder.root}: element {element} was", changes))
     return int(first.get("parts", 0))
 
 
@@ -155,7 +155,7 @@ def check_origin_unchanged(folder: OutputDir, origin: dict[str, Any]) -> None:
     """Raise BadInput if the source or the tokenizer has changed since the elements ran."""
     existing = read_object(next(folder.origins()))
     if changes := list_changes(existing, origin):
-        raise BadInput(different_origin_message(f"{folder.root}: its shards were", changes))
+        raise BadInput(different_origin_message(folder.root, f"{folder.root}: its shards were", changes))
 
 
 def check_elements_finished(folder: OutputDir, options: Preprocess, part: int) -> None:
