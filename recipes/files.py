@@ -6,6 +6,7 @@ a file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -97,7 +98,8 @@ def read_json(path: Path) -> Any | None:
 def append_json_line(path: Path, value: Any) -> None:
     """Append ``value`` as one line, in a single write.
 
-    If a kill left half a line at the end, that line is ended first, so that it damages no other.
+    If a kill or a full disk left half a line at the end, that line is ended first, so that it damages no other.
+    Raises OSError, also if only a part of the line was written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as handle:
@@ -107,7 +109,9 @@ def append_json_line(path: Path, value: Any) -> None:
             ends_mid_line = handle.read(1) != b"\n"
         else:
             ends_mid_line = False
-        handle.write(b"\n" * ends_mid_line + json.dumps(value).encode() + b"\n")
+        line = b"\n" * ends_mid_line + json.dumps(value).encode() + b"\n"
+        if handle.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

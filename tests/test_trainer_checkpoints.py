@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -22,13 +23,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from test_trainer_runs import OWN_MODEL, TIGHT, make, on_cpu, same_bits, same_weights, weights
-from trainer_runs import Run, killed_at, recipe
+from trainer_runs import Run, environment, killed_at, recipe
 
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput
+from amlaunch.recipes.files import read_json_lines
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.checkpoints import checkpoint, saver
 from amlaunch.trainer.checkpoints.saver import expired_checkpoints
 from amlaunch.trainer.loop.job import build_model
+from amlaunch.trainer.metrics.full_disk import MetricsFile
 
 pytestmark = pytest.mark.slow  # real runs, each with processes of its own
 
@@ -371,6 +374,64 @@ def test_a_really_full_disk_is_said_and_training_goes_on_and_saves_once_there_is
     assert saved_step == checkpoint.select_checkpoint(small_disk).step == 2 and not list(small_disk.glob("*.tmp"))
     ballast.unlink()
     assert run.train_inline() == OK and steps_of(run) == [6, 8]
+
+
+def test_lines_of_metrics_wait_while_the_disk_is_full(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = MetricsFile(small_disk / "metrics.jsonl")
+    file.append({"step": 1})
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as handle:
+        while handle.write(bytes(4096)):
+            pass
+    block = "x" * 3000  # the first line has room for a part of one more
+    for step in (2, 3, 4):
+        file.append({"step": step, "block": block})
+    assert len(file.waiting) >= 2
+    ballast.unlink()
+    file.append({"step": 5})
+    assert [line["step"] for line in read_json_lines(file.path)] == [1, 2, 3, 4, 5] and not file.waiting
+    first, second = capsys.readouterr().out.splitlines()
+    assert "(No space left on device); its lines wait in memory, and training continues" in first
+    assert "can be written again, and has all its lines" in second
+
+
+def test_a_log_and_metrics_without_room_do_not_end_a_run(small_disk: Path, tmp_path: Path) -> None:
+    """Only its result, at the very end, needs room."""
+    run = make(tmp_path, step_scheduler={"max_steps": 40, "ckpt_every_steps": 20}, validation_dataset=None)
+    command = [*run.arguments("amlaunch.trainer"), "--element", str(small_disk)]
+    ballast = small_disk / "ballast"
+    free_bytes = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free_bytes - 12288))
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=full, env=environment(1))
+    assert process.returncode == FAILED
+    assert checkpoint.select_checkpoint(run.checkpoints).step == 40
+    steps = [line["step"] for line in read_json_lines(small_disk / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1)) and 1 < steps[-1] < 40
+    ballast.unlink()
+    assert subprocess.run(command, env=environment(1)).returncode == OK
+    assert (small_disk / "result.json").exists()
+
+
+@pytest.mark.parametrize("unreadable", [1, 2], ids=["newest", "all"])
+def test_a_checkpoint_that_cannot_be_read(
+    straight_and_half: tuple[Run, Run], tmp_path: Path, unreadable: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading a process' memory at 0 is an input/output error. Where no other is left, nothing starts from scratch."""
+    _, half = straight_and_half
+    run = copy_of(half, tmp_path / "unreadable")
+    folders = checkpoint.list_checkpoints(run.checkpoints)
+    for folder in folders[:unreadable]:
+        (folder / "manifest.json").unlink()
+        (folder / "manifest.json").symlink_to("/proc/self/mem")
+    result = run.train_inline()
+    output, errors = capsys.readouterr()
+    assert "step-00000012 is damaged (manifest.json cannot be read: Input/output error)" in output
+    if unreadable == 1:
+        assert result == OK and "resuming after step 8" in output
+    else:
+        assert result == FAILED and checkpoint.list_checkpoints(run.checkpoints) == folders, "nothing is set aside"
+        assert "Input/output error. Starting from scratch would lose its work" in errors
 
 
 def test_a_full_disk_in_the_middle_is_said_and_training_goes_on(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from amlaunch.recipes.python_process import die_with_parent
 from amlaunch.trainer.process.arguments import parse
+from amlaunch.trainer.process.console import drop_output_to_full_disk
 from amlaunch.trainer.process.errors import exit_process, run_guarded
 from amlaunch.trainer.process.stop_request import StopFlag
 
@@ -28,4 +29,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    drop_output_to_full_disk()
     exit_process(main(sys.argv[1:]))

@@ -226,20 +226,28 @@ def _rewind(root: Path, start: StoredCheckpoint, key: str) -> None:
 def newest_intact(folders: Sequence[Path], world: World, *, set_aside: bool = True) -> StoredCheckpoint | None:
     """Return the first of ``folders`` whose every byte is verified; None if there is none.
 
-    All ranks share the reading and agree on the result. A damaged checkpoint is
-    reported with the file concerned, and set aside. The run will write that step
-    again, and only then is the damaged one deleted.
+    All ranks share the reading and agree on the result. A damaged checkpoint is reported with the file concerned, and
+    set aside. The run will write that step again, and only then is the damaged one deleted. Raises TrainingFailed on
+    all ranks if none is intact and some cannot be read: another node may be able to.
     """
+    damaged: dict[Path, Damage] = {}
+    intact = None
     for folder in world.broadcast(list(folders) if world.is_main else None):
-        problems = [problem for problem in world.all_gather(find_damage(folder, world.rank, world.size)) if problem]
-        if not problems:
-            return _read_meta(folder)
+        damages = [damage for damage in world.all_gather(find_damage(folder, world.rank, world.size)) if damage]
+        if not damages:
+            intact = folder
+            break
+        damaged[folder] = next((damage for damage in damages if damage.is_unreadable), damages[0])
         if world.is_main:
-            _warn_damaged(folder, problems[0])
-            if set_aside:
-                os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))
-        world.barrier()
-    return None
+            _warn_damaged(folder, damaged[folder])
+    unreadable = next((folder for folder, damage in damaged.items() if damage.is_unreadable), None)
+    if intact is None and unreadable is not None:
+        raise TrainingFailed(f"{unreadable}: {damaged[unreadable]}. Starting from scratch would lose its work")
+    if world.is_main and set_aside:
+        for folder in damaged:
+            _set_damaged_aside(folder)
+    world.barrier()
+    return _read_meta(intact) if intact is not None else None
 
 
 def select_checkpoint(root: Path, *, step: int | None = None, best: bool = False) -> StoredCheckpoint:
@@ -252,12 +260,12 @@ def select_checkpoint(root: Path, *, step: int | None = None, best: bool = False
     if step is not None:
         folders = [folder for folder in folders if step_of(folder) == step]
     for folder in folders:
-        problem = find_damage(folder)
-        if problem is None:
+        damage = find_damage(folder)
+        if damage is None:
             return _read_meta(folder)
         if step is not None:
-            raise BadInput(f"{folder} is damaged ({problem}). Choose another --step")
-        _warn_damaged(folder, problem)
+            raise BadInput(f"{folder} is damaged ({damage}). Choose another --step")
+        _warn_damaged(folder, damage)
 
     available = ", ".join(str(step_of(folder)) for folder in list_checkpoints(root)) or "none"
     if step is not None:
@@ -277,25 +285,51 @@ def _read_meta(folder: Path) -> StoredCheckpoint:
     return StoredCheckpoint(folder, meta)
 
 
-def _warn_damaged(folder: Path, problem: str) -> None:
-    print(f"warning: {folder} is damaged ({problem}); trying the next older checkpoint", flush=True)
+def _set_damaged_aside(folder: Path) -> None:
+    try:
+        os.replace(folder, folder.with_name(f"{folder.name}.{time.time_ns()}.damaged"))
+    except OSError as error:
+        # The other ranks wait for rank 0, and the folder is read again only at the next start.
+        print(f"warning: {folder} cannot be set aside ({error.strerror})", flush=True)
+
+
+def _warn_damaged(folder: Path, damage: Damage) -> None:
+    print(f"warning: {folder} is damaged ({damage}); trying the next older checkpoint", flush=True)
 
 
 # --- verifying ------------------------------------------------------------------------------------
 
 
-def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Describe the first damage that ``rank`` finds in its share of a checkpoint's files; None if intact."""
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file of a checkpoint."""
+
+    problem: str
+    is_unreadable: bool = False
+    """True if the file system refused to read the file (EIO, ESTALE), which may pass."""
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> Damage | None:
+    """Return the first damage that ``rank`` finds in its share of a checkpoint's files; None if intact.
+
+    Raises no OSError: an error on one rank would leave the others waiting.
+    """
+    name = MANIFEST
     try:
         manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or META not in manifest:
+            return Damage(f"{MANIFEST} is missing")
+        for name, entry in list(manifest.items())[rank::ranks]:
+            problem = _find_file_damage(folder / name, entry)
+            if problem:
+                return Damage(problem)
     except ValueError as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    if not isinstance(manifest, dict) or META not in manifest:
-        return f"{MANIFEST} is missing"
-    for name, entry in list(manifest.items())[rank::ranks]:
-        problem = _find_file_damage(folder / name, entry)
-        if problem:
-            return problem
+        return Damage(f"{MANIFEST} cannot be read: {error}")
+    except OSError as error:
+        return Damage(f"{name} cannot be read: {error.strerror}", is_unreadable=True)
     return None
 
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import append_json_line, read_json_lines, read_object, write_text
+from amlaunch.recipes.files import read_json_lines, read_object, write_text
 from amlaunch.recipes.format.schema import TensorBoard
 from amlaunch.recipes.run_layout import ElementDir, Heartbeat
+from amlaunch.trainer.metrics.full_disk import DISK_FULL, MetricsFile, show_life, warn
 from amlaunch.trainer.performance.compilation import compile_stats
 from amlaunch.trainer.process.start_time import seconds_since_start
 
@@ -144,8 +145,11 @@ class Metrics:
     latest_beat: dict[str, Any] = field(default_factory=dict)
     """Content of the newest heartbeat, whether or not it was due to be written."""
 
+    file: MetricsFile = field(init=False)
+
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.element.progress)
+        self.file = MetricsFile(self.element.metrics)
         self.save_seconds = read_object(self.element.progress).get("save_seconds")
 
     def resume_at(self, step: int) -> float | None:
@@ -163,7 +167,8 @@ class Metrics:
 
     def has_validation(self, step: int) -> bool:
         """Return True if ``metrics.jsonl`` has the validation of ``step``."""
-        return any(line["step"] == step and "val_loss" in line for line in read_json_lines(self.element.metrics))
+        lines = [*read_json_lines(self.element.metrics), *self.file.waiting]
+        return any(line["step"] == step and "val_loss" in line for line in lines)
 
     def log_step(self, record: StepRecord) -> None:
         """Write the numbers of a finished step to every destination."""
@@ -172,7 +177,7 @@ class Metrics:
         if not self.startup:
             self.startup = startup_times()
             fields["startup"] = self.startup
-        append_json_line(self.element.metrics, fields)
+        self.file.append(fields)
 
         print(console_line(fields, self.last_step), flush=True)
         if "startup" in fields:
@@ -225,7 +230,15 @@ class Metrics:
             "step_seconds": round(record.step_time_s, 3),
             "save_seconds": self.save_seconds,
         }
-        self.heartbeat.beat(**self.latest_beat, val_loss=self.val_loss)
+        self._write_heartbeat()
+
+    def _write_heartbeat(self, *, last: bool = False) -> None:
+        try:
+            self.heartbeat.beat(**self.latest_beat, val_loss=self.val_loss, last=last)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            show_life(self.element.progress)
 
     def checkpoint_saved(self, step: int, seconds: float) -> None:
         """Record a complete checkpoint, from which a restart would resume, and the duration of its save."""
@@ -239,7 +252,7 @@ class Metrics:
         losses_by_key = {"val_loss": self.val_loss}
         losses_by_key |= {f"val_loss/{name}": loss for name, loss in losses.items() if name}
         timing = {"validation_time_s": round(seconds, 6), "time": round(time.time(), 3)}
-        append_json_line(self.element.metrics, {"step": step, **losses_by_key, **timing})
+        self.file.append({"step": step, **losses_by_key, **timing})
         shown = ", ".join(f"{loss:.4f}" + (f" ({name})" if name else "") for name, loss in losses.items())
         print(f"step {step}/{self.last_step} | validation loss {shown}", flush=True)
         self._log_to_trackers(step, {"step": step, **losses_by_key})
@@ -248,17 +261,24 @@ class Metrics:
         """Log to wandb and TensorBoard if the recipe has them."""
         if self.wandb is not None:
             self.wandb.log(dict(fields))
-        if self.tensorboard is not None:
+        if self.tensorboard is None:
+            return
+        try:
             for name, value in fields.items():
                 if name not in ("step", "time", "startup") and value is not None:
                     self.tensorboard.add_scalar(name, float(value), step)
+        except OSError as error:
+            # Its writer does not recover.
+            self.tensorboard = None
+            warn(f"no more events for TensorBoard: {error}")
 
     def close(self) -> None:
         """Write the last heartbeat and finish TensorBoard and wandb."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.latest_beat:
-            self.heartbeat.beat(**self.latest_beat, val_loss=self.val_loss, last=True)
+            self._write_heartbeat(last=True)
+        self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
