@@ -110,6 +110,28 @@ class TestProfiles:
         assert found.stage("train").sbatch == {"nice": 5} and found.stage("export").sbatch == {"nice": 1}
         assert find_cluster("slurm").source == "built in" and find_cluster("local").profile.executor == "local"
 
+    def test_the_shells_defaults_for_sbatch_count_below_the_profile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shell = {"ACCOUNT": "mine", "PARTITION": "slow", "QOS": "low", "TIMELIMIT": "90", "RESERVATION": "course"}
+        for name, value in shell.items():
+            monkeypatch.setenv(f"SBATCH_{name}", value)
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        path = tmp_path / "site.yaml"
+        path.write_text("lab: {partition: fast, stages: {train: {qos: high}}, sbatch: {nice: 1}}\n")
+        cluster = find_cluster(str(path))
+        train, export = (cluster.profile.stage(stage) for stage in ("train", "export"))
+        assert (train.account, train.partition, train.qos, train.time) == ("mine", "fast", "high", 90)
+        assert export.qos == "low" and export.sbatch == {"nice": 1, "reservation": "course"}
+        assert cluster.where("train", "account") == "$SBATCH_ACCOUNT: account"
+        assert cluster.shell_note() == (
+            "from your shell, because the profile does not set them: $SBATCH_ACCOUNT (account mine), "
+            "$SBATCH_QOS (qos low), $SBATCH_TIMELIMIT (time 90), $SBATCH_RESERVATION (sbatch.reservation course)"
+        )
+        assert find_cluster("slurm").profile.partition == "slow" and not find_cluster("local").shell_note()
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        assert find_cluster(str(path)).profile.account is None, "inside a job they may be that job's"
+
     def test_a_file_with_one_or_several(self, tmp_path: Path) -> None:
         path = tmp_path / "sites.yaml"
         path.write_text("a: {partition: x}\n")

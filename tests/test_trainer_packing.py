@@ -334,7 +334,7 @@ def test_a_shard_that_begins_within_a_document_loses_nothing(tmp_path: Path) -> 
 
 def test_packing_belongs_to_what_a_checkpoint_remembers(tmp_path: Path) -> None:
     dataset = packed_set(tmp_path, documents_of([5, 20, 11]), 24)
-    narrow, wide = (data_fingerprint(rows, 1, 8) for rows in (dataset, dataset._dataset.packed(32)))
+    narrow, wide = (data_fingerprint(rows, {}, 1, 8) for rows in (dataset, dataset._dataset.packed(32)))
     assert [key for key in narrow if narrow[key] != wide[key]] == ["packed_sequence_size"]
     assert math.isclose(len(dataset) * 24, 48)
 

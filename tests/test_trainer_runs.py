@@ -187,6 +187,19 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(
         assert message in capsys.readouterr().err
 
 
+SAVES = ["--checkpoint.enabled", "true"]
+
+
+def test_a_checkpoint_belongs_to_the_settings_of_a_users_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = masked(tmp_path, "run", step_scheduler={"max_steps": 2})
+    assert run.train_inline(*SAVES) == OK
+    assert run.train_inline("--dataset.seq_len", str(SEQ_LEN // 2), *SAVES) == BAD_INPUT
+    assert f"seq_len: {SEQ_LEN} in the checkpoint, {SEQ_LEN // 2} in the recipe" in capsys.readouterr().err
+    assert run.train_inline("--step_scheduler.max_steps", "3", *SAVES) == OK
+
+
 @pytest.mark.parametrize("when", ["at once", "after a checkpoint"])
 def test_losses_that_are_no_numbers_stop_training(
     tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ A profile is found by its name in ``clusters.yaml`` of the current folder, then 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -185,11 +186,31 @@ class Cluster:
             return self.at(("stages", stage, key))
         return self.at((key,)) if self.tree.get(key) else ""
 
+    def shell_note(self) -> str:
+        """Name the settings that come from the shell's defaults for sbatch; empty if there are none."""
+        used = {place: path for path, place in self.lines.items() if place.startswith("$")}
+        values = [f"{place} ({'.'.join(path)} {_value_at(self.tree, path)})" for place, path in used.items()]
+        return f"from your shell, because the profile does not set them: {', '.join(values)}" if values else ""
+
     def at(self, path: KeyPath) -> str:
         """Return a key with its place: ``clusters.yaml:3: stages.train.time``."""
         return f"{self.lines.get(path, self.source)}: {'.'.join(path)}"
 
 
+def _value_at(tree: Mapping[str, Any], path: KeyPath) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+SHELL_DEFAULTS = {
+    "SBATCH_ACCOUNT": ("account",),
+    "SBATCH_PARTITION": ("partition",),
+    "SBATCH_QOS": ("qos",),
+    "SBATCH_TIMELIMIT": ("time",),
+    "SBATCH_RESERVATION": ("sbatch", "reservation"),
+    "SBATCH_CONSTRAINT": ("sbatch", "constraint"),
+    "SBATCH_WCKEY": ("sbatch", "wckey"),
+}
+"""Variables that sbatch itself reads (sbatch(1), INPUT ENVIRONMENT VARIABLES), and their keys in a profile."""
 BUILT_IN: dict[str, dict[str, Any]] = {"slurm": {}, "local": {"executor": "local"}}
 
 
@@ -240,8 +261,32 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[Any, str]]:
 
 def _cluster(name: str, tree: Any, path: Path | None, lines: Mapping[Any, str]) -> Cluster:
     own_lines = {key[1:]: place for key, place in lines.items() if key[:1] == (name,)}
+    if isinstance(tree, dict | None) and (tree or {}).get("executor") != "local":
+        tree, own_lines = _with_shell_defaults(tree or {}, own_lines)
     profile = check_profile(tree or {}, own_lines)
     return Cluster(name, profile, str(path) if path else "built in", tree or {}, own_lines)
+
+
+def _with_shell_defaults(tree: dict[str, Any], lines: dict[Any, str]) -> tuple[dict[str, Any], dict[Any, str]]:
+    """Complete a profile by the shell's defaults for sbatch, such as ``$SBATCH_ACCOUNT``.
+
+    Inside a job they may be those of that job, and are ignored.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        return tree, lines
+    completed, places = dict(tree), dict(lines)
+    options = tree.get("sbatch") or {}
+    for variable, path in SHELL_DEFAULTS.items():
+        value = os.environ.get(variable)
+        is_option = path[0] == "sbatch"
+        if not value or not isinstance(options, dict) or path[-1] in (options if is_option else tree):
+            continue
+        if is_option:
+            completed["sbatch"] = {**(completed.get("sbatch") or {}), path[-1]: value}
+        else:
+            completed[path[0]] = value
+        places[path] = f"${variable}"
+    return completed, places
 
 
 def readable_profiles() -> list[ClusterProfile]:

@@ -77,6 +77,7 @@ def resolve_and_check(source: RunSource, say: Say) -> tuple[ResolvedRun, list[st
         notes += [*_plan_notes(run), *registry_notes, *_check_run(run, problems)]
 
     if cluster is not None:
+        notes += filter(None, [cluster.shell_note()])
         with problems.collected():
             notes += check_slurm_limits(cluster, runs[0].loaded if runs else None, runs[0].stages if runs else ())
         with problems.collected():

@@ -299,7 +299,13 @@ def pack_dataset(dataset: Any, size: int) -> Any:
     return dataset.packed(size)
 
 
-def data_fingerprint(dataset: Any, seed: int, batch: int) -> dict[str, Any]:
-    """Return the facts that must be equal for a checkpoint's step to mean the same place in the data."""
-    facts = dataset.fingerprint() if hasattr(dataset, "fingerprint") else {"samples": len(dataset)}
+def data_fingerprint(dataset: Any, section: Mapping[str, Any], seed: int, batch: int) -> dict[str, Any]:
+    """Return the facts that must be equal for a checkpoint's step to mean the same place in the data.
+
+    A data set without ``fingerprint()`` is identified by its ``section`` of the recipe and by the size of its samples.
+    """
+    if hasattr(dataset, "fingerprint"):
+        facts = dataset.fingerprint()
+    else:
+        facts = {**section, "samples": len(dataset), "sample_length": sample_length(dataset)}
     return {**facts, "shuffle": bool(getattr(dataset, "shuffle", False)), "seed": seed, "global_batch_size": batch}

@@ -134,7 +134,8 @@ def set_up(options: Options, stop: StopFlag, world: World, watch: HangWatch, cle
         batches=batches,
         validation=validation,
         identity=checkpoint.Identity(
-            model_identity(options.loaded), data_fingerprint(train_set, recipe.seed, batches.global_batch)
+            section_identity(options.loaded, "model"),
+            data_fingerprint(train_set, section_identity(options.loaded, "dataset"), recipe.seed, batches.global_batch),
         ),
         saver=open_saver(options, model, world, cleanup),
         metrics=open_metrics(options, world, last_step, flops) if world.is_main else None,
@@ -179,9 +180,9 @@ def apply_fast_paths(model: torch.nn.Module, recipe: Recipe, world: World) -> No
     compile_model(model, recipe.compile, compile_scope(recipe.compile, recipe.distributed, world.size))
 
 
-def model_identity(loaded: LoadedRecipe) -> dict[str, Any]:
-    """Return the resolved model section that checkpoints store, without values that may be secret."""
-    return dict(stable_names(loaded.visible(loaded.tree["model"])))
+def section_identity(loaded: LoadedRecipe, section: str) -> dict[str, Any]:
+    """Return a resolved section as checkpoints store it, without values that may be secret."""
+    return dict(stable_names(loaded.visible(loaded.tree[section])))
 
 
 def build_loss(recipe: Recipe, policy: TargetPolicy) -> Any:

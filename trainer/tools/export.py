@@ -86,11 +86,11 @@ def check_out_folder(out: Path) -> None:
 def load_selected(options: Options) -> tuple[int, Any]:
     """Return ``(step, model)`` of the selected checkpoint. Raises BadInput if it belongs to another model."""
     from amlaunch.trainer.checkpoints import checkpoint
-    from amlaunch.trainer.loop.job import build_model, model_identity
+    from amlaunch.trainer.loop.job import build_model, section_identity
 
     source = checkpoint.select_checkpoint(options.checkpoints, step=options.step, best=options.best)
     # only the model must match; the data may be any
-    identity = checkpoint.Identity(model_identity(options.loaded), source.meta["data"])
+    identity = checkpoint.Identity(section_identity(options.loaded, "model"), source.meta["data"])
     checkpoint.check_identity(source, identity)
     model = build_model(options.loaded.recipe, options.loaded.policy)
     if options.loaded.recipe.distributed.dtype == "float64":
