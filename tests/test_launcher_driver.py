@@ -409,6 +409,22 @@ def test_a_failed_stage_never_lets_the_next_one_start(tmp_path):
 
 
 @pytest.mark.slow
+def test_elements_whose_own_input_is_done_run_after_a_failure(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [["--do", "fail"], []], ONE), ("export", [[], []], ONE))
+    plan = replace(plan, stages=[plan.stages[0], replace(plan.stages[1], elementwise=True)])
+    write_json(run.plan, plan.to_json())
+    lock = Lock(run.lock)
+    lock.acquire()
+    assert not executor(run, plan).execute(plan.stages)
+    states = [(state.stage, state.state) for state in read_run(run, plan)]
+    assert states == [
+        ("train", State.FAILED),
+        ("train", State.DONE),
+        ("export", State.PENDING),
+        ("export", State.DONE),
+    ]
+
+
 def test_what_a_killed_launcher_left_running_is_waited_for_then_finished(tmp_path):
     run, plan = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
     leftover = drive(run)

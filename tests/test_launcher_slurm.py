@@ -941,11 +941,59 @@ class TestDrafts:
             marker = run.element("preprocess", name).done
             marker.parent.mkdir(parents=True)
             marker.write_text('{"outputs": {}}')
-        assert missing_input(run, plan, submission) == "an earlier stage did not finish: preprocess 4999 is not done"
+        assert (
+            missing_input(run, plan, submission, "0") == "an earlier stage did not finish: preprocess 4999 is not done"
+        )
         write_json(run.element("preprocess", "4999").done, {"outputs": {str(tmp_path / "gone"): 4}})
-        assert missing_input(run, plan, submission), "nor is it while its output is not there"
+        assert missing_input(run, plan, submission, "0"), "nor is it while its output is not there"
         write_json(run.element("preprocess", "4999").done, {"outputs": {}})
-        assert missing_input(run, plan, submission) == ""
+        assert missing_input(run, plan, submission, "0") == ""
+
+    def test_each_point_of_a_sweep_waits_for_itself_alone(self, tmp_path: Path) -> None:
+        run = RunDir(tmp_path / "runs" / "r-1")
+        plan = make_plan(run, ("train", 4), ("export", 4))
+        plan = dataclasses.replace(
+            plan, stages=[plan.stage("train"), dataclasses.replace(plan.stage("export"), elementwise=True)]
+        )
+
+        def drafts(train: list[str], export: list[str]) -> list[tuple[str, tuple[str, ...], list[str]]]:
+            jobs = {f"11_{i}": JobInfo(f"11_{i}", state) for i, state in enumerate(train)}
+            jobs |= {f"12_{i}": JobInfo(f"12_{i}", state) for i, state in enumerate(export)}
+            states = read_runs([(run, plan)], answers(tmp_path, jobs))[0]
+            found = draft_arrays(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
+            numbers = {draft.array.folder.name: str(20 + i) for i, draft in enumerate(found)}
+            return [
+                (draft.array.stage.name, draft.array.elements, dependency_options(draft, numbers)) for draft in found
+            ]
+
+        states = read_runs([(run, plan)], answers(tmp_path, {}))[0]
+        first, second = draft_arrays(run, plan, find_cluster("slurm").profile, states, plan.stages, 1000)
+        assert dependency_options(second, {first.array.folder.name: "11"}) == ["--dependency=aftercorr:11"]
+        names = ("0", "1", "2", "3")
+        for stage, job in (("train", "11"), ("export", "12")):
+            folder = next_folder(run.jobs, stage)
+            Submission(folder, stage, names, str(run.root), "x", token_of(folder), time.time(), job=job).write()
+
+        running, failed, waiting, cancelled = "RUNNING", "FAILED", "PENDING", "CANCELLED"
+        assert drafts([running] * 4, [waiting] * 4) == []
+        assert drafts([failed, running, running, running], [cancelled, waiting, waiting, waiting]) == [
+            ("train", ("0",), []),
+            ("export", ("0",), ["--dependency=aftercorr:20"]),
+        ], "the others wait for their own points, and stay"
+        assert drafts([running] * 4, [cancelled] * 4) == [("export", names, ["--dependency=aftercorr:11"])]
+        assert drafts([running] * 4, [waiting, cancelled, waiting, cancelled]) == [
+            ("export", ("1", "3"), ["--dependency=afterany:11"])
+        ], "not the same indices: each job looks itself"
+        write_json(run.element("train", "2").done, {"outputs": {}})
+        assert drafts([failed, running, "COMPLETED", running], [cancelled] * 4) == [
+            ("train", ("0",), []),
+            ("export", ("0",), ["--dependency=aftercorr:20"]),
+            ("export", ("2",), []),
+            ("export", ("1", "3"), ["--dependency=afterany:11"]),
+        ]
+        submission = Submission(tmp_path, "export", names, str(run.root), "x", "t", 0.0, inputs=("train",))
+        assert missing_input(run, plan, submission, "2") == ""
+        assert missing_input(run, plan, submission, "1") == "an earlier stage did not finish: train 1 is not done"
 
     def test_arrays_are_cut_at_slurms_limit(self, tmp_path: Path) -> None:
         run = RunDir(tmp_path / "runs" / "r-1")

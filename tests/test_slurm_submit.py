@@ -124,6 +124,19 @@ def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
     )
 
 
+def test_a_failed_point_of_a_sweep_takes_no_other_with_it(tiny: Place) -> None:
+    """A rate that makes every loss not a number fails; the other point is exported, and ``retry`` repeats one alone."""
+    words = ["--name", "broken", "--sweep", "optimizer.lr=1e200,1e-2", "--step_scheduler.max_steps", "12"]
+    words += ["--resources.train.tasks_per_node", "1", "--validation_dataset", "null"]
+    tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
+    result = tiny.wait("broken", 180, code=1)
+    assert (states(result)["train"], states(result)["export"]) == (["failed", "done"], ["cancelled", "done"])
+    again = json.loads(tiny.amlaunch("retry", "broken", "--json").stdout)
+    assert arrays(again) == [("train", ["0"]), ("export", ["0"])]
+    result = tiny.wait("broken", 180, code=1)
+    assert (states(result)["train"], states(result)["export"]) == (["failed", "done"], ["cancelled", "done"])
+
+
 def test_the_code_that_runs_is_the_code_at_submit_time(tiny: Place) -> None:
     """The model's file is changed while its job waits."""
     model = (

@@ -85,8 +85,16 @@ class LocalExecutor:
         """The name of the stage that runs."""
 
     def execute(self, stages: list[Stage]) -> bool:
-        """Run ``stages``; True once all is done, False after a failure or :meth:`stop`."""
-        return all(self._run_stage(stage) for stage in stages)
+        """Run ``stages``; True once all is done, False after a failure or :meth:`stop`.
+
+        After a failure, only elements whose own input is done still run.
+        """
+        is_done = True
+        for stage in stages:
+            if self.stopping or not (is_done or stage.elementwise):
+                return False
+            is_done = self._run_stage(stage) and is_done
+        return is_done
 
     def stop(self) -> None:
         """Ask running elements to save and stop, and start no more."""
@@ -116,6 +124,9 @@ class LocalExecutor:
     def _run_stage(self, stage: Stage) -> bool:
         self.stage = stage.name
         waiting = [element.name for element in stage.elements if self._state(stage, element.name).state != State.DONE]
+        if stage.elementwise:
+            source = self.plan.stage(stage.after[0])
+            waiting = [name for name in waiting if self._state(source, name).state == State.DONE]
         launches = dict.fromkeys(waiting, 0)
         # The number of attempts before the launch, by element.
         active: dict[str, int] = {}

@@ -74,7 +74,7 @@ def _run_submitted(run: RunDir, plan: Plan, profile: ClusterProfile, submission:
     # The stage as submitted: the plan may have been changed while the job waited.
     needs = Needs(**submission.needs)
     plan = with_needs(plan, submission, needs)
-    problem = missing_input(run, plan, submission)
+    problem = missing_input(run, plan, submission, element)
     if problem:
         return cancel_attempt(element_dir, problem)
     step = SrunStep(profile)

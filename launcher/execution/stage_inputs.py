@@ -9,10 +9,12 @@ from amlaunch.launcher.specs.plan import Plan
 from amlaunch.recipes.run_layout import RunDir
 
 
-def missing_input(run: RunDir, plan: Plan, submission: Submission) -> str:
-    """Return a message that names the first unfinished element of an input stage; empty if all are done."""
+def missing_input(run: RunDir, plan: Plan, submission: Submission, element: str) -> str:
+    """Return a message that names the first unfinished element that ``element`` needs; empty if all are done."""
+    elementwise = plan.stage(submission.stage).elementwise
     for stage in submission.inputs:
-        for element in plan.stage(stage).elements:
-            if not is_done(run.element(stage, element.name)):
-                return f"{PREDECESSOR_FAILED}: {stage} {element.name} is not done"
+        names = [element] if elementwise else [needed.name for needed in plan.stage(stage).elements]
+        for name in names:
+            if not is_done(run.element(stage, name)):
+                return f"{PREDECESSOR_FAILED}: {stage} {name} is not done"
     return ""

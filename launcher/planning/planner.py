@@ -148,7 +148,8 @@ class _Planner:
             arguments = [*self._checkpoint_arguments(name), "--out", out, *self._point_arguments(point)]
             elements.append(self._element("export", name, "amlaunch.trainer.tools.export", arguments, _title(point)))
         cpus = min(self.site.cpus, CLUSTER_EXPORT_CPUS) if self.site.cluster else self.site.cpus
-        return Stage("export", elements, ["train"], self._needs("export", self.loaded.recipe.resources.export, cpus))
+        needs = self._needs("export", self.loaded.recipe.resources.export, cpus)
+        return Stage("export", elements, ["train"], needs, elementwise=True)
 
     # --- arguments of elements
 

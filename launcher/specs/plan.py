@@ -79,6 +79,8 @@ class Stage:
     """The Slurm partition; None: Slurm's default."""
     container: StageContainer | None = None
     """None: the stage runs in the environment that submits."""
+    elementwise: bool = False
+    """True if each element needs only the element of the same name in the one stage of ``after``."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _stage_from_json(value: Mapping[str, Any]) -> Stage:
         Needs(**value["needs"]),
         value.get("partition"),
         stage_container_from_json(value.get("container")),
+        value.get("elementwise", False),
     )
 
 

@@ -23,8 +23,10 @@ class ArrayDraft:
     array: Array
     script: str
     after: Dependencies
-    after_drafts: tuple[str, ...]
+    after_drafts: tuple[str, ...] = ()
     """Folders of earlier drafts, whose job IDs are not known yet; all of them must succeed."""
+    corresponds_to: str = ""
+    """Folder of an earlier draft with the same elements: each task waits only for the task of its own element."""
     replaced_jobs: tuple[str, ...] = ()
     """Queued jobs whose inputs will never be complete; this array replaces them."""
 
@@ -42,6 +44,8 @@ class Dependencies:
     """
     checked_stages: tuple[str, ...] = ()
     """Stages that the job itself must check when it starts, since Slurm only waits for their end."""
+    corresponding: tuple[str, ...] = ()
+    """Array with the same elements: each task waits only for the task of its own element."""
 
 
 def draft_arrays(
@@ -61,23 +65,96 @@ def draft_arrays(
     for stage in stages:
         # All ancestors, not only the direct inputs: an input may be done while its own input is being remade.
         inputs = ancestors(plan, stage)
-        input_drafts = [draft for draft in drafts if draft.array.stage.name in inputs]
-        names, replaced_jobs = _pending_elements(stage, states, inputs_change=bool(input_drafts))
-        if not names:
-            continue
-        _check_inputs_on_cluster(states, inputs)
+        if stage.elementwise:
+            parts = _elementwise_parts(stage, states, drafts, submissions[stage.after[0]])
+        else:
+            awaited = {name: submissions[name] for name in inputs}
+            input_drafts = [draft for draft in drafts if draft.array.stage.name in inputs]
+            parts = _whole_parts(plan, stage, states, input_drafts, awaited)
 
-        remade = {draft.array.stage.name for draft in input_drafts}
-        after = _dependencies(plan, states, {name: submissions[name] for name in inputs}, remade)
-        after_drafts = tuple(draft.array.folder.name for draft in input_drafts)
+        if parts:
+            _check_inputs_on_cluster(states, inputs)
         jobs = RunDir(run.stage_home(stage.name)).jobs
-        for start in range(0, len(names), max_size):
-            drafted = sum(draft.array.folder.parent == jobs for draft in drafts)
-            folder = next_folder(jobs, stage.name, drafted)
-            array = Array(stage, names[start : start + max_size], folder, token_of(folder))
-            script = sbatch.script(array, profile, run.root, run.code, plan.run_id)
-            drafts.append(ArrayDraft(array, script, after, after_drafts, replaced_jobs if start == 0 else ()))
+        for part in parts:
+            for start in range(0, len(part.elements), max_size):
+                drafted = sum(draft.array.folder.parent == jobs for draft in drafts)
+                folder = next_folder(jobs, stage.name, drafted)
+                array = Array(stage, part.elements[start : start + max_size], folder, token_of(folder))
+                script = sbatch.script(array, profile, run.root, run.code, plan.run_id)
+                replaced_jobs = part.replaced_jobs if start == 0 else ()
+                drafts.append(
+                    ArrayDraft(array, script, part.after, part.after_drafts, part.corresponds_to, replaced_jobs)
+                )
     return drafts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements of a stage that wait for the same; see :class:`ArrayDraft`."""
+
+    elements: tuple[str, ...]
+    after: Dependencies
+    after_drafts: tuple[str, ...] = ()
+    corresponds_to: str = ""
+    replaced_jobs: tuple[str, ...] = ()
+
+
+def _whole_parts(
+    plan: Plan,
+    stage: Stage,
+    states: Sequence[ElementState],
+    input_drafts: Sequence[ArrayDraft],
+    submissions: dict[str, list[Submission]],
+) -> list[_Part]:
+    """Return the elements to submit of a stage that waits for all of its inputs."""
+    names, replaced_jobs = _pending_elements(stage, states, inputs_change=bool(input_drafts))
+    if not names:
+        return []
+    remade = {draft.array.stage.name for draft in input_drafts}
+    after_drafts = tuple(draft.array.folder.name for draft in input_drafts)
+    return [_Part(names, _dependencies(plan, states, submissions, remade), after_drafts, replaced_jobs=replaced_jobs)]
+
+
+def _elementwise_parts(
+    stage: Stage, states: Sequence[ElementState], drafts: Sequence[ArrayDraft], submissions: Sequence[Submission]
+) -> list[_Part]:
+    """Return the elements to submit of a stage whose elements wait only for those of the same name before them.
+
+    A part has the elements that wait for one array. If it has exactly the array's elements, Slurm pairs their tasks
+    (``aftercorr``); otherwise Slurm waits for the array's end, and each job checks its own input.
+    """
+    (source,) = stage.after
+    own_states = [state for state in states if state.stage == stage.name]
+    inputs = {state.name: state for state in states if state.stage == source}
+    parts: list[_Part] = []
+    drafted: set[str] = set()
+    for draft in drafts:
+        if draft.array.stage.name == source:
+            names = draft.array.elements
+            queued = [state for state in own_states if state.name in names and state.state == State.QUEUED]
+            replaced_jobs = tuple(state.job for state in queued if state.job)
+            parts.append(_Part(names, Dependencies(), (), draft.array.folder.name, replaced_jobs))
+            drafted.update(names)
+
+    ready: list[str] = []
+    by_job: dict[str, list[str]] = {}
+    for state in own_states:
+        if state.name in drafted or state.state == State.DONE or state.state in ACTIVE_STATES:
+            continue
+        own_input = inputs[state.name]
+        if own_input.state == State.DONE:
+            ready.append(state.name)
+        elif own_input.state in ACTIVE_STATES:
+            by_job.setdefault(own_input.job.partition("_")[0], []).append(state.name)
+    if ready:
+        parts.append(_Part(tuple(ready), Dependencies()))
+    elements_of_job = {submission.job: submission.elements for submission in submissions}
+    for job, waiting in by_job.items():
+        after = Dependencies(ended=(job,), checked_stages=(source,))
+        if tuple(waiting) == elements_of_job.get(job):
+            after = Dependencies(corresponding=(job,))
+        parts.append(_Part(tuple(waiting), after))
+    return parts
 
 
 def _pending_elements(
@@ -146,8 +223,12 @@ def _active_arrays(states: Sequence[ElementState], submissions: Sequence[Submiss
 
 def dependency_clauses(draft: ArrayDraft, jobs: dict[str, str]) -> list[str]:
     """Return Slurm's dependency clauses, all of which must hold; ``jobs``: ``{folder: job ID}`` of earlier drafts."""
-    must_succeed = [*draft.after.succeeded, *(jobs[folder] for folder in draft.after_drafts)]
-    clauses = {"afterok": must_succeed, "afterany": list(draft.after.ended)}
+    corresponding = [*draft.after.corresponding, *([jobs[draft.corresponds_to]] if draft.corresponds_to else [])]
+    clauses = {
+        "afterok": [*draft.after.succeeded, *(jobs[folder] for folder in draft.after_drafts)],
+        "aftercorr": corresponding,
+        "afterany": list(draft.after.ended),
+    }
     return [f"{kind}:{':'.join(ids)}" for kind, ids in clauses.items() if ids]
 
 

@@ -299,10 +299,17 @@ def already_running(run_dir: RunDir) -> BadInput:
 
 
 def check_inputs(run: ResolvedRun, states: Sequence[ElementState], ready: Sequence[State]) -> None:
-    """Raise BadInput if a single stage was chosen and an element of a stage before it is not in a ``ready`` state."""
+    """Raise BadInput if a single stage was chosen and the elements that it needs are not in a ``ready`` state.
+
+    An elementwise stage can start with one of them.
+    """
     chosen = {stage.name for stage in run.stages}
-    inputs = {name for stage in run.stages for name in stage.after} - chosen
-    missing = next((state.stage for state in states if state.stage in inputs and state.state not in ready), None)
+    missing = ""
+    for stage in run.stages:
+        for name in set(stage.after) - chosen:
+            are_ready = [state.state in ready for state in states if state.stage == name]
+            if not (any(are_ready) if stage.elementwise else all(are_ready)):
+                missing = name
     if missing:
         name = ", ".join(chosen)
         condition = "done or queued" if State.QUEUED in ready else "done"
