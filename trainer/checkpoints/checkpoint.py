@@ -302,7 +302,7 @@ def _warn_damaged(folder: Path, damage: Damage) -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file of a checkpoint."""
+    """Damage of one file of a checkpoint."""
 
     problem: str
     is_unreadable: bool = False
