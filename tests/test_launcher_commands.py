@@ -514,6 +514,28 @@ class TestWait:
         assert result.returncode == 0 and "test-1 is done (1:30)" in result.stdout, result.stdout
 
 
+def test_one_line_of_notes_unless_all_are_asked_for():
+    assert wording.note_lines(["a", "b", "a", "c"], verbose=False) == ["note: a (2 more notes: add -v)"]
+    assert wording.note_lines(["a", "b", "a"], verbose=True) == ["note: a", "note: b"]
+    assert wording.note_lines(["a", "a"], verbose=False) == ["note: a"] and not wording.note_lines([], verbose=False)
+
+
+def test_an_old_heartbeat_shows_its_age_and_a_deleted_run_is_named(tmp_path):
+    run, plan = make_run(tmp_path, ("train", [[]], ONE))
+    folder = run.element("train", "0")
+    beat = {"unit": "step", "done": 5, "total": 9, "rate": 100.0, "eta_s": 4.0, "time": time.time()}
+    with Holder(folder.lock):
+        write_json(folder.progress, beat)
+        (state,) = read_run(run, plan)
+        assert wording.progress(state) == "step 5/9 · ETA 4.0 s · 100 tokens/s"
+        write_json(folder.progress, {**beat, "time": time.time() - 600})
+        (state,) = read_run(run, plan)
+        assert wording.progress(state) == "step 5/9 · last sign of life 10:00 ago"
+    shutil.rmtree(run.root)
+    with pytest.raises(BadInput, match=r"test-1 is no longer a run: it has no plan\.json; it was deleted or moved"):
+        read_plan(run)
+
+
 class TestLogs:
     def test_following_many_elements_is_no_burden(self, tmp_path):
         run, plan = make_run(tmp_path, ("train", [[]] * 5000, ONE))
@@ -549,6 +571,40 @@ class TestLogs:
             process.kill()
             process.communicate()
         assert used / 4 < 0.25
+
+    @pytest.mark.parametrize(
+        ("content", "lines", "shown"),
+        [
+            ("a\nb\nc\n", 2, ["b", "c"]),
+            ("a\nb\nc", 2, ["b", "c"]),
+            ("a\nb\nc\n", 3, ["a", "b", "c"]),
+            ("a\nb\nc\n", 9, ["a", "b", "c"]),
+            ("a\nb\n", 0, []),
+            ("\n\n\n", 2, ["", ""]),
+            ("", 3, []),
+            ("".join(f"{i:0100}\n" for i in range(5000)), 1000, [f"{i:0100}" for i in range(4000, 5000)]),
+        ],
+    )
+    def test_the_last_lines_of_a_log(self, tmp_path, content, lines, shown):
+        log = tmp_path / "a.log"
+        log.write_text(content)
+        source = LogSource(log, "")
+        source.skip_to_last(lines)
+        assert source.new_lines(final=True) == shown
+
+    def test_following_begins_with_the_last_lines(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        log = run.element("train", "0").log(1, 0)
+        log.parent.mkdir(parents=True)
+        log.write_text("".join(f"line {i}\n" for i in range(30)))
+        assert amlaunch(tmp_path, "logs", "test-1").stdout.count("line") == 30
+        assert amlaunch(tmp_path, "logs", "test-1", "-f").stdout.splitlines() == [
+            f"[0:0] line {i}" for i in range(20, 30)
+        ]
+        assert amlaunch(tmp_path, "logs", "test-1", "--tail", "1").stdout == "[0:0] line 29\n"
+        assert (
+            "--tail -1: expected an integer of at least 0" in amlaunch(tmp_path, "logs", "test-1", "--tail=-1").stderr
+        )
 
     def test_it_prints_all_that_comes_and_ends_with_the_run(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))

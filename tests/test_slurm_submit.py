@@ -246,7 +246,7 @@ def test_what_slurm_would_queue_is_submitted_with_a_note(
     name = f"{state}-{what[-1]}".strip("]")
     words += ["--name", name, "--validation_dataset", "null", "--export", "null", "--step_scheduler.max_steps", "2"]
     with tiny.cluster.changed(what, state, normal):
-        submitted = tiny.amlaunch(*words, check=False)
+        submitted = tiny.amlaunch(*words, "-v", check=False)
         assert submitted.returncode == 0 and note in submitted.stderr + submitted.stdout, submitted.stderr
         assert states(tiny.status(name))["train"] == ["queued"]
     if state == "drain":

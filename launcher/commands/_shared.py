@@ -55,6 +55,11 @@ def add_wait_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verbose_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``-v``."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="print all notes, not only the first")
+
+
 def add_allow_target_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--allow-target``."""
     parser.add_argument(

@@ -63,7 +63,9 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint:
         return _wait_until_saved(run_dir, plan)
     name, program = wording.name_of(run_dir), wording.program()
-    print(f"next: {program} status {name}, or continue from the last checkpoint: {program} retry {name}")
+    has_saved = any(state.has_saved for state in states_of_run)
+    again = "continue from the last checkpoint" if has_saved else "start it again"
+    print(f"next: {program} status {name}, or {again}: {program} retry {name}")
     return OK
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_recipe_arguments, build_request
+from amlaunch.launcher.commands._shared import add_recipe_arguments, add_verbose_option, build_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch local``."""
     add_recipe_arguments(parser)
+    add_verbose_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -23,6 +24,9 @@ READ_SECONDS = 0.3
 """Pause between two checks for new lines."""
 LIST_SECONDS = 1.5
 """Pause between two checks for new log files and for the end of the run."""
+FOLLOW_LINES = 10
+"""Lines of each log with which ``-f`` begins."""
+TAIL_BLOCK_BYTES = 65536
 LOG_NAME = re.compile(r"attempt(\d+)\.rank(\d+)\.log")
 
 
@@ -34,6 +38,20 @@ class LogSource:
     prefix: str
     offset: int = 0
     partial_line: bytes = b""
+
+    def skip_to_last(self, lines: int) -> None:
+        """Skip all but the last ``lines`` lines that the file has now."""
+        with open(self.path, "rb") as handle:
+            position = handle.seek(0, os.SEEK_END)
+            tail = b""
+            # One line break more, because the last line has its own.
+            while position > 0 and tail.count(b"\n") <= lines:
+                size = min(TAIL_BLOCK_BYTES, position)
+                position = handle.seek(position - size)
+                tail = handle.read(size) + tail
+        ends = [i for i, byte in enumerate(tail) if byte == ord("\n")]
+        kept = lines + 1 if tail.endswith(b"\n") else lines
+        self.offset = position + (ends[-kept] + 1 if 0 < kept <= len(ends) else 0 if kept else len(tail))
 
     def new_lines(self, *, final: bool) -> list[str]:
         """Return the complete lines since the last call; a ``final`` call also returns the unfinished one."""
@@ -74,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--element", metavar="E", help="default: all")
     parser.add_argument("--rank", type=int, metavar="R", help="default: all")
     parser.add_argument("--attempt", type=int, metavar="N", help="default: the newest of each element")
+    parser.add_argument(
+        "--tail", type=int, metavar="N", help=f"begin with the last N lines (default: {FOLLOW_LINES} with -f, else all)"
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
 
 
@@ -83,6 +104,9 @@ def run(options: argparse.Namespace) -> int:
     plan = read_plan(run_dir)
     selection = LogSelection(options.stage, options.element, options.rank, options.attempt, options.follow)
     selection.check(plan)
+    tail = FOLLOW_LINES if options.tail is None and options.follow else options.tail
+    if tail is not None and tail < 0:
+        raise BadInput(f"--tail {tail}: expected an integer of at least 0")
 
     sources: dict[Path, LogSource] = {}
     next_listing = 0.0
@@ -91,8 +115,12 @@ def run(options: argparse.Namespace) -> int:
         started = time.monotonic()
         if started >= next_listing:
             is_active = may_be_active(run_dir, read_run(run_dir, plan))
+            is_first = not next_listing
             for path, prefix in select_logs(run_dir, plan, selection):
-                sources.setdefault(path, LogSource(path, prefix))
+                if path not in sources:
+                    sources[path] = LogSource(path, prefix)
+                    if is_first and tail is not None:
+                        sources[path].skip_to_last(tail)
             listed = time.monotonic()
             next_listing = listed + pause_seconds(listed - started, LIST_SECONDS)
         follow = selection.follow and is_active

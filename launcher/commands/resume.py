@@ -8,6 +8,7 @@ from amlaunch.launcher.commands._shared import (
     accept_overrides,
     add_json_option,
     add_run_argument,
+    add_verbose_option,
     add_wait_option,
     build_request,
 )
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
     parser.add_argument("--cluster", metavar="NAME", help="continue on this cluster (default: the previous one)")
     add_wait_option(parser)
+    add_verbose_option(parser)
     add_json_option(parser, "print the result as JSON on stdout")
     accept_overrides(parser, "RUN")
 

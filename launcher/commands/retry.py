@@ -9,6 +9,7 @@ from amlaunch.launcher.commands._shared import (
     accept_overrides,
     add_json_option,
     add_run_argument,
+    add_verbose_option,
     add_wait_option,
     build_request,
 )
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``amlaunch retry``."""
     add_run_argument(parser)
     add_wait_option(parser)
+    add_verbose_option(parser)
     add_json_option(parser, "print the result as JSON on stdout")
     # Accepted only to be answered with a hint at resume.
     accept_overrides(parser, "RUN")

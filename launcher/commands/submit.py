@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amlaunch.launcher.commands._shared import add_recipe_arguments, add_wait_option, build_request
+from amlaunch.launcher.commands._shared import add_recipe_arguments, add_verbose_option, add_wait_option, build_request
 from amlaunch.recipes.errors import BadInput
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly the scripts that would be submitted")
     add_wait_option(parser)
+    add_verbose_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ STYLES: dict[str, str] = {
     State.PENDING: "dim",
 }
 """The rich style of each state."""
+SILENCE_SECONDS = 180.0
+"""Rate and ETA of an older heartbeat are not shown: a step, a save or a crashed node may be the cause."""
 TAIL_LINES = 15
 TAIL_BYTES = 16_384
 REDIRECTED_WIDTH = 160
@@ -110,7 +113,7 @@ def _join(*parts: str) -> str:
 
 
 def progress(state: ElementState) -> str:
-    """Describe an element's progress: ``step 120/200 · loss 5.1200 · 3.41K tokens/s · ETA 0:40``."""
+    """Describe an element's progress: ``step 120/200 · loss 5.1200 · ETA 0:40 · 3.41K tokens/s``."""
     newest = state.progress
     if not newest.record:
         return ""
@@ -125,9 +128,13 @@ def progress(state: ElementState) -> str:
     losses = [
         f"{name} {value:.4f}" for name, value in (("loss", newest.loss), ("val", newest.val_loss)) if value is not None
     ]
+    silence = time.time() - newest.time
+    if state.state == State.RUNNING and newest.time and silence > SILENCE_SECONDS:
+        return _join(position, *losses, f"last sign of life {duration(silence)} ago")
     shows_eta = state.state == State.RUNNING and newest.eta_seconds is not None
     eta = f"ETA {duration(newest.eta_seconds)}" if shows_eta else ""
-    return _join(position, *losses, rate(newest.rate), eta)
+    # The rate last: a narrow table cuts it first.
+    return _join(position, *losses, eta, rate(newest.rate))
 
 
 def _position(unit: str, number: float | None) -> str:
@@ -248,6 +255,14 @@ def last_lines(path: Path, lines: int = TAIL_LINES) -> list[str]:
 
 
 # --- output
+
+
+def note_lines(notes: Iterable[str], *, verbose: bool) -> list[str]:
+    """Return the lines to print for notes: unless ``verbose``, one, with the number of the others."""
+    unique = list(dict.fromkeys(notes))
+    if verbose or len(unique) < 2:
+        return [f"note: {note}" for note in unique]
+    return [f"note: {unique[0]} ({counted(len(unique) - 1, 'more note')}: add -v)"]
 
 
 def console() -> Any:

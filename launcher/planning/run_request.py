@@ -26,5 +26,7 @@ class RunRequest:
     dry_run: bool = False
     wait: bool = False
     json: bool = False
+    verbose: bool = False
+    """Print all notes, not only the first."""
     argv: tuple[str, ...] = ("amlaunch",)
     """The command line, which the run directory stores."""

@@ -86,9 +86,12 @@ def _recipe_name(run: RunDir) -> str:
 
 
 def read_plan(run: RunDir) -> Plan:
-    """Read the plan of a run. Raises BadInput if it is damaged."""
+    """Read the plan of a run. Raises BadInput if it is damaged, or gone with its folder."""
     try:
-        return Plan.from_json(read_json(run.plan) or {})
+        tree = read_json(run.plan)
+        if tree is None:
+            raise BadInput(f"{run.root} is no longer a run: it has no {run.plan.name}; it was deleted or moved")
+        return Plan.from_json(tree)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"{run.plan}: amlaunch {VERSION} cannot read this plan ({error!r}); start the run again with the command "

@@ -13,6 +13,7 @@ from amlaunch.launcher.display.advice import advice
 from amlaunch.launcher.display.live_report import LiveReport, PlainReport, make_report
 from amlaunch.launcher.display.summary import closing_lines, exit_code, headline, stage_closing_lines
 from amlaunch.launcher.execution.local_executor import LocalExecutor
+from amlaunch.launcher.planning.run_request import RunRequest
 from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
 from amlaunch.launcher.runs.element_state import ElementState, overall_state, read_run, read_stage
 from amlaunch.launcher.runs.states import ACTIVE_STATES, State
@@ -27,7 +28,7 @@ from amlaunch.recipes.run_layout import RunDir
 Report = PlainReport | LiveReport
 
 
-def run_locally(run: ResolvedRun, notes: Sequence[str], argv: Sequence[str], *, json: bool) -> int:
+def run_locally(run: ResolvedRun, notes: Sequence[str], request: RunRequest) -> int:
     """Run the stages of a run that are not done; return the exit code.
 
     Raises BadInput if the run is active elsewhere, and SlurmError if Slurm cannot tell.
@@ -35,11 +36,11 @@ def run_locally(run: ResolvedRun, notes: Sequence[str], argv: Sequence[str], *, 
     check_inputs(run, read_run(run.run_dir, run.plan), [State.DONE])
     _check_idle(run)
     with driving(run.run_dir):
-        report = make_report(json)
-        for note in notes:
-            report.say(f"note: {note}")
-        write_start(run, argv, read_run(run.run_dir, run.plan), report.say)
-        return _execute(run, report, json=json)
+        report = make_report(request.json)
+        for line in wording.note_lines(notes, verbose=request.verbose):
+            report.say(line)
+        write_start(run, request.argv, read_run(run.run_dir, run.plan), report.say)
+        return _execute(run, report, json=request.json)
 
 
 def _check_idle(run: ResolvedRun) -> None:

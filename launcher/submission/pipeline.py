@@ -27,7 +27,7 @@ def start_run(source: RunSource) -> int:
             f"--dry-run: cluster {request.cluster!r} is this machine, where no scripts are submitted; "
             "to print the plan, use amlaunch show"
         )
-    return run_locally(run, notes, request.argv, json=request.json)
+    return run_locally(run, notes, request)
 
 
 def message_printer(request: RunRequest) -> Say:

@@ -36,23 +36,20 @@ from amlaunch.recipes.run_layout import RunDir
 
 def submit_to_slurm(run: ResolvedRun, cluster: Cluster, request: RunRequest, notes: Sequence[str], say: Say) -> int:
     """Submit what is not done, or with ``--dry-run`` print it; return the exit code. Raises BadInput and SlurmError."""
-    for note in notes:
-        say(f"note: {note}")
     check_not_driven(run.run_dir)
     states = _expected_states(run, known_states(run.run_dir, run.plan))
     moved = check_moved(run.run_dir, run.plan, cluster.name, states)
-    if moved:
-        say(f"note: {moved}")
     check_inputs(run, states, [State.DONE, *ACTIVE_STATES])
     pending = draft_arrays(run.run_dir, run.plan, cluster.profile, states, run.stages, client.max_array_size())
-    for note in _check_with_sbatch(pending):
-        say(f"note: {note}")
+    notes = [*filter(None, [moved]), *_check_with_sbatch(pending), *notes]
+    for line in wording.note_lines(notes, verbose=request.verbose):
+        say(line)
 
     if request.dry_run:
-        _print_drafts(run, cluster, pending, json=request.json)
+        _print_drafts(run, cluster, pending, notes, json=request.json)
         return OK
     submissions = _submit(run, cluster, request.argv, say)
-    return finish(run.run_dir, run.plan, submissions, request, say)
+    return finish(run.run_dir, run.plan, submissions, request, say, notes)
 
 
 def _expected_states(run: ResolvedRun, states: Sequence[ElementState]) -> list[ElementState]:
@@ -119,12 +116,19 @@ def _stored_plan(run: ResolvedRun) -> Plan:
     return read_plan(run.run_dir) if run.run_dir.plan.exists() and run.kind is not StartKind.NEW else run.plan
 
 
-def finish(run_dir: RunDir, plan: Plan, submissions: Sequence[Submission], request: RunRequest, say: Say) -> int:
+def finish(
+    run_dir: RunDir,
+    plan: Plan,
+    submissions: Sequence[Submission],
+    request: RunRequest,
+    say: Say,
+    notes: Sequence[str] = (),
+) -> int:
     """Report what was submitted and the next commands; with ``--wait`` wait until the run has ended."""
     if request.wait:
         return wait_until_ended(run_dir, plan, json=request.json)
     if request.json:
-        print(wording.to_json(_as_json(run_dir, plan, submissions)))
+        print(wording.to_json({**_as_json(run_dir, plan, submissions), "notes": list(notes)}))
     else:
         say(_next_steps(run_dir, plan))
     return OK
@@ -155,7 +159,9 @@ def _as_json(run_dir: RunDir, plan: Plan, submissions: Sequence[Submission]) -> 
     }
 
 
-def _print_drafts(run: ResolvedRun, cluster: Cluster, pending: Sequence[ArrayDraft], *, json: bool) -> None:
+def _print_drafts(
+    run: ResolvedRun, cluster: Cluster, pending: Sequence[ArrayDraft], notes: Sequence[str], *, json: bool
+) -> None:
     """Print exactly the scripts that would be submitted, and the options of sbatch for each."""
     jobs = {draft.array.folder.name: f"<job of {draft.array.folder.name}>" for draft in pending}
     rows = [
@@ -170,7 +176,8 @@ def _print_drafts(run: ResolvedRun, cluster: Cluster, pending: Sequence[ArrayDra
         for draft in pending
     ]
     if json:
-        print(wording.to_json({"run": run.plan.run_id, "path": str(run.run_dir.root), "scripts": rows}))
+        tree = {"run": run.plan.run_id, "path": str(run.run_dir.root), "scripts": rows, "notes": list(notes)}
+        print(wording.to_json(tree))
         return
     for draft in pending:
         options = [*dependency_options(draft, jobs), shlex.quote(str(draft.array.folder / "script.sh"))]
