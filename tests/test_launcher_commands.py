@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import pytest
 from test_launcher_driver import HERE, ONE, ROOT, drive, make_run, only_state, pids, wait_until
 
 from amlaunch.launcher.commands import cancel, clean
+from amlaunch.launcher.commands.logs import LogSource
 from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import PlainReport
 from amlaunch.launcher.errors import SlurmError
@@ -602,9 +604,8 @@ class TestLogs:
             f"[0:0] line {i}" for i in range(20, 30)
         ]
         assert amlaunch(tmp_path, "logs", "test-1", "--tail", "1").stdout == "[0:0] line 29\n"
-        assert (
-            "--tail -1: expected an integer of at least 0" in amlaunch(tmp_path, "logs", "test-1", "--tail=-1").stderr
-        )
+        refused = amlaunch(tmp_path, "logs", "test-1", "--tail=-1")
+        assert refused.returncode == 2 and "--tail -1: expected an integer of at least 0" in refused.stderr
 
     def test_it_prints_all_that_comes_and_ends_with_the_run(self, tmp_path):
         run, _ = make_run(tmp_path, ("train", [["--do", "linger"]], ONE))
@@ -842,6 +843,29 @@ class TestClean:
         result = amlaunch(tmp_path, "clean", "--yes")
         assert result.returncode == 0 and "removed" in result.stdout
         assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["mine", "theirs"]
+
+    def test_older_checkpoints_but_not_the_best_the_regular_and_the_newest_intact_one(self, tmp_path):
+        run, _ = make_run(tmp_path, ("train", [[]], ONE))
+        write_json(run.recipe_json, {"checkpoint": {"keep_every_steps": 40}})
+        root = run.root / "checkpoints" / "0"
+        for step in range(10, 70, 10):
+            folder = root / f"step-{step:08d}"
+            write_json(folder / "meta.json", {"step": step, "val_loss": abs(step - 10)})
+            content = (folder / "meta.json").read_bytes()
+            entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            write_json(folder / "manifest.json", {"meta.json": entry})
+        (root / "step-00000070.1.damaged").mkdir()
+        with (root / "step-00000060" / "meta.json").open("r+") as handle:
+            handle.write("[")
+        offered = {Path(path).name for path in self.offered(tmp_path, "test-1", "--checkpoints")}
+        assert offered == {"step-00000020", "step-00000030", "step-00000070.1.damaged"}
+        result = amlaunch(tmp_path, "clean", "test-1", "--checkpoints")
+        assert "step-00000060 is damaged (meta.json: checksum mismatch); older checkpoints are kept" in result.stderr
+        for step in (10, 40, 50):
+            (root / f"step-{step:08d}" / "manifest.json").unlink()
+        for step in (20, 30):
+            (root / f"step-{step:08d}" / "meta.json").unlink()
+        assert not self.offered(tmp_path, "test-1", "--checkpoints"), "without an intact one all stay"
 
     def test_shards_of_a_run_that_was_removed_can_go(self, tmp_path):
         """The last run, too."""

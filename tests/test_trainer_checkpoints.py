@@ -25,11 +25,11 @@ import torch.distributed.checkpoint as dcp
 from test_trainer_runs import OWN_MODEL, TIGHT, make, on_cpu, same_bits, same_weights, weights
 from trainer_runs import Run, environment, killed_at, recipe
 
+from amlaunch.recipes.checkpoint_folders import expired_checkpoints
 from amlaunch.recipes.errors import BAD_INPUT, FAILED, OK, RESUMABLE, BadInput
 from amlaunch.recipes.files import read_json_lines
 from amlaunch.recipes.format.loader import load
 from amlaunch.trainer.checkpoints import checkpoint, saver
-from amlaunch.trainer.checkpoints.saver import expired_checkpoints
 from amlaunch.trainer.loop.job import build_model
 from amlaunch.trainer.metrics.full_disk import MetricsFile
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from amlaunch.launcher.commands._shared import add_json_option, add_runs_option, own_states, raise_if_unknown
@@ -18,8 +19,10 @@ from amlaunch.launcher.runs.find import find_run, list_runs, read_plan, roots
 from amlaunch.launcher.runs.submissions import read_submissions
 from amlaunch.launcher.slurm.queue import Queue
 from amlaunch.launcher.specs.plan import Plan
+from amlaunch.recipes.checkpoint_folders import expired_checkpoints, find_damage, list_checkpoints
 from amlaunch.recipes.errors import OK, BadInput
 from amlaunch.recipes.files import is_locked, read_object
+from amlaunch.recipes.format.schema import Checkpoint
 from amlaunch.recipes.run_layout import READERS, RunDir
 
 MIN_LEFTOVER_SECONDS = 24 * 3600
@@ -41,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", nargs="*", help="runs to delete (default: shards that no run uses, and leftover temporary files)"
     )
     parser.add_argument(
-        "--checkpoints", action="store_true", help="delete only the checkpoints of RUN that are older than its newest"
+        "--checkpoints",
+        action="store_true",
+        help="delete only older checkpoints of RUN; the newest intact one and those that its recipe keeps stay",
     )
     parser.add_argument("--yes", action="store_true", help="delete what is listed")
     add_runs_option(parser)
@@ -108,15 +113,30 @@ def _removals_of_run(run_dir: RunDir, *, checkpoints_only: bool) -> Iterator[Rem
         for folder in external:
             yield Removal(folder, size_of(folder), "its checkpoints")
         return
+    section = _checkpoint_section(run_dir)
     for folder in [run_dir.root / "checkpoints", *external]:
         for element in sorted(folder.iterdir()) if folder.is_dir() else []:
-            for checkpoint in sorted(element.glob("step-*"), key=_step_of)[:-1]:
-                yield Removal(checkpoint, size_of(checkpoint), "not the newest checkpoint")
+            for checkpoint in _unneeded_checkpoints(element, section):
+                yield Removal(checkpoint, size_of(checkpoint), "an older checkpoint")
 
 
-def _step_of(checkpoint: Path) -> int:
-    step = checkpoint.name.removeprefix("step-")
-    return int(step) if step.isdigit() else -1
+def _checkpoint_section(run_dir: RunDir) -> Checkpoint:
+    """Return the checkpoint section of the run's recipe, whose rules say what is kept."""
+    tree = read_object(run_dir.recipe_json).get("checkpoint") or {}
+    return Checkpoint(**{field.name: tree[field.name] for field in fields(Checkpoint) if field.name in tree})
+
+
+def _unneeded_checkpoints(root: Path, section: Checkpoint) -> list[Path]:
+    """Return the checkpoints in ``root`` but the newest intact one, newer ones, and those that the recipe keeps.
+
+    Empty without an intact one: a damaged one may be readable elsewhere.
+    """
+    for count, folder in enumerate(list_checkpoints(root), start=1):
+        damage = find_damage(folder)
+        if damage is None:
+            return expired_checkpoints(root, replace(section, max_recent_checkpoints=count))
+        print(f"warning: {folder} is damaged ({damage}); older checkpoints are kept", file=sys.stderr)
+    return []
 
 
 def _external_checkpoints(run_dir: RunDir, plan: Plan) -> list[Path]:

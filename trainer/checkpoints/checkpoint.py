@@ -11,9 +11,7 @@ file, but silently loads one with flipped bits.
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shutil
 import time
 import warnings
@@ -35,24 +33,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from amlaunch.recipes.checkpoint_folders import (
+    MANIFEST,
+    META,
+    Damage,
+    find_damage,
+    list_by_validation_loss,
+    list_checkpoints,
+    step_of,
+)
 from amlaunch.recipes.errors import BadInput
-from amlaunch.recipes.files import read_json, read_object, sha256_file, write_json
+from amlaunch.recipes.files import read_json, read_object, write_json
 from amlaunch.recipes.version import torch_release
 from amlaunch.trainer.parallel.world import World
 from amlaunch.trainer.process.errors import TrainingFailed
 
-META = "meta.json"
-MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
-VALIDATION = "validation.json"
-"""Validation loss of a step that was validated after it was saved; not listed in the older manifest."""
-LATEST = "latest"
-BEST = "best"
 RESTORED = "restored.json"
 """Records that ``checkpoint.restore_from`` was applied, so that a restarted run does not go back to it again."""
 MODEL = "model"
 """Folder of the weights in safetensors format."""
-FOLDER_NAME = re.compile(r"step-(\d{8,})")
 FLAT_OPTIMIZER_STATE = StateDictOptions(flatten_optimizer_state_dict=True)
 """Store optimizer state under parameter names, independent of parameter groups and sharding."""
 TORCH_SAVE, SAFETENSORS = "torch_save", "safetensors"
@@ -87,35 +87,6 @@ class StoredCheckpoint:
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Return the folder of the checkpoint of ``step``."""
     return root / f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """Return the step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """List the checkpoint folders, newest first, without temporary and set-aside folders."""
-    folders = [path for path in root.glob("step-*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(folders, key=step_of, reverse=True)
-
-
-def list_by_validation_loss(root: Path) -> list[Path]:
-    """List the validated checkpoints, lowest validation loss first.
-
-    The validation may have run before the save, or after a stop and restart.
-    """
-    losses = {}
-    for folder in list_checkpoints(root):
-        loss = _validation_loss(folder)
-        if isinstance(loss, (int, float)) and math.isfinite(loss):
-            losses[folder] = loss
-    return sorted(losses, key=lambda folder: losses[folder])
-
-
-def _validation_loss(folder: Path) -> Any:
-    loss = read_object(folder / META).get("val_loss")
-    return read_object(folder / VALIDATION).get("val_loss") if loss is None else loss
 
 
 def delete_checkpoint(folder: Path) -> None:
@@ -298,51 +269,6 @@ def _warn_damaged(folder: Path, damage: Damage) -> None:
 
 
 # --- verifying ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Damage of one file of a checkpoint."""
-
-    problem: str
-    is_unreadable: bool = False
-    """True if the file system refused to read the file (EIO, ESTALE), which may pass."""
-
-    def __str__(self) -> str:
-        return self.problem
-
-
-def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> Damage | None:
-    """Return the first damage that ``rank`` finds in its share of a checkpoint's files; None if intact.
-
-    Raises no OSError: an error on one rank would leave the others waiting.
-    """
-    name = MANIFEST
-    try:
-        manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or META not in manifest:
-            return Damage(f"{MANIFEST} is missing")
-        for name, entry in list(manifest.items())[rank::ranks]:
-            problem = _find_file_damage(folder / name, entry)
-            if problem:
-                return Damage(problem)
-    except ValueError as error:
-        return Damage(f"{MANIFEST} cannot be read: {error}")
-    except OSError as error:
-        return Damage(f"{name} cannot be read: {error.strerror}", is_unreadable=True)
-    return None
-
-
-def _find_file_damage(path: Path, entry: Any) -> str | None:
-    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-        return f"{MANIFEST} has no valid entry for {path.name}"
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.name}: expected {entry['bytes']} bytes, got {path.stat().st_size}"
-    if sha256_file(path) != entry["sha256"]:
-        return f"{path.name}: checksum mismatch"
-    return None
 
 
 def check_identity(checkpoint: StoredCheckpoint, identity: Identity) -> StoredCheckpoint:

@@ -31,27 +31,28 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from amlaunch.recipes.checkpoint_folders import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    META,
+    VALIDATION,
+    expired_checkpoints,
+    list_by_validation_loss,
+)
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import Lock, fsync_folder, read_object, sha256_file, write_json, write_text
 from amlaunch.recipes.format.schema import Checkpoint
 from amlaunch.recipes.version import VERSION
 from amlaunch.trainer.checkpoints.checkpoint import (
-    BEST,
-    LATEST,
-    MANIFEST,
-    META,
     MODEL,
     RECIPE,
     SAFETENSORS,
-    VALIDATION,
     StoredCheckpoint,
     checkpoint_folder,
     delete_checkpoint,
     describe_error,
-    list_by_validation_loss,
-    list_checkpoints,
     may_pass,
-    step_of,
     training_state_dict,
 )
 from amlaunch.trainer.checkpoints.hf_folder import save_tensors
@@ -352,18 +353,6 @@ def owned_by_rank(state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, 
 def is_replicated(value: Any) -> bool:
     """Return True if ``value`` is a tensor that every rank holds in full."""
     return isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-
-
-def expired_checkpoints(root: Path, section: Checkpoint) -> list[Path]:
-    """List the folders to delete: set-aside ones, and checkpoints that no retention rule of the recipe keeps."""
-    folders = list_checkpoints(root)
-    kept = set(folders[: section.max_recent_checkpoints])
-    if section.keep_best:
-        kept.update(list_by_validation_loss(root)[:1])
-    if section.keep_every_steps:
-        kept.update(folder for folder in folders if step_of(folder) % section.keep_every_steps == 0)
-    set_aside = [*root.glob("step-*.damaged"), *root.glob("step-*.replaced")]
-    return [folder for folder in (*folders, *set_aside) if folder not in kept]
 
 
 # --- the lock -------------------------------------------------------------------------------------
