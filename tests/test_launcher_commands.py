@@ -25,7 +25,7 @@ from amlaunch.launcher.display import wording
 from amlaunch.launcher.display.live_report import PlainReport
 from amlaunch.launcher.errors import SlurmError
 from amlaunch.launcher.execution.local_executor import LocalExecutor
-from amlaunch.launcher.planning import partitions, resolve
+from amlaunch.launcher.planning import partitions, resolve, run_sources
 from amlaunch.launcher.planning.planner import Site, make_plan, run_id
 from amlaunch.launcher.planning.run_request import RunRequest
 from amlaunch.launcher.planning.run_sources import NewRun, ResumedRun, RetriedRun
@@ -1025,6 +1025,18 @@ class TestEveryStart:
         resolved = start.resolve(*start.load(target), target)
         assert [stage.name for stage in resolved.plan.stages] == ["train", "export"]
         assert [stage.name for stage in resolved.stages] == ["train"]
+
+    @pytest.mark.parametrize(("name", "gpus"), [("lab", 2), ("other", None)])
+    def test_gpus_of_the_first_start_count_unless_the_run_moves(self, tmp_path, monkeypatch, name, gpus):
+        run, plan = unfinished(tmp_path, "--gpus", "2", recipe=RECIPE)
+        plan = dataclasses.replace(plan, cluster={"name": "lab", "profile": {}})
+        monkeypatch.chdir(tmp_path)
+        asked = []
+        monkeypatch.setattr(run_sources, "plan_run", lambda *arguments: asked.append(arguments[-1]) or plan)
+        start = ResumedRun(RunRequest(cluster=name), run, plan)
+        target = Cluster(name, ClusterProfile(), "clusters.yaml", {})
+        start.resolve(*start.load(target), target)
+        assert asked == [gpus]
 
     def test_a_resumed_run_keeps_its_container(self, tmp_path, monkeypatch):
         (tmp_path / "a.sif").touch()

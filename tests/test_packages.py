@@ -26,7 +26,7 @@ from amlaunch.launcher.runs.packages import (
     resolve,
     too_old,
 )
-from amlaunch.launcher.runs.snapshot import take_snapshot
+from amlaunch.launcher.runs.snapshot import replace_packages, take_snapshot
 from amlaunch.recipes.errors import BadInput
 from amlaunch.recipes.files import write_json
 from amlaunch.recipes.format.loader import LoadedRecipe, load
@@ -288,6 +288,9 @@ def test_the_snapshot_has_them_at_the_end_of_the_path(tmp_path, site):
     assert (code / ".digest").read_text() == digest
     take_snapshot(code, None, resolve([RequiredPackage("pyyaml", "x")], ImageFacts("img")))
     assert (code / ".digest").read_text() != digest and not (code / "packages" / "einsteinops").exists()
+    replace_packages(code, resolve([RequiredPackage("einsteinops", "x")], ImageFacts("another")))
+    assert (code / "packages" / "einsteinops").exists() and not (code / "packages" / "yaml").exists()
+    assert (code / "amlaunch" / "__init__.py").exists(), "the code stays when a resume changes the image"
     take_snapshot(code, None)
     assert not (code / "packages").exists()
 

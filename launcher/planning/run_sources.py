@@ -174,7 +174,8 @@ class ResumedRun(ExistingRun):
     def plan(self, loaded: LoadedRecipe, root: Path, cluster: Cluster | None) -> Plan:
         """Make a new plan; ``--gpus`` of the start still applies unless the run moves to another place."""
         gpus = option_values(command_of(self.run_dir), "--gpus")
-        keeps_gpus = gpus and not self.request.cluster
+        previous = stored_cluster(self.stored_plan)
+        keeps_gpus = gpus and (cluster.name if cluster else None) == (previous.name if previous else None)
         return plan_run(loaded, root, cluster, int(gpus[-1]) if keeps_gpus else None)
 
     def restarted_stages(self) -> frozenset[str]:

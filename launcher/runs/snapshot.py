@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,35 @@ def take_snapshot(target: Path, recipe_folder: Path | None, inside: ImagePackage
     if mark.is_file() and mark.read_text() == digest:
         return
 
+    with _replaced(target) as new:
+        _copy(files, new)
+        if record:
+            (new / PACKAGES_FOLDER).mkdir(exist_ok=True)
+            (new / PACKAGES_FOLDER / PACKAGES_FILE).write_text(record)
+        (new / ".digest").write_text(digest)
+
+
+def replace_packages(code: Path, inside: ImagePackages | None) -> None:
+    """Replace the packages of a snapshot if the images of the run lack others now; its code stays."""
+    packages = code / PACKAGES_FOLDER
+    record = json.dumps(inside.record(), indent=2) + "\n" if inside is not None else ""
+    known = packages / PACKAGES_FILE
+    if not record or (known.is_file() and known.read_text() == record):
+        return
+    with _replaced(packages) as new:
+        _copy(inside.files() if inside is not None else {}, new)
+        new.mkdir(exist_ok=True)
+        (new / PACKAGES_FILE).write_text(record)
+    # It no longer describes the snapshot.
+    (code / ".digest").unlink(missing_ok=True)
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which then replaces ``target``."""
     new = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
-    _copy(files, new)
-    if record:
-        (new / PACKAGES_FOLDER).mkdir(exist_ok=True)
-        (new / PACKAGES_FOLDER / PACKAGES_FILE).write_text(record)
-    (new / ".digest").write_text(digest)
+    yield new
     # Deleting takes long, and a kill in between must leave a snapshot: set the old one aside first.
     old = new.with_name(f"{new.name}.old")
     if target.exists():

@@ -16,7 +16,7 @@ from typing import Any
 from amlaunch.launcher.planning.container_plan import image_packages, profile_image_folder
 from amlaunch.launcher.planning.run_sources import ResolvedRun, StartKind
 from amlaunch.launcher.runs.element_state import ElementState
-from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, take_snapshot, upgrade_snapshot
+from amlaunch.launcher.runs.snapshot import SKIPPED, checkout, replace_packages, take_snapshot, upgrade_snapshot
 from amlaunch.launcher.runs.states import ACTIVE_STATES
 from amlaunch.launcher.runs.stored_recipe import RESUMED, add_resumed, resumed_with
 from amlaunch.launcher.specs.cluster_profile import ClusterProfile
@@ -54,6 +54,8 @@ def write_start(run: ResolvedRun, argv: Sequence[str], states: Sequence[ElementS
         return
     if run.kind is StartKind.RESUME:
         _set_done_markers_aside(run)
+        images = profile_image_folder(run.plan)
+        replace_packages(run.run_dir.code, image_packages(run.loaded, run.plan.stages, images))
         write_run(run.run_dir, run.loaded, run.plan, argv, refresh_code=False)
         add_resumed(run.run_dir, run.overrides)
         return
