@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.trainer.loss import MaskedCrossEntropy
-from amlaunch.trainer.models.base import blocks, context_length, flops_per_token, parameter_count, vocab_rows
+from amlaunch.trainer.loss import MaskedCrossEntropy, compute_loss
+from amlaunch.trainer.models.base import (
+    blocks,
+    context_length,
+    enable_router_loss,
+    flops_per_token,
+    parameter_count,
+    vocab_rows,
+)
 from amlaunch.trainer.models.gpt2 import TRANSPOSED_IN_HF, build_gpt2_model
 from amlaunch.trainer.models.llama import build_llama_model
 from amlaunch.trainer.models.pretrained import load_pretrained_model
@@ -259,3 +266,32 @@ def test_documents_in_a_window_are_as_if_each_ran_alone(build: Any, sizes: dict[
     assert relative(packed, torch.cat(alone)) < TIGHT
     assert relative(packed, model(ids)) > 1e-3
     assert torch.equal(model(ids), model(ids, torch.arange(16).expand(3, 16)))
+
+
+def test_a_mixture_of_experts_trains_its_router_and_counts_the_experts_that_work() -> None:
+    """The oracle is transformers' own loss, a mean over labels with the router's part."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=97, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=1, **sizes)
+    config.router_aux_loss_coef = 0.5
+    model = MixtralForCausalLM(config)
+    enable_router_loss(model)
+    ids, labels = torch.randint(97, (2, 3, 8))
+    labels[0, :5] = -100
+    loss = compute_loss(model, model, MaskedCrossEntropy(), ids, labels)
+    plain = MaskedCrossEntropy()(model(ids).logits, labels)
+    theirs = model(ids, labels=torch.cat([ids[:, :1], labels[:, :-1]], dim=1))
+    router_part = theirs.loss - F.cross_entropy(theirs.logits[:, :-1].flatten(0, 1), labels[:, :-1].flatten())
+    count = (labels != -100).sum()
+    assert abs((loss - plain) / count - router_part) < 1e-5 and router_part > 0.1
+    model.eval()
+    assert compute_loss(model, model, MaskedCrossEntropy(), ids, labels) == MaskedCrossEntropy()(
+        model(ids).logits, labels
+    )
+
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert experts == 2 * 4 * 3 * 16 * 32
+    used = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel() - 0.75 * experts
+    assert flops_per_token(model, 8) == 6 * used + 12 * 2 * 16 * 8

@@ -5,6 +5,7 @@ Runs on one rank happen in this process, the others are real processes.
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 from pathlib import Path
@@ -317,6 +318,26 @@ def test_a_transformers_model_trains_goes_on_and_exports(tmp_path: Path) -> None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert loaded.config.use_cache, "off for training only"
+
+
+def test_a_mixture_of_experts_trains_on_two_ranks(tmp_path: Path) -> None:
+    tree = recipe(tmp_path, step_scheduler={"max_steps": 4}, distributed={"dtype": "float32"})
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    tree["model"] = {
+        "_target_": "transformers.AutoModelForCausalLM.from_config",
+        "config": {"_target_": "transformers.MixtralConfig", "vocab_size": 97, **sizes, **experts},
+    }
+    weighted, plain = (copy.deepcopy(tree) for _ in range(2))
+    weighted["model"]["config"]["router_aux_loss_coef"] = 1.0
+    plain["model"]["config"]["router_aux_loss_coef"] = 0.0
+    first_losses = []
+    for name, chosen in (("weighted", weighted), ("plain", plain)):
+        run = Run(tmp_path / name, chosen)
+        run.train(2)
+        first_losses.append(run.column("loss")[0])
+        assert run.column("loss")[-1] < run.column("loss")[0]
+    assert 0.5 < first_losses[0] - first_losses[1] < 4, "the router's part, 2 if all experts are used alike"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from amlaunch.recipes.errors import BadInput
-from amlaunch.trainer.models.base import logits_of
+from amlaunch.trainer.models.base import logits_of, router_loss_weight
 from amlaunch.trainer.performance.trace_regions import LOSS_REGION
 from amlaunch.trainer.torch_features import has_linear_cross_entropy
 
@@ -201,8 +201,15 @@ def compute_loss(
 ) -> torch.Tensor:
     """Run the forward pass and return the sum of the losses.
 
-    ``unwrapped`` is ``model`` without DDP's wrapper; ``kwargs`` are further arguments of its forward.
+    ``unwrapped`` is ``model`` without DDP's wrapper; ``kwargs`` are further arguments of its forward. In training, a
+    mixture of experts of transformers adds the loss that balances its router.
     """
     if hasattr(loss_fn, "from_hidden") and takes_linear_loss(unwrapped):
         return model(inputs, labels=labels, linear_loss=loss_fn, **kwargs)
-    return loss_fn(logits_of(model(inputs, **kwargs)), labels)
+    output = model(inputs, **kwargs)
+    loss = loss_fn(logits_of(output), labels)
+    weight = router_loss_weight(unwrapped)
+    if not weight or not model.training:
+        return loss
+    # transformers adds it to the mean over the labels, and this is their sum.
+    return loss + weight * (labels != IGNORE_INDEX).sum() * output.aux_loss

@@ -29,6 +29,7 @@ from amlaunch.trainer.metrics.profiling import Profiler
 from amlaunch.trainer.metrics.writers import Metrics, open_tensorboard, open_wandb, peak_flops, summarise_metrics
 from amlaunch.trainer.models.base import (
     context_length,
+    enable_router_loss,
     flops_per_token,
     parameter_count,
     supports_deferred_init,
@@ -174,6 +175,7 @@ def apply_fast_paths(model: torch.nn.Module, recipe: Recipe, world: World) -> No
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
+    enable_router_loss(model)
     fp8.convert_linear_layers(model, recipe.fp8, world.device, recipe.distributed.tp_size)
     if recipe.distributed.bf16_residual and compute_dtype(recipe.distributed, world.device) is torch.bfloat16:
         attention_kernels.cast_residual_stream(model, torch.bfloat16)

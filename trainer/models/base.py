@@ -113,6 +113,18 @@ def logits_of(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+def router_loss_weight(model: nn.Module) -> float:
+    """Return the weight of a mixture of experts' router loss (transformers' ``router_aux_loss_coef``); 0 for others."""
+    return float(getattr(getattr(model, "config", None), "router_aux_loss_coef", None) or 0.0)
+
+
+def enable_router_loss(model: nn.Module) -> None:
+    """Let a mixture of experts of transformers return its router loss, which it does not by default."""
+    if router_loss_weight(model):
+        config: Any = model.config
+        config.output_router_logits = True
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the number of learned values; a tied tensor counts once, a sharded one with its full size."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -141,15 +153,25 @@ def context_length(model: nn.Module) -> int | None:
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
     """Return the floating-point operations per token, forward and backward: nanoGPT's ``6N + 12 L d T``.
 
-    N excludes embeddings that are only looked up. Attention counts as if it were not causal, as in every published MFU
-    (karpathy/nanoGPT#464, PaLM appendix B).
+    N excludes embeddings that are only looked up, and of a mixture of experts those that a token does not use.
+    Attention counts as if it were not causal, as in every published MFU (karpathy/nanoGPT#464, PaLM appendix B).
     """
     override = getattr(model, "flops_per_token", None)
     if override is not None:
         return float(override(seq_len))
     width = config_value(model, "hidden_size", "n_embd") or 0
-    matrix_parameters = parameter_count(model) - _lookup_parameter_count(model)
+    matrix_parameters = parameter_count(model) - _lookup_parameter_count(model) - _idle_expert_parameters(model)
     return 6.0 * matrix_parameters + 12.0 * len(blocks(model)) * width * seq_len
+
+
+def _idle_expert_parameters(model: nn.Module) -> float:
+    """Return the parameters of the experts that a token does not use, on average; 0 without experts."""
+    experts = config_value(model, "num_local_experts", "num_experts", "n_routed_experts")
+    used = config_value(model, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    if not experts or not used:
+        return 0.0
+    parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    return parameters * (1 - used / experts)
 
 
 def _lookup_parameter_count(model: nn.Module) -> int:
