@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,3 +391,43 @@ def test_a_manifest_can_be_named_by_its_path(tmp_path: Path) -> None:
     entry = {"file": "x.bin", "tokens": 20, "sha256": "00"}
     write_json(tmp_path / "manifest.json", {"version": 1, "splits": {"train": [], "val": [entry]}, "tokenizer": {}})
     assert len(NanogptDataset(file_pattern=str(tmp_path / "manifest.json"), split="val", seq_len=5)) == 3
+
+
+READ = """\
+import os, resource, sys
+from amlaunch.recipes.errors import BadInput
+from amlaunch.trainer.data.datasets import NanogptDataset
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
+try:
+    print(len(NanogptDataset(file_pattern=sys.argv[1], seq_len=5)))
+except BadInput as error:
+    print(error)
+"""
+
+
+def test_more_shards_than_descriptors(tmp_path: Path) -> None:
+    """The soft limit is raised to the hard one, which is then named."""
+    for i in range(100):
+        shard(tmp_path / f"{i:03}.bin", np.arange(6))
+
+    def opened() -> str:
+        command = [sys.executable, "-c", READ, str(tmp_path / "*.bin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert opened() == "119\n"
+    for i in range(100, 200):
+        shard(tmp_path / f"{i:03}.bin", np.arange(6))
+    assert "too many open files. Each shard needs a descriptor, and the limit is 128 (ulimit -Hn)" in opened()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_windows_in_random_order_are_read_without_read_ahead(tmp_path: Path, shuffle: bool, packed: bool) -> None:
+    """The kernel reads megabytes ahead for each window of a cold file, unless it is told (``rr`` in smaps)."""
+    path = shard(tmp_path / "cold.bin", np.arange(5000) % 50)
+    dataset: Any = NanogptDataset(file_pattern=str(path), seq_len=64, shuffle_files=shuffle, bos_token=0)
+    dataset = dataset.packed(128) if packed else dataset
+    dataset.order(0)
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    (mapping,) = (mapping for mapping in mappings if str(path) in mapping)
+    assert ("rr" in re.findall(r"^VmFlags: (.*)$", mapping, re.M)[0].split()) == shuffle

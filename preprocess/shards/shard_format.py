@@ -22,6 +22,8 @@ Standard library and numpy only: the trainer imports this module.
 
 from __future__ import annotations
 
+import errno
+import resource
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,7 +169,29 @@ def _parse_header(path: Path, ints: npt.NDArray[Any]) -> ShardHeader:
 def open_tokens(path: Path) -> np.memmap[Any, Any]:
     """Map the tokens of a shard: shape (tokens,), uint16 or uint32, read-only. Raises BadInput like read_header."""
     header = read_header(path)
-    return np.memmap(path, dtype=f"<u{header.item_size}", mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
+    return map_file(path, f"<u{header.item_size}", HEADER_BYTES, header.tokens)
+
+
+def map_file(path: Path, dtype: str, offset: int = 0, items: int | None = None) -> np.memmap[Any, Any]:
+    """Map a file read-only, from ``offset`` bytes on; ``items`` None: all of it.
+
+    Each map keeps a descriptor, so the process' soft limit is raised when it is reached. Raises BadInput at the hard
+    limit.
+    """
+    shape = None if items is None else (items,)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE:
+            raise
+        if soft == hard:
+            raise BadInput(
+                f"{path}: too many open files. Each shard needs a descriptor, and the limit is {hard} (ulimit -Hn); "
+                "have it raised, or make larger shards (preprocess.shard_tokens)"
+            ) from None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return map_file(path, dtype, offset, items)
 
 
 def read_ends(path: Path) -> npt.NDArray[np.uint64]:

@@ -91,7 +91,7 @@ class NanogptDataset:
                 f"{self.shards[0].path}{more}: {len(self.stream):,} tokens are too few for one window of seq_len "
                 f"{self.seq_len}; use more tokens or a smaller seq_len"
             )
-        return SourceOrder(len(self), seed, self.shuffle)
+        return _order_of(self, self.stream, seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts that identify this data set."""
@@ -152,7 +152,7 @@ class PackedDataset:
 
     def order(self, seed: int) -> SourceOrder:
         """Return the order of the rows."""
-        return SourceOrder(len(self), seed, self.shuffle)
+        return _order_of(self, self._dataset.stream, seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts that identify this data set."""
@@ -165,6 +165,13 @@ class PackedDataset:
             f"{self.documents:,} documents in {len(self):,} rows of {self.seq_len:,}, {filled:.1%} filled, "
             f"{self.rows.split_documents:,} of them cut"
         )
+
+
+def _order_of(dataset: NanogptDataset | PackedDataset, stream: TokenStream, seed: int) -> SourceOrder:
+    """Return the order of a data set, whose ``stream`` was read from end to end before, but no longer is."""
+    if dataset.shuffle:
+        stream.expect_random_reads()
+    return SourceOrder(len(dataset), seed, dataset.shuffle)
 
 
 class MixedDataset:

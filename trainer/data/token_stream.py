@@ -7,6 +7,7 @@ Supports ``.bin`` shards with a header (ours, llm.c's, modded-nanogpt's, NeMo's;
 from __future__ import annotations
 
 import glob
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from amlaunch.preprocess.shards.shard_format import (
     MAGIC_UINT16,
     MANIFEST,
     index_path,
+    map_file,
     open_tokens,
     read_ends,
     read_manifest,
@@ -120,7 +122,7 @@ def _open_raw(path: Path) -> Tokens:
         raise BadInput(
             f"{path}: {size} bytes is not a multiple of 2 (uint16): the file is truncated, or not of dataset.format raw"
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r")
+    tokens = map_file(path, "<u2")
     if size >= 4 and int(tokens[:2].view("<i4")[0]) in (MAGIC_UINT16, MAGIC_SIZED):
         raise BadInput(f"{path} has the header of a token shard; set dataset.format: bin")
     return tokens
@@ -153,6 +155,8 @@ class TokenStream:
     """Consecutive arrays of tokens that can be read as one, at any position."""
 
     def __init__(self, arrays: Sequence[Tokens]):
+        bases: list[Any] = [array.base for array in arrays]
+        self._maps = [base for base in bases if isinstance(base, mmap.mmap)]
         # Slices of a memmap are memmaps, which are slow to create.
         self.arrays = [np.asarray(array) for array in arrays]
         self.ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
@@ -161,6 +165,12 @@ class TokenStream:
     def __len__(self) -> int:
         """Return the number of tokens."""
         return int(self.ends[-1])
+
+    def expect_random_reads(self) -> None:
+        """Keep the kernel from reading megabytes ahead for each window of a few kilobytes of a cold file."""
+        for file_map in self._maps:
+            if hasattr(mmap, "MADV_RANDOM"):
+                file_map.madvise(mmap.MADV_RANDOM)
 
     def read(self, starts: Indices, length: int) -> Tokens:
         """Read ``(M, length)`` tokens, one row from each of ``starts``."""
