@@ -6,6 +6,7 @@ Usage: python -m stand_in --element DIR [--do ACTION] [--rank R]
 ``once`` fails the first time; ``steps`` counts to 24 in steps of 0.4 s, and continues where it stopped;
 ``port`` reports once that its port is taken; ``say`` prints ``--words`` and fails on the host ``--on`` (any);
 ``unpack`` is a runtime that has not started the rank when it is told to stop, and fails;
+``lastword``: rank 0 takes three seconds longer to leave than the others when they are told to save and stop;
 ``eat`` takes memory until it is killed. ``--print NAME`` prints a variable; ``--touch PATH`` tries to create a file.
 """
 
@@ -88,6 +89,11 @@ def main() -> int:
     if action == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
+    if action == "lastword":
+        while not signals and not folder.stop.exists():
+            time.sleep(0.02)
+        time.sleep(3 if rank == 0 else 0)
+        return 75
     if action in ("sleep", "linger"):
         deadline = time.time() + (600 if action == "sleep" else 1.5)
         while time.time() < deadline:

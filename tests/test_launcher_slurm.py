@@ -29,7 +29,7 @@ from amlaunch.launcher.errors import SlurmError, command_error
 from amlaunch.launcher.execution.attempt_end import failure_of, signal_name
 from amlaunch.launcher.execution.attempt_limit import futile_attempts, limit_attempts
 from amlaunch.launcher.execution.rendezvous import free_ports, interface_address
-from amlaunch.launcher.execution.srun_step import TaskFailure, first_failure
+from amlaunch.launcher.execution.srun_step import TaskFailure, first_failure, task_ends
 from amlaunch.launcher.execution.stage_inputs import missing_input
 from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
 from amlaunch.launcher.runs.element_state import read_runs
@@ -669,6 +669,7 @@ def test_which_rank_srun_saw_fail_first(tmp_path: Path) -> None:
         "srun: error: n1: task 0: Killed\n"
     )
     assert first_failure(log) == TaskFailure("n2", 3, "Exited with exit code 1")
+    assert [end.exit_code for end in task_ends(log)] == [75, 1, None]
     log.write_text("srun: error: gpu-a.site: tasks 4,6-7: Segmentation fault (core dumped)\n")
     assert first_failure(log) == TaskFailure("gpu-a.site", 4, "Segmentation fault (core dumped)")
     log.write_text("srun: error: Unable to create step\n")

@@ -376,6 +376,17 @@ def test_which_rank_on_which_node_failed(place: Place) -> None:
     assert "last lines of rank 3" in place.amlaunch("status", "test-1").stdout
 
 
+def test_a_rank_that_leaves_late_is_killed_by_srun_and_that_is_no_failure(place: Place) -> None:
+    """--kill-on-bad-exit counts 75, too. All have saved by then."""
+    run = place.stand_in(("train", [["--do", "lastword"]], TWO_ON_GPU))
+    place.amlaunch("retry", "test-1")
+    place.wait_until("test-1", lambda result: element(result, "train")["progress"].get("done"))
+    place.amlaunch("cancel", "test-1", "--checkpoint")
+    assert states(place.wait("test-1", code=75))["train"] == ["stopped"]
+    (end,) = (line for line in read_json_lines(run.element("train", "0").attempts) if line["event"] == "end")
+    assert end["exit_codes"] == [75]
+
+
 def test_bad_input_in_a_job_ends_with_its_own_words(place: Place) -> None:
     place.stand_in(("train", [["--do", "bad"]], CPU))
     place.amlaunch("retry", "test-1")

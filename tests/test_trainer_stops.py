@@ -51,6 +51,29 @@ def blocking(folder: Path, name: str, **sections: Any) -> Run:
     return run
 
 
+def slow_last_words() -> None:
+    """Slow down what rank 0 does after the last step."""
+    from amlaunch.trainer.metrics.writers import Metrics
+
+    real = Metrics.close
+
+    def slow(metrics: Metrics) -> None:
+        time.sleep(2)
+        real(metrics)
+
+    Metrics.close = slow  # type: ignore[method-assign]
+
+
+def test_no_rank_leaves_before_rank_0_has_finished_its_metrics(tmp_path: Path) -> None:
+    run = make(tmp_path, step_scheduler={"max_steps": 2}, validation_dataset=None)
+    run.start(2, prepare={0: slow_last_words})
+    first, second = run.processes
+    while second.poll() is None:
+        time.sleep(0.02)
+    first.wait(timeout=1.5)
+    assert [first.returncode, second.returncode] == [OK, OK]
+
+
 def slow_validation() -> None:
     """Slow validation down so that it can be interrupted."""
     from amlaunch.trainer.loop import validation

@@ -31,7 +31,7 @@ from amlaunch.launcher.execution.attempt_end import (
 )
 from amlaunch.launcher.execution.attempt_limit import limit_attempts
 from amlaunch.launcher.execution.rank_processes import LocalRanks
-from amlaunch.launcher.execution.rank_wait import Processes, RanksEnd, RankWatch, wait_for
+from amlaunch.launcher.execution.rank_wait import Processes, RanksEnd, RankWatch, first_failed_rank, wait_for
 from amlaunch.launcher.execution.rendezvous import free_ports
 from amlaunch.launcher.execution.stop_request import StopRequest
 from amlaunch.launcher.runs.attempt_record import AttemptEnd, AttemptHistory, AttemptStart
@@ -56,6 +56,9 @@ class RankStarter(Protocol):
 
     def check_nodes(self, attempt: Attempt, files: ExitStack) -> Processes:
         """Start the check of the nodes that comes before containers; empty if there is nothing to check."""
+
+    def own_codes(self, attempt: Attempt, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the exit codes without those of ranks that their starter ended."""
 
     def explain(self, attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
         """Complete how the ranks ended by what only their starter knows."""
@@ -201,6 +204,9 @@ def _explain(attempt: Attempt, stop: StopRequest, starter: RankStarter, ranks: R
     if any(ranks.codes) and attempt.folder.stop.exists():
         # The ranks may have seen the file before the driver did.
         stop.set()
+    codes = starter.own_codes(attempt, ranks.codes)
+    if codes != ranks.codes:
+        ranks = RanksEnd(codes, first_failed_rank(codes), ranks.hung)
     result = read_object(attempt.folder.result) or None
     end = replace(classify(ranks, result, stop if stop.is_set else None), exit_codes=ranks.codes)
     unstarted = stopped_before_start(attempt, end, stop) if end.outcome == Outcome.FAILED and stop.is_set else None

@@ -115,6 +115,10 @@ class LocalRanks:
             )
         ]
 
+    def own_codes(self, attempt: Attempt, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the codes as they are: each is a rank's own."""
+        return codes
+
     def explain(self, attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
         """Return the end as it is: exit codes of own processes tell all."""
         return end

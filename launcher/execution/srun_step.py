@@ -41,6 +41,8 @@ TASK_ERROR = re.compile(r"srun: error: (?P<host>[^\s:]+): tasks? (?P<ranks>[\d,\
 EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
 KILLED = ("Killed", "Out Of Memory")
 """srun's words for a task that was killed, perhaps for lack of memory."""
+ENDED_BY_SRUN = ("Killed", "Terminated")
+"""srun's words for a task that it ended itself."""
 
 
 class SrunStep:
@@ -109,6 +111,17 @@ class SrunStep:
 
     def _environment(self) -> dict[str, str]:
         return {key: expand_text(value, variables()) for key, value in self.profile.env.items()}
+
+    def own_codes(self, attempt: Attempt, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return 75 for srun's own exit code if the first rank that ended had saved, and srun killed the others.
+
+        It does that to every rank that is still there when one ends with a code other than 0 (--kill-on-bad-exit), and a
+        rank ends with 75 only when all have saved.
+        """
+        ends = task_ends(attempt.log(None))
+        is_saved = bool(ends) and ends[0].exit_code == RESUMABLE
+        others_killed = all(end.exit_code == RESUMABLE or end.problem.startswith(ENDED_BY_SRUN) for end in ends)
+        return (RESUMABLE,) if is_saved and others_killed else codes
 
     def explain(self, attempt: Attempt, end: AttemptEnd) -> AttemptEnd:
         """Name the rank and the host that failed first, from srun's own messages."""
@@ -180,17 +193,19 @@ class TaskFailure:
         return int(match[1]) if match else None
 
 
-def first_failure(log: Path) -> TaskFailure | None:
-    """Return the first task in srun's output that neither finished nor saved and stopped."""
+def task_ends(log: Path) -> list[TaskFailure]:
+    """Return the tasks that did not exit with 0, in the order of srun's output."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
-        return None
-    for match in TASK_ERROR.finditer(text):
-        failure = TaskFailure(match["host"], expand_ranges(match["ranks"])[0], match["problem"])
-        if failure.exit_code != RESUMABLE:
-            return failure
-    return None
+        return []
+    matches = TASK_ERROR.finditer(text)
+    return [TaskFailure(match["host"], expand_ranges(match["ranks"])[0], match["problem"]) for match in matches]
+
+
+def first_failure(log: Path) -> TaskFailure | None:
+    """Return the first task in srun's output that neither finished nor saved and stopped."""
+    return next((end for end in task_ends(log) if end.exit_code != RESUMABLE), None)
 
 
 def _step_failure(log: Path, end: AttemptEnd) -> str:

@@ -90,6 +90,9 @@ def run(options: Options, stop: StopFlag) -> int:
             state.metrics.close()
             if code == OK:
                 write_json(options.element.result, run_result(state, options))
+        # srun ends the ranks that remain when one leaves, and rank 0 may take long to finish wandb.
+        watch.beat("waiting for rank 0 to finish its metrics")
+        world.barrier()
         FINISHED.append(state)
     return code
 
