@@ -115,8 +115,8 @@ class SrunStep:
     def own_codes(self, attempt: Attempt, codes: tuple[int, ...]) -> tuple[int, ...]:
         """Return 75 for srun's own exit code if the first rank that ended had saved, and srun killed the others.
 
-        It does that to every rank that is still there when one ends with a code other than 0 (--kill-on-bad-exit), and a
-        rank ends with 75 only when all have saved.
+        It does that to every rank that remains when one ends with a code other than 0 (--kill-on-bad-exit), and a rank
+        ends with 75 only when all have saved.
         """
         ends = task_ends(attempt.log(None))
         is_saved = bool(ends) and ends[0].exit_code == RESUMABLE
