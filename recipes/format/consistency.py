@@ -314,6 +314,8 @@ def _check_source(path: KeyPath, source: Mapping[str, Any], dataset: str, checke
 def _check_split(path: KeyPath, node: Mapping[str, Any], recipe: Recipe, checker: Checker) -> None:
     """Check a data set without ``file_pattern``: it reads the shards that the preprocess stage writes."""
     split = node.get("split", "train")
+    if recipe.preprocess is None and checker.has_shards:
+        return
     if recipe.preprocess is None:
         checker.problem(path, "no file_pattern, and no preprocess section to make the shards; add one of them")
     elif split not in ("train", "val"):

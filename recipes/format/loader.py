@@ -140,12 +140,14 @@ def load(
     recipe_dir: Path | None = None,
     allow: Sequence[str] = (),
     job_start: bool = False,
+    has_shards: bool = False,
 ) -> LoadedRecipe:
     """Read and check the recipe at ``path``; imports nothing and writes nothing.
 
     ``overrides`` are command-line arguments (``--a.b value``). File targets are relative to ``recipe_dir``, by default
-    the recipe's own folder. ``job_start`` requires a value for every ``${VAR}``. Raises BadInput with every problem,
-    one a line, each with file and line.
+    the recipe's own folder. ``job_start`` requires a value for every ``${VAR}``. ``has_shards``: a folder of shards was
+    given, so the recipe needs neither ``file_pattern`` nor ``preprocess``. Raises BadInput with every problem, one a
+    line, each with file and line.
     """
     tree, lines = read_file(path)
     if not isinstance(tree, dict):
@@ -166,7 +168,7 @@ def load(
     policy = TargetPolicy(folder, allowed)
     _resolve_file_targets(tree, folder)
     refuse_secrets(tree, lines)
-    recipe = _typed(tree, lines, policy, job_start)
+    recipe = _typed(tree, lines, policy, job_start, has_shards)
     loaded = LoadedRecipe(path, tree, recipe, notes, policy, lines)
     _check_sweep(loaded, lines, job_start)
     return loaded
@@ -191,8 +193,10 @@ def _relative_if_inside(file: str, folder: Path) -> str:
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def _typed(tree: dict[str, Any], lines: Mapping[KeyPath, str], policy: TargetPolicy, job_start: bool) -> Recipe:
-    checker = Checker(lines, variables(), policy, job_start)
+def _typed(
+    tree: dict[str, Any], lines: Mapping[KeyPath, str], policy: TargetPolicy, job_start: bool, has_shards: bool = False
+) -> Recipe:
+    checker = Checker(lines, variables(), policy, job_start, has_shards)
     recipe = checker.section(Recipe, tree, ())
     raise_problems(checker.problems)
     check_consistency(recipe, checker)

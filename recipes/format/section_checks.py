@@ -51,11 +51,20 @@ class Checker:
     may be a secret that only the job sees.
     """
 
-    def __init__(self, lines: Mapping[KeyPath, str], known: Mapping[str, str], policy: TargetPolicy, job_start: bool):
+    def __init__(
+        self,
+        lines: Mapping[KeyPath, str],
+        known: Mapping[str, str],
+        policy: TargetPolicy,
+        job_start: bool,
+        has_shards: bool = False,
+    ):
         self.lines = lines
         self.known = known
         self.policy = policy
         self.job_start = job_start
+        self.has_shards = has_shards
+        """True if a folder of shards was given beside the recipe."""
         self.problems: list[str] = []
 
     def problem(self, path: KeyPath, text: str) -> None:

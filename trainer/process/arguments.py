@@ -48,6 +48,7 @@ def parse(program: str, description: str, arguments: Sequence[str], *, kind: str
         recipe_dir=namespace.recipe_dir,
         allow=namespace.allow_target,
         job_start=True,
+        has_shards=namespace.data is not None,
     )
     checkpoints = namespace.checkpoints or Path(loaded.recipe.checkpoint.checkpoint_dir or "checkpoints")
     return Options(

@@ -171,7 +171,7 @@ def set_up(options: argparse.Namespace, overrides: Sequence[str], folder: Path) 
     """Load the recipe for measurement; write synthetic shards, once for all ranks, if its data is missing."""
     path = find_recipe(options.recipe)
     all_overrides = [*overrides, *MEASUREMENT_OVERRIDES, *step_overrides(options)]
-    loaded = load(path, all_overrides, allow=options.allow_target, job_start=True)
+    loaded = load(path, all_overrides, allow=options.allow_target, job_start=True, has_shards=True)
     if has_data(loaded, options.data):
         return BenchSetup(loaded, folder, synthetic=False)
     if FOLDER_VARIABLE not in os.environ:
