@@ -471,10 +471,10 @@ def test_a_heartbeat_tells_the_driver_how_long_a_step_and_a_save_take(tmp_path: 
 
 
 def test_wandb_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_wandb(None, "x") is None
+    assert open_wandb(None, "x", Path()) is None
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not, where it is
     with pytest.raises(BadInput, match=r"pip install 'amlaunch\[wandb\]'"):
-        open_wandb({"project": "p"}, "x")
+        open_wandb({"project": "p"}, "x", Path())
 
 
 def fake_checkpoint(root: Path, step: int) -> Path:

@@ -6,8 +6,12 @@ Runs on one rank happen in this process, the others are real processes.
 from __future__ import annotations
 
 import copy
+import glob
+import re
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -595,26 +599,38 @@ def wandb_records(path: Path) -> list[bytes]:
     return records
 
 
-def test_wandb_offline_goes_on_as_one_run_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+def wandb_steps(file: Path) -> list[tuple[int, int]]:
+    """Return wandb's step and ours of each line of history."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
+    steps = []
+    for content in wandb_records(file):
+        record = Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            steps.append((int(values["_step"]), int(values["step"])))
+    return steps
+
+
+def test_wandb_offline_logs_each_step_once_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
     run = make(
-        tmp_path,
-        step_scheduler={"max_steps": 4, "val_every_steps": None},
-        wandb={"project": "p"},
-        validation_dataset=None,
+        tmp_path, step_scheduler={"max_steps": 6, "ckpt_every_steps": 2}, checkpoint={"max_recent_checkpoints": 9}
     )
-    for last in ("2", "4"):
-        assert run.train_inline("--run-id", "one", "--step_scheduler.max_steps", last) == OK
-    steps, ids = [], set()
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        for record in map(Record.FromString, wandb_records(path)):
-            ids |= {record.run.run_id} if record.WhichOneof("record_type") == "run" else set()
-            steps += [int(item.value_json) for item in record.history.item if "step" in (item.key, *item.nested_key)]
-    assert ids == {"one"} and steps == [1, 2, 3, 4]
+    words = ["--wandb.project", "x", "--wandb.mode", "offline"]
+    assert run.train_inline("--step_scheduler.max_steps", "4", *words) == OK
+    shutil.rmtree(checkpoint.checkpoint_folder(run.checkpoints, 4))  # a kill before it was saved
+    time.sleep(1.1)  # wandb names the folder by the second
+    assert run.train_inline(*words) == OK
+    assert not (tmp_path / "wandb").exists(), "nothing in the working directory"
+    pieces = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert [wandb_steps(piece) for piece in pieces] == [[(i, i) for i in range(1, 5)], [(5, 5), (6, 6)]]
+    printed = re.findall(r"in order: wandb sync (\S+)", capsys.readouterr().out)[-1]
+    assert sorted(glob.glob(printed)) == [str(piece.parent) for piece in pieces]
 
 
 def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_saved(

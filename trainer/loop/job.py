@@ -289,7 +289,7 @@ def open_metrics(options: Options, world: World, last_step: int, flops: float) -
         last_step=last_step,
         flops_per_token=flops,
         peak_flops=peak_flops(world.device),
-        wandb=open_wandb(options.loaded.recipe.wandb, options.run_id),
+        wandb=open_wandb(options.loaded.recipe.wandb, options.run_id, options.element.root),
     )
 
 

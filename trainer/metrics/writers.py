@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import statistics
 import time
@@ -142,6 +143,8 @@ class Metrics:
     """Step from which a restart would resume."""
     startup: dict[str, Any] = field(default_factory=dict)
     """Times from the start of this process to the end of its first step (:func:`startup_times`)."""
+    wandb_step: int = 0
+    """Last step that an earlier start logged to wandb; steps that are trained again are not logged twice."""
     latest_beat: dict[str, Any] = field(default_factory=dict)
     """Content of the newest heartbeat, whether or not it was due to be written."""
 
@@ -158,7 +161,9 @@ class Metrics:
         Return the learning rate of ``step``; None if it is not recorded.
         """
         self.saved_step = step
-        kept = [line for line in read_json_lines(self.element.metrics) if line["step"] <= step]
+        lines = read_json_lines(self.element.metrics)
+        self.wandb_step = max((line["step"] for line in lines), default=0)
+        kept = [line for line in lines if line["step"] <= step]
         write_text(self.element.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.val_loss = next((line["val_loss"] for line in reversed(kept) if "val_loss" in line), None)
         self.skipped_steps = next((line["skipped_steps"] for line in reversed(kept) if "skipped_steps" in line), 0)
@@ -259,8 +264,8 @@ class Metrics:
 
     def _log_to_trackers(self, step: int, fields: Mapping[str, Any]) -> None:
         """Log to wandb and TensorBoard if the recipe has them."""
-        if self.wandb is not None:
-            self.wandb.log(dict(fields))
+        if self.wandb is not None and step > self.wandb_step:
+            self.wandb.log(dict(fields), step=step)
         if self.tensorboard is None:
             return
         try:
@@ -281,6 +286,9 @@ class Metrics:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+            if self.wandb.offline:
+                pieces = Path(self.wandb.dir).parents[1] / f"offline-run-*-{self.wandb.id}"
+                print(f"wandb was offline; to upload all pieces of the run, in order: wandb sync {pieces}", flush=True)
 
 
 def startup_times() -> dict[str, Any]:
@@ -319,10 +327,10 @@ def console_line(fields: dict[str, Any], last_step: int) -> str:
     )
 
 
-def open_wandb(section: dict[str, Any] | None, run_id: str) -> Any:
+def open_wandb(section: dict[str, Any] | None, run_id: str, folder: Path) -> Any:
     """Open the wandb run, the same one after a resume; None without a section.
 
-    Raises BadInput if wandb is not installed.
+    Its files are in ``folder``, or in ``$WANDB_DIR``. Raises BadInput if wandb is not installed.
     """
     if section is None:
         return None
@@ -333,8 +341,8 @@ def open_wandb(section: dict[str, Any] | None, run_id: str) -> Any:
             f"wandb cannot be imported ({error}). Install it with pip install 'amlaunch[wandb]', "
             "or remove the section (--wandb null)"
         ) from None
-    run = wandb.init(**{"id": run_id, "resume": "allow", **section})
-    # our own step, because wandb's drops steps that are repeated after a resume
+    place = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
+    run = wandb.init(**{"id": run_id, "resume": "allow", **place, **section})
     run.define_metric("*", step_metric="step")
     return run
 
