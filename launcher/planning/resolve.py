@@ -104,8 +104,8 @@ def plan_to_show(request: RunRequest) -> tuple[LoadedRecipe, Plan, RunDir]:
 
 
 def local_notes(loaded: LoadedRecipe, plan: Plan) -> list[str]:
-    """List what to know before a plan runs on this machine."""
-    notes = [*loaded.notes, *container_notes(loaded, plan, "this machine")]
+    """List what to know before a plan runs on this machine, the most important first."""
+    notes = []
     train = plan.stage("train").needs
     if train.nodes > 1:
         notes.append(
@@ -117,4 +117,4 @@ def local_notes(loaded: LoadedRecipe, plan: Plan) -> list[str]:
             f"the recipe is written for {counted(recipe_gpus, 'GPU')}; this run trains on the CPU "
             f"({this_machine().cpus} cores), which is far slower"
         )
-    return notes
+    return [*notes, *loaded.notes, *container_notes(loaded, plan, "this machine")]

@@ -77,11 +77,12 @@ def resolve_and_check(source: RunSource, say: Say) -> tuple[ResolvedRun, list[st
         notes += [*_plan_notes(run), *registry_notes, *_check_run(run, problems)]
 
     if cluster is not None:
-        notes += filter(None, [cluster.shell_note()])
+        site_notes: list[str] = []
         with problems.collected():
-            notes += check_slurm_limits(cluster, runs[0].loaded if runs else None, runs[0].stages if runs else ())
+            site_notes += check_slurm_limits(cluster, runs[0].loaded if runs else None, runs[0].stages if runs else ())
         with problems.collected():
-            notes += check_python(cluster)
+            site_notes += check_python(cluster)
+        notes = [*site_notes, *filter(None, [cluster.shell_note()]), *notes]
     problems.raise_if_any()
     return runs[0], notes
 
