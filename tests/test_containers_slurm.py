@@ -243,7 +243,7 @@ def test_what_a_first_run_lacks(cluster: Cluster) -> None:
         "--container.runtime",
         "podman",
     ]
-    words += ["--container.mounts", "[/no/such/folder:/data]"]
+    words += ["--container.mounts", "[/no/such/folder:/data]", "-v"]
     told = [place.amlaunch(*words, "--dry-run")]
     assert (
         "no credentials for nvcr.io found on this machine" in told[0].stderr
