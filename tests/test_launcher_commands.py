@@ -83,7 +83,7 @@ def start(folder: Path, *words: str, patch: str = "") -> subprocess.Popen:
 def amlaunch(folder: Path, *words: str, patch: str = "") -> subprocess.CompletedProcess:
     process = start(folder, *words, patch=patch)
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     finally:
         process.kill()
     return subprocess.CompletedProcess(words, process.returncode, out, err)
@@ -216,7 +216,7 @@ class TestCancel:
         run, plan = make_run(tmp_path, ("train", [["--do", "sleep"]], ONE))
         submitted(run, plan, "train", "123")
         slurm_said(JobInfo("123_0", "RUNNING"))
-        monkeypatch.setattr(Queue.__init__, "__defaults__", (60.0, None))
+        monkeypatch.setattr(cancel, "Queue", lambda **_: Queue(max_age=60.0))
         monkeypatch.setattr(cancel, "MAX_SAVE_SECONDS", 0.5)
         assert cancel._wait_until_saved(run, plan) == 1 and run.element("train", "0").stop.exists()
 
