@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "byte", "char", "folder"])
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @example(text=TEXT)
 @example(text=" \n \n  a  \n\n b\t\t")
 @example(text="1234567 e\u0301 \u00a0\u2003x \x00\x7f")

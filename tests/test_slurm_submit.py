@@ -116,7 +116,7 @@ def test_a_sweep_shares_its_preprocess_stage(tiny: Place) -> None:
     submission = json.loads(tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words, "--json").stdout)
     by_stage = {one["stage"]: one["elements"] for one in submission["submitted"]}
     assert by_stage["train"] == ["0", "1"]
-    result = tiny.wait("sweep", 180)
+    result = tiny.wait("sweep", 300)
     assert set(states(result)["train"]) == {"done"}
     assert [one["title"] for one in result["stages"][2]["elements"]][1] == "--optimizer.lr=0.01 --seed=2"
     assert all(one["attempts"] == 1 for one in result["stages"][0]["elements"]), (
@@ -129,11 +129,11 @@ def test_a_failed_point_of_a_sweep_takes_no_other_with_it(tiny: Place) -> None:
     words = ["--name", "broken", "--sweep", "optimizer.lr=1e200,1e-2", "--step_scheduler.max_steps", "12"]
     words += ["--resources.train.tasks_per_node", "1", "--validation_dataset", "null"]
     tiny.amlaunch("submit", "tiny.yaml", "--cluster", "lab", *words)
-    result = tiny.wait("broken", 180, code=1)
+    result = tiny.wait("broken", 300, code=1)
     assert (states(result)["train"], states(result)["export"]) == (["failed", "done"], ["cancelled", "done"])
     again = json.loads(tiny.amlaunch("retry", "broken", "--json").stdout)
     assert arrays(again) == [("train", ["0"]), ("export", ["0"])]
-    result = tiny.wait("broken", 180, code=1)
+    result = tiny.wait("broken", 300, code=1)
     assert (states(result)["train"], states(result)["export"]) == (["failed", "done"], ["cancelled", "done"])
 
 
@@ -469,7 +469,7 @@ def test_secrets_are_nowhere_but_in_one_private_file(tiny: Place) -> None:
     seen = tiny.wait_until("secret", lambda result: states(result)["train"] == ["running"], 60)
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(secret.encode() in command for command in commands), seen
-    tiny.wait("secret", 90)
+    tiny.wait("secret", 240)
     run = run_dir(tiny, "secret")
     assert (
         stat.S_IMODE(run.environment.stat().st_mode) == 0o600
